@@ -1,0 +1,1 @@
+"""ckptsvc: asynchronous sharded checkpoints and fault tolerance for large PyTorch jobs."""

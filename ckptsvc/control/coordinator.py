@@ -1,0 +1,163 @@
+"""The coordinator: routes reports to the jobs' state machines and collects what they decide."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ckptsvc.control.effects import CommitDone, Decision, EpochDone, Send
+from ckptsvc.control.membership import Job
+from ckptsvc.control.restart import Attempts, Phase
+from ckptsvc.control.save import Saves
+from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb
+
+
+@dataclass(slots=True)
+class Coordinator:
+    """Soft state of all jobs; rebuilt from the agents' reports after a restart.
+
+    `save_timeout` is in seconds, from the first rank's staging.
+    """
+
+    save_timeout: float = 1800.0
+    jobs: dict[str, Job] = field(default_factory=dict)
+    launched: dict[str, Attempts] = field(default_factory=dict)
+
+    def handle(self, node: str, report: pb.Report, now: float) -> Decision:
+        """One report from the agent of `node`."""
+        kind = report.WhichOneof("event")
+        if kind is None or kind == "agent_hello":
+            return Decision()
+        event = getattr(report, kind)
+        decision: Decision = getattr(self, f"_on_{kind}")(event, now)
+        return decision.add(self._epochs(now))
+
+    def agent_lost(self, node: str, now: float) -> Decision:
+        """An agent's stream has ended. It may come back: only its memory counts as lost until then."""
+        for job in self.jobs.values():
+            job.saves.node_gone(node)
+        return Decision([], [f"agent of {node} disconnected"])
+
+    def epoch_done(self, event: EpochDone, now: float) -> Decision:
+        """Answer to `AllotEpoch`."""
+        job = self.jobs.get(event.job)
+        return job.epoch_done(event) if job else Decision()
+
+    def commit_done(self, event: CommitDone, now: float) -> Decision:
+        """Answer to `Commit` or `Lookup`."""
+        job = self.jobs.get(event.job)
+        return job.saves.commit_done(event, now).add(self._epochs(now)) if job else Decision()
+
+    def tick(self, now: float) -> Decision:
+        """Whatever time alone decides; call it a few times a second."""
+        decision = Decision()
+        for job in self.jobs.values():
+            decision.add(job.saves.tick(now)).add(job.order_saves(now))
+        for attempts in self.launched.values():
+            decision.add(attempts.tick(now))
+        for name in [n for n, j in self.jobs.items() if not j.ranks and not j.saves.open and not j.saves.held]:
+            del self.jobs[name]
+        return decision.add(self._epochs(now))
+
+    def snapshots(self, job: str) -> list[agent_pb2.Snapshot]:
+        """Complete snapshots of a job in memory, newest first (`local` is filled in by each agent)."""
+        known = self.jobs.get(job)
+        if known is None:
+            return []
+        return [
+            agent_pb2.Snapshot(
+                epoch=epoch,
+                step=step,
+                world_size=known.saves.complete[epoch, step],
+                aliases=known.saves.aliases.get((epoch, step), {}),
+            )
+            for epoch, step in known.saves.snapshots()
+        ]
+
+    def _epochs(self, now: float) -> Decision:
+        decision = Decision()
+        for job in self.jobs.values():
+            busy = any(o.store == job.store and o is not job and o.saves.open for o in self.jobs.values())
+            decision.add(job.want_epoch(busy, now))
+        return decision
+
+    def _saves(self, job: str, store: str) -> Saves:
+        return self._job(job, store).saves
+
+    def _job(self, name: str, store: str) -> Job:
+        if name not in self.jobs:
+            self.jobs[name] = Job(name, store, Saves(name, self.save_timeout))
+        return self.jobs[name]
+
+    def _on_rank_joined(self, event: pb.RankJoined, now: float) -> Decision:
+        for other in self.jobs.values():
+            if other.name != event.job and other.store == event.store and other.ranks:
+                where = ", ".join(other.nodes)
+                why = f"job {other.name} with {len(other.ranks)} live ranks on {where} writes to this run"
+                refused = pb.JobRefused(attempt=event.attempt, code="run-busy", why=why)
+                return Decision([Send(event.node, pb.Order(job=event.job, job_refused=refused))], [why])
+        return self._job(event.job, event.store).join(event, now)
+
+    def _on_rank_left(self, event: pb.RankLeft, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        decision = job.leave(event, now) if job else Decision()
+        if event.died and event.job in self.launched:
+            decision.add(self.launched[event.job].rank_exited(event.attempt, event.rank, event.node, None, now))
+        return decision
+
+    def _on_announced(self, event: pb.Announced, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        return job.announce(event) if job else Decision()
+
+    def _on_progressed(self, event: pb.Progressed, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        if job:
+            job.progressed(event, now)
+        return Decision()
+
+    def _on_staged(self, event: pb.Staged, now: float) -> Decision:
+        return self._saves(event.job, event.store).staged(event, now)
+
+    def _on_durable(self, event: pb.Durable, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        return job.saves.durable(event, now) if job else Decision()
+
+    def _on_shard_failed(self, event: pb.ShardFailed, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        return job.saves.shard_failed(event, now) if job else Decision()
+
+    def _on_skipped(self, event: pb.Skipped, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        return job.saves.skipped(event, now) if job else Decision()
+
+    def _on_dropped(self, event: pb.Dropped, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        if job:
+            job.saves.dropped(event)
+        return Decision()
+
+    def _on_node_joined(self, event: pb.NodeJoined, now: float) -> Decision:
+        attempts = self.launched.get(event.job)
+        if attempts is None or attempts.phase is Phase.ENDED:
+            attempts = Attempts(event.job, event.min_nodes, event.max_nodes, event.max_restarts, since=now)
+            self.launched[event.job] = attempts
+        return attempts.joined(event, now)
+
+    def _on_node_ready(self, event: pb.NodeReady, now: float) -> Decision:
+        attempts = self.launched.get(event.job)
+        return attempts.ready(event, now) if attempts else Decision()
+
+    def _on_rank_exited(self, event: pb.RankExited, now: float) -> Decision:
+        attempts = self.launched.get(event.job)
+        if attempts is None:
+            return Decision()
+        return attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now)
+
+    def _on_node_left(self, event: pb.NodeLeft, now: float) -> Decision:
+        attempts = self.launched.get(event.job)
+        return attempts.node_left(event.node, event.detail, now) if attempts else Decision()
+
+    def _on_stop_requested(self, event: pb.StopRequested, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        if job:
+            job.stop_wanted = event.reason
+        return Decision()

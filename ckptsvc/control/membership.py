@@ -1,0 +1,148 @@
+"""Who belongs to a job's current attempt: ranks, the epoch that fences it, what the ranks agreed on, the steps at which
+they save and stop."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from ckptsvc.control.effects import AllotEpoch, Decision, EpochDone, Send
+from ckptsvc.control.save import Saves
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+
+LEAD_SECONDS = 1.0
+"""How far ahead, in time, a save is ordered: the order must reach every rank before the step does."""
+
+EPOCH_RETRY = 10.0
+"""Seconds between attempts to take an epoch while the store refuses."""
+
+PATIENCE_WITH_PREDECESSOR = 60.0
+"""Seconds a new job waits for the running saves of a dead job of the same run, so that it can restore them."""
+
+
+@dataclass(slots=True)
+class Job:
+    """One job and its current attempt."""
+
+    name: str
+    store: str
+    saves: Saves
+    attempt: int = 0
+    world_size: int = 0
+    epoch: int = 0
+    joined_at: float = 0.0
+    asked_epoch_at: float = -math.inf
+    ranks: dict[int, str] = field(default_factory=dict)  # live ranks -> node
+    announced: dict[int, str] = field(default_factory=dict)
+    every_seconds: float = 0.0
+    last_ordered: float = 0.0
+    progress: dict[str, tuple[int, int]] = field(default_factory=dict)  # node -> lowest, highest step
+    pace: tuple[float, int] = (0.0, 0)  # when, highest step: the last sample
+    steps_per_second: float = 0.0
+    stop_wanted: str = ""
+
+    @property
+    def nodes(self) -> list[str]:
+        """Nodes with live ranks."""
+        return sorted(set(self.ranks.values()))
+
+    def join(self, event: pb.RankJoined, now: float) -> Decision:
+        """A rank has registered at its agent (for the first time, or again with an agent or coordinator that is new)."""
+        decision = Decision()
+        if event.attempt < self.attempt:
+            why = f"attempt {event.attempt} of job {self.name} is over; attempt {self.attempt} runs"
+            return Decision([self._refuse(event, "fenced", why)], [why])
+        if event.attempt > self.attempt or event.world_size != self.world_size or not self.ranks:
+            self._begin(event, now)
+            decision.reasons.append(f"job {self.name}: attempt {event.attempt} with {event.world_size} ranks")
+        self.ranks[event.rank] = event.node
+        self.saves.nodes.add(event.node)
+        self.saves.keep = event.keep
+        self.every_seconds = event.every_seconds
+        if event.epoch:
+            self.epoch = max(self.epoch, event.epoch)
+        if self.epoch:
+            allotted = pb.EpochAllotted(attempt=self.attempt, epoch=self.epoch)
+            decision.effects.append(Send(event.node, pb.Order(job=self.name, epoch_allotted=allotted)))
+        return decision
+
+    def _begin(self, event: pb.RankJoined, now: float) -> None:
+        self.attempt, self.world_size, self.store = event.attempt, event.world_size, event.store
+        self.epoch, self.joined_at, self.asked_epoch_at = event.epoch, now, -math.inf
+        self.last_ordered = now
+        self.ranks, self.announced, self.progress = {}, {}, {}
+        self.pace, self.steps_per_second, self.stop_wanted = (now, 0), 0.0, ""
+
+    def leave(self, event: pb.RankLeft, now: float) -> Decision:
+        """A rank has ended, in good order or not."""
+        if event.attempt != self.attempt or event.rank not in self.ranks:
+            return Decision()
+        del self.ranks[event.rank]
+        how = "died" if event.died else "left"
+        detail = f" ({event.detail})" if event.detail else ""
+        decision = Decision([], [f"job {self.name}: rank {event.rank} on {event.node} {how}{detail}"])
+        return decision.add(self.saves.rank_gone(event.attempt, event.rank, how, now))
+
+    def want_epoch(self, busy: bool, now: float) -> Decision:
+        """Take an epoch once the job is there and no predecessor is still finishing a save (`busy`)."""
+        waited = now - self.joined_at
+        if self.epoch or not self.ranks or now - self.asked_epoch_at < EPOCH_RETRY:
+            return Decision()
+        if busy and waited < PATIENCE_WITH_PREDECESSOR:
+            return Decision()
+        self.asked_epoch_at = now
+        return Decision([AllotEpoch(self.name, self.attempt, self.store)], [])
+
+    def epoch_done(self, event: EpochDone) -> Decision:
+        """The store has given an epoch, or refused."""
+        if event.attempt != self.attempt or self.epoch:
+            return Decision()
+        self.epoch = event.epoch
+        allotted = pb.EpochAllotted(attempt=self.attempt, epoch=event.epoch, code=event.code, why=event.why)
+        reason = f"job {self.name}: epoch {event.epoch}" if event.epoch else f"job {self.name}: no epoch: {event.why}"
+        return Decision([Send(n, pb.Order(job=self.name, epoch_allotted=allotted)) for n in self.nodes], [reason])
+
+    def announce(self, event: pb.Announced) -> Decision:
+        """A rank has told which set of plain tensors it holds; when all have, tell everybody who holds the same."""
+        if event.attempt != self.attempt:
+            return Decision()
+        self.announced[event.rank] = event.digest
+        if len(self.announced) < self.world_size:
+            return Decision()
+        groups: dict[str, list[int]] = {}
+        for rank in sorted(self.announced):
+            groups.setdefault(self.announced[rank], []).append(rank)
+        holders = pb.Holders(attempt=self.attempt, groups=[pb.HolderGroup(ranks=g) for g in groups.values()])
+        return Decision([Send(n, pb.Order(job=self.name, holders=holders)) for n in self.nodes])
+
+    def progressed(self, event: pb.Progressed, now: float) -> None:
+        """How far a node's ranks are."""
+        if event.attempt != self.attempt:
+            return
+        self.progress[event.node] = (event.lowest, event.highest)
+        highest = max(high for _, high in self.progress.values())
+        then, before = self.pace
+        if now - then >= LEAD_SECONDS:
+            self.steps_per_second = max(0.0, (highest - before) / (now - then))
+            self.pace = (now, highest)
+
+    def order_saves(self, now: float) -> Decision:
+        """Order the next snapshot by time, and the stop that somebody asked for, at a step nobody has reached."""
+        if len(self.ranks) < self.world_size or not self.progress:
+            return Decision()
+        decision = Decision()
+        ahead = max(high for _, high in self.progress.values()) + 2 + math.ceil(self.steps_per_second * LEAD_SECONDS)
+        if self.every_seconds and self.epoch and now - self.last_ordered >= self.every_seconds:
+            self.last_ordered = now
+            order = pb.Order(job=self.name, save_at=pb.SaveAt(attempt=self.attempt, step=ahead))
+            decision.add(Decision([Send(n, order) for n in self.nodes], [f"job {self.name}: save at step {ahead}"]))
+        if self.stop_wanted:
+            stop = pb.StopAt(attempt=self.attempt, step=ahead, reason=self.stop_wanted)
+            reason = f"job {self.name}: stop at step {ahead}: {self.stop_wanted}"
+            decision.add(Decision([Send(n, pb.Order(job=self.name, stop_at=stop)) for n in self.nodes], [reason]))
+            self.stop_wanted = ""
+        return decision
+
+    def _refuse(self, event: pb.RankJoined, code: str, why: str) -> Send:
+        refused = pb.JobRefused(attempt=event.attempt, code=code, why=why)
+        return Send(event.node, pb.Order(job=event.job, job_refused=refused))

@@ -1,0 +1,202 @@
+"""Saves of one job across its ranks: who has staged, whose shard is durable, what may be committed.
+
+A save is named by (epoch, step). It opens with the first rank that stages, is committed when the shard of every rank is
+durable, and ends exactly once. What was staged stays known as the memory tier until the agents drop it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from ckptsvc.control.effects import Commit, CommitDone, Decision, Effect, Lookup, Send
+from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb
+
+Key = tuple[int, int]
+"""(epoch, step): ordered by which is newer."""
+
+QUIET_BEFORE_LOOKUP = 5.0
+"""Seconds without news after which an incomplete save is looked up in the store: an earlier coordinator may have
+committed it and died before telling every agent."""
+
+REMEMBERED = 64
+"""Ended saves whose outcome is kept, to answer an agent that reports them again."""
+
+
+@dataclass(slots=True)
+class Save:
+    """One save in progress."""
+
+    epoch: int
+    step: int
+    attempt: int
+    world_size: int
+    store: str
+    opened: float
+    changed: float
+    committing: bool = False
+    staged: dict[int, str] = field(default_factory=dict)
+    durable: dict[int, pb.Durable] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def missing(self) -> list[int]:
+        """Ranks that have not staged."""
+        return [r for r in range(self.world_size) if r not in self.staged]
+
+
+@dataclass(slots=True)
+class Saves:
+    """All saves of one job."""
+
+    job: str
+    timeout: float
+    keep: int = 0
+    nodes: set[str] = field(default_factory=set)
+    open: dict[Key, Save] = field(default_factory=dict)
+    held: dict[Key, dict[int, str]] = field(default_factory=dict)
+    complete: dict[Key, int] = field(default_factory=dict)
+    aliases: dict[Key, dict[str, str]] = field(default_factory=dict)
+    ended: OrderedDict[Key, agent_pb2.SaveOutcome] = field(default_factory=OrderedDict)
+
+    def staged(self, event: pb.Staged, now: float) -> Decision:
+        """A rank's snapshot is whole in its arena."""
+        key = (event.epoch, event.step)
+        self.nodes.add(event.node)
+        self.held.setdefault(key, {})[event.rank] = event.node
+        if key in self.ended:
+            # The snapshot outlives its save in memory; the agent only needs to hear how the save ended.
+            return Decision([self._tell(event.node, save_ended=pb.SaveEnded(outcome=self.ended[key]))], [])
+        save = self.open.get(key)
+        if save is None:
+            save = Save(event.epoch, event.step, event.attempt, event.world_size, event.store, now, now)
+            self.open[key] = save
+        save.staged[event.rank] = event.node
+        save.changed = now
+        save.aliases.update(event.aliases)
+        if save.missing or key in self.complete:
+            return Decision()
+        self.complete[key] = event.world_size
+        self.aliases[key] = dict(save.aliases)
+        order = pb.SnapshotComplete(
+            epoch=event.epoch, step=event.step, world_size=event.world_size, aliases=save.aliases
+        )
+        reason = f"step {event.step}: all {event.world_size} ranks have staged; the snapshot is complete in memory"
+        return Decision([self._tell(node, snapshot_complete=order) for node in sorted(self.nodes)], [reason])
+
+    def durable(self, event: pb.Durable, now: float) -> Decision:
+        """A rank's shard is in the store, synced."""
+        key = (event.epoch, event.step)
+        save = self.open.get(key)
+        if save is None or event.rank not in range(save.world_size):
+            return Decision()
+        save.durable[event.rank] = event
+        save.changed = now
+        if save.committing or len(save.durable) < save.world_size or save.missing:
+            return Decision()
+        save.committing = True
+        shards = tuple(save.durable[r] for r in range(save.world_size))
+        effect = Commit(
+            self.job, save.epoch, save.step, save.attempt, save.world_size, save.store, self.keep, save.aliases, shards
+        )
+        return Decision([effect], [f"step {save.step}: all {save.world_size} shards are durable; committing"])
+
+    def shard_failed(self, event: pb.ShardFailed, now: float) -> Decision:
+        """A shard could not be written, for good."""
+        outcome = agent_pb2.OUTCOME_FENCED if event.code == "fenced" else agent_pb2.OUTCOME_FAILED
+        return self._end((event.epoch, event.step), outcome, event.code, f"rank {event.rank}: {event.what}", now)
+
+    def skipped(self, event: pb.Skipped, now: float) -> Decision:
+        """A rank could not take this snapshot, so nobody's is of use."""
+        key = (event.epoch, event.step)
+        if key not in self.open and key not in self.ended:
+            # The others may stage later: remember the outcome so that they hear it at once.
+            self.open[key] = Save(event.epoch, event.step, event.attempt, 0, "", now, now)
+        return self._end(key, agent_pb2.OUTCOME_SKIPPED, "arena-exhausted", f"rank {event.rank}: {event.why}", now)
+
+    def dropped(self, event: pb.Dropped) -> None:
+        """A shard has left the memory of its node."""
+        self._forget((event.epoch, event.step), event.rank)
+
+    def rank_gone(self, attempt: int, rank: int, how: str, now: float) -> Decision:
+        """A rank will stage nothing more: saves that wait for it cannot complete."""
+        decision = Decision()
+        for key, save in list(self.open.items()):
+            if save.attempt == attempt and rank not in save.staged:
+                decision.add(
+                    self._end(key, agent_pb2.OUTCOME_FAILED, "save-failed", f"rank {rank} {how} before it staged", now)
+                )
+        return decision
+
+    def node_gone(self, node: str) -> None:
+        """A node's memory is out of reach; what it wrote to the store still counts."""
+        for key in list(self.held):
+            for rank in [r for r, where in self.held[key].items() if where == node]:
+                self._forget(key, rank)
+        self.nodes.discard(node)
+
+    def commit_done(self, event: CommitDone, now: float) -> Decision:
+        """The commit record is there, or could not be written."""
+        key = (event.epoch, event.step)
+        if not event.code:
+            return self._end(key, agent_pb2.OUTCOME_COMMITTED, "", "committed", now)
+        outcome = agent_pb2.OUTCOME_FENCED if event.code == "fenced" else agent_pb2.OUTCOME_FAILED
+        return self._end(key, outcome, event.code, event.why, now)
+
+    def tick(self, now: float) -> Decision:
+        """Give up saves that take too long; look up those that may have been committed before our time."""
+        decision = Decision()
+        for key, save in list(self.open.items()):
+            if save.committing:
+                continue
+            if now - save.opened > self.timeout:
+                waiting = save.missing or [r for r in range(save.world_size) if r not in save.durable]
+                shown = ", ".join(map(str, waiting[:8])) + (" ..." if len(waiting) > 8 else "")
+                did = "staged" if save.missing else "written its shard"
+                why = f"after {self.timeout:g} s these ranks have not {did}: {shown}"
+                decision.add(self._end(key, agent_pb2.OUTCOME_FAILED, "save-failed", why, now))
+            elif save.missing and save.durable and now - save.changed > QUIET_BEFORE_LOOKUP:
+                save.changed = now
+                decision.effects.append(Lookup(self.job, save.epoch, save.step, save.store))
+        return decision
+
+    def snapshots(self) -> list[Key]:
+        """Complete snapshots that are still whole in memory, newest first."""
+        return sorted((k for k, world in self.complete.items() if len(self.held.get(k, ())) == world), reverse=True)
+
+    def _forget(self, key: Key, rank: int) -> None:
+        ranks = self.held.get(key, {})
+        ranks.pop(rank, None)
+        if not ranks:
+            self.held.pop(key, None)
+            self.complete.pop(key, None)
+            self.aliases.pop(key, None)
+
+    def _end(self, key: Key, outcome: agent_pb2.Outcome, code: str, why: str, now: float) -> Decision:
+        save = self.open.pop(key, None)
+        if save is None:
+            return Decision()
+        record = agent_pb2.SaveOutcome(
+            epoch=save.epoch,
+            step=save.step,
+            outcome=outcome,
+            code=code,
+            reason=why,
+            bytes=sum(d.nbytes for d in save.durable.values()),
+            seconds=now - save.opened,
+        )
+        self.ended[key] = record
+        while len(self.ended) > REMEMBERED:
+            self.ended.popitem(last=False)
+        effects: list[Effect] = [self._tell(n, save_ended=pb.SaveEnded(outcome=record)) for n in sorted(self.nodes)]
+        word = agent_pb2.Outcome.Name(outcome).removeprefix("OUTCOME_").lower()
+        return Decision(effects, [f"step {save.step}: {word}: {why}" if code else f"step {save.step}: {word}"])
+
+    def _tell(
+        self,
+        node: str,
+        *,
+        save_ended: pb.SaveEnded | None = None,
+        snapshot_complete: pb.SnapshotComplete | None = None,
+    ) -> Send:
+        return Send(node, pb.Order(job=self.job, save_ended=save_ended, snapshot_complete=snapshot_complete))

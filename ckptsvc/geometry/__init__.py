@@ -1,0 +1,4 @@
+"""Which bytes of which tensor: boxes and flat ranges, who holds what under a layout, and how to get from one layout to another.
+
+Pure: no I/O, no clock, no torch. All coordinates are in elements of the logical (global) tensor unless a name says bytes.
+"""

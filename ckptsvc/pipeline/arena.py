@@ -1,0 +1,254 @@
+"""Arenas: shared-memory files that a rank copies its snapshot into and that are written to the store as they are.
+
+An arena is a file of whole pages in a directory of the agent (on tmpfs). Its pages are allocated when it is made, so
+that running out of memory is an error here and never a SIGBUS in the training process, and so that the copy in the
+training loop never pays for fresh pages (measured: 1.6 GB/s into fresh pages, 17 into touched ones). Beside a filled
+arena lies a small JSON file; from these two a restarted agent knows every snapshot it held.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import fcntl
+import mmap
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from ckptsvc.errors import ArenaExhausted, InvalidInput, RunBusy
+
+HUGE_PAGE = 2 << 20
+"""Capacities are multiples of this many bytes."""
+
+
+class State(enum.Enum):
+    """What an arena is doing."""
+
+    FREE = "free"
+    FILLING = "filling"  # a rank copies into it
+    STAGED = "staged"  # a whole snapshot, being saved
+    KEPT = "kept"  # its save has ended; the snapshot stays as the memory tier until the arena is needed
+
+
+class Label(msgspec.Struct, frozen=True, kw_only=True):
+    """What a filled arena holds; the JSON file beside it."""
+
+    job: str
+    store: str
+    attempt: int
+    epoch: int
+    step: int
+    rank: int
+    world_size: int
+    nbytes: int
+    extent: int
+    aliases: dict[str, str]
+    kept: bool = False
+
+
+@dataclass(slots=True)
+class Arena:
+    """One arena; `label` is set while it is STAGED or KEPT."""
+
+    name: str
+    path: Path
+    capacity: int
+    job: str
+    rank: int
+    state: State = State.FREE
+    step: int = -1
+    label: Label | None = None
+    used: float = 0.0
+
+
+@dataclass(slots=True)
+class ArenaPool:
+    """All arenas of one agent, below `limit` bytes. Not thread-safe: the agent's event loop owns it.
+
+    Args:
+        root: directory of this agent; created with mode 0700.
+        limit: bytes of shared memory all arenas together may take.
+    """
+
+    root: Path
+    limit: int
+    arenas: dict[str, Arena] = field(default_factory=dict)
+    _lock: int = -1
+
+    def open(self) -> list[Arena]:
+        """Take possession of the directory and return the snapshots an earlier agent left in it.
+
+        Raises:
+            RunBusy: another live agent owns the directory.
+        """
+        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            self._lock = -1
+            raise RunBusy(f"another agent uses the arenas in {self.root}", hint="give this one another name") from None
+        found = []
+        for path in sorted(self.root.glob("*.arena")):
+            label = _read_label(path)
+            if label is None or label.nbytes > path.stat().st_size:
+                path.unlink()
+                continue
+            arena = Arena(path.stem, path, path.stat().st_size, label.job, label.rank)
+            arena.state = State.KEPT if label.kept else State.STAGED
+            arena.step, arena.label = label.step, label
+            self.arenas[arena.name] = arena
+            found.append(arena)
+        return found
+
+    def close(self, remove: bool) -> None:
+        """Give the directory up; with `remove`, and everything in it."""
+        if remove:
+            for arena in list(self.arenas.values()):
+                self._remove(arena)
+        if self._lock >= 0:
+            if remove:
+                with contextlib.suppress(OSError):
+                    (self.root / "lock").unlink()
+                    self.root.rmdir()
+            os.close(self._lock)
+            self._lock = -1
+
+    @property
+    def total(self) -> int:
+        """Bytes of shared memory in use."""
+        return sum(a.capacity for a in self.arenas.values())
+
+    def of(self, job: str, rank: int) -> list[Arena]:
+        """A rank's arenas."""
+        return [a for a in self.arenas.values() if a.job == job and a.rank == rank]
+
+    def plan(self, job: str, rank: int, nbytes: int, count: int) -> int:
+        """How many arenas of `nbytes` a rank still lacks; unusable small free ones are removed first."""
+        for arena in self.of(job, rank):
+            if arena.state is State.FREE and arena.capacity < nbytes:
+                self._remove(arena)
+        return count - sum(1 for a in self.of(job, rank) if a.capacity >= nbytes)
+
+    def make(self, job: str, rank: int, nbytes: int) -> tuple[Arena, int]:
+        """Reserve one more arena of at least `nbytes` bytes; `populate` must follow, with the descriptor returned.
+
+        Raises:
+            ArenaExhausted: the limit does not allow it.
+        """
+        capacity = -(-max(nbytes, 1) // HUGE_PAGE) * HUGE_PAGE
+        if self.total + capacity > self.limit:
+            raise ArenaExhausted(
+                f"an arena of {capacity >> 20} MiB does not fit: {self.total >> 20} of {self.limit >> 20} MiB are in use",
+                hint="raise arena.limit, or lower arena.slots",
+            )
+        name = f"{rank:05d}-{secrets.token_hex(8)}"
+        path = self.root / f"{name}.arena"
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        arena = Arena(name, path, capacity, job, rank, State.FILLING)
+        self.arenas[name] = arena
+        return arena, fd
+
+    def acquire(self, job: str, rank: int, nbytes: int, step: int) -> Arena:
+        """A free arena for a snapshot; if there is none, the oldest one that is only kept as memory tier.
+
+        Raises:
+            ArenaExhausted: all are busy, or too small.
+        """
+        fit = [a for a in self.of(job, rank) if a.capacity >= nbytes]
+        free = [a for a in fit if a.state is State.FREE] or [a for a in fit if a.state is State.KEPT]
+        if not free:
+            busy = sum(1 for a in fit if a.state is State.STAGED)
+            raise ArenaExhausted(f"no free arena of {nbytes >> 20} MiB for rank {rank}: {busy} are still being saved")
+        arena = min(free, key=lambda a: a.step)
+        self.release(arena)
+        arena.state, arena.step, arena.used = State.FILLING, step, time.monotonic()
+        return arena
+
+    def stage(self, arena: Arena, label: Label) -> None:
+        """The arena holds a whole snapshot now; remember that beyond this process."""
+        if label.nbytes > arena.capacity:
+            raise InvalidInput(f"a snapshot of {label.nbytes} bytes cannot be in an arena of {arena.capacity}")
+        arena.label, arena.state = label, State.STAGED
+        _write_label(arena.path, label)
+
+    def keep(self, arena: Arena) -> None:
+        """The save has ended; the snapshot stays as the memory tier."""
+        if arena.label is not None:
+            arena.label = msgspec.structs.replace(arena.label, kept=True)
+            arena.state = State.KEPT
+            _write_label(arena.path, arena.label)
+
+    def release(self, arena: Arena) -> None:
+        """Forget what the arena holds; it can be filled again."""
+        with contextlib.suppress(FileNotFoundError):
+            arena.path.with_suffix(".json").unlink()
+        arena.label, arena.state, arena.step = None, State.FREE, -1
+
+    def drop(self, job: str, rank: int | None = None) -> None:
+        """Remove a job's arenas (of one rank), except those that are still being saved."""
+        for arena in list(self.arenas.values()):
+            if arena.job == job and (rank is None or arena.rank == rank) and arena.state is not State.STAGED:
+                self._remove(arena)
+
+    def _remove(self, arena: Arena) -> None:
+        for path in (arena.path.with_suffix(".json"), arena.path):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+        self.arenas.pop(arena.name, None)
+
+
+def populate(fd: int, capacity: int) -> None:
+    """Allocate every page of a new arena; slow (about 1.7 GB/s), so call it where nobody waits.
+
+    Raises:
+        ArenaExhausted: the memory is not there.
+    """
+    try:
+        os.posix_fallocate(fd, 0, capacity)
+    except OSError as error:
+        raise ArenaExhausted(
+            f"no memory for an arena of {capacity >> 20} MiB: {error.strerror}",
+            hint="give the arena directory (usually /dev/shm) more room, or lower arena.slots",
+        ) from error
+
+
+@contextlib.contextmanager
+def mapped(path: Path | str, nbytes: int) -> Iterator[memoryview]:
+    """An arena's whole pages that hold the first `nbytes` bytes, read-only."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        pages = min(size, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        if nbytes <= 0 or nbytes > size:
+            raise InvalidInput(f"{path} has {size} bytes; {nbytes} were asked for")
+        memory = mmap.mmap(fd, pages, mmap.MAP_SHARED, mmap.PROT_READ)
+    finally:
+        os.close(fd)
+    view = memoryview(memory)
+    try:
+        yield view
+    finally:
+        view.release()
+        memory.close()
+
+
+def _read_label(path: Path) -> Label | None:
+    try:
+        return msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Label)
+    except (OSError, msgspec.MsgspecError, UnicodeError):
+        return None  # not staged, or torn by a crash while being labelled: not a snapshot
+
+
+def _write_label(path: Path, label: Label) -> None:
+    target = path.with_suffix(".json")
+    fresh = target.with_suffix(".new")
+    fresh.write_bytes(msgspec.json.encode(label))
+    fresh.rename(target)

@@ -1,0 +1,152 @@
+"""What a run holds: its checkpoints, newest first, and one checkpoint opened for reading; the run's epochs."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ckptsvc.errors import Damaged, InvalidInput, NoCheckpoint, NotFound, StoreUnavailable
+from ckptsvc.format.checksum import digest128
+from ckptsvc.format.commit import (
+    COMMIT,
+    EPOCHS,
+    CommitRecord,
+    EpochRecord,
+    checkpoint_name,
+    epoch_key,
+    parse_checkpoint_name,
+    parse_epoch_name,
+)
+from ckptsvc.format.index import Index
+from ckptsvc.storage import Store
+
+
+class Ref(NamedTuple):
+    """Where a checkpoint is; sorts by which is newer."""
+
+    epoch: int
+    step: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return checkpoint_name(self.step, self.epoch)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint, index and commit record verified."""
+
+    store: Store
+    ref: Ref
+    commit: CommitRecord
+    index: Index
+
+    def key(self, shard: int) -> str:
+        """The store key of a shard."""
+        return f"{self.ref.name}/{self.index.shards[shard].name}"
+
+
+def list_refs(store: Store) -> list[Ref]:
+    """Every checkpoint folder, committed or not, newest (highest epoch, then step) first."""
+    refs = []
+    for name in store.children(""):
+        parsed = parse_checkpoint_name(name)
+        if parsed is not None:
+            refs.append(Ref(parsed[1], parsed[0]))
+    return sorted(refs, reverse=True)
+
+
+def read_commit(store: Store, ref: Ref) -> CommitRecord | None:
+    """The commit record, or None where the save was never committed.
+
+    Raises:
+        Damaged, IncompatibleVersion: there is a record that cannot be trusted.
+    """
+    key = f"{ref.name}/{COMMIT}"
+    try:
+        commit = CommitRecord.decode(store.read(key), key)
+    except NotFound:
+        return None
+    if (commit.step, commit.epoch) != (ref.step, ref.epoch):
+        raise Damaged(f"{key} speaks of step {commit.step} in epoch {commit.epoch}")
+    return commit
+
+
+def open_checkpoint(store: Store, ref: Ref, commit: CommitRecord | None = None) -> Checkpoint:
+    """Read and verify commit record and index.
+
+    Raises:
+        NoCheckpoint: not committed.
+        Damaged, IncompatibleVersion: the record or the index cannot be trusted.
+    """
+    commit = commit or read_commit(store, ref)
+    if commit is None:
+        raise NoCheckpoint(f"{store.url}/{ref.name} has no commit record: its save never finished")
+    key = f"{ref.name}/{commit.index}"
+    try:
+        size = store.size(key)
+        if size != commit.index_bytes:
+            raise Damaged(f"{key} has {size} bytes; its commit record says {commit.index_bytes}")
+        buffer = mmap.mmap(-1, max(size, 1))
+        view = memoryview(buffer)[:size]
+        store.read_into(key, 0, view)
+    except NotFound:
+        raise Damaged(f"{key}, the index, is missing") from None
+    if digest128(view) != commit.index_digest:
+        raise Damaged(f"{key}, the index, does not match the checksum in its commit record")
+    index = Index.decode(bytes(view))
+    if (index.info.step, index.info.epoch, len(index.shards)) != (commit.step, commit.epoch, commit.shards):
+        raise Damaged(f"{key}, the index, belongs to another checkpoint than its commit record")
+    return Checkpoint(store, ref, commit, index)
+
+
+def find(store: Store, step: int | None = None, name: str | None = None) -> list[tuple[Ref, CommitRecord | Damaged]]:
+    """Committed checkpoints, newest first, of one step or all; a record that is damaged comes as its error.
+
+    Raises:
+        InvalidInput: `name` is no name of a checkpoint.
+    """
+    refs = list_refs(store)
+    if name is not None:
+        parsed = parse_checkpoint_name(name)
+        if parsed is None:
+            raise InvalidInput(f"{name!r} is no name of a checkpoint", hint="they look like step-000000000100.e00007")
+        refs = [r for r in refs if (r.step, r.epoch) == parsed]
+    found: list[tuple[Ref, CommitRecord | Damaged]] = []
+    for ref in refs:
+        if step is not None and ref.step != step:
+            continue
+        try:
+            commit = read_commit(store, ref)
+        except Damaged as error:
+            found.append((ref, error))
+            continue
+        if commit is not None:
+            found.append((ref, commit))
+    return found
+
+
+def newest_epoch(store: Store) -> int:
+    """The highest epoch that was ever taken in this run; 0 when none was."""
+    return max((parse_epoch_name(n) or 0 for n in store.children(EPOCHS)), default=0)
+
+
+def read_epoch(store: Store, epoch: int) -> EpochRecord:
+    """Who took an epoch."""
+    key = epoch_key(epoch)
+    return EpochRecord.decode(store.read(key), key)
+
+
+def take_epoch(store: Store, job: str, attempt: int, owner: str, created: str) -> int:
+    """Take the next epoch: from now on, saves of other jobs with a lower one are fenced off.
+
+    `owner` is a random id of the caller: a create whose answer was lost is recognised by it.
+    """
+    for _ in range(100):
+        epoch = newest_epoch(store) + 1
+        record = EpochRecord(epoch=epoch, job=job, attempt=attempt, owner=owner, created=created)
+        if store.put_if_absent(epoch_key(epoch), record.encode()) or read_epoch(store, epoch).owner == owner:
+            return epoch
+    raise StoreUnavailable(f"{store.url}: a hundred others took epochs meanwhile; is a job restarting in a loop?")

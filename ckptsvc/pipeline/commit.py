@@ -1,0 +1,98 @@
+"""The commit: index first, then one small record, written last and only if absent. Its presence is the commit.
+
+    fence       is there an epoch above ours, taken by another job? then this job may not commit any more
+    index       built from what the ranks' agents reported, written under a unique name, synced
+    record      put if absent; a lost answer is resolved by reading the record back
+"""
+
+from __future__ import annotations
+
+import mmap
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from ckptsvc.errors import Damaged, Fenced, NotFound, SaveFailed
+from ckptsvc.format.checksum import digest128
+from ckptsvc.format.commit import COMMIT, CommitRecord, checkpoint_name, index_name
+from ckptsvc.format.index import Index, IndexInfo, ShardRecord
+from ckptsvc.pipeline.catalog import Ref, newest_epoch, read_commit, read_epoch
+from ckptsvc.storage import Store
+
+
+def now_iso() -> str:
+    """The time, ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def check_fence(store: Store, job: str, epoch: int) -> None:
+    """Raise `Fenced` when another job has taken a higher epoch of this run."""
+    newest = newest_epoch(store)
+    if newest <= epoch:
+        return
+    try:
+        owner = read_epoch(store, newest)
+    except (NotFound, Damaged):
+        return  # being written, or unreadable: it fences nobody
+    if owner.job != job:
+        raise Fenced(f"job {owner.job} took this run over at {owner.created} (epoch {newest}; ours is {epoch})")
+
+
+def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecord], writer: str) -> CommitRecord:
+    """Commit one checkpoint whose shards are all durable.
+
+    Args:
+        store: where the shards are.
+        info: step, epoch, attempt, job and so on.
+        shards: one record for each rank.
+        writer: a random id of the caller, the same when it tries again.
+
+    Returns:
+        the record that is in the store: ours, or that of an earlier try of this very save.
+
+    Raises:
+        Fenced: a newer job has taken the run over.
+        LayoutError: the shards do not cover every tensor.
+        SaveFailed: a record of somebody else is there.
+        StoreError: as the store raises.
+    """
+    check_fence(store, info.job, info.epoch)
+    ref = Ref(info.epoch, info.step)
+    earlier = read_commit(store, ref)
+    if earlier is None:
+        index = Index.build(info, shards)
+        index.check_cover()
+        image = index.encode()
+        name = index_name(secrets.token_hex(4))
+        _write_aligned(store, f"{ref.name}/{name}", image)
+        record = CommitRecord(
+            step=info.step,
+            epoch=info.epoch,
+            attempt=info.attempt,
+            job=info.job,
+            writer=writer,
+            index=name,
+            index_bytes=len(image),
+            index_digest=digest128(image),
+            shards=len(shards),
+            bytes=sum(s.nbytes for s in shards),
+            world_size=info.world_size,
+            created=now_iso(),
+        )
+        if store.put_if_absent(f"{checkpoint_name(info.step, info.epoch)}/{COMMIT}", record.encode()):
+            return record
+        earlier = read_commit(store, ref)
+    if earlier is None or earlier.job != info.job:
+        other = earlier.job if earlier else "somebody who removed it again"
+        raise SaveFailed(f"{ref.name} was committed by {other}")
+    return earlier
+
+
+def _write_aligned(store: Store, key: str, data: bytes) -> None:
+    with mmap.mmap(-1, max(len(data), 1)) as buffer:
+        buffer[: len(data)] = data
+        view = memoryview(buffer)
+        try:
+            store.write(key, view, len(data))
+        finally:
+            view.release()

@@ -1,0 +1,1 @@
+"""The wire: stubs generated from `proto/`, and the channel (deadlines, status <-> errors)."""

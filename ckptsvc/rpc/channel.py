@@ -1,0 +1,49 @@
+"""Channels and servers: limits, deadlines, and errors carried as a code in the trailers.
+
+An error raised in a servicer as `CkptsvcError` arrives at the caller as the same class with the same message.
+"""
+
+from __future__ import annotations
+
+import json
+
+import grpc
+
+from ckptsvc.errors import BY_CODE, GRPC_STATUS, AgentUnavailable, CkptsvcError
+
+MAX_MESSAGE = 256 << 20
+"""Largest message in bytes: the columns of a shard with three million regions."""
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    ("grpc.enable_http_proxy", 0),  # a proxy for the web is not meant for a loopback or cluster address
+]
+
+KEEPALIVE = [("grpc.keepalive_time_ms", 5000), ("grpc.keepalive_timeout_ms", 5000)]
+"""For streams between agents: a peer that is cut off is noticed in ten seconds."""
+
+ERROR_KEY = "ckptsvc-error-bin"
+TOKEN_KEY = "ckptsvc-token"  # noqa: S105
+
+
+def trailers_of(error: CkptsvcError) -> tuple[grpc.StatusCode, tuple[tuple[str, bytes], ...]]:
+    """The status and trailing metadata that carry an error."""
+    body = json.dumps({"code": error.code, "what": error.what, "hint": error.hint}).encode()
+    return grpc.StatusCode[GRPC_STATUS[error.code]], ((ERROR_KEY, body),)
+
+
+def error_of(failure: grpc.RpcError) -> CkptsvcError:
+    """The error a call ended with; a lost connection or a deadline is `AgentUnavailable`."""
+    for key, value in failure.trailing_metadata() or ():
+        if key == ERROR_KEY:
+            try:
+                body = json.loads(value)
+                return BY_CODE.get(body["code"], CkptsvcError)(str(body["what"]), hint=str(body.get("hint", "")))
+            except (ValueError, KeyError, TypeError):
+                break
+    if failure.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        return AgentUnavailable("the agent does not answer", hint="is it running? see `ckptsvc status`")
+    if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return AgentUnavailable("the agent did not answer in time")
+    return CkptsvcError(f"call failed: {failure.code().name}: {failure.details()}")

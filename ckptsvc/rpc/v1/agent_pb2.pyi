@@ -1,0 +1,288 @@
+from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    OUTCOME_UNSPECIFIED: _ClassVar[Outcome]
+    OUTCOME_COMMITTED: _ClassVar[Outcome]
+    OUTCOME_FAILED: _ClassVar[Outcome]
+    OUTCOME_SKIPPED: _ClassVar[Outcome]
+    OUTCOME_FENCED: _ClassVar[Outcome]
+OUTCOME_UNSPECIFIED: Outcome
+OUTCOME_COMMITTED: Outcome
+OUTCOME_FAILED: Outcome
+OUTCOME_SKIPPED: Outcome
+OUTCOME_FENCED: Outcome
+
+class PrepareRequest(_message.Message):
+    __slots__ = ("arena_bytes", "plain_digest")
+    ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    PLAIN_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    arena_bytes: int
+    plain_digest: str
+    def __init__(self, arena_bytes: _Optional[int] = ..., plain_digest: _Optional[str] = ...) -> None: ...
+
+class PrepareResponse(_message.Message):
+    __slots__ = ("same_plain", "complete")
+    SAME_PLAIN_FIELD_NUMBER: _ClassVar[int]
+    COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    same_plain: _containers.RepeatedScalarFieldContainer[int]
+    complete: bool
+    def __init__(self, same_plain: _Optional[_Iterable[int]] = ..., complete: bool = ...) -> None: ...
+
+class AcquireRequest(_message.Message):
+    __slots__ = ("step", "bytes")
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    bytes: int
+    def __init__(self, step: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+
+class AcquireResponse(_message.Message):
+    __slots__ = ("slot", "capacity", "epoch")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    CAPACITY_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    capacity: int
+    epoch: int
+    def __init__(self, slot: _Optional[str] = ..., capacity: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class SubmitRequest(_message.Message):
+    __slots__ = ("slot", "step", "bytes", "aliases")
+    class AliasesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    step: int
+    bytes: int
+    aliases: _containers.ScalarMap[str, str]
+    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., bytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class SubmitResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class AbandonRequest(_message.Message):
+    __slots__ = ("slot", "step", "reason")
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    slot: str
+    step: int
+    reason: str
+    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class AbandonResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class WaitSaveRequest(_message.Message):
+    __slots__ = ("step",)
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    step: int
+    def __init__(self, step: _Optional[int] = ...) -> None: ...
+
+class WaitSaveResponse(_message.Message):
+    __slots__ = ("outcome",)
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    outcome: SaveOutcome
+    def __init__(self, outcome: _Optional[_Union[SaveOutcome, _Mapping]] = ...) -> None: ...
+
+class SaveOutcome(_message.Message):
+    __slots__ = ("epoch", "step", "outcome", "code", "reason", "bytes", "seconds")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    outcome: Outcome
+    code: str
+    reason: str
+    bytes: int
+    seconds: float
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class ListSnapshotsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListSnapshotsResponse(_message.Message):
+    __slots__ = ("snapshots",)
+    SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
+    snapshots: _containers.RepeatedCompositeFieldContainer[Snapshot]
+    def __init__(self, snapshots: _Optional[_Iterable[_Union[Snapshot, _Mapping]]] = ...) -> None: ...
+
+class Snapshot(_message.Message):
+    __slots__ = ("epoch", "step", "world_size", "local", "aliases")
+    class AliasesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    LOCAL_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    world_size: int
+    local: _containers.RepeatedCompositeFieldContainer[LocalShard]
+    aliases: _containers.ScalarMap[str, str]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., world_size: _Optional[int] = ..., local: _Optional[_Iterable[_Union[LocalShard, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class LocalShard(_message.Message):
+    __slots__ = ("rank", "slot", "bytes", "extent", "digests")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    slot: str
+    bytes: int
+    extent: int
+    digests: bytes
+    def __init__(self, rank: _Optional[int] = ..., slot: _Optional[str] = ..., bytes: _Optional[int] = ..., extent: _Optional[int] = ..., digests: _Optional[bytes] = ...) -> None: ...
+
+class LeaveRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class LeaveResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class GetStatusResponse(_message.Message):
+    __slots__ = ("json",)
+    JSON_FIELD_NUMBER: _ClassVar[int]
+    json: bytes
+    def __init__(self, json: _Optional[bytes] = ...) -> None: ...
+
+class LaunchRequest(_message.Message):
+    __slots__ = ("hello", "ready", "exit", "stop_wanted")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    EXIT_FIELD_NUMBER: _ClassVar[int]
+    STOP_WANTED_FIELD_NUMBER: _ClassVar[int]
+    hello: LauncherHello
+    ready: LauncherReady
+    exit: RankExit
+    stop_wanted: StopWanted
+    def __init__(self, hello: _Optional[_Union[LauncherHello, _Mapping]] = ..., ready: _Optional[_Union[LauncherReady, _Mapping]] = ..., exit: _Optional[_Union[RankExit, _Mapping]] = ..., stop_wanted: _Optional[_Union[StopWanted, _Mapping]] = ...) -> None: ...
+
+class LauncherHello(_message.Message):
+    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    NODE_RANK_FIELD_NUMBER: _ClassVar[int]
+    MIN_NODES_FIELD_NUMBER: _ClassVar[int]
+    MAX_NODES_FIELD_NUMBER: _ClassVar[int]
+    NPROC_FIELD_NUMBER: _ClassVar[int]
+    MAX_RESTARTS_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    node: str
+    node_rank: int
+    min_nodes: int
+    max_nodes: int
+    nproc: int
+    max_restarts: int
+    address: str
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
+
+class LauncherReady(_message.Message):
+    __slots__ = ("attempt", "port")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    PORT_FIELD_NUMBER: _ClassVar[int]
+    attempt: int
+    port: int
+    def __init__(self, attempt: _Optional[int] = ..., port: _Optional[int] = ...) -> None: ...
+
+class RankExit(_message.Message):
+    __slots__ = ("attempt", "rank", "status", "monotonic")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    MONOTONIC_FIELD_NUMBER: _ClassVar[int]
+    attempt: int
+    rank: int
+    status: int
+    monotonic: float
+    def __init__(self, attempt: _Optional[int] = ..., rank: _Optional[int] = ..., status: _Optional[int] = ..., monotonic: _Optional[float] = ...) -> None: ...
+
+class StopWanted(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class LaunchResponse(_message.Message):
+    __slots__ = ("start", "stop", "end")
+    START_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    END_FIELD_NUMBER: _ClassVar[int]
+    start: StartRanks
+    stop: StopRanks
+    end: JobEnd
+    def __init__(self, start: _Optional[_Union[StartRanks, _Mapping]] = ..., stop: _Optional[_Union[StopRanks, _Mapping]] = ..., end: _Optional[_Union[JobEnd, _Mapping]] = ...) -> None: ...
+
+class StartRanks(_message.Message):
+    __slots__ = ("attempt", "world_size", "first_rank", "node_rank", "nodes", "master_addr", "master_port")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_RANK_FIELD_NUMBER: _ClassVar[int]
+    NODE_RANK_FIELD_NUMBER: _ClassVar[int]
+    NODES_FIELD_NUMBER: _ClassVar[int]
+    MASTER_ADDR_FIELD_NUMBER: _ClassVar[int]
+    MASTER_PORT_FIELD_NUMBER: _ClassVar[int]
+    attempt: int
+    world_size: int
+    first_rank: int
+    node_rank: int
+    nodes: int
+    master_addr: str
+    master_port: int
+    def __init__(self, attempt: _Optional[int] = ..., world_size: _Optional[int] = ..., first_rank: _Optional[int] = ..., node_rank: _Optional[int] = ..., nodes: _Optional[int] = ..., master_addr: _Optional[str] = ..., master_port: _Optional[int] = ...) -> None: ...
+
+class StopRanks(_message.Message):
+    __slots__ = ("attempt", "grace", "reason")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    GRACE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    attempt: int
+    grace: float
+    reason: str
+    def __init__(self, attempt: _Optional[int] = ..., grace: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class JobEnd(_message.Message):
+    __slots__ = ("status", "reason")
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    status: int
+    reason: str
+    def __init__(self, status: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
