@@ -5,8 +5,8 @@ A value is taken from the last of these that has one:
     default < /etc/ckptsvc/config.toml < $XDG_CONFIG_HOME/ckptsvc/config.toml < $CKPTSVC_CONFIG
             < environment variable CKPTSVC_<SECTION>_<KEY> < flag or argument
 
-`Settings.origin` says which one it was, for a person who wonders. An unknown key is refused together with the nearest
-right one: a setting that is silently ignored is found out when the checkpoint it was about is missing.
+`Settings.origin` says which one it was. An unknown key is refused together with the nearest right one: a
+setting that is silently ignored is found out on the day the checkpoint it was about is missing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn, get_args
+from typing import Annotated, NamedTuple, NoReturn, get_args
 
 import msgspec
 
@@ -28,22 +28,35 @@ from ckptsvc.errors import ConfigError
 SYSTEM_FILE = Path("/etc/ckptsvc/config.toml")
 
 OTHER_VARIABLES: dict[str, str] = {
-    "CKPTSVC_CONFIG": "one more settings file, which must exist",
+    "CKPTSVC_CONFIG": "one more settings file; it must exist",
     "CKPTSVC_JOB": "id of the job (launch.py)",
     "CKPTSVC_ATTEMPT": "number of this incarnation of the job's ranks (launch.py)",
     "CKPTSVC_NODE": "name of this node (launch.py)",
+    "CKPTSVC_SOCKET": "directory of the agent to use (set by `ckptsvc run` for its ranks)",
+    "CKPTSVC_COORDINATOR": "address of the job's coordinator (set by `ckptsvc run` for its ranks)",
+    "CKPTSVC_FAILPOINT": "where an I/O worker kills its agent and itself (tests)",
 }
 """Every variable CKPTSVC_* that has a meaning and is not a setting."""
 
 MAX_SOCKET_PATH = 107
-"""Bytes in the path of a unix socket: sun_path has 108, with the terminating NUL (unix(7))."""
+"""Bytes in the path of a unix socket: sun_path has 108, the last one for the terminating NUL (unix(7))."""
 
-_SIZE_UNITS = {"": 1, "b": 1, **{f"{p}b": 1000**n for n, p in enumerate("kmgtp", 1)}}
-_SIZE_UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgtp", 1)}
-_DURATION_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_QUANTITY = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*")
-# A Kubernetes service called "ckptsvc..." puts such variables into every pod of its namespace.
-_KUBERNETES_LINK = re.compile(r"CKPTSVC_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_[A-Z]+\w*)?)")
+PAGE = 4096
+
+_SIZE_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", 1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgtp", 1)},
+}
+_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+_SIZE = re.compile(rf"({_NUMBER}) *([A-Za-z]*)")
+_DURATION_PART = re.compile(rf"({_NUMBER}) *([a-z]+)")
+_PERCENT = re.compile(rf"({_NUMBER}) *%")
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]+)):([0-9]{1,5})")
+# Kubernetes puts such variables into every pod of a namespace that has a service called "ckptsvc...".
+_KUBERNETES_LINK = re.compile(r"CKPTSVC_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_\w+)?)")
 
 
 class Address(NamedTuple):
@@ -57,40 +70,41 @@ class Address(NamedTuple):
 
 
 class Every(NamedTuple):
-    """How often to save: one of `steps` and `seconds` is set, the other is 0."""
+    """How often to save: `steps` or `seconds` is set, the other is 0."""
 
     steps: int
     seconds: float
 
 
 class Limit(NamedTuple):
-    """An amount of memory: `nbytes`, or `share` (0 to 1) of a whole; one of them is set, the other is 0."""
+    """An amount of memory: `nbytes`, or `share` (0 to 1) of a whole, is set; the other is 0."""
 
     nbytes: int
     share: float
 
     def of(self, total: int) -> int:
-        """The limit in bytes, where the whole is `total` bytes."""
+        """The limit in bytes where the whole is `total` bytes."""
         return self.nbytes or int(total * self.share)
 
 
 def parse_size(value: object) -> int:
-    """Bytes in a size: 4096, "512MiB", "8 GiB", "1.5TB" (KB = 1000, KiB = 1024).
+    """Bytes in a size: 4096, "512MiB", "8 GiB", "1.5TB" (KB is 1000 bytes, KiB is 1024).
 
     Raises:
         ConfigError: not a size, or not a whole number of bytes.
     """
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
-    match = _QUANTITY.fullmatch(value) if isinstance(value, str) else None
-    nbytes = float(match[1]) * _SIZE_UNITS.get(match[2].lower(), math.nan) if match else math.nan
+    nbytes = math.nan
+    if match := _match(_SIZE, value):
+        nbytes = float(match[1]) * _SIZE_UNITS.get(match[2].lower(), math.nan)
     if not nbytes.is_integer():
         _refuse(value, "a size", '4096, "512MiB" or "8GiB"')
     return int(nbytes)
 
 
 def parse_duration(value: object) -> float:
-    """Seconds in a duration: 90, 0.5, "90s", "10min", "1h30min" (units ms, s, min, h, d).
+    """Seconds in a duration: 90, 0.5, "90", "90s", "10min", "1h30min" (units ms, s, min, h, d).
 
     Raises:
         ConfigError: not a duration.
@@ -98,8 +112,10 @@ def parse_duration(value: object) -> float:
     seconds = math.nan
     if isinstance(value, int | float) and not isinstance(value, bool):
         seconds = float(value)
-    elif isinstance(value, str) and re.fullmatch(f"({_QUANTITY.pattern})+", value):
-        parts = _QUANTITY.findall(value)
+    elif match := _match(re.compile(_NUMBER), value):
+        seconds = float(match[0])
+    elif _match(re.compile(f"(?:{_DURATION_PART.pattern} *)+"), value):
+        parts = _DURATION_PART.findall(str(value))
         seconds = sum(float(number) * _DURATION_UNITS.get(unit, math.nan) for number, unit in parts)
     if not (math.isfinite(seconds) and seconds >= 0):
         _refuse(value, "a duration", '30, "90s", "10min" or "1h30min"')
@@ -107,41 +123,344 @@ def parse_duration(value: object) -> float:
 
 
 def parse_every(value: object) -> Every | None:
-    """How often to save: a number of steps, a duration with its unit, or None for "off" (only when asked to).
+    """How often to save: a number of steps, a duration with its unit, or None for "off" (only when asked).
 
     Raises:
         ConfigError: none of these, or zero.
     """
     if value == "off":
         return None
-    text = str(value)
-    is_steps = isinstance(value, int | str) and text.isascii() and text.isdigit()
-    every = Every(int(text), 0.0) if is_steps else Every(0, parse_duration(value if "a" else value))
-    if not any(every):
+    every = Every(0, 0.0)
+    if isinstance(value, int) and not isinstance(value, bool):
+        every = Every(value, 0.0)
+    elif match := _match(re.compile("[0-9]+"), value):
+        every = Every(int(match[0]), 0.0)
+    elif isinstance(value, str):
+        every = Every(0, parse_duration(value))
+    if every.steps <= 0 and every.seconds <= 0:
         _refuse(value, "an interval", '500 (steps), "10min" or "off"')
     return every
 
 
 def parse_limit(value: object) -> Limit:
-    """A limit: a size, or a share such as "50%".
+    """An amount of memory: a size, or a share such as "50%".
 
     Raises:
-        ConfigError: neither, zero, or more than 100%.
+        ConfigError: neither, zero, or more than 100 %.
     """
-    percent = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*%", value.strip()) if isinstance(value, str) else None
-    limit = Limit(0, float(percent[1]) / 100) if percent else Limit(parse_size(value), 0.0)
+    match = _match(_PERCENT, value)
+    limit = Limit(0, float(match[1]) / 100) if match else Limit(parse_size(value), 0.0)
     if not any(limit) or limit.share > 1:
         _refuse(value, "a limit", '"50%" or "8GiB"')
     return limit
 
 
 def parse_address(value: object) -> Address:
-    """A TCP address, "host:port" or "[v6]:port".
+    """A TCP address: "host:port", "10.0.0.1:7070", "[::1]:0".
 
     Raises:
         ConfigError: not an address.
     """
-    match = re.fullmatch(r"(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s:\[\]]+)):([0-9]{1,5})", value) if isinstance(value, str) else None
+    match = _match(_ADDRESS, value)
     if match is None or int(match[3]) > 65535:
         _refuse(value, "an address", '"127.0.0.1:0" or "[::1]:7070"')
     return Address(match[1] or match[2], int(match[3]))
+
+
+def parse_address_or_off(value: object) -> Address | None:
+    """A TCP address, or None for "off".
+
+    Raises:
+        ConfigError: neither.
+    """
+    return None if value == "off" else parse_address(value)
+
+
+def _match(pattern: re.Pattern[str], value: object) -> re.Match[str] | None:
+    return pattern.fullmatch(value.strip()) if isinstance(value, str) else None
+
+
+def _refuse(value: object, kind: str, examples: str) -> NoReturn:
+    raise ConfigError(f"{value!r} is not {kind}", hint=f"for example {examples}")
+
+
+class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[agent]: the service on each node.
+
+    Attributes:
+        socket_dir: directory of the unix sockets; "" means `runtime_dir`.
+        listen: where other agents reach this one.
+        metrics_listen: where Prometheus and browsers reach this one, or "off".
+        name: name of the node; "" means the one its scheduler or the host gives it.
+        coordinator: the agent that decides, or "off": the agents elect one.
+    """
+
+    socket_dir: str = ""
+    listen: Annotated[Address, parse_address] = Address("127.0.0.1", 0)
+    metrics_listen: Annotated[Address | None, parse_address_or_off] = Address("127.0.0.1", 0)
+    name: str = ""
+    coordinator: Annotated[Address | None, parse_address_or_off] = None
+
+
+class ArenaSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[arena]: the shared memory that snapshots live in.
+
+    Attributes:
+        dir: a directory in memory (tmpfs).
+        limit: what all arenas of the node together may take; a share is one of the file system's size.
+        slots: arenas per rank. With one, no snapshot can be taken while the last one is still being written.
+    """
+
+    dir: str = "/dev/shm"
+    limit: Annotated[Limit, parse_limit] = Limit(0, 0.5)
+    slots: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+
+
+class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[save]: when snapshots are taken, and how they become checkpoints.
+
+    Attributes:
+        every: interval between snapshots: steps, a duration, or "off".
+        keep: newest committed checkpoints that are left in the store; 0 leaves all.
+        extent: bytes per checksum; a multiple of the page size, 4096.
+        threads: writers per shard.
+        deadline: seconds the training loop may wait for a free arena before the snapshot is skipped.
+        timeout: seconds after which a save that has not committed is given up.
+    """
+
+    every: Annotated[Every | None, parse_every] = Every(0, 600.0)
+    keep: Annotated[int, msgspec.Meta(ge=0)] = 0
+    extent: Annotated[int, parse_size] = 1024 * 1024
+    threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
+    deadline: Annotated[float, parse_duration] = 1.0
+    timeout: Annotated[float, parse_duration] = 1800.0
+
+
+class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[store]: where checkpoints are kept.
+
+    Attributes:
+        url: for example "file:///scratch/run7" or a bare path; "" means that the caller names one.
+        retries: further attempts after a failure that may pass.
+        timeout: seconds one request may take.
+    """
+
+    url: str = ""
+    retries: Annotated[int, msgspec.Meta(ge=0, le=100)] = 5
+    timeout: Annotated[float, parse_duration] = 60.0
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """All settings, validated.
+
+    Attributes:
+        origin: where each value came from, by "section.key": "default", the path of a file, the name of an
+            environment variable, or "argument".
+    """
+
+    agent: AgentSettings = AgentSettings()
+    arena: ArenaSettings = ArenaSettings()
+    save: SaveSettings = SaveSettings()
+    store: StoreSettings = StoreSettings()
+    origin: dict[str, str] = {}
+
+
+_SECTIONS = {field.name: field.type for field in msgspec.structs.fields(Settings) if field.name != "origin"}
+_FIELDS = {
+    f"{section}.{field.name}": field
+    for section, struct in _SECTIONS.items()
+    for field in msgspec.structs.fields(struct)
+}
+_VARIABLES = {f"CKPTSVC_{key.replace('.', '_').upper()}": key for key in _FIELDS}
+
+
+def load(
+    environ: Mapping[str, str],
+    overrides: Mapping[str, object] | None = None,
+    files: Sequence[Path] | None = None,
+) -> Settings:
+    """Read every source and make the settings of this process.
+
+    Args:
+        environ: the environment; empty variables count as unset.
+        overrides: values by "section.key" from flags or arguments; None means that it was not given.
+        files: the TOML files to read, later ones winning; None means those of `config_files`.
+
+    Raises:
+        ConfigError: a file cannot be read, a key is unknown, or a value is wrong; says which and from where.
+    """
+    found: dict[str, tuple[object, str]] = {}
+    for path in config_files(environ) if files is None else files:
+        found.update(_read_file(path))
+    found.update(_read_environment(environ))
+    for key, value in (overrides or {}).items():
+        if key not in _FIELDS:
+            _refuse_key(key, _FIELDS, "argument")
+        if value is not None:
+            found[key] = (value, "argument")
+
+    values: dict[str, dict[str, object]] = {section: {} for section in _SECTIONS}
+    for key, (value, origin) in found.items():
+        section, _, name = key.partition(".")
+        values[section][name] = _parse(key, value, origin)
+    settings = msgspec.structs.replace(
+        Settings(),
+        origin={key: found[key][1] if key in found else "default" for key in _FIELDS},
+        **{section: struct(**values[section]) for section, struct in _SECTIONS.items()},
+    )
+    _check(settings)
+    return settings
+
+
+def config_files(environ: Mapping[str, str]) -> list[Path]:
+    """The files to read, later ones winning: those that exist, and the one that CKPTSVC_CONFIG names."""
+    home = environ.get("XDG_CONFIG_HOME") or (f"{environ['HOME']}/.config" if environ.get("HOME") else "")
+    optional = [SYSTEM_FILE]
+    if home.startswith("/"):  # a relative one is to be ignored: XDG base directory specification
+        optional.append(Path(home, "ckptsvc", "config.toml"))
+    named = environ.get("CKPTSVC_CONFIG")
+    # os.path: Path.exists() raises where a directory above may not be read
+    return [path for path in optional if os.path.exists(path)] + ([Path(named)] if named else [])
+
+
+def _read_file(path: Path) -> Iterator[tuple[str, tuple[object, str]]]:
+    try:
+        document = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", hint="settings files must be readable") from error
+    except ValueError as error:  # not TOML, or not UTF-8
+        raise ConfigError(f"{path}: {error}") from error
+    for section, table in document.items():
+        if section not in _SECTIONS:
+            _refuse_key(section, _SECTIONS, str(path))
+        if not isinstance(table, dict):
+            raise ConfigError(f"{section} in {path} is not a table", hint=f"write [{section}]")
+        for name, value in table.items():
+            key = f"{section}.{name}"
+            if key not in _FIELDS:
+                _refuse_key(key, _FIELDS, str(path))
+            yield key, (value, str(path))
+
+
+def _read_environment(environ: Mapping[str, str]) -> Iterator[tuple[str, tuple[object, str]]]:
+    for variable, value in environ.items():
+        if variable in _VARIABLES:
+            if value:
+                yield _VARIABLES[variable], (value, variable)
+        elif _is_mistaken(variable):
+            _refuse_key(variable, _VARIABLES, "environment")
+
+
+def _is_mistaken(variable: str) -> bool:
+    """Whether an unknown variable was meant to be a setting.
+
+    Others are let pass: environment modules set <PACKAGE>_ROOT, <PACKAGE>_VERSION and the like.
+    """
+    if variable in OTHER_VARIABLES or _KUBERNETES_LINK.fullmatch(variable):
+        return False
+    if any(f"{variable}_".startswith(f"CKPTSVC_{section.upper()}_") for section in _SECTIONS):
+        return True
+    return variable.startswith("CKPTSVC_") and bool(difflib.get_close_matches(variable, _VARIABLES, 1, 0.9))
+
+
+def _refuse_key(key: str, known: Mapping[str, object], origin: str) -> NoReturn:
+    nearest = [name for name in known if name.startswith(key)] or difflib.get_close_matches(
+        key, known, 1, 0.5
+    )
+    hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {', '.join(known)}"
+    raise ConfigError(f"unknown setting {key} ({origin})", hint=hint)
+
+
+def _parse(key: str, value: object, origin: str) -> object:
+    """One value as its field wants it; a number may be text, for an environment holds nothing else."""
+    kind = _FIELDS[key].type
+    parser: Callable[[object], object] | None = next(filter(callable, get_args(kind)[1:]), None)
+    try:
+        return parser(value) if parser else msgspec.convert(value, kind, strict=False)
+    except ConfigError as error:
+        raise ConfigError(f"{key} ({origin}): {error.what}", hint=error.hint) from None
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{key} ({origin}) is {value!r}: {error}") from None
+
+
+def _check(settings: Settings) -> None:
+    """What one value alone cannot show."""
+
+    def refuse(key: str, problem: str) -> NoReturn:
+        raise ConfigError(f"{key} ({settings.origin[key]}) {problem}")
+
+    agent, arena, save = settings.agent, settings.arena, settings.save
+    if agent.socket_dir and not os.path.isabs(agent.socket_dir):
+        refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
+    if not os.path.isabs(arena.dir):
+        refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
+    if save.extent == 0 or save.extent % PAGE:
+        refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
+    if save.deadline >= save.timeout:
+        refuse("save.deadline", f"is {save.deadline:g} s, not less than save.timeout, {save.timeout:g} s")
+
+
+def runtime_dir(environ: Mapping[str, str], *, uid: int | None = None, root: Path = Path("/")) -> Path:
+    """The private directory that holds the sockets of this user's agent, made if need be.
+
+    $RUNTIME_DIRECTORY (systemd made it), else /run/user/UID/ckptsvc if somebody made that, else
+    /tmp/ckptsvc-UID. It is not made in /run/user/UID, which comes and goes with the user's logins, while jobs
+    stay; nor in $TMPDIR, which schedulers make long and different for each job.
+
+    Args:
+        environ: the environment.
+        uid: the user; None means the effective user of this process.
+        root: stands for "/" (tests).
+
+    Raises:
+        ConfigError: the directory is not one, belongs to another user, or is open to others.
+    """
+    uid = os.geteuid() if uid is None else uid
+    if given := environ.get("RUNTIME_DIRECTORY"):
+        directory = Path(given.split(":")[0])  # systemd lists all of a unit's directories
+        _check_owner(directory, {uid, 0}, private=False)  # its mode is the administrator's business
+        return directory
+    directory = root / "run" / "user" / str(uid) / "ckptsvc"
+    if not os.path.lexists(directory):
+        directory = root / "tmp" / f"ckptsvc-{uid}"
+        try:
+            directory.mkdir(mode=0o700)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise ConfigError(f"cannot make {directory}: {error.strerror}", hint=_OTHER_PLACE) from error
+    _check_owner(directory, {uid}, private=True)
+    return directory
+
+
+_OTHER_PLACE = "set agent.socket_dir or RUNTIME_DIRECTORY to a directory of your own"
+
+
+def _check_owner(directory: Path, owners: set[int], *, private: bool) -> None:
+    # lstat: in /tmp anybody may put a link where ours would be
+    try:
+        status = os.lstat(directory)
+    except OSError as error:
+        raise ConfigError(f"{directory}: {error.strerror}", hint=_OTHER_PLACE) from error
+    if not stat.S_ISDIR(status.st_mode):
+        raise ConfigError(f"{directory} is not a directory", hint=_OTHER_PLACE)
+    if status.st_uid not in owners:
+        raise ConfigError(f"{directory} belongs to user {status.st_uid}", hint=_OTHER_PLACE)
+    if private and status.st_mode & 0o077:
+        raise ConfigError(f"{directory} is open to other users", hint=f"chmod 700 {directory}")
+
+
+def socket_path(directory: Path, name: str) -> str:
+    """The path of the unix socket `name` in `directory`.
+
+    Raises:
+        ConfigError: it is longer than the kernel allows.
+    """
+    path = str(directory / name)
+    length = len(os.fsencode(path))
+    if length > MAX_SOCKET_PATH:
+        raise ConfigError(
+            f"the socket path {path} has {length} bytes; the kernel allows {MAX_SOCKET_PATH}",
+            hint="set agent.socket_dir to a shorter directory",
+        )
+    return path

@@ -64,9 +64,12 @@ class Saves:
         key = (event.epoch, event.step)
         self.nodes.add(event.node)
         self.held.setdefault(key, {})[event.rank] = event.node
+        decision = self._complete(event)
+        if event.ended:
+            return decision  # reported again by an agent that reconnected: memory tier only
         if key in self.ended:
-            # The snapshot outlives its save in memory; the agent only needs to hear how the save ended.
-            return Decision([self._tell(event.node, save_ended=pb.SaveEnded(outcome=self.ended[key]))], [])
+            decision.effects.append(self._tell(event.node, save_ended=pb.SaveEnded(outcome=self.ended[key])))
+            return decision
         save = self.open.get(key)
         if save is None:
             save = Save(event.epoch, event.step, event.attempt, event.world_size, event.store, now, now)
@@ -74,12 +77,16 @@ class Saves:
         save.staged[event.rank] = event.node
         save.changed = now
         save.aliases.update(event.aliases)
-        if save.missing or key in self.complete:
+        return decision
+
+    def _complete(self, event: pb.Staged) -> Decision:
+        key = (event.epoch, event.step)
+        self.aliases.setdefault(key, {}).update(event.aliases)
+        if key in self.complete or len(self.held[key]) < event.world_size:
             return Decision()
         self.complete[key] = event.world_size
-        self.aliases[key] = dict(save.aliases)
         order = pb.SnapshotComplete(
-            epoch=event.epoch, step=event.step, world_size=event.world_size, aliases=save.aliases
+            epoch=event.epoch, step=event.step, world_size=event.world_size, aliases=self.aliases[key]
         )
         reason = f"step {event.step}: all {event.world_size} ranks have staged; the snapshot is complete in memory"
         return Decision([self._tell(node, snapshot_complete=order) for node in sorted(self.nodes)], [reason])

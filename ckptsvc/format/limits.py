@@ -23,6 +23,9 @@ MAX_TENSOR_BYTES: Final = 2**63 - 1
 """Bytes of one logical tensor, so that every element number and byte offset fits in a signed 64-bit
 integer."""
 
+MAX_ELEMENTS: Final = 2**62
+"""Elements of all tensors of a checkpoint together, so that they can be numbered through."""
+
 MAX_RECORD_BYTES: Final = 65_536
 """A commit record, an epoch record, or the info record of a shard."""
 

@@ -1,7 +1,8 @@
 """Regions of a tensor: n-dimensional boxes and ranges of the row-major flattened tensor.
 
-Coordinates and lengths count elements. A 0-d tensor has shape () and one element, which is the region Box((), ()).
-`msgspec.Struct` rather than a dataclass: plans make these by the hundred thousand and a Struct costs a fifth.
+Coordinates and lengths count elements. A 0-d tensor has shape () and one element, which is the region Box((),
+()). `msgspec.Struct` rather than a dataclass: plans make these by the hundred thousand and a Struct costs a
+fifth.
 """
 
 from __future__ import annotations
@@ -57,12 +58,17 @@ class Box(msgspec.Struct, frozen=True, gc=False):
         return tuple(map(add, self.origin, self.shape))
 
     def intersect(self, other: Box) -> Box | None:
-        """The elements both have, or None when they share none. Both must have the same number of dimensions."""
-        origin = tuple(map(max, self.origin, other.origin))
-        shape = tuple(map(sub, map(min, self.stop, other.stop), origin))
-        if shape and min(shape) <= 0:
-            return None
-        return Box(origin, shape)
+        """The elements both have, or None when they share none. Both must have the same dimensions."""
+        origin, shape = [], []
+        # the inner loop of every plan: written out it takes a third of the time of map() with max and min
+        for a, n, b, m in zip(self.origin, self.shape, other.origin, other.shape, strict=True):
+            low = a if a > b else b  # noqa: FURB136
+            extent = (a + n if a + n < b + m else b + m) - low  # noqa: FURB136
+            if extent <= 0:
+                return None
+            origin.append(low)
+            shape.append(extent)
+        return Box(tuple(origin), tuple(shape))
 
     def contains(self, other: Box) -> bool:
         """True when every element of `other` is inside; an empty box is inside any."""
@@ -74,21 +80,22 @@ class Box(msgspec.Struct, frozen=True, gc=False):
         """The same box in coordinates that start at `origin`."""
         return Box(tuple(map(sub, self.origin, origin)), self.shape)
 
-    def minus(self, other: Box) -> list[Box]:
-        """The elements of this box that are not in `other`, as at most 2 * ndim disjoint boxes."""
-        common = self.intersect(other)
-        if common is None:
-            return [] if self.is_empty else [self]
-        rest = []
-        origin, stop = list(self.origin), list(self.stop)
-        # Peel one slab before and one after the common part in each dimension; what remains then is the common part.
-        for d, (low, high) in enumerate(zip(common.origin, common.stop, strict=True)):
-            for first, last in ((origin[d], low), (high, stop[d])):
-                if first < last:
-                    rest.append(
-                        _between([*origin[:d], first, *origin[d + 1 :]], [*stop[:d], last, *stop[d + 1 :]])
-                    )
-            origin[d], stop[d] = low, high
+    def around(self, part: Box) -> list[Box]:
+        """The rest of this box without a non-empty `part` inside it, as at most 2 * ndim disjoint boxes."""
+        rest: list[Box] = []
+        origin, shape = self.origin, self.shape
+        # Peel a slab before and one after the part in each dimension: then only the part is left.
+        for d, (low, extent) in enumerate(zip(part.origin, part.shape, strict=True)):
+            if shape[d] == extent:
+                continue
+            end, stop = low + extent, origin[d] + shape[d]
+            if origin[d] < low:
+                rest.append(Box(origin, (*shape[:d], low - origin[d], *shape[d + 1 :])))
+            if end < stop:
+                after = (*origin[:d], end, *origin[d + 1 :])
+                rest.append(Box(after, (*shape[:d], stop - end, *shape[d + 1 :])))
+            origin = (*origin[:d], low, *origin[d + 1 :])
+            shape = (*shape[:d], extent, *shape[d + 1 :])
         return rest
 
     def slices(self) -> tuple[slice, ...]:
@@ -133,19 +140,18 @@ Region = Box | FlatRange
 """The part of a logical tensor that one holder has. Its data is row-major and contiguous."""
 
 
-def _between(origin: Sequence[int], stop: Sequence[int]) -> Box:
-    return Box(tuple(origin), tuple(map(sub, stop, origin)))
-
-
 def fits(region: Region, shape: Sequence[int]) -> bool:
-    """True when the region is well formed and inside a tensor of that shape (an empty one may stand at its end)."""
+    """True when the region is well formed and inside a tensor of that shape."""
     if isinstance(region, FlatRange):
         return region.start >= 0 and region.length >= 0 and region.start + region.length <= math.prod(shape)
-    if not len(region.origin) == len(region.shape) == len(shape):
+    if len(region.origin) != len(shape) or len(region.shape) != len(shape):
         return False
-    if region.shape and (min(region.origin) < 0 or min(region.shape) < 0):
-        return False
-    return all(map(le, region.stop, shape))
+    if region.shape == shape and not any(region.origin):
+        return True  # the whole tensor, as most regions are
+    for first, extent, n in zip(region.origin, region.shape, shape, strict=True):
+        if first < 0 or extent < 0 or first + extent > n:
+            return False
+    return True
 
 
 def is_whole(region: Region, shape: Sequence[int]) -> bool:
@@ -195,7 +201,8 @@ def flat_to_boxes(shape: Sequence[int], start: int, length: int) -> list[Box]:
     boxes = []
     position, stop = start, start + length
     while position < stop:
-        # The outermost dimension in which a whole step starts here and fits: partial rows at both ends, whole ones between.
+        # The outermost dimension in which a whole step starts here and fits: partial rows at both ends, whole
+        # ones between.
         d = next(i for i, s in enumerate(strides) if position % s == 0 and position + s <= stop)
         index = [position // s % n for s, n in zip(strides[: d + 1], shape, strict=False)]
         steps = min((stop - position) // strides[d], shape[d] - index[d])
@@ -206,9 +213,10 @@ def flat_to_boxes(shape: Sequence[int], start: int, length: int) -> list[Box]:
 
 
 def contiguous_spans(outer: Sequence[int], box: Box) -> tuple[NDArray[np.int64], int]:
-    """Where the elements of `box` lie in a row-major array of shape `outer`: (first elements of the runs, run length).
+    """Where the elements of `box` lie in a row-major array of shape `outer`: (first of each run, run length).
 
-    The runs are in row-major order of the box, as long as they can be, and all of the same length. An empty box has no runs.
+    The runs are in row-major order of the box, as long as they can be, and all of the same length. An empty
+    box has no runs.
 
     Raises:
         InvalidInput: the box is not inside the array.
@@ -229,7 +237,7 @@ def contiguous_spans(outer: Sequence[int], box: Box) -> tuple[NDArray[np.int64],
 
 
 def cut(box: Box, max_elements: int) -> Iterator[Box]:
-    """Cut a box into consecutive boxes of at most `max_elements`, each contiguous in row-major order of `box`.
+    """Cut a box into consecutive boxes of at most `max_elements`, each contiguous in its row-major data.
 
     An empty box yields nothing.
 

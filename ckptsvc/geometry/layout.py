@@ -1,8 +1,8 @@
 """Who holds which part of a tensor: the semantics of a DTensor's mesh and placements, without torch.
 
-A mesh is given by its shape, a rank by its coordinate in the mesh. `placements` has one entry per mesh dimension and
-is applied from left to right, as `torch.distributed.tensor` does. Source of the rules: torch 2.13,
-`torch/distributed/tensor/placement_types.py` (`Shard`, `_StridedShard`) and `_utils.py`
+A mesh is given by its shape, a rank by its coordinate in the mesh. `placements` has one entry per mesh
+dimension and is applied from left to right, as `torch.distributed.tensor` does. Source of the rules: torch
+2.13, `torch/distributed/tensor/placement_types.py` (`Shard`, `_StridedShard`) and `_utils.py`
 (`compute_local_shape_and_global_offset`); the tests compare with both.
 """
 
@@ -11,15 +11,17 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from itertools import product
+from itertools import accumulate, product
 
 import msgspec
 
 from ckptsvc.errors import InvalidInput, LayoutError
 from ckptsvc.geometry.box import Box, Shape
 
+Ints = Sequence[int]
+
 SMALL_BYTES = 64 * 1024
-"""Replicated items below this go whole to one holder: a cut would cost more in entries than it gains in balance."""
+"""Replicated items below this go whole to one holder: a cut costs more in entries than it gains."""
 
 BALANCE = 100
 """A cut dimension is fine enough when one index of it is at most 1/BALANCE of what a holder stages."""
@@ -39,10 +41,10 @@ class Shard(msgspec.Struct, frozen=True):
 
 
 class StridedShard(msgspec.Struct, frozen=True):
-    """torch's `_StridedShard`: each of `split_factor` chunks of dimension `dim` is divided along this mesh dimension.
+    """torch's `_StridedShard`: each of `split_factor` chunks of `dim` is divided along this mesh dimension.
 
-    A rank holds its part of every chunk, one after the other. FSDP2 over tensor parallelism uses it to say that the
-    mesh dimension to the right (TP) was divided first.
+    A rank holds its part of every chunk, one after the other. FSDP2 over tensor parallelism uses it to say
+    that the mesh dimension to the right (TP) was divided first.
     """
 
     dim: int
@@ -51,9 +53,11 @@ class StridedShard(msgspec.Struct, frozen=True):
 
 Placement = Replicate | Shard | StridedShard
 
+Placements = Sequence[Placement]
+
 
 class Piece(msgspec.Struct, frozen=True):
-    """One box of the global tensor and the box of the local tensor that holds it; both have the same shape."""
+    """One box of the global tensor and the box of the local tensor that holds it, of the same shape."""
 
     box: Box
     local: Box
@@ -62,69 +66,49 @@ class Piece(msgspec.Struct, frozen=True):
 _Interval = tuple[int, int]  # (first, one past the last) index of one tensor dimension
 
 
-def local_box(
-    global_shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
-    placements: Sequence[Placement],
-) -> Box:
+def local_box(global_shape: Ints, mesh_shape: Ints, coordinate: Ints, placements: Placements) -> Box:
     """The box of the global tensor that the rank at `coordinate` holds.
 
     In a dimension in which the rank holds nothing the origin is the global size, as in torch.
 
     Raises:
-        LayoutError: mesh, coordinate and placements do not go together, or the local part is more than one box
-            (use `local_boxes`).
+        LayoutError: mesh, coordinate and placements do not go together, or the local part is more than one
+            box (use `local_boxes`).
     """
     intervals = _intervals(global_shape, mesh_shape, coordinate, placements)
     if any(len(parts) > 1 for parts in intervals):
         raise LayoutError(
-            f"the part at mesh coordinate {tuple(coordinate)} of a tensor of shape {list(global_shape)} is not one box"
+            f"the part of {list(global_shape)} at mesh coordinate {tuple(coordinate)} is not one box"
         )
     return _box([parts[0] if parts else (n, n) for parts, n in zip(intervals, global_shape, strict=True)])
 
 
 def local_boxes(
-    global_shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
-    placements: Sequence[Placement],
+    global_shape: Ints, mesh_shape: Ints, coordinate: Ints, placements: Placements
 ) -> list[Piece]:
     """The boxes that the rank at `coordinate` holds, each with its place in the local tensor; no empty ones.
 
-    Several boxes come only from `StridedShard`; they follow each other in the local tensor along the sharded dimension.
+    Several boxes come only from `StridedShard`; they follow each other in the local tensor along the sharded
+    dimension.
 
     Raises:
         LayoutError: mesh, coordinate and placements do not go together.
     """
-    intervals = _intervals(global_shape, mesh_shape, coordinate, placements)
-    local: list[list[_Interval]] = []
-    for parts in intervals:
-        first, places = 0, []
-        for low, high in parts:
-            places.append((first, first + high - low))
-            first += high - low
-        local.append(places)
-    boxes = (_box(choice) for choice in product(*intervals))
-    places_of = (_box(choice) for choice in product(*local))
-    return [Piece(box, place) for box, place in zip(boxes, places_of, strict=True)]
+    return _placed(_intervals(global_shape, mesh_shape, coordinate, placements))
 
 
-def nested_box(
-    global_shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
-    placements: Sequence[Placement],
-) -> Box:
+def nested_box(global_shape: Ints, mesh_shape: Ints, coordinate: Ints, placements: Placements) -> Box:
     """The box that FSDP2 really puts on the rank at `coordinate` where its placements say `StridedShard`.
 
-    FSDP2 divides the local tensor of the inner parallelism (TP, EP) by `torch.chunk`, that is: the strided mesh dimensions
-    come last, as plain shards. On uneven sizes this is not what the placements say when read from left to right
-    (9 rows, FSDP 4 x TP 2, coordinate (3, 0): no row here, row 8 there), and it is the data that counts.
+    FSDP2 divides the local tensor of the inner parallelism (TP, EP) by `torch.chunk`, that is: the strided
+    mesh dimensions come last, as plain shards. On uneven sizes this is not what the placements say when read
+    from left to right (9 rows, FSDP 4 x TP 2, coordinate (3, 0): no row here, row 8 there), and it is the
+    data that counts.
 
     Raises:
-        LayoutError: mesh, coordinate and placements do not go together, or a `split_factor` is not the number of
-            shards that mesh dimensions to the right make of that dimension (then it was not FSDP2 that wrote it).
+        LayoutError: mesh, coordinate and placements do not go together, or a `split_factor` is not the number
+            of shards that mesh dimensions to the right make of that dimension (then it was not FSDP2 that
+            wrote it).
     """
     _check(global_shape, mesh_shape, coordinate, placements)
     for i, placement in enumerate(placements):
@@ -145,15 +129,16 @@ def nested_box(
 
 
 def held_pieces(
-    global_shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
-    placements: Sequence[Placement],
-    local_shape: Sequence[int],
+    global_shape: Ints,
+    mesh_shape: Ints,
+    coordinate: Ints,
+    placements: Placements,
+    local_shape: Ints,
 ) -> list[Piece]:
     """What a rank with a local tensor of `local_shape` holds: the one question to ask about a DTensor.
 
-    Answers with `nested_box` where FSDP2 made the strided placements and with `local_boxes` otherwise; no empty pieces.
+    Answers with `nested_box` where FSDP2 made the strided placements and with `local_boxes` otherwise; no
+    empty pieces.
 
     Raises:
         LayoutError: the local tensor does not have the shape that the layout gives it.
@@ -170,14 +155,15 @@ def held_pieces(
     expected = tuple(sum(high - low for low, high in parts) for parts in intervals)
     if expected != local_shape:
         raise LayoutError(
-            f"the local tensor at mesh coordinate {tuple(coordinate)} has shape {list(local_shape)}, but the layout "
-            f"{list(placements)} on a mesh of shape {list(mesh_shape)} gives it {list(expected)} of {list(global_shape)}"
+            f"the local tensor at mesh coordinate {tuple(coordinate)} has shape {list(local_shape)}, but "
+            f"{list(placements)} on a mesh of shape {list(mesh_shape)} gives it {list(expected)} "
+            f"of {list(global_shape)}"
         )
-    return local_boxes(global_shape, mesh_shape, coordinate, placements)
+    return _placed(intervals)
 
 
-def holders(mesh_shape: Sequence[int], placements: Sequence[Placement]) -> list[list[Shape]]:
-    """Mesh coordinates in groups that hold the same part. Groups and their members are in row-major order of the mesh.
+def holders(mesh_shape: Ints, placements: Placements) -> list[list[Shape]]:
+    """Mesh coordinates in groups that hold the same part; groups and members in row-major order of the mesh.
 
     Raises:
         LayoutError: there is not one placement per mesh dimension.
@@ -192,10 +178,8 @@ def holders(mesh_shape: Sequence[int], placements: Sequence[Placement]) -> list[
     return list(groups.values())
 
 
-def replica(
-    mesh_shape: Sequence[int], coordinate: Sequence[int], placements: Sequence[Placement]
-) -> tuple[int, int]:
-    """(index, number) of the rank at `coordinate` among those that hold the same part; the order is that of `holders`.
+def replica(mesh_shape: Ints, coordinate: Ints, placements: Placements) -> tuple[int, int]:
+    """(index, number) of the rank at `coordinate` among those that hold the same part, in order of `holders`.
 
     Raises:
         LayoutError: mesh, coordinate and placements do not go together.
@@ -212,11 +196,11 @@ def replica(
 def split_replicated(items: Sequence[tuple[Box, int]], holders: int) -> list[list[tuple[int, Box]]]:
     """Who of `holders` equal holders stages which part of each item.
 
-    A pure function of its arguments, so that every holder comes to the same answer without a message. Items below
-    `SMALL_BYTES` (empty ones too) go whole to the holder that has least so far, the largest first. The others are laid end
-    to end and cut where a holder is full, along dimension 0 if that is fine enough and along the longest otherwise:
-    at most `holders - 1` cuts in all. The holders' bytes differ from their mean by at most one small item or
-    one index of the dimension that was cut.
+    A pure function of its arguments, so that every holder comes to the same answer without a message. Items
+    below `SMALL_BYTES` (empty ones too) go whole to the holder that has least so far, the largest first. The
+    others are laid end to end and cut where a holder is full, along dimension 0 if that is fine enough and
+    along the longest otherwise: at most `holders - 1` cuts in all. The holders' bytes differ from their mean
+    by at most one small item or one index of the dimension that was cut.
 
     Args:
         items: (box, bytes per element) of each item.
@@ -263,7 +247,7 @@ def split_replicated(items: Sequence[tuple[Box, int]], holders: int) -> list[lis
 
 
 def _fill(loads: Sequence[int], amount: int) -> list[int]:
-    """Pour `amount` bytes over the holders so that all come to one level; cumulative shares, the last is `amount`."""
+    """Pour `amount` bytes over the holders so that all come to one level; the cumulative shares."""
     poured, level = 0, 0
     ascending = sorted(loads)
     for number, load in enumerate(ascending, 1):
@@ -285,17 +269,24 @@ def _narrow(box: Box, dim: int, low: int, high: int) -> Box:
     return Box(origin, (*box.shape[:dim], high - low, *box.shape[dim + 1 :]))
 
 
+def _placed(intervals: Sequence[Sequence[_Interval]]) -> list[Piece]:
+    """All combinations of the intervals held in each dimension, each with its place in the local tensor."""
+    local = []
+    for held in intervals:
+        ends = list(accumulate(high - low for low, high in held))
+        local.append([(end - (high - low), end) for end, (low, high) in zip(ends, held, strict=True)])
+    pairs = zip(product(*intervals), product(*local), strict=True)
+    return [Piece(_box(held), _box(place)) for held, place in pairs]
+
+
 def _box(intervals: Sequence[_Interval]) -> Box:
     return Box(tuple(low for low, _ in intervals), tuple(high - low for low, high in intervals))
 
 
 def _intervals(
-    global_shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
-    placements: Sequence[Placement],
+    global_shape: Ints, mesh_shape: Ints, coordinate: Ints, placements: Placements
 ) -> list[list[_Interval]]:
-    """For each tensor dimension the intervals of global indices that the rank holds, in the order of its local tensor."""
+    """The intervals of global indices that the rank holds in each tensor dimension, in local order."""
     _check(global_shape, mesh_shape, coordinate, placements)
     held = [[(0, n)] if n else [] for n in global_shape]
     for n, c, placement in zip(mesh_shape, coordinate, placements, strict=True):
@@ -332,19 +323,14 @@ def _joined(parts: Sequence[_Interval]) -> list[_Interval]:
     return joined
 
 
-def _shards_after(index: int, mesh_shape: Sequence[int], placements: Sequence[Placement]) -> int:
+def _shards_after(index: int, mesh_shape: Ints, placements: Placements) -> int:
     """Into how many parts the mesh dimensions after `index` divide the tensor dimension that it divides."""
     dim = getattr(placements[index], "dim", None)
     after = range(index + 1, len(placements))
     return math.prod(mesh_shape[j] for j in after if getattr(placements[j], "dim", None) == dim)
 
 
-def _check(
-    global_shape: Sequence[int],
-    mesh_shape: Sequence[int],
-    coordinate: Sequence[int],
-    placements: Sequence[Placement],
-) -> None:
+def _check(global_shape: Ints, mesh_shape: Ints, coordinate: Ints, placements: Placements) -> None:
     _check_mesh(mesh_shape, placements)
     _check_coordinate(mesh_shape, coordinate)
     if any(n < 0 for n in global_shape):
@@ -358,16 +344,16 @@ def _check(
             raise LayoutError(f"{placement}: the split factor must be at least 1")
 
 
-def _check_mesh(mesh_shape: Sequence[int], placements: Sequence[Placement]) -> None:
+def _check_mesh(mesh_shape: Ints, placements: Placements) -> None:
     if len(mesh_shape) != len(placements):
         raise LayoutError(
-            f"{len(placements)} placements for a mesh of shape {list(mesh_shape)}: one per dimension is needed"
+            f"{len(placements)} placements for a mesh of shape {list(mesh_shape)}: give one per dimension"
         )
     if any(n < 1 for n in mesh_shape):
         raise LayoutError(f"a mesh cannot have shape {list(mesh_shape)}")
 
 
-def _check_coordinate(mesh_shape: Sequence[int], coordinate: Sequence[int]) -> None:
+def _check_coordinate(mesh_shape: Ints, coordinate: Ints) -> None:
     inside = len(coordinate) == len(mesh_shape) and all(
         0 <= c < n for c, n in zip(coordinate, mesh_shape, strict=True)
     )

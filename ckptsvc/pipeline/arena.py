@@ -14,7 +14,6 @@ import fcntl
 import mmap
 import os
 import secrets
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +40,7 @@ class Label(msgspec.Struct, frozen=True, kw_only=True):
 
     job: str
     store: str
+    coordinator: str
     attempt: int
     epoch: int
     step: int
@@ -64,7 +64,6 @@ class Arena:
     state: State = State.FREE
     step: int = -1
     label: Label | None = None
-    used: float = 0.0
 
 
 @dataclass(slots=True)
@@ -112,7 +111,7 @@ class ArenaPool:
         """Give the directory up; with `remove`, and everything in it."""
         if remove:
             for arena in list(self.arenas.values()):
-                self._remove(arena)
+                self.remove(arena)
         if self._lock >= 0:
             if remove:
                 with contextlib.suppress(OSError):
@@ -134,7 +133,7 @@ class ArenaPool:
         """How many arenas of `nbytes` a rank still lacks; unusable small free ones are removed first."""
         for arena in self.of(job, rank):
             if arena.state is State.FREE and arena.capacity < nbytes:
-                self._remove(arena)
+                self.remove(arena)
         return count - sum(1 for a in self.of(job, rank) if a.capacity >= nbytes)
 
     def make(self, job: str, rank: int, nbytes: int) -> tuple[Arena, int]:
@@ -156,8 +155,11 @@ class ArenaPool:
         self.arenas[name] = arena
         return arena, fd
 
-    def acquire(self, job: str, rank: int, nbytes: int, step: int) -> Arena:
+    def acquire(self, job: str, rank: int, nbytes: int, step: int) -> tuple[Arena, Label | None]:
         """A free arena for a snapshot; if there is none, the oldest one that is only kept as memory tier.
+
+        Returns:
+            the arena, and the label of the snapshot that had to go for it.
 
         Raises:
             ArenaExhausted: all are busy, or too small.
@@ -168,9 +170,10 @@ class ArenaPool:
             busy = sum(1 for a in fit if a.state is State.STAGED)
             raise ArenaExhausted(f"no free arena of {nbytes >> 20} MiB for rank {rank}: {busy} are still being saved")
         arena = min(free, key=lambda a: a.step)
+        evicted = arena.label
         self.release(arena)
-        arena.state, arena.step, arena.used = State.FILLING, step, time.monotonic()
-        return arena
+        arena.state, arena.step = State.FILLING, step
+        return arena, evicted
 
     def stage(self, arena: Arena, label: Label) -> None:
         """The arena holds a whole snapshot now; remember that beyond this process."""
@@ -196,9 +199,10 @@ class ArenaPool:
         """Remove a job's arenas (of one rank), except those that are still being saved."""
         for arena in list(self.arenas.values()):
             if arena.job == job and (rank is None or arena.rank == rank) and arena.state is not State.STAGED:
-                self._remove(arena)
+                self.remove(arena)
 
-    def _remove(self, arena: Arena) -> None:
+    def remove(self, arena: Arena) -> None:
+        """Remove one arena and its memory (once nobody maps it any more)."""
         for path in (arena.path.with_suffix(".json"), arena.path):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()

@@ -1,24 +1,16 @@
 """The port: what a place must be able to do so that checkpoints can be kept there.
 
-The values and the one protocol every driver implements; the words MUST and MAY below are what
-`ckptsvc.storage.testing` checks. Every method may be called from several threads at once, may block for as long as
-the store takes, and raises only errors from `ckptsvc.errors` (plus whatever a `progress` callback raised).
+`Store` is the one protocol that every driver implements and `ckptsvc.storage.testing` checks. Its methods may
+be called from several threads at once, may block for as long as the store takes, and raise only errors from
+`ckptsvc.errors` (and whatever a `progress` callback raised).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import msgspec
-
-from ckptsvc.errors import InvalidInput
-
-MAX_KEY_BYTES = 1024
-"""Longest key, in bytes of UTF-8 (the limit of S3)."""
-
-MAX_PART_BYTES = 255
-"""Longest part between two slashes, in bytes of UTF-8 (NAME_MAX of Linux file systems)."""
 
 READ_LIMIT = 64 << 20
 """Default for the largest object that `Store.read` returns whole, in bytes."""
@@ -46,7 +38,7 @@ class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Entry(NamedTuple):
-    """An object in a listing: its key, its size in bytes, and when it was last written (seconds since 1970)."""
+    """An object in a listing: key, size in bytes, time of the last write in seconds since 1970."""
 
     key: str
     size: int
@@ -55,40 +47,36 @@ class Entry(NamedTuple):
 
 @runtime_checkable
 class Store(Protocol):
-    """A place that keeps objects under keys (see `check_key`)."""
+    """A place that keeps objects under keys (see `arguments.check_key`)."""
 
     @property
     def url(self) -> str:
-        """The address, in one canonical spelling and without secrets; `connect(url)` leads to the same objects."""
+        """The address, in one spelling and without secrets; `connect(url)` leads to the same objects."""
 
     def capabilities(self) -> Capabilities:
-        """Say what this store can do; the first call MAY write and remove a small temporary object."""
+        """Say what this store can do; may write and remove a small temporary object to find out."""
 
     def write(
         self, key: str, data: memoryview, size: int, *, progress: Callable[[int], None] | None = None
     ) -> None:
-        """Write a large object; on return it is durable: its data, its size and its name.
+        """Write a large object; on return its data, its size and its name are durable.
 
-        Not atomic: a reader may see a part of it, which the commit record protects it from. An object of that name is
-        replaced. On an error nothing of the object need be left, and `data` is no longer read from.
+        Replaces an object of that name. Not atomic: a reader may see a part of it, which is why readers
+        look for the commit record first. When this returns or raises, `data` is no longer read.
 
         Args:
             key: name of the object.
-            data: contiguous, page-aligned memory (other memory works, slower). Only the first `size` bytes are stored.
-            size: bytes of the object, at most `len(data)`.
-            progress: called now and then, in the calling thread, with the bytes written since the last call; the calls
-                add up to `size`. It may block (the write then waits for it) or raise (the write then stops).
-
-        Raises:
-            InvalidInput: bad key or size.
-            StoreError: and its subclasses, by what went wrong.
+            data: contiguous, page-aligned memory (other memory works, but slower).
+            size: bytes of the object: the first `size` of `data` are stored.
+            progress: called now and then in the calling thread with the bytes written since the last call,
+                `size` in all. It may block (the write then waits) or raise (the write then stops).
         """
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Create a small object unless the key exists; exactly one of several concurrent writers wins.
 
-        All or nothing, also under power loss: no reader ever sees a part of `data`. Durable on return. `data` MUST NOT
-        be empty and should name its writer, so that a lost response can be resolved by reading the object back.
+        All or nothing, also under power loss; durable on return. `data` is not empty, and names its writer so
+        that a lost response can be resolved by reading the object back.
 
         Returns:
             True if this call created the object, False if the key existed.
@@ -99,7 +87,7 @@ class Store(Protocol):
 
         Raises:
             NotFound: no such object.
-            InvalidInput: it is larger than `limit` bytes.
+            InvalidInput: it has more than `limit` bytes.
         """
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
@@ -116,15 +104,14 @@ class Store(Protocol):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Yield every object whose key lies below `prefix` (whole parts; "" is everything), in any order.
 
-        What interrupted writers left behind is listed too, so that it can be deleted. Nothing below `prefix` is no
-        error. Objects created or deleted meanwhile may or may not appear.
+        What interrupted writers left behind is listed too, so that it can be deleted. Objects created or
+        deleted meanwhile may or may not appear.
         """
 
-    def children(self, prefix: str = "") -> list[str]:
-        """Return, sorted, the names one level below `prefix`: last parts of keys, and parts that lead to keys.
+    def children(self, prefix: str = "") -> Sequence[str]:
+        """Return, sorted, the next part of every key below `prefix`, without `TEMPORARY_PREFIX` names.
 
-        Cheap: it does not look further down, so a part may be named that has no objects below it any more. Names that
-        begin with `TEMPORARY_PREFIX` are left out.
+        Cheap: nothing further down is looked at, so a part may have no objects below it any more.
         """
 
     def delete(self, key: str) -> None:
@@ -132,40 +119,3 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Give back threads and connections; call it once, when no other method is running."""
-
-
-def check_key(key: str) -> str:
-    """Return `key` if it is one: 1..1024 bytes of UTF-8, parts of 1..255 bytes joined by "/", none "." or "..".
-
-    Raises:
-        InvalidInput: it is not; a driver calls this before it touches anything.
-    """
-    try:
-        encoded = key.encode()
-    except UnicodeEncodeError:
-        raise InvalidInput(f"key {key!r} is not valid Unicode") from None
-    if not encoded or len(encoded) > MAX_KEY_BYTES:
-        raise InvalidInput(f"key {key[:80]!r} has {len(encoded)} bytes; 1 to {MAX_KEY_BYTES} are allowed")
-    if b"\0" in encoded:
-        raise InvalidInput(f"key {key!r} contains a NUL")
-    for part in encoded.split(b"/"):
-        if part in (b"", b".", b"..") or len(part) > MAX_PART_BYTES:
-            raise InvalidInput(
-                f"key {key!r} has the part {part.decode()[:80]!r}",
-                hint=f'parts are 1 to {MAX_PART_BYTES} bytes long and neither "." nor ".."; no "/" at either end',
-            )
-    return key
-
-
-def check_prefix(prefix: str) -> str:
-    """Return `prefix` if it is "" or a key."""
-    return prefix and check_key(prefix)
-
-
-def check_size(data: memoryview, size: int) -> memoryview:
-    """Return the first `size` bytes of the contiguous `data`; InvalidInput where it has fewer."""
-    if not data.c_contiguous:
-        raise InvalidInput("the memory to store is not contiguous")
-    if not 0 <= size <= data.nbytes:
-        raise InvalidInput(f"{size} bytes are to be stored out of {data.nbytes}")
-    return data.cast("B")[:size]

@@ -24,8 +24,8 @@ BUILT_IN: dict[str, str] = {
     "file": "ckptsvc_drivers.posix:connect",
     "memory": "ckptsvc_drivers.memory:connect",
 }
-"""The drivers that ship with ckptsvc. Named here as well as in the package's metadata so that a start needs no scan
-of every installed distribution, and so that no other distribution can take these schemes over."""
+"""The drivers that ship with ckptsvc, named here as well as in the package's metadata so that a start needs
+no scan of every installed distribution, and so that no other distribution can take these schemes over."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://", re.IGNORECASE)
 

@@ -5,34 +5,28 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import mmap
 import os
 
 from ckptsvc.errors import InvalidInput, NotFound, StoreDenied, StoreError, StoreFull, StoreUnavailable
 
-_CLASSES: dict[int, type[StoreError] | type[InvalidInput]] = {
+_MAY_PASS = """ETIMEDOUT ESTALE EAGAIN EINTR EBUSY ENOMEM ENOTCONN ESHUTDOWN ECONNREFUSED ECONNRESET
+ECONNABORTED EPIPE EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH EREMOTEIO ENOLINK"""
+
+_CLASSES: dict[int, type[StoreError | InvalidInput]] = {
     errno.ENOENT: NotFound,
     errno.ENOTDIR: NotFound,
     errno.ENAMETOOLONG: InvalidInput,
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), StoreFull),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ELOOP), StoreDenied),
-    **dict.fromkeys(
-        (errno.ETIMEDOUT, errno.ESTALE, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOMEM, errno.ENOLINK)
-        + (
-            errno.ENOTCONN,
-            errno.ESHUTDOWN,
-            errno.ECONNREFUSED,
-            errno.ECONNRESET,
-            errno.ECONNABORTED,
-            errno.EPIPE,
-        )
-        + (errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH, errno.EREMOTEIO),
-        StoreUnavailable,
-    ),
+    **dict.fromkeys((getattr(errno, name) for name in _MAY_PASS.split()), StoreUnavailable),
 }
 
+_SAMPLES = 32
+
 _HINTS = {
-    errno.ENOSPC: "the file system is full: free some space or choose another store",
-    errno.EDQUOT: "the quota is used up",
+    errno.ENOSPC: "free some space or choose another store",
+    errno.EDQUOT: "the quota is used up: free some space or choose another store",
     errno.EROFS: "the file system is mounted read-only",
     errno.EACCES: "check owner and mode of the directories",
     errno.ELOOP: "symbolic links below the store are not followed",
@@ -43,11 +37,12 @@ _HINTS = {
 
 def translate(error: OSError, where: str) -> StoreError | InvalidInput:
     """Return the error of ours for an error of the operating system that met an operation on `where`."""
-    number = error.errno or 0
-    found = _CLASSES.get(number, StoreError)
-    translated = found(f"{where}: {os.strerror(number).lower()}", hint=_HINTS.get(number, ""))
+    number = error.errno or errno.EIO
+    translated = _CLASSES.get(number, StoreError)(
+        f"{where}: {os.strerror(number)} [{errno.errorcode.get(number, number)}]", hint=_HINTS.get(number, "")
+    )
     if number == errno.EIO:
-        translated.retryable = True  # a lost path or a rebuilding target: the next try often succeeds
+        translated.retryable = True  # a lost path, a rebuilding target: the next try often succeeds
     return translated
 
 
@@ -57,25 +52,55 @@ def _libc() -> ctypes.CDLL:
 
 
 def fallocate(fd: int, nbytes: int) -> None:
-    """Reserve the first `nbytes` of a file and make it that long, if the file system can; fallocate(2).
+    """Reserve the first `nbytes` of a file and make it that long, if the file system can; see fallocate(2).
 
     Not `os.posix_fallocate`: where the file system cannot, glibc writes into every block instead.
 
     Raises:
         OSError: there is not enough space, or the file may not be that large.
     """
-    length = ctypes.c_int64(nbytes)
-    call = _libc().fallocate64 if hasattr(_libc(), "fallocate64") else _libc().fallocate
-    if nbytes and call(fd, 0, ctypes.c_int64(0), length) != 0:
+    if nbytes and _libc().fallocate64(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
         number = ctypes.get_errno()
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(number, os.strerror(number))
 
 
+def in_page_cache(fd: int, offset: int, nbytes: int) -> bool:
+    """Return whether most of a range of a file is in memory, judged by a few of its pages; see mincore(2).
+
+    Args:
+        fd: the file, open for reading.
+        offset: in bytes, a multiple of the page size.
+        nbytes: at least one page.
+    """
+    libc = _libc()
+    libc.mmap.restype = ctypes.c_void_p
+    address = libc.mmap(
+        None, ctypes.c_size_t(nbytes), mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_int64(offset)
+    )
+    if address is None or address == ctypes.c_void_p(-1).value:
+        return False
+    resident = (ctypes.c_ubyte * 1)()
+    pages, found = nbytes // mmap.PAGESIZE, 0
+    try:
+        for sample in range(_SAMPLES):
+            page = ctypes.c_void_p(address + sample * pages // _SAMPLES * mmap.PAGESIZE)
+            if libc.mincore(page, ctypes.c_size_t(mmap.PAGESIZE), resident) == 0:
+                found += resident[0] & 1
+    finally:
+        libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(nbytes))
+    return 2 * found > _SAMPLES
+
+
+def address_of(view: memoryview) -> int:
+    """Return where a writable, contiguous, non-empty buffer lies in memory."""
+    return ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
+
+
 def file_system(path: str) -> str:
     """Return the type of the file system that holds an existing path, for example "ext4", or "" if unknown.
 
-    Read from /proc/self/mountinfo (proc_pid_mountinfo(5)), because all FUSE file systems share one f_type.
+    From /proc/self/mountinfo, see proc_pid_mountinfo(5), because all FUSE file systems share one f_type.
     """
     path = os.path.realpath(path)
     best, kind = "", ""
@@ -83,7 +108,7 @@ def file_system(path: str) -> str:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
             for line in mounts:
                 left, _, right = line.partition(" - ")
-                point = left.split(" ")[4].encode(errors="surrogateescape").decode("unicode_escape")
+                point = left.split(" ")[4].replace("\\040", " ")
                 inside = path == point or path.startswith(point.rstrip("/") + "/")
                 if inside and len(point) >= len(best):  # of two mounts on one point the later one is seen
                     best, kind = point, right.split(" ")[0]

@@ -15,11 +15,8 @@ from typing import Annotated
 import msgspec
 
 from ckptsvc.errors import ConfigError, Damaged, InvalidInput, NotFound, StoreFull
-from ckptsvc.storage.api import (
-    READ_LIMIT,
-    TEMPORARY_PREFIX,
-    Capabilities,
-    Entry,
+from ckptsvc.storage.api import READ_LIMIT, TEMPORARY_PREFIX, Capabilities, Entry
+from ckptsvc.storage.arguments import (
     check_key,
     check_prefix,
     check_record,

@@ -113,7 +113,7 @@ class Progressed(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ...) -> None: ...
 
 class Staged(_message.Message):
-    __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store")
+    __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -131,6 +131,7 @@ class Staged(_message.Message):
     NBYTES_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
+    ENDED_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     epoch: int
@@ -141,7 +142,8 @@ class Staged(_message.Message):
     nbytes: int
     aliases: _containers.ScalarMap[str, str]
     store: str
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., store: _Optional[str] = ...) -> None: ...
+    ended: bool
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., store: _Optional[str] = ..., ended: bool = ...) -> None: ...
 
 class Durable(_message.Message):
     __slots__ = ("job", "epoch", "step", "rank", "name", "nbytes", "extent", "digests", "columns")
@@ -377,3 +379,9 @@ class SnapshotComplete(_message.Message):
     world_size: int
     aliases: _containers.ScalarMap[str, str]
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., world_size: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class ListCompleteRequest(_message.Message):
+    __slots__ = ("job",)
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    def __init__(self, job: _Optional[str] = ...) -> None: ...

@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from ckptsvc.rpc.v1 import agent_pb2 as ckptsvc_dot_rpc_dot_v1_dot_agent__pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2
 
 GRPC_GENERATED_VERSION = '1.66.2'
@@ -39,6 +40,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Report.SerializeToString,
                 response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Order.FromString,
                 _registered_method=True)
+        self.ListComplete = channel.unary_unary(
+                '/ckptsvc.rpc.v1.CoordinatorService/ListComplete',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.ListCompleteRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ListSnapshotsResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer(object):
@@ -50,6 +56,13 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListComplete(self, request, context):
+        """Complete snapshots of a job in its nodes' memory, newest first (`local` is left empty).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +70,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.Attend,
                     request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Report.FromString,
                     response_serializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Order.SerializeToString,
+            ),
+            'ListComplete': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListComplete,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.ListCompleteRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ListSnapshotsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +104,33 @@ class CoordinatorService(object):
             '/ckptsvc.rpc.v1.CoordinatorService/Attend',
             ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Report.SerializeToString,
             ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Order.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListComplete(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.CoordinatorService/ListComplete',
+            ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.ListCompleteRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ListSnapshotsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,67 @@
+# Each target is the one way to do it, for people and for .ci/run alike.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.install-stamp
+PIP := $(BIN)/python -m pip
+# Nothing is asked, nothing waits for a keyboard; what is installed is what constraints.txt says.
+INSTALL := $(PIP) install --no-input --disable-pip-version-check -c constraints.txt
+
+PROTO := $(shell find proto -name '*.proto' 2>/dev/null)
+PROTOC := $(BIN)/python -m grpc_tools.protoc -I proto
+STUBS := ckptsvc/rpc/v1
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-slow lint types contracts proto proto-check check demo bench clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+
+install: $(STAMP) ## make .venv with all that the other targets need
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) pip
+	# torch first and alone, so that its wheel is chosen by this line and by nothing that depends on it
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) --build-constraint constraints.txt --group dev --editable .
+	touch $@
+
+test: install ## run the tests, all but the slow ones (ARGS="-k name")
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: install ## run the slow tests
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: install ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install ## mypy --strict
+	$(BIN)/mypy
+
+contracts: install ## who may import whom
+	$(BIN)/lint-imports
+
+proto: install ## make the gRPC stubs from proto/
+	$(PROTOC) --python_out=. --pyi_out=. --grpc_python_out=. $(PROTO)
+
+proto-check: install ## the committed stubs are the ones that proto/ makes
+	@made=$$(mktemp -d) && trap 'rm -rf "$$made"' EXIT && \
+	$(PROTOC) --python_out="$$made" --pyi_out="$$made" --grpc_python_out="$$made" $(PROTO) && \
+	diff -ru -x __init__.py -x __pycache__ $(STUBS) "$$made/$(STUBS)" || \
+	{ echo "$(STUBS) is not what proto/ makes: run make proto" >&2; exit 1; }
+
+check: test lint types contracts proto-check ## everything that .ci/run does
+
+demo: install ## train, kill, recover, resume at other scales (ARGS="--keep DIR")
+	$(BIN)/ckptsvc demo $(ARGS)
+
+bench: install ## measure save, restore and reshard here (ARGS="save --ranks 4")
+	$(BIN)/ckptsvc bench $(ARGS)
+
+clean: ## remove what was made here, except .venv
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

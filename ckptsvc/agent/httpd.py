@@ -1,0 +1,25 @@
+"""The agent's HTTP port: Prometheus metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from ckptsvc.config import Address
+
+
+def start_metrics(address: Address, registry: CollectorRegistry) -> tuple[str, Callable[[], None]]:
+    """Serve /metrics in a thread; returns the address in use and a function that stops it.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    server, thread = start_http_server(address.port, address.host, registry)
+
+    def close() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return f"{address.host}:{server.server_port}", close

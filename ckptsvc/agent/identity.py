@@ -1,0 +1,151 @@
+"""The agent's end of the identity socket: registers ranks by kernel credentials, hands out shared memory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from typing import Protocol
+
+import msgspec
+
+from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
+from ckptsvc.rpc.identity import MAX_PACKET, peer_of, send_answer
+
+log = logging.getLogger("ckptsvc.agent")
+
+
+class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a rank says of itself. `coordinator` is "" for this very agent."""
+
+    op: str
+    job: str
+    store: str
+    attempt: int
+    rank: int
+    world_size: int
+    epoch: int = 0
+    every_steps: int = 0
+    every_seconds: float = 0.0
+    keep: int = 0
+    extent: int = 1 << 20
+    coordinator: str = ""
+
+    def check(self) -> None:
+        """Raise InvalidInput where the numbers cannot be."""
+        if not 0 <= self.rank < self.world_size <= 1 << 20:
+            raise InvalidInput(f"rank {self.rank} of {self.world_size} is impossible")
+        if not self.job or len(self.job) > 256 or not self.store or len(self.store) > 4096:
+            raise InvalidInput("a job needs a name of at most 256 and a store of at most 4096 characters")
+        if self.attempt < 0 or self.epoch < 0 or self.keep < 0 or self.extent < 4096 or self.extent > 64 << 20:
+            raise InvalidInput("attempt, epoch, keep or extent is out of range")
+
+
+class MapRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Ask for an arena's descriptor."""
+
+    op: str
+    slot: str
+
+
+class Owner(Protocol):
+    """What the identity socket needs of the node."""
+
+    def register(self, registration: Registration, pid: int) -> tuple[str, str, int]:
+        """Take a rank in: returns its token, the node's name and a descriptor of its heartbeat page."""
+
+    def unregister(self, token: str) -> None:
+        """The connection has ended."""
+
+    def arena_fd(self, token: str, slot: str) -> tuple[int, int]:
+        """A new descriptor of an arena of the rank's job, and its capacity."""
+
+
+class IdentityServer:
+    """Listens on the identity socket within the agent's event loop."""
+
+    def __init__(self, path: str, owner: Owner) -> None:
+        self._path = path
+        self._owner = owner
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sock: socket.socket | None = None
+
+    async def start(self) -> None:
+        """Begin to listen; the caller owns the directory, so a file of that name is a dead agent's."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        self._sock.bind(self._path)
+        os.chmod(self._path, 0o600)
+        self._sock.listen(128)
+        self._spawn(self._accept(self._sock))
+
+    async def stop(self) -> None:
+        """Close all connections."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._sock:
+            self._sock.close()
+
+    def _spawn(self, coroutine: object) -> None:
+        task = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            sock, _ = await loop.sock_accept(listener)
+            sock.setblocking(False)
+            self._spawn(self._serve(sock))
+
+    async def _serve(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        token = ""
+        try:
+            pid, uid, _ = peer_of(sock)
+            while True:
+                data = await loop.sock_recv(sock, MAX_PACKET)
+                if not data:
+                    return
+                fd = -1
+                try:
+                    if uid != os.geteuid():
+                        raise StoreDenied(f"this agent serves user {os.geteuid()}, not user {uid}")
+                    answer, fd, token = self._answer(data, pid, token)
+                except CkptsvcError as error:
+                    answer = {"ok": False, "code": error.code, "what": error.what, "hint": error.hint}
+                except OSError as error:
+                    answer = {"ok": False, "code": "internal", "what": str(error), "hint": ""}
+                try:
+                    send_answer(sock, answer, fd)
+                finally:
+                    if fd >= 0:
+                        os.close(fd)
+        except (ConnectionError, BlockingIOError):
+            pass  # the peer is gone, or does not read its answers
+        finally:
+            sock.close()
+            if token:
+                self._owner.unregister(token)
+
+    def _answer(self, data: bytes, pid: int, token: str) -> tuple[dict[str, object], int, str]:
+        try:
+            op = msgspec.json.decode(data, type=dict).get("op")
+            if op == "register" and not token:
+                registration = msgspec.json.decode(data, type=Registration)
+            elif op == "map" and token:
+                wanted = msgspec.json.decode(data, type=MapRequest)
+            else:
+                raise InvalidInput(f"{op!r} is not understood here")
+        except (msgspec.MsgspecError, UnicodeError) as error:
+            raise InvalidInput(f"malformed message: {error}") from None
+        if op == "register":
+            registration.check()
+            token, node, fd = self._owner.register(registration, pid)
+            return {"ok": True, "token": token, "node": node}, fd, token
+        fd, capacity = self._owner.arena_fd(token, wanted.slot)
+        return {"ok": True, "capacity": capacity}, fd, token

@@ -1,0 +1,134 @@
+"""The launchers (`ckptsvc run`) on this node: their reports go to the job's coordinator, its orders come back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+
+import grpc.aio
+
+from ckptsvc.agent.node import Node
+from ckptsvc.errors import InvalidInput
+from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb
+
+logger = logging.getLogger("ckptsvc.agent")
+
+COORDINATOR_KEY = "ckptsvc-coordinator"
+"""Metadata of the Launch call: the address of the job's coordinator; absent or "" for this agent."""
+
+
+@dataclass(slots=True)
+class Launcher:
+    """One `ckptsvc run`."""
+
+    hello: agent_pb2.LauncherHello
+    coordinator: str
+    orders: asyncio.Queue[agent_pb2.LaunchResponse] = field(default_factory=asyncio.Queue)
+    ready: agent_pb2.LauncherReady | None = None
+
+
+class Launches:
+    """All launchers connected to this agent."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._by_job: dict[str, Launcher] = {}
+        node.launchers = self.resync
+        node.launch_order = self.order
+
+    @property
+    def idle(self) -> bool:
+        """No launcher is connected."""
+        return not self._by_job
+
+    async def serve(
+        self, requests: AsyncIterator[agent_pb2.LaunchRequest], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[agent_pb2.LaunchResponse]:
+        """One Launch call, from hello to the end of the job."""
+        hello = (await anext(aiter(requests))).hello
+        if not hello.job or hello.nproc < 1 or hello.min_nodes < 1 or hello.max_nodes < hello.min_nodes:
+            raise InvalidInput("the first message of a launcher must be a hello with a job, nproc and nodes")
+        if hello.job in self._by_job:
+            raise InvalidInput(f"job {hello.job} is already launched on this node")
+        metadata = dict(context.invocation_metadata() or ())
+        launcher = Launcher(hello, str(metadata.get(COORDINATOR_KEY, "")))
+        self._by_job[hello.job] = launcher
+        uplink = self._node.uplink_to(launcher.coordinator)
+        for report in self._reports_of(launcher):
+            uplink.report(report)
+        reading = asyncio.ensure_future(self._read(requests, launcher))
+        try:
+            while True:
+                response = await launcher.orders.get()
+                yield response
+                if response.WhichOneof("order") == "end":
+                    return
+        finally:
+            reading.cancel()
+            if self._by_job.get(hello.job) is launcher:
+                del self._by_job[hello.job]
+            left = pb.NodeLeft(job=hello.job, node=self._node.name, detail="its launcher is gone")
+            uplink.report(pb.Report(node_left=left))
+
+    async def _read(self, requests: AsyncIterator[agent_pb2.LaunchRequest], launcher: Launcher) -> None:
+        job, node = launcher.hello.job, self._node.name
+        uplink = self._node.uplink_to(launcher.coordinator)
+        async for request in requests:
+            kind = request.WhichOneof("report")
+            if kind == "ready":
+                launcher.ready = request.ready
+                uplink.report(self._ready(launcher))
+            elif kind == "exit":
+                event = request.exit
+                exited = pb.RankExited(
+                    job=job, node=node, attempt=event.attempt, rank=event.rank, status=event.status
+                )
+                uplink.report(pb.Report(rank_exited=exited))
+            elif kind == "stop_wanted":
+                wanted = pb.StopRequested(job=job, reason=request.stop_wanted.reason)
+                uplink.report(pb.Report(stop_requested=wanted))
+
+    def order(self, order: pb.Order) -> None:
+        """An order of the coordinator for a launcher."""
+        launcher = self._by_job.get(order.job)
+        if launcher is None:
+            return
+        kind = order.WhichOneof("effect")
+        if kind == "start":
+            launcher.ready = None
+            launcher.orders.put_nowait(agent_pb2.LaunchResponse(start=order.start))
+        elif kind == "stop":
+            launcher.orders.put_nowait(agent_pb2.LaunchResponse(stop=order.stop))
+        elif kind == "end":
+            launcher.orders.put_nowait(agent_pb2.LaunchResponse(end=order.end))
+
+    def resync(self, coordinator: str) -> Iterator[pb.Report]:
+        """What a coordinator that connects anew must hear of the launchers."""
+        for launcher in self._by_job.values():
+            if launcher.coordinator == coordinator:
+                yield from self._reports_of(launcher)
+
+    def _reports_of(self, launcher: Launcher) -> Iterator[pb.Report]:
+        hello = launcher.hello
+        joined = pb.NodeJoined(
+            job=hello.job,
+            node=self._node.name,
+            node_rank=hello.node_rank,
+            min_nodes=hello.min_nodes,
+            max_nodes=hello.max_nodes,
+            nproc=hello.nproc,
+            max_restarts=hello.max_restarts,
+            address=hello.address,
+        )
+        yield pb.Report(node_joined=joined)
+        if launcher.ready is not None:
+            yield self._ready(launcher)
+
+    def _ready(self, launcher: Launcher) -> pb.Report:
+        assert launcher.ready is not None
+        ready = pb.NodeReady(
+            job=launcher.hello.job, node=self._node.name, attempt=launcher.ready.attempt, port=launcher.ready.port
+        )
+        return pb.Report(node_ready=ready)

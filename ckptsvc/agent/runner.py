@@ -1,0 +1,132 @@
+"""The coordinator's shell: feeds reports to the pure core and executes what it decides."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+
+from ckptsvc.agent.workers import Workers
+from ckptsvc.control.coordinator import Coordinator
+from ckptsvc.control.effects import AllotEpoch, Commit, CommitDone, Decision, EpochDone, Lookup, Send
+from ckptsvc.errors import CkptsvcError
+from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb
+
+log = logging.getLogger("ckptsvc.coordinator")
+
+TICK = 0.2
+"""Seconds between the core's ticks."""
+
+Deliver = Callable[[pb.Order], None]
+
+
+class CoordinatorShell:
+    """Runs in every agent; idle where no agent attends."""
+
+    def __init__(self, workers: Workers, save_timeout: float) -> None:
+        self.core = Coordinator(save_timeout=save_timeout)
+        self._workers = workers
+        self._peers: dict[str, Deliver] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: dict[tuple[str, int, int], str] = {}
+
+    def attend(self, node: str, deliver: Deliver) -> None:
+        """An agent has connected; it will report all it holds."""
+        self._peers[node] = deliver
+
+    def depart(self, node: str, deliver: Deliver) -> None:
+        """An agent's connection has ended (unless it has connected again meanwhile)."""
+        if self._peers.get(node) is deliver:
+            del self._peers[node]
+            self._execute(self.core.agent_lost(node, time.monotonic()))
+
+    def report(self, node: str, report: pb.Report) -> None:
+        """Something happened on a node."""
+        self._execute(self.core.handle(node, report, time.monotonic()))
+
+    def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
+        """Complete snapshots of a job in memory, newest first."""
+        return self.core.snapshots(job)
+
+    async def run(self) -> None:
+        """Tick until cancelled."""
+        while True:
+            await asyncio.sleep(TICK)
+            self._execute(self.core.tick(time.monotonic()))
+
+    async def stop(self) -> None:
+        """Cancel what is running."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _execute(self, decision: Decision) -> None:
+        for reason in decision.reasons:
+            log.info(reason, extra={"event": "decision"})
+        for effect in decision.effects:
+            if isinstance(effect, Send):
+                deliver = self._peers.get(effect.node)
+                if deliver:  # an agent that is away reports everything when it is back, and hears it then
+                    deliver(effect.order)
+            else:
+                task = asyncio.ensure_future(self._do(effect))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
+
+    async def _do(self, effect: AllotEpoch | Commit | Lookup) -> None:
+        if isinstance(effect, AllotEpoch):
+            done = await self._allot(effect)
+            self._execute(self.core.epoch_done(done, time.monotonic()))
+        else:
+            committed = await (self._commit(effect) if isinstance(effect, Commit) else self._lookup(effect))
+            if committed:
+                self._execute(self.core.commit_done(committed, time.monotonic()))
+
+    async def _allot(self, effect: AllotEpoch) -> EpochDone:
+        args = {"store": effect.store, "job": effect.job, "attempt": effect.attempt}
+        try:
+            answer = await self._workers.of(effect.job).call("epoch", args)
+        except CkptsvcError as error:
+            return EpochDone(effect.job, effect.attempt, 0, error.code, str(error))
+        return EpochDone(effect.job, effect.attempt, answer["epoch"])
+
+    async def _commit(self, effect: Commit) -> CommitDone:
+        key = (effect.job, effect.epoch, effect.step)
+        info = {
+            "step": effect.step,
+            "epoch": effect.epoch,
+            "attempt": effect.attempt,
+            "job": effect.job,
+            "world_size": effect.world_size,
+            "extent": effect.shards[0].extent,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "aliases": effect.aliases,
+        }
+        shards = [
+            {"name": s.name, "rank": s.rank, "nbytes": s.nbytes, "digests": s.digests, "columns": s.columns}
+            for s in effect.shards
+        ]
+        # The same writer for every try of this commit, so that a record whose answer was lost is known as ours.
+        writer = self._writers.setdefault(key, secrets.token_hex(8))
+        args = {"store": effect.store, "info": info, "shards": shards, "writer": writer, "keep": effect.keep}
+        try:
+            await self._workers.of(effect.job).call("commit", args, self._warn)
+        except CkptsvcError as error:
+            return CommitDone(effect.job, effect.epoch, effect.step, error.code, str(error))
+        finally:
+            self._writers.pop(key, None)
+        return CommitDone(effect.job, effect.epoch, effect.step)
+
+    async def _lookup(self, effect: Lookup) -> CommitDone | None:
+        args = {"store": effect.store, "epoch": effect.epoch, "step": effect.step}
+        try:
+            answer = await self._workers.of(effect.job).call("lookup", args)
+        except CkptsvcError as error:
+            log.warning("cannot look up step %d: %s", effect.step, error)
+            return None
+        return CommitDone(effect.job, effect.epoch, effect.step) if answer["committed"] else None
+
+    def _warn(self, note: dict[str, str]) -> None:
+        log.warning(note.get("warning", ""))

@@ -1,0 +1,236 @@
+"""The agent process: assembles the parts, serves until told to stop, and stops in order.
+
+    python -m ckptsvc.agent.server --dir DIR ...      (what `ckptsvc agent` and private agents run)
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import ckptsvc
+from ckptsvc.agent.httpd import start_metrics
+from ckptsvc.agent.identity import IdentityServer
+from ckptsvc.agent.launches import Launches
+from ckptsvc.agent.node import Node
+from ckptsvc.agent.runner import CoordinatorShell
+from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
+from ckptsvc.agent.status import status_of
+from ckptsvc.agent.workers import Workers
+from ckptsvc.config import Settings, load, parse_duration
+from ckptsvc.errors import EXIT_STATUS, CkptsvcError, ConfigError, RunBusy
+from ckptsvc.pipeline.arena import ArenaPool
+from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS
+from ckptsvc.rpc.dial import sockets
+from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
+from ckptsvc.telemetry import Event, Metrics, log, setup_logging
+
+logger = logging.getLogger("ckptsvc.agent")
+
+GRACE = 2.0
+"""Seconds that calls in flight get when the agent stops."""
+
+
+@dataclass(slots=True)
+class Options:
+    """How to run.
+
+    Attributes:
+        directory: holds the sockets, the lock and (by default) the log; belongs to this agent.
+        settings: the merged configuration.
+        linger: seconds without ranks, launchers and saves after which the agent ends; None: never.
+        json_log: log JSON lines.
+    """
+
+    directory: Path
+    settings: Settings
+    linger: float | None = None
+    json_log: bool = False
+
+
+class Agent:
+    """One agent; `run` is its whole life."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._stopping = asyncio.Event()
+        settings = options.settings
+        self.node_name = settings.agent.name or socket.gethostname()
+        self.metrics = Metrics(ckptsvc.__version__)
+        self.workers = Workers()
+        self.shell = CoordinatorShell(self.workers, settings.save.timeout)
+        arenas = Path(settings.arena.dir)
+        # Agents with different directories may share a machine (two "nodes" of a test): their arenas must not meet.
+        tag = hashlib.sha256(str(options.directory).encode()).hexdigest()[:8]
+        vfs = os.statvfs(arenas)
+        self.pool = ArenaPool(
+            arenas / f"ckptsvc-{os.geteuid()}-{tag}", settings.arena.limit.of(vfs.f_blocks * vfs.f_frsize)
+        )
+        self.address = ""
+        self.metrics_address = ""
+        self.started = time.time()
+
+    async def run(self) -> None:
+        """Serve until SIGTERM, SIGINT, or (with `linger`) nothing is left to do.
+
+        Raises:
+            RunBusy: another agent serves this directory.
+        """
+        directory = self._options.directory
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.open(directory / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise RunBusy(f"an agent already serves {directory}") from None
+        left = self.pool.open()
+        settings = self._options.settings
+        self.node = Node(
+            self.node_name,
+            self.pool,
+            self.workers,
+            self.shell,
+            self.metrics,
+            slots=settings.arena.slots,
+            linger=600.0 if self._options.linger is None else self._options.linger,
+        )
+        self.launches = Launches(self.node)
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stopping.set)
+        async with contextlib.AsyncExitStack() as stack:
+            await self._listen(stack)
+            self.node.recover(left)
+            tasks = [asyncio.ensure_future(c) for c in (self.shell.run(), self.node.watch(), self._until_idle())]
+            (directory / "ready").write_text(self._ready_text())
+            log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
+                self.node_name, directory, self.address, node=self.node_name)  # fmt: skip
+            await self._stopping.wait()
+            (directory / "ready").unlink(missing_ok=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        idle = self.node.idle
+        await self.node.stop()
+        await self.shell.stop()
+        await self.workers.close()
+        self.pool.close(remove=idle)
+        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
+        os.close(lock)
+
+    async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
+        settings = self._options.settings.agent
+        grpc_path, identity_path = sockets(self._options.directory)
+        local = grpc.aio.server(options=OPTIONS)
+        agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
+        between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE, ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 4000), ("grpc.so_reuseport", 0)])  # fmt: skip
+        coordinator_pb2_grpc_add(CoordinatorServicer(self.shell), between)
+        for server, names in (
+            (local, [agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name]),
+            (between, [coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name]),
+        ):
+            checks = health.aio.HealthServicer()
+            health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+            for name in (*names, ""):
+                await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
+            reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        if not settings.listen.host.startswith("127.") and settings.listen.host not in ("::1", "localhost"):
+            raise ConfigError(
+                f"agent.listen is {settings.listen}, which is not loopback",
+                hint="ports without authentication listen on loopback only; mutual TLS comes with the network release",
+            )
+        port = between.add_insecure_port(str(settings.listen))
+        self.address = f"{settings.listen.host}:{port}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(grpc_path)
+        local.add_insecure_port(f"unix:{grpc_path}")
+        identity = IdentityServer(identity_path, self.node)
+        if settings.metrics_listen is not None:
+            self.metrics_address, close = start_metrics(settings.metrics_listen, self.metrics.registry)
+            stack.callback(close)
+        await local.start()
+        os.chmod(grpc_path, 0o600)
+        await between.start()
+        await identity.start()
+        stack.push_async_callback(between.stop, GRACE)
+        stack.push_async_callback(local.stop, GRACE)
+        stack.push_async_callback(identity.stop)
+
+    async def _until_idle(self) -> None:
+        linger = self._options.linger
+        while True:
+            await asyncio.sleep(0.2)
+            if not self.node.idle or not self.launches.idle:
+                self.node.last_active = time.monotonic()
+            elif linger is not None and time.monotonic() - self.node.last_active > linger:
+                self._stopping.set()
+
+    def _ready_text(self) -> str:
+        return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n"
+
+
+def agent_pb2_grpc_add(servicer: AgentServicer, server: Any) -> None:
+    """Register the servicer (the generated function is untyped)."""
+    from ckptsvc.rpc.v1 import agent_pb2_grpc
+
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(servicer, server)
+
+
+def coordinator_pb2_grpc_add(servicer: CoordinatorServicer, server: Any) -> None:
+    """Register the servicer (the generated function is untyped)."""
+    from ckptsvc.rpc.v1 import coordinator_pb2_grpc
+
+    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server)
+
+
+async def serve(options: Options) -> None:
+    """Run one agent to its end."""
+    await Agent(options).run()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the agent as a program; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ckptsvc.agent.server", description=__doc__)
+    parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--listen")
+    parser.add_argument("--name")
+    parser.add_argument("--metrics-listen")
+    parser.add_argument("--linger")
+    parser.add_argument("--json-log", action="store_true")
+    args = parser.parse_args(arguments)
+    try:
+        overrides = {
+            "agent.listen": args.listen,
+            "agent.name": args.name,
+            "agent.metrics_listen": args.metrics_listen,
+        }
+        settings = load(os.environ, overrides)
+        setup_logging(sys.stderr, json=args.json_log)
+        linger = parse_duration(args.linger) if args.linger else None
+        asyncio.run(serve(Options(args.dir, settings, linger, args.json_log)))
+    except CkptsvcError as error:
+        print(f"ckptsvc agent: {error}", file=sys.stderr)  # noqa: T201  a program's last words
+        return EXIT_STATUS[error.code]
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""gRPC in, node and coordinator out; nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+import msgspec
+
+from ckptsvc.agent.launches import Launches
+from ckptsvc.agent.node import Node
+from ckptsvc.agent.runner import CoordinatorShell
+from ckptsvc.errors import CkptsvcError, InvalidInput
+from ckptsvc.rpc.channel import TOKEN_KEY, trailers_of
+from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2 as pb, coordinator_pb2_grpc
+
+REPLY_TIME = 0.05
+"""Seconds before the caller's deadline at which an answer is sent, so that it arrives."""
+
+PREPARE_TIMEOUT = 120.0
+MAX_IMAGE = 1 << 42
+"""Largest shard image a rank may announce, in bytes."""
+
+Handler = Callable[..., Awaitable[Any]]
+
+
+def _errors(handler: Handler) -> Handler:
+    """Send a `CkptsvcError` to the caller as what it is."""
+
+    @functools.wraps(handler)
+    async def guarded(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await handler(self, request, context)
+        except CkptsvcError as error:
+            status, trailers = trailers_of(error)
+            await context.abort(status, str(error), trailers)
+
+    return guarded
+
+
+def _token(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == TOKEN_KEY:
+            return str(value)
+    raise InvalidInput("this call is for registered ranks only")
+
+
+def _remaining(context: grpc.aio.ServicerContext[Any, Any], most: float) -> float:
+    left = context.time_remaining()
+    return most if left is None else max(min(left - REPLY_TIME, most), 0.0)
+
+
+class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
+    """For local ranks, launchers and the command line."""
+
+    def __init__(self, node: Node, launches: Launches, status: Callable[[], dict[str, Any]]) -> None:
+        self._node, self._launches, self._status = node, launches, status
+
+    @_errors
+    async def Prepare(self, request: agent_pb2.PrepareRequest, context: Any) -> agent_pb2.PrepareResponse:
+        """See agent.proto."""
+        if not 0 < request.arena_bytes <= MAX_IMAGE:
+            raise InvalidInput(f"a shard image of {request.arena_bytes} bytes is impossible")
+        timeout = _remaining(context, PREPARE_TIMEOUT)
+        ranks, complete = await self._node.prepare(_token(context), request.arena_bytes, request.plain_digest, timeout)
+        return agent_pb2.PrepareResponse(same_plain=ranks, complete=complete)
+
+    @_errors
+    async def Acquire(self, request: agent_pb2.AcquireRequest, context: Any) -> agent_pb2.AcquireResponse:
+        """See agent.proto."""
+        if not 0 < request.bytes <= MAX_IMAGE or request.step < 0:
+            raise InvalidInput(f"a snapshot of {request.bytes} bytes at step {request.step} is impossible")
+        timeout = _remaining(context, 600.0)
+        arena, epoch = await self._node.acquire(_token(context), request.step, request.bytes, timeout)
+        return agent_pb2.AcquireResponse(slot=arena.name, capacity=arena.capacity, epoch=epoch)
+
+    @_errors
+    async def Submit(self, request: agent_pb2.SubmitRequest, context: Any) -> agent_pb2.SubmitResponse:
+        """See agent.proto."""
+        self._node.submit(_token(context), request.slot, request.step, request.bytes, dict(request.aliases))
+        return agent_pb2.SubmitResponse()
+
+    @_errors
+    async def Abandon(self, request: agent_pb2.AbandonRequest, context: Any) -> agent_pb2.AbandonResponse:
+        """See agent.proto."""
+        self._node.abandon(_token(context), request.slot, request.step, request.reason[:500])
+        return agent_pb2.AbandonResponse()
+
+    @_errors
+    async def WaitSave(self, request: agent_pb2.WaitSaveRequest, context: Any) -> agent_pb2.WaitSaveResponse:
+        """See agent.proto."""
+        try:
+            waiting = self._node.wait_save(_token(context), request.step)
+            outcome = await asyncio.wait_for(waiting, _remaining(context, 600.0))
+        except TimeoutError:
+            outcome = agent_pb2.SaveOutcome()
+        return agent_pb2.WaitSaveResponse(outcome=outcome)
+
+    @_errors
+    async def ListSnapshots(
+        self, request: agent_pb2.ListSnapshotsRequest, context: Any
+    ) -> agent_pb2.ListSnapshotsResponse:
+        """See agent.proto."""
+        return agent_pb2.ListSnapshotsResponse(snapshots=await self._node.list_snapshots(_token(context)))
+
+    @_errors
+    async def Leave(self, request: agent_pb2.LeaveRequest, context: Any) -> agent_pb2.LeaveResponse:
+        """See agent.proto."""
+        self._node.leave(_token(context))
+        return agent_pb2.LeaveResponse()
+
+    @_errors
+    async def GetStatus(self, request: agent_pb2.GetStatusRequest, context: Any) -> agent_pb2.GetStatusResponse:
+        """See agent.proto."""
+        return agent_pb2.GetStatusResponse(json=msgspec.json.encode(self._status()))
+
+    async def Launch(
+        self, request_iterator: AsyncIterator[agent_pb2.LaunchRequest], context: Any
+    ) -> AsyncIterator[agent_pb2.LaunchResponse]:
+        """See agent.proto."""
+        try:
+            async for response in self._launches.serve(request_iterator, context):
+                yield response
+        except CkptsvcError as error:
+            status, trailers = trailers_of(error)
+            await context.abort(status, str(error), trailers)
+
+
+class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
+    """For the agents of other nodes."""
+
+    def __init__(self, shell: CoordinatorShell) -> None:
+        self._shell = shell
+
+    async def Attend(self, request_iterator: AsyncIterator[pb.Report], context: Any) -> AsyncIterator[pb.Order]:
+        """See coordinator.proto."""
+        first = await anext(aiter(request_iterator))
+        node = first.agent_hello.node
+        if not node:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first report must be a hello with a node")
+        orders: asyncio.Queue[pb.Order] = asyncio.Queue()
+        deliver = orders.put_nowait
+        self._shell.attend(node, deliver)
+        reading = asyncio.ensure_future(self._read(node, request_iterator))
+        getting = asyncio.ensure_future(orders.get())
+        try:
+            while True:
+                await asyncio.wait((reading, getting), return_when=asyncio.FIRST_COMPLETED)
+                if getting.done():
+                    yield getting.result()
+                    getting = asyncio.ensure_future(orders.get())
+                elif reading.done():
+                    return
+        finally:
+            reading.cancel()
+            getting.cancel()
+            self._shell.depart(node, deliver)
+
+    async def _read(self, node: str, reports: AsyncIterator[pb.Report]) -> None:
+        async for report in reports:
+            self._shell.report(node, report)
+
+    @_errors
+    async def ListComplete(self, request: pb.ListCompleteRequest, context: Any) -> agent_pb2.ListSnapshotsResponse:
+        """See coordinator.proto."""
+        return agent_pb2.ListSnapshotsResponse(snapshots=self._shell.list_complete(request.job))

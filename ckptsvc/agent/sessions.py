@@ -1,0 +1,114 @@
+"""What an agent knows of its local ranks and jobs: plain state, changed by agent.node only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mmap
+import os
+import secrets
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from ckptsvc.agent.identity import Registration
+from ckptsvc.errors import CkptsvcError
+from ckptsvc.rpc.identity import PAGE_BYTES, Page
+from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb
+
+Key = tuple[int, int]
+"""(epoch, step)."""
+
+REMEMBERED = 64
+"""Outcomes kept for a job."""
+
+
+@dataclass(slots=True)
+class Session:
+    """One registered rank."""
+
+    token: str
+    reg: Registration
+    pid: int
+    pidfd: int
+    page_fd: int
+    memory: mmap.mmap
+    page: Page
+    arena_changed: asyncio.Event = field(default_factory=asyncio.Event)
+    announced: str = ""
+    preparing: int = 0
+    left: bool = False
+
+    @staticmethod
+    def open(reg: Registration, pid: int) -> Session:
+        """Make the heartbeat page and watch the process.
+
+        Raises:
+            OSError: no descriptors or memory left, or the process is gone already.
+        """
+        page_fd = os.memfd_create(f"ckptsvc-page-{reg.rank}", os.MFD_CLOEXEC)
+        os.truncate(page_fd, PAGE_BYTES)
+        os.pwrite(page_fd, Page.blank(), 0)
+        memory = mmap.mmap(page_fd, PAGE_BYTES)
+        try:
+            pidfd = os.pidfd_open(pid) if pid > 0 else -1  # 0: a process of another pid namespace
+        except OSError:
+            pidfd = -1
+        return Session(secrets.token_hex(16), reg, pid, pidfd, page_fd, memory, Page(memoryview(memory)))
+
+    def page_fd_copy(self) -> int:
+        """A descriptor of the page to give away."""
+        return os.dup(self.page_fd)
+
+    def close(self) -> None:
+        """Give the descriptors back."""
+        for fd in (self.page_fd, self.pidfd):
+            if fd >= 0:
+                os.close(fd)
+        self.page_fd = self.pidfd = -1
+        with contextlib.suppress(BufferError):
+            self.memory.close()
+
+
+@dataclass(slots=True)
+class Attempt:
+    """What the coordinator has decided about one attempt of a job."""
+
+    epoch: int = 0
+    epoch_error: CkptsvcError | None = None
+    refused: CkptsvcError | None = None
+    groups: list[list[int]] | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def wake(self) -> None:
+        """Let those who wait look again."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+@dataclass(slots=True)
+class LocalJob:
+    """What this node knows of one job."""
+
+    name: str
+    coordinator: str
+    store: str
+    attempts: dict[int, Attempt] = field(default_factory=dict)
+    outcomes: OrderedDict[Key, agent_pb2.SaveOutcome] = field(default_factory=OrderedDict)
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+    durable: dict[tuple[int, int, int], pb.Durable] = field(default_factory=dict)
+    digests: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)  # by arena
+    complete: set[Key] = field(default_factory=set)
+    idle_since: float = 0.0
+    died: bool = False
+
+    def attempt(self, number: int) -> Attempt:
+        """The attempt of that number."""
+        return self.attempts.setdefault(number, Attempt())
+
+    def record(self, outcome: agent_pb2.SaveOutcome) -> None:
+        """Remember how a save ended and wake those who wait."""
+        self.outcomes[outcome.epoch, outcome.step] = outcome
+        while len(self.outcomes) > REMEMBERED:
+            self.outcomes.popitem(last=False)
+        self.ended.set()
+        self.ended = asyncio.Event()

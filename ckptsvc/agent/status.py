@@ -1,0 +1,97 @@
+"""What the agent is doing, as one document for `ckptsvc status`."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import ckptsvc
+from ckptsvc.rpc.v1 import agent_pb2
+
+if TYPE_CHECKING:
+    from ckptsvc.agent.server import Agent
+
+STATUS_VERSION = 1
+
+
+def status_of(agent: Agent) -> dict[str, Any]:
+    """The document; sizes in bytes, ages in seconds, times in Unix seconds."""
+    return {
+        "status_version": STATUS_VERSION,
+        "version": ckptsvc.__version__,
+        "node": agent.node_name,
+        "pid": os.getpid(),
+        "started": agent.started,
+        "address": agent.address,
+        "metrics": agent.metrics_address,
+        "ranks": _ranks(agent),
+        "arenas": _arenas(agent),
+        "arena_limit": agent.pool.limit,
+        "saves": _saves(agent),
+        "coordinates": _coordinated(agent),
+    }
+
+
+def _ranks(agent: Agent) -> list[dict[str, Any]]:
+    now = time.monotonic()
+    found = []
+    for session in agent.node.sessions.values():
+        reg, at = session.reg, session.page.get("at")
+        found.append(
+            {
+                "job": reg.job,
+                "attempt": reg.attempt,
+                "rank": reg.rank,
+                "world_size": reg.world_size,
+                "pid": session.pid,
+                "store": reg.store,
+                "step": session.page.get("step"),
+                "heartbeat_age": now - at / 1e9 if at else None,
+                "committed": session.page.get("committed"),
+            }
+        )
+    return sorted(found, key=lambda r: (r["job"], r["rank"]))
+
+
+def _arenas(agent: Agent) -> list[dict[str, Any]]:
+    return [
+        {"job": a.job, "rank": a.rank, "state": a.state.value, "step": a.step, "bytes": a.capacity}
+        for a in agent.pool.arenas.values()
+    ]
+
+
+def _saves(agent: Agent) -> list[dict[str, Any]]:
+    return [
+        {
+            "job": job.name,
+            "epoch": o.epoch,
+            "step": o.step,
+            "outcome": agent_pb2.Outcome.Name(o.outcome).removeprefix("OUTCOME_").lower(),
+            "code": o.code,
+            "reason": o.reason,
+            "bytes": o.bytes,
+            "seconds": o.seconds,
+        }
+        for job in agent.node.jobs.values()
+        for o in job.outcomes.values()
+    ]
+
+
+def _coordinated(agent: Agent) -> list[dict[str, Any]]:
+    core = agent.shell.core
+    return [
+        {
+            "job": job.name,
+            "attempt": job.attempt,
+            "epoch": job.epoch,
+            "world_size": job.world_size,
+            "live_ranks": len(job.ranks),
+            "nodes": job.nodes,
+            "running_saves": sorted(save.step for save in job.saves.open.values()),
+            "in_memory": [step for _, step in job.saves.snapshots()],
+            "restarts": core.launched[job.name].restarts if job.name in core.launched else 0,
+            "incidents": core.launched[job.name].incidents if job.name in core.launched else [],
+        }
+        for job in core.jobs.values()
+    ]

@@ -1,0 +1,189 @@
+"""The I/O worker: one process for each job does all that touches the job's store.
+
+A store can hang (a dead Lustre target leaves a writer that not even SIGKILL ends), so the control process never calls
+one. The worker is spawned, never forked, and speaks msgpack frames over a socket pair: requests in, any number of
+notes and one answer out. It ends when its agent does.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ckptsvc.errors import CkptsvcError, StoreError
+from ckptsvc.format.checksum import extent_digests
+from ckptsvc.format.commit import CommitRecord
+from ckptsvc.format.index import Columns, IndexInfo, ShardRecord
+from ckptsvc.pipeline.arena import mapped
+from ckptsvc.pipeline.catalog import Ref, read_commit, take_epoch
+from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
+from ckptsvc.pipeline.retain import expire
+from ckptsvc.pipeline.write import write_shard
+from ckptsvc.storage import Store, connect
+from ckptsvc.storage.wrappers import Retrying
+
+FRAME = struct.Struct("<I")
+MAX_FRAME = 1 << 30
+"""Largest frame in bytes."""
+
+FAILPOINT = "CKPTSVC_FAILPOINT"
+"""Environment variable: the name of a point at which the worker ends at once (tests only); see `failpoint`."""
+
+Note = Callable[[dict[str, Any]], None]
+
+
+class Request(msgspec.Struct):
+    """One thing to do."""
+
+    id: int
+    op: str
+    args: dict[str, Any]
+
+
+def failpoint(name: str) -> None:
+    """End this process and its agent with SIGKILL when the environment names this point.
+
+    The names read as a timeline: before_shard, after_shard, before_commit, after_commit.
+    """
+    if os.environ.get(FAILPOINT) == name:
+        os.kill(os.getppid(), 9)
+        os.kill(os.getpid(), 9)
+
+
+class Worker:
+    """Executes requests on one store; every method named `do_*` is an operation."""
+
+    def __init__(self) -> None:
+        self._stores: dict[str, Store] = {}
+        self._lock = threading.Lock()
+        self._digesting = ThreadPoolExecutor(2, thread_name_prefix="ckptsvc-digest")
+
+    def store(self, url: str) -> Store:
+        """The store of that URL, connected once, with retries."""
+        with self._lock:
+            if url not in self._stores:
+                self._stores[url] = Retrying(connect(url))
+            return self._stores[url]
+
+    def do_write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Write the shard in an arena; notes its digests as soon as they are known."""
+        failpoint("before_shard")
+        with mapped(args["path"], args["nbytes"]) as image:
+            written = write_shard(
+                self.store(args["store"]),
+                image,
+                args["nbytes"],
+                extent=args["extent"],
+                epoch=args["epoch"],
+                step=args["step"],
+                rank=args["rank"],
+                pool=self._digesting,
+                on_digests=lambda d: note({"digests": d.tobytes()}),
+            )
+        failpoint("after_shard")
+        return {
+            "name": written.name,
+            "nbytes": written.nbytes,
+            "digests": written.digests.tobytes(),
+            "columns": written.columns.encode(),
+        }
+
+    def do_digest(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Checksums of a snapshot in memory."""
+        with mapped(args["path"], args["nbytes"]) as image:
+            return {"digests": extent_digests(image[: args["nbytes"]], args["extent"]).tobytes()}
+
+    def do_epoch(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Take the next epoch of the run."""
+        store = self.store(args["store"])
+        epoch = take_epoch(store, args["job"], args["attempt"], secrets.token_hex(8), now_iso())
+        return {"epoch": epoch}
+
+    def do_commit(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Commit a checkpoint, then let go of those beyond the number to keep."""
+        failpoint("before_commit")
+        store = self.store(args["store"])
+        info = msgspec.convert(args["info"], IndexInfo)
+        shards = [
+            ShardRecord(s["name"], s["rank"], s["nbytes"], _digests(s["digests"]), Columns.decode(s["columns"]))
+            for s in args["shards"]
+        ]
+        record: CommitRecord = commit_checkpoint(store, info, shards, args["writer"])
+        failpoint("after_commit")
+        gone = []
+        try:
+            gone = expire(store, args["keep"], protect=[Ref(record.epoch, record.step)])
+        except StoreError as error:
+            note({"warning": f"old checkpoints could not be removed: {error}"})
+        return {"index_bytes": record.index_bytes, "removed": [ref.name for ref in gone]}
+
+    def do_lookup(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Is this step committed?"""
+        return {"committed": read_commit(self.store(args["store"]), Ref(args["epoch"], args["step"])) is not None}
+
+
+def serve(sock: socket.socket) -> None:
+    """Answer requests until the agent closes its end."""
+    worker = Worker()
+    sending = threading.Lock()
+
+    def send(message: dict[str, Any]) -> None:
+        body = msgspec.msgpack.encode(message)
+        with sending:
+            sock.sendall(FRAME.pack(len(body)) + body)
+
+    def execute(request: Request) -> None:
+        try:
+            handler = getattr(worker, f"do_{request.op}")
+            result = handler(request.args, lambda note: send({"id": request.id, "note": note}))
+            send({"id": request.id, "result": result})
+        except CkptsvcError as error:
+            send({"id": request.id, "error": [error.code, error.what, error.hint]})
+        except OSError as error:
+            if error.errno is None or sock.fileno() < 0:
+                os._exit(1)
+            send({"id": request.id, "error": ["store", f"{request.op}: {error}", ""]})
+        except Exception as error:  # noqa: BLE001  an unexpected failure of one save must not end the others'
+            send({"id": request.id, "error": ["internal", f"{request.op}: {type(error).__name__}: {error}", ""]})
+
+    decoder = msgspec.msgpack.Decoder(Request)
+    with ThreadPoolExecutor(16, thread_name_prefix="ckptsvc-io") as pool:
+        while True:
+            head = _receive(sock, FRAME.size)
+            if head is None:
+                os._exit(0)  # the agent is gone: a thread that hangs in the store must not keep this process
+            body = _receive(sock, FRAME.unpack(head)[0])
+            if body is None:
+                os._exit(0)
+            pool.submit(execute, decoder.decode(body))
+
+
+def _receive(sock: socket.socket, nbytes: int) -> bytearray | None:
+    if nbytes > MAX_FRAME:
+        return None
+    buffer = bytearray(nbytes)
+    view = memoryview(buffer)
+    while view:
+        got = sock.recv_into(view)
+        if got == 0:
+            return None
+        view = view[got:]
+    return buffer
+
+
+def _digests(data: bytes) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    return np.frombuffer(data, dtype="<u8")
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,122 @@
+"""The agent's side of an I/O worker: starts it, sends requests, starts it again when it dies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from ckptsvc.errors import BY_CODE, CkptsvcError, StoreUnavailable
+
+log = logging.getLogger("ckptsvc.agent")
+
+_FRAME = struct.Struct("<I")
+_RESTARTS = 3
+"""How often one request survives the death of the worker."""
+
+Note = Callable[[dict[str, Any]], None]
+
+
+class WorkerDied(Exception):
+    """The worker process ended under a request."""
+
+
+class WorkerProxy:
+    """One worker process; requests may run concurrently."""
+
+    def __init__(self, job: str) -> None:
+        self.job = job
+        self._process: subprocess.Popen[bytes] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._reader_task: asyncio.Task[None] | None = None
+        self._pending: dict[int, tuple[asyncio.Future[dict[str, Any]], Note | None]] = {}
+        self._ids = itertools.count(1)
+        self._starting = asyncio.Lock()
+
+    async def call(self, op: str, args: dict[str, Any], on_note: Note | None = None) -> dict[str, Any]:
+        """Run one operation in the worker.
+
+        Operations may be repeated: a request whose worker dies is sent again to a new one.
+
+        Raises:
+            CkptsvcError: what the operation raised.
+            StoreUnavailable: the worker died again and again.
+        """
+        for _ in range(_RESTARTS):
+            writer = await self._ensure()
+            number = next(self._ids)
+            future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+            self._pending[number] = (future, on_note)
+            body = msgspec.msgpack.encode({"id": number, "op": op, "args": args})
+            writer.write(_FRAME.pack(len(body)) + body)
+            try:
+                return await future
+            except WorkerDied:
+                log.warning("the I/O worker of job %s died during %s; starting another", self.job, op)
+            finally:
+                self._pending.pop(number, None)
+        raise StoreUnavailable(f"the I/O worker died {_RESTARTS} times during {op}")
+
+    async def close(self) -> None:
+        """End the worker; what it is doing is lost."""
+        if self._reader_task:
+            self._reader_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._reader_task
+        if self._writer:
+            self._writer.close()
+        if self._process:
+            self._process.kill()
+            await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+
+    async def _ensure(self) -> asyncio.StreamWriter:
+        async with self._starting:
+            if self._writer is not None:
+                return self._writer
+            ours, theirs = socket.socketpair()
+            command = [sys.executable, "-m", "ckptsvc.agent.worker", str(theirs.fileno())]
+            self._process = subprocess.Popen(  # noqa: ASYNC220  exec of a known file: bounded and short
+                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ
+            )
+            theirs.close()
+            reader, self._writer = await asyncio.open_connection(sock=ours)
+            self._reader_task = asyncio.create_task(self._read(reader, self._process))
+            return self._writer
+
+    async def _read(self, reader: asyncio.StreamReader, process: subprocess.Popen[bytes]) -> None:
+        try:
+            while True:
+                (nbytes,) = _FRAME.unpack(await reader.readexactly(_FRAME.size))
+                self._dispatch(msgspec.msgpack.decode(await reader.readexactly(nbytes)))
+        except (asyncio.IncompleteReadError, ConnectionError):
+            self._writer = None
+            await asyncio.get_running_loop().run_in_executor(None, process.wait)
+            for future, _ in list(self._pending.values()):
+                if not future.done():
+                    future.set_exception(WorkerDied())
+
+    def _dispatch(self, message: dict[str, Any]) -> None:
+        entry = self._pending.get(message["id"])
+        if entry is None:
+            return
+        future, on_note = entry
+        if "note" in message:
+            if on_note:
+                on_note(message["note"])
+        elif future.done():
+            return
+        elif "error" in message:
+            code, what, hint = message["error"]
+            future.set_exception(BY_CODE.get(code, CkptsvcError)(what, hint=hint))
+        else:
+            future.set_result(message["result"])

@@ -1,0 +1,25 @@
+"""The I/O workers of an agent, one for each job, started when needed."""
+
+from __future__ import annotations
+
+from ckptsvc.agent.worker_proxy import WorkerProxy
+
+
+class Workers:
+    """Worker processes by job."""
+
+    def __init__(self) -> None:
+        self._by_job: dict[str, WorkerProxy] = {}
+
+    def of(self, job: str) -> WorkerProxy:
+        """The worker of a job."""
+        if job not in self._by_job:
+            self._by_job[job] = WorkerProxy(job)
+        return self._by_job[job]
+
+    async def close(self, job: str | None = None) -> None:
+        """End the worker of one job, or all."""
+        for name in [job] if job else list(self._by_job):
+            worker = self._by_job.pop(name, None)
+            if worker:
+                await worker.close()

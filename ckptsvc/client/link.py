@@ -1,0 +1,196 @@
+"""The training process's connection to its agent: registration, calls with deadlines, and the mapped arenas."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# A forked child (a data loader's worker) never uses this process's channel: without this, grpc stops the whole
+# process at every fork to find that out.
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
+
+import grpc  # noqa: E402
+
+from ckptsvc.errors import AgentUnavailable  # noqa: E402
+from ckptsvc.rpc.channel import OPTIONS, TOKEN_KEY, error_of  # noqa: E402
+from ckptsvc.rpc.dial import sockets  # noqa: E402
+from ckptsvc.rpc.identity import PAGE_BYTES, IdentityClient, Page  # noqa: E402
+from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc  # noqa: E402
+
+CALL_TIMEOUT = 5.0
+"""Seconds for a call that the agent answers at once; a loop never waits longer for a dead one."""
+
+_MADV_POPULATE_WRITE = 23
+
+
+@dataclass(slots=True)
+class Mapped:
+    """An arena in this process's memory."""
+
+    slot: str
+    memory: mmap.mmap
+
+    @property
+    def view(self) -> memoryview:
+        """All of it."""
+        return memoryview(self.memory)
+
+
+class AgentLink:
+    """One rank's session at its agent. `registration` is sent as it is (see rpc.identity)."""
+
+    def __init__(self, directory: Path, registration: dict[str, Any]) -> None:
+        self.directory = directory
+        self.registration = registration
+        self.node = ""
+        self._identity: IdentityClient | None = None
+        self._channel: grpc.Channel | None = None
+        self._stub: Any = None
+        self._metadata: tuple[tuple[str, str], ...] = ()
+        self._page_memory = bytearray(PAGE_BYTES)
+        self.page = Page(memoryview(self._page_memory))
+        self._mapped: dict[str, Mapped] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def connected(self) -> bool:
+        """Whether the last call found the agent."""
+        return self._identity is not None
+
+    def connect(self) -> None:
+        """Register (again); what the heartbeat page said is carried over.
+
+        Raises:
+            AgentUnavailable: nobody answers.
+            CkptsvcError: the agent refuses.
+        """
+        self.disconnect()
+        grpc_path, identity_path = sockets(self.directory)
+        identity = IdentityClient(identity_path)
+        try:
+            answer, fd = identity.call(self.registration)
+        except BaseException:
+            identity.close()
+            raise
+        memory = mmap.mmap(fd, PAGE_BYTES)
+        os.close(fd)
+        page = Page(memoryview(memory))
+        for word in ("step", "at"):
+            page.put(word, self.page.get(word))
+        self.page = page
+        self.node = answer["node"]
+        self._metadata = ((TOKEN_KEY, answer["token"]),)
+        self._channel = grpc.insecure_channel(f"unix:{grpc_path}", options=OPTIONS)
+        self._stub = agent_pb2_grpc.AgentServiceStub(self._channel)
+        self._identity = identity
+
+    def disconnect(self) -> None:
+        """Drop the connection; arenas stay mapped."""
+        identity, channel = self._identity, self._channel
+        self._identity = self._channel = self._stub = None
+        if identity:
+            identity.close()
+        if channel:
+            channel.close()
+
+    def call(self, method: str, request: Any, timeout: float = CALL_TIMEOUT) -> Any:
+        """One call.
+
+        Raises:
+            AgentUnavailable: no answer in time; the link is down until `connect`.
+            CkptsvcError: what the agent answered.
+        """
+        stub = self._stub
+        if stub is None:
+            raise AgentUnavailable("not connected to the agent")
+        try:
+            return getattr(stub, method)(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError as failure:
+            error = error_of(failure)
+            if isinstance(error, AgentUnavailable):
+                self.disconnect()
+            raise error from None
+
+    def prepare(self, nbytes: int, digest: str, timeout: float) -> tuple[tuple[int, ...], bool]:
+        """See agent.proto: (ranks with the same plain tensors, whether all have answered)."""
+        answer = self.call("Prepare", agent_pb2.PrepareRequest(arena_bytes=nbytes, plain_digest=digest), timeout)
+        return tuple(answer.same_plain), answer.complete
+
+    def acquire(self, step: int, nbytes: int, timeout: float) -> tuple[str, int]:
+        """A free arena: (slot, epoch)."""
+        answer = self.call("Acquire", agent_pb2.AcquireRequest(step=step, bytes=nbytes), timeout + CALL_TIMEOUT)
+        return answer.slot, answer.epoch
+
+    def submit(self, slot: str, step: int, nbytes: int, aliases: dict[str, str]) -> None:
+        """The arena holds a whole shard image."""
+        self.call("Submit", agent_pb2.SubmitRequest(slot=slot, step=step, bytes=nbytes, aliases=aliases))
+
+    def abandon(self, slot: str, step: int, reason: str) -> None:
+        """This rank cannot take the snapshot."""
+        self.call("Abandon", agent_pb2.AbandonRequest(slot=slot, step=step, reason=reason))
+
+    def wait_save(self, step: int, timeout: float) -> agent_pb2.SaveOutcome:
+        """How the save ended; OUTCOME_UNSPECIFIED if it is still running after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while True:
+            left = min(max(deadline - time.monotonic(), 0.1), 60.0)
+            outcome = self.call("WaitSave", agent_pb2.WaitSaveRequest(step=step), left + 1.0).outcome
+            if outcome.outcome or time.monotonic() >= deadline:
+                return outcome
+
+    def snapshots(self, timeout: float) -> list[agent_pb2.Snapshot]:
+        """Complete snapshots of this job in memory, newest first."""
+        return list(self.call("ListSnapshots", agent_pb2.ListSnapshotsRequest(), timeout).snapshots)
+
+    def leave(self) -> None:
+        """End in good order."""
+        self.call("Leave", agent_pb2.LeaveRequest())
+
+    def arena(self, slot: str, *, writable: bool = True) -> Mapped:
+        """An arena of this job in memory; pages are mapped before it is handed out.
+
+        Raises:
+            AgentUnavailable: the agent is gone.
+        """
+        with self._lock:
+            mapped = self._mapped.get(slot)
+            if mapped is None:
+                identity = self._identity
+                if identity is None:
+                    raise AgentUnavailable("not connected to the agent")
+                answer, fd = identity.call({"op": "map", "slot": slot})
+                try:
+                    access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+                    memory = mmap.mmap(fd, answer["capacity"], mmap.MAP_SHARED, access)
+                finally:
+                    os.close(fd)
+                _populate(memory, writable)
+                mapped = Mapped(slot, memory)
+                if writable:
+                    self._mapped[slot] = mapped
+            return mapped
+
+    def forget_arenas(self, but: Callable[[Mapped], bool]) -> None:
+        """Unmap arenas that are of no more use: their memory is freed only when nobody maps it."""
+        with self._lock:
+            for slot, mapped in list(self._mapped.items()):
+                if not but(mapped):
+                    del self._mapped[slot]
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _populate(memory: mmap.mmap, writable: bool) -> None:
+    """Enter every page in the page tables now, not in the middle of a copy; older kernels (< 5.14) do it then."""
+    if not writable:
+        return  # the address of a read-only mapping is not to be had; a restore faults them in once
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(len(memory)), _MADV_POPULATE_WRITE)

@@ -1,0 +1,152 @@
+"""Staging: device -> arena in one pass. What goes where is planned once for each structure of the state."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ckptsvc.client.parts import Capture, LocalPart
+from ckptsvc.format.shard import Part, ShardInfo, ShardTemplate
+from ckptsvc.geometry.box import Box, FlatRange
+from ckptsvc.geometry.layout import split_replicated
+from ckptsvc.types import DTYPES
+
+OBJECTS_ROOM = 1 << 20
+"""Bytes an arena has beyond what the first snapshot needs: the objects document grows as training goes on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """A piece of a part that this rank stages: the region it is, and how to get it from the part's tensor."""
+
+    part: int
+    region: Box | FlatRange
+    index: tuple[slice, ...] | None
+
+
+def choose(parts: Sequence[LocalPart], rank: int, same_plain: tuple[int, ...]) -> list[Chosen]:
+    """Which pieces of its parts this rank stages. Every holder computes the same division, with no message.
+
+    Args:
+        parts: what this rank holds.
+        rank: this rank.
+        same_plain: ranks that hold the same set of plain tensors (this one included): the holders of those parts
+            whose holders are `EVERYONE`.
+    """
+    chosen: list[Chosen] = []
+    shared: dict[tuple[int, ...], list[int]] = {}
+    for i, part in enumerate(parts):
+        ranks = same_plain if part.holders.ranks is None else part.holders.ranks
+        if len(ranks) == 1:
+            chosen.append(Chosen(i, part.region, None))
+        elif part.splittable:
+            shared.setdefault(ranks, []).append(i)
+        elif ranks[0] == rank:
+            chosen.append(Chosen(i, part.region, None))
+    for ranks, members in shared.items():
+        boxes = [_as_box(parts[i].region) for i in members]
+        items = [(box, DTYPES[parts[i].meta.dtype].itemsize) for i, box in zip(members, boxes, strict=True)]
+        me = ranks.index(rank)
+        for i, box, shares in zip(members, boxes, split_replicated(items, len(ranks)), strict=True):
+            for holder, share in shares:
+                if holder == me:
+                    chosen.append(_piece(i, parts[i].region, box, share))
+    return chosen
+
+
+def _as_box(region: Box | FlatRange) -> Box:
+    return region if isinstance(region, Box) else Box((region.start,), (region.length,))
+
+
+def _piece(part: int, region: Box | FlatRange, box: Box, share: Box) -> Chosen:
+    if share == box:
+        return Chosen(part, region, None)
+    index = share.relative_to(box.origin).slices()
+    if isinstance(region, FlatRange):
+        return Chosen(part, FlatRange(share.origin[0], share.shape[0]), index)
+    return Chosen(part, share, index)
+
+
+@dataclass
+class StagePlan:
+    """Where every tensor of this rank's shard lies, and the views that the copy goes through.
+
+    The views of an arena are made once; those of the live tensors once for as long as the capture holds.
+    """
+
+    template: ShardTemplate
+    chosen: list[Chosen]
+    _targets: dict[str, list[Tensor]] = field(default_factory=dict)
+    _sources: list[Tensor] = field(default_factory=list)
+    _sources_of: Any = None
+
+    @staticmethod
+    def make(capture: Capture, rank: int, same_plain: tuple[int, ...]) -> StagePlan:
+        """Plan for one structure."""
+        chosen = choose(capture.parts, rank, same_plain)
+        return StagePlan(ShardTemplate([Part(capture.parts[c.part].meta, c.region) for c in chosen]), chosen)
+
+    def room(self, objects: bytes) -> int:
+        """Bytes to ask for in an arena."""
+        return self.template.total(2 * len(objects)) + OBJECTS_ROOM
+
+    def write(self, capture: Capture, arena: memoryview, slot: str, info: ShardInfo, objects: bytes) -> int:
+        """Fill the arena with the shard image; returns its size in bytes. The bytes are final when this returns."""
+        total = self.template.total(len(objects))
+        targets = self._targets.get(slot)
+        if targets is None:
+            targets = self._targets[slot] = self._views(capture, arena)
+        sources = self._live(capture)
+        devices = {s.device for s in sources if s.device.type != "cpu"}
+        if sources:
+            torch._foreach_copy_(targets, sources, non_blocking=bool(devices))
+        arena[: self.template.data_start] = self.template.header(info, len(objects))
+        offset = self.template.objects_offset
+        arena[offset : offset + len(objects)] = objects
+        for device in devices:
+            torch.accelerator.synchronize(device) if hasattr(torch, "accelerator") else torch.cuda.synchronize(device)
+        return total
+
+    def forget(self, slots: set[str]) -> None:
+        """Drop the views of arenas that are not in `slots`, so that they can be unmapped."""
+        for slot in [s for s in self._targets if s not in slots]:
+            del self._targets[slot]
+
+    def _live(self, capture: Capture) -> list[Tensor]:
+        alive = self._sources_of() if self._sources_of is not None else None
+        if alive is not capture.parts[0] if capture.parts else True:
+            tensors = [capture.parts[c.part].tensor for c in self.chosen]
+            self._sources = [
+                storable(t if c.index is None else t[c.index]) for t, c in zip(tensors, self.chosen, strict=True)
+            ]
+            self._sources_of = weakref.ref(capture.parts[0]) if capture.parts else None
+        return self._sources
+
+    def _views(self, capture: Capture, arena: memoryview) -> list[Tensor]:
+        whole = torch.frombuffer(arena, dtype=torch.uint8)
+        views = []
+        for chosen, entry in zip(self.chosen, self.template.entries, strict=True):
+            source = storable(capture.parts[chosen.part].tensor)
+            shape = chosen.region.shape if isinstance(chosen.region, Box) else (chosen.region.length,)
+            data = whole[entry.offset : entry.offset + entry.nbytes]
+            views.append(data.view(source.dtype).view(shape))
+        return views
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_COPYABLE = {
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64, torch.complex64, torch.complex128,
+}  # fmt: skip
+
+
+def storable(tensor: Tensor) -> Tensor:
+    """The same memory as a dtype that every torch can copy: its own, or an integer of the same size."""
+    if tensor.dtype in _COPYABLE:
+        return tensor
+    return tensor.view(_INTEGERS[tensor.element_size()])

@@ -1,0 +1,216 @@
+"""The parts of a state tree that are not modules or optimizers: tensors, arrays, plain values, and objects with a state.
+
+A tensor or an array of the user's is filled in place when it is restored. An object with `state_dict` and
+`load_state_dict` is asked for its state at every capture, and what it says is this rank's own.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+
+from ckptsvc.client.document import ArrayRef, join, own_name, references, replace_refs
+from ckptsvc.client.parts import LocalPart, parts_of
+from ckptsvc.client.wanted import Wanted, as_leaf
+from ckptsvc.errors import UnsupportedObject
+from ckptsvc.format.objects import TensorRef
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What schedulers, data loaders and many others offer."""
+
+    def state_dict(self) -> Any:
+        """The state as tensors and plain values."""
+
+    def load_state_dict(self, state_dict: Any, /) -> Any:
+        """The opposite."""
+
+
+Leaf = Tensor | np.ndarray[Any, Any]
+
+
+class Found:
+    """Takes the tensors and arrays out of nested containers and names them.
+
+    Attributes:
+        parts: of all tensors found so far.
+        leaves: name -> the live tensor or array.
+    """
+
+    def __init__(self, own: Callable[[str], str] | None = None, *, splittable: bool = False) -> None:
+        """`own` makes the name of what belongs to this rank alone of a path; None if every rank has the same."""
+        self.parts: list[LocalPart] = []
+        self.leaves: dict[str, Leaf] = {}
+        self._own = own
+        self._splittable = splittable
+        self._inside: set[int] = set()
+
+    def take(self, value: Any, path: str) -> Any:
+        """`value` without its tensors: containers anew, references in the place of tensors, the rest as it is.
+
+        Raises:
+            UnsupportedObject: a tensor that cannot be stored, a container that contains itself, or two tensors whose
+                keys look the same when written as text.
+        """
+        if isinstance(value, Tensor):
+            # a sharded tensor is one tensor of all ranks, whoever speaks of it
+            name = path if self._own is None or isinstance(value, DTensor) else self._own(path)
+            self._add(name, value, value)
+            return TensorRef(name)
+        if isinstance(value, np.ndarray):
+            tensor = as_tensor(value)
+            if tensor is None:
+                return value.copy()
+            name = path if self._own is None else self._own(path)
+            self._add(name, value, tensor)
+            return ArrayRef(name)
+        kind = type(value)
+        if kind not in (dict, list, tuple, OrderedDict):
+            return value
+        if id(value) in self._inside:
+            raise UnsupportedObject(f"/{path} contains itself")
+        self._inside.add(id(value))
+        taken: Any
+        if kind is dict or kind is OrderedDict:
+            taken = kind((key, self.take(item, join(path, key))) for key, item in value.items())
+        else:
+            taken = kind(self.take(item, join(path, index)) for index, item in enumerate(value))
+        self._inside.remove(id(value))
+        return taken
+
+    def _add(self, name: str, leaf: Leaf, tensor: Tensor) -> None:
+        if name in self.leaves:
+            raise UnsupportedObject(
+                f"two tensors are both called /{name}", hint="do not mix keys such as 1 and '1' in one dict"
+            )
+        self.parts += parts_of(name, tensor, splittable=self._splittable)
+        self.leaves[name] = leaf
+
+
+def as_tensor(array: np.ndarray[Any, Any]) -> Tensor | None:
+    """A tensor with the array's memory, or a copy of it where torch cannot share; None if torch lacks the type."""
+    try:
+        return torch.from_numpy(array if shares_memory(array) else array.copy())
+    except TypeError:
+        return None
+
+
+def shares_memory(array: np.ndarray[Any, Any]) -> bool:
+    """Whether filling `as_tensor(array)` fills the array."""
+    return array.flags.writeable and all(stride >= 0 for stride in array.strides)
+
+
+class ValueNode:
+    """A tensor, an array, a plain value, or containers of such."""
+
+    shared = False
+
+    def __init__(self, path: str, get: Callable[[], Any]) -> None:
+        """`get` reads the value out of the user's container, where it may have been replaced."""
+        self.path = path
+        self._get = get
+        self._last: tuple[LocalPart, ...] = ()
+        self._targets: dict[str, Leaf] = {}
+
+    def find(self) -> tuple[tuple[LocalPart, ...], Any]:
+        """The parts and the plain values now."""
+        found = Found()
+        plain = found.take(self._get(), self.path)
+        self._last = same_if_unchanged(self._last, found.parts)
+        return self._last, plain
+
+    def want(self, wanted: Wanted, plain: Any) -> None:
+        """Wants what `load(plain)` needs. A live tensor or array is filled in place.
+
+        Values only the checkpoint has (a longer list) are made anew, with the tensors in them.
+        """
+        found = Found()
+        found.take(self._get(), self.path)
+        self._targets = {}
+        names = {ref.name for ref in references(plain)}
+        wanted.absent += found.leaves.keys() - names
+        for name in sorted(names):
+            leaf = found.leaves.get(name)
+            if leaf is None or (isinstance(leaf, np.ndarray) and not shares_memory(leaf)):
+                self._targets[name] = wanted.fresh(name)
+                continue
+            self._targets[name] = leaf
+            tensor = leaf if isinstance(leaf, Tensor) else as_tensor(leaf)
+            assert tensor is not None
+            wanted.fill(name, tensor)
+
+    def load(self, plain: Any) -> Any:
+        """The restored value: the live tensors and arrays, filled by now, among the plain values."""
+        targets, self._targets = self._targets, {}
+        return replace_refs(plain, lambda ref: as_leaf(targets[ref.name], ref))
+
+
+class StatefulNode:
+    """An object with `state_dict` and `load_state_dict` that is neither a module nor an optimizer."""
+
+    shared = False
+
+    def __init__(self, path: str, target: Stateful, rank: int) -> None:
+        self.path = path
+        self.target = target
+        self._rank = rank
+        self._targets: dict[str, Leaf] = {}
+
+    def _found(self) -> tuple[Found, Any]:
+        found = Found(lambda path: own_name(self._rank, path))
+        return found, found.take(self.target.state_dict(), self.path)
+
+    def find(self) -> tuple[tuple[LocalPart, ...], Any]:
+        """The parts and the plain values of its state now."""
+        found, plain = self._found()
+        return tuple(found.parts), plain  # not remembered: the tensors may be copies made for this call
+
+    def want(self, wanted: Wanted, plain: Any) -> None:
+        """Wants fresh memory as large as what was saved, which `load` hands to the object.
+
+        The state of now says nothing about the sizes in the state that was saved. Only sharded tensors, which could not
+        be allocated here, are taken from it.
+        """
+        found, _ = self._found()
+        self._targets = {}
+        for ref in references(plain):
+            leaf = found.leaves.get(ref.name)
+            if isinstance(leaf, DTensor) or (leaf is not None and wanted.stored is None):
+                tensor = leaf if isinstance(leaf, Tensor) else as_tensor(leaf)
+                assert tensor is not None
+                wanted.fill(ref.name, tensor)
+                self._targets[ref.name] = leaf
+            else:
+                device = leaf.device if isinstance(leaf, Tensor) else "cpu"
+                self._targets[ref.name] = wanted.fresh(ref.name, device)
+
+    def load(self, plain: Any) -> Any:
+        """Hands the restored state to the object."""
+        targets, self._targets = self._targets, {}
+        self.target.load_state_dict(replace_refs(plain, lambda ref: as_leaf(targets[ref.name], ref)))
+        if isinstance(self.target, DataLoader):
+            # A loader that resumes draws from the global generators when its iterator is made. Asking for its state
+            # makes it now, before the generators are restored: the program then draws the numbers it drew before.
+            self.target.state_dict()
+        return self.target
+
+
+def same_if_unchanged(last: tuple[LocalPart, ...], parts: list[LocalPart]) -> tuple[LocalPart, ...]:
+    """The tuple of last time if it still says the same, so that the caller can tell by its identity."""
+    unchanged = len(last) == len(parts) and all(
+        old.meta == new.meta
+        and old.region == new.region
+        and old.tensor.data_ptr() == new.tensor.data_ptr()
+        and old.tensor.stride() == new.tensor.stride()
+        and old.tensor.device == new.tensor.device
+        for old, new in zip(last, parts, strict=True)
+    )
+    return last if unchanged else tuple(parts)

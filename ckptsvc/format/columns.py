@@ -1,0 +1,173 @@
+"""The table of one shard as columns: what a worker reports to the coordinator, once per structure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
+
+import msgspec
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from ckptsvc.errors import Damaged
+from ckptsvc.format import columnar, record
+from ckptsvc.format.columnar import KIND_BOX, KIND_FLAT, Int64, Tensors, UInt8
+from ckptsvc.format.compat import FORMAT
+from ckptsvc.format.limits import MAX_RECORD_BYTES
+from ckptsvc.format.shard import Entry, ShardTable
+from ckptsvc.geometry.box import FlatRange
+from ckptsvc.types import DTYPES
+
+UInt64 = NDArray[np.uint64]
+
+_SCHEMA: Final[dict[str, Any]] = {
+    "name_hash": np.uint64,
+    "name_check": np.uint64,
+    "name_ends": np.uint64,
+    "offset": np.uint64,
+    "shape": np.int64,
+    "geometry": np.int64,
+    "names": np.uint8,
+    "dtype": np.uint8,
+    "ndim": np.uint8,
+    "kind": np.uint8,
+}
+
+
+class _Info(msgspec.Struct, frozen=True, kw_only=True):
+    objects_offset: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+    structure: str
+    format: str = FORMAT
+
+
+class Columns(msgspec.Struct, frozen=True, kw_only=True, eq=False):
+    """The regions of one shard, without its objects document, which changes its size with every save.
+
+    Attributes:
+        name_hash: [n] xxh3_64 of the name of each region's tensor.
+        name_check: [n] xxh3_64 of it with seed 1: names with equal hashes are equal if these are.
+        name_ends: [n] where each name ends in `names`.
+        names: all names, UTF-8.
+        dtype: [n] code of the tensor's dtype.
+        ndim: [n] its number of dimensions.
+        shape: its global shape, flat, `ndim` numbers a region.
+        kind: [n] 0 for a box, 1 for a flat range.
+        geometry: flat: origin and shape of a box, start and length of a flat range.
+        offset: [n] absolute byte offset in the shard.
+        objects_offset: absolute byte offset of the objects document, which ends with the file.
+        structure: the shard's `ShardInfo.structure`.
+    """
+
+    name_hash: UInt64
+    name_check: UInt64
+    name_ends: UInt64
+    names: UInt8
+    dtype: UInt8
+    ndim: UInt8
+    shape: Int64
+    kind: UInt8
+    geometry: Int64
+    offset: UInt64
+    objects_offset: int
+    structure: str
+
+    @classmethod
+    def from_table(cls, table: ShardTable) -> Columns:
+        """The columns of a decoded shard header."""
+        return cls.from_entries(table.entries[:-1], table.objects.offset, table.info.structure)
+
+    @classmethod
+    def from_entries(cls, entries: Sequence[Entry], objects_offset: int, structure: str) -> Columns:
+        """The columns of a shard's entries (a template has some) but its objects document."""
+        names = [entry.meta.name.encode() for entry in entries]
+        flat = [isinstance(entry.region, FlatRange) for entry in entries]
+        return cls(
+            name_hash=np.array([xxhash.xxh3_64_intdigest(name) for name in names], np.uint64),
+            name_check=np.array([xxhash.xxh3_64_intdigest(name, 1) for name in names], np.uint64),
+            name_ends=np.cumsum(np.array([len(name) for name in names], np.uint64), dtype=np.uint64),
+            names=np.frombuffer(b"".join(names), np.uint8),
+            dtype=np.array([DTYPES[entry.meta.dtype].code for entry in entries], np.uint8),
+            ndim=np.array([len(entry.meta.shape) for entry in entries], np.uint8),
+            shape=np.array([n for entry in entries for n in entry.meta.shape], np.int64),
+            kind=np.where(np.array(flat, np.bool_), KIND_FLAT, KIND_BOX).astype(np.uint8),
+            geometry=np.array([n for entry in entries for n in _numbers(entry)], np.int64),
+            offset=np.array([entry.offset for entry in entries], np.uint64),
+            objects_offset=objects_offset,
+            structure=structure,
+        )
+
+    def __len__(self) -> int:
+        return len(self.name_hash)
+
+    @property
+    def tensors(self) -> Tensors:
+        """Shape and dtype of the tensor of each region."""
+        return Tensors(self.dtype, self.ndim, self.shape, columnar.starts(self.ndim))
+
+    @property
+    def geometry_counts(self) -> Int64:
+        """[n] how many numbers of `geometry` each region has."""
+        return geometry_counts(self.kind, self.ndim)
+
+    def encode(self) -> bytes:
+        """The columns as one message, a safetensors file."""
+        info = _Info(objects_offset=self.objects_offset, structure=self.structure)
+        return columnar.encode({name: getattr(self, name) for name in _SCHEMA}, record.canonical(info))
+
+    @classmethod
+    def decode(cls, data: bytes | memoryview, what: str = "the columns of a shard") -> Columns:
+        """The columns in a message; they are views of it.
+
+        Raises:
+            Damaged: malformed or contradictory.
+            IncompatibleVersion: of a newer major version of the format.
+        """
+        found, raw = columnar.decode(data, _SCHEMA, what, MAX_RECORD_BYTES)
+        info = record.convert(raw, _Info, what)
+        columns = cls(**found, objects_offset=info.objects_offset, structure=info.structure)
+        columns._check(what)
+        return columns
+
+    def _check(self, what: str) -> None:
+        n = len(self)
+        if any(
+            len(column) != n
+            for column in (self.name_check, self.name_ends, self.dtype, self.ndim, self.kind, self.offset)
+        ):
+            raise Damaged(f"{what} have different lengths")
+        columnar.check_names(self.names, self.name_ends, what)
+        size = columnar.check_tensors(self.tensors, what)
+        check_geometry(self.kind, self.geometry_counts, len(self.geometry), what)
+        nbytes = columnar.region_bytes(
+            self.tensors,
+            size,
+            np.arange(n),
+            self.kind,
+            self.geometry,
+            columnar.starts(self.geometry_counts),
+            what,
+        )
+        check_inside_file(self.offset, nbytes, np.full(n, self.objects_offset), what)
+
+
+def geometry_counts(kind: UInt8, ndim: UInt8) -> Int64:
+    """[n] how many numbers of geometry each region has: 2 * ndim for a box, 2 for a flat range."""
+    return np.where(kind == KIND_FLAT, 2, 2 * ndim.astype(np.int64))
+
+
+def check_geometry(kind: UInt8, counts: Int64, total: int, what: str) -> None:
+    """Raises Damaged unless every kind is known and the geometry is as long as they say."""
+    if (kind > KIND_FLAT).any() or int(counts.sum()) != total:
+        raise Damaged(f"the geometry of {what} does not add up")
+
+
+def check_inside_file(offset: UInt64, nbytes: Int64, stop: Int64, what: str) -> None:
+    """Raises Damaged unless each region's bytes lie before `stop`."""
+    if not ((nbytes <= stop) & (offset <= (stop - nbytes).astype(np.uint64))).all():
+        raise Damaged(f"{what} has a region that is not inside its shard")
+
+
+def _numbers(entry: Entry) -> tuple[int, ...]:
+    region = entry.region
+    return (region.start, region.length) if isinstance(region, FlatRange) else (*region.origin, *region.shape)

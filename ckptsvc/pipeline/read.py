@@ -1,0 +1,313 @@
+"""Shards -> memory: which bytes of which shard go where, read in windows, verified extent by extent.
+
+A window is a fixed run of extents of one shard. Windows do not depend on who wants what, so ranks that plan on their own
+agree on them: that is how a job reads every byte once (see client.exchange). A window's pieces are boxes of targets that
+its bytes fill; what a target is, the caller's sink knows.
+
+    index + wants --plan_windows--> windows --read--> buffer --verify--> sink(target, place, array)
+"""
+
+from __future__ import annotations
+
+import mmap
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ckptsvc.errors import Damaged, LayoutError
+from ckptsvc.format.checksum import Digests, bad_extents
+from ckptsvc.format.index import Index
+from ckptsvc.geometry.box import Box, Region, flat_to_boxes
+from ckptsvc.geometry.reshard import Copy, StoredRegion, View, plan
+from ckptsvc.types import DTYPES
+
+WINDOW_EXTENTS = 16
+"""Extents in a window: at most 64, the bits of a mask."""
+
+_CARRIER = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
+"""The element type that carries elements of that many bytes; only their bytes matter."""
+
+
+class Want(NamedTuple):
+    """A region of a logical tensor that somebody wants; its place in the list given to `plan_windows` is the target."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    region: Region
+
+
+class Piece(NamedTuple):
+    """A part of a window that goes to one target.
+
+    The source is `box` of the row-major array of shape `shape` that begins at byte `start` of the window; the target
+    is the box inside the piece of the target's region that `place` says (see geometry.reshard.View).
+    """
+
+    start: int
+    shape: tuple[int, ...]
+    box: Box
+    itemsize: int
+    target: int
+    place: View
+
+
+@dataclass(slots=True)
+class Window:
+    """`mask` has bit i set when extent i of the window is needed."""
+
+    shard: int
+    number: int
+    mask: int = 0
+    pieces: list[Piece] = field(default_factory=list)
+
+
+class Source(Protocol):
+    """Where shards are read from."""
+
+    def size(self, shard: int) -> int:
+        """Bytes of the shard, as the index says."""
+
+    def digests(self, shard: int) -> Digests:
+        """xxh3_64 of every extent of the shard."""
+
+    def name(self, shard: int) -> str:
+        """The shard's name, for messages."""
+
+    def read_into(self, shard: int, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer with the shard's bytes from `offset` on."""
+
+
+Sink = Callable[[int, View, NDArray[Any]], None]
+"""Takes (target, place, array): the array has the shape of the place's box; it is only lent."""
+
+
+def carrier(itemsize: int) -> type[Any]:
+    """The numpy element type that carries elements of `itemsize` bytes."""
+    return _CARRIER[itemsize]
+
+
+def plan_windows(index: Index, wants: Sequence[Want]) -> dict[tuple[int, int], Window]:
+    """The windows, by (shard, number), that fill every wanted region.
+
+    Raises:
+        LayoutError: a tensor is not stored, or with another dtype or shape.
+    """
+    windows: dict[tuple[int, int], Window] = {}
+    span = index.info.extent * WINDOW_EXTENTS
+    by_name: dict[str, list[int]] = {}
+    for target, want in enumerate(wants):
+        by_name.setdefault(index.resolve(want.name), []).append(target)
+    for name, targets in by_name.items():
+        meta = index.meta(name)
+        for target in targets:
+            want = wants[target]
+            if (want.dtype, want.shape) != (meta.dtype, meta.shape):
+                raise LayoutError(
+                    f"{want.name} is stored as {meta.dtype}{list(meta.shape)} and wanted as"
+                    f" {want.dtype}{list(want.shape)}"
+                )
+        itemsize = DTYPES[meta.dtype].itemsize
+        stored = index.regions(name)
+        for copy in plan(stored, [wants[t].region for t in targets], itemsize, meta.shape, name=name):
+            _place(windows, copy, stored[copy.stored], targets[copy.target_index], itemsize, span)
+    for window in windows.values():
+        window.mask = _mask(window, index.info.extent)
+    return windows
+
+
+def _place(
+    windows: dict[tuple[int, int], Window], copy: Copy, stored: StoredRegion, target: int, itemsize: int, span: int
+) -> None:
+    """Cut a copy at window boundaries and note each part in its window."""
+    source = copy.source
+    base = stored.offset + source.offset * itemsize
+    first, last = _flat_bounds(source, itemsize)
+    low, high = (base + first) // span, (base + last - 1) // span
+    if low == high:
+        window = windows.setdefault((stored.shard, low), Window(stored.shard, low))
+        # Almost always: the data as it lies, from the first element of the piece that is inside this window.
+        if base >= low * span and base + prod(source.shape) * itemsize <= (low + 1) * span:
+            window.pieces.append(
+                Piece(base - low * span, source.shape, source.box, itemsize, target, copy.target)
+            )
+            return
+    elements = prod(source.shape)
+    for number in range(low, high + 1):
+        window = windows.setdefault((stored.shard, number), Window(stored.shard, number))
+        begin = max((number * span - base) // itemsize, 0)
+        end = min(((number + 1) * span - base) // itemsize, elements)
+        position = begin
+        for block in flat_to_boxes(source.shape, begin, end - begin):
+            part = block.intersect(source.box)
+            if part is not None:
+                shift = part.relative_to(source.box.origin)
+                inside = Box(tuple(a + b for a, b in zip(copy.target.box.origin, shift.origin, strict=True)), part.shape)
+                window.pieces.append(
+                    Piece(
+                        base + position * itemsize - number * span,
+                        block.shape,
+                        part.relative_to(block.origin),
+                        itemsize,
+                        target,
+                        View(copy.target.offset, copy.target.shape, inside),
+                    )
+                )
+            position += block.size
+
+
+def _flat_bounds(view: View, itemsize: int) -> tuple[int, int]:
+    """First byte and one past the last byte of the box inside its piece."""
+    first = last = 0
+    for n, origin, extent in zip(view.shape, view.box.origin, view.box.shape, strict=True):
+        first = first * n + origin
+        last = last * n + origin + extent - 1
+    return first * itemsize, (last + 1) * itemsize
+
+
+def _mask(window: Window, extent: int) -> int:
+    mask = 0
+    for piece in window.pieces:
+        first, last = _flat_bounds(View(0, piece.shape, piece.box), piece.itemsize)
+        low, high = (piece.start + first) // extent, (piece.start + last - 1) // extent
+        mask |= ((1 << (high - low + 1)) - 1) << low
+    return mask
+
+
+def runs(mask: int) -> Iterator[tuple[int, int]]:
+    """The runs of set bits, as (first, one past the last)."""
+    first = 0
+    while mask >> first:
+        if mask >> first & 1:
+            last = first
+            while mask >> last & 1:
+                last += 1
+            yield first, last
+            first = last
+        first += 1
+
+
+def fill(window: Window, mask: int, source: Source, extent: int, buffer: memoryview) -> int:
+    """Read the extents in `mask` into their places in the buffer (which stands for the whole window) and verify them.
+
+    Returns:
+        bytes read.
+
+    Raises:
+        Damaged: names the shard and the byte range.
+        StoreError: as the source raises.
+    """
+    start = window.number * WINDOW_EXTENTS * extent
+    size = source.size(window.shard)
+    total = 0
+    for first, last in runs(mask):
+        begin, end = start + first * extent, min(start + last * extent, size)
+        part = buffer[begin - start : end - start]
+        source.read_into(window.shard, begin, part)
+        bad = bad_extents(part, source.digests(window.shard), begin // extent, extent)
+        if bad:
+            raise Damaged(
+                f"{source.name(window.shard)}: bytes {bad[0] * extent} to {min((bad[0] + 1) * extent, size)}"
+                " do not match their checksum"
+            )
+        total += end - begin
+    return total
+
+
+def deliver(window: Window, buffer: memoryview, sink: Sink) -> None:
+    """Hand every piece of a filled window to the sink."""
+    for start, shape, box, itemsize, target, place in window.pieces:
+        count = prod(shape)
+        array = np.frombuffer(buffer, _CARRIER[itemsize], count, start) if count else np.empty(0, _CARRIER[itemsize])
+        array = array.reshape(shape)
+        sink(target, place, array if box.shape == shape else array[box.slices()])
+
+
+def place_of(array: NDArray[Any], region: Region, place: View) -> NDArray[Any]:
+    """The part of a target's array that a place names; the array has the shape of the region (1-d for a flat range)."""
+    if isinstance(region, Box):
+        return array if place.box.shape == place.shape else array[place.box.slices()]
+    flat = array[place.offset : place.offset + prod(place.shape)]
+    return flat.reshape(place.shape)[place.box.slices()]
+
+
+def array_sink(arrays: Sequence[NDArray[Any]], wants: Sequence[Want]) -> Sink:
+    """A sink into numpy arrays of carrier type, one for each want, of the shape of its region."""
+
+    def sink(target: int, place: View, source: NDArray[Any]) -> None:
+        place_of(arrays[target], wants[target].region, place)[...] = source
+
+    return sink
+
+
+def read_windows(
+    windows: Sequence[Window],
+    source: Source,
+    extent: int,
+    sink: Sink,
+    *,
+    readers: int = 1,
+    buffers: int = 4,
+    progress: Callable[[int], None] | None = None,
+) -> int:
+    """Read, verify and deliver windows; reading runs beside verifying and copying.
+
+    Args:
+        windows: in the order they should be read.
+        source: where the shards are.
+        extent: bytes per extent.
+        sink: takes the pieces; it is called from several threads, never for the same elements.
+        readers: threads that read; one reads a local file fastest (read-ahead), object stores want many.
+        buffers: windows in memory at a time (the memory budget is buffers x window).
+        progress: called with bytes read since the last call, from several threads.
+
+    Returns:
+        bytes read.
+    """
+    total = 0
+    lock = threading.Lock()
+    free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    count = min(max(buffers, readers + 1), max(len(windows), 1))
+    for _ in range(count):
+        free.put(window_buffer(extent))
+    todo = iter(windows)
+
+    def work() -> None:
+        nonlocal total
+        while True:
+            with lock:
+                window = next(todo, None)
+            if window is None:
+                return
+            buffer = free.get()
+            try:
+                with reading:
+                    nbytes = fill(window, window.mask, source, extent, buffer)
+                deliver(window, buffer, sink)
+            finally:
+                free.put(buffer)
+            with lock:
+                total += nbytes
+            if progress:
+                progress(nbytes)
+
+    # A thread that has read goes on to copy while the next one reads: `readers` read at any time, the others copy.
+    reading = threading.Semaphore(readers)
+    with ThreadPoolExecutor(count, thread_name_prefix="ckptsvc-read") as pool:
+        futures = [pool.submit(work) for _ in range(count)]
+        for future in futures:
+            future.result()
+    return total
+
+
+def window_buffer(extent: int) -> memoryview:
+    """Memory for one window, page-aligned and touched."""
+    memory = mmap.mmap(-1, extent * WINDOW_EXTENTS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    return memoryview(memory)

@@ -1,0 +1,91 @@
+"""Finding the agent of this node, or starting a private one."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ckptsvc.config import socket_path
+from ckptsvc.errors import AgentUnavailable
+
+GRPC_SOCKET = "agent.sock"
+IDENTITY_SOCKET = "identity.sock"
+
+START_TIMEOUT = 30.0
+"""Seconds a new agent may take until it answers (it starts in 0.3 s; a cold file system can be slow)."""
+
+
+def sockets(directory: Path) -> tuple[str, str]:
+    """Paths of the gRPC and the identity socket of the agent whose directory this is."""
+    return socket_path(directory, GRPC_SOCKET), socket_path(directory, IDENTITY_SOCKET)
+
+
+def is_alive(directory: Path) -> bool:
+    """Whether an agent holds this directory's lock."""
+    try:
+        with open(directory / "agent.lock", "rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def ensure_agent(directory: Path, arguments: Sequence[str] = ()) -> bool:
+    """Start an agent in this directory unless one is there; returns whether this call started it.
+
+    Many ranks may call this at once: one of them starts it, all wait until it answers.
+
+    Raises:
+        AgentUnavailable: it did not come up; the message has the end of its log.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    started = False
+    with _starting(directory):
+        if not is_alive(directory):
+            started = True
+            _start(directory, arguments)
+        ready = directory / "ready"
+        deadline = time.monotonic() + START_TIMEOUT
+        while not (is_alive(directory) and ready.exists()):
+            if time.monotonic() > deadline:
+                raise AgentUnavailable(f"the agent in {directory} did not start", hint=_tail(directory / "agent.log"))
+            time.sleep(0.02)
+    return started
+
+
+@contextlib.contextmanager
+def _starting(directory: Path) -> Iterator[None]:
+    with open(directory / "start.lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _start(directory: Path, arguments: Sequence[str]) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        (directory / "ready").unlink()
+    command = [sys.executable, "-m", "ckptsvc.agent.server", "--dir", str(directory), *arguments]
+    with open(directory / "agent.log", "ab") as log:
+        # Its own session: the agent must outlive the trainer, its process group and its terminal.
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            env={k: v for k, v in os.environ.items() if k not in ("LD_PRELOAD", "RANK", "LOCAL_RANK")},
+        )
+
+
+def _tail(path: Path, lines: int = 5) -> str:
+    try:
+        return "its log ends: " + " | ".join(path.read_text(errors="replace").splitlines()[-lines:])
+    except OSError:
+        return f"see {path}"

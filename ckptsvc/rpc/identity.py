@@ -1,0 +1,105 @@
+"""The identity socket: who is calling, proven by the kernel, and descriptors for shared memory.
+
+grpcio gives no peer credentials on unix sockets, so a training process first connects here (SOCK_SEQPACKET; the agent
+reads SO_PEERCRED). One packet is one JSON message; descriptors travel beside the answer. The connection stays open for
+the life of the session.
+
+    register  {op, job, store, attempt, rank, world_size, epoch, every_steps, every_seconds, keep, extent, coordinator}
+              -> {ok, token, node} + descriptor of the heartbeat page
+    map       {op, slot} -> {ok, capacity} + descriptor of the arena
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from typing import Any
+
+import msgspec
+
+from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError
+
+MAX_PACKET = 64 << 10
+"""Bytes in one message."""
+
+PAGE = struct.Struct("<qQqqq")
+"""The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds (written by the rank); step to save at, step to stop at,
+last committed step (written by the agent). -1 means none. Aligned 8-byte words: each is read and written whole."""
+
+PAGE_BYTES = 4096
+_FIELDS = {"step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32}
+
+
+class Page:
+    """The heartbeat page of one rank, shared by the rank and the agent."""
+
+    def __init__(self, memory: memoryview) -> None:
+        self._words = memory[: PAGE.size].cast("q")
+
+    @staticmethod
+    def blank() -> bytes:
+        """The page before anything has happened."""
+        return PAGE.pack(0, 0, -1, -1, -1)
+
+    def get(self, name: str) -> int:
+        """Read one word."""
+        return self._words[_FIELDS[name] // 8]
+
+    def put(self, name: str, value: int) -> None:
+        """Write one word."""
+        self._words[_FIELDS[name] // 8] = value
+
+
+class IdentityClient:
+    """The training process's end."""
+
+    def __init__(self, path: str, timeout: float = 10.0) -> None:
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock.settimeout(timeout)
+        try:
+            self._sock.connect(path)
+        except OSError as error:
+            self._sock.close()
+            raise AgentUnavailable(f"no agent answers on {path}: {error.strerror or error}") from error
+
+    def call(self, message: dict[str, Any]) -> tuple[dict[str, Any], int]:
+        """Send one message; returns the answer and the descriptor that came with it (the caller closes it), or -1.
+
+        Raises:
+            AgentUnavailable: the agent is gone or does not answer.
+            CkptsvcError: what the agent refused with.
+        """
+        try:
+            self._sock.send(msgspec.json.encode(message))
+            data, fds, _, _ = socket.recv_fds(self._sock, MAX_PACKET, 1)
+        except OSError as error:
+            raise AgentUnavailable(f"the agent does not answer: {error.strerror or error}") from error
+        if not data:
+            raise AgentUnavailable("the agent has closed the connection")
+        answer = msgspec.json.decode(data)
+        fd = fds[0] if fds else -1
+        if not answer.get("ok"):
+            if fd >= 0:
+                os.close(fd)
+            error_type = BY_CODE.get(answer.get("code", ""), CkptsvcError)
+            raise error_type(answer.get("what", "refused"), hint=answer.get("hint", ""))
+        return answer, fd
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._sock.close()
+
+
+def peer_of(sock: socket.socket) -> tuple[int, int, int]:
+    """(pid, uid, gid) of the process at the other end, as the kernel knows them."""
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid, uid, gid = struct.unpack("3i", raw)
+    return pid, uid, gid
+
+
+def send_answer(sock: socket.socket, answer: dict[str, Any], fd: int = -1) -> None:
+    """Send one answer, with a descriptor if there is one."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]).tobytes())] if fd >= 0 else []
+    sock.sendmsg([msgspec.json.encode(answer)], rights)

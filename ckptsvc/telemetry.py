@@ -1,0 +1,235 @@
+"""Everything the service says about itself: each metric, each log event and each log field, declared once.
+
+Metrics follow prometheus.io/docs/practices/naming: prefix, base units, `_total` for counters, labels whose
+values are few and whose sum means something. Never a step, a path or a rank as a label: those belong into
+logs.
+
+Logs are lines for people, or JSON objects with the keys ts, level, logger, event, msg, the fields of
+`Fields` that are known, and error (a traceback).
+"""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+from datetime import UTC, datetime
+from enum import StrEnum
+from json import dumps
+from typing import TYPE_CHECKING, TextIO, TypedDict, Unpack
+
+if TYPE_CHECKING:
+    from prometheus_client import Gauge
+
+
+class Outcome(StrEnum):
+    """How a save ended."""
+
+    COMMITTED = "committed"
+    FAILED = "failed"
+    TIMED_OUT = "timed-out"
+    FENCED = "fenced"
+
+
+class Phase(StrEnum):
+    """A part of a save; the three follow one another."""
+
+    STAGE = "stage"
+    WRITE = "write"
+    COMMIT = "commit"
+
+
+class Skip(StrEnum):
+    """Why a snapshot that was due was not taken."""
+
+    NO_ARENA = "no-arena"
+    NO_AGENT = "no-agent"
+    UNSUPPORTED = "unsupported"
+
+
+class ArenaState(StrEnum):
+    """What an arena is used for; their sum is all the memory the service has taken."""
+
+    FREE = "free"
+    STAGING = "staging"
+    WRITING = "writing"
+    KEPT = "kept"
+
+
+class Cause(StrEnum):
+    """Why a job was restarted."""
+
+    DIED = "died"
+    HUNG = "hung"
+    NODE_LOST = "node-lost"
+    REQUESTED = "requested"
+
+
+class Event(StrEnum):
+    """What a log line reports. Names are append-only: people search for them."""
+
+    AGENT_STARTED = "agent-started"
+    AGENT_STOPPED = "agent-stopped"
+    COORDINATOR_CHOSEN = "coordinator-chosen"
+    RANK_REGISTERED = "rank-registered"
+    RANK_LEFT = "rank-left"
+    RANK_DIED = "rank-died"
+    RANK_HUNG = "rank-hung"
+    WORKER_STARTED = "worker-started"
+    WORKER_DIED = "worker-died"
+    SNAPSHOT_STAGED = "snapshot-staged"
+    SNAPSHOT_SKIPPED = "snapshot-skipped"
+    ARENA_RECOVERED = "arena-recovered"
+    SHARD_WRITTEN = "shard-written"
+    SAVE_STARTED = "save-started"
+    SAVE_COMMITTED = "save-committed"
+    SAVE_FAILED = "save-failed"
+    RESTORE_DONE = "restore-done"
+    CHECKPOINT_REJECTED = "checkpoint-rejected"
+    CHECKPOINT_DELETED = "checkpoint-deleted"
+    STORE_RETRIED = "store-retried"
+    STORE_DEGRADED = "store-degraded"
+    JOB_STARTED = "job-started"
+    JOB_RESTARTED = "job-restarted"
+    JOB_ENDED = "job-ended"
+
+
+class Metrics:
+    """The metrics of one agent, in a registry of its own (`registry`), at zero until something happens."""
+
+    def __init__(self, version: str) -> None:
+        # Imported here: it costs 770 file-system calls and 45 ms, and training processes want events only.
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+        self.registry = registry = CollectorRegistry()
+        self.saves = Counter("ckptsvc_saves_total", "Saves that ended.", ["outcome"], registry=registry)
+        self.save_duration = Histogram(
+            "ckptsvc_save_duration_seconds",
+            "Duration of one phase of a save.",
+            ["phase"],
+            buckets=(0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000, 3000),
+            registry=registry,
+        )
+        self.written_bytes = Counter(
+            "ckptsvc_written_bytes_total", "Bytes made durable in a store.", ["scheme"], registry=registry
+        )
+        self.last_commit = Gauge(
+            "ckptsvc_last_commit_timestamp_seconds", "When a job last committed.", ["job"], registry=registry
+        )
+        self.last_step = Gauge(
+            "ckptsvc_last_committed_step", "Step of a job's newest checkpoint.", ["job"], registry=registry
+        )
+        self.arena_bytes = Gauge(
+            "ckptsvc_arena_bytes", "Shared memory held for snapshots.", ["state"], registry=registry
+        )
+        self.snapshots_skipped = Counter(
+            "ckptsvc_snapshots_skipped_total", "Snapshots due but not taken.", ["reason"], registry=registry
+        )
+        self.sessions = Gauge("ckptsvc_sessions", "Training processes registered here.", registry=registry)
+        self.heartbeat_age = Gauge(
+            "ckptsvc_rank_heartbeat_age_seconds", "Age of the oldest local heartbeat.", registry=registry
+        )
+        self.restarts = Counter("ckptsvc_restarts_total", "Restarts of jobs.", ["cause"], registry=registry)
+        self.store_errors = Counter(
+            "ckptsvc_store_errors_total",
+            "Failed requests to a store, retried ones too; kind is an error code.",
+            ["scheme", "kind"],
+            registry=registry,
+        )
+        Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
+        """Make the series whose labels are known, so that a rate over a first event is not lost."""
+        for outcome in Outcome:
+            self.saves.labels(outcome)
+        for phase in Phase:
+            self.save_duration.labels(phase)
+        for state in ArenaState:
+            self.arena_bytes.labels(state)
+        for reason in Skip:
+            self.snapshots_skipped.labels(reason)
+        for cause in Cause:
+            self.restarts.labels(cause)
+
+    def committed(self, job: str, step: int, now: float) -> None:
+        """Count a commit of `job` at `step`; `now` is in unix seconds."""
+        self.saves.labels(Outcome.COMMITTED).inc()
+        self.last_commit.labels(job).set(now)
+        self.last_step.labels(job).set(step)
+
+    def forget(self, job: str) -> None:
+        """Drop the series of a job that has ended, so that an agent's metrics do not grow with every job."""
+        per_job: tuple[Gauge, ...] = (self.last_commit, self.last_step)
+        for gauge in per_job:
+            with suppress(KeyError):  # prometheus-client 0.20: a job without a commit has no series
+                gauge.remove(job)
+
+
+class Fields(TypedDict, total=False):
+    """What a log line may be about; units: steps and epochs are counts, `reason` is a sentence."""
+
+    job: str
+    node: str
+    rank: int
+    attempt: int
+    step: int
+    epoch: int
+    reason: str
+
+
+def log(
+    logger: logging.Logger, level: int, event: Event, message: str, *args: object, **fields: Unpack[Fields]
+) -> None:
+    """Write one line: `message % args` for people, `event` and `fields` for programs."""
+    logger.log(level, message, *args, extra={"event": event, **fields}, stacklevel=2)
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Render one record."""
+        line = {
+            "ts": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": getattr(record, "event", ""),
+            "msg": record.getMessage(),
+            **_fields_of(record),
+        }
+        if record.exc_info:
+            line["error"] = self.formatException(record.exc_info)
+        return dumps(line, default=str)
+
+
+class HumanFormatter(logging.Formatter):
+    """A line for a person: time, level unless it is INFO, message, what it is about."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Render one record."""
+        time = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
+        level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+        about = " ".join(f"{name}={value}" for name, value in _fields_of(record).items())
+        line = f"{time} {level}{record.getMessage()}" + (f"  ({about})" if about else "")
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _fields_of(record: logging.LogRecord) -> dict[str, object]:
+    present = vars(record)
+    return {name: present[name] for name in Fields.__annotations__ if present.get(name) is not None}
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Ours, so that a second `setup_logging` replaces it and leaves others alone."""
+
+
+def setup_logging(stream: TextIO, *, json: bool, level: int = logging.INFO) -> None:
+    """Send the log of this process to `stream`: ours from `level` up, other libraries' from WARNING up."""
+    root = logging.getLogger()
+    for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
+        root.removeHandler(handler)
+    handler = _Handler(stream)
+    handler.setFormatter(JsonFormatter() if json else HumanFormatter())
+    root.addHandler(handler)
+    for name in ("ckptsvc", "ckptsvc_drivers"):
+        logging.getLogger(name).setLevel(level)

@@ -1,0 +1,382 @@
+"""Sources and their order, refusals, units, and the private directory."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptsvc import config
+from ckptsvc.config import Address, Every, Limit, load
+from ckptsvc.errors import ConfigError
+
+MIB = 1024**2
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def refusal(**arguments: object) -> str:
+    with pytest.raises(ConfigError) as error:
+        load(**{"environ": {}, "files": []} | arguments)  # type: ignore[arg-type]
+    return str(error.value)
+
+
+# ---- sources
+
+
+def test_defaults_need_nothing() -> None:
+    settings = load({}, files=[])
+    assert settings.save.every == Every(0, 600.0)
+    assert settings.arena == config.ArenaSettings()
+    assert set(settings.origin.values()) == {"default"}
+
+
+def test_later_sources_win_and_say_so(tmp_path: Path) -> None:
+    first = write(tmp_path / "a.toml", "[save]\nkeep = 4\nthreads = 5\ntimeout = '20min'\nevery = 7\n")
+    second = write(tmp_path / "b.toml", "[save]\nthreads = 6\ntimeout = 60\nevery = 8\n")
+    settings = load(
+        {"CKPTSVC_SAVE_TIMEOUT": "90s", "CKPTSVC_SAVE_EVERY": "9"}, {"save.every": "10"}, [first, second]
+    )
+    save = settings.save
+    assert (save.keep, save.threads, save.timeout, save.every) == (4, 6, 90.0, Every(10, 0.0))
+    origins = [settings.origin[f"save.{key}"] for key in ("keep", "threads", "timeout", "every", "extent")]
+    assert origins == [str(first), str(second), "CKPTSVC_SAVE_TIMEOUT", "argument", "default"]
+
+
+def test_the_files_that_are_read_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    system = write(tmp_path / "etc.toml", "")
+    user = write(tmp_path / "xdg" / "ckptsvc" / "config.toml", "")
+    home = write(tmp_path / ".config" / "ckptsvc" / "config.toml", "")
+    monkeypatch.setattr(config, "SYSTEM_FILE", system)
+    named = tmp_path / "not-there.toml"
+    environ = {"XDG_CONFIG_HOME": str(tmp_path / "xdg"), "HOME": str(tmp_path), "CKPTSVC_CONFIG": str(named)}
+    assert config.config_files(environ) == [system, user, named]
+    assert config.config_files({"HOME": str(tmp_path)}) == [system, home]
+    assert config.config_files({"XDG_CONFIG_HOME": "relative"}) == [system]
+    monkeypatch.setattr(config, "SYSTEM_FILE", tmp_path / "none")
+    assert config.config_files({}) == []
+    with pytest.raises(ConfigError, match="not-there"):
+        load(environ)
+
+
+def test_every_setting_has_its_variable() -> None:
+    values = {
+        "agent.socket_dir": "/run/x",
+        "agent.listen": "0.0.0.0:7070",
+        "agent.metrics_listen": "off",
+        "agent.name": "n1",
+        "agent.coordinator": "[::1]:9",
+        "arena.dir": "/mnt/shm",
+        "arena.limit": "25%",
+        "arena.slots": "3",
+        "save.every": "100",
+        "save.keep": "2",
+        "save.extent": "4MiB",
+        "save.threads": "8",
+        "save.deadline": "0",
+        "save.timeout": "1h",
+        "store.url": "memory://x",
+        "store.retries": "0",
+        "store.timeout": "500ms",
+    }
+    settings = load(
+        {f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[]
+    )
+    assert set(settings.origin) == set(values)
+    assert "default" not in settings.origin.values()
+    assert settings.agent == config.AgentSettings(
+        socket_dir="/run/x",
+        listen=Address("0.0.0.0", 7070),
+        metrics_listen=None,
+        name="n1",
+        coordinator=Address("::1", 9),
+    )
+    assert settings.arena == config.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
+    assert settings.save == config.SaveSettings(
+        every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0
+    )
+    assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
+
+
+def test_an_argument_that_was_not_given_changes_nothing() -> None:
+    assert load({"CKPTSVC_SAVE_KEEP": "7"}, {"save.keep": None}, []).save.keep == 7
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(AttributeError):
+        load({}, files=[]).save.keep = 1  # type: ignore[misc]
+
+
+def test_every_field_is_described() -> None:
+    for section, struct in config._SECTIONS.items():
+        for field in msgspec.structs.fields(struct):
+            assert f"\n        {field.name}: " in f"{struct.__doc__}", f"{section}.{field.name}"
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[save]\nevrey = 3", ["save.evrey", "save.every"]),
+        ("[sav]\nevery = 3", ["sav", "save"]),
+        ("every = 3", ["every"]),
+        ("save = 3", ["[save]"]),
+        ("[save", ["table"]),
+        ("[save]\nkeep = 'many'", ["save.keep", "'many'", "int"]),
+        ("[save]\nkeep = true", ["save.keep"]),
+        ("[save]\nkeep = -1", ["save.keep", ">= 0"]),
+        ("[save]\nextent = 5000", ["save.extent", "4096"]),
+        ("[save]\nextent = 0", ["save.extent"]),
+        ("[save]\ndeadline = '1h'", ["save.deadline", "save.timeout"]),
+        ("[save]\nevery = 1.5", ["save.every", "10min"]),
+        ("[agent]\nlisten = 'off'", ["agent.listen", "127.0.0.1:0"]),
+        ("[agent]\nsocket_dir = 'here'", ["agent.socket_dir", "absolute"]),
+        ("[arena]\ndir = 'here'", ["arena.dir", "absolute"]),
+        ("[arena]\nlimit = '150%'", ["arena.limit", "50%"]),
+        ("[store]\nurl = 3", ["store.url"]),
+        ("[origin]\nx = 'y'", ["origin"]),
+    ],
+)
+def test_a_wrong_file_is_refused_by_place_key_and_remedy(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = write(tmp_path / "wrong.toml", text)
+    message = refusal(files=[path])
+    assert all(word in message for word in [str(path), *words]), message
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.toml"
+    path.write_bytes(b"\xff\xfe")
+    assert str(path) in refusal(files=[path])
+    assert str(tmp_path) in refusal(files=[tmp_path])
+
+
+def test_an_unknown_argument_is_refused() -> None:
+    assert "save.keep" in refusal(overrides={"save.kep": 3})
+
+
+@pytest.mark.parametrize(
+    ("variable", "nearest"),
+    [
+        ("CKPTSVC_SAVE_EVRY", "CKPTSVC_SAVE_EVERY"),
+        ("CKPTSVC_SAVE_ANYTHING", "CKPTSVC_SAVE_"),
+        ("CKPTSVC_STORE", "CKPTSVC_STORE_URL"),
+        ("CKPTSVC_SAVES_EVERY", "CKPTSVC_SAVE_EVERY"),
+        ("CKPTSVC_STORAGE_URL", "CKPTSVC_STORE_URL"),
+    ],
+)
+def test_a_mistaken_variable_is_refused_with_the_nearest(variable: str, nearest: str) -> None:
+    message = refusal(environ={variable: "1"})
+    assert variable in message
+    assert nearest in message.replace(variable, "", 1)
+
+
+def test_variables_of_others_are_let_pass() -> None:
+    others = [
+        *config.OTHER_VARIABLES,
+        "CKPTSVC_ROOT",
+        "CKPTSVC_VERSION",
+        "CKPTSVC_SERVICE_HOST",
+        "CKPTSVC_AGENT_SERVICE_PORT_GRPC",
+        "CKPTSVC_AGENT_PORT",
+        "CKPTSVC_STORE_PORT_9000_TCP_ADDR",
+        "OTHER_SAVE_EVERY",
+    ]
+    assert load(dict.fromkeys(others, "tcp://10.0.0.1:1"), files=[]) == load({}, files=[])
+
+
+# ---- units
+
+
+@pytest.mark.parametrize(
+    ("value", "nbytes"),
+    [
+        (0, 0),
+        (4096, 4096),
+        ("4096", 4096),
+        ("1B", 1),
+        ("8GiB", 8 * 1024**3),
+        (" 8 gib ", 8 * 1024**3),
+        ("1.5 TB", 1_500_000_000_000),
+        ("2KB", 2000),
+        ("2KiB", 2048),
+        ("1PiB", 1024**5),
+    ],
+)
+def test_sizes(value: object, nbytes: int) -> None:
+    assert config.parse_size(value) == nbytes
+
+
+@pytest.mark.parametrize(
+    "value", ["", "GiB", "8G", "8 giga", "-1", -1, True, 1.5, "0.3B", "1e9", "8GiB 1", None, "9" * 400]
+)
+def test_not_sizes(value: object) -> None:
+    with pytest.raises(ConfigError, match="8GiB"):
+        config.parse_size(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        (0, 0.0),
+        (90, 90.0),
+        (0.25, 0.25),
+        ("90", 90.0),
+        ("90s", 90.0),
+        ("10 min", 600.0),
+        ("2h", 7200.0),
+        ("1d", 86400.0),
+        ("500ms", 0.5),
+        ("1h30min", 5400.0),
+        ("1h 30min 2s", 5402.0),
+    ],
+)
+def test_durations(value: object, seconds: float) -> None:
+    assert config.parse_duration(value) == seconds
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "min",
+        "10m",
+        "10 minutes",
+        "-5s",
+        -5,
+        "1h30",
+        "1 30",
+        True,
+        None,
+        "inf",
+        float("nan"),
+        float("inf"),
+    ],
+)
+def test_not_durations(value: object) -> None:
+    with pytest.raises(ConfigError, match="10min"):
+        config.parse_duration(value)
+
+
+def test_intervals() -> None:
+    assert config.parse_every(500) == config.parse_every("500") == Every(500, 0.0)
+    assert config.parse_every("10min") == Every(0, 600.0)
+    assert config.parse_every("off") is None
+    for wrong in (0, "0", "0s", -3, True, None, 1.5, [], "often"):
+        with pytest.raises(ConfigError):
+            config.parse_every(wrong)
+
+
+def test_limits() -> None:
+    assert config.parse_limit("50%").of(1000) == 500
+    assert config.parse_limit("8MiB").of(1000) == 8 * MIB
+    for wrong in ("0%", "101%", 0, "0", "-5%", "half"):
+        with pytest.raises(ConfigError):
+            config.parse_limit(wrong)
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:0", "node-7.cluster:65535", "[::1]:7070"])
+def test_addresses_go_there_and_back(text: str) -> None:
+    assert str(config.parse_address(text)) == text
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "host", ":80", "host:", "host:65536", "::1:80", "a b:1", "host:1:2", 80, None]
+)
+def test_not_addresses(wrong: object) -> None:
+    with pytest.raises(ConfigError):
+        config.parse_address(wrong)
+
+
+SCALARS = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.lists(st.integers())
+)
+
+
+@given(st.sampled_from(sorted(config._FIELDS)), SCALARS)
+def test_any_value_is_taken_or_refused_by_its_key(key: str, value: object) -> None:
+    try:
+        settings = load({}, {key: value}, [])
+    except ConfigError as error:
+        message = str(error)
+    else:
+        message = settings.origin[key] + key
+    assert key in message
+
+
+# ---- the private directory
+
+
+def test_systemds_directory_is_taken_as_it_is(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    assert config.runtime_dir({"RUNTIME_DIRECTORY": f"{tmp_path}:/run/other"}) == tmp_path
+    with pytest.raises(ConfigError, match="RUNTIME_DIRECTORY"):
+        config.runtime_dir({"RUNTIME_DIRECTORY": str(tmp_path / "missing")})
+
+
+def test_run_user_is_used_only_if_somebody_made_ours_there(tmp_path: Path) -> None:
+    uid = os.geteuid()
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / "run" / "user" / str(uid)).mkdir(parents=True)
+    fallback = config.runtime_dir({}, root=tmp_path)
+    assert fallback == tmp_path / "tmp" / f"ckptsvc-{uid}"
+    assert fallback.stat().st_mode & 0o777 == 0o700
+    assert config.runtime_dir({"TMPDIR": "/elsewhere"}, root=tmp_path) == fallback, "made once, found again"
+    ours = tmp_path / "run" / "user" / str(uid) / "ckptsvc"
+    ours.mkdir(mode=0o700)
+    assert config.runtime_dir({}, root=tmp_path) == ours
+
+
+def test_a_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tmp" / "ckptsvc-12345").mkdir(parents=True, mode=0o700)
+    with pytest.raises(ConfigError, match=f"belongs to user {os.geteuid()}"):
+        config.runtime_dir({}, uid=12345, root=tmp_path)
+
+
+def test_a_link_a_file_and_an_open_directory_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    place = tmp_path / "tmp" / f"ckptsvc-{os.geteuid()}"
+    target = tmp_path / "target"
+    target.mkdir(mode=0o700)
+    place.symlink_to(target)
+    with pytest.raises(ConfigError, match="not a directory"):
+        config.runtime_dir({}, root=tmp_path)
+    place.unlink()
+    place.touch()
+    with pytest.raises(ConfigError, match="not a directory"):
+        config.runtime_dir({}, root=tmp_path)
+    place.unlink()
+    place.mkdir()
+    place.chmod(0o750)
+    with pytest.raises(ConfigError, match="chmod 700"):
+        config.runtime_dir({}, root=tmp_path)
+
+
+def test_no_place_at_all_says_what_to_set(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="RUNTIME_DIRECTORY"):
+        config.runtime_dir({}, root=tmp_path / "missing")
+
+
+def test_the_longest_socket_path_really_binds_and_the_next_is_refused(tmp_path: Path) -> None:
+    directory = tmp_path / "d"
+    directory.mkdir()
+    room = config.MAX_SOCKET_PATH - len(str(directory)) - 1
+    assert room > 0, "pytest's temporary directory is too deep for this test"
+    path = config.socket_path(directory, "s" * room)
+    bind = "import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", bind, path], check=True)
+    with pytest.raises(ConfigError, match="107"):
+        config.socket_path(directory, "s" * (room + 1))
+    failed = subprocess.run(
+        [sys.executable, "-c", bind, path + "s"], capture_output=True, text=True, check=False
+    )
+    assert "too long" in failed.stderr
