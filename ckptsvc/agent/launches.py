@@ -79,6 +79,7 @@ class Launches:
             kind = request.WhichOneof("report")
             if kind == "ready":
                 launcher.ready = request.ready
+                launcher.hello.attempt = 0  # no rank runs here now
                 uplink.report(self._ready(launcher))
             elif kind == "exit":
                 event = request.exit
@@ -98,6 +99,8 @@ class Launches:
         kind = order.WhichOneof("effect")
         if kind == "start":
             launcher.ready = None
+            launcher.hello.attempt = order.start.attempt
+            launcher.hello.first_rank = order.start.first_rank
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(start=order.start))
         elif kind == "stop":
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(stop=order.stop))
@@ -121,6 +124,8 @@ class Launches:
             nproc=hello.nproc,
             max_restarts=hello.max_restarts,
             address=hello.address,
+            attempt=hello.attempt,
+            first_rank=hello.first_rank,
         )
         yield pb.Report(node_joined=joined)
         if launcher.ready is not None:

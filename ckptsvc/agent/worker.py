@@ -23,7 +23,9 @@ import numpy as np
 from ckptsvc.errors import CkptsvcError, StoreError
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.format.commit import CommitRecord
-from ckptsvc.format.index import Columns, IndexInfo, ShardRecord
+from ckptsvc.format.columns import Columns
+from ckptsvc.format.index import IndexInfo
+from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.arena import mapped
 from ckptsvc.pipeline.catalog import Ref, read_commit, take_epoch
 from ckptsvc.pipeline.commit import commit_checkpoint, now_iso

@@ -301,7 +301,7 @@ def train(plan: Plan) -> None:
         tokens = share.of(text.batch(step))
         logits = model(tokens[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

@@ -1,8 +1,9 @@
 """The document of plain values: how it names things, and how it and the tensors become one nested dict again.
 
-The document of a rank mirrors its state tree. It says everything that is not a tensor. A tensor of a module or of an
-optimizer is not mentioned: its logical name already is its path. Where a name alone could not tell what stood there (an
-index of a list or a key, a tensor or an array) a `TensorRef` or an `ArrayRef` stands in its place.
+The document of a rank mirrors its state tree and says everything that is not a tensor. A tensor of a module
+or of an optimizer is not mentioned: its logical name already is its path. Where a name could not tell what
+stood there (an index of a list or a key, a tensor or an array) a `TensorRef` or an `ArrayRef` stands in its
+place.
 
 Beside the keys of the state tree it has three of its own, which begin with "@": RANK, WORLD_SIZE and RNG.
 """
@@ -47,7 +48,7 @@ register_codec(ArrayRef, "ckptsvc.array", lambda ref: ref.name, _array_ref)
 
 
 def join(path: str, *keys: object) -> str:
-    """The JSON pointer (RFC 6901, without the leading slash) of what stands under `keys` of what `path` names."""
+    """The JSON pointer (RFC 6901, without the leading slash) of what stands at `keys` under `path`."""
     tail = "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in keys)
     return f"{path}/{tail}" if path else tail
 
@@ -99,8 +100,9 @@ def assemble(
 
     Args:
         document: a rank's document.
-        tensors: name -> value, for all logical tensors that are wanted, aliases among them; a reference in the
-            document to one that is missing becomes None. Names that begin with "@" appear only where they are referred to.
+        tensors: name -> value, for all logical tensors that are wanted, aliases among them. A reference to
+            one that is missing becomes None; names that begin with "@" appear only where something refers to
+            them.
         as_array: makes a numpy array of such a value.
 
     Raises:

@@ -110,9 +110,12 @@ def exchange(
     rounds = assign(
         [t.tolist() for t in tables], [Readable(bool(p[0]), frozenset(p[1:].tolist())) for p in parsed]
     )
-    if not any(task.wanters or task.key not in windows for tasks in rounds for task in tasks if task.reader == group.rank) and (
-        not any(r == group.rank for tasks in rounds for task in tasks for r, _ in task.wanters)
-    ):
+    if not any(
+        task.wanters or task.key not in windows
+        for tasks in rounds
+        for task in tasks
+        if task.reader == group.rank
+    ) and (not any(r == group.rank for tasks in rounds for task in tasks for r, _ in task.wanters)):
         # Nothing to pass on: read at full speed.
         ordered = [windows[key] for key in sorted(windows)]
         return read_windows(ordered, source, extent, sink, readers=readers)
@@ -140,7 +143,7 @@ class _Rounds:
                     self._pass_on(mine[i][0], ahead.result())
                 for work, window, buffer in receiving:
                     work.wait()
-                    self._guard(lambda w=window, b=buffer: deliver(w, b, self._sink))
+                    self._deliver(window, buffer)
                 ahead = following
         if self._failure:
             raise self._failure
@@ -160,10 +163,12 @@ class _Rounds:
         return buffer
 
     def _pass_on(self, task: Task, buffer: memoryview) -> None:
-        sending = [self._group.send(buffer[slice(*self._hull(task, mask))], rank) for rank, mask in task.wanters]
+        sending = [
+            self._group.send(buffer[slice(*self._hull(task, mask))], rank) for rank, mask in task.wanters
+        ]
         window = self._windows.get(task.key)
         if window is not None:
-            self._guard(lambda: deliver(window, buffer, self._sink))
+            self._deliver(window, buffer)
         for work in sending:
             work.wait()
         self._free.append(buffer)
@@ -182,6 +187,9 @@ class _Rounds:
         start = task.key[1] * WINDOW_EXTENTS * self._extent
         last = min(mask.bit_length() * self._extent, self._source.size(task.key[0]) - start)
         return low * self._extent, last
+
+    def _deliver(self, window: Window, buffer: memoryview) -> None:
+        self._guard(lambda: deliver(window, buffer, self._sink))
 
     def _guard(self, action: Callable[[], None]) -> None:
         try:

@@ -1,13 +1,15 @@
-"""A cheap answer to "are these still the same tensors?", so that a state tree is walked once and not at every capture.
+"""A cheap answer to "are these still the same tensors?", so that a state tree is not walked at every capture.
 
-For 20,000 tensors a walk by names takes about a second and this a few milliseconds: every loop runs in C. What is
-compared is identity, so that what was seen must be kept alive: an id or an address is not given out again meanwhile.
+For 20,000 tensors a walk by names takes about a second and this a few milliseconds: every loop runs in C.
+What is compared is identity; what was seen is kept alive, so that no id and no address is given out again
+meanwhile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 
 from torch import Tensor
@@ -17,26 +19,49 @@ from torch.distributed.tensor import DTensor
 class Fingerprint:
     """Which objects containers held when this was made, and where the memory of the tensors was."""
 
-    def __init__(self, read: Callable[[], Iterable[Any]], tensors: Iterable[Tensor]) -> None:
-        """`read` lists the objects that must stay the same, in a fixed order; `tensors` must keep their memory."""
+    def __init__(
+        self,
+        read: Callable[[], Iterable[Any]],
+        tensors: Iterable[Tensor],
+        *,
+        shapes: bool,
+        empty: Sequence[Mapping[Any, Any]] = (),
+    ) -> None:
+        """Remembers what is there now.
+
+        Args:
+            read: lists the objects that must stay the same, quickly and in a fixed order.
+            tensors: those of them that must keep their memory.
+            shapes: whether they must be seen to keep their shapes too. It costs as much as all the rest, and is
+                for parameters: `p.data = p.data[:n]` leaves object and address as they were.
+            empty: containers that must stay empty.
+        """
         self._read = read
         self._objects = list(read())
-        self._ids = list(map(id, self._objects))
+        self._empty = empty
         tensors = list(tensors)
         self._sharded = [x for x in tensors if isinstance(x, DTensor)]
-        self._locals = [x._local_tensor for x in self._sharded]
+        self._locals = list(map(_local, self._sharded))
         self._memory = [x for x in tensors if not isinstance(x, DTensor)] + self._locals
         self._addresses = list(map(Tensor.data_ptr, self._memory))
-        self._shapes = list(map(Tensor.size, self._memory))
+        self._shapes = list(map(Tensor.size, self._memory)) if shapes else None
 
     def holds(self) -> bool:
-        """True if the same objects are there and every tensor has the same memory and shape as before."""
+        """True if the same objects are there and the tensors have the same memory as before."""
         return (
-            list(map(id, self._read())) == self._ids
-            and all(x._local_tensor is local for x, local in zip(self._sharded, self._locals, strict=True))
+            not any(self._empty)
+            and _identical(list(self._read()), self._objects)
+            and _identical(list(map(_local, self._sharded)), self._locals)
             and list(map(Tensor.data_ptr, self._memory)) == self._addresses
-            and list(map(Tensor.size, self._memory)) == self._shapes
+            and (self._shapes is None or list(map(Tensor.size, self._memory)) == self._shapes)
         )
+
+
+_local = attrgetter("_local_tensor")
+
+
+def _identical(now: list[Any], before: list[Any]) -> bool:
+    return len(now) == len(before) and all(map(is_, now, before))
 
 
 def values_of(dicts: Collection[dict[Any, Any]]) -> Iterable[Any]:

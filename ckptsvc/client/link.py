@@ -120,12 +120,16 @@ class AgentLink:
 
     def prepare(self, nbytes: int, digest: str, timeout: float) -> tuple[tuple[int, ...], bool]:
         """See agent.proto: (ranks with the same plain tensors, whether all have answered)."""
-        answer = self.call("Prepare", agent_pb2.PrepareRequest(arena_bytes=nbytes, plain_digest=digest), timeout)
+        answer = self.call(
+            "Prepare", agent_pb2.PrepareRequest(arena_bytes=nbytes, plain_digest=digest), timeout
+        )
         return tuple(answer.same_plain), answer.complete
 
     def acquire(self, step: int, nbytes: int, timeout: float) -> tuple[str, int]:
         """A free arena: (slot, epoch)."""
-        answer = self.call("Acquire", agent_pb2.AcquireRequest(step=step, bytes=nbytes), timeout + CALL_TIMEOUT)
+        answer = self.call(
+            "Acquire", agent_pb2.AcquireRequest(step=step, bytes=nbytes), timeout + CALL_TIMEOUT
+        )
         return answer.slot, answer.epoch
 
     def submit(self, slot: str, step: int, nbytes: int, aliases: dict[str, str]) -> None:
@@ -141,7 +145,7 @@ class AgentLink:
         deadline = time.monotonic() + timeout
         while True:
             left = min(max(deadline - time.monotonic(), 0.1), 60.0)
-            outcome = self.call("WaitSave", agent_pb2.WaitSaveRequest(step=step), left + 1.0).outcome
+            outcome: agent_pb2.SaveOutcome = self.call("WaitSave", agent_pb2.WaitSaveRequest(step=step), left + 1.0).outcome
             if outcome.outcome or time.monotonic() >= deadline:
                 return outcome
 

@@ -1,12 +1,13 @@
 """Modules in a state tree: parameters, buffers and extra state under their fully qualified names.
 
-Names and values come from `torch.distributed.checkpoint.state_dict`, which strips the prefixes of DDP, `fully_shard`,
-activation checkpointing and torch.compile, and they go back through it, so that every framework's own hooks run.
+Names and values come from `torch.distributed.checkpoint.state_dict`, which strips the prefixes of DDP,
+`fully_shard`, activation checkpointing and torch.compile, and they go back through it, so that every
+framework's own hooks run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import chain
 from typing import Any
 
@@ -48,7 +49,9 @@ class ModuleNode:
         """The parts of its tensors, and the extra state that is not tensors."""
         if self._fingerprint is None or not self._fingerprint.holds():
             state = _state_of(self.target)
-            live = _Live(self.target)  # after the walk, whose hooks put sharded parameters in place of gathered ones
+            live = _Live(
+                self.target
+            )  # after the walk, whose hooks put sharded parameters in place of gathered ones
             found, plain = Found(), {}
             parts: list[LocalPart] = []
             for name, value in state.items():
@@ -128,7 +131,7 @@ class _Live:
 
 
 def _is_standard(module: nn.Module) -> bool:
-    """True if the state dict of the module is its parameters and persistent buffers and nothing else has a say."""
+    """True if the state dict is the parameters and persistent buffers and nothing else has a say in it."""
     base = nn.Module
     return all(
         type(m).state_dict is base.state_dict
@@ -147,17 +150,19 @@ def _is_standard(module: nn.Module) -> bool:
 def _fingerprint(module: nn.Module) -> Fingerprint:
     modules = list(module.modules())
     mixed = [m for m in modules if m._non_persistent_buffers_set]
-    dicts: list[dict[str, Any]] = []
+    dicts: list[dict[Any, Any]] = [m._buffers for m in modules if not m._non_persistent_buffers_set]
     for m in modules:
-        dicts += (m._parameters, m._modules, m._state_dict_hooks, m._state_dict_pre_hooks)
-        if not m._non_persistent_buffers_set:
-            dicts.append(m._buffers)
+        dicts += [m._parameters, m._modules, m._state_dict_hooks, m._state_dict_pre_hooks]
+    empty = [d for d in dicts if not d]
+    filled = [d for d in dicts if d]
 
-    def buffers() -> Iterable[Tensor | None]:
-        return (
-            b for m in mixed for key, b in m._buffers.items() if key not in m._non_persistent_buffers_set
-        )
+    def read() -> Iterable[Any]:
+        return chain(values_of(filled), chain.from_iterable(map(_persistent, mixed)))
 
-    tensors = [x for x in chain(values_of(dicts), buffers()) if isinstance(x, Tensor)]
-    read: Callable[[], Iterable[Any]] = lambda: chain(values_of(dicts), buffers())  # noqa: E731
-    return Fingerprint(read, tensors)
+    tensors = [x for x in read() if isinstance(x, Tensor)]
+    return Fingerprint(read, tensors, shapes=True, empty=empty)
+
+
+def _persistent(module: nn.Module) -> list[Tensor | None]:
+    temporary = module._non_persistent_buffers_set
+    return [buffer for name, buffer in module._buffers.items() if name not in temporary]

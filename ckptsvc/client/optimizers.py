@@ -1,15 +1,18 @@
-"""Optimizers in a state tree: the state of each parameter under the parameter's name, and the parameter groups.
+"""Optimizers in a state tree: the state of each parameter under the parameter's name, and the parameter
+groups.
 
-Names come from `torch.distributed.checkpoint.state_dict`, which needs the module that has the parameters. That function
-would run `optimizer.step()` on an optimizer without state, to make it some; training would then not be what it is without
-us (step counters start at 1, momentum at weight decay). So that is prevented, both when saving and when restoring: state
-that is in the checkpoint and not in the optimizer is allocated here, by what the checkpoint says of it.
+Names come from `torch.distributed.checkpoint.state_dict`, which needs the module that has the parameters.
+That function would run `optimizer.step()` on an optimizer without state, to make it some; training would then
+not be what it is without us (step counters start at 1, momentum at weight decay). So that is prevented, both
+when saving and when restoring: state that is in the checkpoint and not in the optimizer is allocated here, by
+what the checkpoint says of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, compress
 from typing import Any
 
@@ -62,7 +65,8 @@ class OptimizerNode:
     def __init__(self, path: str, optimizer: Optimizer, modules: Sequence[tuple[str, nn.Module]]) -> None:
         """`modules` are those of the state tree with their paths; parameters are called as there.
 
-        If some parameter is in none of them, the state is stored under the optimizer's own numbers for its parameters.
+        If some parameter is in none of them, the state is stored under the optimizer's own numbers for its
+        parameters.
         """
         self.path = path
         self.target = optimizer
@@ -102,7 +106,8 @@ class OptimizerNode:
         for key, entries in read["state"].items():
             path = join(self.path, "state", key)
             taken = found.take(entries, path)
-            # where the names say it all, the document need not: thousands of references would be written every time
+            # where the names say it all, the document need not: thousands of references would be written
+            # every time
             if type(key) is not str or type(entries) is not dict or not all(map(_is_named, entries.items())):
                 mixed[key] = taken
         names = [list(group["params"]) for group in read["param_groups"]]
@@ -113,7 +118,11 @@ class OptimizerNode:
 
     def _plain_groups(self, found: Found, groups: list[State], names: list[list[Any]]) -> list[State]:
         return [
-            {k: found.take(v, join(self.path, "param_groups", i, k)) for k, v in group.items() if k != "params"}
+            {
+                k: found.take(v, join(self.path, "param_groups", i, k))
+                for k, v in group.items()
+                if k != "params"
+            }
             | {"params": list(names[i])}
             for i, group in enumerate(groups)
         ]
@@ -138,9 +147,9 @@ class OptimizerNode:
                 current = list(current)
                 current = compress(current, mask) if len(current) == len(mask) else ()
             parameters = chain.from_iterable(group["params"] for group in groups)
-            return chain((state,), groups, state.keys(), state.values(), current, parameters)
+            return chain((state,), groups, state.keys(), current, parameters)
 
-        return Fingerprint(read, tensors)
+        return Fingerprint(read, tensors, shapes=False)
 
     def _scalars_of_now(self, walked: _Walked) -> State | None:
         """The mixed states with the scalars of now; None if there is something else where a scalar was."""
@@ -181,11 +190,11 @@ class OptimizerNode:
         for key, entries in plain["state"].items():
             if key not in owners and self._root is not None:
                 continue
-            self._state[key] = replace_refs(entries, lambda ref, key=key: self._resolve(wanted, ref, owners.get(key)))
+            self._state[key] = replace_refs(entries, partial(self._resolve, wanted, owners.get(key)))
         for group in plain["param_groups"]:
-            replace_refs(group, lambda ref: self._resolve(wanted, ref, None))
+            replace_refs(group, partial(self._resolve, wanted, None))
 
-    def _resolve(self, wanted: Wanted, ref: TensorRef | ArrayRef, parameter: Tensor | None) -> Any:
+    def _resolve(self, wanted: Wanted, parameter: Tensor | None, ref: TensorRef | ArrayRef) -> Any:
         keys = split(ref.name)
         return as_leaf(self._target(wanted, ref.name, keys[-1], parameter), ref)
 
@@ -196,11 +205,8 @@ class OptimizerNode:
         if tensor is not None and meta is not None:
             live = TensorMeta(name, DTYPE_NAMES.get(tensor.dtype, ""), tuple(tensor.shape))
             tensor = tensor if fits(live, meta) else None
-        if tensor is None:
-            if meta is None:
-                tensor = wanted.fresh(name)  # raises
-            else:
-                tensor = _like_state(meta, slot, parameter)
+        if tensor is None:  # without a description `fresh` raises
+            tensor = wanted.fresh(name) if meta is None else _like_state(meta, slot, parameter)
         wanted.fill(name, tensor, splittable=True)
         self._leaves[name] = tensor
         return tensor
@@ -248,7 +254,7 @@ def _is_standard(optimizer: Optimizer) -> bool:
 
 @contextmanager
 def _without_first_step(optimizer: Optimizer) -> Iterator[None]:
-    """Keeps torch's functions from running `optimizer.step()`: they do so only if there is no state at all."""
+    """Keeps torch from running `optimizer.step()`, which it does only if there is no state at all."""
     groups = (p for group in optimizer.param_groups for p in group["params"])
     first = next(groups, None)
     if optimizer.state or first is None:
@@ -290,24 +296,24 @@ def _root_of(optimizer: Optimizer, modules: Sequence[tuple[str, nn.Module]]) -> 
 def _like_state(meta: TensorMeta, slot: str, parameter: Tensor | None) -> Tensor:
     """Memory for a tensor of optimizer state that the optimizer has not made yet.
 
-    As torch's optimizers make it: `zeros_like(parameter)` for what has the parameter's shape, and step counters on the host
-    (`Optimizer.load_state_dict` moves them where `capturable` or `fused` wants them).
+    As torch's optimizers make it: `zeros_like(parameter)` for what has the parameter's shape, and step
+    counters on the host (`Optimizer.load_state_dict` moves them where `capturable` or `fused` wants them).
     """
     dtype = getattr(torch, meta.dtype)
     if parameter is None or slot == "step":
         return torch.empty(meta.shape, dtype=dtype)
     if tuple(parameter.shape) == tuple(meta.shape):
         return torch.empty_like(parameter.detach(), dtype=dtype)
-    if isinstance(parameter, DTensor) and meta.shape:  # factored moments, as new_zeros() of a DTensor makes them
+    if (
+        isinstance(parameter, DTensor) and meta.shape
+    ):  # factored moments, as new_zeros() of a DTensor makes them
         mesh = parameter.device_mesh
         local = torch.empty(meta.shape, dtype=dtype, device=parameter.device)
         return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return torch.empty(meta.shape, dtype=dtype, device=parameter.device)
 
 
-def _match_groups(
-    path: str, live: list[State], names: list[list[Any]], saved: list[State]
-) -> list[State]:
+def _match_groups(path: str, live: list[State], names: list[list[Any]], saved: list[State]) -> list[State]:
     """The saved hyperparameters for the live groups: by a parameter they share, otherwise by their place."""
     matched = []
     by_name = {name: group for group in saved for name in group["params"]}
@@ -320,20 +326,22 @@ def _match_groups(
                     hint="build the optimizer with the same groups",
                 )
             found = saved[i]
-        keep = {"params": names[i]} | ({"param_names": group["param_names"]} if "param_names" in group else {})
+        keep = {"params": names[i]} | (
+            {"param_names": group["param_names"]} if "param_names" in group else {}
+        )
         matched.append({k: v for k, v in group.items() if k != "params"} | found | keep)
     return matched
 
 
 def _undo_casts(optimizer: Optimizer, owners: State, state: State) -> None:
-    """Puts back what `Optimizer.load_state_dict` changed: it casts state to the parameter's dtype, and so loses bits."""
+    """Puts back what `Optimizer.load_state_dict` cast to the parameter's dtype, which may lose bits."""
     for parameter in [p for p, entries in optimizer.state.items() if not entries]:
         del optimizer.state[parameter]
     if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
         return
     for key, entries in state.items():
-        loaded = optimizer.state.get(owners.get(key))
-        for slot, value in entries.items() if loaded is not None else ():
+        loaded: State = optimizer.state.get(owners[key], {}) if key in owners else {}
+        for slot, value in entries.items():
             same = isinstance(value, Tensor) and value.dtype == getattr(loaded.get(slot), "dtype", None)
             if slot in loaded and slot != "step" and not same:
                 loaded[slot] = value

@@ -1,13 +1,14 @@
 """What a rank holds of a tensor: from a live torch tensor to the parts that are stored or filled.
 
-A plain tensor is held whole by every rank that has it. A DTensor is cut by its mesh and placements; which box that is,
-`ckptsvc.geometry.layout` says. The tensors in the parts are views of the live ones: nothing is copied here.
+A plain tensor is held whole by every rank that has it. A DTensor is cut by its mesh and placements; which box
+that is, `ckptsvc.geometry.layout` says. The tensors in the parts are views of the live ones: nothing is
+copied here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import msgspec
 import torch
@@ -34,8 +35,8 @@ class Holders(msgspec.Struct, frozen=True):
     """Who holds this very same piece.
 
     Attributes:
-        ranks: the global ranks in the order of their mesh, this one included; None stands for every rank that holds
-            the same set of plain tensors, which only the session can know.
+        ranks: the global ranks in the order of their mesh, this one included; None stands for every rank that
+            holds the same set of plain tensors, which only the session can know.
     """
 
     ranks: tuple[int, ...] | None
@@ -50,11 +51,12 @@ class LocalPart(msgspec.Struct, frozen=True, eq=False):
     Attributes:
         meta: the logical tensor: name, dtype, global shape.
         region: which part of it this is.
-        tensor: the local data, of the region's shape: a view of the live tensor, on its device, with any strides.
+        tensor: the local data, of the region's shape: a view of the live tensor, on its device, with any
+            strides.
         holders: the ranks that hold the same piece.
-        splittable: whether the holders may each store some bytes of it. True for parameters and optimizer state, which
-            training keeps bitwise equal. False for the rest, which the first holder stores whole: a tensor must never
-            be torn between ranks whose values differ.
+        splittable: whether the holders may each store some bytes of it. True for parameters and optimizer
+            state, which training keeps bitwise equal. False for the rest, which the first holder stores
+            whole: a tensor must never be torn between ranks whose values differ.
     """
 
     meta: TensorMeta
@@ -68,11 +70,12 @@ class Capture(msgspec.Struct, frozen=True, eq=False):
     """The state tree of one rank at one moment.
 
     Attributes:
-        parts: the pieces of all its tensors. The same tuple object as last time if nothing but values changed.
+        parts: the pieces of all its tensors. The same tuple object as last time if nothing but values
+            changed.
         aliases: name -> the name under which the very same memory is stored (tied weights).
         structure: 16 hex digits that change whenever a name, a dtype, a shape, a region or an alias does.
-        objects: the document of plain values (see `ckptsvc.client.document`). It is this rank's own and shares no
-            mutable value with the program, except objects that are encoded by a codec.
+        objects: the document of plain values (see `ckptsvc.client.document`). It is this rank's own and
+            shares no mutable value with the program, except objects that are encoded by a codec.
     """
 
     parts: tuple[LocalPart, ...]
@@ -90,7 +93,8 @@ def digest(parts: Iterable[LocalPart], aliases: dict[str, str]) -> str:
 def parts_of(name: str, tensor: Tensor, *, splittable: bool) -> list[LocalPart]:
     """The pieces of `tensor` that this rank holds, under the logical name `name`.
 
-    No part for a rank outside the tensor's mesh or with an empty shard. A tensor without elements is one part.
+    No part for a rank outside the tensor's mesh or with an empty shard. A tensor without elements is one
+    part.
 
     Raises:
         UnsupportedObject: a kind of tensor whose bytes alone do not say what it is, or that has none.
@@ -104,6 +108,8 @@ def parts_of(name: str, tensor: Tensor, *, splittable: bool) -> list[LocalPart]:
     meta = TensorMeta(name, _dtype_name(name, tensor), shape)
     if tensor.requires_grad:
         tensor = tensor.detach()
+    if type(tensor) is not Tensor:
+        tensor = tensor.as_subclass(Tensor)
     return [LocalPart(meta, Box.full(shape), tensor, EVERYONE, splittable)]
 
 
@@ -132,9 +138,7 @@ def identity_of(part: LocalPart) -> Identity | None:
     t = part.tensor
     if not t.numel():
         return None
-    return Identity(
-        t.data_ptr(), t.device, t.dtype, tuple(t.shape), t.stride(), part.region, part.meta.shape
-    )
+    return Identity(t.data_ptr(), t.device, t.dtype, tuple(t.shape), t.stride(), part.region, part.meta.shape)
 
 
 class _Seat(NamedTuple):
@@ -168,7 +172,7 @@ def _seat(name: str, tensor: DTensor) -> _Seat:
 
 def _placement(name: str, placement: TorchPlacement) -> layout.Placement:
     if isinstance(placement, _StridedShard):
-        return layout.StridedShard(placement.dim, placement.split_factor)
+        return layout.StridedShard(placement.dim, int(placement.split_factor))
     if isinstance(placement, Shard):
         return layout.Shard(placement.dim)
     if isinstance(placement, Replicate):
@@ -216,14 +220,14 @@ def _dtype_name(name: str, tensor: Tensor) -> str:
 
 
 def _refuse_special(name: str, tensor: Tensor) -> None:
-    """Let a harmless subclass of Tensor pass; raise UnsupportedObject for a tensor that is not just strided memory."""
+    """Raises UnsupportedObject for a tensor that is more than strided memory; a mere subclass passes."""
     if tensor.layout is not torch.strided:
         kind = f"sparse tensor ({tensor.layout})"
     elif tensor.is_nested:
         kind = "nested tensor"
-    elif isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    elif torch.nn.parameter.is_lazy(tensor):
         kind = "parameter that has no shape yet"
-    elif is_traceable_wrapper_subclass(tensor) or isinstance(tensor, DTensor):
+    elif is_traceable_wrapper_subclass(cast("Any", tensor)):
         kind = f"tensor of the wrapper class {type(tensor).__module__}.{type(tensor).__qualname__}"
     else:
         return

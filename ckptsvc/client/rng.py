@@ -1,7 +1,7 @@
 """Random number generators: read and set without disturbing them.
 
-Covers Python's `random`, NumPy's global (legacy) generator, torch's CPU generator, and the accelerator devices in use. All
-states become plain values and small arrays for the rank's document.
+Covers Python's `random`, NumPy's global (legacy) generator, torch's CPU generator, and the accelerator
+devices in use. All states become plain values and small arrays for the rank's document.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ckptsvc.errors import Damaged
 def capture(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
     """The states of all generators; `devices` are those that the state tree has tensors on."""
     version, words, gauss = random.getstate()
-    numpy_state = np.random.get_state(legacy=True)  # noqa: NPY002 - the one that user code seeds globally
+    numpy_state = np.random.get_state(legacy=True)  # the one that np.random.seed() seeds
     return {
         "python": {"version": version, "words": np.array(words, dtype=np.uint64), "gauss": gauss},
         "numpy": list(numpy_state),
@@ -32,7 +32,8 @@ def capture(devices: Iterable[torch.device] = ()) -> dict[str, Any]:
 
 
 def restore(state: dict[str, Any], devices: Iterable[torch.device] = ()) -> None:
-    """Sets all generators. Device states go to this process's devices in their order, whatever their numbers were.
+    """Sets all generators. Device states go to this process's devices in their order, whatever their numbers
+    were.
 
     Raises:
         Damaged: the state is not what `capture` makes.
@@ -40,7 +41,7 @@ def restore(state: dict[str, Any], devices: Iterable[torch.device] = ()) -> None
     try:
         python = state["python"]
         random.setstate((python["version"], tuple(int(w) for w in python["words"]), python["gauss"]))
-        np.random.set_state(tuple(state["numpy"]))  # noqa: NPY002
+        np.random.set_state(tuple(state["numpy"]))
         torch.set_rng_state(torch.from_numpy(state["torch"].copy()))
         for kind, indices in _in_use(devices).items():
             for i, saved in zip(indices, state["devices"].get(kind, ()), strict=False):
@@ -54,10 +55,9 @@ def _in_use(devices: Iterable[torch.device]) -> dict[str, list[int]]:
     found: dict[str, set[int]] = {}
     for device in devices:
         if device.type != "cpu" and device.type != "meta":
-            module = torch.get_device_module(device.type)
-            index = device.index if device.index is not None else module.current_device()
-            found.setdefault(device.type, set()).add(index)
-    # A program may draw on its device with no tensor of the tree there. Asking must not wake a sleeping device.
+            found.setdefault(device.type, set()).add(device.index)  # where a tensor is, there is an index
+    # A program may draw on its device with no tensor of the tree there. Asking must not wake a sleeping
+    # device.
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if accelerator is not None:
         module = torch.get_device_module(accelerator.type)

@@ -109,7 +109,9 @@ class StagePlan:
         offset = self.template.objects_offset
         arena[offset : offset + len(objects)] = objects
         for device in devices:
-            torch.accelerator.synchronize(device) if hasattr(torch, "accelerator") else torch.cuda.synchronize(device)
+            torch.accelerator.synchronize(device) if hasattr(
+                torch, "accelerator"
+            ) else torch.cuda.synchronize(device)
         return total
 
     def forget(self, slots: set[str]) -> None:
@@ -122,7 +124,8 @@ class StagePlan:
         if alive is not capture.parts[0] if capture.parts else True:
             tensors = [capture.parts[c.part].tensor for c in self.chosen]
             self._sources = [
-                storable(t if c.index is None else t[c.index]) for t, c in zip(tensors, self.chosen, strict=True)
+                storable(t if c.index is None else t[c.index])
+                for t, c in zip(tensors, self.chosen, strict=True)
             ]
             self._sources_of = weakref.ref(capture.parts[0]) if capture.parts else None
         return self._sources

@@ -1,4 +1,4 @@
-"""The parts of a state tree that are not modules or optimizers: tensors, arrays, plain values, and objects with a state.
+"""What of a state tree is not modules or optimizers: tensors, arrays, plain values, objects with a state.
 
 A tensor or an array of the user's is filled in place when it is restored. An object with `state_dict` and
 `load_state_dict` is asked for its state at every capture, and what it says is this rank's own.
@@ -46,7 +46,7 @@ class Found:
     """
 
     def __init__(self, own: Callable[[str], str] | None = None, *, splittable: bool = False) -> None:
-        """`own` makes the name of what belongs to this rank alone of a path; None if every rank has the same."""
+        """`own` turns a path into the name of what is this rank's alone; None if every rank has the same."""
         self.parts: list[LocalPart] = []
         self.leaves: dict[str, Leaf] = {}
         self._own = own
@@ -54,11 +54,11 @@ class Found:
         self._inside: set[int] = set()
 
     def take(self, value: Any, path: str) -> Any:
-        """`value` without its tensors: containers anew, references in the place of tensors, the rest as it is.
+        """`value` without its tensors: containers anew, references where tensors were, the rest as it is.
 
         Raises:
-            UnsupportedObject: a tensor that cannot be stored, a container that contains itself, or two tensors whose
-                keys look the same when written as text.
+            UnsupportedObject: a tensor that cannot be stored, a container that contains itself, or two
+                tensors whose keys look the same when written as text.
         """
         if isinstance(value, Tensor):
             # a sharded tensor is one tensor of all ranks, whoever speaks of it
@@ -96,7 +96,7 @@ class Found:
 
 
 def as_tensor(array: np.ndarray[Any, Any]) -> Tensor | None:
-    """A tensor with the array's memory, or a copy of it where torch cannot share; None if torch lacks the type."""
+    """A tensor with the array's memory, or a copy where that cannot be; None if torch lacks the type."""
     try:
         return torch.from_numpy(array if shares_memory(array) else array.copy())
     except TypeError:
@@ -176,8 +176,8 @@ class StatefulNode:
     def want(self, wanted: Wanted, plain: Any) -> None:
         """Wants fresh memory as large as what was saved, which `load` hands to the object.
 
-        The state of now says nothing about the sizes in the state that was saved. Only sharded tensors, which could not
-        be allocated here, are taken from it.
+        The state of now says nothing about the sizes in the state that was saved. Only sharded tensors, which
+        could not be allocated here, are taken from it.
         """
         found, _ = self._found()
         self._targets = {}
@@ -197,8 +197,9 @@ class StatefulNode:
         targets, self._targets = self._targets, {}
         self.target.load_state_dict(replace_refs(plain, lambda ref: as_leaf(targets[ref.name], ref)))
         if isinstance(self.target, DataLoader):
-            # A loader that resumes draws from the global generators when its iterator is made. Asking for its state
-            # makes it now, before the generators are restored: the program then draws the numbers it drew before.
+            # A loader that resumes draws from the global generators when its iterator is made. Asking for its
+            # state makes it now, before the generators are restored: the program then draws what it drew
+            # before.
             self.target.state_dict()
         return self.target
 

@@ -1,7 +1,8 @@
 """What is to be read from a checkpoint, gathered from the state tree before anything is read.
 
-Most parts are views of the live tensors, which the reader fills in place: no second copy of the model is made. Fresh
-memory is given only to what has no live memory to fill: optimizer state before the first step, the state of objects.
+Most parts are views of the live tensors, which the reader fills in place: no second copy of the model is
+made. Fresh memory is for what has no live memory to fill: optimizer state before the first step, states of
+objects.
 """
 
 from __future__ import annotations
@@ -26,15 +27,17 @@ class Wanted:
     """Gathers parts to fill, and names the checkpoint lacks.
 
     Attributes:
-        stored: what the checkpoint holds; None if that is not known and the live tensors are taken as they are.
+        stored: what the checkpoint holds; None if it is not known and everything is taken as it is now.
         parts: the parts to fill.
         absent: what the state tree has and the checkpoint has not.
+        names: all that is wanted, also by a rank that holds no part of it.
     """
 
     def __init__(self, stored: Stored | None) -> None:
         self.stored = stored
         self.parts: list[LocalPart] = []
         self.absent: list[str] = []
+        self.names: set[str] = set()
         self._fresh: dict[str, Tensor] = {}
 
     def meta(self, name: str) -> TensorMeta | None:
@@ -48,6 +51,7 @@ class Wanted:
             LayoutError: the checkpoint has it with another dtype or global shape.
             UnsupportedObject: several elements of `tensor` are one place in memory.
         """
+        self.names.add(name)
         parts = parts_of(name, tensor, splittable=splittable)
         meta = self.meta(name)
         if self.stored is not None and meta is None:

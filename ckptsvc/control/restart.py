@@ -73,8 +73,17 @@ class Attempts:
             rank = event.node_rank if event.node_rank >= 0 else len(self.nodes)
             self.nodes[event.node] = Node(event.node, rank, event.address, event.nproc)
             self.since = now
+            if event.attempt:
+                self._adopt(event)
             return Decision([], [f"job {self.job}: node {event.node} joined ({len(self.nodes)}/{self.min_nodes})"])
         return Decision()
+
+    def _adopt(self, event: pb.NodeJoined) -> None:
+        """Ranks run on that node already: an earlier coordinator started them."""
+        if event.attempt >= self.attempt:
+            self.attempt, self.phase = event.attempt, Phase.RUNNING
+            self.restarts = event.attempt - 1
+            self.running.update(dict.fromkeys(range(event.first_rank, event.first_rank + event.nproc), event.node))
 
     def ready(self, event: pb.NodeReady, now: float) -> Decision:
         """No rank of an earlier attempt is left on this node."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import msgspec
 import numpy as np
@@ -16,24 +16,16 @@ from numpy.typing import NDArray
 
 from ckptsvc.errors import Damaged
 from ckptsvc.format import header
-from ckptsvc.format.limits import MAX_ELEMENTS, MAX_NAME_BYTES, MAX_NDIM, MAX_TENSOR_BYTES
-from ckptsvc.types import DTYPES
+from ckptsvc.format.limits import MAX_NAME_BYTES
 
 Array = NDArray[Any]
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
+UInt64 = NDArray[np.uint64]
 Bool = NDArray[np.bool_]
-
-KIND_BOX: Final = 0
-KIND_FLAT: Final = 1
 
 CHUNK: Final = 1 << 18
 """Rows that are checked at a time, so that temporary columns stay small."""
-
-ITEMSIZE: Final[Int64] = np.zeros(256, np.int64)
-"""Bytes per element by the code of a dtype; 0 where there is no such dtype."""
-for _dtype in DTYPES.values():
-    ITEMSIZE[_dtype.code] = _dtype.itemsize
 
 _TAG_OF_NUMPY: Final[dict[Any, str]] = {
     np.dtype(np.uint8): "U8",
@@ -42,22 +34,6 @@ _TAG_OF_NUMPY: Final[dict[Any, str]] = {
     np.dtype(np.int64): "I64",
 }
 _ALIGNMENT: Final = 64
-
-
-class Tensors(NamedTuple):
-    """Shapes and dtypes of n tensors.
-
-    Attributes:
-        dtype: [n] code of the dtype.
-        ndim: [n] number of dimensions.
-        shape: flat, `ndim` numbers a tensor.
-        first: [n] where a tensor's shape begins.
-    """
-
-    dtype: UInt8
-    ndim: UInt8
-    shape: Int64
-    first: Int64
 
 
 def encode(columns: Mapping[str, Array], info: bytes) -> bytes:
@@ -120,7 +96,7 @@ def gather(flat: Array, first: Int64, counts: Array) -> Array:
     """Some lists of a flat column, as a flat column: its list i is `flat[first[i]:first[i] + counts[i]]`."""
     out = np.empty(int(counts.sum(dtype=np.int64)), flat.dtype)
     position = 0
-    for rows in chunks(len(counts)):
+    for rows in chunks(len(counts), len(out)):
         begin, count = first[rows], counts[rows]
         if (count == count[0]).all():
             index = (begin[:, None] + np.arange(int(count[0]), dtype=np.int64)).reshape(-1)
@@ -144,9 +120,10 @@ def split(flat: UInt8, ends: Array) -> Iterator[bytes]:
             yield text[low:high]
 
 
-def chunks(n: int) -> Iterator[slice]:
-    """Slices of `CHUNK` rows that cover n rows."""
-    return (slice(low, min(low + CHUNK, n)) for low in range(0, n, CHUNK))
+def chunks(n: int, items: int = 0) -> Iterator[slice]:
+    """Slices of at most `CHUNK` rows that cover n rows; fewer where the rows have many `items` in all."""
+    step = max(1, CHUNK * n // max(n, items, 1))
+    return (slice(low, min(low + step, n)) for low in range(0, n, step))
 
 
 def check_ends(ends: Array, total: int, what: str, least: int = 0, most: int = 2**63 - 1) -> None:
@@ -179,73 +156,3 @@ def check_names(names: UInt8, ends: Array, what: str) -> None:
     # Valid as a whole; each name is, too, if none begins inside a character.
     if ((names[ends[:-1].astype(np.int64)] & 0xC0) == 0x80).any():
         raise Damaged(f"{what} has names that are not UTF-8")
-
-
-def check_tensors(tensors: Tensors, what: str) -> Int64:
-    """Raises Damaged unless every dtype is known and every shape possible; returns [n] elements of each."""
-    if int(tensors.ndim.sum(dtype=np.int64)) != len(tensors.shape) or (tensors.ndim > MAX_NDIM).any():
-        raise Damaged(f"the shapes of {what} do not add up")
-    itemsize = ITEMSIZE[tensors.dtype]
-    if (itemsize == 0).any():
-        raise Damaged(f"{what} has a tensor of an unknown dtype")
-    if len(tensors.shape) and int(tensors.shape.min()) < 0:
-        raise Damaged(f"{what} has a tensor of an impossible shape")
-    # The bytes of a tensor without its zeros, so that no product below or later can overflow.
-    room = MAX_TENSOR_BYTES // np.maximum(itemsize, 1)
-    size = np.ones(len(itemsize), np.int64)
-    for d in range(int(tensors.ndim.max(initial=0))):
-        rows = np.flatnonzero(tensors.ndim > d)
-        extent = tensors.shape[tensors.first[rows] + d]
-        room[rows] //= np.maximum(extent, 1)
-        if (room[rows] == 0).any():
-            raise Damaged(f"{what} has a tensor of an impossible shape")
-        size[rows] *= extent
-    if float(size.sum(dtype=np.float64)) > MAX_ELEMENTS:
-        raise Damaged(f"{what} has more than {MAX_ELEMENTS} elements in all tensors")
-    return size
-
-
-def region_bytes(
-    tensors: Tensors, size: Int64, tensor: Int64, kind: UInt8, geometry: Int64, first: Int64, what: str
-) -> Int64:
-    """Checks regions against their tensors.
-
-    Args:
-        tensors: shapes and dtypes, already checked.
-        size: elements of each tensor.
-        tensor: [r] row of the tensor of each region.
-        kind: [r] box or flat.
-        geometry: flat: origin and shape of a box, start and length of a flat range.
-        first: [r] where the numbers of a region begin.
-        what: the name of the file, for messages.
-
-    Returns:
-        [r] bytes of each region.
-
-    Raises:
-        Damaged: a region is not inside its tensor.
-    """
-    nbytes = np.empty(len(tensor), np.int64)
-    for rows in chunks(len(tensor)):
-        of, at = tensor[rows], first[rows]
-        flat, ndim = kind[rows] == KIND_FLAT, tensors.ndim[of].astype(np.int64)
-        elements, inside = np.ones(len(of), np.int64), np.ones(len(of), np.bool_)
-        for d in range(int(ndim.max(initial=0))):
-            i = np.flatnonzero((ndim > d) & ~flat)
-            origin, extent = geometry[at[i] + d], geometry[at[i] + ndim[i] + d]
-            inside[i] &= _inside(origin, extent, tensors.shape[tensors.first[of[i]] + d])
-            elements[i] *= extent
-        i = np.flatnonzero(flat)
-        start, length = geometry[at[i]], geometry[at[i] + 1]
-        inside[i] = _inside(start, length, size[of[i]])
-        elements[i] = length
-        if not inside.all():
-            raise Damaged(f"{what} has a region that is not inside its tensor")
-        nbytes[rows] = elements * ITEMSIZE[tensors.dtype[of]]
-    return nbytes
-
-
-def _inside(start: Int64, length: Int64, extent: Int64) -> Bool:
-    # `extent - length` cannot overflow where both comparisons before it hold, and elsewhere it does not
-    # matter.
-    return (start >= 0) & (length >= 0) & (length <= extent) & (start <= extent - length)

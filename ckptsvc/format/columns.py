@@ -8,18 +8,16 @@ from typing import Annotated, Any, Final
 import msgspec
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from ckptsvc.errors import Damaged
 from ckptsvc.format import columnar, record
-from ckptsvc.format.columnar import KIND_BOX, KIND_FLAT, Int64, Tensors, UInt8
+from ckptsvc.format.columnar import Int64, UInt8, UInt64
 from ckptsvc.format.compat import FORMAT
 from ckptsvc.format.limits import MAX_RECORD_BYTES
+from ckptsvc.format.regions import KIND_BOX, KIND_FLAT, Regions, Tensors
 from ckptsvc.format.shard import Entry, ShardTable
 from ckptsvc.geometry.box import FlatRange
 from ckptsvc.types import DTYPES
-
-UInt64 = NDArray[np.uint64]
 
 _SCHEMA: Final[dict[str, Any]] = {
     "name_hash": np.uint64,
@@ -100,16 +98,6 @@ class Columns(msgspec.Struct, frozen=True, kw_only=True, eq=False):
     def __len__(self) -> int:
         return len(self.name_hash)
 
-    @property
-    def tensors(self) -> Tensors:
-        """Shape and dtype of the tensor of each region."""
-        return Tensors(self.dtype, self.ndim, self.shape, columnar.starts(self.ndim))
-
-    @property
-    def geometry_counts(self) -> Int64:
-        """[n] how many numbers of `geometry` each region has."""
-        return geometry_counts(self.kind, self.ndim)
-
     def encode(self) -> bytes:
         """The columns as one message, a safetensors file."""
         info = _Info(objects_offset=self.objects_offset, structure=self.structure)
@@ -137,35 +125,9 @@ class Columns(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         ):
             raise Damaged(f"{what} have different lengths")
         columnar.check_names(self.names, self.name_ends, what)
-        size = columnar.check_tensors(self.tensors, what)
-        check_geometry(self.kind, self.geometry_counts, len(self.geometry), what)
-        nbytes = columnar.region_bytes(
-            self.tensors,
-            size,
-            np.arange(n),
-            self.kind,
-            self.geometry,
-            columnar.starts(self.geometry_counts),
-            what,
-        )
-        check_inside_file(self.offset, nbytes, np.full(n, self.objects_offset), what)
-
-
-def geometry_counts(kind: UInt8, ndim: UInt8) -> Int64:
-    """[n] how many numbers of geometry each region has: 2 * ndim for a box, 2 for a flat range."""
-    return np.where(kind == KIND_FLAT, 2, 2 * ndim.astype(np.int64))
-
-
-def check_geometry(kind: UInt8, counts: Int64, total: int, what: str) -> None:
-    """Raises Damaged unless every kind is known and the geometry is as long as they say."""
-    if (kind > KIND_FLAT).any() or int(counts.sum()) != total:
-        raise Damaged(f"the geometry of {what} does not add up")
-
-
-def check_inside_file(offset: UInt64, nbytes: Int64, stop: Int64, what: str) -> None:
-    """Raises Damaged unless each region's bytes lie before `stop`."""
-    if not ((nbytes <= stop) & (offset <= (stop - nbytes).astype(np.uint64))).all():
-        raise Damaged(f"{what} has a region that is not inside its shard")
+        tensors = Tensors.checked(self.dtype, self.ndim, self.shape, what)
+        regions = Regions.checked(tensors, np.arange(n), self.kind, self.geometry, what)
+        regions.check_places(np.zeros(n, np.int64), self.offset, np.array([self.objects_offset]), what)
 
 
 def _numbers(entry: Entry) -> tuple[int, ...]:

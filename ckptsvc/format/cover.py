@@ -12,28 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ckptsvc.format.columnar import KIND_FLAT, Bool, Int64, Tensors, UInt8, chunks, gather
+from ckptsvc.format.columnar import Bool, Int64
+from ckptsvc.format.regions import KIND_FLAT, Regions
 from ckptsvc.geometry.ranges import box_ranges, first_gap
-
-
-class Regions(NamedTuple):
-    """The regions of an index and their tensors.
-
-    Attributes:
-        tensors: shapes and dtypes by tensor row.
-        size: [tensors] elements of each.
-        tensor: [regions] row of the tensor of each region, ascending.
-        kind: [regions] box or flat.
-        geometry: flat: origin and shape of a box, start and length of a flat range.
-        first: [regions] where the numbers of a region begin in `geometry`.
-    """
-
-    tensors: Tensors
-    size: Int64
-    tensor: Int64
-    kind: UInt8
-    geometry: Int64
-    first: Int64
 
 
 class Line(NamedTuple):
@@ -54,15 +35,14 @@ class Line(NamedTuple):
 
 def line(regions: Regions) -> Line:
     """The regions as ranges of the line."""
-    base = np.concatenate((np.zeros(1, np.int64), np.cumsum(regions.size)))[:-1]
+    base = np.concatenate((np.zeros(1, np.int64), np.cumsum(regions.tensors.size)))[:-1]
     n = len(regions.tensor)
     start, length, contiguous = np.empty(n, np.int64), np.empty(n, np.int64), np.ones(n, np.bool_)
     flat = np.flatnonzero(regions.kind == KIND_FLAT)
     start[flat] = regions.geometry[regions.first[flat]]
     length[flat] = regions.geometry[regions.first[flat] + 1]
-    for rows, ndim in _boxes(regions):
-        shape, origin, extent = _shape(regions, rows, ndim), *_box(regions, rows, ndim)
-        start[rows], length[rows], contiguous[rows] = box_ranges(shape, origin, extent)
+    for rows, ndim in regions.boxes():
+        start[rows], length[rows], contiguous[rows] = box_ranges(*regions.box_columns(rows, ndim))
     start += base[regions.tensor]
     return Line(base, start, length, contiguous)
 
@@ -81,8 +61,8 @@ def doubtful(regions: Regions) -> Iterator[int]:
         rows = np.flatnonzero(~scattered[regions.tensor])
         whole = np.flatnonzero(scattered)  # as good as present, here
         start = np.concatenate((start[rows], base[whole]))
-        length = np.concatenate((length[rows], regions.size[whole]))
-    gap = first_gap(start, length, int(regions.size.sum()))
+        length = np.concatenate((length[rows], regions.tensors.size[whole]))
+    gap = first_gap(start, length, int(regions.tensors.size.sum()))
     if gap is not None:
         yield int(np.searchsorted(base, gap, "right")) - 1
 
@@ -103,8 +83,8 @@ def _grids(regions: Regions, some: Bool) -> Bool:
         rows = np.flatnonzero(
             (wanted & (regions.kind != KIND_FLAT)) & (regions.tensors.ndim[regions.tensor] == ndim)
         )
-        tensor, shape = regions.tensor[rows], _shape(regions, rows, ndim)
-        origin, extent = _box(regions, rows, ndim)
+        tensor = regions.tensor[rows]
+        shape, origin, extent = regions.box_columns(rows, ndim)
         for d in range(ndim):
             order = np.lexsort((origin[:, d], tensor))
             sorted_tensor, at = tensor[order], origin[order, d]
@@ -120,31 +100,5 @@ def _grids(regions: Regions, some: Bool) -> Bool:
         proven[tensor[keys][1:][twice]] = False
         volume = np.zeros(len(some), np.int64)
         np.add.at(volume, tensor, extent.prod(axis=1))
-        proven[tensor] &= volume[tensor] == regions.size[tensor]
+        proven[tensor] &= volume[tensor] == regions.tensors.size[tensor]
     return proven
-
-
-def _boxes(regions: Regions) -> Iterator[tuple[Int64, int]]:
-    """The rows of boxes with their number of dimensions, some at a time."""
-    ndim = np.where(regions.kind == KIND_FLAT, -1, regions.tensors.ndim[regions.tensor].astype(np.int16))
-    for n in np.unique(ndim[ndim >= 0]).tolist():
-        rows = np.flatnonzero(ndim == n)
-        for part in chunks(len(rows)):
-            yield rows[part], n
-
-
-def _shape(regions: Regions, rows: Int64, ndim: int) -> Int64:
-    """[rows, ndim] the shape of the tensor of each region."""
-    first = regions.tensors.first[regions.tensor[rows]]
-    return _table(regions.tensors.shape, first, ndim)
-
-
-def _box(regions: Regions, rows: Int64, ndim: int) -> tuple[Int64, Int64]:
-    """[rows, ndim] the origin of each box, and its shape."""
-    first = regions.first[rows]
-    return _table(regions.geometry, first, ndim), _table(regions.geometry, first + ndim, ndim)
-
-
-def _table(flat: Int64, first: Int64, width: int) -> Int64:
-    table: Int64 = gather(flat, first, np.full(len(first), width)).reshape(len(first), width)
-    return table

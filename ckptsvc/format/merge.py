@@ -12,8 +12,9 @@ from ckptsvc.errors import InvalidInput, LayoutError
 from ckptsvc.format import columnar
 from ckptsvc.format.checksum import Digests
 from ckptsvc.format.columnar import Array, Bool, Int64
-from ckptsvc.format.columns import Columns, geometry_counts
+from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import parse_shard_name
+from ckptsvc.format.regions import KIND_BOX, numbers_per_region
 from ckptsvc.format.shard import objects_name
 from ckptsvc.types import DTYPES
 
@@ -66,7 +67,7 @@ class _Merge:
         self.dtype, self.ndim, self.kind = self._rows("dtype"), self._rows("ndim"), self._rows("kind")
         self.shape, self.geometry = self._rows("shape"), self._rows("geometry")
         self.shape_first = columnar.starts(self.ndim)
-        self.geometry_counts = geometry_counts(self.kind, self.ndim)
+        self.geometry_counts = numbers_per_region(self.kind, self.ndim)
         self.geometry_first = columnar.starts(self.geometry_counts)
 
     def columns(self) -> dict[str, Array]:
@@ -175,7 +176,7 @@ def _objects(records: Sequence[ShardRecord]) -> Columns:
         dtype=np.full(n, DTYPES["uint8"].code, np.uint8),
         ndim=np.ones(n, np.uint8),
         shape=sizes,
-        kind=np.zeros(n, np.uint8),
+        kind=np.full(n, KIND_BOX, np.uint8),
         geometry=np.stack((np.zeros_like(sizes), sizes), axis=1).reshape(-1),
         offset=np.array([record.columns.objects_offset for record in records], np.uint64),
         objects_offset=0,

@@ -236,7 +236,7 @@ def split_replicated(items: Sequence[tuple[Box, int]], holders: int) -> list[lis
         dim = 0 if nbytes[i] // box.shape[0] <= fine else box.shape.index(max(box.shape))
         step, low = nbytes[i] // box.shape[dim], 0
         while low < box.shape[dim]:
-            high = min(max((bounds[holder] - position + step // 2) // step, low), box.shape[dim])
+            high = min(max((bounds[holder] - position) // step, low), box.shape[dim])
             if high > low:
                 shares[i].append((holder, _narrow(box, dim, low, high)))
             if high < box.shape[dim]:

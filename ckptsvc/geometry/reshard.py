@@ -53,7 +53,7 @@ class View(msgspec.Struct, frozen=True, gc=False):
     The data of a `Box` region is one piece: offset 0, the region's shape. A `FlatRange` may be cut into
         n-dimensional pieces
     that follow each other, and a view is inside one of them. In numpy terms, `flat` being the region's
-    elements: `flat[offset:offset + prod(shape)].reshape(shape)[box.slices()]`.
+    elements: `flat[offset:offset + prod(shape)].reshape(shape)[(*box.slices(), ...)]`.
 
     Attributes:
         offset: elements of the region before the piece.
@@ -169,9 +169,8 @@ class _Piece(msgspec.Struct, frozen=True, gc=False):
         return View(self.offset, self.box.shape, box.relative_to(self.box.origin))
 
 
-_Claim = tuple[
-    _Piece, _Piece, Box
-]  # from that piece of a stored region, into that of the wanted one, this box
+# from a piece of a stored region, into a piece of the wanted one, this box of the tensor
+_Claim = tuple[_Piece, _Piece, Box]
 
 
 class _Search:

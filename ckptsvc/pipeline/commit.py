@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from ckptsvc.errors import Damaged, Fenced, NotFound, SaveFailed
 from ckptsvc.format.checksum import digest128
 from ckptsvc.format.commit import COMMIT, CommitRecord, checkpoint_name, index_name
-from ckptsvc.format.index import Index, IndexInfo, ShardRecord
+from ckptsvc.format.index import Index, IndexInfo
+from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.catalog import Ref, newest_epoch, read_commit, read_epoch
 from ckptsvc.storage import Store
 

@@ -115,8 +115,9 @@ def plan_windows(index: Index, wants: Sequence[Want]) -> dict[tuple[int, int], W
                     f" {want.dtype}{list(want.shape)}"
                 )
         itemsize = DTYPES[meta.dtype].itemsize
-        stored = index.regions(name)
-        for copy in plan(stored, [wants[t].region for t in targets], itemsize, meta.shape, name=name):
+        regions = [wants[t].region for t in targets]
+        stored = index.touching(name, regions)
+        for copy in plan(stored, regions, itemsize, meta.shape, name=name):
             _place(windows, copy, stored[copy.stored], targets[copy.target_index], itemsize, span)
     for window in windows.values():
         window.mask = _mask(window, index.info.extent)
@@ -225,8 +226,7 @@ def deliver(window: Window, buffer: memoryview, sink: Sink) -> None:
     """Hand every piece of a filled window to the sink."""
     for start, shape, box, itemsize, target, place in window.pieces:
         count = prod(shape)
-        array = np.frombuffer(buffer, _CARRIER[itemsize], count, start) if count else np.empty(0, _CARRIER[itemsize])
-        array = array.reshape(shape)
+        array: NDArray[Any] = np.frombuffer(buffer, _CARRIER[itemsize], count, start).reshape(shape)
         sink(target, place, array if box.shape == shape else array[box.slices()])
 
 
@@ -235,7 +235,7 @@ def place_of(array: NDArray[Any], region: Region, place: View) -> NDArray[Any]:
     if isinstance(region, Box):
         return array if place.box.shape == place.shape else array[place.box.slices()]
     flat = array[place.offset : place.offset + prod(place.shape)]
-    return flat.reshape(place.shape)[place.box.slices()]
+    return flat.reshape(place.shape)[(*place.box.slices(), ...)]  # the dots: a 0-d place must stay an array
 
 
 def array_sink(arrays: Sequence[NDArray[Any]], wants: Sequence[Want]) -> Sink:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from ckptsvc.errors import CkptsvcError, Damaged, NotFound
+import numpy as np
+
+from ckptsvc.errors import Damaged, NotFound
 from ckptsvc.format.checksum import bad_extents
 from ckptsvc.pipeline.catalog import Checkpoint
 
@@ -72,7 +74,7 @@ def _verify_shard(checkpoint: Checkpoint, shard: int, progress: Callable[[int], 
 
 
 def _tensors(checkpoint: Checkpoint, shard: int, start: int, stop: int) -> tuple[str, ...]:
-    try:
-        return checkpoint.index.tensors_in(shard, start, stop)
-    except CkptsvcError:
-        return ()
+    index = checkpoint.index
+    first = index.region_offset.astype(np.int64)
+    inside = (index.region_shard == shard) & (first < stop) & (first + index.region_nbytes > start)
+    return tuple(sorted({index.name_at(int(row)) for row in index.region_tensor[inside]}))

@@ -1,4 +1,4 @@
-"""What Linux tells about a file system and its errors, for drivers that go through a mount point."""
+"""What Linux does and tells about files and mounts, for the drivers that go through a mount point."""
 
 from __future__ import annotations
 
@@ -44,6 +44,38 @@ def translate(error: OSError, where: str) -> StoreError | InvalidInput:
     if number == errno.EIO:
         translated.retryable = True  # a lost path, a rebuilding target: the next try often succeeds
     return translated
+
+
+class System:
+    """The calls that move and publish bytes; a test, or a driver for one file system, replaces some."""
+
+    def open(self, name: str, flags: int, directory: int) -> int:
+        """Open a file below a directory; see openat(2)."""
+        return os.open(name, flags | os.O_CLOEXEC, 0o666, dir_fd=directory)
+
+    def reserve(self, fd: int, nbytes: int) -> None:
+        """Reserve space for a file; see `fallocate`."""
+        fallocate(fd, nbytes)
+
+    def pwrite(self, fd: int, part: memoryview, offset: int) -> int:
+        """Write to a file at an offset; see pwritev(2)."""
+        return os.pwritev(fd, [part], offset)
+
+    def pread(self, fd: int, part: memoryview, offset: int) -> int:
+        """Read from a file at an offset; see preadv(2)."""
+        return os.preadv(fd, [part], offset)
+
+    def sync(self, fd: int) -> None:
+        """Make a file or a directory durable; see fsync(2)."""
+        os.fsync(fd)
+
+    def link(self, source: str, target: str, directory: int) -> None:
+        """Give a file a second name that must not exist; see linkat(2)."""
+        os.link(source, target, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
+
+
+SYSTEM = System()
+"""The calls as they are."""
 
 
 @functools.cache

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import NamedTuple
 
+from ckptsvc_drivers.linux import SYSTEM, System
+
 # O_PATH: the way down costs look-ups, but no open at the servers of a network file system.
 _STEP = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _ROOT = _STEP & ~os.O_NOFOLLOW  # the root itself may well be a link
@@ -26,7 +28,7 @@ class Found(NamedTuple):
 
 
 @contextmanager
-def parents(root: str, key: str, *, create: bool = False) -> Iterator[Sequence[int]]:
+def parents(root: str, key: str, *, create: bool = False, system: System = SYSTEM) -> Iterator[Sequence[int]]:
     """Hold open the directories from `root` to the one that `key` lies in; yields their descriptors.
 
     Nobody can swap a directory for a link while we work below it, since everything goes by descriptor.
@@ -35,13 +37,14 @@ def parents(root: str, key: str, *, create: bool = False) -> Iterator[Sequence[i
         root: absolute path.
         key: a valid key; its last part is not looked at.
         create: make what is missing.
+        system: the calls to make.
 
     Raises:
         OSError: ELOOP where a part is a symbolic link.
     """
     with ExitStack() as opened:
         if create:
-            _make_root(root)
+            _make_root(root, system)
         descriptors = [os.open(root, _ROOT)]
         opened.callback(os.close, descriptors[0])
         for part in key.split("/")[:-1]:
@@ -62,27 +65,27 @@ def _step(part: str, directory: int) -> int:
         raise
 
 
-def _make_root(root: str) -> None:
+def _make_root(root: str, system: System) -> None:
     if os.path.isdir(root):
         return
     parent = os.path.dirname(root)
     if parent != root:
-        _make_root(parent)
+        _make_root(parent, system)
     with suppress(FileExistsError):
         os.mkdir(root)
     fd = os.open(parent, _ROOT)
     try:
-        sync([fd])
+        sync([fd], system)
     finally:
         os.close(fd)
 
 
-def sync(directories: Sequence[int]) -> None:
+def sync(directories: Sequence[int], system: System) -> None:
     """Make the names in these directories durable, the last directory first."""
     for directory in reversed(directories):
         fd = os.open(".", _LIST, dir_fd=directory)  # O_PATH descriptors cannot be synced
         try:
-            os.fsync(fd)
+            system.sync(fd)
         except OSError as error:
             if error.errno not in _NO_SYNC:  # some FUSE file systems cannot sync a directory
                 raise
@@ -90,12 +93,13 @@ def sync(directories: Sequence[int]) -> None:
             os.close(fd)
 
 
-def remove(directories: Sequence[int], key: str) -> None:
+def remove(directories: Sequence[int], key: str, system: System) -> None:
     """Unlink the file of `key` if it is there, and every directory on the way that has become empty; durably.
 
     Args:
         directories: what `parents` yielded.
         key: the key it was called with.
+        system: the calls to make.
     """
     *parts, name = key.split("/")
     with suppress(FileNotFoundError):
@@ -105,7 +109,7 @@ def remove(directories: Sequence[int], key: str) -> None:
         while depth:
             os.rmdir(parts[depth - 1], dir_fd=directories[depth - 1])
             depth -= 1
-    sync(directories[depth : depth + 1])
+    sync(directories[depth : depth + 1], system)
 
 
 def scan(directory: int, *, details: bool) -> Iterator[Found]:

@@ -196,7 +196,7 @@ class LaunchRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[LauncherHello, _Mapping]] = ..., ready: _Optional[_Union[LauncherReady, _Mapping]] = ..., exit: _Optional[_Union[RankExit, _Mapping]] = ..., stop_wanted: _Optional[_Union[StopWanted, _Mapping]] = ...) -> None: ...
 
 class LauncherHello(_message.Message):
-    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address")
+    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     NODE_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -205,6 +205,8 @@ class LauncherHello(_message.Message):
     NPROC_FIELD_NUMBER: _ClassVar[int]
     MAX_RESTARTS_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    FIRST_RANK_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     node_rank: int
@@ -213,7 +215,9 @@ class LauncherHello(_message.Message):
     nproc: int
     max_restarts: int
     address: str
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
+    attempt: int
+    first_rank: int
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ...) -> None: ...
 
 class LauncherReady(_message.Message):
     __slots__ = ("attempt", "port")

@@ -133,6 +133,14 @@ def test_strided_shard_has_one_part_of_each_chunk():
         local_box((9,), (4,), (0,), [StridedShard(0, 2)])
 
 
+def test_parts_that_touch_are_one_box():
+    assert local_box((8,), (1,), (0,), [StridedShard(0, 2)]) == Box((0,), (8,))
+    # two chunks of four rows over eight ranks: rank 2 has a row of each
+    assert len(local_boxes((8,), (8,), (2,), [StridedShard(0, 2)])) == 2
+    # the inner shard puts the two halves together again
+    assert local_box((8,), (2, 2), (1, 0), [StridedShard(0, 2), Shard(0)]) == Box((2,), (2,))
+
+
 def test_a_scalar_is_held_whole():
     assert local_box((), (2, 3), (1, 2), [Replicate(), Replicate()]) == Box((), ())
     assert local_boxes((), (2,), (1,), [Replicate()]) == [Piece(Box((), ()), Box((), ()))]

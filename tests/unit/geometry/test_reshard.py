@@ -164,6 +164,15 @@ def test_source_spans_are_the_bytes_of_the_copy(data, shape):
         assert data_read == np.ascontiguousarray(expected).tobytes()
 
 
+def test_a_flat_range_is_read_piece_by_piece():
+    stored = StoredRegion("w", FlatRange(3, 14), 0, 1000, 14 * ITEMSIZE)
+    # rows of five: the range has the end of row 0, rows 1 and 2, and the start of row 3
+    (copy,) = plan([stored], [Box((1, 2), (2, 2))], ITEMSIZE, (4, 5))
+    assert copy == Copy(0, View(2, (2, 5), Box((0, 2), (2, 2))), 0, View(0, (2, 2), Box.full((2, 2))))
+    starts, run = source_spans(copy, stored, ITEMSIZE)
+    assert (starts.tolist(), run) == ([1000 + 4 * ITEMSIZE, 1000 + 9 * ITEMSIZE], 2 * ITEMSIZE)
+
+
 def test_a_region_that_is_stored_as_wanted_is_one_copy_even_where_others_overlap_it():
     box = Box((2, 0), (2, 4))
     copies = plan(store([Box((0, 0), (3, 4)), box]), [box], ITEMSIZE, (4, 4))

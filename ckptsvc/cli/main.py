@@ -1,0 +1,91 @@
+"""The command tree, and errors -> exit statuses.
+
+Sub-commands are imported when they are called: `ckptsvc run` on ten thousand nodes must not open what it does not need.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from typing import Any
+
+import click
+
+import ckptsvc
+from ckptsvc.errors import EXIT_STATUS, CkptsvcError
+
+COMMANDS = {
+    "run": "start the ranks of a job on this node, and restart them when one dies",
+    "agent": "run the agent of this node",
+    "status": "show what the agent of this node is doing",
+    "ls": "list the checkpoints of a run",
+    "inspect": "show what a checkpoint holds",
+    "verify": "re-read a checkpoint and check every byte",
+    "diff": "compare two checkpoints",
+    "gc": "remove what interrupted saves have left",
+    "bench": "measure saving and restoring here, beside the raw limits and other systems",
+    "demo": "train, kill, recover, and resume at other scales",
+}
+
+
+class LazyGroup(click.Group):
+    """Imports a command's module on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"ckptsvc.cli.{cmd_name}")
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table without importing anything."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(ckptsvc.__version__, prog_name="ckptsvc")
+def cli() -> None:
+    """Checkpoints and fault tolerance for large PyTorch jobs.
+
+    Exit statuses: 0 done; 1 unexpected; 2 wrong usage or setting; 3 partly done; 4 store failed; 5 store full;
+    6 store refused; 10 not found; 11 run busy or fenced; 12 damaged; 13 newer format; 14 layout does not fit;
+    20 no agent; 21 no arena; 22 save failed; 85 stopped on request; 130 interrupted.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point: no traceback for errors that were foreseen."""
+    args = sys.argv[1:] if arguments is None else arguments
+    try:
+        status: Any = cli.main(args=args, standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except CkptsvcError as error:
+        if "--json" in args:
+            fields = {"error": {"code": error.code, "what": error.what, "hint": error.hint}}
+            click.echo(json.dumps(fields))
+        click.echo(f"error: {error.what}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+        sys.exit(EXIT_STATUS[error.code])
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `ckptsvc ls | head`
+        sys.stderr.close()
+        sys.exit(141)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What runs in the training process: the state tree, staging, the session. The only torch code beside interop."""

@@ -1,0 +1,246 @@
+"""Restore: from one checkpoint (in a store, or in the arenas of the job's nodes) into the live state, in place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ckptsvc.client.exchange import Readable, exchange
+from ckptsvc.client.group import Group
+from ckptsvc.client.link import AgentLink
+from ckptsvc.client.parts import LocalPart
+from ckptsvc.client.stage import storable
+from ckptsvc.client.state import StateTree
+from ckptsvc.errors import CkptsvcError, Damaged
+from ckptsvc.format.columns import Columns
+from ckptsvc.format.commit import shard_name
+from ckptsvc.format.index import Index, IndexInfo
+from ckptsvc.format.merge import ShardRecord
+from ckptsvc.format.objects import decode
+from ckptsvc.format.shard import decode_header, header_length, objects_name
+from ckptsvc.geometry.box import Box, FlatRange
+from ckptsvc.geometry.reshard import View
+from ckptsvc.pipeline.catalog import Checkpoint
+from ckptsvc.pipeline.read import Sink, Source, Want, carrier, place_of, plan_windows
+from ckptsvc.pipeline.sources import ArenaSource, StoreSource
+from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.types import DTYPES, TensorMeta
+
+log = logging.getLogger("ckptsvc")
+
+
+@dataclass(frozen=True)
+class Image:
+    """A checkpoint that can be read: its index, and where this rank reads which shards."""
+
+    index: Index
+    source: Source
+    readable: Readable
+    readers: int = 1
+
+
+class StoredNames(Mapping[str, TensorMeta]):
+    """Every logical name of a checkpoint, aliases too, with its description."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+
+    def __getitem__(self, name: str) -> TensorMeta:
+        row = int(self._index.find([name])[0])
+        if row < 0:
+            raise KeyError(name)
+        return self._index.meta_at(row)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._index.names()
+        yield from self._index.info.aliases
+
+    def __len__(self) -> int:
+        return len(self._index) + len(self._index.info.aliases)
+
+
+def store_image(checkpoint: Checkpoint) -> Image:
+    """A committed checkpoint in a store that every rank reaches."""
+    local = checkpoint.store.capabilities().local
+    return Image(checkpoint.index, StoreSource(checkpoint), Readable(True), 1 if local else 4)
+
+
+class _Told(msgspec.Struct):
+    """What a rank tells the others about a shard in its node's memory."""
+
+    rank: int
+    nbytes: int
+    extent: int
+    digests: bytes
+    columns: bytes
+
+
+def memory_image(snapshot: agent_pb2.Snapshot | None, link: AgentLink, group: Group, job: str, attempt: int) -> Image:
+    """A snapshot in the arenas of the job's nodes; all ranks call this together.
+
+    Args:
+        snapshot: what this rank's agent has of it; None if it has nothing.
+        link: to the agent.
+        group: the job's ranks.
+        job: the job's name.
+        attempt: of the job.
+
+    Raises:
+        Damaged: a shard is in nobody's memory any more, or its header is broken.
+    """
+    arenas: dict[int, memoryview] = {}
+    told: list[_Told] = []
+    try:
+        for shard in snapshot.local if snapshot else ():
+            view = link.arena(shard.slot, writable=False).view
+            arenas[shard.rank] = view[: shard.bytes]
+            told.append(_describe(shard, view))
+    except CkptsvcError as error:
+        # The others wait below; without our shards all of us find the snapshot incomplete.
+        log.warning("rank %d cannot read a snapshot in memory: %s", group.rank, error)
+    shards: dict[int, _Told] = {}
+    for data in group.all_gather(msgspec.msgpack.encode(told)):
+        for one in msgspec.msgpack.decode(data, type=list[_Told]):
+            shards.setdefault(one.rank, one)
+    common = msgspec.json.decode(
+        group.broadcast(
+            msgspec.json.encode(
+                [snapshot.epoch, snapshot.step, snapshot.world_size, dict(snapshot.aliases)] if snapshot else None
+            )
+        )
+    )
+    if common is None or len(shards) != common[2]:
+        raise Damaged(f"only {len(shards)} shards of the snapshot are in memory")
+    epoch, step, world_size, aliases = common
+    records = [
+        ShardRecord(
+            shard_name(rank, "00000000"),
+            rank,
+            shards[rank].nbytes,
+            np.frombuffer(shards[rank].digests, "<u8"),
+            Columns.decode(shards[rank].columns),
+        )
+        for rank in sorted(shards)
+    ]
+    info = IndexInfo(
+        step=step,
+        epoch=epoch,
+        attempt=attempt,
+        job=job,
+        world_size=world_size,
+        created="",
+        extent=shards[0].extent,
+        aliases=aliases,
+    )
+    index = Index.build(info, records)
+    numbers = {entry.rank: number for number, entry in enumerate(index.shards)}
+    local = {numbers[rank]: view for rank, view in arenas.items()}
+    return Image(index, ArenaSource(index, local), Readable(False, frozenset(local)))
+
+
+def _describe(shard: agent_pb2.LocalShard, view: memoryview) -> _Told:
+    prefix = 8 + header_length(bytes(view[:8]))
+    columns = Columns.from_table(decode_header(bytes(view[:prefix]), shard.bytes))
+    return _Told(shard.rank, shard.bytes, shard.extent, shard.digests, columns.encode())
+
+
+def restore(image: Image, tree: StateTree, group: Group) -> dict[str, Any]:
+    """Fill the live state from the image; all ranks call this together.
+
+    Returns:
+        the plain values of the state tree, as they were saved.
+
+    Raises:
+        Damaged, StoreError: this or another rank could not read what it needs; the state is partly overwritten.
+        LayoutError: the checkpoint does not fit the state; nothing was changed.
+    """
+    document = _document(image, group)
+    parts = tree.targets(StoredNames(image.index), document).parts
+    wants = [Want(p.meta.name, p.meta.dtype, p.meta.shape, p.region) for p in parts]
+    _read(image, wants, [_Target(p) for p in parts], group)
+    return tree.load(document)
+
+
+def _document(image: Image, group: Group) -> Any:
+    """The objects document this rank goes by: its own where the world has the same size, else that of rank % world."""
+    name = objects_name(group.rank % image.index.info.world_size)
+    meta = image.index.meta(name)
+    data = np.empty(meta.shape, np.uint8)
+    _read(image, [Want(name, meta.dtype, meta.shape, Box.full(meta.shape))], [_Array(data)], group)
+    return decode(data.tobytes(), name)
+
+
+def _read(image: Image, wants: Sequence[Want], targets: Sequence[_Target | _Array], group: Group) -> None:
+    def sink(target: int, place: View, source: NDArray[Any]) -> None:
+        targets[target].put(place, source)
+
+    failure: Exception | None = None
+    try:
+        windows = plan_windows(image.index, wants)
+    except Exception as error:  # noqa: BLE001  the others wait in the exchange: all must learn of it
+        failure, windows = error, {}
+    if not group.all_true(failure is None):
+        raise failure or Damaged("another rank cannot plan its part of the restore; its log says why")
+    extent = image.index.info.extent
+    try:
+        exchange(group, windows, image.readable, image.source, extent, sink, readers=image.readers)
+    except Exception as error:  # noqa: BLE001  as above
+        failure = error
+    if not group.all_true(failure is None):
+        raise failure or Damaged("another rank could not read its part of the checkpoint; its log says why")
+
+
+class _Array:
+    """A numpy array to fill."""
+
+    def __init__(self, array: NDArray[Any]) -> None:
+        self._array, self._region = array, Box.full(array.shape)
+
+    def put(self, place: View, source: NDArray[Any]) -> None:
+        """Fill a place."""
+        place_of(self._array, self._region, place)[...] = source
+
+
+class _Target:
+    """A live tensor to fill: through numpy in host memory, through torch on a device."""
+
+    def __init__(self, part: LocalPart) -> None:
+        self._region = part.region
+        self._tensor = storable(part.tensor.detach())
+        self._array: NDArray[Any] | None = None
+        if self._tensor.device.type == "cpu":
+            self._array = _as_array(self._tensor, DTYPES[part.meta.dtype].itemsize)
+
+    def put(self, place: View, source: NDArray[Any]) -> None:
+        """Fill a place with the bytes of `source`."""
+        if self._array is not None:
+            place_of(self._array, self._region, place)[...] = source
+            return
+        host = torch.from_numpy(np.ascontiguousarray(source).view(_SIGNED[source.itemsize]))
+        target = self._tensor
+        if isinstance(self._region, FlatRange):
+            target = target[place.offset :][: int(np.prod(place.shape, dtype=np.int64))].view(place.shape)
+        if place.shape:
+            target = target[place.box.slices()]
+        # The bytes, not the values: both sides are seen as integers of the same size.
+        target.view(host.dtype).copy_(host) if host.dtype is not torch.complex128 else target.copy_(host)
+
+
+_SIGNED = {1: np.uint8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
+_TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+def _as_array(tensor: torch.Tensor, itemsize: int) -> NDArray[Any]:
+    """The tensor's own memory as a numpy array of carrier type, whatever its strides are."""
+    array: NDArray[Any] = tensor.view(_TORCH[itemsize]).numpy()
+    return array if itemsize in (1, 16) else array.view(carrier(itemsize))

@@ -1,0 +1,445 @@
+"""The two calls: `attach` before the training loop, `step` in it.
+
+    attach   find or start the agent, register, announce what this rank holds, restore the newest good checkpoint
+    step     heartbeat (0.4 us); when a snapshot is due: arena <- state, hand it over, go on
+
+Nothing that fails after `attach` ends the training: a snapshot that cannot be taken is skipped and reported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ckptsvc.client.candidates import Candidate, Candidates
+from ckptsvc.client.group import Group, the_group
+from ckptsvc.client.link import AgentLink
+from ckptsvc.client.parts import Capture
+from ckptsvc.client.restore import restore
+from ckptsvc.client.stage import StagePlan
+from ckptsvc.client.state import StateTree
+from ckptsvc.config import Settings, load, runtime_dir
+from ckptsvc.errors import (
+    EXIT_STATUS,
+    AgentUnavailable,
+    CkptsvcError,
+    ConfigError,
+    Damaged,
+    Fenced,
+    InvalidInput,
+    NoCheckpoint,
+    RunBusy,
+    SaveFailed,
+    StoreError,
+)
+from ckptsvc.format.objects import encode
+from ckptsvc.format.shard import ShardInfo
+from ckptsvc.launch import LOCAL_JOB, Placement, detect
+from ckptsvc.rpc.dial import ensure_agent, is_alive
+from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.storage import canonical
+
+log = logging.getLogger("ckptsvc")
+
+ATTACH_TIMEOUT = 120.0
+"""Seconds until all ranks must have come to `attach`."""
+
+RECONNECT_EVERY = 2.0
+"""Seconds between attempts to reach an agent that is gone."""
+
+PRIVATE_LINGER = "20s"
+"""How long a private agent stays after its last rank has gone and its last save has ended."""
+
+
+class StopTraining(SystemExit):
+    """Raised by `step` when the job was asked to stop, after a last save has committed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(EXIT_STATUS["interrupted"])
+        self.reason = reason
+
+
+def attach(
+    state: Mapping[str, Any],
+    store: str | None = None,
+    *,
+    every: int | str | None = None,
+    keep: int | None = None,
+    include_rng: bool = True,
+    resume: bool = True,
+) -> Session:
+    """Restore the newest good checkpoint into `state`, and start saving it.
+
+    Every rank of the job calls this once, after its process group (if any) is initialised.
+
+    Args:
+        state: name -> module, optimizer, object with `state_dict`/`load_state_dict`, tensor, array, or plain values.
+            The mapping is kept and read again at every save.
+        store: URL or path of the run; None takes `store.url` of the settings.
+        every: steps (an int), a duration ("10min"), or "off"; None takes `save.every` of the settings.
+        keep: newest committed checkpoints to keep, 0 for all; None takes `save.keep`.
+        include_rng: save and restore the random number generators of Python, NumPy and torch.
+        resume: False starts from the state as it is, whatever the run holds.
+
+    Raises:
+        ConfigError: a setting is wrong.
+        RunBusy: another live job writes to this run.
+        UnsupportedObject: something in `state` cannot be stored; says where.
+        LayoutError: the checkpoint does not fit `state`.
+        NoCheckpoint, Damaged: there are checkpoints, and none that could be restored.
+        StoreError: the store cannot be read.
+        AgentUnavailable: no agent could be reached or started.
+    """
+    overrides = {"store.url": store, "save.every": every, "save.keep": keep}
+    settings = load(os.environ, overrides)
+    if not settings.store.url:
+        raise ConfigError("attach needs a store", hint='pass store="file:///path" or set CKPTSVC_STORE_URL')
+    session = Session(state, settings, include_rng=include_rng)
+    session._open(resume)
+    return session
+
+
+class Session:
+    """What `attach` returns.
+
+    Attributes:
+        steps_done: steps this state has behind it: 0, or the step of the checkpoint that was restored.
+        state: the plain values of the state tree, as restored (or as given).
+        restored_from: "memory", "store", or None for a fresh start.
+        last_blocked: seconds the loop was held up by the last snapshot.
+        skipped: snapshots that were due and not taken.
+    """
+
+    def __init__(self, state: Mapping[str, Any], settings: Settings, *, include_rng: bool) -> None:
+        self.steps_done = 0
+        self.state: dict[str, Any] = dict(state)
+        self.restored_from: str | None = None
+        self.last_blocked = 0.0
+        self.skipped = 0
+        self.settings = settings
+        self._tree_of = state
+        self._include_rng = include_rng
+        self._url = canonical(settings.store.url)
+        self._plan: tuple[Any, StagePlan] | None = None
+        self._closed = False
+        self._last_order = (-1, -1)
+        self._reconnecting: threading.Thread | None = None
+        self._next_reconnect = 0.0
+        self._last_saved = -1
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One training step is done: heartbeat, and a snapshot if one is due.
+
+        Raises:
+            StopTraining: the job was asked to stop, and has saved.
+        """
+        self.steps_done += 1
+        page = self._link.page
+        page.put("step", self.steps_done)
+        page.put("at", time.monotonic_ns())
+        due = self._every_steps and self.steps_done % self._every_steps == 0
+        if due or page.get("save_at") >= 0 or page.get("stop_at") >= 0 or not self._link.connected:
+            self._attend(bool(due))
+
+    def save(self, *, wait: bool = False, timeout: float | None = None) -> bool:
+        """Take a snapshot now; every rank must call this at the same step.
+
+        Args:
+            wait: return only when the checkpoint is committed.
+            timeout: seconds to wait for an arena and for the commit; None takes `save.timeout`.
+
+        Returns:
+            whether the snapshot was taken (with `wait`: committed).
+
+        Raises:
+            SaveFailed, Fenced: only with `wait`: how the save ended otherwise.
+            UnsupportedObject: something in the state cannot be stored.
+        """
+        limit = self.settings.save.timeout if timeout is None else timeout
+        try:
+            if not self._link.connected:
+                self._link.connect()
+            self._snapshot(limit)
+        except (InvalidInput, Fenced):
+            raise
+        except CkptsvcError as error:
+            if wait:
+                raise SaveFailed(f"step {self.steps_done} was not saved: {error}") from error
+            self._report_skip(error)
+            return False
+        return not wait or self.wait(limit)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the last snapshot's save has ended; True when it is committed.
+
+        Raises:
+            SaveFailed, Fenced: it ended otherwise, or has not ended within `timeout` seconds.
+        """
+        if self._last_saved < 0:
+            return False
+        limit = self.settings.save.timeout if timeout is None else timeout
+        try:
+            outcome = self._link.wait_save(self._last_saved, limit)
+        except AgentUnavailable as error:
+            raise SaveFailed(f"step {self._last_saved}: the outcome is not known: {error}") from error
+        if outcome.outcome == agent_pb2.OUTCOME_COMMITTED:
+            return True
+        if outcome.outcome == agent_pb2.OUTCOME_FENCED:
+            raise Fenced(f"step {self._last_saved}: {outcome.reason}")
+        reason = outcome.reason or f"not committed after {limit:g} s"
+        raise SaveFailed(f"step {self._last_saved}: {reason}")
+
+    @property
+    def committed_step(self) -> int | None:
+        """Step of the newest checkpoint of this session that is committed, as far as is known; None before the first."""
+        step = self._link.page.get("committed")
+        return step if step >= 0 else None
+
+    def restore(self, step: int | None = None) -> int:
+        """Go back to a checkpoint: of that step, or the newest. Every rank calls this together.
+
+        Returns:
+            the step restored.
+
+        Raises:
+            NoCheckpoint: there is none.
+            Damaged: none of that step verifies.
+        """
+        found = self._restore(step)
+        if found is None:
+            what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+            raise NoCheckpoint(f"{self._url} has {what}")
+        return found
+
+    def close(self) -> None:
+        """End the session in good order; saves in progress go on in the agent. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._link.leave()
+        except CkptsvcError:
+            pass  # an agent that is gone needs no good-bye
+        self._link.disconnect()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # ---- opening -----------------------------------------------------------------------------------------------------
+
+    def _open(self, resume: bool) -> None:
+        self._group: Group = the_group()
+        self._place = _placement(self._group)
+        directory, self._private = _agent_directory(self._place, self.settings)
+        every = self.settings.save.every
+        self._every_steps = every.steps if every else 0
+        self._tree = StateTree(self._tree_of, self._group.rank, self._group.size, self._include_rng)
+        registration = {
+            "op": "register",
+            "job": self._place.job,
+            "store": self._url,
+            "attempt": self._place.attempt,
+            "rank": self._group.rank,
+            "world_size": self._group.size,
+            "every_steps": self._every_steps,
+            "every_seconds": every.seconds if every else 0.0,
+            "keep": self.settings.save.keep,
+            "extent": self.settings.save.extent,
+            "coordinator": os.environ.get("CKPTSVC_COORDINATOR", ""),
+        }
+        self._link = AgentLink(directory, registration)
+        self._epoch = 0
+        self._start_agent()
+        self._link.connect()
+        capture = self._tree.capture()
+        objects = encode(capture.objects)
+        self._announce(capture, objects)
+        if resume:
+            self._restore(None)
+        self._link.page.put("step", self.steps_done)
+        self._link.page.put("at", time.monotonic_ns())
+
+    def _start_agent(self) -> None:
+        if self._private:
+            arguments = ["--linger", PRIVATE_LINGER, "--name", self._place.node]
+            ensure_agent(self._link.directory, arguments)
+
+    def _announce(self, capture: Capture, objects: bytes) -> StagePlan:
+        """Tell the agent what this rank holds, learn who holds the same, and plan the staging."""
+        plain = sorted(p.meta.name for p in capture.parts if p.holders.ranks is None)
+        digest = xxhash.xxh3_64_hexdigest("\0".join(plain).encode())
+        alone = StagePlan.make(capture, self._group.rank, (self._group.rank,))
+        same, complete = self._link.prepare(alone.room(objects), digest, ATTACH_TIMEOUT)
+        if not complete:
+            raise AgentUnavailable(
+                f"not every one of {self._group.size} ranks has attached, or the run gave no epoch, within"
+                f" {ATTACH_TIMEOUT:g} s"
+            )
+        plan = alone if len(same) == 1 else StagePlan.make(capture, self._group.rank, same)
+        self._plan = (capture.structure, plan)
+        self._same_plain = same
+        return plan
+
+    # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def _attend(self, due: bool) -> None:
+        if not self._link.connected:
+            self._reconnect()
+        page = self._link.page
+        order, stop = page.get("save_at"), page.get("stop_at")
+        if order >= 0 and order != self._last_order[0] and self.steps_done >= order:
+            self._last_order = (order, self._last_order[1])
+            if self.steps_done == order:
+                due = True
+            else:
+                self._try(lambda: self._link.abandon("", order, "already past the step at which to save"))
+        stopping = stop >= 0 and self.steps_done >= stop
+        if due or stopping:
+            patience = self.settings.save.timeout if stopping else self.settings.save.deadline
+            self._try(lambda: self._snapshot(patience), count=True)
+        if stopping:
+            self._try(lambda: self.wait())
+            self.close()
+            raise StopTraining(f"asked to stop at step {stop}")
+
+    def _try(self, action: Any, *, count: bool = False) -> None:
+        """Do something that must not end the training."""
+        try:
+            action()
+        except CkptsvcError as error:
+            if count:
+                self._report_skip(error)
+            else:
+                log.warning("rank %d: %s", self._group.rank, error)
+
+    def _report_skip(self, error: CkptsvcError) -> None:
+        self.skipped += 1
+        log.warning("rank %d: snapshot of step %d skipped: %s", self._group.rank, self.steps_done, error)
+        warnings.warn(f"ckptsvc: snapshot of step {self.steps_done} skipped: {error}", RuntimeWarning, stacklevel=4)
+
+    def _snapshot(self, patience: float) -> None:
+        began = time.perf_counter()
+        step = self.steps_done
+        slot = ""
+        try:
+            capture = self._tree.capture()
+            objects = encode(capture.objects)
+            plan = self._plan_for(capture, objects)
+            slot, epoch = self._link.acquire(step, plan.template.total(len(objects)), patience)
+            arena = self._link.arena(slot)
+            info = ShardInfo(
+                run=self._url,
+                job=self._place.job,
+                step=step,
+                epoch=epoch,
+                attempt=self._place.attempt,
+                rank=self._group.rank,
+                world_size=self._group.size,
+            )
+            nbytes = plan.write(capture, arena.view, slot, info, objects)
+            self._link.submit(slot, step, nbytes, capture.aliases)
+        except InvalidInput as error:
+            # Not a fault of the agent's: tell it, so that the other ranks do not wait for this one.
+            self._try(lambda: self._link.abandon(slot, step, str(error)))
+            raise
+        self._last_saved = step
+        self.last_blocked = time.perf_counter() - began
+
+    def _plan_for(self, capture: Capture, objects: bytes) -> StagePlan:
+        if self._plan is not None and self._plan[0] == capture.structure:
+            return self._plan[1]
+        # A parameter was added, say. Who holds the same plain tensors may have changed with it: until the next attach
+        # every rank stages all it holds of them, which is right whatever the others do.
+        plan = StagePlan.make(capture, self._group.rank, (self._group.rank,))
+        self._plan = (capture.structure, plan)
+        self._link.forget_arenas(lambda mapped: len(mapped.memory) >= plan.room(objects))
+        return plan
+
+    def _reconnect(self) -> None:
+        """Try to reach the agent again, beside the training."""
+        now = time.monotonic()
+        if now < self._next_reconnect or (self._reconnecting and self._reconnecting.is_alive()):
+            return
+        self._next_reconnect = now + RECONNECT_EVERY
+
+        def work() -> None:
+            try:
+                self._start_agent()
+                self._link.connect()
+                log.warning("rank %d: connected to the agent again", self._group.rank)
+            except CkptsvcError as error:
+                log.warning("rank %d: no agent: %s", self._group.rank, error)
+
+        self._reconnecting = threading.Thread(target=work, name="ckptsvc-reconnect", daemon=True)
+        self._reconnecting.start()
+
+    # ---- restoring ---------------------------------------------------------------------------------------------------
+
+    def _restore(self, step: int | None) -> int | None:
+        """Try the candidates, newest first, until one restores on every rank; None if there are none."""
+        candidates = Candidates(self._url, self._link, self._group, self._place)
+        tried: list[str] = []
+        for candidate in candidates.find(step):
+            try:
+                values = self._restore_one(candidates, candidate)
+            except (Damaged, StoreError) as error:
+                tried.append(f"{candidate}: {error}")
+                log.error("rank %d: cannot restore %s: %s; trying an older one", self._group.rank, candidate, error)
+                if self._group.rank == 0:
+                    warnings.warn(f"ckptsvc: cannot restore {candidate}: {error}", RuntimeWarning, stacklevel=4)
+                continue
+            self.state = {**self._tree_of, **values}
+            self.steps_done = candidate.step
+            self.restored_from = candidate.tier
+            log.info("rank %d: restored %s", self._group.rank, candidate)
+            return candidate.step
+        if tried:
+            raise Damaged(f"none of {len(tried)} checkpoints could be restored; the newest: {tried[0]}")
+        return None
+
+    def _restore_one(self, candidates: Candidates, candidate: Candidate) -> dict[str, Any]:
+        failure: CkptsvcError | None = None
+        image = None
+        try:
+            image = candidates.open(candidate)
+        except (Damaged, StoreError, NoCheckpoint, AgentUnavailable) as error:
+            failure = error if isinstance(error, Damaged | StoreError) else Damaged(str(error))
+        if not self._group.all_true(failure is None):
+            raise failure or Damaged("another rank cannot open it")
+        assert image is not None
+        return restore(image, self._tree, self._group)
+
+
+def _placement(group: Group) -> Placement:
+    """Where this process stands; a job that nobody named gets a name that no other has."""
+    place = detect(os.environ, socket.gethostname())
+    if place.job == LOCAL_JOB:
+        name = group.broadcast(f"local-{os.getpid()}-{secrets.token_hex(4)}".encode()).decode()
+        place = Placement(**{**{f: getattr(place, f) for f in place.__slots__}, "job": name})
+    return place
+
+
+def _agent_directory(place: Placement, settings: Settings) -> tuple[Path, bool]:
+    """(directory of the agent to use, whether it is private to this job)."""
+    given = os.environ.get("CKPTSVC_SOCKET")
+    if given:
+        return Path(given), False
+    shared = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
+    if is_alive(shared):
+        return shared, False
+    return shared / f"job-{xxhash.xxh3_64_hexdigest(place.job.encode())}", True

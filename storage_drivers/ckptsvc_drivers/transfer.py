@@ -1,0 +1,169 @@
+"""Large ranges between memory and a file: direct I/O in blocks, by a few threads that all transfers share.
+
+Views of the caller's memory are released explicitly, not when the garbage collector or a traceback lets go of
+them, so that the caller can close that memory as soon as a transfer has returned or raised.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from ckptsvc_drivers.linux import System
+
+PAGE = mmap.PAGESIZE
+"""Alignment of direct I/O in memory, offset and length; most file systems ask for 512, none met for more."""
+
+LARGE = 16 << 20
+"""Reads of fewer bytes are one call in the caller's thread."""
+
+Progress = Callable[[int], None]
+
+
+@dataclass(slots=True)
+class File:
+    """An open file.
+
+    Attributes:
+        fd: its descriptor.
+        direct: it is in direct mode.
+        refused: why it is not, where it was asked for.
+    """
+
+    fd: int
+    direct: bool = False
+    refused: str = ""
+
+    def set_direct(self, on: bool) -> None:
+        """Switch direct mode; OSError EINVAL where the file system has none."""
+        flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
+        fcntl.fcntl(self.fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+        self.direct = on
+
+
+class Transfer:
+    """The threads, and how work is cut for them.
+
+    Args:
+        system: the calls to make.
+        threads: how many.
+        block: bytes per call in direct mode, a multiple of `PAGE`.
+    """
+
+    def __init__(self, system: System, threads: int, block: int) -> None:
+        self._system, self._threads, self._block = system, threads, block
+        self._pool, self._pid = self._new_pool(), os.getpid()
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pid == os.getpid():
+            self._pool.shutdown()
+
+    def write(self, file: File, view: memoryview, progress: Progress | None) -> None:
+        """Write all of `view` from offset 0 on, padded with zeros to whole pages."""
+        whole = len(view) // PAGE * PAGE
+
+        def write_step(start: int, stop: int) -> int:
+            with view[start:stop] as part:
+                return self.write_all(file, part, start)
+
+        self._spread(write_step, whole, self._block, progress)
+        if rest := len(view) - whole:
+            with mmap.mmap(-1, PAGE) as page, memoryview(page) as padded:
+                padded[:rest] = view[whole:]
+                self.write_all(file, padded, whole)
+            if progress is not None:
+                progress(rest)
+
+    def read(self, file: File, offset: int, view: memoryview) -> None:
+        """Fill `view` from `offset` on; EOFError, with the offset, where the file ends before.
+
+        In direct mode `offset` and the address of `view` are multiples of `PAGE`.
+        """
+        if len(view) < LARGE:
+            self.read_all(file, view, offset)
+            return
+        if file.direct:
+            whole, step = len(view) // PAGE * PAGE, self._block
+        else:  # two runs through the page cache: more confuse its read-ahead, one is slower
+            whole, step = len(view), (len(view) + 1) // 2
+
+        def read_step(start: int, stop: int) -> int:
+            with view[start:stop] as part:
+                return self.read_all(file, part, offset + start)
+
+        self._spread(read_step, whole, step, None)
+        if whole < len(view):
+            file.set_direct(False)
+            with view[whole:] as tail:
+                self.read_all(file, tail, offset + whole)
+
+    def write_all(self, file: File, part: memoryview, offset: int) -> int:
+        """Write `part` at `offset` in this thread; returns its length."""
+        return self._repeat(self._system.pwrite, file, part, offset)
+
+    def read_all(self, file: File, part: memoryview, offset: int) -> int:
+        """Fill `part` from `offset` in this thread; returns its length; EOFError as in `read`."""
+        return self._repeat(self._system.pread, file, part, offset)
+
+    def _repeat(
+        self, call: Callable[[int, memoryview, int], int], file: File, part: memoryview, offset: int
+    ) -> int:
+        """Call until all of `part` is through, in direct mode as long as the file system takes it."""
+        done = 0
+        while done < len(part):
+            direct = file.direct
+            try:
+                with part[done:] as rest:
+                    moved = call(file.fd, rest, offset + done)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not direct:
+                    raise
+                file.refused = "the file system refuses it when a block is transferred"
+                file.set_direct(False)
+            else:
+                if moved == 0:
+                    raise EOFError(offset + done)
+                done += moved
+        return done
+
+    def _spread(
+        self, work: Callable[[int, int], int], nbytes: int, step: int, progress: Progress | None
+    ) -> None:
+        """Call `work(start, stop)` in the threads for every step of `nbytes`, and `progress` with its result.
+
+        When this returns or raises, nothing is running or waiting any more: the memory is the caller's again.
+        """
+        pool = self._live_pool()
+        pending: deque[Future[int]] = deque()
+
+        def finish(*, down_to: int) -> None:
+            while len(pending) > down_to:
+                done = pending.popleft().result()
+                if progress is not None:
+                    progress(done)
+
+        try:
+            for start in range(0, nbytes, step):
+                # A few steps ahead and no more, so that concurrent transfers take turns.
+                finish(down_to=2 * self._threads - 1)
+                pending.append(pool.submit(work, start, min(start + step, nbytes)))
+            finish(down_to=0)
+        finally:
+            for future in pending:
+                future.cancel()
+            wait(pending)
+
+    def _live_pool(self) -> ThreadPoolExecutor:
+        if self._pid != os.getpid():  # a forked child has none of its parent's threads
+            self._pool, self._pid = self._new_pool(), os.getpid()
+        return self._pool
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self._threads, thread_name_prefix="ckptsvc-transfer")
