@@ -32,7 +32,7 @@ from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
 from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.write import write_shard
 from ckptsvc.storage import Store, connect
-from ckptsvc.storage.wrappers import Retrying
+#RETRY
 
 FRAME = struct.Struct("<I")
 MAX_FRAME = 1 << 30
@@ -74,7 +74,7 @@ class Worker:
         """The store of that URL, connected once, with retries."""
         with self._lock:
             if url not in self._stores:
-                self._stores[url] = Retrying(connect(url))
+                self._stores[url] = connect(url)
             return self._stores[url]
 
     def do_write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from html import escape
 
-from ckptsvc.cli.demo_facts import TOLERANCE, Facts, Incident, Run, Step, deviation
+from ckptsvc.cli.demo_facts import TOLERANCE, Facts, Incident, Run, Step, deviation, short
 
 LINE = 18
 """Height of a line of text, in the picture's units (CSS pixels at its natural size)."""
@@ -24,22 +24,18 @@ LOWEST, HIGHEST = -8.5, -4.5
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The size of one drawing: `width` in all, the plot between `left` and `right`."""
+    """One drawing: its width, the plot between `left` and `right`, every how many steps a mark fits in."""
 
     width: int
     left: int
     right: int
     loss_height: int
+    dots: int
     name: str
 
-    @property
-    def plot(self) -> int:
-        """Width of the plot."""
-        return self.right - self.left
 
-
-WIDE = Frame(width=880, left=56, right=864, loss_height=300, name="wide")
-NARROW = Frame(width=360, left=40, right=352, loss_height=230, name="narrow")
+WIDE = Frame(width=880, left=56, right=864, loss_height=300, dots=1, name="wide")
+NARROW = Frame(width=360, left=40, right=352, loss_height=230, dots=2, name="narrow")
 
 Scale = Callable[[float], float]
 
@@ -53,19 +49,19 @@ def chart(facts: Facts, frame: Frame) -> str:
     x = _linear(0, last, frame.left, frame.right)
     marks_top, loss_top = 2, 2 + 2 * LINE + 10
     loss_bottom = loss_top + frame.loss_height
-    apart_top = loss_bottom + LINE + 36
+    apart_top = loss_bottom + 3 * LINE + 12
     apart_bottom = apart_top + 96
-    lanes_top = apart_bottom + LINE + 42
+    lanes_top = apart_bottom + 3 * LINE + 6
     lanes = list(_lanes(facts.runs))
     lanes_bottom = lanes_top + len(lanes) * 2 * LINE
     parts = [
+        *(mark for incident in facts.incidents for mark in _marks(incident, x, marks_top, lanes_bottom)),
         *_loss_panel(facts, control, others, x, loss_top, loss_bottom, frame),
         *_apart_panel(control, others, x, apart_top, apart_bottom, frame),
         *_lanes_panel(lanes, x, lanes_top, frame),
         *_step_axis(x, last, loss_bottom, frame),
         *_step_axis(x, last, apart_bottom, frame),
         *_step_axis(x, last, lanes_bottom + 4, frame),
-        *(mark for incident in facts.incidents for mark in _marks(incident, x, marks_top, lanes_bottom)),
     ]
     height = lanes_bottom + 2 * LINE
     label = "Training loss over steps for every run, its distance from the control, and the steps of each run"
@@ -101,8 +97,8 @@ def _loss_panel(
     for number, run in enumerate(branches):
         for step, loss in run.losses.items():
             # Branches take turns, else the last one drawn would hide the others: they agree to seven digits.
-            if step % len(branches) == number:
-                yield _dot(x(step), y(loss), number, f"{run.label}: step {step}, loss {loss:.6f}")
+            if math.isfinite(loss) and step % (len(branches) * frame.dots) == number * frame.dots:
+                yield _dot(x(step), y(loss), number, f"{run.title}: step {step}, loss {loss:.6f}")
     for incident in facts.incidents:
         yield from _killed(incident, control, x, y)
 
@@ -130,12 +126,12 @@ def _apart_panel(
     yield _grid(frame, equal)
     limit = y(math.log10(TOLERANCE))
     yield f'<line class="limit" x1="{frame.left}" x2="{frame.right}" y1="{limit}" y2="{limit}"/>'
-    yield _text(frame.left + 4, limit - 5, f"tolerance {TOLERANCE:g}", "limit-text")
+    yield _text(frame.left + 4, limit - 5, f"tolerance {short(TOLERANCE)}", "limit-text")
     branches = [run for run in others if run.role == "branch"]
     for run in others:
         for step, far in deviation(run, control).items():
-            height = equal if far == 0 else y(min(max(math.log10(far), LOWEST), HIGHEST))
-            words = f"{run.label}: step {step}, " + ("equal" if far == 0 else f"{far:.1e} apart")
+            height = y(min(max(math.log10(far), LOWEST), HIGHEST)) if far else equal
+            words = f"{run.title}: step {step}, " + (f"{short(far)} apart" if far else "equal")
             if run.role == "run":
                 yield _bar(x(step), height, words)
             else:
@@ -148,9 +144,7 @@ def _lanes(runs: Iterable[Run]) -> Iterator[tuple[str, str, tuple[Step, ...]]]:
     for run in runs:
         several = len(run.attempts) > 1
         for number, steps in run.attempts.items():
-            label = f"{run.label}: {run.layout}"
-            if several:
-                label += f", attempt {number + 1}"
+            label = f"{run.title}, attempt {number + 1}" if several else run.title
             if run.role == "branch":
                 yield label, BRANCH_CLASSES[branch % len(BRANCH_CLASSES)], steps
             else:
@@ -184,9 +178,10 @@ def _marks(incident: Incident, x: Scale, top: int, bottom: int) -> Iterator[str]
 
 
 def _step_axis(x: Scale, last: int, y: float, frame: Frame) -> Iterator[str]:
-    for tick in _ticks(0, last, 8 if frame is WIDE else 5):
-        if tick <= last:
-            yield _text(x(tick), y + 16, f"{tick:g}" if tick else "step 0", "axis middle")
+    ticks = [tick for tick in _ticks(0, last, 8 if frame is WIDE else 5) if tick <= last]
+    for tick in ticks[:-1]:
+        yield _text(x(tick), y + 18, f"{tick:g}", "axis middle")
+    yield _text(x(ticks[-1]) + 8, y + 18, f"step {ticks[-1]:g}", "axis end")
 
 
 def _ticks(low: float, high: float, about: int) -> list[float]:

@@ -7,6 +7,7 @@ from the store, checks from the facts, and `ckptsvc.cli.demo_report` makes a pag
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -49,7 +50,7 @@ class Run:
     """One training: everything that its ranks logged.
 
     Attributes:
-        label: for people, short: "control", "the run", "resumed on 3 ranks".
+        label: for people, short: "control", "the run", "resumed".
         layout: for people: "FSDP2, 4 ranks".
         role: `control`, `run` (the one that is interrupted) or `branch` (resumed elsewhere).
         steps: in the order they were done; a step that was repeated is there twice.
@@ -81,6 +82,11 @@ class Run:
             elif event["event"] == "state":
                 states[attempt, event["step"]] = event["digest"]
         return cls(label, layout, role, tuple(steps), tuple(starts), states)
+
+    @property
+    def title(self) -> str:
+        """Label and layout."""
+        return f"{self.label}: {self.layout}"
 
     @cached_property
     def attempts(self) -> dict[int, tuple[Step, ...]]:
@@ -206,12 +212,14 @@ class Facts:
 
 
 def deviation(run: Run, control: Run) -> dict[int, float]:
-    """Step -> relative difference of the losses, for the steps that both did."""
-    return {
-        step: abs(loss - control.losses[step]) / abs(control.losses[step])
-        for step, loss in run.losses.items()
-        if step in control.losses
-    }
+    """Step -> relative difference of the losses, for the steps that both did, infinite where one is NaN."""
+    apart = {}
+    for step, loss in run.losses.items():
+        if step in control.losses:
+            expected = control.losses[step]
+            far = 0.0 if loss == expected else abs(loss - expected) / max(abs(expected), 1e-300)
+            apart[step] = far if math.isfinite(far) else math.inf
+    return apart
 
 
 def check_run(run: Run, control: Run, steps: int) -> list[Check]:
@@ -239,7 +247,9 @@ def check_branch(branch: Run, control: Run, start: int, stop: int) -> list[Check
     if missing:
         detail = f"{len(missing)} of {stop - start} steps were never done"
     else:
-        detail = f"largest relative difference {apart[worst]:.1e} (step {worst}), tolerance {TOLERANCE:.0e}"
+        detail = (
+            f"largest relative difference {short(apart[worst])} (step {worst}), tolerance {short(TOLERANCE)}"
+        )
     held = not missing and apart[worst] <= TOLERANCE
     claim = f"{branch.layout}: losses of steps {start + 1} to {stop} agree with the control's"
     return [_check_state(f"of step {start} restored", branch, control, start), Check(claim, held, detail)]
@@ -268,6 +278,11 @@ def check_saves(saves: Iterable[Save], due: Iterable[int], unfinished: Iterable[
         Check("Every checkpoint that was due is committed", not lost, detail),
         Check("No half-written checkpoint is left in the store", not left, half),
     ]
+
+
+def short(number: float) -> str:
+    """A small number for people: `2e-7`, and `0` for none."""
+    return f"{number:.0e}".replace("e-0", "e-") if number else "0"
 
 
 def _count(number: int, noun: str) -> str:

@@ -9,7 +9,7 @@ from html import escape
 from importlib import resources
 
 from ckptsvc.cli.demo_chart import NARROW, WIDE, chart
-from ckptsvc.cli.demo_facts import Facts, Incident, Save, deviation
+from ckptsvc.cli.demo_facts import Facts, Incident, Save, deviation, short
 
 GLOSSARY = (
     ("rank", "One of the processes that train together, each with a part of the model."),
@@ -100,14 +100,13 @@ def story(facts: Facts) -> str:
     control = facts.runs[0]
     words = [f"A small GPT was trained for {len(control.losses)} steps ({control.layout})."]
     words += [_incident_sentence(incident) for incident in facts.incidents]
-    for branch in (run for run in facts.runs if run.role == "branch"):
-        apart = max(deviation(branch, control).values(), default=None)
-        if apart is not None:
-            first = min(branch.losses) - 1
-            near = "exactly" if apart == 0 else f"to {apart:.0e}"
-            words.append(
-                f"Its checkpoint of step {first} went on as {branch.layout}; the loss agrees {near}."
-            )
+    branches = [run for run in facts.runs if run.role == "branch" and run.losses]
+    if branches:
+        start = min(branches[0].losses) - 1
+        layouts = " and as ".join(branch.layout for branch in branches)
+        apart = short(max(far for branch in branches for far in deviation(branch, control).values()))
+        words.append(f"It was also resumed from its checkpoint of step {start} as {layouts}:")
+        words.append(f"the losses are at most {apart} from the control's, relative.")
     return " ".join(words)
 
 
@@ -122,23 +121,28 @@ def _incident_sentence(incident: Incident) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """A duration for people: `3.2 ms`, `1.24 s`, `2 min 5 s`; a dash for None."""
+    """A duration for people: `3.2 ms`, `1.24 s`, `2 min 5 s`; spaces do not break; a dash for None."""
     if value is None:
         return "–"
+    if value < 0.00995:
+        return f"{value * 1000:.1f}\N{NO-BREAK SPACE}ms"
     if value < 0.0995:
-        return f"{value * 1000:.2g} ms" if value < 0.00995 else f"{value * 1000:.0f} ms"
+        return f"{value * 1000:.0f}\N{NO-BREAK SPACE}ms"
     if value < 99.95:
-        return f"{value:.2f} s" if value < 9.995 else f"{value:.1f} s"
-    return f"{int(value) // 60} min {int(value) % 60} s"
+        return f"{value:.{2 if value < 9.995 else 1}f}\N{NO-BREAK SPACE}s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes}\N{NO-BREAK SPACE}min\N{NO-BREAK SPACE}{rest}\N{NO-BREAK SPACE}s"
 
 
 def size(nbytes: float) -> str:
-    """A number of bytes for people, in powers of 1000."""
+    """A number of bytes for people, in powers of 1000: `39.7 MB`."""
+    unit = "B"
     for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 999.5 or unit == "GB":
+        if nbytes < 999.5:
             break
-        nbytes /= 1000
-    return f"{nbytes:.0f} {unit}" if unit == "B" or nbytes >= 99.5 else f"{nbytes:.3g} {unit}"
+        if unit != "GB":
+            nbytes /= 1000
+    return f"{nbytes:.{0 if unit == 'B' or nbytes >= 99.95 else 1}f}\N{NO-BREAK SPACE}{unit}"
 
 
 def count(number: int, noun: str) -> str:
@@ -156,7 +160,7 @@ def _tiles(facts: Facts) -> str:
         (seconds(statistics.median(durable) if durable else None), "until a save was durable"),
         *((seconds(i.known_after), "from the kill until it was known") for i in facts.incidents),
         *((seconds(i.stepping_after), "from the kill until stepping again") for i in facts.incidents),
-        (f"{max(apart):.0e}" if apart else "–", "largest distance at another layout"),
+        (short(max(apart)) if apart else "–", "largest distance at another layout"),
         (f"{sum(c.passed for c in facts.checks)} of {len(facts.checks)}", "checks passed"),
     ]
     cells = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in tiles)
@@ -166,7 +170,7 @@ def _tiles(facts: Facts) -> str:
 def _legend(facts: Facts) -> str:
     names = {"control": "control (wide grey line)", "first": "the run until the kill"}
     names |= {"again": "the run after its restart"}
-    names |= {f"branch{n}": r.label for n, r in enumerate(r for r in facts.runs if r.role == "branch")}
+    names |= {f"branch{n}": r.title for n, r in enumerate(r for r in facts.runs if r.role == "branch")}
     items = "".join(f'<li><i class="{kind}"></i>{escape(name)}</li>' for kind, name in names.items())
     more = '<li><i class="kill"></i>rank killed</li><li><i class="back"></i>went on from here</li>'
     return f'<ul class="legend">{items}{more}</ul>'
@@ -201,7 +205,7 @@ def _time_rows(facts: Facts) -> Iterator[tuple[str, float | None]]:
     for run in facts.runs:
         if run.steps:
             yield (
-                f"a step, {run.label} ({run.layout}), median",
+                f"a step, {run.title}, median",
                 statistics.median(s.seconds for s in run.steps),
             )
     for what, took in facts.phases:

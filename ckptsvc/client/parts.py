@@ -45,7 +45,7 @@ class Holders(msgspec.Struct, frozen=True):
 EVERYONE = Holders(None)
 
 
-class LocalPart(msgspec.Struct, frozen=True, eq=False):
+class LocalPart(msgspec.Struct, frozen=True, eq=False, weakref=True):
     """One piece of a logical tensor on this rank.
 
     Attributes:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -83,7 +82,7 @@ class StagePlan:
     chosen: list[Chosen]
     _targets: dict[str, list[Tensor]] = field(default_factory=dict)
     _sources: list[Tensor] = field(default_factory=list)
-    _sources_of: Any = None
+    _sources_of: tuple[LocalPart, ...] = ()
 
     @staticmethod
     def make(capture: Capture, rank: int, same_plain: tuple[int, ...]) -> StagePlan:
@@ -120,14 +119,14 @@ class StagePlan:
             del self._targets[slot]
 
     def _live(self, capture: Capture) -> list[Tensor]:
-        alive = self._sources_of() if self._sources_of is not None else None
-        if alive is not capture.parts[0] if capture.parts else True:
+        known = self._sources_of
+        if len(known) != len(capture.parts) or not all(map(is_, known, capture.parts)):
             tensors = [capture.parts[c.part].tensor for c in self.chosen]
             self._sources = [
                 storable(t if c.index is None else t[c.index])
                 for t, c in zip(tensors, self.chosen, strict=True)
             ]
-            self._sources_of = weakref.ref(capture.parts[0]) if capture.parts else None
+            self._sources_of = capture.parts
         return self._sources
 
     def _views(self, capture: Capture, arena: memoryview) -> list[Tensor]:

@@ -61,7 +61,7 @@ class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
     writer: str
     index: str
     index_bytes: Count
-    index_digest: str
+    index_digest: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
     shards: Annotated[int, msgspec.Meta(ge=0, le=MAX_SHARDS)]
     bytes: Count
     world_size: Count

@@ -15,7 +15,7 @@ import msgspec
 
 from ckptsvc.errors import Damaged
 from ckptsvc.format import record
-from ckptsvc.format.limits import MAX_HEADER_BYTES, MAX_NDIM, MAX_TENSOR_BYTES
+from ckptsvc.format.limits import MAX_ENTRY_BYTES, MAX_HEADER_BYTES, MAX_NDIM, MAX_TENSOR_BYTES
 from ckptsvc.format.record import PARSE_ERRORS
 from ckptsvc.types import DTYPES
 
@@ -121,7 +121,8 @@ def decode(prefix: bytes | memoryview, file_size: int, what: str, info_limit: in
             raise Damaged(f"{what} was not written by ckptsvc: its header has no info record")
         info = record.parse(metadata[INFO].encode(), info_limit, f"the info record of {what}")
         entries = {
-            key: _entry(key, _entry_decoder.decode(value), data_start, what) for key, value in raw.items()
+            key: _entry(key, _entry_decoder.decode(bounded(value)), data_start, what)
+            for key, value in raw.items()
         }
     except PARSE_ERRORS as error:
         raise Damaged(f"{what} has a malformed header: {error}") from None
@@ -129,6 +130,13 @@ def decode(prefix: bytes | memoryview, file_size: int, what: str, info_limit: in
     if count_quotes(body) != 2 + 4 * len(metadata) + _QUOTES_PER_ENTRY * len(entries):
         raise Damaged(f"{what} has a malformed header: a key occurs twice")
     return Header(_tiled(entries, data_start, file_size, what), metadata, info, data_start)
+
+
+def bounded(value: msgspec.Raw) -> msgspec.Raw:
+    """A value of a JSON object, not too long to be decoded. Raises msgspec.ValidationError when it is."""
+    if memoryview(value).nbytes > MAX_ENTRY_BYTES:
+        raise msgspec.ValidationError(f"an entry has more than {MAX_ENTRY_BYTES} bytes")
+    return value
 
 
 def count_quotes(text: bytes) -> int:

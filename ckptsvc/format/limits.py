@@ -13,6 +13,9 @@ MAX_HEADER_BYTES: Final = 100_000_000
 """JSON header of a shard or of an index, without the 8 bytes of length: the limit of the safetensors
 library."""
 
+MAX_ENTRY_BYTES: Final = 32_768
+"""JSON of one tensor in a header, or in its list of parts: room for any name and any shape."""
+
 MAX_NAME_BYTES: Final = 4096
 """UTF-8 bytes of a tensor name or of an alias; at least 1."""
 

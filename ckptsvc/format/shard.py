@@ -53,7 +53,8 @@ _QUOTES_PER_PART: Final = 8  # the key, the name, the dtype, the kind
 
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _JsonPart = tuple[str, str, list[_Count], str, list[_Count]]  # name, dtype, global shape, kind, numbers
-_parts_decoder = msgspec.json.Decoder(dict[str, _JsonPart])
+_parts_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_part_decoder = msgspec.json.Decoder(_JsonPart)
 
 
 class ShardInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -172,6 +173,8 @@ class ShardTemplate:
         self.tensor_bytes = position
         self.data_start = -(-(header.LENGTH_BYTES + len(self._fixed) + _ROOM) // PAGE) * PAGE
         self.objects_offset = self.data_start + position
+        if self.objects_offset > MAX_TENSOR_BYTES:
+            raise InvalidInput(f"a shard with {position} bytes of tensors is too large")
         if self.data_start - header.LENGTH_BYTES > MAX_HEADER_BYTES:
             raise InvalidInput(
                 f"the header of a shard with {len(parts)} tensors would have {self.data_start} bytes; "
@@ -195,20 +198,22 @@ class ShardTemplate:
         """
         info = msgspec.structs.replace(info, structure=self.structure)
         stop = self.tensor_bytes + objects_nbytes
-        body = b'{"%b":{"%b":%b%b%b}' % (
-            header.METADATA.encode(),
-            header.INFO.encode(),
+        length = self.data_start - header.LENGTH_BYTES
+        objects = _json_entry(objects_name(info.rank), _RAW_TAG, (objects_nbytes,), self.tensor_bytes, stop)
+        pieces = [
+            length.to_bytes(header.LENGTH_BYTES, "little"),
+            b'{"%b":{"%b":' % (header.METADATA.encode(), header.INFO.encode()),
             msgspec.json.encode(record.canonical(info).decode()),
             self._fixed,
-            _json_entry(objects_name(info.rank), _RAW_TAG, (objects_nbytes,), self.tensor_bytes, stop),
-        )
-        length = self.data_start - header.LENGTH_BYTES
-        if len(body) > length:
+            objects + b"}",
+        ]
+        room = self.data_start - sum(map(len, pieces))
+        if room < 0:
             size = len(info.run) + len(info.job)
             raise InvalidInput(
                 f"the names of the run and the job have {size} characters, too many for a shard"
             )
-        return length.to_bytes(header.LENGTH_BYTES, "little") + body.ljust(length)
+        return b"".join([*pieces, b" " * room])
 
     def total(self, objects_nbytes: int) -> int:
         """Bytes of the whole file."""
@@ -361,7 +366,10 @@ def _json_entry(key: str, tag: str, shape: tuple[int, ...], start: int, stop: in
 def _decode_parts(text: str, what: str) -> dict[str, _JsonPart]:
     raw = text.encode()
     try:
-        listed = _parts_decoder.decode(raw)
+        listed = {
+            key: _part_decoder.decode(header.bounded(value))
+            for key, value in _parts_decoder.decode(raw).items()
+        }
     except record.PARSE_ERRORS as error:
         raise Damaged(f"{what} has a malformed list of parts: {error}") from None
     if header.count_quotes(raw) != _QUOTES_PER_PART * len(listed):

@@ -235,7 +235,8 @@ def place_of(array: NDArray[Any], region: Region, place: View) -> NDArray[Any]:
     if isinstance(region, Box):
         return array if place.box.shape == place.shape else array[place.box.slices()]
     flat = array[place.offset : place.offset + prod(place.shape)]
-    return flat.reshape(place.shape)[(*place.box.slices(), ...)]  # the dots: a 0-d place must stay an array
+    block = flat.reshape(place.shape)
+    return block[place.box.slices()] if place.shape else block  # a 0-d index would give a value, not a view
 
 
 def array_sink(arrays: Sequence[NDArray[Any]], wants: Sequence[Want]) -> Sink:

@@ -130,7 +130,7 @@ def address_of(view: memoryview) -> int:
 
 
 def file_system(path: str) -> str:
-    """Return the type of the file system that holds an existing path, for example "ext4", or "" if unknown.
+    """Return the type of the file system that holds a path (or will), for example "ext4"; "" if unknown.
 
     From /proc/self/mountinfo, see proc_pid_mountinfo(5), because all FUSE file systems share one f_type.
     """

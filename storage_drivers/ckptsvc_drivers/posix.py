@@ -88,6 +88,7 @@ class PosixStore:
         self._root = "/" + os.path.normpath(root).lstrip("/")
         self._direct = options.direct
         self._system = system
+        self._claims = False  # records are published by `_claim`
         self._transfer = Transfer(self._system, options.threads, options.block)
 
     @property
@@ -98,29 +99,31 @@ class PosixStore:
     def capabilities(self) -> Capabilities:
         """See `Store.capabilities`; direct I/O is tried with one page in a temporary file."""
         if not os.path.isdir(self._root):
-            direct, kind = "not known: the directory is made by the first write", ""
+            direct, notes = "not known before the first write makes the directory", []
         else:
-            direct, kind = self._try_direct(), file_system(self._root)
+            direct, notes = self._try()
+        kind = file_system(self._root)
         return Capabilities(
             exclusive_create=True,
             direct_io=direct,
             fork_safe=True,
             local=kind in _LOCAL,
-            notes=(f"file system: {kind}",) if kind else (),
+            notes=(f"file system: {kind or 'unknown'}", *notes),
         )
 
-    def _try_direct(self) -> str:
-        """Write one page to a temporary file; returns why that is not direct I/O, or ""."""
-        if not self._direct:
-            return "switched off by the option `direct`"
+    def _try(self) -> tuple[str, Sequence[str]]:
+        """Write one page and one record; returns why that was not direct I/O, or "", and what else was met."""
         key = TEMPORARY_PREFIX + secrets.token_hex(8)
         try:
             with mmap.mmap(-1, PAGE) as page, memoryview(page) as data:
                 refused = self._write(key, data, None)
             self.delete(key)
+            self.put_if_absent(key, b"1")
+            self.delete(key)
         except StoreError as error:
-            return f"not known: {error}"
-        return refused
+            return f"not known: {error}", [f"cannot be written to: {error}"]
+        notes = ["no hard links: a new record may be seen empty for an instant"] if self._claims else []
+        return refused if self._direct else "switched off by the option `direct`", notes
 
     def close(self) -> None:
         """End the transferring threads."""
@@ -142,11 +145,11 @@ class PosixStore:
                 self._transfer.write(file, view, progress)
                 os.ftruncate(file.fd, len(view))
                 self._system.sync(file.fd)
+                tree.sync(directories, self._system)
             except BaseException:
                 with suppress(OSError):  # so that a full disk is not left full of it
-                    os.unlink(name, dir_fd=directories[-1])
+                    _unlink_if(name, file, directories[-1])
                 raise
-            tree.sync(directories, self._system)
             return file.refused
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
@@ -174,6 +177,7 @@ class PosixStore:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
+            self._claims = True
             return self._claim(temporary, name, directory)
         return True
 
@@ -322,3 +326,9 @@ class PosixStore:
 
 def _name(key: str) -> str:
     return key.rpartition("/")[2]
+
+
+def _unlink_if(name: str, file: File, directory: int) -> None:
+    """Unlink `name` if it is this file, and not what a later writer has put in its place."""
+    if os.path.samestat(os.stat(name, dir_fd=directory, follow_symlinks=False), os.fstat(file.fd)):
+        os.unlink(name, dir_fd=directory)
