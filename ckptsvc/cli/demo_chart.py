@@ -7,7 +7,7 @@ once for wide and once for narrow screens so that letters keep their size on a p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -90,9 +90,9 @@ def _loss_panel(
     yield _curve(((step, loss) for step, loss in control.losses.items()), x, y, CONTROL)
     for run in others:
         if run.role == "run":
-            for number, steps in run.attempts.items():
+            for number, steps in enumerate(run.attempts.values()):
                 kind = "again" if number else "first"
-                yield _curve(((s.step, s.loss) for s in steps), x, y, f"run {kind}")
+                yield _curve(((s.step, s.loss) for s in steps), x, y, kind)
     branches = [run for run in others if run.role == "branch"]
     for number, run in enumerate(branches):
         for step, loss in run.losses.items():
@@ -138,18 +138,17 @@ def _apart_panel(
                 yield _dot(x(step), height, branches.index(run), words)
 
 
-def _lanes(runs: Iterable[Run]) -> Iterator[tuple[str, str, tuple[Step, ...]]]:
+def _lanes(runs: Sequence[Run]) -> Iterator[tuple[str, str, tuple[Step, ...]]]:
     """(label, CSS class, steps) of each attempt of each run."""
-    branch = 0
+    branches = [run for run in runs if run.role == "branch"]
     for run in runs:
-        several = len(run.attempts) > 1
-        for number, steps in run.attempts.items():
-            label = f"{run.title}, attempt {number + 1}" if several else run.title
+        for number, (attempt, steps) in enumerate(run.attempts.items()):
+            label = f"{run.title}, attempt {attempt}" if len(run.attempts) > 1 else run.title
             if run.role == "branch":
-                yield label, BRANCH_CLASSES[branch % len(BRANCH_CLASSES)], steps
+                kind = BRANCH_CLASSES[branches.index(run) % len(BRANCH_CLASSES)]
             else:
-                yield label, CONTROL if run.role == "control" else ("again" if number else "first"), steps
-        branch += run.role == "branch"
+                kind = CONTROL if run.role == "control" else ("again" if number else "first")
+            yield label, kind, steps
 
 
 def _lanes_panel(

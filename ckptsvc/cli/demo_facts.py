@@ -36,13 +36,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A rank that became ready to step, after `steps_done` steps."""
+    """A rank that became ready to step, after `steps_done` steps; `source` is where its state was read from."""
 
     attempt: int
     rank: int
     pid: int
     at: float
     steps_done: int
+    source: str
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,13 @@ class Run:
         """Reads the JSON lines of `ckptsvc.cli.demo_train`; an unfinished last line is ignored."""
         steps, starts, states = [], [], {}
         for event in _events(lines):
-            attempt = event["attempt"]
+            attempt, at = event["attempt"], event["time"]
             if event["event"] == "start":
-                starts.append(Start(attempt, event["rank"], event["pid"], event["time"], event["steps_done"]))
+                source = event["source"] or ""
+                starts.append(Start(attempt, event["rank"], event["pid"], at, event["steps_done"], source))
             elif event["event"] == "step":
-                loss = float.fromhex(event["loss_hex"])
-                blocked = event["checkpoint_seconds"]
-                steps.append(Step(event["step"], loss, event["time"], event["seconds"], blocked, attempt))
+                loss, blocked = float.fromhex(event["loss_hex"]), event["checkpoint_seconds"]
+                steps.append(Step(event["step"], loss, at, event["seconds"], blocked, attempt))
             elif event["event"] == "state":
                 states[attempt, event["step"]] = event["digest"]
         return cls(label, layout, role, tuple(steps), tuple(starts), states)
@@ -234,7 +235,7 @@ def check_run(run: Run, control: Run, steps: int) -> list[Check]:
     else:
         detail = f"all {steps} steps, and {_count(repeats, 'step')} done twice, equal in all 64 bits"
     losses = Check("The loss of the run equals the control's, bit for bit", not missing and not wrong, detail)
-    resumed = [s.steps_done for s in run.starts if s.attempt > 0 and s.rank == 0]
+    resumed = [start.steps_done for start in run.starts if start.rank == 0 and start.steps_done]
     states = [_check_state(f"after resuming at step {step}", run, control, step) for step in resumed]
     return [losses, *states, _check_state(f"at the end (step {steps})", run, control, steps)]
 

@@ -14,7 +14,8 @@ What it guarantees, so that runs can be compared:
 
 The log is one JSON object a line, appended by a single `write` so that ranks may share the file:
 
-* `start`, from every rank, once it is ready to step: `steps_done` says where it starts.
+* `start`, from every rank, once it is ready to step: `steps_done` says where it starts, `source` ("memory",
+  "store" or null) where the state comes from.
 * `step`, from rank 0 (from every rank with `--log-all-ranks`): `loss_hex` is `float.hex`, exact; `seconds` is
   the whole step and `checkpoint_seconds` the part of it spent in `run.step()`.
 * `state`, from rank 0: a digest of the whole model and optimizer state, independent of the layout.
@@ -146,9 +147,8 @@ class Text:
 class Session(Protocol):
     """What the loop needs of ckptsvc: the object `ckptsvc.attach` returns."""
 
-    @property
-    def steps_done(self) -> int:
-        """Steps of the run that need not be trained again."""
+    steps_done: int
+    restored_from: str | None
 
     def step(self) -> None:
         """Called once at the end of every step."""
@@ -160,7 +160,9 @@ class Session(Protocol):
 class NoCheckpoints:
     """The control: a run that nothing looks after."""
 
-    steps_done = 0
+    def __init__(self) -> None:
+        self.steps_done = 0
+        self.restored_from: str | None = None
 
     def step(self) -> None:
         """Does nothing."""
@@ -291,9 +293,9 @@ def train(plan: Plan) -> None:
         state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         run = ckptsvc.attach(state, store=plan.store, every=plan.every)
 
-    attempt = int(os.environ.get("CKPTSVC_ATTEMPT", "0"))
+    attempt = int(os.environ.get("CKPTSVC_ATTEMPT", "1"))
     log = Log(plan.log_file, rank=rank, attempt=attempt, pid=os.getpid())
-    log.write("start", steps_done=run.steps_done, world_size=world_size, layout=plan.layout)
+    log.write("start", steps_done=run.steps_done, source=run.restored_from)
     if run.steps_done > 0:
         _log_state(log, run.steps_done, model, optimizer)
     for step in range(run.steps_done, plan.stop_at):

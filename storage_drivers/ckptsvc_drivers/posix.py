@@ -38,6 +38,7 @@ _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a named pipe must not hang us
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs", "overlay")
+_CLAIMS = "no hard links: a new record may be seen empty for an instant"
 _ATTEMPTS = 8  # to create a file in a directory that others remove because it has just become empty
 
 
@@ -98,11 +99,8 @@ class PosixStore:
 
     def capabilities(self) -> Capabilities:
         """See `Store.capabilities`; direct I/O is tried with one page in a temporary file."""
-        if not os.path.isdir(self._root):
-            direct, notes = "not known before the first write makes the directory", []
-        else:
-            direct, notes = self._try()
         kind = file_system(self._root)
+        direct, notes = self._try()
         return Capabilities(
             exclusive_create=True,
             direct_io=direct,
@@ -112,7 +110,9 @@ class PosixStore:
         )
 
     def _try(self) -> tuple[str, Sequence[str]]:
-        """Write one page and one record; returns why that was not direct I/O, or "", and what else was met."""
+        """Write one page and one record; returns why not by direct I/O, or "", and what else was met."""
+        if not os.path.isdir(self._root):
+            return "not known before the first write makes the directory", ()
         key = TEMPORARY_PREFIX + secrets.token_hex(8)
         try:
             with mmap.mmap(-1, PAGE) as page, memoryview(page) as data:
@@ -121,9 +121,10 @@ class PosixStore:
             self.put_if_absent(key, b"1")
             self.delete(key)
         except StoreError as error:
-            return f"not known: {error}", [f"cannot be written to: {error}"]
-        notes = ["no hard links: a new record may be seen empty for an instant"] if self._claims else []
-        return refused if self._direct else "switched off by the option `direct`", notes
+            return "not known: nothing can be written", (str(error),)
+        if not self._direct:
+            refused = "switched off by the option `direct`"
+        return refused, (_CLAIMS,) if self._claims else ()
 
     def close(self) -> None:
         """End the transferring threads."""
@@ -254,8 +255,8 @@ class PosixStore:
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
         """See `Store.read_into`.
 
-        What is in the page cache is copied from there. Otherwise a large range is read by direct I/O, provided
-        that `offset` and the address of `buffer` are multiples of the page size.
+        What is in the page cache is copied from there. Otherwise a large range is read by direct I/O,
+        provided that `offset` and the address of `buffer` are multiples of the page size.
         """
         with check_target(buffer, offset) as view, self._opened(key) as (file, _):
             aligned = len(view) >= LARGE and offset % PAGE == 0 and address_of(view) % PAGE == 0

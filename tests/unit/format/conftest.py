@@ -1,0 +1,103 @@
+"""What several tests of this room draw from: tensors, regions, parts, and damage done to bytes."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from ckptsvc.errors import Damaged, IncompatibleVersion
+from ckptsvc.format.shard import Part, ShardInfo
+from ckptsvc.geometry.box import Box, FlatRange
+from ckptsvc.types import DTYPES, TensorMeta
+
+settings.register_profile("ckptsvc-format", deadline=None, max_examples=60)
+settings.load_profile("ckptsvc-format")
+
+names = st.one_of(
+    st.sampled_from(
+        ["w", "w@0:1", "w@flat:0:1", "__metadata__", "a/b", "é", 'q"\\', "@rank/0/rng", "x" * 4096]
+    ),
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=12),
+)
+shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
+metas = st.builds(TensorMeta, names, st.sampled_from(sorted(DTYPES)), shapes)
+
+
+@st.composite
+def regions_in(draw, shape):
+    if draw(st.booleans()):
+        size = math.prod(shape)
+        start = draw(st.integers(0, size))
+        return FlatRange(start, draw(st.integers(0, size - start)))
+    if draw(st.booleans()):
+        return Box.full(shape)
+    origin = tuple(draw(st.integers(0, n)) for n in shape)
+    return Box(origin, tuple(draw(st.integers(0, n - o)) for o, n in zip(origin, shape, strict=True)))
+
+
+@st.composite
+def parts_lists(draw, reserved=("@rank/", "/objects")):
+    parts = {}
+    for meta in draw(st.lists(metas, max_size=6, unique_by=lambda meta: meta.name)):
+        if meta.name.startswith(reserved[0]) and meta.name.endswith(reserved[1]):
+            continue
+        for region in draw(st.lists(regions_in(meta.shape), min_size=1, max_size=3)):
+            parts[meta.name, region] = Part(meta, region)
+    return list(parts.values())
+
+
+@st.composite
+def damaged(draw, data):
+    """The data with bytes changed, cut out, doubled or put in."""
+    result = bytearray(data)
+    for _ in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, max(0, len(result) - 1)))
+        what = draw(st.sampled_from(["set", "flip", "cut", "truncate", "double", "insert"]))
+        stop = min(len(result), at + draw(st.sampled_from([1, 2, 7, 8, 64])))
+        if what == "set" and result:
+            result[at] = draw(st.integers(0, 255))
+        elif what == "flip" and result:
+            result[at] ^= 1 << draw(st.integers(0, 7))
+        elif what == "cut":
+            del result[at:stop]
+        elif what == "truncate":
+            del result[at:]
+        elif what == "double":
+            result[at:at] = result[at:stop]
+        else:
+            result[at:at] = draw(
+                st.sampled_from([b'"', b"\\", b"[", b"{", b"9" * 30, b"-", b"\0", b"\xff", b"1e9"])
+            )
+    return bytes(result)
+
+
+def survives(parser, data):
+    """What the parser makes of the data, or None when it refuses it as it should; other exceptions go on."""
+    try:
+        return parser(data)
+    except (Damaged, IncompatibleVersion):
+        return None
+
+
+def shard_info(rank=0, **changes):
+    fields = {"run": "file:///run", "job": 'jö"b', "step": 7, "epoch": 2, "attempt": 3, "world_size": 8}
+    return ShardInfo(rank=rank, **{**fields, **changes})
+
+
+@pytest.fixture(scope="session")
+def kit():
+    """The strategies and helpers above."""
+    return SimpleNamespace(
+        names=names,
+        shapes=shapes,
+        metas=metas,
+        regions_in=regions_in,
+        parts_lists=parts_lists,
+        damaged=damaged,
+        survives=survives,
+        shard_info=shard_info,
+    )
