@@ -19,7 +19,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Session", "__version__", "attach", "load"]
 
-_HOMES = {"attach": "ckptsvc.client.session", "Session": "ckptsvc.client.session", "load": "ckptsvc.client.reading"}
+_HOMES = {
+    "attach": "ckptsvc.client.session",
+    "Session": "ckptsvc.client.session",
+    "load": "ckptsvc.client.reading",
+}
 
 
 def __getattr__(name: str) -> Any:

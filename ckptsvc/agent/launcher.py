@@ -1,13 +1,12 @@
 """`ckptsvc run`: starts this node's ranks for every attempt the coordinator orders, and says how they end.
 
-    hello, ready -> start -> (ranks run) -> exits reported -> stop -> ready -> start ... -> end
+hello, ready -> start -> (ranks run) -> exits reported -> stop -> ready -> start ... -> end
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import sys
@@ -297,5 +296,3 @@ class Launcher:
 
     def _say(self, message: str) -> None:
         print(f"ckptsvc run [{self._launch.node}]: {message}", file=sys.stderr, flush=True)  # noqa: T201
-
-

@@ -11,7 +11,8 @@ import grpc.aio
 
 from ckptsvc.agent.node import Node
 from ckptsvc.errors import InvalidInput
-from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb
+from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 logger = logging.getLogger("ckptsvc.agent")
 
@@ -83,9 +84,7 @@ class Launches:
                 uplink.report(self._ready(launcher))
             elif kind == "exit":
                 event = request.exit
-                exited = pb.RankExited(
-                    job=job, node=node, attempt=event.attempt, rank=event.rank, status=event.status
-                )
+                exited = pb.RankExited(job=job, node=node, attempt=event.attempt, rank=event.rank, status=event.status)
                 uplink.report(pb.Report(rank_exited=exited))
             elif kind == "stop_wanted":
                 wanted = pb.StopRequested(job=job, reason=request.stop_wanted.reason)
@@ -134,6 +133,9 @@ class Launches:
     def _ready(self, launcher: Launcher) -> pb.Report:
         assert launcher.ready is not None
         ready = pb.NodeReady(
-            job=launcher.hello.job, node=self._node.name, attempt=launcher.ready.attempt, port=launcher.ready.port
+            job=launcher.hello.job,
+            node=self._node.name,
+            attempt=launcher.ready.attempt,
+            port=launcher.ready.port,
         )
         return pb.Report(node_ready=ready)

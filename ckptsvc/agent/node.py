@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ckptsvc.agent.identity import Registration
+from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
 from ckptsvc.agent.uplink import LocalUplink, RemoteUplink, Uplink
-from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import (
     BY_CODE,
@@ -25,10 +25,10 @@ from ckptsvc.errors import (
     CkptsvcError,
     InvalidInput,
     StoreDenied,
-    StoreUnavailable,
 )
 from ckptsvc.pipeline.arena import Arena, ArenaPool, Label, State, populate
-from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb
+from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import ArenaState, Event, Metrics, Outcome, Phase, Skip, log
 
 logger = logging.getLogger("ckptsvc.agent")
@@ -49,7 +49,8 @@ _ARENA_STATES = {
 
 class Node:
     """One agent's local state. `slots` is the number of arenas for each rank, `linger` the seconds for which the memory
-    of a job whose ranks died is kept."""
+    of a job whose ranks died is kept.
+    """
 
     def __init__(
         self,
@@ -78,9 +79,15 @@ class Node:
     def register(self, registration: Registration, pid: int) -> tuple[str, str, int]:
         """Take a rank in (identity socket). A rank that registers again replaces its earlier session."""
         for token, old in list(self.sessions.items()):
-            if (old.reg.job, old.reg.attempt, old.reg.rank) == (registration.job, registration.attempt, registration.rank):
+            if (old.reg.job, old.reg.attempt, old.reg.rank) == (
+                registration.job,
+                registration.attempt,
+                registration.rank,
+            ):
                 if old.pid != pid and not _exited(old.pidfd):
-                    raise InvalidInput(f"rank {registration.rank} of job {registration.job} is registered: process {old.pid}")
+                    raise InvalidInput(
+                        f"rank {registration.rank} of job {registration.job} is registered: process {old.pid}"
+                    )
                 self._forget(token)
         session = Session.open(registration, pid)
         self.sessions[session.token] = session
@@ -116,7 +123,9 @@ class Node:
         """The session of a token; InvalidInput where there is none."""
         session = self.sessions.get(token)
         if session is None:
-            raise AgentUnavailable("this agent does not know the session", hint="the agent was restarted: register again")
+            raise AgentUnavailable(
+                "this agent does not know the session", hint="the agent was restarted: register again"
+            )
         return session
 
     def _exited(self, token: str) -> None:
@@ -153,28 +162,37 @@ class Node:
 
     # ---- arenas ------------------------------------------------------------------------------------------------------
 
-    async def prepare(self, token: str, nbytes: int, digest: str, timeout: float) -> tuple[list[int], bool]:
-        """Set up arenas in the background; wait until the attempt is fenced and every rank has announced.
+    async def prepare(self, token: str, digest: str, generation: int, timeout: float) -> tuple[list[int], bool]:
+        """Wait until the attempt is fenced and every rank has announced.
 
         Returns:
             (ranks with the same digest, whether every rank has answered).
         """
         session = self.session(token)
-        session.announced = digest
+        session.announced = (generation, digest)
         job = self.jobs[session.reg.job]
         attempt = job.attempt(session.reg.attempt)
-        self._provide(session, nbytes)
         self._report(job, self._announcement(session))
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             if attempt.refused:
                 raise attempt.refused
-            if attempt.groups is not None and (attempt.epoch or attempt.epoch_error):
-                for group in attempt.groups:
+            if generation in attempt.groups and (attempt.epoch or attempt.epoch_error):
+                for group in attempt.groups[generation]:
                     if session.reg.rank in group:
                         return group, True
             await _wait(attempt.changed, deadline - time.monotonic())
         return [session.reg.rank], False
+
+    async def provide(self, token: str, nbytes: int, timeout: float) -> list[str]:
+        """Set up arenas of that size; returns those that are there when all are, or when the time is over."""
+        session = self.session(token)
+        self._provide(session, nbytes)
+        deadline = time.monotonic() + timeout
+        while session.preparing and time.monotonic() < deadline:
+            await _wait(session.arena_changed, deadline - time.monotonic())
+        ready = self.pool.of(session.reg.job, session.reg.rank)
+        return [a.name for a in ready if a.capacity >= nbytes and (a.state is not State.FILLING or a.step >= 0)]
 
     def _provide(self, session: Session, nbytes: int) -> None:
         reg = session.reg
@@ -282,7 +300,12 @@ class Node:
         session = self.session(token)
         reg = session.reg
         arena = self.pool.arenas.get(slot)
-        if arena is None or (arena.job, arena.rank, arena.state, arena.step) != (reg.job, reg.rank, State.FILLING, step):
+        if arena is None or (arena.job, arena.rank, arena.state, arena.step) != (
+            reg.job,
+            reg.rank,
+            State.FILLING,
+            step,
+        ):
             raise InvalidInput(f"arena {slot!r} was not acquired for step {step}")
         label = Label(
             job=reg.job,
@@ -350,7 +373,12 @@ class Node:
                 job=label.job, rank=label.rank, step=label.step)  # fmt: skip
             self.metrics.store_errors.labels(_scheme(label.store), error.code).inc()
             failed = pb.ShardFailed(
-                job=label.job, epoch=label.epoch, step=label.step, rank=label.rank, code=error.code, what=str(error)
+                job=label.job,
+                epoch=label.epoch,
+                step=label.step,
+                rank=label.rank,
+                code=error.code,
+                what=str(error),
             )
             self._report(job, pb.Report(shard_failed=failed))
             return
@@ -396,7 +424,11 @@ class Node:
         for snapshot in found:
             for arena in list(self.pool.arenas.values()):
                 label = arena.label
-                if label is None or (label.job, label.epoch, label.step) != (job.name, snapshot.epoch, snapshot.step):
+                if label is None or (label.job, label.epoch, label.step) != (
+                    job.name,
+                    snapshot.epoch,
+                    snapshot.step,
+                ):
                     continue
                 digests = await asyncio.wait_for(asyncio.shield(job.digests[arena.name]), DIGEST_TIMEOUT)
                 snapshot.local.add(
@@ -434,7 +466,7 @@ class Node:
         elif kind == "job_refused":
             attempt.refused = BY_CODE[effect.code](effect.why)
         elif kind == "holders":
-            attempt.groups = [list(group.ranks) for group in effect.groups]
+            attempt.groups[effect.generation] = [list(group.ranks) for group in effect.groups]
         attempt.wake()
 
     def _save_ended(self, job: LocalJob, outcome: agent_pb2.SaveOutcome) -> None:
@@ -445,7 +477,11 @@ class Node:
         job.record(outcome)
         for arena in list(self.pool.arenas.values()):
             label = arena.label
-            if label is None or arena.state is not State.STAGED or (label.job, label.epoch, label.step) != (job.name, *key):
+            if (
+                label is None
+                or arena.state is not State.STAGED
+                or (label.job, label.epoch, label.step) != (job.name, *key)
+            ):
                 continue
             job.durable.pop((*key, label.rank), None)
             if key in job.complete or committed:
@@ -455,8 +491,8 @@ class Node:
                 self._dropped(job, label)
             self._arena_changed(label.job, label.rank)
         for session in self.sessions.values():
-            if committed and session.reg.job == job.name:
-                session.page.put("committed", outcome.step)
+            if session.reg.job == job.name:
+                session.page.put("committed" if committed else "failed", outcome.step)
 
     def _count(self, job: LocalJob, outcome: agent_pb2.SaveOutcome, committed: bool) -> None:
         if committed:
@@ -534,7 +570,8 @@ class Node:
     @staticmethod
     def _announcement(session: Session) -> pb.Report:
         reg = session.reg
-        announced = pb.Announced(job=reg.job, attempt=reg.attempt, rank=reg.rank, digest=session.announced)
+        generation, digest = session.announced or (0, "")
+        announced = pb.Announced(job=reg.job, attempt=reg.attempt, rank=reg.rank, digest=digest, generation=generation)
         return pb.Report(announced=announced)
 
     def _staged(self, label: Label, ended: bool = False) -> pb.Report:

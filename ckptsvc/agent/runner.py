@@ -12,7 +12,8 @@ from ckptsvc.agent.workers import Workers
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import AllotEpoch, Commit, CommitDone, Decision, EpochDone, Lookup, Send
 from ckptsvc.errors import CkptsvcError
-from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb
+from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger("ckptsvc.coordinator")
 

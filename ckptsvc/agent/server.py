@@ -1,6 +1,6 @@
 """The agent process: assembles the parts, serves until told to stop, and stops in order.
 
-    python -m ckptsvc.agent.server --dir DIR ...      (what `ckptsvc agent` and private agents run)
+python -m ckptsvc.agent.server --dir DIR ...      (what `ckptsvc agent` and private agents run)
 """
 
 from __future__ import annotations
@@ -132,7 +132,14 @@ class Agent:
         await self.shell.stop()
         await self.workers.close()
         self.pool.close(remove=idle)
-        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
+        log(
+            logger,
+            logging.INFO,
+            Event.AGENT_STOPPED,
+            "agent of %s stopped",
+            self.node_name,
+            node=self.node_name,
+        )
         os.close(lock)
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:

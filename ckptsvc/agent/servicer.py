@@ -16,12 +16,15 @@ from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.rpc.channel import TOKEN_KEY, trailers_of
-from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2 as pb, coordinator_pb2_grpc
+from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2_grpc
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 REPLY_TIME = 0.05
 """Seconds before the caller's deadline at which an answer is sent, so that it arrives."""
 
 PREPARE_TIMEOUT = 120.0
+PROVIDE_TIMEOUT = 600.0
+MAX_DIGEST = 64
 MAX_IMAGE = 1 << 42
 """Largest shard image a rank may announce, in bytes."""
 
@@ -63,11 +66,19 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     @_errors
     async def Prepare(self, request: agent_pb2.PrepareRequest, context: Any) -> agent_pb2.PrepareResponse:
         """See agent.proto."""
-        if not 0 < request.arena_bytes <= MAX_IMAGE:
-            raise InvalidInput(f"a shard image of {request.arena_bytes} bytes is impossible")
+        if request.generation < 0 or len(request.plain_digest) > MAX_DIGEST:
+            raise InvalidInput("an announcement has a digest and a generation of at least 0")
         timeout = _remaining(context, PREPARE_TIMEOUT)
-        ranks, complete = await self._node.prepare(_token(context), request.arena_bytes, request.plain_digest, timeout)
+        ranks, complete = await self._node.prepare(_token(context), request.plain_digest, request.generation, timeout)
         return agent_pb2.PrepareResponse(same_plain=ranks, complete=complete)
+
+    @_errors
+    async def Provide(self, request: agent_pb2.ProvideRequest, context: Any) -> agent_pb2.ProvideResponse:
+        """See agent.proto."""
+        if not 0 < request.bytes <= MAX_IMAGE:
+            raise InvalidInput(f"a shard image of {request.bytes} bytes is impossible")
+        timeout = _remaining(context, PROVIDE_TIMEOUT)
+        return agent_pb2.ProvideResponse(slots=await self._node.provide(_token(context), request.bytes, timeout))
 
     @_errors
     async def Acquire(self, request: agent_pb2.AcquireRequest, context: Any) -> agent_pb2.AcquireResponse:

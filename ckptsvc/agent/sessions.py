@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from ckptsvc.agent.identity import Registration
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.identity import PAGE_BYTES, Page
-from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb
+from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 Key = tuple[int, int]
 """(epoch, step)."""
@@ -34,7 +35,7 @@ class Session:
     memory: mmap.mmap
     page: Page
     arena_changed: asyncio.Event = field(default_factory=asyncio.Event)
-    announced: str = ""
+    announced: tuple[int, str] | None = None  # generation, digest
     preparing: int = 0
     left: bool = False
 
@@ -76,7 +77,7 @@ class Attempt:
     epoch: int = 0
     epoch_error: CkptsvcError | None = None
     refused: CkptsvcError | None = None
-    groups: list[list[int]] | None = None
+    groups: dict[int, list[list[int]]] = field(default_factory=dict)  # by generation
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def wake(self) -> None:

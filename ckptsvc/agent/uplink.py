@@ -17,7 +17,8 @@ import grpc.aio
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.errors import AgentUnavailable
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, error_of
-from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb, coordinator_pb2_grpc
+from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2_grpc
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 log = logging.getLogger("ckptsvc.agent")
 

@@ -22,8 +22,8 @@ import numpy as np
 
 from ckptsvc.errors import CkptsvcError, StoreError
 from ckptsvc.format.checksum import extent_digests
-from ckptsvc.format.commit import CommitRecord
 from ckptsvc.format.columns import Columns
+from ckptsvc.format.commit import CommitRecord
 from ckptsvc.format.index import IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.arena import mapped
@@ -32,7 +32,8 @@ from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
 from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.write import write_shard
 from ckptsvc.storage import Store, connect
-#RETRY
+
+# RETRY
 
 FRAME = struct.Struct("<I")
 MAX_FRAME = 1 << 30
@@ -156,7 +157,12 @@ def serve(sock: socket.socket) -> None:
                 os._exit(1)
             send({"id": request.id, "error": ["store", f"{request.op}: {error}", ""]})
         except Exception as error:  # noqa: BLE001  an unexpected failure of one save must not end the others'
-            send({"id": request.id, "error": ["internal", f"{request.op}: {type(error).__name__}: {error}", ""]})
+            send(
+                {
+                    "id": request.id,
+                    "error": ["internal", f"{request.op}: {type(error).__name__}: {error}", ""],
+                }
+            )
 
     decoder = msgspec.msgpack.Decoder(Request)
     with ThreadPoolExecutor(16, thread_name_prefix="ckptsvc-io") as pool:

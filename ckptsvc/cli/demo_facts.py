@@ -22,6 +22,9 @@ state, which has no tolerance.
 """
 
 
+Role = Literal["control", "run", "branch"]
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """A training step that was done. `at` is Unix time at its end, `blocked` the seconds in `run.step()`."""
@@ -36,7 +39,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A rank that became ready to step, after `steps_done` steps; `source` is where its state was read from."""
+    """A rank that is ready to step, after `steps_done` steps; `source`: where it read its state from."""
 
     attempt: int
     rank: int
@@ -61,15 +64,13 @@ class Run:
 
     label: str
     layout: str
-    role: Literal["control", "run", "branch"]
+    role: Role
     steps: tuple[Step, ...] = ()
     starts: tuple[Start, ...] = ()
     states: Mapping[tuple[int, int], str] = field(default_factory=dict)
 
     @classmethod
-    def from_log(
-        cls, lines: Iterable[str], label: str, layout: str, role: Literal["control", "run", "branch"]
-    ) -> Run:
+    def from_log(cls, lines: Iterable[str], label: str, layout: str, role: Role) -> Run:
         """Reads the JSON lines of `ckptsvc.cli.demo_train`; an unfinished last line is ignored."""
         steps, starts, states = [], [], {}
         for event in _events(lines):
@@ -238,6 +239,15 @@ def check_run(run: Run, control: Run, steps: int) -> list[Check]:
     resumed = [start.steps_done for start in run.starts if start.rank == 0 and start.steps_done]
     states = [_check_state(f"after resuming at step {step}", run, control, step) for step in resumed]
     return [losses, *states, _check_state(f"at the end (step {steps})", run, control, steps)]
+
+
+def check_comeback(incident: Incident) -> Check:
+    """The job came back without help, and from the snapshots that the agents still had."""
+    claim = "The job came back by itself, from memory"
+    if incident.resumed_from is None or incident.stepping is None:
+        return Check(claim, False, "it never did a step again")
+    detail = f"went on from step {incident.resumed_from}, read from {incident.source or 'nowhere'}"
+    return Check(claim, incident.source == "memory" and incident.resumed_from > 0, detail)
 
 
 def check_branch(branch: Run, control: Run, start: int, stop: int) -> list[Check]:

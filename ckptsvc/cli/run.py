@@ -36,7 +36,7 @@ from ckptsvc.rpc.dial import is_alive
     help="Seconds for a last save after SIGTERM.")  # fmt: skip
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
-def command(  # noqa: PLR0913
+def command(
     nnodes: str, nproc: str, node_rank: int, job: str | None, coordinator: str | None, max_restarts: int,
     standalone: bool, node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool,
     stop_grace: float, script: str, arguments: tuple[str, ...],

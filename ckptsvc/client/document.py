@@ -76,7 +76,8 @@ def replace_refs(plain: Any, fetch: Callable[[TensorRef | ArrayRef], Any]) -> An
         return fetch(plain)
     if isinstance(plain, dict):  # OrderedDict, defaultdict and Counter have an order or a factory to keep
         copied = plain.copy()
-        copied.update((key, replace_refs(value, fetch)) for key, value in plain.items())
+        for key, value in plain.items():
+            copied[key] = replace_refs(value, fetch)
         return copied
     return plain
 

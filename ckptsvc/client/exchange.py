@@ -107,14 +107,9 @@ def exchange(
     tables = gather_rows(group, rows)
     told = group.all_gather(np.array([readable.everything, *sorted(readable.shards)], np.int64).tobytes())
     parsed = [np.frombuffer(t, np.int64) for t in told]
-    rounds = assign(
-        [t.tolist() for t in tables], [Readable(bool(p[0]), frozenset(p[1:].tolist())) for p in parsed]
-    )
+    rounds = assign([t.tolist() for t in tables], [Readable(bool(p[0]), frozenset(p[1:].tolist())) for p in parsed])
     if not any(
-        task.wanters or task.key not in windows
-        for tasks in rounds
-        for task in tasks
-        if task.reader == group.rank
+        task.wanters or task.key not in windows for tasks in rounds for task in tasks if task.reader == group.rank
     ) and (not any(r == group.rank for tasks in rounds for task in tasks for r, _ in task.wanters)):
         # Nothing to pass on: read at full speed.
         ordered = [windows[key] for key in sorted(windows)]
@@ -123,9 +118,7 @@ def exchange(
 
 
 class _Rounds:
-    def __init__(
-        self, group: Group, windows: dict[Key, Window], source: Source, extent: int, sink: Sink
-    ) -> None:
+    def __init__(self, group: Group, windows: dict[Key, Window], source: Source, extent: int, sink: Sink) -> None:
         self._group, self._windows, self._source = group, windows, source
         self._extent, self._sink = extent, sink
         self._free = [window_buffer(extent) for _ in range(3)]
@@ -163,9 +156,7 @@ class _Rounds:
         return buffer
 
     def _pass_on(self, task: Task, buffer: memoryview) -> None:
-        sending = [
-            self._group.send(buffer[slice(*self._hull(task, mask))], rank) for rank, mask in task.wanters
-        ]
+        sending = [self._group.send(buffer[slice(*self._hull(task, mask))], rank) for rank, mask in task.wanters]
         window = self._windows.get(task.key)
         if window is not None:
             self._deliver(window, buffer)

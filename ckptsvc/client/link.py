@@ -16,13 +16,13 @@ from typing import Any
 # process at every fork to find that out.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
-import grpc  # noqa: E402
+import grpc
 
-from ckptsvc.errors import AgentUnavailable  # noqa: E402
-from ckptsvc.rpc.channel import OPTIONS, TOKEN_KEY, error_of  # noqa: E402
-from ckptsvc.rpc.dial import sockets  # noqa: E402
-from ckptsvc.rpc.identity import PAGE_BYTES, IdentityClient, Page  # noqa: E402
-from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc  # noqa: E402
+from ckptsvc.errors import AgentUnavailable
+from ckptsvc.rpc.channel import OPTIONS, TOKEN_KEY, error_of
+from ckptsvc.rpc.dial import sockets
+from ckptsvc.rpc.identity import PAGE_BYTES, IdentityClient, Page
+from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
 
 CALL_TIMEOUT = 5.0
 """Seconds for a call that the agent answers at once; a loop never waits longer for a dead one."""
@@ -44,13 +44,22 @@ class Mapped:
 
 
 class AgentLink:
-    """One rank's session at its agent. `registration` is sent as it is (see rpc.identity)."""
+    """One rank's session at its agent.
+
+    Args:
+        directory: of the agent.
+        registration: sent as it is (see rpc.identity).
+
+    Attributes:
+        identity: the connection; None while the agent is away.
+        page: the heartbeat page.
+    """
 
     def __init__(self, directory: Path, registration: dict[str, Any]) -> None:
         self.directory = directory
         self.registration = registration
         self.node = ""
-        self._identity: IdentityClient | None = None
+        self.identity: IdentityClient | None = None
         self._channel: grpc.Channel | None = None
         self._stub: Any = None
         self._metadata: tuple[tuple[str, str], ...] = ()
@@ -58,11 +67,6 @@ class AgentLink:
         self.page = Page(memoryview(self._page_memory))
         self._mapped: dict[str, Mapped] = {}
         self._lock = threading.Lock()
-
-    @property
-    def connected(self) -> bool:
-        """Whether the last call found the agent."""
-        return self._identity is not None
 
     def connect(self) -> None:
         """Register (again); what the heartbeat page said is carried over.
@@ -89,12 +93,12 @@ class AgentLink:
         self._metadata = ((TOKEN_KEY, answer["token"]),)
         self._channel = grpc.insecure_channel(f"unix:{grpc_path}", options=OPTIONS)
         self._stub = agent_pb2_grpc.AgentServiceStub(self._channel)
-        self._identity = identity
+        self.identity = identity
 
     def disconnect(self) -> None:
         """Drop the connection; arenas stay mapped."""
-        identity, channel = self._identity, self._channel
-        self._identity = self._channel = self._stub = None
+        identity, channel = self.identity, self._channel
+        self.identity = self._channel = self._stub = None
         if identity:
             identity.close()
         if channel:
@@ -118,18 +122,20 @@ class AgentLink:
                 self.disconnect()
             raise error from None
 
-    def prepare(self, nbytes: int, digest: str, timeout: float) -> tuple[tuple[int, ...], bool]:
+    def prepare(self, digest: str, generation: int, timeout: float) -> tuple[tuple[int, ...], bool]:
         """See agent.proto: (ranks with the same plain tensors, whether all have answered)."""
-        answer = self.call(
-            "Prepare", agent_pb2.PrepareRequest(arena_bytes=nbytes, plain_digest=digest), timeout
-        )
+        request = agent_pb2.PrepareRequest(plain_digest=digest, generation=generation)
+        answer = self.call("Prepare", request, timeout)
         return tuple(answer.same_plain), answer.complete
+
+    def provide(self, nbytes: int, timeout: float) -> None:
+        """Have arenas set up, and map them, so that the first snapshots need not."""
+        for slot in self.call("Provide", agent_pb2.ProvideRequest(bytes=nbytes), timeout).slots:
+            self.arena(slot)
 
     def acquire(self, step: int, nbytes: int, timeout: float) -> tuple[str, int]:
         """A free arena: (slot, epoch)."""
-        answer = self.call(
-            "Acquire", agent_pb2.AcquireRequest(step=step, bytes=nbytes), timeout + CALL_TIMEOUT
-        )
+        answer = self.call("Acquire", agent_pb2.AcquireRequest(step=step, bytes=nbytes), timeout + CALL_TIMEOUT)
         return answer.slot, answer.epoch
 
     def submit(self, slot: str, step: int, nbytes: int, aliases: dict[str, str]) -> None:
@@ -145,7 +151,9 @@ class AgentLink:
         deadline = time.monotonic() + timeout
         while True:
             left = min(max(deadline - time.monotonic(), 0.1), 60.0)
-            outcome: agent_pb2.SaveOutcome = self.call("WaitSave", agent_pb2.WaitSaveRequest(step=step), left + 1.0).outcome
+            outcome: agent_pb2.SaveOutcome = self.call(
+                "WaitSave", agent_pb2.WaitSaveRequest(step=step), left + 1.0
+            ).outcome
             if outcome.outcome or time.monotonic() >= deadline:
                 return outcome
 
@@ -166,7 +174,7 @@ class AgentLink:
         with self._lock:
             mapped = self._mapped.get(slot)
             if mapped is None:
-                identity = self._identity
+                identity = self.identity
                 if identity is None:
                     raise AgentUnavailable("not connected to the agent")
                 answer, fd = identity.call({"op": "map", "slot": slot})

@@ -20,7 +20,7 @@ from ckptsvc.client.document import join, references, replace_refs
 from ckptsvc.client.fingerprint import Fingerprint, values_of
 from ckptsvc.client.parts import LocalPart, local_of, parts_of
 from ckptsvc.client.values import Found
-from ckptsvc.client.wanted import Wanted, as_leaf
+from ckptsvc.client.wanted import Wanted, as_leaf, other_kind
 from ckptsvc.errors import LayoutError, UnsupportedObject
 
 State = dict[str, Any]
@@ -69,6 +69,8 @@ class ModuleNode:
 
         Extra state may be of another size each time, so that it is made anew as the checkpoint says.
         """
+        if not isinstance(plain, dict):
+            raise other_kind(self.path)
         state = _state_of(self.target)
         live = _Live(self.target)
         self._filled = {}

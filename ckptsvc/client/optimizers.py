@@ -27,7 +27,7 @@ from ckptsvc.client.document import ArrayRef, join, replace_refs, split
 from ckptsvc.client.fingerprint import Fingerprint, values_of
 from ckptsvc.client.parts import DTYPE_NAMES, LocalPart
 from ckptsvc.client.values import Found, Leaf, same_if_unchanged
-from ckptsvc.client.wanted import Wanted, as_leaf, fits
+from ckptsvc.client.wanted import Wanted, as_leaf, fits, other_kind
 from ckptsvc.errors import LayoutError
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.types import TensorMeta
@@ -172,6 +172,8 @@ class OptimizerNode:
 
         State of parameters that this optimizer does not have is left alone: another rank may have them.
         """
+        if not _is_optimizer_document(plain):
+            raise other_kind(self.path)
         walked = self._walk()
         found = Found(splittable=True)
         self._plain_groups(found, self.target.param_groups, walked.names)
@@ -241,6 +243,17 @@ class OptimizerNode:
 
 def _is_named(item: tuple[Any, Any]) -> bool:
     return type(item[0]) is str and isinstance(item[1], Tensor)
+
+
+def _is_optimizer_document(plain: Any) -> bool:
+    if not isinstance(plain, dict):
+        return False
+    state, groups = plain.get("state"), plain.get("param_groups")
+    return (
+        isinstance(state, dict)
+        and isinstance(groups, list)
+        and all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in groups)
+    )
 
 
 def has_own_state_dict(optimizer: Optimizer) -> bool:

@@ -178,7 +178,7 @@ def _placement(name: str, placement: TorchPlacement) -> layout.Placement:
     if isinstance(placement, Replicate):
         return layout.Replicate()
     raise UnsupportedObject(
-        f"/{name} is a DTensor with the placement {placement}",
+        f"/{name} is a DTensor with the placement {placement!r}",
         hint="redistribute it to Shard or Replicate first: a partial sum is not a value yet",
     )
 

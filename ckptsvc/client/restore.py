@@ -28,7 +28,7 @@ from ckptsvc.format.shard import decode_header, header_length, objects_name
 from ckptsvc.geometry.box import Box, FlatRange
 from ckptsvc.geometry.reshard import View
 from ckptsvc.pipeline.catalog import Checkpoint
-from ckptsvc.pipeline.read import Sink, Source, Want, carrier, place_of, plan_windows
+from ckptsvc.pipeline.read import Source, Want, carrier, place_of, plan_windows
 from ckptsvc.pipeline.sources import ArenaSource, StoreSource
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.types import DTYPES, TensorMeta

@@ -8,6 +8,7 @@ Nothing that fails after `attach` ends the training: a snapshot that cannot be t
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import secrets
@@ -38,7 +39,6 @@ from ckptsvc.errors import (
     Fenced,
     InvalidInput,
     NoCheckpoint,
-    RunBusy,
     SaveFailed,
     StoreError,
 )
@@ -53,6 +53,12 @@ log = logging.getLogger("ckptsvc")
 
 ATTACH_TIMEOUT = 120.0
 """Seconds until all ranks must have come to `attach`."""
+
+AGREE_PATIENCE = 5.0
+"""Seconds a snapshot waits for the other ranks after the structure of the state has changed."""
+
+ARRANGE_TIMEOUT = 600.0
+"""Seconds the preparations beside the training may take: terabytes of arenas are not there at once."""
 
 RECONNECT_EVERY = 2.0
 """Seconds between attempts to reach an agent that is gone."""
@@ -130,9 +136,11 @@ class Session:
         self._tree_of = state
         self._include_rng = include_rng
         self._url = canonical(settings.store.url)
-        self._plan: tuple[Any, StagePlan] | None = None
+        self._plans: dict[str, StagePlan] = {}  # by structure of the state
+        self._arranging: threading.Thread | None = None
         self._closed = False
-        self._last_order = (-1, -1)
+        self._known_failure = -1
+        self._last_order = -1
         self._reconnecting: threading.Thread | None = None
         self._next_reconnect = 0.0
         self._last_saved = -1
@@ -150,7 +158,14 @@ class Session:
         page.put("step", self.steps_done)
         page.put("at", time.monotonic_ns())
         due = self._every_steps and self.steps_done % self._every_steps == 0
-        if due or page.get("save_at") >= 0 or page.get("stop_at") >= 0 or not self._link.connected:
+        if (
+            due
+            or self._link.identity is None
+            or page.get("save_at") != self._last_order
+            or page.get("stop_at") >= 0
+            or page.get("failed") != self._known_failure
+            or self._arranging is None
+        ):
             self._attend(bool(due))
 
     def save(self, *, wait: bool = False, timeout: float | None = None) -> bool:
@@ -169,7 +184,7 @@ class Session:
         """
         limit = self.settings.save.timeout if timeout is None else timeout
         try:
-            if not self._link.connected:
+            if self._link.identity is None:
                 self._link.connect()
             self._snapshot(limit)
         except (InvalidInput, Fenced):
@@ -228,6 +243,7 @@ class Session:
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self.close)
         try:
             self._link.leave()
         except CkptsvcError:
@@ -267,55 +283,86 @@ class Session:
         self._start_agent()
         self._link.connect()
         capture = self._tree.capture()
-        objects = encode(capture.objects)
-        self._announce(capture, objects)
-        if resume:
-            self._restore(None)
+        encode(capture.objects)  # what cannot be stored is refused now, not at the first save
+        if self._agree(capture, 0, ATTACH_TIMEOUT) is None:
+            raise AgentUnavailable(
+                f"not every one of {self._group.size} ranks has attached, or the run gave no epoch, within"
+                f" {ATTACH_TIMEOUT:g} s"
+            )
+        if resume and self._restore(None) is not None:
+            # Optimizers have their state now: the structure is the final one.
+            self._arrange(self._tree.capture())
         self._link.page.put("step", self.steps_done)
         self._link.page.put("at", time.monotonic_ns())
+        atexit.register(self.close)
 
     def _start_agent(self) -> None:
         if self._private:
             arguments = ["--linger", PRIVATE_LINGER, "--name", self._place.node]
             ensure_agent(self._link.directory, arguments)
 
-    def _announce(self, capture: Capture, objects: bytes) -> StagePlan:
-        """Tell the agent what this rank holds, learn who holds the same, and plan the staging."""
+    def _agree(self, capture: Capture, generation: int, timeout: float) -> StagePlan | None:
+        """Tell the job which plain tensors this rank holds, learn who holds the same, and plan the staging.
+
+        None if not every rank has told in time. The result is remembered for this structure of the state.
+        """
         plain = sorted(p.meta.name for p in capture.parts if p.holders.ranks is None)
         digest = xxhash.xxh3_64_hexdigest("\0".join(plain).encode())
-        alone = StagePlan.make(capture, self._group.rank, (self._group.rank,))
-        same, complete = self._link.prepare(alone.room(objects), digest, ATTACH_TIMEOUT)
+        same, complete = self._link.prepare(digest, generation, timeout)
         if not complete:
-            raise AgentUnavailable(
-                f"not every one of {self._group.size} ranks has attached, or the run gave no epoch, within"
-                f" {ATTACH_TIMEOUT:g} s"
-            )
-        plan = alone if len(same) == 1 else StagePlan.make(capture, self._group.rank, same)
-        self._plan = (capture.structure, plan)
-        self._same_plain = same
+            return None
+        plan = StagePlan.make(capture, self._group.rank, same)
+        self._plans = {capture.structure: plan}
         return plan
+
+    def _arrange(self, capture: Capture) -> None:
+        """Beside the training: agree on who stages what, have arenas made and mapped for the first snapshot."""
+        generation = self.steps_done
+        objects = len(encode(capture.objects))
+
+        def work() -> None:
+            try:
+                plan = self._plans.get(capture.structure) or self._agree(capture, generation, ARRANGE_TIMEOUT)
+                if plan is not None:
+                    self._link.provide(plan.room(objects), ARRANGE_TIMEOUT)
+            except CkptsvcError as error:
+                log.warning("rank %d: not ready to save yet: %s", self._group.rank, error)
+
+        self._arranging = threading.Thread(target=work, name="ckptsvc-arrange", daemon=True)
+        self._arranging.start()
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def _attend(self, due: bool) -> None:
-        if not self._link.connected:
+        if self._link.identity is None:
             self._reconnect()
         page = self._link.page
+        if page.get("failed") != self._known_failure:
+            self._known_failure = page.get("failed")
+            self._try(self._report_failure)
         order, stop = page.get("save_at"), page.get("stop_at")
-        if order >= 0 and order != self._last_order[0] and self.steps_done >= order:
-            self._last_order = (order, self._last_order[1])
-            if self.steps_done == order:
+        if order != self._last_order and order <= self.steps_done:
+            self._last_order = order
+            if order == self.steps_done:
                 due = True
-            else:
+            elif order >= 0:
                 self._try(lambda: self._link.abandon("", order, "already past the step at which to save"))
-        stopping = stop >= 0 and self.steps_done >= stop
+        stopping = 0 <= stop <= self.steps_done
         if due or stopping:
             patience = self.settings.save.timeout if stopping else self.settings.save.deadline
             self._try(lambda: self._snapshot(patience), count=True)
+        elif self._arranging is None:
+            # The first step after a fresh start: the optimizers have made their state by now.
+            self._try(lambda: self._arrange(self._tree.capture()))
         if stopping:
-            self._try(lambda: self.wait())
+            self._try(self.wait)
             self.close()
             raise StopTraining(f"asked to stop at step {stop}")
+
+    def _report_failure(self) -> None:
+        """Tell the program how a save that it has not waited for has ended."""
+        outcome = self._link.wait_save(self._known_failure, 0.0)
+        self._warn(f"step {self._known_failure} was not saved: {outcome.reason}")
 
     def _try(self, action: Any, *, count: bool = False) -> None:
         """Do something that must not end the training."""
@@ -329,8 +376,11 @@ class Session:
 
     def _report_skip(self, error: CkptsvcError) -> None:
         self.skipped += 1
-        log.warning("rank %d: snapshot of step %d skipped: %s", self._group.rank, self.steps_done, error)
-        warnings.warn(f"ckptsvc: snapshot of step {self.steps_done} skipped: {error}", RuntimeWarning, stacklevel=4)
+        self._warn(f"snapshot of step {self.steps_done} skipped: {error}")
+
+    def _warn(self, message: str) -> None:
+        log.warning("rank %d: %s", self._group.rank, message)
+        warnings.warn(f"ckptsvc: {message}", RuntimeWarning, stacklevel=2)
 
     def _snapshot(self, patience: float) -> None:
         began = time.perf_counter()
@@ -339,7 +389,7 @@ class Session:
         try:
             capture = self._tree.capture()
             objects = encode(capture.objects)
-            plan = self._plan_for(capture, objects)
+            plan = self._plan_for(capture)
             slot, epoch = self._link.acquire(step, plan.template.total(len(objects)), patience)
             arena = self._link.arena(slot)
             info = ShardInfo(
@@ -355,20 +405,25 @@ class Session:
             self._link.submit(slot, step, nbytes, capture.aliases)
         except InvalidInput as error:
             # Not a fault of the agent's: tell it, so that the other ranks do not wait for this one.
-            self._try(lambda: self._link.abandon(slot, step, str(error)))
+            why = str(error)
+            self._try(lambda: self._link.abandon(slot, step, why))
             raise
         self._last_saved = step
         self.last_blocked = time.perf_counter() - began
 
-    def _plan_for(self, capture: Capture, objects: bytes) -> StagePlan:
-        if self._plan is not None and self._plan[0] == capture.structure:
-            return self._plan[1]
-        # A parameter was added, say. Who holds the same plain tensors may have changed with it: until the next attach
-        # every rank stages all it holds of them, which is right whatever the others do.
-        plan = StagePlan.make(capture, self._group.rank, (self._group.rank,))
-        self._plan = (capture.structure, plan)
-        self._link.forget_arenas(lambda mapped: len(mapped.memory) >= plan.room(objects))
-        return plan
+    def _plan_for(self, capture: Capture) -> StagePlan:
+        """The plan for the structure the state has now; the first time, all ranks agree on it."""
+        plan = self._plans.get(capture.structure)
+        if plan is not None:
+            return plan
+        if self._arranging is not None and self._arranging.is_alive():
+            self._arranging.join(AGREE_PATIENCE)
+            plan = self._plans.get(capture.structure)
+        else:
+            plan = self._agree(capture, self.steps_done, AGREE_PATIENCE)
+            self._arrange(capture)
+        # Without an answer this rank stages all it holds: right whatever the others do, if more than need be.
+        return plan or StagePlan.make(capture, self._group.rank, (self._group.rank,))
 
     def _reconnect(self) -> None:
         """Try to reach the agent again, beside the training."""
@@ -399,7 +454,7 @@ class Session:
                 values = self._restore_one(candidates, candidate)
             except (Damaged, StoreError) as error:
                 tried.append(f"{candidate}: {error}")
-                log.error("rank %d: cannot restore %s: %s; trying an older one", self._group.rank, candidate, error)
+                log.warning("rank %d: cannot restore %s: %s; trying an older one", self._group.rank, candidate, error)
                 if self._group.rank == 0:
                     warnings.warn(f"ckptsvc: cannot restore {candidate}: {error}", RuntimeWarning, stacklevel=4)
                 continue

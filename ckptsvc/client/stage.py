@@ -90,9 +90,9 @@ class StagePlan:
         chosen = choose(capture.parts, rank, same_plain)
         return StagePlan(ShardTemplate([Part(capture.parts[c.part].meta, c.region) for c in chosen]), chosen)
 
-    def room(self, objects: bytes) -> int:
-        """Bytes to ask for in an arena."""
-        return self.template.total(2 * len(objects)) + OBJECTS_ROOM
+    def room(self, objects: int) -> int:
+        """Bytes to ask for in an arena where the objects document has so many now."""
+        return self.template.total(2 * objects) + OBJECTS_ROOM
 
     def write(self, capture: Capture, arena: memoryview, slot: str, info: ShardInfo, objects: bytes) -> int:
         """Fill the arena with the shard image; returns its size in bytes. The bytes are final when this returns."""
@@ -108,9 +108,7 @@ class StagePlan:
         offset = self.template.objects_offset
         arena[offset : offset + len(objects)] = objects
         for device in devices:
-            torch.accelerator.synchronize(device) if hasattr(
-                torch, "accelerator"
-            ) else torch.cuda.synchronize(device)
+            torch.accelerator.synchronize(device) if hasattr(torch, "accelerator") else torch.cuda.synchronize(device)
         return total
 
     def forget(self, slots: set[str]) -> None:
@@ -123,8 +121,7 @@ class StagePlan:
         if len(known) != len(capture.parts) or not all(map(is_, known, capture.parts)):
             tensors = [capture.parts[c.part].tensor for c in self.chosen]
             self._sources = [
-                storable(t if c.index is None else t[c.index])
-                for t, c in zip(tensors, self.chosen, strict=True)
+                storable(t if c.index is None else t[c.index]) for t, c in zip(tensors, self.chosen, strict=True)
             ]
             self._sources_of = capture.parts
         return self._sources

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ckptsvc.client import rng
+from ckptsvc.client import codecs, rng
 from ckptsvc.client.document import RANK, RNG, WORLD_SIZE, join
 from ckptsvc.client.modules import ModuleNode
 from ckptsvc.client.optimizers import OptimizerNode, has_own_state_dict
@@ -33,6 +33,8 @@ from ckptsvc.errors import InvalidInput, LayoutError
 
 __all__ = ["Capture", "Holders", "LocalPart", "StateTree"]
 
+
+codecs.register()
 
 Node = ModuleNode | OptimizerNode | StatefulNode | ValueNode
 """A leaf of the tree. `find` captures it, `want` says what to fill, `load` restores it; `shared` says whether

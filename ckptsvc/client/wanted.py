@@ -95,6 +95,14 @@ class Wanted:
             )
 
 
+def other_kind(path: str) -> LayoutError:
+    """The error for an object whose place in the document has what its kind never writes."""
+    return LayoutError(
+        f"/{path} is an object of another kind in the checkpoint than here",
+        hint="attach the tree that was saved, or load what you need yourself with ckptsvc.load()",
+    )
+
+
 def fits(live: TensorMeta, stored: TensorMeta) -> bool:
     """Whether the bytes of one are the bytes of the other."""
     return live.dtype == stored.dtype and tuple(live.shape) == tuple(stored.shape)

@@ -8,7 +8,8 @@ from ckptsvc.control.effects import CommitDone, Decision, EpochDone, Send
 from ckptsvc.control.membership import Job
 from ckptsvc.control.restart import Attempts, Phase
 from ckptsvc.control.save import Saves
-from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb
+from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 
 @dataclass(slots=True)

@@ -1,5 +1,6 @@
 """Who belongs to a job's current attempt: ranks, the epoch that fences it, what the ranks agreed on, the steps at which
-they save and stop."""
+they save and stop.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ class Job:
     joined_at: float = 0.0
     asked_epoch_at: float = -math.inf
     ranks: dict[int, str] = field(default_factory=dict)  # live ranks -> node
-    announced: dict[int, str] = field(default_factory=dict)
+    announced: dict[int, dict[int, str]] = field(default_factory=dict)  # generation -> rank -> digest
     every_seconds: float = 0.0
     last_ordered: float = 0.0
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)  # node -> lowest, highest step
@@ -103,16 +104,26 @@ class Job:
         return Decision([Send(n, pb.Order(job=self.name, epoch_allotted=allotted)) for n in self.nodes], [reason])
 
     def announce(self, event: pb.Announced) -> Decision:
-        """A rank has told which set of plain tensors it holds; when all have, tell everybody who holds the same."""
+        """A rank has told which set of plain tensors it holds; when all have, tell everybody who holds the same.
+
+        A generation is one structure of the state: 0 at attach, later the step at which it changed.
+        """
         if event.attempt != self.attempt:
             return Decision()
-        self.announced[event.rank] = event.digest
-        if len(self.announced) < self.world_size:
+        announced = self.announced.setdefault(event.generation, {})
+        announced[event.rank] = event.digest
+        if len(announced) < self.world_size:
             return Decision()
+        for older in [g for g in self.announced if g < event.generation]:
+            del self.announced[older]
         groups: dict[str, list[int]] = {}
-        for rank in sorted(self.announced):
-            groups.setdefault(self.announced[rank], []).append(rank)
-        holders = pb.Holders(attempt=self.attempt, groups=[pb.HolderGroup(ranks=g) for g in groups.values()])
+        for rank in sorted(announced):
+            groups.setdefault(announced[rank], []).append(rank)
+        holders = pb.Holders(
+            attempt=self.attempt,
+            generation=event.generation,
+            groups=[pb.HolderGroup(ranks=g) for g in groups.values()],
+        )
         return Decision([Send(n, pb.Order(job=self.name, holders=holders)) for n in self.nodes])
 
     def progressed(self, event: pb.Progressed, now: float) -> None:

@@ -1,7 +1,7 @@
 """Attempts of a job that `ckptsvc run` launches: when its nodes start ranks, when they stop them, when the job ends.
 
-    gathering --all nodes ready--> running --a rank fails--> stopping --all nodes ready--> running ...
-                                      \\--all ranks exit 0--> ended          \\--no restarts left--> ended
+gathering --all nodes ready--> running --a rank fails--> stopping --all nodes ready--> running ...
+\\--all ranks exit 0--> ended          \\--no restarts left--> ended
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import enum
 from dataclasses import dataclass, field
 
 from ckptsvc.control.effects import Decision, Send
-from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb
+from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 GRACE = 2.0
 """Seconds between SIGTERM and SIGKILL for the healthy ranks of an attempt that is being stopped."""
@@ -136,7 +137,9 @@ class Attempts:
         self.attempt += 1
         self.phase, self.since = Phase.RUNNING, now
         self.running, self.statuses = {}, {}
-        decision = Decision([], [f"job {self.job}: attempt {self.attempt} starts: {world} ranks on {len(ordered)} nodes"])
+        decision = Decision(
+            [], [f"job {self.job}: attempt {self.attempt} starts: {world} ranks on {len(ordered)} nodes"]
+        )
         first = 0
         for node_rank, node in enumerate(ordered):
             start = agent_pb2.StartRanks(

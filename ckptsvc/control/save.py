@@ -10,7 +10,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from ckptsvc.control.effects import Commit, CommitDone, Decision, Effect, Lookup, Send
-from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2 as pb
+from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 Key = tuple[int, int]
 """(epoch, step): ordered by which is newer."""
@@ -104,7 +105,15 @@ class Saves:
         save.committing = True
         shards = tuple(save.durable[r] for r in range(save.world_size))
         effect = Commit(
-            self.job, save.epoch, save.step, save.attempt, save.world_size, save.store, self.keep, save.aliases, shards
+            self.job,
+            save.epoch,
+            save.step,
+            save.attempt,
+            save.world_size,
+            save.store,
+            self.keep,
+            save.aliases,
+            shards,
         )
         return Decision([effect], [f"step {save.step}: all {save.world_size} shards are durable; committing"])
 
@@ -131,7 +140,13 @@ class Saves:
         for key, save in list(self.open.items()):
             if save.attempt == attempt and rank not in save.staged:
                 decision.add(
-                    self._end(key, agent_pb2.OUTCOME_FAILED, "save-failed", f"rank {rank} {how} before it staged", now)
+                    self._end(
+                        key,
+                        agent_pb2.OUTCOME_FAILED,
+                        "save-failed",
+                        f"rank {rank} {how} before it staged",
+                        now,
+                    )
                 )
         return decision
 

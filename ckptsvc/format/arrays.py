@@ -18,7 +18,7 @@ from ckptsvc.format.limits import MAX_NDIM, MAX_OBJECTS_BYTES
 
 _PORTABLE = re.compile(
     r"\|b1|\|[iu]1|[<>][iu][248]|[<>]f[248]|[<>]c(8|16)"
-    r"|\|S[1-9][0-9]{0,8}|[<>]U[1-9][0-9]{0,8}|[<>][mM]8(\[[0-9]{0,9}(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?",
+    r"|\|S[1-9][0-9]{0,8}|[<>]U[1-9][0-9]{0,8}|[<>][mM]8(\[([1-9][0-9]{0,8})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?",
     re.ASCII,
 )
 

@@ -239,7 +239,7 @@ def decode_header(prefix: bytes | memoryview, file_size: int, what: str = "the s
     objects = found.entries.pop(objects_name(info.rank), None)
     if objects is None or objects.tag != _RAW_TAG or len(objects.shape) != 1 or objects.stop != file_size:
         raise Damaged(f"{what} does not end with the objects document of rank {info.rank}")
-    listed = _decode_parts(found.metadata.get(PARTS, "{}"), what)
+    listed = _decode_parts(found.metadata.get(PARTS, ""), what)
     entries = []
     for key, stored in found.entries.items():
         part = _part(key, stored, listed.pop(key, None), what)

@@ -1,8 +1,8 @@
 """The commit: index first, then one small record, written last and only if absent. Its presence is the commit.
 
-    fence       is there an epoch above ours, taken by another job? then this job may not commit any more
-    index       built from what the ranks' agents reported, written under a unique name, synced
-    record      put if absent; a lost answer is resolved by reading the record back
+fence       is there an epoch above ours, taken by another job? then this job may not commit any more
+index       built from what the ranks' agents reported, written under a unique name, synced
+record      put if absent; a lost answer is resolved by reading the record back
 """
 
 from __future__ import annotations

@@ -125,7 +125,12 @@ def plan_windows(index: Index, wants: Sequence[Want]) -> dict[tuple[int, int], W
 
 
 def _place(
-    windows: dict[tuple[int, int], Window], copy: Copy, stored: StoredRegion, target: int, itemsize: int, span: int
+    windows: dict[tuple[int, int], Window],
+    copy: Copy,
+    stored: StoredRegion,
+    target: int,
+    itemsize: int,
+    span: int,
 ) -> None:
     """Cut a copy at window boundaries and note each part in its window."""
     source = copy.source
@@ -136,9 +141,7 @@ def _place(
         window = windows.setdefault((stored.shard, low), Window(stored.shard, low))
         # Almost always: the data as it lies, from the first element of the piece that is inside this window.
         if base >= low * span and base + prod(source.shape) * itemsize <= (low + 1) * span:
-            window.pieces.append(
-                Piece(base - low * span, source.shape, source.box, itemsize, target, copy.target)
-            )
+            window.pieces.append(Piece(base - low * span, source.shape, source.box, itemsize, target, copy.target))
             return
     elements = prod(source.shape)
     for number in range(low, high + 1):
@@ -150,7 +153,10 @@ def _place(
             part = block.intersect(source.box)
             if part is not None:
                 shift = part.relative_to(source.box.origin)
-                inside = Box(tuple(a + b for a, b in zip(copy.target.box.origin, shift.origin, strict=True)), part.shape)
+                inside = Box(
+                    tuple(a + b for a, b in zip(copy.target.box.origin, shift.origin, strict=True)),
+                    part.shape,
+                )
                 window.pieces.append(
                     Piece(
                         base + position * itemsize - number * span,

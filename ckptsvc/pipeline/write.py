@@ -8,8 +8,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from ckptsvc.format.checksum import Digests, extent_digests
-from ckptsvc.format.commit import checkpoint_name, shard_name
 from ckptsvc.format.columns import Columns
+from ckptsvc.format.commit import checkpoint_name, shard_name
 from ckptsvc.format.shard import ShardInfo, decode_header, header_length
 from ckptsvc.storage import Store
 

@@ -24,7 +24,7 @@ KEEPALIVE = [("grpc.keepalive_time_ms", 5000), ("grpc.keepalive_timeout_ms", 500
 """For streams between agents: a peer that is cut off is noticed in ten seconds."""
 
 ERROR_KEY = "ckptsvc-error-bin"
-TOKEN_KEY = "ckptsvc-token"  # noqa: S105
+TOKEN_KEY = "ckptsvc-token"
 
 
 def trailers_of(error: CkptsvcError) -> tuple[grpc.StatusCode, tuple[tuple[str, bytes], ...]]:

@@ -24,12 +24,12 @@ from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError
 MAX_PACKET = 64 << 10
 """Bytes in one message."""
 
-PAGE = struct.Struct("<qQqqq")
+PAGE = struct.Struct("<qQqqqq")
 """The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds (written by the rank); step to save at, step to stop at,
-last committed step (written by the agent). -1 means none. Aligned 8-byte words: each is read and written whole."""
+last committed step, last step whose save failed (written by the agent). -1 means none. Aligned 8-byte words: each is read and written whole."""
 
 PAGE_BYTES = 4096
-_FIELDS = {"step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32}
+_FIELDS = {"step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40}
 
 
 class Page:
@@ -41,7 +41,7 @@ class Page:
     @staticmethod
     def blank() -> bytes:
         """The page before anything has happened."""
-        return PAGE.pack(0, 0, -1, -1, -1)
+        return PAGE.pack(0, 0, -1, -1, -1, -1)
 
     def get(self, name: str) -> int:
         """Read one word."""

@@ -20,12 +20,12 @@ OUTCOME_SKIPPED: Outcome
 OUTCOME_FENCED: Outcome
 
 class PrepareRequest(_message.Message):
-    __slots__ = ("arena_bytes", "plain_digest")
-    ARENA_BYTES_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("plain_digest", "generation")
     PLAIN_DIGEST_FIELD_NUMBER: _ClassVar[int]
-    arena_bytes: int
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     plain_digest: str
-    def __init__(self, arena_bytes: _Optional[int] = ..., plain_digest: _Optional[str] = ...) -> None: ...
+    generation: int
+    def __init__(self, plain_digest: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class PrepareResponse(_message.Message):
     __slots__ = ("same_plain", "complete")
@@ -34,6 +34,18 @@ class PrepareResponse(_message.Message):
     same_plain: _containers.RepeatedScalarFieldContainer[int]
     complete: bool
     def __init__(self, same_plain: _Optional[_Iterable[int]] = ..., complete: bool = ...) -> None: ...
+
+class ProvideRequest(_message.Message):
+    __slots__ = ("bytes",)
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    bytes: int
+    def __init__(self, bytes: _Optional[int] = ...) -> None: ...
+
+class ProvideResponse(_message.Message):
+    __slots__ = ("slots",)
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    slots: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, slots: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
     __slots__ = ("step", "bytes")

@@ -39,6 +39,11 @@ class AgentServiceStub(object):
                 request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.PrepareRequest.SerializeToString,
                 response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.PrepareResponse.FromString,
                 _registered_method=True)
+        self.Provide = channel.unary_unary(
+                '/ckptsvc.rpc.v1.AgentService/Provide',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ProvideRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ProvideResponse.FromString,
+                _registered_method=True)
         self.Acquire = channel.unary_unary(
                 '/ckptsvc.rpc.v1.AgentService/Acquire',
                 request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.AcquireRequest.SerializeToString,
@@ -85,8 +90,15 @@ class AgentServiceServicer(object):
     """Missing associated documentation comment in .proto file."""
 
     def Prepare(self, request, context):
-        """Announces what this rank holds and makes the agent set up arenas for it. Waits until every rank of the attempt
-        has announced (or the deadline passes): the answer says which ranks hold the same set of plain tensors.
+        """Announces which plain tensors this rank holds. Waits until every rank of the attempt has announced for the same
+        generation and the attempt has an epoch (or is known to get none), or until the deadline.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Provide(self, request, context):
+        """Sets up arenas for shard images of that size; answers when all are there, or before the deadline with what is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,6 +170,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.PrepareRequest.FromString,
                     response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.PrepareResponse.SerializeToString,
             ),
+            'Provide': grpc.unary_unary_rpc_method_handler(
+                    servicer.Provide,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ProvideRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ProvideResponse.SerializeToString,
+            ),
             'Acquire': grpc.unary_unary_rpc_method_handler(
                     servicer.Acquire,
                     request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.AcquireRequest.FromString,
@@ -226,6 +243,33 @@ class AgentService(object):
             '/ckptsvc.rpc.v1.AgentService/Prepare',
             ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.PrepareRequest.SerializeToString,
             ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.PrepareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Provide(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.AgentService/Provide',
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ProvideRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ProvideResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -87,16 +87,18 @@ class RankLeft(_message.Message):
     def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., died: bool = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Announced(_message.Message):
-    __slots__ = ("job", "attempt", "rank", "digest")
+    __slots__ = ("job", "attempt", "rank", "digest", "generation")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: int
     rank: int
     digest: str
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., digest: _Optional[str] = ...) -> None: ...
+    generation: int
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., digest: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Progressed(_message.Message):
     __slots__ = ("job", "attempt", "node", "lowest", "highest")
@@ -328,12 +330,14 @@ class JobRefused(_message.Message):
     def __init__(self, attempt: _Optional[int] = ..., code: _Optional[str] = ..., why: _Optional[str] = ...) -> None: ...
 
 class Holders(_message.Message):
-    __slots__ = ("attempt", "groups")
+    __slots__ = ("attempt", "groups", "generation")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
+    GENERATION_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     groups: _containers.RepeatedCompositeFieldContainer[HolderGroup]
-    def __init__(self, attempt: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[HolderGroup, _Mapping]]] = ...) -> None: ...
+    generation: int
+    def __init__(self, attempt: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[HolderGroup, _Mapping]]] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class HolderGroup(_message.Message):
     __slots__ = ("ranks",)

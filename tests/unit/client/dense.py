@@ -27,6 +27,13 @@ def raw(tensor: Tensor) -> bytes:
     return tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
+def blank(meta: TensorMeta) -> Tensor:
+    """Zeros, also of the types that torch has no zeros of."""
+    empty = torch.empty(meta.shape, dtype=getattr(torch, meta.dtype))
+    bits(empty).zero_()
+    return empty
+
+
 @dataclass
 class Dense:
     """All logical tensors of a checkpoint, and every rank's encoded document."""
@@ -66,8 +73,7 @@ def save(tree: StateTree) -> Dense:
         for meta_of, origin, shape, data, holders, splittable in pieces:
             meta = TensorMeta(*meta_of)
             assert metas.setdefault(meta.name, meta) == meta
-            dtype = getattr(torch, meta.dtype)
-            whole = tensors.setdefault(meta.name, torch.zeros(meta.shape, dtype=dtype))
+            whole = tensors.setdefault(meta.name, blank(meta))
             seen = covered.setdefault(meta.name, torch.zeros(meta.shape, dtype=torch.bool))
             at = Box(tuple(origin), tuple(shape)).slices()
             if splittable and seen[at].any():

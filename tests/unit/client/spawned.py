@@ -21,7 +21,9 @@ from typing import Any
 TIMEOUT = 60.0
 
 
-def run(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
+def run(
+    world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT
+) -> list[Any]:
     """What `function(rank, *arguments)` returned on each rank."""
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         job = {
@@ -48,7 +50,9 @@ def run(world_size: int, function: Callable[..., Any], *arguments: Any, timeout:
                 process.wait()
         failed = [rank for rank, status in enumerate(statuses) if status != 0]
         if failed:
-            said = [f"--- rank {r}, exit {statuses[r]}\n{Path(folder, f'{r}.log').read_text()}" for r in failed]
+            said = [
+                f"--- rank {r}, exit {statuses[r]}\n{Path(folder, f'{r}.log').read_text()}" for r in failed
+            ]
             raise AssertionError(f"{function.__name__} on {world_size} ranks failed\n" + "\n".join(said))
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
 

@@ -14,8 +14,8 @@ from ckptsvc.format.shard import Part, ShardInfo
 from ckptsvc.geometry.box import Box, FlatRange
 from ckptsvc.types import DTYPES, TensorMeta
 
-settings.register_profile("ckptsvc-format", deadline=None, max_examples=60)
-settings.load_profile("ckptsvc-format")
+settings.register_profile("ckptsvc", deadline=None)
+settings.load_profile("ckptsvc")
 
 names = st.one_of(
     st.sampled_from(

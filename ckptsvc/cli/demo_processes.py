@@ -1,0 +1,150 @@
+"""The processes that `ckptsvc demo` starts, and waiting for what they say."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from ckptsvc.errors import CkptsvcError
+
+POLL = 0.01
+"""Seconds between two looks at logs and processes."""
+
+GRACE = 5.0
+"""Seconds between SIGTERM and SIGKILL for what is still there at the end."""
+
+
+class DemoFailed(CkptsvcError):
+    """The demo could not go on: a process ended, or something did not happen in time."""
+
+
+class Child:
+    """One process, the leader of a process group of its own; what it prints goes to `log`."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.name = name
+        self.process = process
+        self.log = log
+
+    @property
+    def status(self) -> int | None:
+        """Exit status, None while it runs."""
+        return self.process.poll()
+
+    def tail(self, lines: int = 12) -> str:
+        """The end of what it printed."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to the whole group, ranks included, as long as anything is left of it."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
+class Children:
+    """All processes of a demo; a context manager that leaves none of them behind."""
+
+    def __init__(self, logs: Path, environ: Mapping[str, str]) -> None:
+        self._logs = logs
+        self._environ = dict(environ)
+        self._all: list[Child] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def start(self, name: str, arguments: Sequence[str]) -> Child:
+        """Starts a program; its output goes to `<logs>/<name>.log`."""
+        log = self._logs / f"{name}.log"
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=self._environ,
+                start_new_session=True,  # Ctrl-C is for the demo; it then ends its children itself, in order
+            )
+        child = Child(name, process, log)
+        self._all.append(child)
+        return child
+
+    def stop(self) -> None:
+        """Ends every child that is still there: SIGTERM, then SIGKILL to whatever is left of its group."""
+        running = [child for child in self._all if child.status is None]
+        for child in running:
+            child.signal(signal.SIGTERM)
+        deadline = time.monotonic() + GRACE
+        while any(child.status is None for child in running) and time.monotonic() < deadline:
+            time.sleep(POLL)
+        for child in self._all:
+            child.signal(signal.SIGKILL)
+            child.process.wait()
+        self._all.clear()
+
+
+class Events:
+    """The complete JSON lines of a growing file, each given out once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file: BinaryIO | None = None
+        self._rest = b""
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """What was added since the last call; lines that are no JSON objects are passed over."""
+        if self._file is None:
+            if not self.path.exists():
+                return
+            self._file = open(self.path, "rb")  # noqa: SIM115 - it lives as long as this object
+        *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict):
+                    yield event
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def wait_until(
+    condition: Callable[[], bool], what: str, timeout: float, needed: Sequence[Child] = ()
+) -> None:
+    """Looks at `condition` until it holds.
+
+    Args:
+        condition: called every `POLL` seconds.
+        what: what is waited for, for the error: "the agents to start".
+        timeout: seconds.
+        needed: processes without which it cannot come true; one that ends with status 0 is all right.
+
+    Raises:
+        DemoFailed: it took too long, or a process that is needed failed; the hint is the end of its log.
+    """
+    deadline = time.monotonic() + timeout
+    while not condition():
+        for child in needed:
+            if child.status:
+                raise DemoFailed(f"{child.name} ended with status {child.status}", hint=_log_of(child))
+        if time.monotonic() > deadline:
+            raise DemoFailed(f"waited {timeout:g} s for {what}", hint="\n".join(map(_log_of, needed)))
+        time.sleep(POLL)
+
+
+def _log_of(child: Child) -> str:
+    return f"the end of {child.log}:\n{child.tail()}"
