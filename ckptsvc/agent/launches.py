@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import grpc.aio
 
-from ckptsvc.agent.node import Node
+from ckptsvc.agent.local import Local
 from ckptsvc.errors import InvalidInput
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -33,11 +33,10 @@ class Launcher:
 class Launches:
     """All launchers connected to this agent."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, local: Local) -> None:
+        self._local = local
         self._by_job: dict[str, Launcher] = {}
-        node.launchers = self.resync
-        node.launch_order = self.order
+        local.launchers = self.resync
 
     @property
     def idle(self) -> bool:
@@ -56,7 +55,7 @@ class Launches:
         metadata = dict(context.invocation_metadata() or ())
         launcher = Launcher(hello, str(metadata.get(COORDINATOR_KEY, "")))
         self._by_job[hello.job] = launcher
-        uplink = self._node.uplink_to(launcher.coordinator)
+        uplink = self._local.uplink(launcher.coordinator)
         for report in self._reports_of(launcher):
             uplink.report(report)
         reading = asyncio.ensure_future(self._read(requests, launcher))
@@ -70,12 +69,12 @@ class Launches:
             reading.cancel()
             if self._by_job.get(hello.job) is launcher:
                 del self._by_job[hello.job]
-            left = pb.NodeLeft(job=hello.job, node=self._node.name, detail="its launcher is gone")
+            left = pb.NodeLeft(job=hello.job, node=self._local.name, detail="its launcher is gone")
             uplink.report(pb.Report(node_left=left))
 
     async def _read(self, requests: AsyncIterator[agent_pb2.LaunchRequest], launcher: Launcher) -> None:
-        job, node = launcher.hello.job, self._node.name
-        uplink = self._node.uplink_to(launcher.coordinator)
+        job, node = launcher.hello.job, self._local.name
+        uplink = self._local.uplink(launcher.coordinator)
         async for request in requests:
             kind = request.WhichOneof("report")
             if kind == "ready":
@@ -116,7 +115,7 @@ class Launches:
         hello = launcher.hello
         joined = pb.NodeJoined(
             job=hello.job,
-            node=self._node.name,
+            node=self._local.name,
             node_rank=hello.node_rank,
             min_nodes=hello.min_nodes,
             max_nodes=hello.max_nodes,
@@ -134,7 +133,7 @@ class Launches:
         assert launcher.ready is not None
         ready = pb.NodeReady(
             job=launcher.hello.job,
-            node=self._node.name,
+            node=self._local.name,
             attempt=launcher.ready.attempt,
             port=launcher.ready.port,
         )

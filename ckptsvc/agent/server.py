@@ -28,6 +28,7 @@ import ckptsvc
 from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
 from ckptsvc.agent.launches import Launches
+from ckptsvc.agent.local import Local
 from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
@@ -102,22 +103,17 @@ class Agent:
             raise RunBusy(f"an agent already serves {directory}") from None
         left = self.pool.open()
         settings = self._options.settings
-        self.node = Node(
-            self.node_name,
-            self.pool,
-            self.workers,
-            self.shell,
-            self.metrics,
-            slots=settings.arena.slots,
-            linger=600.0 if self._options.linger is None else self._options.linger,
-        )
-        self.launches = Launches(self.node)
+        self.local = Local(self.node_name, self.pool, self.metrics, self.shell)
+        linger = 600.0 if self._options.linger is None else self._options.linger
+        self.node = Node(self.local, self.workers, slots=settings.arena.slots, linger=linger)
+        self.launches = Launches(self.local)
+        self.node.launch_order = self.launches.order
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
-            self.node.recover(left)
+            self.node.saves.recover(left)
             tasks = [asyncio.ensure_future(c) for c in (self.shell.run(), self.node.watch(), self._until_idle())]
             (directory / "ready").write_text(self._ready_text())
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
@@ -186,8 +182,8 @@ class Agent:
         while True:
             await asyncio.sleep(0.2)
             if not self.node.idle or not self.launches.idle:
-                self.node.last_active = time.monotonic()
-            elif linger is not None and time.monotonic() - self.node.last_active > linger:
+                self.local.last_active = time.monotonic()
+            elif linger is not None and time.monotonic() - self.local.last_active > linger:
                 self._stopping.set()
 
     def _ready_text(self) -> str:

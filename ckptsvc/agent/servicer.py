@@ -78,7 +78,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         if not 0 < request.bytes <= MAX_IMAGE:
             raise InvalidInput(f"a shard image of {request.bytes} bytes is impossible")
         timeout = _remaining(context, PROVIDE_TIMEOUT)
-        return agent_pb2.ProvideResponse(slots=await self._node.provide(_token(context), request.bytes, timeout))
+        return agent_pb2.ProvideResponse(slots=await self._node.arenas.provide(_token(context), request.bytes, timeout))
 
     @_errors
     async def Acquire(self, request: agent_pb2.AcquireRequest, context: Any) -> agent_pb2.AcquireResponse:
@@ -86,26 +86,26 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         if not 0 < request.bytes <= MAX_IMAGE or request.step < 0:
             raise InvalidInput(f"a snapshot of {request.bytes} bytes at step {request.step} is impossible")
         timeout = _remaining(context, 600.0)
-        arena, epoch = await self._node.acquire(_token(context), request.step, request.bytes, timeout)
+        arena, epoch = await self._node.arenas.acquire(_token(context), request.step, request.bytes, timeout)
         return agent_pb2.AcquireResponse(slot=arena.name, capacity=arena.capacity, epoch=epoch)
 
     @_errors
     async def Submit(self, request: agent_pb2.SubmitRequest, context: Any) -> agent_pb2.SubmitResponse:
         """See agent.proto."""
-        self._node.submit(_token(context), request.slot, request.step, request.bytes, dict(request.aliases))
+        self._node.saves.submit(_token(context), request.slot, request.step, request.bytes, dict(request.aliases))
         return agent_pb2.SubmitResponse()
 
     @_errors
     async def Abandon(self, request: agent_pb2.AbandonRequest, context: Any) -> agent_pb2.AbandonResponse:
         """See agent.proto."""
-        self._node.abandon(_token(context), request.slot, request.step, request.reason[:500])
+        self._node.arenas.abandon(_token(context), request.slot, request.step, request.reason[:500])
         return agent_pb2.AbandonResponse()
 
     @_errors
     async def WaitSave(self, request: agent_pb2.WaitSaveRequest, context: Any) -> agent_pb2.WaitSaveResponse:
         """See agent.proto."""
         try:
-            waiting = self._node.wait_save(_token(context), request.step)
+            waiting = self._node.saves.wait_save(_token(context), request.step)
             outcome = await asyncio.wait_for(waiting, _remaining(context, 600.0))
         except TimeoutError:
             outcome = agent_pb2.SaveOutcome()
@@ -116,7 +116,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         self, request: agent_pb2.ListSnapshotsRequest, context: Any
     ) -> agent_pb2.ListSnapshotsResponse:
         """See agent.proto."""
-        return agent_pb2.ListSnapshotsResponse(snapshots=await self._node.list_snapshots(_token(context)))
+        return agent_pb2.ListSnapshotsResponse(snapshots=await self._node.saves.list_snapshots(_token(context)))
 
     @_errors
     async def Leave(self, request: agent_pb2.LeaveRequest, context: Any) -> agent_pb2.LeaveResponse:

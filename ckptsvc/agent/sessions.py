@@ -1,4 +1,4 @@
-"""What an agent knows of its local ranks and jobs: plain state, changed by agent.node only."""
+"""What an agent knows of its local ranks and jobs: plain state, changed in the event loop only."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def status_of(agent: Agent) -> dict[str, Any]:
 def _ranks(agent: Agent) -> list[dict[str, Any]]:
     now = time.monotonic()
     found = []
-    for session in agent.node.sessions.values():
+    for session in agent.local.sessions.values():
         reg, at = session.reg, session.page.get("at")
         found.append(
             {
@@ -73,7 +73,7 @@ def _saves(agent: Agent) -> list[dict[str, Any]]:
             "bytes": o.bytes,
             "seconds": o.seconds,
         }
-        for job in agent.node.jobs.values()
+        for job in agent.local.jobs.values()
         for o in job.outcomes.values()
     ]
 

@@ -4,8 +4,8 @@
     run        the same training on two "nodes" (two agents on loopback); a rank is killed with SIGKILL
     branches   a checkpoint of the run goes on with 3 ranks, and with 2 x 2 ranks FSDP2 x tensor parallel
 
-Everything is done through the commands and the two calls that a user has; the checks compare what the training
-program logged, so they need not trust what the service says about itself.
+Everything is done through the commands and the two calls that a user has. The checks compare what the training
+program logged: they need not trust what the service says about itself.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
@@ -31,7 +29,6 @@ import click
 import ckptsvc
 from ckptsvc.cli.demo_facts import Facts
 from ckptsvc.cli.demo_flow import EVERY, STEPS, Demo
-from ckptsvc.cli.demo_processes import DemoFailed
 from ckptsvc.cli.demo_report import report, size, verdict
 from ckptsvc.cli.demo_story import Story
 from ckptsvc.errors import ConfigError, InvalidInput
@@ -49,16 +46,13 @@ def command(keep: Path | None, page: Path | None, as_json: bool) -> int:
     Exit status 0 means that every check passed.
     """
     if importlib.util.find_spec("torch") is None:
-        raise ConfigError(
-            "the demo trains with PyTorch, which is not installed", hint="pip install ckptsvc[torch]"
-        )
+        raise ConfigError("the demo trains with PyTorch, which is not installed", hint="pip install ckptsvc[torch]")
     signal.signal(signal.SIGTERM, _terminated)
     page = (page or (keep / "report.html" if keep else Path("ckptsvc-demo.html"))).absolute()
     story = Story(quiet=as_json)
-    with _directory(keep) as directory:
-        facts = Demo(directory, story, machine_facts()).run()
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(report(facts), encoding="utf-8")
+    facts = _play(keep, story)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(report(facts), encoding="utf-8")
     if as_json:
         click.echo(json.dumps(_as_json(facts, page), indent=2))
     else:
@@ -72,25 +66,26 @@ def _terminated(number: int, frame: FrameType | None) -> NoReturn:
     sys.exit(128 + number)
 
 
-@contextmanager
-def _directory(keep: Path | None) -> Iterator[Path]:
-    """The directory of a demo; a temporary one is removed, unless something went wrong with it."""
+def _play(keep: Path | None, story: Story) -> Facts:
+    """Runs the demo in `keep`, or in a temporary directory, which is left only where something went wrong."""
     if keep is not None:
         if keep.exists() and any(keep.iterdir()):
             raise InvalidInput(f"{keep} is not empty", hint="name a new directory")
         keep.mkdir(parents=True, exist_ok=True)
-        yield keep.absolute()
-        return
-    directory = Path(tempfile.mkdtemp(prefix="ckptsvc-demo-"))
+        return Demo(keep.absolute(), story, machine_facts()).run()
+    directory, wrong = Path(tempfile.mkdtemp(prefix="ckptsvc-demo-")), True
     try:
-        yield directory
-    except DemoFailed:
-        click.echo(f"logs and stores are left in {directory}", err=True)
+        facts = Demo(directory, story, machine_facts()).run()
+        wrong = not facts.passed
+    except (KeyboardInterrupt, SystemExit):
+        wrong = False
         raise
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
-    shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        if wrong:
+            click.echo(f"logs and stores are left in {directory}", err=True)
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+    return facts
 
 
 def machine_facts() -> dict[str, str]:
@@ -119,7 +114,7 @@ def _first_field(path: str, name: str) -> str:
 
 def _as_json(facts: Facts, page: Path) -> dict[str, Any]:
     """The facts for programs: without the digests and the single steps of the runs."""
-    runs = [{"label": r.label, "layout": r.layout, "role": r.role, "losses": r.losses} for r in facts.runs]
+    runs = [{"label": r.label, "layout": r.layout, "losses": r.losses} for r in facts.runs]
     values = {name: [asdict(v) for v in getattr(facts, name)] for name in ("incidents", "saves", "checks")}
     about = {
         "passed": facts.passed,

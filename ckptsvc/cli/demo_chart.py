@@ -113,9 +113,7 @@ def _killed(incident: Incident, control: Run, x: Scale, y: Scale) -> Iterator[st
         yield f'<circle class="back ring" cx="{x(incident.resumed_from)}" cy="{y(resumed)}" r="7"/>'
 
 
-def _apart_panel(
-    control: Run, others: list[Run], x: Scale, top: int, bottom: int, frame: Frame
-) -> Iterator[str]:
+def _apart_panel(control: Run, others: list[Run], x: Scale, top: int, bottom: int, frame: Frame) -> Iterator[str]:
     equal = bottom - 8
     y = _linear(LOWEST, HIGHEST, bottom - 26, top)
     yield _text(4, top - 22, "relative distance of the loss from the control", "axis title")
@@ -151,9 +149,7 @@ def _lanes(runs: Sequence[Run]) -> Iterator[tuple[str, str, tuple[Step, ...]]]:
             yield label, kind, steps
 
 
-def _lanes_panel(
-    lanes: list[tuple[str, str, tuple[Step, ...]]], x: Scale, top: int, frame: Frame
-) -> Iterator[str]:
+def _lanes_panel(lanes: list[tuple[str, str, tuple[Step, ...]]], x: Scale, top: int, frame: Frame) -> Iterator[str]:
     yield _text(4, top - 16, "who trained which steps", "axis title")
     for number, (label, kind, steps) in enumerate(lanes):
         y = top + number * 2 * LINE

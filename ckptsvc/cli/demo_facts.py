@@ -258,9 +258,7 @@ def check_branch(branch: Run, control: Run, start: int, stop: int) -> list[Check
     if missing:
         detail = f"{len(missing)} of {stop - start} steps were never done"
     else:
-        detail = (
-            f"largest relative difference {short(apart[worst])} (step {worst}), tolerance {short(TOLERANCE)}"
-        )
+        detail = f"largest relative difference {short(apart[worst])} (step {worst}), tolerance {short(TOLERANCE)}"
     held = not missing and apart[worst] <= TOLERANCE
     claim = f"{branch.layout}: losses of steps {start + 1} to {stop} agree with the control's"
     return [_check_state(f"of step {start} restored", branch, control, start), Check(claim, held, detail)]
@@ -270,12 +268,8 @@ def _check_state(when: str, run: Run, control: Run, step: int) -> Check:
     mine, theirs = run.state(step), control.state(step)
     claim = f"{run.layout}: weights and optimizer state {when} equal the control's, bit for bit"
     if mine is None or theirs is None:
-        return Check(
-            claim, False, f"no digest of the {'state' if mine is None else 'control'} at step {step}"
-        )
-    detail = (
-        f"digest {mine[:16]}" if mine == theirs else f"digest {mine[:16]}, the control's is {theirs[:16]}"
-    )
+        return Check(claim, False, f"no digest of the {'state' if mine is None else 'control'} at step {step}")
+    detail = f"digest {mine[:16]}" if mine == theirs else f"digest {mine[:16]}, the control's is {theirs[:16]}"
     return Check(claim, mine == theirs, detail)
 
 

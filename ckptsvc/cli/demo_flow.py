@@ -1,4 +1,4 @@
-"""What `ckptsvc demo` does, step by step: start agents, train the control and the run, kill, resume elsewhere."""
+"""What `ckptsvc demo` does: start agents, train the control and the run, kill a rank, resume elsewhere."""
 
 from __future__ import annotations
 
@@ -148,9 +148,7 @@ class Demo:
         """The checkpoints in the store, and the folders there that are none."""
         store = connect(self._store.as_uri())
         last = f"step {STEPS} to be committed"
-        wait_until(
-            lambda: any(ref.step == STEPS and read_commit(store, ref) for ref in list_refs(store)), last, 60.0
-        )
+        wait_until(lambda: any(ref.step == STEPS and read_commit(store, ref) for ref in list_refs(store)), last, 60.0)
         saves, unfinished = [], []
         for ref in sorted(list_refs(store), key=lambda ref: ref.step):
             commit = read_commit(store, ref)
@@ -172,9 +170,7 @@ class Demo:
         log, store = self._log(f"branch-{layout}"), self._directory / f"branch-{layout}"
         copy_run(self._store, store, BRANCH_FROM)
         train = _training(log, "--store", store.as_uri(), "--layout", layout, "--every", str(EVERY))
-        child = self._children.start(
-            f"branch-{layout}", [*_one_node(ranks), *train, "--stop-at", str(BRANCH_TO)]
-        )
+        child = self._children.start(f"branch-{layout}", [*_one_node(ranks), *train, "--stop-at", str(BRANCH_TO)])
         self._follow(title, log, [child], BRANCH_TO)
         return self._read(log, "resumed", title, "branch")
 
@@ -233,9 +229,7 @@ class Killer:
             self._kill()
         elif event["event"] == "step" and not first and self._stepping is None:
             self._stepping = event["time"]
-            self._story.say(
-                f"step {event['step']} is done, {seconds(self._stepping - self._killed)} after the kill"
-            )
+            self._story.say(f"step {event['step']} is done, {seconds(self._stepping - self._killed)} after the kill")
 
     def _kill(self) -> None:
         self._killed = time.time()
@@ -303,7 +297,7 @@ def _training(log: Path, *flags: str) -> list[str]:
 
 
 def _environ(sockets: Path) -> dict[str, str]:
-    """The environment of all processes: no setting of the user's, nothing of a launcher that started the demo."""
+    """The environment of all processes: no settings of the user's, no ranks of an outer launcher."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CKPTSVC_")}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         kept.pop(name, None)

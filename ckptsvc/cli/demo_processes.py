@@ -122,9 +122,7 @@ class Events:
             self._file.close()
 
 
-def wait_until(
-    condition: Callable[[], bool], what: str, timeout: float, needed: Sequence[Child] = ()
-) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout: float, needed: Sequence[Child] = ()) -> None:
     """Looks at `condition` until it holds.
 
     Args:

@@ -90,9 +90,7 @@ def verdict(facts: Facts) -> str:
     if not again:
         return f"All {len(facts.checks)} checks passed"
     killed = "A rank was killed" if len(facts.incidents) == 1 else f"{len(facts.incidents)} ranks were killed"
-    return (
-        f"{killed} in mid-training; {seconds(max(again))} later the job was stepping again. Nothing was lost"
-    )
+    return f"{killed} in mid-training; {seconds(max(again))} later the job was stepping again. Nothing was lost"
 
 
 def story(facts: Facts) -> str:
@@ -224,9 +222,7 @@ def _checkpoints(saves: Sequence[Save]) -> str:
     )
 
 
-def _table(
-    names: Sequence[str], rows: Iterable[Sequence[str]], *, head: bool = True, numbers: bool = False
-) -> str:
+def _table(names: Sequence[str], rows: Iterable[Sequence[str]], *, head: bool = True, numbers: bool = False) -> str:
     """An HTML table; cells are HTML already."""
     top = "".join(f"<th>{name}</th>" for name in names)
     lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)

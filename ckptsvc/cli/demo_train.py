@@ -330,19 +330,13 @@ def _log_state(log: Log, step: int, model: nn.Module, optimizer: torch.optim.Opt
 @click.command(context_settings={"show_default": True})
 @click.option("--store", metavar="URL", help="Where the run keeps its checkpoints.")
 @click.option("--no-ckpt", is_flag=True, help="Train without ckptsvc: the control.")
-@click.option(
-    "--steps", type=click.IntRange(1), default=60, help="Length of the training and of its schedule."
-)
+@click.option("--steps", type=click.IntRange(1), default=60, help="Length of the training and of its schedule.")
 @click.option("--stop-at", type=click.IntRange(1), help="Stop after this step. [default: the last]")
 @click.option("--every", type=click.IntRange(1), default=5, help="Steps between snapshots.")
 @click.option("--layout", type=click.Choice(LAYOUTS), default="none", help="How the model is distributed.")
-@click.option(
-    "--log-file", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Appended to."
-)
+@click.option("--log-file", type=click.Path(dir_okay=False, path_type=Path), required=True, help="Appended to.")
 @click.option("--log-all-ranks", is_flag=True, help="Log the steps of every rank, not of rank 0 only.")
-@click.option(
-    "--digest-every", type=click.IntRange(0), default=0, help="Steps between state digests; 0 for none."
-)
+@click.option("--digest-every", type=click.IntRange(0), default=0, help="Steps between state digests; 0 for none.")
 def main(store: str | None, no_ckpt: bool, steps: int, stop_at: int | None, **options: Any) -> None:
     """Train a small GPT on Python's own sources."""
     if no_ckpt == (store is not None):

@@ -94,9 +94,7 @@ def references(plain: Any) -> Iterable[TensorRef | ArrayRef]:
             yield from references(value)
 
 
-def assemble(
-    document: Mapping[str, Any], tensors: Mapping[str, Any], as_array: Callable[[Any], Any]
-) -> dict[str, Any]:
+def assemble(document: Mapping[str, Any], tensors: Mapping[str, Any], as_array: Callable[[Any], Any]) -> dict[str, Any]:
     """The state tree as one nested dict of plain values and tensors, with no live object to go by.
 
     Args:

@@ -49,9 +49,7 @@ class ModuleNode:
         """The parts of its tensors, and the extra state that is not tensors."""
         if self._fingerprint is None or not self._fingerprint.holds():
             state = _state_of(self.target)
-            live = _Live(
-                self.target
-            )  # after the walk, whose hooks put sharded parameters in place of gathered ones
+            live = _Live(self.target)  # after the walk, whose hooks put sharded parameters in place of gathered ones
             found, plain = Found(), {}
             parts: list[LocalPart] = []
             for name, value in state.items():

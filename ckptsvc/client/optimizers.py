@@ -118,11 +118,7 @@ class OptimizerNode:
 
     def _plain_groups(self, found: Found, groups: list[State], names: list[list[Any]]) -> list[State]:
         return [
-            {
-                k: found.take(v, join(self.path, "param_groups", i, k))
-                for k, v in group.items()
-                if k != "params"
-            }
+            {k: found.take(v, join(self.path, "param_groups", i, k)) for k, v in group.items() if k != "params"}
             | {"params": list(names[i])}
             for i, group in enumerate(groups)
         ]
@@ -134,9 +130,7 @@ class OptimizerNode:
             return None
         values = list(values_of(optimizer.state.values()))
         tensors = [v for v in values if isinstance(v, Tensor)]
-        if len(tensors) < len(values) and any(
-            type(v) not in _SCALARS for v in values if not isinstance(v, Tensor)
-        ):
+        if len(tensors) < len(values) and any(type(v) not in _SCALARS for v in values if not isinstance(v, Tensor)):
             return None
         mask = None if len(tensors) == len(values) else [isinstance(v, Tensor) for v in values]
 
@@ -317,9 +311,7 @@ def _like_state(meta: TensorMeta, slot: str, parameter: Tensor | None) -> Tensor
         return torch.empty(meta.shape, dtype=dtype)
     if tuple(parameter.shape) == tuple(meta.shape):
         return torch.empty_like(parameter.detach(), dtype=dtype)
-    if (
-        isinstance(parameter, DTensor) and meta.shape
-    ):  # factored moments, as new_zeros() of a DTensor makes them
+    if isinstance(parameter, DTensor) and meta.shape:  # factored moments, as new_zeros() of a DTensor makes them
         mesh = parameter.device_mesh
         local = torch.empty(meta.shape, dtype=dtype, device=parameter.device)
         return DTensor.from_local(local, mesh, [Replicate()] * mesh.ndim, run_check=False)
@@ -339,9 +331,7 @@ def _match_groups(path: str, live: list[State], names: list[list[Any]], saved: l
                     hint="build the optimizer with the same groups",
                 )
             found = saved[i]
-        keep = {"params": names[i]} | (
-            {"param_names": group["param_names"]} if "param_names" in group else {}
-        )
+        keep = {"params": names[i]} | ({"param_names": group["param_names"]} if "param_names" in group else {})
         matched.append({k: v for k, v in group.items() if k != "params"} | found | keep)
     return matched
 

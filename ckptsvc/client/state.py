@@ -93,9 +93,7 @@ class StateTree:
         self._build()
 
     def _build(self) -> None:
-        modules = {
-            path: ModuleNode(path, m) for path, m in _objects(self._tree, "") if isinstance(m, nn.Module)
-        }
+        modules = {path: ModuleNode(path, m) for path, m in _objects(self._tree, "") if isinstance(m, nn.Module)}
         for node in modules.values():
             node.find()  # torch's hooks then leave the sharded parameters in place, which the optimizers know
         self._root = _branch(self._tree, "", modules, self._rank)

@@ -80,9 +80,7 @@ class Wanted:
                     f"/{name} is in the document of the checkpoint and not among its tensors",
                     hint="another rank's document, or a damaged checkpoint: see `ckptsvc verify`",
                 )
-            tensor = self._fresh[name] = torch.empty(
-                meta.shape, dtype=getattr(torch, meta.dtype), device=device
-            )
+            tensor = self._fresh[name] = torch.empty(meta.shape, dtype=getattr(torch, meta.dtype), device=device)
             self.fill(name, tensor)
         return tensor
 

@@ -56,13 +56,11 @@ class Store(Protocol):
     def capabilities(self) -> Capabilities:
         """Say what this store can do; may write and remove a small temporary object to find out."""
 
-    def write(
-        self, key: str, data: memoryview, size: int, *, progress: Callable[[int], None] | None = None
-    ) -> None:
+    def write(self, key: str, data: memoryview, size: int, *, progress: Callable[[int], None] | None = None) -> None:
         """Write a large object; on return its data, its size and its name are durable.
 
         Replaces an object of that name. Not atomic: a reader may see a part of it, which is why readers
-        look for the commit record first. When this returns or raises, `data` is no longer read.
+        look for the commit record first. When this returns or raises, `data` is no longer read or held on to.
 
         Args:
             key: name of the object.

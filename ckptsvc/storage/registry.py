@@ -45,9 +45,7 @@ def connect(url: str, options: Mapping[str, Any] | None = None) -> Store:
     scheme = url.partition("://")[0]
     store = _driver(scheme)(url, options or {})
     if not isinstance(store, Store):
-        raise ConfigError(
-            f"the driver for {scheme}:// returned a {type(store).__qualname__}, which is no store"
-        )
+        raise ConfigError(f"the driver for {scheme}:// returned a {type(store).__qualname__}, which is no store")
     return store
 
 
@@ -86,9 +84,7 @@ def _driver(scheme: str) -> Callable[[str, Mapping[str, Any]], object]:
     try:
         loaded: Callable[[str, Mapping[str, Any]], object] = points[0].load()
     except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"the driver for {scheme}:// cannot be loaded: {_origin(points[0])}: {error}"
-        ) from error
+        raise ConfigError(f"the driver for {scheme}:// cannot be loaded: {_origin(points[0])}: {error}") from error
     return loaded
 
 

@@ -12,8 +12,8 @@ Subclass `StoreTests`, give it the fixture `store` and the two raw accesses, and
         def raw_read(self, store, key): ...
         def raw_write(self, store, key, content): ...
 
-Each test begins with an empty store. The raw accesses go around the driver, so that reading and writing are not
-checked against each other only.
+Each test begins with an empty store. The raw accesses go around the driver, so that reading and writing are
+not only checked against each other.
 """
 
 from __future__ import annotations
@@ -276,9 +276,7 @@ class StoreTests:
         with ThreadPoolExecutor(writers) as pool:
             for turn in range(10):
                 start = threading.Barrier(writers)
-                futures = [
-                    pool.submit(contend, number, f"t{turn}/COMMIT", start) for number in range(writers)
-                ]
+                futures = [pool.submit(contend, number, f"t{turn}/COMMIT", start) for number in range(writers)]
                 won = [number for number, future in enumerate(futures) if future.result()]
                 assert len(won) == 1
                 assert store.read(f"t{turn}/COMMIT") == f"writer {won[0]}".encode() * 100

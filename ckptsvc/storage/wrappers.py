@@ -175,9 +175,7 @@ class Limited(Wrapper):
 
     _STEP = 8 << 20  # bytes read between two looks at the clock
 
-    def __init__(
-        self, inner: Store, *, bytes_per_second: float | None = None, in_flight: int | None = None
-    ) -> None:
+    def __init__(self, inner: Store, *, bytes_per_second: float | None = None, in_flight: int | None = None) -> None:
         super().__init__(inner)
         for name, value in (("bytes_per_second", bytes_per_second), ("in_flight", in_flight)):
             if value is not None and value <= 0:

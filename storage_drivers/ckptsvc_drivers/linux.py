@@ -107,9 +107,7 @@ def in_page_cache(fd: int, offset: int, nbytes: int) -> bool:
     """
     libc = _libc()
     libc.mmap.restype = ctypes.c_void_p
-    address = libc.mmap(
-        None, ctypes.c_size_t(nbytes), mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_int64(offset)
-    )
+    address = libc.mmap(None, ctypes.c_size_t(nbytes), mmap.PROT_READ, mmap.MAP_SHARED, fd, ctypes.c_int64(offset))
     if address is None or address == ctypes.c_void_p(-1).value:
         return False
     resident = (ctypes.c_ubyte * 1)()

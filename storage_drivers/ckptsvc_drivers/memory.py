@@ -86,17 +86,15 @@ class MemoryStore:
             notes=("nothing outlives the process",),
         )
 
-    def write(
-        self, key: str, data: memoryview, size: int, *, progress: Callable[[int], None] | None = None
-    ) -> None:
+    def write(self, key: str, data: memoryview, size: int, *, progress: Callable[[int], None] | None = None) -> None:
         """See `Store.write`."""
         check_key(key)
-        view = check_size(data, size)
         content = bytearray()
-        for start in range(0, size, _BLOCK):
-            content += view[start : start + _BLOCK]
-            if progress is not None:
-                progress(min(_BLOCK, size - start))
+        with check_size(data, size) as view:
+            for start in range(0, size, _BLOCK):
+                content += view[start : start + _BLOCK]
+                if progress is not None:
+                    progress(min(_BLOCK, size - start))
         with self._space.lock:
             self._store(key, bytes(content))
 
@@ -114,9 +112,7 @@ class MemoryStore:
         if self._capacity is not None:
             others = sum(len(held) for name, (held, _) in self._space.objects.items() if name != key)
             if others + len(content) > self._capacity:
-                raise StoreFull(
-                    f"{self.url}/{key}: no space left", hint=f"capacity is {self._capacity} bytes"
-                )
+                raise StoreFull(f"{self.url}/{key}: no space left", hint=f"capacity is {self._capacity} bytes")
         self._space.objects[key] = (content, time.time())
 
     def _content(self, key: str) -> bytes:
@@ -129,18 +125,17 @@ class MemoryStore:
         """See `Store.read`."""
         content = self._content(key)
         if len(content) > limit:
-            raise InvalidInput(
-                f"{self.url}/{key} has {len(content)} bytes, more than the {limit} allowed here"
-            )
+            raise InvalidInput(f"{self.url}/{key} has {len(content)} bytes, more than the {limit} allowed here")
         return content
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
         """See `Store.read_into`."""
-        content, view = self._content(key), check_target(buffer, offset)
-        end = offset + len(view)
-        if end > len(content):
-            raise Damaged(f"{self.url}/{key} ends at byte {len(content)}, before {end}")
-        view[:] = memoryview(content)[offset:end]
+        content = self._content(key)
+        with check_target(buffer, offset) as view:
+            end = offset + len(view)
+            if end > len(content):
+                raise Damaged(f"{self.url}/{key} ends at byte {len(content)}, before {end}")
+            view[:] = memoryview(content)[offset:end]
 
     def size(self, key: str) -> int:
         """See `Store.size`."""

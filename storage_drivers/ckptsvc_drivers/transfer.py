@@ -112,9 +112,7 @@ class Transfer:
         """Fill `part` from `offset` in this thread; returns its length; EOFError as in `read`."""
         return self._repeat(self._system.pread, file, part, offset)
 
-    def _repeat(
-        self, call: Callable[[int, memoryview, int], int], file: File, part: memoryview, offset: int
-    ) -> int:
+    def _repeat(self, call: Callable[[int, memoryview, int], int], file: File, part: memoryview, offset: int) -> int:
         """Call until all of `part` is through, in direct mode as long as the file system takes it."""
         done = 0
         while done < len(part):
@@ -133,9 +131,7 @@ class Transfer:
                 done += moved
         return done
 
-    def _spread(
-        self, work: Callable[[int, int], int], nbytes: int, step: int, progress: Progress | None
-    ) -> None:
+    def _spread(self, work: Callable[[int, int], int], nbytes: int, step: int, progress: Progress | None) -> None:
         """Call `work(start, stop)` in the threads for every step of `nbytes`, and `progress` with its result.
 
         When this returns or raises, nothing is running or waiting any more: the memory is the caller's again.

@@ -224,6 +224,4 @@ class TestFaulty(Wrapped):
 
 class TestAllWrappers(Wrapped):
     def wrap(self, store):
-        return Measured(
-            Retrying(Limited(Faulty(store), in_flight=2)), lambda op, seconds, nbytes, error: None
-        )
+        return Measured(Retrying(Limited(Faulty(store), in_flight=2)), lambda op, seconds, nbytes, error: None)

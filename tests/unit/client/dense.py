@@ -1,4 +1,4 @@
-"""A checkpoint in memory: what all ranks captured, put together as dense tensors, and written back to any tree."""
+"""A checkpoint in memory: what all ranks captured, as dense tensors, and written back to any tree."""
 
 import math
 from collections.abc import Mapping
@@ -42,6 +42,10 @@ class Dense:
     tensors: dict[str, Tensor]
     documents: list[bytes]
 
+    def bits(self) -> dict[str, bytes]:
+        """Every tensor, to compare."""
+        return {name: raw(tensor) for name, tensor in self.tensors.items()}
+
     def document(self, rank: int) -> dict[str, Any]:
         """That of a rank, or of the one that stands in for it in a larger world."""
         return objects.decode(self.documents[rank % len(self.documents)])
@@ -50,8 +54,8 @@ class Dense:
 def save(tree: StateTree) -> Dense:
     """Captures the tree, on all ranks together if there is a process group.
 
-    Checks on the way what a store relies on: the pieces of all ranks cover every tensor, copies of a piece are
-    equal where a piece may be split, and the holders of a piece are exactly the ranks that have it.
+    Checks on the way what a store relies on: the pieces of all ranks cover every tensor, copies of a piece
+    are equal where a piece may be split, and the holders of a piece are exactly the ranks that have it.
     """
     capture = tree.capture()
     mine = [

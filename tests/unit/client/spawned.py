@@ -21,9 +21,7 @@ from typing import Any
 TIMEOUT = 60.0
 
 
-def run(
-    world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT
-) -> list[Any]:
+def run(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = TIMEOUT) -> list[Any]:
     """What `function(rank, *arguments)` returned on each rank."""
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         job = {
@@ -37,10 +35,9 @@ def run(
         environment["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
         processes = []
         for rank in range(world_size):
-            log = Path(folder, f"{rank}.log").open("wb")
             command = [sys.executable, __file__, str(rank), json.dumps(job)]
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
-            log.close()
+            with Path(folder, f"{rank}.log").open("wb") as log:
+                processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
         try:
             _wait(processes, time.monotonic() + timeout)
         finally:
@@ -50,9 +47,7 @@ def run(
                 process.wait()
         failed = [rank for rank, status in enumerate(statuses) if status != 0]
         if failed:
-            said = [
-                f"--- rank {r}, exit {statuses[r]}\n{Path(folder, f'{r}.log').read_text()}" for r in failed
-            ]
+            said = [f"--- rank {r}, exit {statuses[r]}\n{Path(folder, f'{r}.log').read_text()}" for r in failed]
             raise AssertionError(f"{function.__name__} on {world_size} ranks failed\n" + "\n".join(said))
         return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world_size)]
 

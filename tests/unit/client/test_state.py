@@ -2,7 +2,8 @@
 
 import random
 from collections import Counter, OrderedDict
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Self
 
 import dense
 import numpy as np
@@ -43,9 +44,7 @@ class Program:
 
     def __init__(self, seed: int, workers: int = 0) -> None:
         torch.manual_seed(seed)
-        self.net = nn.Sequential(
-            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1)
-        )
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 1))
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=0.01)
         self.scheduler = lr_scheduler.OneCycleLR(self.optimizer, 0.1, total_steps=40)
         data = torch.arange(96.0).reshape(24, 4) / 96
@@ -59,21 +58,26 @@ class Program:
             ema=self.ema,
         )
 
-    def train(self, steps: int) -> list[float]:
-        """Trains over as many epochs as it takes, from where the loader is."""
-        losses: list[float] = []
+        self._batches = self._endless()
+
+    def _endless(self) -> Iterator[Tensor]:
         while True:
-            for batch in self.loader:
-                loss = (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
-                loss = loss * random.uniform(0.9, 1.1) * np.random.uniform(0.9, 1.1)
-                loss.backward()
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-                self.scheduler.step()
-                self.ema.mul_(0.9).add_(0.1 * loss.detach())
-                losses.append(loss.item())
-                if len(losses) == steps:
-                    return losses
+            yield from self.loader
+
+    def train(self, steps: int) -> list[float]:
+        """Trains on, over as many epochs as it takes; returns the losses."""
+        losses: list[float] = []
+        for _ in range(steps):
+            batch = next(self._batches)
+            loss = (self.net(batch) - batch.sum(1, keepdim=True)).square().mean()
+            loss = loss * random.uniform(0.9, 1.1) * np.random.uniform(0.9, 1.1)
+            loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.scheduler.step()
+            self.ema.mul_(0.9).add_(0.1 * loss.detach())
+            losses.append(loss.item())
+        return losses
 
 
 @pytest.mark.parametrize("steps", [0, 3, 6, 8])
@@ -83,7 +87,6 @@ def test_a_program_goes_on_bit_for_bit(steps: int) -> None:
     if steps:
         program.train(steps)
     saved = dense.save(program.state)
-    dense.restore(program.state, saved)  # so that it too goes on with a new iterator of its loader
     expected = program.train(10)
     again = Program(seed=2)
     random.seed(5)
@@ -95,32 +98,10 @@ def test_a_program_goes_on_bit_for_bit(steps: int) -> None:
     assert dense.save(again.state).documents == dense.save(program.state).documents
 
 
-def test_a_restart_equals_never_having_stopped() -> None:
-    """The stricter claim, which holds in the middle of an epoch: the control never stops."""
-    control = Program(seed=1)
-    random.seed(1)
-    np.random.seed(1)
-    expected = control.train(5)
-    random.seed(1)
-    np.random.seed(1)
-    program = Program(seed=1)
-    iterator = iter(program.loader)
-    program.loader.__class__.__iter__, original = lambda _: iterator, program.loader.__class__.__iter__
-    try:
-        assert program.train(2) == expected[:2]
-    finally:
-        program.loader.__class__.__iter__ = original
-    saved = dense.save(program.state)
-    again = Program(seed=2)
-    dense.restore(again.state, saved)
-    assert again.train(3) == expected[2:]
-
-
 def test_a_loader_with_workers() -> None:
     program = Program(seed=1, workers=2)
     program.train(2)
     saved = dense.save(program.state)
-    dense.restore(program.state, saved)
     expected = program.train(3)
     again = Program(seed=2, workers=2)
     dense.restore(again.state, saved)
@@ -206,22 +187,12 @@ def test_every_dtype(dtype: torch.dtype) -> None:
     assert dense.raw(saved.tensors["m/full"]) == pattern.numpy().tobytes()
     holder = Holder(torch.zeros_like(pattern))
     state = tree(m=holder)
-    if DTYPE_NAMES[dtype] in COPIED_BY_TORCH:
-        dense.restore(state, saved)
-    else:  # load_state_dict cannot copy it, but everything before that can
-        dense.fill(state.targets(saved.metas, saved.document(0)), saved.tensors)
-    assert {n: dense.raw(t) for n, t in dense.save(state).tensors.items()} == {
-        n: dense.raw(t) for n, t in saved.tensors.items()
-    }
-
-
-COPIED_BY_TORCH = set(DTYPE_NAMES.values())
+    dense.restore(state, saved)
+    assert dense.save(state).bits() == saved.bits()
 
 
 def test_nan_and_negative_zero_keep_their_bits() -> None:
-    special = (
-        torch.tensor([0x7FC12345, 0x7F800001, -0x80000000, 0x00000001]).to(torch.int32).view(torch.float32)
-    )
+    special = torch.tensor([0x7FC12345, 0x7F800001, -0x80000000, 0x00000001]).to(torch.int32).view(torch.float32)
     module = linear(0, 4, 1)
     with torch.no_grad():
         dense.bits(module.weight)[0] = dense.bits(special)
@@ -315,10 +286,7 @@ def test_extra_state(saved_value: Any, live_value: Any) -> None:
         assert torch.equal(module[0].value, saved_value)
     elif isinstance(saved_value, dict):
         assert module[0].value.keys() == saved_value.keys()
-        assert all(
-            torch.equal(torch.as_tensor(module[0].value[k]), torch.as_tensor(v))
-            for k, v in saved_value.items()
-        )
+        assert all(torch.equal(torch.as_tensor(module[0].value[k]), torch.as_tensor(v)) for k, v in saved_value.items())
     else:
         assert restored == encode(saved_value)
     module[0].value = 11
@@ -480,9 +448,7 @@ def test_an_objects_state_is_its_ranks_own() -> None:
         lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
         lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 2),
         lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
-        lambda o: lr_scheduler.SequentialLR(
-            o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [2]
-        ),
+        lambda o: lr_scheduler.SequentialLR(o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [2]),
         lambda o: lr_scheduler.ChainedScheduler([lr_scheduler.ConstantLR(o), lr_scheduler.StepLR(o, 2)]),
         lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
         lambda o: torch.optim.swa_utils.SWALR(o, 0.05),
@@ -556,7 +522,7 @@ class Wrapper(Tensor):
     """A tensor that is more than its memory."""
 
     @staticmethod
-    def __new__(cls, inner: Tensor) -> "Wrapper":
+    def __new__(cls, inner: Tensor) -> Self:
         return Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
 
     def __init__(self, inner: Tensor) -> None:
@@ -663,9 +629,7 @@ def test_another_dtype_or_shape_is_told_with_both() -> None:
 def test_names_only_the_checkpoint_has_are_told() -> None:
     saved = dense.save(tree(m=nn.Sequential(linear(1), linear(2))))
     state = tree(m=nn.Sequential(linear(1)))
-    with pytest.raises(
-        LayoutError, match=r"2 names are in the checkpoint and not .*/m/1\.bias, /m/1\.weight"
-    ):
+    with pytest.raises(LayoutError, match=r"2 names are in the checkpoint and not .*/m/1\.bias, /m/1\.weight"):
         dense.restore(state, saved)
     StateTree({"m": nn.Sequential(linear(1))}, 0, 2).targets(saved.metas, saved.document(0))
 
@@ -673,14 +637,10 @@ def test_names_only_the_checkpoint_has_are_told() -> None:
 def test_a_document_and_tensors_that_do_not_go_together() -> None:
     saved = dense.save(tree(t=[torch.ones(1)], thing=Thing(a=torch.ones(1))))
     with pytest.raises(LayoutError, match="/@rank/0/thing/a is in the document"):
-        tree(t=[torch.ones(1)], thing=Thing()).targets(
-            {"t/0": TensorMeta("t/0", "float32", (1,))}, saved.document(0)
-        )
+        tree(t=[torch.ones(1)], thing=Thing()).targets({"t/0": TensorMeta("t/0", "float32", (1,))}, saved.document(0))
 
 
-@pytest.mark.parametrize(
-    "damage", [{}, {"python": 3}, {"python": {"version": 3, "words": [1], "gauss": None}}]
-)
+@pytest.mark.parametrize("damage", [{}, {"python": 3}, {"python": {"version": 3, "words": [1], "gauss": None}}])
 def test_a_damaged_state_of_the_generators(damage: Any) -> None:
     state = tree(x=1)
     document = dense.save(state).document(0) | {"@rng": damage}
@@ -689,9 +649,7 @@ def test_a_damaged_state_of_the_generators(damage: Any) -> None:
         state.load(document)
 
 
-@pytest.mark.parametrize(
-    "document", [{"o": 3}, {"o": {}}, {"o": {"state": 1, "param_groups": 2}}, {"o": [1]}]
-)
+@pytest.mark.parametrize("document", [{"o": 3}, {"o": {}}, {"o": {"state": 1, "param_groups": 2}}, {"o": [1]}])
 def test_a_document_with_something_else_at_an_object(document: Any) -> None:
     module = linear(1)
     state = tree(o=torch.optim.Adam(module.parameters()))

@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from ckptsvc.errors import Damaged, IncompatibleVersion
-from ckptsvc.format.shard import Part, ShardInfo
+from ckptsvc.format.checksum import EXTENT, extent_digests
+from ckptsvc.format.columns import Columns
+from ckptsvc.format.commit import shard_name
+from ckptsvc.format.index import IndexInfo
+from ckptsvc.format.merge import ShardRecord
+from ckptsvc.format.shard import Part, ShardInfo, ShardTemplate, decode_header
 from ckptsvc.geometry.box import Box, FlatRange
 from ckptsvc.types import DTYPES, TensorMeta
 
@@ -18,9 +24,7 @@ settings.register_profile("ckptsvc", deadline=None)
 settings.load_profile("ckptsvc")
 
 names = st.one_of(
-    st.sampled_from(
-        ["w", "w@0:1", "w@flat:0:1", "__metadata__", "a/b", "é", 'q"\\', "@rank/0/rng", "x" * 4096]
-    ),
+    st.sampled_from(["w", "w@0:1", "w@flat:0:1", "__metadata__", "a/b", "é", 'q"\\', "@rank/0/rng", "x" * 4096]),
     st.text(st.characters(codec="utf-8"), min_size=1, max_size=12),
 )
 shapes = st.lists(st.integers(0, 4), max_size=4).map(tuple)
@@ -69,9 +73,7 @@ def damaged(draw, data):
         elif what == "double":
             result[at:at] = result[at:stop]
         else:
-            result[at:at] = draw(
-                st.sampled_from([b'"', b"\\", b"[", b"{", b"9" * 30, b"-", b"\0", b"\xff", b"1e9"])
-            )
+            result[at:at] = draw(st.sampled_from([b'"', b"\\", b"[", b"{", b"9" * 30, b"-", b"\0", b"\xff", b"1e9"]))
     return bytes(result)
 
 
@@ -88,6 +90,40 @@ def shard_info(rank=0, **changes):
     return ShardInfo(rank=rank, **{**fields, **changes})
 
 
+def shard_record(rank, parts, objects=b"{}", extent=EXTENT):
+    """The report of a shard with these parts: (record, its bytes)."""
+    template = ShardTemplate(parts)
+    data = (np.arange(template.tensor_bytes) * (rank + 3) % 251).astype(np.uint8).tobytes()
+    file = template.header(shard_info(rank), len(objects)) + data + objects
+    columns = Columns.from_table(decode_header(file, len(file)))
+    return ShardRecord(shard_name(rank, "9f2c01ab"), rank, len(file), extent_digests(file, extent), columns), file
+
+
+def entries_of(rank, parts):
+    """The entries of that shard in file order, its objects document not among them."""
+    file = shard_record(rank, parts)[1]
+    return decode_header(file, len(file)).entries[:-1]
+
+
+@st.composite
+def jobs(draw):
+    """The parts of each rank: regions drawn at random of the same few tensors."""
+    tensors = draw(st.lists(metas, max_size=5, unique_by=lambda meta: meta.name))
+    job = []
+    for _ in range(draw(st.integers(0, 4))):
+        parts = {}
+        for meta in tensors:
+            for region in draw(st.lists(regions_in(meta.shape), max_size=2)):
+                parts[meta.name, region] = Part(meta, region)
+        job.append(list(parts.values()))
+    return job
+
+
+def index_info(world_size=8, **changes):
+    fields = {"step": 7, "epoch": 2, "attempt": 3, "job": "jö", "created": "2026-01-02T03:04:05Z"}
+    return IndexInfo(world_size=world_size, **{**fields, **changes})
+
+
 @pytest.fixture(scope="session")
 def kit():
     """The strategies and helpers above."""
@@ -100,4 +136,8 @@ def kit():
         damaged=damaged,
         survives=survives,
         shard_info=shard_info,
+        shard_record=shard_record,
+        entries_of=entries_of,
+        jobs=jobs,
+        index_info=index_info,
     )

@@ -21,9 +21,7 @@ def test_every_extent_has_the_digest_of_its_bytes(data, extent):
     digests = extent_digests(data, extent)
     assert digests.dtype == np.uint64
     assert len(digests) == extent_count(len(data), extent)
-    assert digests.tolist() == [
-        xxhash.xxh3_64_intdigest(data[i : i + extent]) for i in range(0, len(data), extent)
-    ]
+    assert digests.tolist() == [xxhash.xxh3_64_intdigest(data[i : i + extent]) for i in range(0, len(data), extent)]
     assert bad_extents(data, digests, extent=extent) == []
 
 

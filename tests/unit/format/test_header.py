@@ -125,9 +125,7 @@ def test_a_key_that_occurs_twice_is_damage():
         decoded(file_of(inner + b"}", bytes(4)))
 
 
-@given(
-    st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20)
-)
+@given(st.recursive(st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=20))
 def test_quotes_are_counted_as_a_parser_would(value):
     def strings(value):
         if isinstance(value, str):

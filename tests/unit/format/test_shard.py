@@ -97,9 +97,7 @@ def test_safetensors_opens_a_shard_with_every_dtype(tmp_path, kit, framework):
         assert named.keys() == {part.meta.name for part in parts} | {"@rank/0/objects"}
         for entry in template.entries:
             key, dtype = named[entry.meta.name], DTYPES[entry.meta.dtype]
-            shape = list(
-                (entry.region.length,) if isinstance(entry.region, FlatRange) else entry.region.shape
-            )
+            shape = list((entry.region.length,) if isinstance(entry.region, FlatRange) else entry.region.shape)
             raw = [dtype.itemsize] if not dtype.tag and dtype.itemsize > 1 else []
             assert shard.get_slice(key).get_shape() == shape + raw
             if framework == "numpy" and dtype.tag in bare:
@@ -151,9 +149,7 @@ def test_the_structure_stands_for_the_entries_only(kit):
 
 def test_the_header_has_room_for_what_changes(kit):
     most = 2**63 - 1
-    info = kit.shard_info(
-        rank=10**9 - 1, step=most, epoch=most, attempt=most, world_size=most, run="r" * 1500
-    )
+    info = kit.shard_info(rank=10**9 - 1, step=most, epoch=most, attempt=most, world_size=most, run="r" * 1500)
     template = ShardTemplate([whole("a")])
     header = template.header(info, 2**62)
     assert len(header) == template.data_start

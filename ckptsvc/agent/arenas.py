@@ -1,0 +1,126 @@
+"""Arenas for ranks: made in the background, handed out for a snapshot, taken back."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+
+from ckptsvc.agent import reports
+from ckptsvc.agent.identity import Registration
+from ckptsvc.agent.local import Local, wait_for
+from ckptsvc.agent.sessions import Attempt, LocalJob, Session
+from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied
+from ckptsvc.pipeline.arena import Arena, State, populate
+from ckptsvc.telemetry import Event, Skip, log
+
+logger = logging.getLogger("ckptsvc.agent")
+
+
+class Arenas:
+    """Hands out the arenas of one agent; `slots` is their number for each rank."""
+
+    def __init__(self, local: Local, slots: int) -> None:
+        self._local, self._slots = local, slots
+        self._populating = asyncio.Semaphore(2)
+
+    async def provide(self, token: str, nbytes: int, timeout: float) -> list[str]:
+        """Set up arenas of that size; returns those that are there when all are, or when the time is over."""
+        session = self._local.session(token)
+        self._provide(session, nbytes)
+        deadline = time.monotonic() + timeout
+        while session.preparing and time.monotonic() < deadline:
+            await wait_for(session.arena_changed, deadline - time.monotonic())
+        ready = self._local.pool.of(session.reg.job, session.reg.rank)
+        return [a.name for a in ready if a.capacity >= nbytes and (a.state is not State.FILLING or a.step >= 0)]
+
+    def _provide(self, session: Session, nbytes: int) -> None:
+        reg = session.reg
+        lacking = self._local.pool.plan(reg.job, reg.rank, nbytes, self._slots)
+        for _ in range(lacking):
+            try:
+                arena, fd = self._local.pool.make(reg.job, reg.rank, nbytes)
+            except ArenaExhausted as error:
+                log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "%s", error, job=reg.job, rank=reg.rank)
+                return
+            session.preparing += 1
+            self._local.spawn(self._populate(session, arena, fd))
+
+    async def _populate(self, session: Session, arena: Arena, fd: int) -> None:
+        try:
+            async with self._populating:
+                await asyncio.get_running_loop().run_in_executor(None, populate, fd, arena.capacity)
+            self._local.pool.release(arena)
+        except ArenaExhausted as error:
+            log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "%s", error, job=arena.job, rank=arena.rank)
+            self._local.pool.remove(arena)
+        finally:
+            os.close(fd)
+            session.preparing -= 1
+            self._local.arena_changed(arena.job, arena.rank)
+
+    async def acquire(self, token: str, step: int, nbytes: int, timeout: float) -> tuple[Arena, int]:
+        """An arena for a snapshot, and the epoch to label it with; on failure the save is skipped on every rank.
+
+        Raises:
+            CkptsvcError: why there is none.
+        """
+        session = self._local.session(token)
+        reg = session.reg
+        job = self._local.jobs[reg.job]
+        attempt = job.attempt(reg.attempt)
+        deadline = time.monotonic() + timeout
+        error: CkptsvcError = ArenaExhausted("no arena became free in time")
+        try:
+            while True:
+                epoch = _epoch(attempt)
+                if epoch:
+                    try:
+                        arena, evicted = self._local.pool.acquire(reg.job, reg.rank, nbytes, step)
+                    except ArenaExhausted as full:
+                        error = full
+                        if not session.preparing:
+                            self._provide(session, nbytes)
+                    else:
+                        self._local.dropped(job, evicted)
+                        return arena, epoch
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise error
+                await wait_for(session.arena_changed if epoch else attempt.changed, left)
+        except (CkptsvcError, asyncio.CancelledError) as failure:
+            self._skip(job, reg, step, str(failure) or "the trainer did not wait for an arena")
+            raise
+
+    def abandon(self, token: str, slot: str, step: int, reason: str) -> None:
+        """A rank cannot take this snapshot."""
+        session = self._local.session(token)
+        arena = self._local.pool.arenas.get(slot)
+        if arena and arena.state is State.FILLING and (arena.job, arena.rank) == (session.reg.job, session.reg.rank):
+            self._local.pool.release(arena)
+        self._skip(self._local.jobs[session.reg.job], session.reg, step, reason)
+
+    def fd(self, token: str, slot: str) -> tuple[int, int]:
+        """A new descriptor of an arena of this rank's job (the identity socket passes and closes it)."""
+        session = self._local.session(token)
+        arena = self._local.pool.arenas.get(slot)
+        if arena is None or arena.job != session.reg.job:
+            raise InvalidInput(f"there is no arena {slot!r} of job {session.reg.job}")
+        mode = os.O_RDWR if arena.rank == session.reg.rank else os.O_RDONLY
+        return os.open(arena.path, mode | os.O_CLOEXEC), arena.capacity
+
+    def _skip(self, job: LocalJob, reg: Registration, step: int, why: str) -> None:
+        epoch = job.attempt(reg.attempt).epoch
+        self._local.metrics.snapshots_skipped.labels(Skip.NO_ARENA).inc()
+        log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "snapshot of step %d skipped: %s", step, why,
+            job=reg.job, rank=reg.rank, step=step)  # fmt: skip
+        self._local.report(job, reports.skipped(reg, epoch, step, why))
+
+
+def _epoch(attempt: Attempt) -> int:
+    if attempt.refused:
+        raise attempt.refused
+    if attempt.epoch_error and not attempt.epoch:
+        raise StoreDenied(f"saves are off: {attempt.epoch_error}")
+    return attempt.epoch

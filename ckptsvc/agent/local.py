@@ -1,0 +1,134 @@
+"""The state that the parts of an agent share: sessions, jobs, arenas, and the ways to the coordinators."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+from ckptsvc.agent import reports
+from ckptsvc.agent.runner import CoordinatorShell
+from ckptsvc.agent.sessions import LocalJob, Session
+from ckptsvc.agent.uplink import LocalUplink, RemoteUplink, Uplink
+from ckptsvc.errors import AgentUnavailable
+from ckptsvc.pipeline.arena import ArenaPool, Label, State
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.telemetry import ArenaState, Metrics
+
+_ARENA_STATES = {
+    State.FREE: ArenaState.FREE,
+    State.FILLING: ArenaState.STAGING,
+    State.STAGED: ArenaState.WRITING,
+    State.KEPT: ArenaState.KEPT,
+}
+
+
+class Local:
+    """One agent's state. Owned by its event loop: nothing here is thread-safe, nothing blocks.
+
+    Attributes:
+        on_order: what to do with a coordinator's order.
+        launchers: reports about the launchers of a coordinator's jobs.
+        last_active: when there was last something to do (CLOCK_MONOTONIC).
+    """
+
+    def __init__(self, name: str, pool: ArenaPool, metrics: Metrics, shell: CoordinatorShell) -> None:
+        self.name, self.pool, self.metrics = name, pool, metrics
+        self.sessions: dict[str, Session] = {}
+        self.jobs: dict[str, LocalJob] = {}
+        self.on_order: Callable[[pb.Order], None] = lambda order: None
+        self.launchers: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
+        self.last_active = time.monotonic()
+        self._shell = shell
+        self._uplinks: dict[str, Uplink] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def session(self, token: str) -> Session:
+        """The session of a token; AgentUnavailable where there is none: register again."""
+        session = self.sessions.get(token)
+        if session is None:
+            raise AgentUnavailable("this agent does not know the session", hint="it was restarted: register again")
+        return session
+
+    def job(self, name: str, coordinator: str, store: str) -> LocalJob:
+        """The job of that name, known from now on."""
+        job = self.jobs.get(name)
+        if job is None:
+            job = self.jobs[name] = LocalJob(name, coordinator, store)
+        job.store = store
+        self.uplink(coordinator)
+        return job
+
+    def uplink(self, coordinator: str) -> Uplink:
+        """The way to a coordinator; "" is the one in this process."""
+        if coordinator not in self._uplinks:
+            self._uplinks[coordinator] = (
+                RemoteUplink(self.name, coordinator, self._obey, lambda: self.resync(coordinator))
+                if coordinator
+                else LocalUplink(self.name, self._shell, self._obey)
+            )
+        return self._uplinks[coordinator]
+
+    def report(self, job: LocalJob, report: pb.Report) -> None:
+        """Tell the job's coordinator."""
+        self.uplink(job.coordinator).report(report)
+
+    def dropped(self, job: LocalJob, label: Label | None) -> None:
+        """Tell that a snapshot has left memory."""
+        if label is not None:
+            self.report(job, reports.dropped(label))
+
+    def resync(self, coordinator: str) -> Iterator[pb.Report]:
+        """Everything a coordinator that knows nothing must hear of this node."""
+        yield from self.launchers(coordinator)
+        for session in self.sessions.values():
+            reg = session.reg
+            if reg.coordinator == coordinator:
+                yield reports.joined(self.name, reg, self.jobs[reg.job].attempt(reg.attempt).epoch)
+                if session.announced:
+                    yield reports.announced(session)
+        for arena in self.pool.arenas.values():
+            job = self.jobs.get(arena.job)
+            if arena.label is not None and job is not None and job.coordinator == coordinator:
+                yield reports.staged(self.name, arena.label, ended=arena.state is State.KEPT)
+        for job in self.jobs.values():
+            if job.coordinator == coordinator:
+                yield from (pb.Report(durable=d) for d in job.durable.values())
+
+    def arena_changed(self, job: str, rank: int) -> None:
+        """Wake the rank that waits for an arena, and count again."""
+        for session in self.sessions.values():
+            if (session.reg.job, session.reg.rank) == (job, rank):
+                session.arena_changed.set()
+                session.arena_changed = asyncio.Event()
+        held = dict.fromkeys(State, 0)
+        for arena in self.pool.arenas.values():
+            held[arena.state] += arena.capacity
+        for state, nbytes in held.items():
+            self.metrics.arena_bytes.labels(_ARENA_STATES[state]).set(nbytes)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        """Run something beside; it ends with the agent."""
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Stop what runs beside, and hang up."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for uplink in self._uplinks.values():
+            await uplink.close()
+
+    def _obey(self, order: pb.Order) -> None:
+        self.on_order(order)
+
+
+async def wait_for(event: asyncio.Event, timeout: float) -> None:
+    """Wait for an event, but not longer than so many seconds."""
+    try:
+        await asyncio.wait_for(event.wait(), max(timeout, 0.001))
+    except TimeoutError:
+        return

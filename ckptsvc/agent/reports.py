@@ -1,0 +1,75 @@
+"""What a node reports to a coordinator, made from what it knows."""
+
+from __future__ import annotations
+
+from ckptsvc.agent.identity import Registration
+from ckptsvc.agent.sessions import Session
+from ckptsvc.pipeline.arena import Label
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+
+
+def joined(node: str, reg: Registration, epoch: int) -> pb.Report:
+    """A rank has registered; `epoch` is 0 while none is known."""
+    event = pb.RankJoined(
+        job=reg.job,
+        node=node,
+        store=reg.store,
+        attempt=reg.attempt,
+        rank=reg.rank,
+        world_size=reg.world_size,
+        epoch=epoch,
+        every_steps=reg.every_steps,
+        every_seconds=reg.every_seconds,
+        keep=reg.keep,
+    )
+    return pb.Report(rank_joined=event)
+
+
+def left(node: str, reg: Registration, died: bool, detail: str) -> pb.Report:
+    """A rank has ended."""
+    event = pb.RankLeft(job=reg.job, node=node, attempt=reg.attempt, rank=reg.rank, died=died, detail=detail)
+    return pb.Report(rank_left=event)
+
+
+def announced(session: Session) -> pb.Report:
+    """A rank has told which plain tensors it holds."""
+    reg = session.reg
+    generation, digest = session.announced or (0, "")
+    event = pb.Announced(job=reg.job, attempt=reg.attempt, rank=reg.rank, digest=digest, generation=generation)
+    return pb.Report(announced=event)
+
+
+def staged(node: str, label: Label, ended: bool = False) -> pb.Report:
+    """A whole snapshot is in an arena; `ended` if its save has ended before."""
+    event = pb.Staged(
+        job=label.job,
+        node=node,
+        epoch=label.epoch,
+        step=label.step,
+        attempt=label.attempt,
+        rank=label.rank,
+        world_size=label.world_size,
+        nbytes=label.nbytes,
+        aliases=label.aliases,
+        store=label.store,
+        ended=ended,
+    )
+    return pb.Report(staged=event)
+
+
+def dropped(label: Label) -> pb.Report:
+    """A snapshot has left an arena."""
+    event = pb.Dropped(job=label.job, epoch=label.epoch, step=label.step, rank=label.rank)
+    return pb.Report(dropped=event)
+
+
+def skipped(reg: Registration, epoch: int, step: int, why: str) -> pb.Report:
+    """A rank cannot take a snapshot."""
+    event = pb.Skipped(job=reg.job, attempt=reg.attempt, epoch=epoch, step=step, rank=reg.rank, why=why)
+    return pb.Report(skipped=event)
+
+
+def shard_failed(label: Label, code: str, what: str) -> pb.Report:
+    """A shard could not be written."""
+    event = pb.ShardFailed(job=label.job, epoch=label.epoch, step=label.step, rank=label.rank, code=code, what=what)
+    return pb.Report(shard_failed=event)

@@ -1,0 +1,43 @@
+"""What the tests with real processes share: a private world for each test, and jobs in it."""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))  # for `harness`
+
+from harness.job import Launch
+from harness.runtime import Runtime
+from harness.zygote import Zygote
+
+
+@pytest.fixture(scope="session")
+def _zygote() -> Iterator[Callable[[], Zygote]]:
+    """Starts the zygote when the first rank is wanted."""
+    started: list[Zygote] = []
+
+    def get() -> Zygote:
+        if not started:
+            started.append(Zygote())
+        return started[0]
+
+    yield get
+    for zygote in started:
+        zygote.close()
+
+
+@pytest.fixture
+def runtime() -> Iterator[Runtime]:
+    """Private sockets and arenas. The test fails that leaves a process or an arena behind."""
+    private = Runtime()
+    yield private
+    problems = private.close()
+    assert not problems, "\n".join(problems)
+
+
+@pytest.fixture
+def launch(runtime: Runtime, tmp_path: Path, _zygote: Callable[[], Zygote]) -> Launch:
+    """Starts jobs in the private runtime."""
+    return Launch(runtime, tmp_path / "jobs", _zygote)
