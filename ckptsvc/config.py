@@ -34,7 +34,7 @@ OTHER_VARIABLES: dict[str, str] = {
     "CKPTSVC_NODE": "name of this node (launch.py)",
     "CKPTSVC_SOCKET": "directory of the agent to use (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_COORDINATOR": "address of the job's coordinator (set by `ckptsvc run` for its ranks)",
-    "CKPTSVC_FAILPOINT": "where an I/O worker kills its agent and itself (tests)",
+    "CKPTSVC_FAILPOINT": "directory of armed failpoints (tests; pipeline/failpoint.py)",
 }
 """Every variable CKPTSVC_* that has a meaning and is not a setting."""
 

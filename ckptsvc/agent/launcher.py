@@ -251,7 +251,9 @@ class Launcher:
             if self._launch.log_dir is not None:
                 folder = self._launch.log_dir / f"attempt_{attempt}"
                 folder.mkdir(parents=True, exist_ok=True)
-                log = stack.enter_context(open(folder / f"rank_{one.rank}.log", "ab", buffering=0))
+                log = stack.enter_context(
+                    open(folder / f"rank_{one.rank}.log", "ab", buffering=0)  # noqa: ASYNC230  once, and local
+                )
             while True:
                 try:
                     line = await one.process.stdout.readline()
@@ -267,7 +269,7 @@ class Launcher:
     async def _watch(self, one: _Rank, attempt: int) -> None:
         status = await one.process.wait()
         seen = time.monotonic()
-        if status not in (0,):
+        if status != 0:
             self._say(f"rank {one.rank} {describe_status(status)}")
         exited = agent_pb2.RankExit(attempt=attempt, rank=one.rank, status=status, monotonic=seen)
         self._reports.put_nowait(agent_pb2.LaunchRequest(exit=exited))

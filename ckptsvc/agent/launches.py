@@ -37,6 +37,7 @@ class Launches:
         self._local = local
         self._by_job: dict[str, Launcher] = {}
         local.launchers = self.resync
+        local.launched = self._by_job.__contains__
 
     @property
     def idle(self) -> bool:

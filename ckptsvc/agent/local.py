@@ -30,6 +30,7 @@ class Local:
     Attributes:
         on_order: what to do with a coordinator's order.
         launchers: reports about the launchers of a coordinator's jobs.
+        launched: whether a launcher of that job is connected.
         last_active: when there was last something to do (CLOCK_MONOTONIC).
     """
 
@@ -39,6 +40,7 @@ class Local:
         self.jobs: dict[str, LocalJob] = {}
         self.on_order: Callable[[pb.Order], None] = lambda order: None
         self.launchers: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
+        self.launched: Callable[[str], bool] = lambda job: False
         self.last_active = time.monotonic()
         self._shell = shell
         self._uplinks: dict[str, Uplink] = {}

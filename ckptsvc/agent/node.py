@@ -207,6 +207,8 @@ class Node:
         """Free the memory of a job without ranks: at once if it ended in good order, else after `linger` seconds."""
         if any(s.reg.job == job.name for s in self._local.sessions.values()):
             return
+        if self._local.launched(job.name):
+            return  # the next attempt restores from here
         arenas = [a for a in self._local.pool.arenas.values() if a.job == job.name]
         if any(a.state is State.STAGED for a in arenas):
             self._local.last_active = time.monotonic()

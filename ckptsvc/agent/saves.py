@@ -13,6 +13,7 @@ from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.pipeline.arena import Arena, Label, State
+from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, Outcome, Phase, log
@@ -54,7 +55,9 @@ class Saves:
             extent=reg.extent,
             aliases=aliases,
         )
+        failpoint("before_label")
         self._local.pool.stage(arena, label)
+        failpoint("after_label")
         self._begin_save(arena, label)
 
     def recover(self, arenas: list[Arena]) -> None:
@@ -163,6 +166,7 @@ class Saves:
         return found
 
     def ended(self, job: LocalJob, outcome: agent_pb2.SaveOutcome) -> None:
+        """The coordinator says how a save ended: keep the snapshot as memory tier, or let it go."""
         key = (outcome.epoch, outcome.step)
         committed = outcome.outcome == agent_pb2.OUTCOME_COMMITTED
         if key not in job.outcomes:

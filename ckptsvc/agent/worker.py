@@ -29,6 +29,7 @@ from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.arena import mapped
 from ckptsvc.pipeline.catalog import Ref, read_commit, take_epoch
 from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
+from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.write import write_shard
 from ckptsvc.storage import Store, connect
@@ -39,9 +40,6 @@ FRAME = struct.Struct("<I")
 MAX_FRAME = 1 << 30
 """Largest frame in bytes."""
 
-FAILPOINT = "CKPTSVC_FAILPOINT"
-"""Environment variable: the name of a point at which the worker ends at once (tests only); see `failpoint`."""
-
 Note = Callable[[dict[str, Any]], None]
 
 
@@ -51,16 +49,6 @@ class Request(msgspec.Struct):
     id: int
     op: str
     args: dict[str, Any]
-
-
-def failpoint(name: str) -> None:
-    """End this process and its agent with SIGKILL when the environment names this point.
-
-    The names read as a timeline: before_shard, after_shard, before_commit, after_commit.
-    """
-    if os.environ.get(FAILPOINT) == name:
-        os.kill(os.getppid(), 9)
-        os.kill(os.getpid(), 9)
 
 
 class Worker:

@@ -5,6 +5,7 @@ Rank 0 looks and tells the others, so that all try the same in the same order.
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import msgspec
@@ -12,10 +13,11 @@ import msgspec
 from ckptsvc.client.group import Group
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.restore import Image, memory_image, store_image
-from ckptsvc.errors import AgentUnavailable, CkptsvcError, Damaged, NotFound
+from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError, Damaged, NotFound
+from ckptsvc.format.commit import CommitRecord
 from ckptsvc.launch import Placement
 from ckptsvc.pipeline import catalog
-from ckptsvc.pipeline.catalog import Ref, open_checkpoint
+from ckptsvc.pipeline.catalog import Checkpoint, Ref, decode_checkpoint, open_checkpoint, read_index
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.storage import Store, connect
 
@@ -76,15 +78,32 @@ class Candidates:
             key = (candidate.epoch, candidate.step)
             mine = next((s for s in self._snapshots if (s.epoch, s.step) == key), None)
             return memory_image(mine, self._link, self._group, self._place.job, self._place.attempt)
-        return store_image(open_checkpoint(self._connected(), Ref(candidate.epoch, candidate.step)))
+        return store_image(self._open_stored(Ref(candidate.epoch, candidate.step)))
+
+    def _open_stored(self, ref: Ref) -> Checkpoint:
+        """Rank 0 reads commit record and index; the others get them from it, not from the store."""
+        store = self._connected()
+        if self._group.size == 1:
+            return open_checkpoint(store, ref)
+        record, image, failure = b"", b"", b""
+        if self._group.rank == 0:
+            try:
+                commit, image = read_index(store, ref)
+                record = commit.encode()
+            except CkptsvcError as error:
+                failure = msgspec.json.encode([error.code, error.what])
+        failure = self._group.broadcast(failure)
+        if failure:
+            code, what = msgspec.json.decode(failure, type=tuple[str, str])
+            raise BY_CODE[code](what)
+        commit = CommitRecord.decode(self._group.broadcast(record))
+        return decode_checkpoint(store, ref, commit, self._group.broadcast(image))
 
     def _look(self) -> list[tuple[int, int, str]]:
         found = [(s.epoch, s.step, "memory") for s in self._snapshots]
-        try:
+        with contextlib.suppress(NotFound):  # nothing was ever written there
             # A damaged record is a candidate too: trying it says what is wrong with it.
             found += [(ref.epoch, ref.step, "store") for ref, _ in catalog.find(self._connected())]
-        except NotFound:
-            pass  # nothing was ever written there
         # Highest epoch, then highest step, then memory.
         return sorted(found, key=lambda c: (-c[0], -c[1], c[2]))
 

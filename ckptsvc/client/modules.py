@@ -12,9 +12,11 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from ckptsvc.client.document import join, references, replace_refs
 from ckptsvc.client.fingerprint import Fingerprint, values_of
@@ -27,7 +29,13 @@ State = dict[str, Any]
 
 
 class ModuleNode:
-    """A module of the state tree, wrapped and sharded in any way torch offers."""
+    """A module of the state tree, wrapped and sharded in any way torch offers.
+
+    Attributes:
+        path: its JSON pointer in the tree.
+        target: the module.
+        walks: how often `find` had to walk: names and parameters are as they were as long as this is.
+    """
 
     shared = True
 
@@ -43,12 +51,14 @@ class ModuleNode:
         self._fingerprint: Fingerprint | None = None
         self._last: tuple[tuple[LocalPart, ...], State] = ((), {})
         self._wanted: State = {}
+        self.walks = 0
         self._filled: dict[str, Any] = {}
 
     def find(self) -> tuple[tuple[LocalPart, ...], State]:
         """The parts of its tensors, and the extra state that is not tensors."""
         if self._fingerprint is None or not self._fingerprint.holds():
-            state = _state_of(self.target)
+            self.walks += 1
+            state, _ = _state_of(self.target)
             live = _Live(self.target)  # after the walk, whose hooks put sharded parameters in place of gathered ones
             found, plain = Found(), {}
             parts: list[LocalPart] = []
@@ -69,7 +79,7 @@ class ModuleNode:
         """
         if not isinstance(plain, dict):
             raise other_kind(self.path)
-        state = _state_of(self.target)
+        state, _ = _state_of(self.target)
         live = _Live(self.target)
         self._filled = {}
         for name, value in state.items():
@@ -93,23 +103,38 @@ class ModuleNode:
         Raises:
             LayoutError: the module refuses them.
         """
-        state, self._wanted = self._wanted or _state_of(self.target), {}
-        filled, self._filled = self._filled, {}
+        state, by_torch = _state_of(self.target)
+        state.update(self._wanted)
+        filled, self._filled, self._wanted = self._filled, {}, {}
         for name, value in plain.items():
             state[name] = replace_refs(value, lambda ref: as_leaf(filled[ref.name], ref))
         if state:
             try:
-                set_model_state_dict(self.target, state)
+                if by_torch:
+                    set_model_state_dict(self.target, state)
+                else:
+                    _bare(self.target).load_state_dict(state)
             except RuntimeError as error:
                 raise LayoutError(f"/{self.path} cannot be loaded: {error}") from error
         self._fingerprint = None
         return self.target
 
 
-def _state_of(module: nn.Module) -> State:
+def _state_of(module: nn.Module) -> tuple[State, bool]:
+    """The state dict, and whether torch's function could make it."""
     if next(module.parameters(), None) is None and not module.state_dict():
-        return {}  # torch's function takes an empty state for a mistake
-    return get_model_state_dict(module)
+        return {}, True  # torch's function takes an empty state for a mistake
+    try:
+        return get_model_state_dict(module), True
+    except (AttributeError, AssertionError):  # it looks every name up in the module; hooks may invent others
+        return dict(_bare(module).state_dict()), False
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """The module inside DDP and torch.compile."""
+    while isinstance(module, DistributedDataParallel | OptimizedModule):
+        module = module.module if isinstance(module, DistributedDataParallel) else module._orig_mod
+    return module
 
 
 class _Live:

@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from ckptsvc.client.document import ArrayRef, join, replace_refs, split
 from ckptsvc.client.fingerprint import Fingerprint, values_of
+from ckptsvc.client.modules import ModuleNode
 from ckptsvc.client.parts import DTYPE_NAMES, LocalPart
 from ckptsvc.client.values import Found, Leaf, same_if_unchanged
 from ckptsvc.client.wanted import Wanted, as_leaf, fits, other_kind
@@ -62,15 +63,17 @@ class OptimizerNode:
 
     shared = True
 
-    def __init__(self, path: str, optimizer: Optimizer, modules: Sequence[tuple[str, nn.Module]]) -> None:
-        """`modules` are those of the state tree with their paths; parameters are called as there.
+    def __init__(self, path: str, optimizer: Optimizer, modules: Sequence[ModuleNode]) -> None:
+        """`modules` are those of the state tree; parameters are called as there.
 
         If some parameter is in none of them, the state is stored under the optimizer's own numbers for its
         parameters.
         """
         self.path = path
         self.target = optimizer
-        self._root = _root_of(optimizer, modules)
+        self._modules = modules
+        self._module_walks = -1
+        self._root: nn.Module | None = None
         self._walked: _Walked | None = None
         self._last: tuple[LocalPart, ...] = ()
         self._leaves: dict[str, Leaf] = {}
@@ -78,6 +81,7 @@ class OptimizerNode:
 
     def find(self) -> tuple[tuple[LocalPart, ...], State]:
         """The parts of its state; its parameter groups and what else of the state is not tensors."""
+        self._find_root()
         walked = self._walked
         standard = _is_standard(self.target)
         if walked is None or not standard or walked.fingerprint is None or not walked.fingerprint.holds():
@@ -93,6 +97,14 @@ class OptimizerNode:
             return walked.parts, plain
         self._last = same_if_unchanged(self._last, [*walked.parts, *found.parts])
         return self._last, plain
+
+    def _find_root(self) -> None:
+        """Follows the modules: a parameter that is replaced or called otherwise there is so here."""
+        walks = sum(module.walks for module in self._modules)
+        if walks != self._module_walks:
+            self._root = _root_of(self.target, [(module.path, module.target) for module in self._modules])
+            self._walked = None
+            self._module_walks = walks
 
     def _read(self) -> State:
         if self._root is None:
@@ -168,6 +180,7 @@ class OptimizerNode:
         """
         if not _is_optimizer_document(plain):
             raise other_kind(self.path)
+        self._find_root()
         walked = self._walk()
         found = Found(splittable=True)
         self._plain_groups(found, self.target.param_groups, walked.names)
@@ -230,7 +243,7 @@ class OptimizerNode:
                     set_optimizer_state_dict(self._root, optimizer, {"state": given, "param_groups": groups})
         except (RuntimeError, ValueError, KeyError) as error:
             raise LayoutError(f"/{self.path} cannot be loaded: {error}") from error
-        _undo_casts(optimizer, owners, state)
+        _undo_changes(optimizer, owners, state)
         self._walked = None
         return optimizer
 
@@ -336,14 +349,18 @@ def _match_groups(path: str, live: list[State], names: list[list[Any]], saved: l
     return matched
 
 
-def _undo_casts(optimizer: Optimizer, owners: State, state: State) -> None:
-    """Puts back what `Optimizer.load_state_dict` cast to the parameter's dtype, which may lose bits."""
+def _undo_changes(optimizer: Optimizer, owners: State, state: State) -> None:
+    """Puts back what torch's functions change: they cast state to the parameter's dtype, which may lose bits, they
+    leave out the state of frozen parameters, and they leave an empty state where there was none.
+    """
     for parameter in [p for p, entries in optimizer.state.items() if not entries]:
         del optimizer.state[parameter]
     if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
         return
     for key, entries in state.items():
-        loaded: State = optimizer.state.get(owners[key], {}) if key in owners else {}
+        if key not in owners or not entries:
+            continue
+        loaded: State = optimizer.state.setdefault(owners[key], dict(entries))
         for slot, value in entries.items():
             same = isinstance(value, Tensor) and value.dtype == getattr(loaded.get(slot), "dtype", None)
             if slot in loaded and slot != "step" and not same:

@@ -11,11 +11,11 @@ import torch
 
 from ckptsvc.client.document import assemble
 from ckptsvc.client.restore import StoredNames
-from ckptsvc.errors import Damaged, NoCheckpoint, NotFound
+from ckptsvc.errors import NoCheckpoint, NotFound
 from ckptsvc.format.objects import decode
 from ckptsvc.format.shard import objects_name
 from ckptsvc.geometry.box import Box
-from ckptsvc.pipeline.catalog import Checkpoint, find, open_checkpoint
+from ckptsvc.pipeline.catalog import Checkpoint, Refused, find, open_checkpoint
 from ckptsvc.pipeline.read import Want, array_sink, carrier, plan_windows, read_windows
 from ckptsvc.pipeline.sources import StoreSource
 from ckptsvc.storage import Store, connect
@@ -66,7 +66,7 @@ def newest(store: Store, step: int | None = None) -> Checkpoint:
         what = "checkpoint" if step is None else f"checkpoint of step {step}"
         raise NoCheckpoint(f"{store.url} has no committed {what}", hint="`ckptsvc ls` lists what there is")
     ref, commit = found[0]
-    if isinstance(commit, Damaged):
+    if isinstance(commit, Refused):
         raise commit
     return open_checkpoint(store, ref, commit)
 

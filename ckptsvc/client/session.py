@@ -9,6 +9,7 @@ Nothing that fails after `attach` ends the training: a snapshot that cannot be t
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import secrets
@@ -45,6 +46,7 @@ from ckptsvc.errors import (
 from ckptsvc.format.objects import encode
 from ckptsvc.format.shard import ShardInfo
 from ckptsvc.launch import LOCAL_JOB, Placement, detect
+from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.rpc.dial import ensure_agent, is_alive
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.storage import canonical
@@ -218,7 +220,7 @@ class Session:
 
     @property
     def committed_step(self) -> int | None:
-        """Step of the newest checkpoint of this session that is committed, as far as is known; None before the first."""
+        """Step of the newest checkpoint of this session known to be committed; None before the first."""
         step = self._link.page.get("committed")
         return step if step >= 0 else None
 
@@ -244,10 +246,8 @@ class Session:
             return
         self._closed = True
         atexit.unregister(self.close)
-        try:
+        with contextlib.suppress(CkptsvcError):  # an agent that is gone needs no good-bye
             self._link.leave()
-        except CkptsvcError:
-            pass  # an agent that is gone needs no good-bye
         self._link.disconnect()
 
     def __enter__(self) -> Session:
@@ -261,6 +261,7 @@ class Session:
     def _open(self, resume: bool) -> None:
         self._group: Group = the_group()
         self._place = _placement(self._group)
+        coordinator = _coordinator(self._group, self._place)
         directory, self._private = _agent_directory(self._place, self.settings)
         every = self.settings.save.every
         self._every_steps = every.steps if every else 0
@@ -276,7 +277,7 @@ class Session:
             "every_seconds": every.seconds if every else 0.0,
             "keep": self.settings.save.keep,
             "extent": self.settings.save.extent,
-            "coordinator": os.environ.get("CKPTSVC_COORDINATOR", ""),
+            "coordinator": coordinator,
         }
         self._link = AgentLink(directory, registration)
         self._epoch = 0
@@ -401,8 +402,11 @@ class Session:
                 rank=self._group.rank,
                 world_size=self._group.size,
             )
+            failpoint("before_copy")
             nbytes = plan.write(capture, arena.view, slot, info, objects)
+            failpoint("before_submit")
             self._link.submit(slot, step, nbytes, capture.aliases)
+            failpoint("after_submit")
         except InvalidInput as error:
             # Not a fault of the agent's: tell it, so that the other ranks do not wait for this one.
             why = str(error)
@@ -487,6 +491,18 @@ def _placement(group: Group) -> Placement:
         name = group.broadcast(f"local-{os.getpid()}-{secrets.token_hex(4)}".encode()).decode()
         place = Placement(**{**{f: getattr(place, f) for f in place.__slots__}, "job": name})
     return place
+
+
+def _coordinator(group: Group, place: Placement) -> str:
+    """Address of the job's coordinator; "" if this node's agent is it."""
+    given = os.environ.get("CKPTSVC_COORDINATOR")
+    nodes = sorted({n.decode() for n in group.all_gather(place.node.encode())})
+    if given is None and len(nodes) > 1:
+        raise ConfigError(
+            f"the ranks are on {len(nodes)} nodes ({', '.join(nodes[:3])} ...), and none of their agents coordinates",
+            hint="start the job with `ckptsvc run`, or set CKPTSVC_COORDINATOR to the address of one agent",
+        )
+    return given or ""
 
 
 def _agent_directory(place: Placement, settings: Settings) -> tuple[Path, bool]:

@@ -97,6 +97,10 @@ class StateTree:
         for node in modules.values():
             node.find()  # torch's hooks then leave the sharded parameters in place, which the optimizers know
         self._root = _branch(self._tree, "", modules, self._rank)
+        self._nodes: list[Node] = []
+        _map(self._root, lambda node, _: self._nodes.append(node))
+        # Modules first: optimizers call their parameters as they do. The others last: see `load`.
+        self._nodes.sort(key=lambda node: _LOAD_ORDER.get(type(node), len(_LOAD_ORDER)))
         self._shared = _merge(())
         self._all: tuple[tuple[Any, ...], tuple[LocalPart, ...]] = ((), ())
         self._structure: tuple[_Merged, Any, str] | None = None
@@ -111,15 +115,10 @@ class StateTree:
         """
         if not _unchanged(self._root):
             self._build()
-        shared: list[tuple[LocalPart, ...]] = []
-        own: list[tuple[LocalPart, ...]] = []
-
-        def find(node: Node, _: Any) -> Any:
-            parts, plain = node.find()
-            (shared if node.shared else own).append(parts)
-            return plain
-
-        objects: dict[str, Any] = _map(self._root, find)
+        found = {id(node): node.find() for node in self._nodes}
+        shared = [found[id(node)][0] for node in self._nodes if node.shared]
+        own = [found[id(node)][0] for node in self._nodes if not node.shared]
+        objects: dict[str, Any] = _map(self._root, lambda node, _: found[id(node)][1])
         if not _identical(self._shared.of, shared):
             self._shared = _merge(shared)
         if not _identical(self._all[0], [self._shared, *own]):
@@ -200,13 +199,12 @@ class StateTree:
         if not self._ready:
             self.targets(None, objects)
         self._ready = False
-        given: list[tuple[Node, Any]] = []
-        _map(self._root, lambda node, plain: given.append((node, plain)), objects)
-        given.sort(key=lambda pair: _LOAD_ORDER.get(type(pair[0]), len(_LOAD_ORDER)))
+        given: dict[int, Any] = {}
+        _map(self._root, lambda node, plain: given.update({id(node): plain}), objects)
         values: dict[str, Any] = {}
-        for node, plain in given:
-            if plain is not _ABSENT:
-                values[node.path] = node.load(plain)
+        for node in self._nodes:
+            if given[id(node)] is not _ABSENT:
+                values[node.path] = node.load(given[id(node)])
         restored: dict[str, Any] = _values(self._root, values)
         if self._include_rng and RNG in objects and objects.get(RANK) == self._rank:
             rng.restore(objects[RNG], {part.tensor.device for part in self.capture().parts})
@@ -247,7 +245,7 @@ def _branch(source: Any, path: str, modules: Mapping[str, ModuleNode], rank: int
         if isinstance(value, nn.Module):
             return modules[here]
         if isinstance(value, Optimizer) and not has_own_state_dict(value):
-            return OptimizerNode(here, value, [(p, m.target) for p, m in modules.items()])
+            return OptimizerNode(here, value, list(modules.values()))
         if _is_object(value):
             return StatefulNode(here, value, rank)
         if type(value) in _CONTAINERS and next(_objects(value, ""), None) is not None:

@@ -48,7 +48,7 @@ class Job:
         return sorted(set(self.ranks.values()))
 
     def join(self, event: pb.RankJoined, now: float) -> Decision:
-        """A rank has registered at its agent (for the first time, or again with an agent or coordinator that is new)."""
+        """A rank has registered at its agent, for the first time or again."""
         decision = Decision()
         if event.attempt < self.attempt:
             why = f"attempt {event.attempt} of job {self.name} is over; attempt {self.attempt} runs"

@@ -1,12 +1,13 @@
-"""Attempts of a job that `ckptsvc run` launches: when its nodes start ranks, when they stop them, when the job ends.
+r"""Attempts of a job that `ckptsvc run` launches: when its nodes start ranks, when they stop them, when the job ends.
 
 gathering --all nodes ready--> running --a rank fails--> stopping --all nodes ready--> running ...
-\\--all ranks exit 0--> ended          \\--no restarts left--> ended
+\--all ranks exit 0--> ended          \--no restarts left--> ended
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ckptsvc.control.effects import Decision, Send
@@ -20,7 +21,7 @@ LAST_CALL = 5.0
 """Seconds to wait for more nodes once the least number has joined."""
 
 NODE_PATIENCE = 60.0
-"""Seconds a job waits below its least number of nodes before it ends."""
+"""Seconds a job waits below its least number of nodes before it ends, and for a node whose agent is away."""
 
 INTERRUPTED = 85
 """Exit status of ranks that stopped because they were asked to (see errors.EXIT_STATUS)."""
@@ -45,6 +46,8 @@ class Node:
     nproc: int
     ready: int = -1  # the attempt after which it is ready for the next
     port: int = 0
+    start: agent_pb2.StartRanks | None = None  # the last order to start, to be repeated if it was lost
+    away_since: float | None = None  # its agent's connection has ended
 
 
 @dataclass(slots=True)
@@ -62,37 +65,70 @@ class Attempts:
     nodes: dict[str, Node] = field(default_factory=dict)
     running: dict[int, str] = field(default_factory=dict)  # rank -> node
     statuses: dict[int, int] = field(default_factory=dict)
+    outcome: tuple[int, str] = (0, "")  # status and reason, once ENDED
+    predecessor: tuple[int, str] | None = None  # outcome of the last job of this name
     last_failure: str = ""
     incidents: list[str] = field(default_factory=list)
 
     def joined(self, event: pb.NodeJoined, now: float) -> Decision:
-        """A launcher has connected (again)."""
+        """A launcher has connected, for the first time or again: what it says counts, orders may have been lost."""
         node = self.nodes.get(event.node)
+        if self.phase is Phase.ENDED:
+            return self._end_node(event.node, *self.outcome)
+        decision = Decision()
         if node is None:
             if len(self.nodes) >= self.max_nodes:
-                return self._end_node(event.node, 1, f"job {self.job} has its {self.max_nodes} nodes already")
+                why = f"job {self.job} has its {self.max_nodes} nodes already"
+                return self._end_node(event.node, 1, why)
             rank = event.node_rank if event.node_rank >= 0 else len(self.nodes)
-            self.nodes[event.node] = Node(event.node, rank, event.address, event.nproc)
+            node = self.nodes[event.node] = Node(event.node, rank, event.address, event.nproc)
             self.since = now
-            if event.attempt:
-                self._adopt(event)
-            return Decision([], [f"job {self.job}: node {event.node} joined ({len(self.nodes)}/{self.min_nodes})"])
-        return Decision()
+            joined = f"job {self.job}: node {event.node} joined ({len(self.nodes)}/{self.min_nodes})"
+            decision.reasons.append(joined)
+        node.away_since = None
+        return decision.add(self._adopt(event)) if event.attempt else decision
 
-    def _adopt(self, event: pb.NodeJoined) -> None:
-        """Ranks run on that node already: an earlier coordinator started them."""
-        if event.attempt >= self.attempt:
+    def _adopt(self, event: pb.NodeJoined) -> Decision:
+        """Ranks run on that node: those this coordinator or an earlier one has started, or such that should be gone."""
+        here = dict.fromkeys(range(event.first_rank, event.first_rank + event.nproc), event.node)
+        if event.attempt < self.attempt:
+            return self._stop(event.attempt, "a later attempt has begun", [event.node])
+        if event.attempt > self.attempt:
+            stale = self._stop(self.attempt, "a later attempt has begun", set(self.running.values()))
             self.attempt, self.phase = event.attempt, Phase.RUNNING
-            self.restarts = event.attempt - 1
-            self.running.update(dict.fromkeys(range(event.first_rank, event.first_rank + event.nproc), event.node))
+            self.restarts = max(self.restarts, event.attempt - 1)
+            self.running, self.statuses = here, {}
+            return stale
+        self.running.update(here)
+        if self.phase is Phase.RUNNING:
+            return Decision()
+        # The order to stop did not reach this node; or nobody here has heard of it yet, but another node has obeyed it.
+        self.phase = Phase.STOPPING
+        return self._stop(self.attempt, self.last_failure or "the attempt has failed", [event.node])
 
     def ready(self, event: pb.NodeReady, now: float) -> Decision:
         """No rank of an earlier attempt is left on this node."""
         node = self.nodes.get(event.node)
         if node is None or self.phase is Phase.ENDED:
             return Decision()
+        if event.attempt and self.predecessor and not self.attempt:
+            del self.nodes[event.node]  # of a job of this name that has ended; the order to end was lost
+            return self._end_node(event.node, *self.predecessor)
         node.ready, node.port = event.attempt, event.port
+        if self.phase is Phase.RUNNING:
+            if event.attempt >= self.attempt:  # stopped by an earlier coordinator
+                return self._fail(f"node {event.node} has stopped attempt {event.attempt}", now)
+            if node.start is not None and node.start.attempt == self.attempt:  # the order to start was lost
+                return Decision([Send(event.node, pb.Order(job=self.job, start=node.start))])
+            return Decision()
+        if event.attempt > self.attempt:  # an earlier coordinator has got that far
+            self.attempt, self.restarts = event.attempt, max(self.restarts, event.attempt)
         return self._start_if_ready(now)
+
+    def agent_lost(self, name: str, now: float) -> None:
+        """The connection to a node's agent has ended; it is given `NODE_PATIENCE` to come back."""
+        if name in self.nodes:
+            self.nodes[name].away_since = now
 
     def rank_exited(self, attempt: int, rank: int, node: str, status: int | None, now: float) -> Decision:
         """A rank has ended; `status` is None when only its death is known so far."""
@@ -100,7 +136,7 @@ class Attempts:
             return Decision()
         if status in (0, INTERRUPTED):
             self.statuses[rank] = status or 0
-            if len(self.statuses) < len(self.running):
+            if len(self.statuses) < len(self.running) or self._is_partial:
                 return Decision()
             worst = max(self.statuses.values())
             why = "stopped on request, saved" if worst else "all ranks have ended"
@@ -110,28 +146,42 @@ class Attempts:
 
     def node_left(self, name: str, detail: str, now: float) -> Decision:
         """A launcher is gone."""
-        if name not in self.nodes or self.phase is Phase.ENDED:
+        if self.nodes.pop(name, None) is None or self.phase is Phase.ENDED:
             return Decision()
-        del self.nodes[name]
-        if self.phase is Phase.RUNNING:
+        if self.phase is Phase.RUNNING and name in self.running.values():
             return self._fail(f"node {name} is gone ({detail})", now)
         return Decision([], [f"job {self.job}: node {name} is gone ({detail})"])
 
     def tick(self, now: float) -> Decision:
-        """Start after the last call; give up when the nodes do not come."""
-        if self.phase is Phase.GATHERING or self.phase is Phase.STOPPING:
+        """Start after the last call; give up nodes that do not come back, and the job when there are not enough."""
+        decision = Decision()
+        for node in list(self.nodes.values()):
+            if node.away_since is not None and now - node.away_since > NODE_PATIENCE:
+                decision.add(self.node_left(node.name, f"its agent is away for {NODE_PATIENCE:g} s", now))
+        if self.phase is Phase.RUNNING and self._is_partial and now - self.since > NODE_PATIENCE:
+            decision.add(self._fail("not all nodes of the attempt have come back", now))
+        elif self.phase is Phase.GATHERING or self.phase is Phase.STOPPING:
             if len(self.nodes) < self.min_nodes and self.restarts and now - self.since > NODE_PATIENCE:
-                return self._end(1, f"only {len(self.nodes)} of {self.min_nodes} nodes are left: {self.last_failure}")
-            return self._start_if_ready(now)
-        return Decision()
+                why = f"only {len(self.nodes)} of {self.min_nodes} nodes are left: {self.last_failure}"
+                return decision.add(self._end(1, why))
+            decision.add(self._start_if_ready(now))
+        return decision
+
+    @property
+    def _is_partial(self) -> bool:
+        """After a change of coordinator: not all nodes have told yet which ranks of the attempt they run."""
+        return len(set(self.running.values())) < self.min_nodes
 
     def _start_if_ready(self, now: float) -> Decision:
         if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes:
             return Decision()
         if len(self.nodes) < self.max_nodes and now - self.since < LAST_CALL:
             return Decision()
-        if any(n.ready != self.attempt for n in self.nodes.values()):
-            return Decision()
+        ran = set(self.running.values())
+        for node in self.nodes.values():
+            # A node that joined while an attempt ran had no rank of it, and nothing to stop.
+            if node.ready != self.attempt and (node.ready < 0 or node.name in ran):
+                return Decision()
         ordered = sorted(self.nodes.values(), key=lambda n: (n.rank, n.name))
         world = sum(n.nproc for n in ordered)
         self.attempt += 1
@@ -151,6 +201,7 @@ class Attempts:
                 master_addr=ordered[0].address,
                 master_port=ordered[0].port,
             )
+            node.start = start
             decision.effects.append(Send(node.name, pb.Order(job=self.job, start=start)))
             self.running.update(dict.fromkeys(range(first, first + node.nproc), node.name))
             first += node.nproc
@@ -164,13 +215,15 @@ class Attempts:
             return self._end(1, f"{why}; no restarts left of {self.max_restarts}")
         self.restarts += 1
         self.phase = Phase.STOPPING
-        stop = agent_pb2.StopRanks(attempt=self.attempt, grace=GRACE, reason=why)
-        effects = [Send(n, pb.Order(job=self.job, stop=stop)) for n in sorted(self.nodes)]
         reason = f"job {self.job}: {why}; restart {self.restarts} of {self.max_restarts}"
-        return Decision(list(effects), [reason])
+        return Decision([], [reason]).add(self._stop(self.attempt, why, self.nodes))
+
+    def _stop(self, attempt: int, why: str, nodes: Iterable[str]) -> Decision:
+        stop = agent_pb2.StopRanks(attempt=attempt, grace=GRACE, reason=why)
+        return Decision([Send(node, pb.Order(job=self.job, stop=stop)) for node in sorted(nodes)])
 
     def _end(self, status: int, why: str) -> Decision:
-        self.phase = Phase.ENDED
+        self.phase, self.outcome = Phase.ENDED, (status, why)
         end = agent_pb2.JobEnd(status=status, reason=why)
         effects = [Send(n, pb.Order(job=self.job, end=end)) for n in sorted(self.nodes)]
         return Decision(list(effects), [f"job {self.job} ends with {status}: {why}"])

@@ -46,4 +46,4 @@ MAX_OBJECTS_ITEMS: Final = 2**23
 it."""
 
 MAX_OBJECTS_DEPTH: Final = 100
-"""Nested containers in an objects document."""
+"""Containers that a value of an objects document may lie in."""

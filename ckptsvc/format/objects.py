@@ -316,6 +316,8 @@ class _Decoder:
         self.strict = strict
 
     def value(self, plain: Any, depth: int) -> Any:
+        if depth > MAX_OBJECTS_DEPTH:
+            raise _BadValueError(f"nested more than {MAX_OBJECTS_DEPTH} levels deep")
         cls = type(plain)
         if cls is list:
             return self.items(plain, depth)
@@ -323,11 +325,9 @@ class _Decoder:
             return plain
         if TAG in plain:
             return self.tagged(plain, depth)
-        _check_depth(depth)
         return {key: self.value(item, depth + 1) for key, item in plain.items()}
 
     def tagged(self, plain: dict[str, Any], depth: int) -> Any:
-        _check_depth(depth)
         tag, value = plain[TAG], plain.get("v")
         if len(plain) != 2 or "v" not in plain or not isinstance(tag, str):
             raise _BadValueError(f"a tagged value has the keys {sorted(plain)[:5]}")
@@ -357,11 +357,9 @@ class _Decoder:
             raise _BadValueError(f"the codec for {tag!r} refused its value: {error}") from error
 
     def items(self, plain: Any, depth: int) -> list[Any]:
-        _check_depth(depth)
         return [self.value(item, depth + 1) for item in _typed(plain, list)]
 
     def pairs(self, plain: Any, depth: int) -> list[tuple[Any, Any]]:
-        _check_depth(depth)
         return [
             (self.value(key, depth + 1), self.value(item, depth + 1))
             for key, item in (_fields(pair, 2) for pair in _typed(plain, list))
@@ -369,11 +367,6 @@ class _Decoder:
 
     def numbers(self, plain: Any, depth: int, count: int, cls: type) -> list[Any]:
         return [_typed(item, cls) for item in self.items(_fields(plain, count), depth)]
-
-
-def _check_depth(depth: int) -> None:
-    if depth > MAX_OBJECTS_DEPTH:
-        raise _BadValueError(f"nested more than {MAX_OBJECTS_DEPTH} levels deep")
 
 
 def _typed(value: Any, cls: type) -> Any:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ckptsvc.errors import Damaged, InvalidInput, NoCheckpoint, NotFound, StoreUnavailable
+from ckptsvc.errors import Damaged, IncompatibleVersion, InvalidInput, NoCheckpoint, NotFound, StoreUnavailable
 from ckptsvc.format.checksum import digest128
 from ckptsvc.format.commit import (
     COMMIT,
@@ -19,6 +18,7 @@ from ckptsvc.format.commit import (
     parse_epoch_name,
 )
 from ckptsvc.format.index import Index
+from ckptsvc.format.limits import MAX_RECORD_BYTES
 from ckptsvc.storage import Store
 
 
@@ -66,9 +66,11 @@ def read_commit(store: Store, ref: Ref) -> CommitRecord | None:
     """
     key = f"{ref.name}/{COMMIT}"
     try:
-        commit = CommitRecord.decode(store.read(key), key)
+        commit = CommitRecord.decode(store.read(key, MAX_RECORD_BYTES), key)
     except NotFound:
         return None
+    except InvalidInput:
+        raise Damaged(f"{key} is too large for a commit record") from None
     if (commit.step, commit.epoch) != (ref.step, ref.epoch):
         raise Damaged(f"{key} speaks of step {commit.step} in epoch {commit.epoch}")
     return commit
@@ -81,6 +83,12 @@ def open_checkpoint(store: Store, ref: Ref, commit: CommitRecord | None = None) 
         NoCheckpoint: not committed.
         Damaged, IncompatibleVersion: the record or the index cannot be trusted.
     """
+    commit, image = read_index(store, ref, commit)
+    return decode_checkpoint(store, ref, commit, image)
+
+
+def read_index(store: Store, ref: Ref, commit: CommitRecord | None = None) -> tuple[CommitRecord, bytes]:
+    """The commit record and the bytes of the index, verified; see `open_checkpoint`."""
     commit = commit or read_commit(store, ref)
     if commit is None:
         raise NoCheckpoint(f"{store.url}/{ref.name} has no commit record: its save never finished")
@@ -89,21 +97,29 @@ def open_checkpoint(store: Store, ref: Ref, commit: CommitRecord | None = None) 
         size = store.size(key)
         if size != commit.index_bytes:
             raise Damaged(f"{key} has {size} bytes; its commit record says {commit.index_bytes}")
-        buffer = mmap.mmap(-1, max(size, 1))
-        view = memoryview(buffer)[:size]
-        store.read_into(key, 0, view)
+        image = bytearray(size)
+        store.read_into(key, 0, memoryview(image))
     except NotFound:
         raise Damaged(f"{key}, the index, is missing") from None
-    if digest128(view) != commit.index_digest:
+    if digest128(image) != commit.index_digest:
         raise Damaged(f"{key}, the index, does not match the checksum in its commit record")
-    index = Index.decode(bytes(view))
+    return commit, bytes(image)
+
+
+def decode_checkpoint(store: Store, ref: Ref, commit: CommitRecord, image: bytes) -> Checkpoint:
+    """A checkpoint from its commit record and the verified bytes of its index."""
+    index = Index.decode(image, f"{ref.name}/{commit.index}")
     if (index.info.step, index.info.epoch, len(index.shards)) != (commit.step, commit.epoch, commit.shards):
-        raise Damaged(f"{key}, the index, belongs to another checkpoint than its commit record")
+        raise Damaged(f"{ref.name}/{commit.index}, the index, belongs to another checkpoint than its commit record")
     return Checkpoint(store, ref, commit, index)
 
 
-def find(store: Store, step: int | None = None, name: str | None = None) -> list[tuple[Ref, CommitRecord | Damaged]]:
-    """Committed checkpoints, newest first, of one step or all; a record that is damaged comes as its error.
+Refused = Damaged | IncompatibleVersion
+"""Why a commit record that is there cannot be used."""
+
+
+def find(store: Store, step: int | None = None, name: str | None = None) -> list[tuple[Ref, CommitRecord | Refused]]:
+    """Committed checkpoints, newest first, of one step or all; a record that cannot be used comes as its error.
 
     Raises:
         InvalidInput: `name` is no name of a checkpoint.
@@ -114,13 +130,13 @@ def find(store: Store, step: int | None = None, name: str | None = None) -> list
         if parsed is None:
             raise InvalidInput(f"{name!r} is no name of a checkpoint", hint="they look like step-000000000100.e00007")
         refs = [r for r in refs if (r.step, r.epoch) == parsed]
-    found: list[tuple[Ref, CommitRecord | Damaged]] = []
+    found: list[tuple[Ref, CommitRecord | Refused]] = []
     for ref in refs:
         if step is not None and ref.step != step:
             continue
         try:
             commit = read_commit(store, ref)
-        except Damaged as error:
+        except (Damaged, IncompatibleVersion) as error:
             found.append((ref, error))
             continue
         if commit is not None:

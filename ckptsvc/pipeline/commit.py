@@ -18,6 +18,7 @@ from ckptsvc.format.commit import COMMIT, CommitRecord, checkpoint_name, index_n
 from ckptsvc.format.index import Index, IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.catalog import Ref, newest_epoch, read_commit, read_epoch
+from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.storage import Store
 
 
@@ -66,6 +67,7 @@ def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecor
         image = index.encode()
         name = index_name(secrets.token_hex(4))
         _write_aligned(store, f"{ref.name}/{name}", image)
+        failpoint("before_record")
         record = CommitRecord(
             step=info.step,
             epoch=info.epoch,

@@ -1,8 +1,8 @@
 """Shards -> memory: which bytes of which shard go where, read in windows, verified extent by extent.
 
-A window is a fixed run of extents of one shard. Windows do not depend on who wants what, so ranks that plan on their own
-agree on them: that is how a job reads every byte once (see client.exchange). A window's pieces are boxes of targets that
-its bytes fill; what a target is, the caller's sink knows.
+A window is a fixed run of extents of one shard. Windows do not depend on who wants what, so ranks that plan on their
+own agree on them: that is how a job reads every byte once (see client.exchange). A window's pieces are boxes of targets
+that its bytes fill; what a target is, the caller's sink knows.
 
     index + wants --plan_windows--> windows --read--> buffer --verify--> sink(target, place, array)
 """

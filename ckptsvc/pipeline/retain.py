@@ -8,30 +8,47 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from ckptsvc.errors import Damaged
-from ckptsvc.format.commit import COMMIT
+from ckptsvc.errors import Damaged, IncompatibleVersion
+from ckptsvc.format.commit import COMMIT, EPOCHS, CommitRecord
 from ckptsvc.pipeline.catalog import Ref, find, list_refs, newest_epoch, open_checkpoint, read_commit
-from ckptsvc.storage import Store
+from ckptsvc.storage import TEMPORARY_PREFIX, Entry, Store
 
 
 @dataclass(frozen=True, slots=True)
 class Garbage:
-    """An object nothing refers to; `modified` in seconds since the epoch of Unix time."""
+    """Objects of one folder that nothing refers to.
 
-    key: str
-    size: int
-    modified: float
+    Attributes:
+        folder: the first part of their keys.
+        ref: the checkpoint that was never committed, whose folder this is; None where only single objects are garbage.
+        why: how they came to be there.
+        entries: the objects; none where an empty folder is all that is left.
+    """
+
+    folder: str
+    ref: Ref | None
     why: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all objects."""
+        return sum(entry.size for entry in self.entries)
+
+    @property
+    def modified(self) -> float:
+        """When the last of them was written, in seconds since 1970: a save that is slow is not an old one."""
+        return max((entry.modified for entry in self.entries), default=0.0)
 
 
 def expire(store: Store, keep: int, protect: Collection[Ref] = ()) -> list[Ref]:
     """Delete all but the newest `keep` committed checkpoints; those in `protect` stay. Returns what went.
 
-    A damaged commit record counts as no checkpoint and is left alone, as evidence.
+    A commit record that cannot be used counts as no checkpoint and is left alone, as evidence or for a newer ckptsvc.
     """
     if keep <= 0:
         return []
-    good = [ref for ref, commit in find(store) if not isinstance(commit, Damaged)]
+    good = [ref for ref, commit in find(store) if isinstance(commit, CommitRecord)]
     gone = [ref for ref in good[keep:] if ref not in protect]
     for ref in gone:
         delete_checkpoint(store, ref)
@@ -45,30 +62,38 @@ def delete_checkpoint(store: Store, ref: Ref) -> None:
         store.delete(entry.key)
 
 
-def find_garbage(store: Store, running: Collection[Ref] = ()) -> Iterator[Garbage]:
-    """Objects that interrupted saves left: whole folders without a commit record, and strays in committed ones.
+def find_garbage(store: Store) -> Iterator[Garbage]:
+    """What interrupted saves and deletions left: folders without a commit record, and strays elsewhere.
 
-    Folders in `running`, and uncommitted ones of the newest epoch that are newer than every commit in it, may belong to
-    a save that is still going on; the caller decides by age (`modified`).
+    A folder without a commit record may belong to a save that is still going on. The store cannot tell: the caller
+    decides by age and by what the agents say. Checkpoints whose commit record or index cannot be read are left alone.
     """
     newest = newest_epoch(store)
     for ref in list_refs(store):
-        if ref in running:
-            continue
         try:
             commit = read_commit(store, ref)
-        except Damaged:
-            continue  # evidence; `ckptsvc verify` names it
-        if commit is None:
-            why = "save not committed" + (" (yet?)" if ref.epoch == newest else "")
-            yield from (Garbage(e.key, e.size, e.modified, why) for e in store.list(ref.name))
-            continue
-        try:
+            if commit is None:
+                open_end = " (it may still be running)" if ref.epoch == newest else ""
+                yield Garbage(ref.name, ref, "save not committed" + open_end, tuple(store.list(ref.name)))
+                continue
             index = open_checkpoint(store, ref, commit).index
-        except Damaged:
+        except (Damaged, IncompatibleVersion):
             continue
-        known = {f"{ref.name}/{COMMIT}", f"{ref.name}/{commit.index}"}
-        known |= {f"{ref.name}/{s.name}" for s in index.shards}
-        for entry in store.list(ref.name):
-            if entry.key not in known:
-                yield Garbage(entry.key, entry.size, entry.modified, "not part of the committed checkpoint")
+        known = {COMMIT, commit.index, *(shard.name for shard in index.shards)}
+        strays = tuple(e for e in store.list(ref.name) if e.key.removeprefix(f"{ref.name}/") not in known)
+        if strays:
+            yield Garbage(ref.name, None, "not part of the committed checkpoint", strays)
+    torn = tuple(e for e in store.list(EPOCHS) if e.key.rpartition("/")[2].startswith(TEMPORARY_PREFIX))
+    if torn:
+        yield Garbage(EPOCHS, None, "left by an interrupted write", torn)
+
+
+def remove_garbage(store: Store, garbage: Garbage) -> bool:
+    """Delete what was found, unless its save has committed after all; returns whether it was deleted."""
+    if garbage.ref is not None and read_commit(store, garbage.ref) is not None:
+        return False
+    for entry in garbage.entries:
+        store.delete(entry.key)
+    if not garbage.entries:  # a driver removes folders that have become empty, here one that already was
+        store.delete(f"{garbage.folder}/{TEMPORARY_PREFIX}none")
+    return True

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 
-from ckptsvc.errors import Damaged, NotFound
+from ckptsvc.errors import Damaged, LayoutError, NotFound, StoreDenied, StoreError, StoreUnavailable
 from ckptsvc.format.checksum import bad_extents
 from ckptsvc.pipeline.catalog import Checkpoint
 
 CHUNK_EXTENTS = 16
+"""Extents read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """A byte range [start, stop) of an object that does not verify, and the logical tensors that lie in it."""
+    """A byte range [start, stop) of an object that does not verify, and the logical tensors that lie in it.
+
+    What lies in no tensor is the header of a shard, an index or a commit record.
+    """
 
     key: str
     start: int
@@ -32,49 +37,116 @@ def verify_checkpoint(
 ) -> list[Damage]:
     """Every damage found in the shards; commit record and index were verified when the checkpoint was opened.
 
+    Args:
+        checkpoint: what to read.
+        readers: shards that are read at a time.
+        progress: called with bytes dealt with since the last call, from several threads; the size of all shards in
+            the end, whatever was missing.
+
     Raises:
-        StoreError: the store failed otherwise than by missing or short objects.
-        LayoutError: the index has a hole.
+        StoreError: the store failed altogether. A range that alone cannot be read is damage.
     """
-    checkpoint.index.check_cover()
-    with ThreadPoolExecutor(readers, thread_name_prefix="ckptsvc-verify") as pool:
-        shards = range(len(checkpoint.index.shards))
-        found = pool.map(lambda shard: _verify_shard(checkpoint, shard, progress), shards)
-        return [damage for damages in found for damage in damages]
-
-
-def _verify_shard(checkpoint: Checkpoint, shard: int, progress: Callable[[int], None] | None) -> list[Damage]:
-    index, store, key = checkpoint.index, checkpoint.store, checkpoint.key(shard)
-    size, digests, extent = index.shards[shard].nbytes, index.digests(shard), index.info.extent
+    damages: list[Damage] = []
     try:
-        actual = store.size(key)
-    except NotFound:
-        return [Damage(key, 0, size, _tensors(checkpoint, shard, 0, size), "the shard is missing")]
-    damages = []
-    if actual != size:
-        why = f"the shard has {actual} bytes; the index says {size}"
-        damages.append(Damage(key, min(actual, size), size, _tensors(checkpoint, shard, min(actual, size), size), why))
-    buffer = memoryview(mmap.mmap(-1, extent * CHUNK_EXTENTS))
-    for start in range(0, size, extent * CHUNK_EXTENTS):
-        part = buffer[: min(extent * CHUNK_EXTENTS, size - start)]
-        if start + len(part) > actual:
-            break
+        checkpoint.index.check_cover()
+    except LayoutError as error:
+        key = f"{checkpoint.ref.name}/{checkpoint.commit.index}"
+        damages.append(Damage(key, 0, checkpoint.commit.index_bytes, (), f"the index has a hole: {error.what}"))
+    stopped = threading.Event()
+    with ThreadPoolExecutor(readers, thread_name_prefix="ckptsvc-verify") as pool:
+        shards = [_Shard(checkpoint, number, progress or (lambda _: None), stopped) for number in
+            range(len(checkpoint.index.shards))]  # fmt: skip
+        futures = [pool.submit(shard.verify) for shard in shards]
         try:
-            store.read_into(key, start, part)
-        except Damaged as error:
-            stop = start + len(part)
-            damages.append(Damage(key, start, stop, _tensors(checkpoint, shard, start, stop), error.what))
-            continue
-        for number in bad_extents(part, digests, start // extent, extent):
-            low, high = number * extent, min((number + 1) * extent, size)
-            damages.append(Damage(key, low, high, _tensors(checkpoint, shard, low, high), "checksum mismatch"))
-        if progress:
-            progress(len(part))
+            for future in futures:
+                damages.extend(future.result())
+        except BaseException:  # an interrupt from the keyboard too: nobody wants to wait for the rest
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            raise
     return damages
 
 
-def _tensors(checkpoint: Checkpoint, shard: int, start: int, stop: int) -> tuple[str, ...]:
-    index = checkpoint.index
-    first = index.region_offset.astype(np.int64)
-    inside = (index.region_shard == shard) & (first < stop) & (first + index.region_nbytes > start)
-    return tuple(sorted({index.name_at(int(row)) for row in index.region_tensor[inside]}))
+class _Shard:
+    """One shard while it is being verified."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, number: int, progress: Callable[[int], None], stopped: threading.Event
+    ) -> None:
+        self._checkpoint, self._number = checkpoint, number
+        self._progress, self._stopped = progress, stopped
+        self._key = checkpoint.key(number)
+        self._size = checkpoint.index.shards[number].nbytes
+        self._extent = checkpoint.index.info.extent
+
+    def verify(self) -> list[Damage]:
+        try:
+            actual = self._checkpoint.store.size(self._key)
+        except NotFound:
+            self._progress(self._size)
+            return [self._damage(0, self._size, "the shard is missing")]
+        # Of a shard that ends too early, the extents that are there whole can still be judged.
+        readable = self._size if actual >= self._size else actual // self._extent * self._extent
+        damages = [self._damage(*bad) for bad in _merged(self._bad(readable))]
+        if actual != self._size:
+            why = f"the shard has {actual} bytes; the index says {self._size}"
+            damages.append(self._damage(readable, max(actual, self._size), why))
+            self._progress(self._size - readable)
+        return damages
+
+    def _bad(self, readable: int) -> Iterator[tuple[int, int, str]]:
+        """(start, stop, why) of every extent in the first bytes that does not verify."""
+        extent, span = self._extent, self._extent * CHUNK_EXTENTS
+        buffer = memoryview(mmap.mmap(-1, min(span, max(readable, 1))))
+        for start in range(0, readable, span):
+            if self._stopped.is_set():
+                return
+            stop = min(start + span, readable)
+            if self._read(start, buffer[: stop - start]) is None:
+                yield from self._mismatches(start, buffer[: stop - start])
+            else:  # once more, extent by extent, to tell which bytes they are
+                for low in range(start, stop, extent):
+                    part = buffer[: min(extent, stop - low)]
+                    why = self._read(low, part)
+                    if why is None:
+                        yield from self._mismatches(low, part)
+                    else:
+                        yield low, low + len(part), why
+            self._progress(stop - start)
+
+    def _read(self, start: int, buffer: memoryview) -> str | None:
+        """Fill the buffer; returns why these bytes cannot be read, or None."""
+        try:
+            self._checkpoint.store.read_into(self._key, start, buffer)
+        except (StoreUnavailable, StoreDenied):
+            raise  # says nothing about the bytes
+        except (Damaged, StoreError) as error:
+            return f"cannot be read: {error.what}"
+        return None
+
+    def _mismatches(self, start: int, part: memoryview) -> Iterator[tuple[int, int, str]]:
+        digests = self._checkpoint.index.digests(self._number)
+        for number in bad_extents(part, digests, start // self._extent, self._extent):
+            low = number * self._extent
+            yield low, min(low + self._extent, start + len(part)), "checksum mismatch"
+
+    def _damage(self, start: int, stop: int, why: str) -> Damage:
+        index = self._checkpoint.index
+        first = index.region_offset.astype(np.int64)
+        inside = (index.region_shard == self._number) & (first < stop) & (first + index.region_nbytes > start)
+        rows = np.unique(index.region_tensor[inside])
+        return Damage(self._key, start, stop, tuple(sorted(index.name_at(int(row)) for row in rows)), why)
+
+
+def _merged(ranges: Iterator[tuple[int, int, str]]) -> Iterator[tuple[int, int, str]]:
+    """Neighbouring ranges that are bad for the same reason as one: a lost shard is one line and not a million."""
+    pending: tuple[int, int, str] | None = None
+    for start, stop, why in ranges:
+        if pending and (pending[1], pending[2]) == (start, why):
+            pending = (pending[0], stop, why)
+        else:
+            if pending:
+                yield pending
+            pending = (start, stop, why)
+    if pending:
+        yield pending

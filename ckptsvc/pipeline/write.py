@@ -11,6 +11,7 @@ from ckptsvc.format.checksum import Digests, extent_digests
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import checkpoint_name, shard_name
 from ckptsvc.format.shard import ShardInfo, decode_header, header_length
+from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.storage import Store
 
 
@@ -57,7 +58,8 @@ def write_shard(
     digests = pool.submit(digest)
     name = shard_name(rank, secrets.token_hex(4))
     try:
-        store.write(f"{checkpoint_name(step, epoch)}/{name}", image, nbytes)
+        key = f"{checkpoint_name(step, epoch)}/{name}"
+        store.write(key, image, nbytes, progress=lambda _: failpoint("in_shard"))
     finally:
         known = digests.result()
     return Written(name, nbytes, known, Columns.from_table(table), table.info)

@@ -26,7 +26,8 @@ MAX_PACKET = 64 << 10
 
 PAGE = struct.Struct("<qQqqqq")
 """The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds (written by the rank); step to save at, step to stop at,
-last committed step, last step whose save failed (written by the agent). -1 means none. Aligned 8-byte words: each is read and written whole."""
+last committed step, last step whose save failed (written by the agent). -1 means none. The words are aligned: each is
+read and written whole."""
 
 PAGE_BYTES = 4096
 _FIELDS = {"step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40}

@@ -35,7 +35,7 @@ from ckptsvc.storage.registry import connect
 
 KiB, MiB = 1 << 10, 1 << 20
 
-SIZES = (0, 1, 511, 4095, 4096, 4097, MiB + 1, 17 * MiB, 17 * MiB + 4099)
+SIZES = (0, 1, 4095, 4096, 4097, MiB + 1, 17 * MiB + 4099)
 """Bytes of an object: around a page, around the blocks that drivers cut large objects into."""
 
 BAD_KEYS = (
@@ -216,7 +216,7 @@ class StoreTests:
         def progress(nbytes: int) -> None:
             raise Stop
 
-        content = content_of(64 * MiB)
+        content = content_of(24 * MiB)
         with pages_with(content) as data, pytest.raises(Stop):
             store.write("a", data, len(content), progress=progress)
         self.put(store, "a", content[: 3 * MiB])
@@ -224,18 +224,18 @@ class StoreTests:
 
     def test_several_threads_write_and_read(self, store: Store) -> None:
         """Calls in several threads neither mix nor wait for each other for ever."""
-        contents = [content_of(9 * MiB + number, number) for number in range(8)]
+        contents = [content_of(9 * MiB + number, number) for number in range(4)]
 
         def save_and_load(number: int) -> bool:
             content = contents[number]
             self.put(store, f"step/{number}", content)
-            with pages_with(bytes(len(content))) as buffer:
-                store.read_into(f"step/{number}", 0, buffer[: len(content)])
-                return bytes(buffer[: len(content)]) == content
+            with pages_with(bytes(len(content))) as pages, pages[: len(content)] as buffer:
+                store.read_into(f"step/{number}", 0, buffer)
+                return buffer == content
 
-        with ThreadPoolExecutor(8) as pool:
-            assert all(pool.map(save_and_load, range(8)))
-        assert len(store.children("step")) == 8
+        with ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(save_and_load, range(4)))
+        assert len(store.children("step")) == 4
 
     # --- records --------------------------------------------------------------------------------------------
 
@@ -291,11 +291,11 @@ class StoreTests:
             store.read("a", 4)
 
     @pytest.mark.parametrize(
-        ("offset", "size"), [(0, 1), (1, 4096), (4096, 4096), (4097, 20 * MiB), (8 * MiB, 18 * MiB + 5)]
+        ("offset", "size"), [(0, 1), (1, 4096), (4096, 4096), (4097, 17 * MiB), (2 * MiB, 17 * MiB + 5)]
     )
     def test_read_into_any_range(self, store: Store, offset: int, size: int) -> None:
         """Any range, into aligned and unaligned memory, and nothing outside the buffer."""
-        content = content_of(26 * MiB + 5)
+        content = content_of(19 * MiB + 5)
         self.raw_write(store, "a", content)
         for shift in (0, 3):
             with pages_with(b"", more=size + shift + 1) as memory:
@@ -309,8 +309,8 @@ class StoreTests:
     def test_read_into_notices_the_end(self, store: Store, offset: int, size: int) -> None:
         """An object that ends too early is damaged; short reads are never passed off as whole."""
         self.raw_write(store, "a", content_of(100))
-        with pages_with(b"", more=size) as buffer, pytest.raises(Damaged):
-            store.read_into("a", offset, buffer[:size])
+        with pages_with(b"", more=size) as pages, pages[:size] as buffer, pytest.raises(Damaged):
+            store.read_into("a", offset, buffer)
 
     def test_a_truncated_object_is_damaged(self, store: Store) -> None:
         """Also where it is large, and where it is cut in the middle of a page."""

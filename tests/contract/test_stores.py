@@ -1,6 +1,7 @@
 """Both drivers, on several file systems and with every fallback, and all wrappers: the conformance suite."""
 
 import errno
+import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ class Posix(StoreTests):
 class TestMemory(StoreTests):
     @pytest.fixture
     def store(self):
-        yield connect(f"memory://{uuid.uuid4()}")
+        return connect(f"memory://{uuid.uuid4()}")
 
     def raw_read(self, store, key):
         return store._space.objects[key][0]
@@ -111,8 +112,6 @@ class NoDirectAtTransfer(System):
         self.refused = 0
 
     def _refuse(self, fd):
-        import fcntl
-
         if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
             self.refused += 1
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
@@ -188,7 +187,7 @@ class Wrapped(StoreTests):
 
     @pytest.fixture
     def store(self):
-        yield self.wrap(connect(f"memory://{uuid.uuid4()}"))
+        return self.wrap(connect(f"memory://{uuid.uuid4()}"))
 
     def _space(self, store):
         while not isinstance(store, MemoryStore):
@@ -214,7 +213,7 @@ class TestLimited(Wrapped):
 
 class TestMeasured(Wrapped):
     def wrap(self, store):
-        return Measured(store, lambda op, seconds, nbytes, error: None)
+        return Measured(store, lambda *_: None)
 
 
 class TestFaulty(Wrapped):
@@ -224,4 +223,4 @@ class TestFaulty(Wrapped):
 
 class TestAllWrappers(Wrapped):
     def wrap(self, store):
-        return Measured(Retrying(Limited(Faulty(store), in_flight=2)), lambda op, seconds, nbytes, error: None)
+        return Measured(Retrying(Limited(Faulty(store), in_flight=2)), lambda *_: None)

@@ -25,6 +25,7 @@ from typing import Any
 
 PRELOADED = (
     "torch",
+    "torch._dynamo",  # the first optimizer imports it
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.tensor.parallel",

@@ -145,10 +145,6 @@ def test_names_are_those_of_the_bare_module() -> None:
     assert splittable == [True] * 4 + [False] * 3
 
 
-def test_a_compiled_module_has_the_names_of_what_it_wraps() -> None:
-    assert names(tree(m=torch.compile(linear(1), backend="eager"))) == ["m/weight", "m/bias"]
-
-
 def test_restored_in_place() -> None:
     net, target = linear(1), linear(2)
     saved = dense.save(tree(m=net))

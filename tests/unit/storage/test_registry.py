@@ -49,7 +49,7 @@ def test_an_unknown_scheme_names_the_nearest(scheme, near):
 
 
 def test_an_unknown_scheme_names_all():
-    with pytest.raises(ConfigError, match="known: .*file.*memory"):
+    with pytest.raises(ConfigError, match=r"known: .*file.*memory"):
         connect("zzzzzz://x")
 
 

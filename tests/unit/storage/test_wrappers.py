@@ -129,7 +129,7 @@ def test_plans_travel_as_json(inner):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("{", "truncated"),
+        ("[{", "truncated"),
         ('{"op": "read"}', "array"),
         ('[{"operation": "read"}]', "operation"),
         ('[{"error": "no-such"}]', "no-such"),
