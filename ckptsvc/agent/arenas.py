@@ -72,6 +72,9 @@ class Arenas:
         attempt = job.attempt(reg.attempt)
         deadline = time.monotonic() + timeout
         error: CkptsvcError = ArenaExhausted("no arena became free in time")
+        for arena in self._local.pool.of(reg.job, reg.rank):
+            if arena.state is State.FILLING and arena.step >= 0:
+                self._local.pool.release(arena)  # of a snapshot that the rank has given up: it takes one at a time
         try:
             while True:
                 epoch = _epoch(attempt)

@@ -87,7 +87,7 @@ class _Maker:
 
     def __call__(self, elements: int, dtype: torch.dtype) -> Tensor:
         self._made += 1
-        local = torch.full((elements // self._world,), self._made % 97 + 1, dtype=dtype)
+        local = torch.full((elements // self._world,), _content(self._made), dtype=dtype)
         return local if self._mesh is None else DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False)
 
 
@@ -121,9 +121,13 @@ def wipe(tree: Mapping[str, Any]) -> None:
 
 def is_intact(tree: Mapping[str, Any]) -> bool:
     """Whether every tensor has at both ends what it was made with."""
-    expected = 0
-    for _, tensor in tensors(tree):
-        part, expected = local(tensor), expected % 97 + 1
-        if part.numel() and not (part[0] == expected and part[-1] == expected):
+    for number, (_, tensor) in enumerate(tensors(tree), 1):
+        part, content = local(tensor), _content(number)
+        if part.numel() and not (part[0] == content and part[-1] == content):
             return False
     return True
+
+
+def _content(number: int) -> int:
+    """What the tensor made as that one is filled with: exact in every element type."""
+    return number % 97 + 1

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
@@ -27,15 +27,13 @@ from ckptsvc.client.document import ArrayRef, join, replace_refs, split
 from ckptsvc.client.fingerprint import Fingerprint, values_of
 from ckptsvc.client.modules import ModuleNode
 from ckptsvc.client.parts import DTYPE_NAMES, LocalPart
-from ckptsvc.client.values import Found, Leaf, same_if_unchanged
+from ckptsvc.client.values import SCALARS, Found, Leaf, same_if_unchanged
 from ckptsvc.client.wanted import Wanted, as_leaf, fits, other_kind
 from ckptsvc.errors import LayoutError
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.types import TensorMeta
 
 State = dict[Any, Any]
-
-_SCALARS = frozenset({int, float, bool, str, type(None)})
 
 
 class _Walked(msgspec.Struct, eq=False):
@@ -142,7 +140,7 @@ class OptimizerNode:
             return None
         values = list(values_of(optimizer.state.values()))
         tensors = [v for v in values if isinstance(v, Tensor)]
-        if len(tensors) < len(values) and any(type(v) not in _SCALARS for v in values if not isinstance(v, Tensor)):
+        if len(tensors) < len(values) and any(type(v) not in SCALARS for v in values if not isinstance(v, Tensor)):
             return None
         mask = None if len(tensors) == len(values) else [isinstance(v, Tensor) for v in values]
 
@@ -166,7 +164,7 @@ class OptimizerNode:
         for key, taken in walked.mixed.items():
             entries = self.target.state[parameters[key]]
             now[key] = {k: v if isinstance(v, TensorRef) else entries[k] for k, v in taken.items()}
-            if not all(type(v) in _SCALARS or isinstance(v, TensorRef) for v in now[key].values()):
+            if not all(type(v) in SCALARS or isinstance(v, TensorRef) for v in now[key].values()):
                 return None
         return now
 
@@ -233,17 +231,13 @@ class OptimizerNode:
         owners = dict(zip(chain.from_iterable(walked.names), self._parameters(), strict=True))
         saved = replace_refs(plain["param_groups"], lambda ref: as_leaf(leaves[ref.name], ref))
         groups = _match_groups(self.path, optimizer.param_groups, walked.names, saved)
-        # a parameter that never had a gradient has no state; torch wants to be told so
-        given = {key: state.get(key, {}) for key, p in owners.items() if p.requires_grad} | state
         try:
-            if self._root is None:
-                optimizer.load_state_dict({"state": given, "param_groups": groups})
-            else:
-                with _without_first_step(optimizer):
-                    set_optimizer_state_dict(self._root, optimizer, {"state": given, "param_groups": groups})
+            # What `set_optimizer_state_dict` does too, once it has found, in time quadratic in the number of
+            # parameters, what belongs to this optimizer: its hooks run, and states go by the order of parameters.
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
         except (RuntimeError, ValueError, KeyError) as error:
             raise LayoutError(f"/{self.path} cannot be loaded: {error}") from error
-        _undo_changes(optimizer, owners, state)
+        _undo_casts(optimizer, owners, state)
         self._walked = None
         return optimizer
 
@@ -331,6 +325,17 @@ def _like_state(meta: TensorMeta, slot: str, parameter: Tensor | None) -> Tensor
     return torch.empty(meta.shape, dtype=dtype, device=parameter.device)
 
 
+class _Names(list[Any]):
+    """The names of a group. `Optimizer.load_state_dict` asks for every tensor whether its parameter is among them."""
+
+    def __init__(self, names: Iterable[Any] = ()) -> None:
+        super().__init__(names)
+        self._set = frozenset(self)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._set
+
+
 def _match_groups(path: str, live: list[State], names: list[list[Any]], saved: list[State]) -> list[State]:
     """The saved hyperparameters for the live groups: by a parameter they share, otherwise by their place."""
     matched = []
@@ -344,23 +349,17 @@ def _match_groups(path: str, live: list[State], names: list[list[Any]], saved: l
                     hint="build the optimizer with the same groups",
                 )
             found = saved[i]
-        keep = {"params": names[i]} | ({"param_names": group["param_names"]} if "param_names" in group else {})
+        keep = {"params": _Names(names[i])} | ({"param_names": group["param_names"]} if "param_names" in group else {})
         matched.append({k: v for k, v in group.items() if k != "params"} | found | keep)
     return matched
 
 
-def _undo_changes(optimizer: Optimizer, owners: State, state: State) -> None:
-    """Puts back what torch's functions change: they cast state to the parameter's dtype, which may lose bits, they
-    leave out the state of frozen parameters, and they leave an empty state where there was none.
-    """
-    for parameter in [p for p, entries in optimizer.state.items() if not entries]:
-        del optimizer.state[parameter]
+def _undo_casts(optimizer: Optimizer, owners: State, state: State) -> None:
+    """Puts back what `Optimizer.load_state_dict` cast to the parameter's dtype, which may lose bits."""
     if type(optimizer).load_state_dict is not Optimizer.load_state_dict:
         return
     for key, entries in state.items():
-        if key not in owners or not entries:
-            continue
-        loaded: State = optimizer.state.setdefault(owners[key], dict(entries))
+        loaded: State = optimizer.state.get(owners[key], {}) if key in owners else {}
         for slot, value in entries.items():
             same = isinstance(value, Tensor) and value.dtype == getattr(loaded.get(slot), "dtype", None)
             if slot in loaded and slot != "step" and not same:

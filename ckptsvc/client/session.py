@@ -29,7 +29,7 @@ from ckptsvc.client.link import AgentLink
 from ckptsvc.client.parts import Capture
 from ckptsvc.client.restore import restore
 from ckptsvc.client.stage import StagePlan
-from ckptsvc.client.state import StateTree
+from ckptsvc.client.state import StateTree, optimizers_in
 from ckptsvc.config import Settings, load, runtime_dir
 from ckptsvc.errors import (
     EXIT_STATUS,
@@ -38,6 +38,7 @@ from ckptsvc.errors import (
     ConfigError,
     Damaged,
     Fenced,
+    IncompatibleVersion,
     InvalidInput,
     NoCheckpoint,
     SaveFailed,
@@ -85,6 +86,7 @@ def attach(
     keep: int | None = None,
     include_rng: bool = True,
     resume: bool = True,
+    overlap: bool = False,
 ) -> Session:
     """Restore the newest good checkpoint into `state`, and start saving it.
 
@@ -98,6 +100,8 @@ def attach(
         keep: newest committed checkpoints to keep, 0 for all; None takes `save.keep`.
         include_rng: save and restore the random number generators of Python, NumPy and torch.
         resume: False starts from the state as it is, whatever the run holds.
+        overlap: copy parameters and optimizer state beside forward and backward; the next `optimizer.step()` waits for
+            the copy. Only for programs in which nothing but the optimizers changes them after `run.step()`.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -113,7 +117,7 @@ def attach(
     if not settings.store.url:
         raise ConfigError("attach needs a store", hint='pass store="file:///path" or set CKPTSVC_STORE_URL')
     session = Session(state, settings, include_rng=include_rng)
-    session._open(resume)
+    session._open(resume, overlap)
     return session
 
 
@@ -142,6 +146,8 @@ class Session:
         self._arranging: threading.Thread | None = None
         self._closed = False
         self._known_failure = -1
+        self._copying: threading.Thread | None = None
+        self._fences: list[Any] = []
         self._last_order = -1
         self._reconnecting: threading.Thread | None = None
         self._next_reconnect = 0.0
@@ -204,6 +210,7 @@ class Session:
         Raises:
             SaveFailed, Fenced: it ended otherwise, or has not ended within `timeout` seconds.
         """
+        self._fence()
         if self._last_saved < 0:
             return False
         limit = self.settings.save.timeout if timeout is None else timeout
@@ -234,6 +241,7 @@ class Session:
             NoCheckpoint: there is none.
             Damaged: none of that step verifies.
         """
+        self._fence()
         found = self._restore(step)
         if found is None:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
@@ -245,6 +253,9 @@ class Session:
         if self._closed:
             return
         self._closed = True
+        self._fence()
+        for fence in self._fences:
+            fence.remove()
         atexit.unregister(self.close)
         with contextlib.suppress(CkptsvcError):  # an agent that is gone needs no good-bye
             self._link.leave()
@@ -258,7 +269,7 @@ class Session:
 
     # ---- opening -----------------------------------------------------------------------------------------------------
 
-    def _open(self, resume: bool) -> None:
+    def _open(self, resume: bool, overlap: bool) -> None:
         self._group: Group = the_group()
         self._place = _placement(self._group)
         coordinator = _coordinator(self._group, self._place)
@@ -295,6 +306,10 @@ class Session:
             self._arrange(self._tree.capture())
         self._link.page.put("step", self.steps_done)
         self._link.page.put("at", time.monotonic_ns())
+        if overlap:
+            self._fences = [o.register_step_pre_hook(self._fence) for o in optimizers_in(self._tree_of)]
+            if not self._fences:
+                raise ConfigError("overlap needs an optimizer in the state: its step is what the copy must not meet")
         atexit.register(self.close)
 
     def _start_agent(self) -> None:
@@ -384,6 +399,7 @@ class Session:
         warnings.warn(f"ckptsvc: {message}", RuntimeWarning, stacklevel=2)
 
     def _snapshot(self, patience: float) -> None:
+        self._fence()
         began = time.perf_counter()
         step = self.steps_done
         slot = ""
@@ -403,10 +419,21 @@ class Session:
                 world_size=self._group.size,
             )
             failpoint("before_copy")
-            nbytes = plan.write(capture, arena.view, slot, info, objects)
-            failpoint("before_submit")
-            self._link.submit(slot, step, nbytes, capture.aliases)
-            failpoint("after_submit")
+            nbytes, finish = plan.write(capture, arena.view, slot, info, objects, overlap=bool(self._fences))
+
+            def hand_over() -> None:
+                finish()
+                failpoint("before_submit")
+                self._link.submit(slot, step, nbytes, capture.aliases)
+                failpoint("after_submit")
+
+            if self._fences:
+                self._copying = threading.Thread(
+                    target=self._try, args=(hand_over,), kwargs={"count": True}, name="ckptsvc-copy", daemon=True
+                )
+                self._copying.start()
+            else:
+                hand_over()
         except InvalidInput as error:
             # Not a fault of the agent's: tell it, so that the other ranks do not wait for this one.
             why = str(error)
@@ -414,6 +441,14 @@ class Session:
             raise
         self._last_saved = step
         self.last_blocked = time.perf_counter() - began
+
+    def _fence(self, *_: Any) -> None:
+        """Wait until the copy that runs beside the training is done: an optimizer is about to change the state."""
+        copying, self._copying = self._copying, None
+        if copying is not None:
+            began = time.perf_counter()
+            copying.join()
+            self.last_blocked += time.perf_counter() - began
 
     def _plan_for(self, capture: Capture) -> StagePlan:
         """The plan for the structure the state has now; the first time, all ranks agree on it."""
@@ -456,7 +491,7 @@ class Session:
         for candidate in candidates.find(step):
             try:
                 values = self._restore_one(candidates, candidate)
-            except (Damaged, StoreError) as error:
+            except (Damaged, IncompatibleVersion, StoreError) as error:
                 tried.append(f"{candidate}: {error}")
                 log.warning("rank %d: cannot restore %s: %s; trying an older one", self._group.rank, candidate, error)
                 if self._group.rank == 0:
@@ -476,8 +511,10 @@ class Session:
         image = None
         try:
             image = candidates.open(candidate)
-        except (Damaged, StoreError, NoCheckpoint, AgentUnavailable) as error:
-            failure = error if isinstance(error, Damaged | StoreError) else Damaged(str(error))
+        except (Damaged, IncompatibleVersion, StoreError) as error:
+            failure = error
+        except (NoCheckpoint, AgentUnavailable) as error:
+            failure = Damaged(str(error))
         if not self._group.all_true(failure is None):
             raise failure or Damaged("another rank cannot open it")
         assert image is not None

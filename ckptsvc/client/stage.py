@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from operator import is_
 
 import torch
@@ -94,22 +96,31 @@ class StagePlan:
         """Bytes to ask for in an arena where the objects document has so many now."""
         return self.template.total(2 * objects) + OBJECTS_ROOM
 
-    def write(self, capture: Capture, arena: memoryview, slot: str, info: ShardInfo, objects: bytes) -> int:
-        """Fill the arena with the shard image; returns its size in bytes. The bytes are final when this returns."""
+    def write(
+        self, capture: Capture, arena: memoryview, slot: str, info: ShardInfo, objects: bytes, *, overlap: bool = False
+    ) -> tuple[int, Callable[[], None]]:
+        """Fill the arena with the shard image.
+
+        Returns:
+            (size of the image in bytes, what is left to do). Without `overlap` nothing is left and all bytes are
+            final. With it, parameters and optimizer state are copied by the callable, which may run beside forward
+            and backward; it must have returned before an optimizer changes them.
+        """
         total = self.template.total(len(objects))
         targets = self._targets.get(slot)
         if targets is None:
             targets = self._targets[slot] = self._views(capture, arena)
         sources = self._live(capture)
-        devices = {s.device for s in sources if s.device.type != "cpu"}
-        if sources:
-            torch._foreach_copy_(targets, sources, non_blocking=bool(devices))
         arena[: self.template.data_start] = self.template.header(info, len(objects))
         offset = self.template.objects_offset
         arena[offset : offset + len(objects)] = objects
-        for device in devices:
-            torch.accelerator.synchronize(device) if hasattr(torch, "accelerator") else torch.cuda.synchronize(device)
-        return total
+        if not overlap:
+            _copy(targets, sources, arena)
+            return total, _nothing
+        late = [capture.parts[c.part].splittable for c in self.chosen]
+        now = [not is_late for is_late in late]
+        _copy(list(compress(targets, now)), list(compress(sources, now)), arena)
+        return total, lambda: _copy(list(compress(targets, late)), list(compress(sources, late)), arena)
 
     def forget(self, slots: set[str]) -> None:
         """Drop the views of arenas that are not in `slots`, so that they can be unmapped."""
@@ -135,6 +146,34 @@ class StagePlan:
             data = whole[entry.offset : entry.offset + entry.nbytes]
             views.append(data.view(source.dtype).view(shape))
         return views
+
+
+def _nothing() -> None:
+    """All is done."""
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor], arena: memoryview) -> None:
+    """Copy into the arena; the bytes are final when this returns."""
+    if not sources:
+        return
+    devices = {s.device for s in sources if s.device.type != "cpu"}
+    if any(device.type == "cuda" for device in devices):
+        _pin(arena)
+    torch._foreach_copy_(targets, sources, non_blocking=bool(devices))
+    for device in devices:
+        getattr(torch, device.type).synchronize(device)  # torch.cuda, torch.xpu, torch.npu ...
+
+
+_pinned: set[int] = set()
+
+
+def _pin(arena: memoryview) -> None:
+    """Lock an arena's pages for the accelerator, once: copies into it then run at the speed of the link."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(arena))
+    if address not in _pinned:
+        _pinned.add(address)
+        # An error only means slower copies: locked memory may be limited (ulimit -l).
+        torch.cuda.cudart().cudaHostRegister(address, len(arena), 0)
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

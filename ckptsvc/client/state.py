@@ -12,7 +12,6 @@ changes nothing in the program: no parameter, no step counter, no generator.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from operator import is_
@@ -27,7 +26,7 @@ from ckptsvc.client.document import RANK, RNG, WORLD_SIZE, join
 from ckptsvc.client.modules import ModuleNode
 from ckptsvc.client.optimizers import OptimizerNode, has_own_state_dict
 from ckptsvc.client.parts import Capture, Holders, Identity, LocalPart, digest, identity_of
-from ckptsvc.client.values import Stateful, StatefulNode, ValueNode
+from ckptsvc.client.values import CONTAINERS, Stateful, StatefulNode, ValueNode
 from ckptsvc.client.wanted import Stored, Wanted, listed
 from ckptsvc.errors import InvalidInput, LayoutError
 
@@ -39,6 +38,11 @@ codecs.register()
 Node = ModuleNode | OptimizerNode | StatefulNode | ValueNode
 """A leaf of the tree. `find` captures it, `want` says what to fill, `load` restores it; `shared` says whether
 its parts are remembered and looked through for tensors that are the same memory."""
+
+
+def optimizers_in(tree: Mapping[str, Any]) -> list[Optimizer]:
+    """Every optimizer of a state tree."""
+    return [obj for _, obj in _objects(tree, "") if isinstance(obj, Optimizer)]
 
 
 class _Branch(NamedTuple):
@@ -215,8 +219,6 @@ _ABSENT = object()
 
 _LOAD_ORDER: dict[type, int] = {ModuleNode: 0, OptimizerNode: 1}
 
-_CONTAINERS = (dict, list, tuple, OrderedDict)
-
 
 def _items(source: Any) -> Iterable[tuple[Any, Any]]:
     return source.items() if isinstance(source, Mapping) else enumerate(source)
@@ -235,7 +237,7 @@ def _objects(source: Any, path: str, around: tuple[int, ...] = ()) -> Iterator[t
     for key, value in _items(source):
         if _is_object(value):
             yield join(path, key), value
-        elif type(value) in _CONTAINERS and id(value) not in around:
+        elif type(value) in CONTAINERS and id(value) not in around:
             yield from _objects(value, join(path, key), (*around, id(value)))
 
 
@@ -248,11 +250,11 @@ def _branch(source: Any, path: str, modules: Mapping[str, ModuleNode], rank: int
             return OptimizerNode(here, value, list(modules.values()))
         if _is_object(value):
             return StatefulNode(here, value, rank)
-        if type(value) in _CONTAINERS and next(_objects(value, ""), None) is not None:
+        if type(value) in CONTAINERS and next(_objects(value, ""), None) is not None:
             return _branch(value, here, modules, rank)
         return ValueNode(here, lambda: source[key])
 
-    kind: Callable[[Any], Any] = type(source) if type(source) in _CONTAINERS else dict
+    kind: Callable[[Any], Any] = type(source) if type(source) in CONTAINERS else dict
     return _Branch(source, kind, tuple((key, node(key, value)) for key, value in _items(source)))
 
 

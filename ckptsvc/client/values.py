@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from ckptsvc.client.document import ArrayRef, join, own_name, references, replace_refs
+from ckptsvc.client.fingerprint import Fingerprint
 from ckptsvc.client.parts import LocalPart, parts_of
 from ckptsvc.client.wanted import Wanted, as_leaf
 from ckptsvc.errors import UnsupportedObject
@@ -33,6 +34,12 @@ class Stateful(Protocol):
     def load_state_dict(self, state_dict: Any, /) -> Any:
         """The opposite."""
 
+
+CONTAINERS = frozenset({dict, list, tuple, OrderedDict})
+"""What tensors are looked for in. Types are matched exactly, as in the document."""
+
+SCALARS = frozenset({int, float, bool, str, type(None)})
+"""Immutable types of plain values."""
 
 Leaf = Tensor | np.ndarray[Any, Any]
 
@@ -73,7 +80,7 @@ class Found:
             self._add(name, value, tensor)
             return ArrayRef(name)
         kind = type(value)
-        if kind not in (dict, list, tuple, OrderedDict):
+        if kind not in CONTAINERS:
             return value
         if id(value) in self._inside:
             raise UnsupportedObject(f"/{path} contains itself")
@@ -117,15 +124,23 @@ class ValueNode:
         """`get` reads the value out of the user's container, where it may have been replaced."""
         self.path = path
         self._get = get
-        self._last: tuple[LocalPart, ...] = ()
+        self._last: tuple[tuple[LocalPart, ...], Any] = ((), None)
+        self._fingerprint: Fingerprint | None = None
         self._targets: dict[str, Leaf] = {}
 
     def find(self) -> tuple[tuple[LocalPart, ...], Any]:
         """The parts and the plain values now."""
-        found = Found()
-        plain = found.take(self._get(), self.path)
-        self._last = same_if_unchanged(self._last, found.parts)
-        return self._last, plain
+        if self._fingerprint is None or not self._fingerprint.holds():
+            found = Found()
+            plain = found.take(self._get(), self.path)
+            self._last = same_if_unchanged(self._last[0], found.parts), plain
+            cacheable = len(found.parts) > _FEW and all(map(_is_constant, _outline(self._get())))
+            self._fingerprint = self._remember(found) if cacheable else None
+        return self._last
+
+    def _remember(self, found: Found) -> Fingerprint:
+        tensors = [leaf if isinstance(leaf, Tensor) else as_tensor(leaf) for leaf in found.leaves.values()]
+        return Fingerprint(lambda: _outline(self._get()), [t for t in tensors if t is not None], shapes=True)
 
     def want(self, wanted: Wanted, plain: Any) -> None:
         """Wants what `load(plain)` needs. A live tensor or array is filled in place.
@@ -151,6 +166,31 @@ class ValueNode:
         """The restored value: the live tensors and arrays, filled by now, among the plain values."""
         targets, self._targets = self._targets, {}
         return replace_refs(plain, lambda ref: as_leaf(targets[ref.name], ref))
+
+
+_FEW = 100
+"""Up to so many tensors a walk costs less than a millisecond."""
+
+
+def _outline(value: Any) -> list[Any]:
+    """The keys and leaves of nested containers, in their order."""
+    if type(value) not in CONTAINERS:
+        return [value]
+    outline: list[Any] = []
+    if isinstance(value, dict):
+        outline += value.keys()
+        value = value.values()
+    for item in value:
+        if type(item) in CONTAINERS:
+            outline += (type(item), *_outline(item))
+        else:
+            outline.append(item)
+    return outline
+
+
+def _is_constant(leaf: Any) -> bool:
+    """Whether the leaf says the same as long as it is the same object (but for the elements of a tensor)."""
+    return isinstance(leaf, Tensor | type) or type(leaf) in SCALARS
 
 
 class StatefulNode:

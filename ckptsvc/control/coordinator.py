@@ -36,6 +36,9 @@ class Coordinator:
         """An agent's stream has ended. It may come back: only its memory counts as lost until then."""
         for job in self.jobs.values():
             job.saves.node_gone(node)
+            job.agent_lost(node, now)
+        for attempts in self.launched.values():
+            attempts.agent_lost(node, now)
         return Decision([], [f"agent of {node} disconnected"])
 
     def epoch_done(self, event: EpochDone, now: float) -> Decision:
@@ -52,7 +55,7 @@ class Coordinator:
         """Whatever time alone decides; call it a few times a second."""
         decision = Decision()
         for job in self.jobs.values():
-            decision.add(job.saves.tick(now)).add(job.order_saves(now))
+            decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
         for attempts in self.launched.values():
             decision.add(attempts.tick(now))
         for name in [n for n, j in self.jobs.items() if not j.ranks and not j.saves.open and not j.saves.held]:
@@ -77,6 +80,8 @@ class Coordinator:
     def _epochs(self, now: float) -> Decision:
         decision = Decision()
         for job in self.jobs.values():
+            if job.epoch or not job.ranks:
+                continue
             busy = any(o.store == job.store and o is not job and o.saves.open for o in self.jobs.values())
             decision.add(job.want_epoch(busy, now))
         return decision
@@ -138,8 +143,10 @@ class Coordinator:
 
     def _on_node_joined(self, event: pb.NodeJoined, now: float) -> Decision:
         attempts = self.launched.get(event.job)
-        if attempts is None or attempts.phase is Phase.ENDED:
+        if attempts is None or (attempts.phase is Phase.ENDED and not event.attempt):
+            before = attempts.outcome if attempts else None
             attempts = Attempts(event.job, event.min_nodes, event.max_nodes, event.max_restarts, since=now)
+            attempts.predecessor = before
             self.launched[event.job] = attempts
         return attempts.joined(event, now)
 

@@ -17,6 +17,9 @@ LEAD_SECONDS = 1.0
 EPOCH_RETRY = 10.0
 """Seconds between attempts to take an epoch while the store refuses."""
 
+AGENT_PATIENCE = 60.0
+"""Seconds after the loss of an agent in which its ranks must register again; then they count as gone."""
+
 PATIENCE_WITH_PREDECESSOR = 60.0
 """Seconds a new job waits for the running saves of a dead job of the same run, so that it can restore them."""
 
@@ -34,10 +37,13 @@ class Job:
     joined_at: float = 0.0
     asked_epoch_at: float = -math.inf
     ranks: dict[int, str] = field(default_factory=dict)  # live ranks -> node
+    seen: dict[int, float] = field(default_factory=dict)  # when each of them last registered
+    away: dict[str, float] = field(default_factory=dict)  # node -> when its agent was lost
     announced: dict[int, dict[int, str]] = field(default_factory=dict)  # generation -> rank -> digest
     every_seconds: float = 0.0
     last_ordered: float = 0.0
-    progress: dict[str, tuple[int, int]] = field(default_factory=dict)  # node -> lowest, highest step
+    progress: dict[str, int] = field(default_factory=dict)  # node -> step of its fastest rank
+    highest: int = 0  # of them all
     pace: tuple[float, int] = (0.0, 0)  # when, highest step: the last sample
     steps_per_second: float = 0.0
     stop_wanted: str = ""
@@ -56,7 +62,8 @@ class Job:
         if event.attempt > self.attempt or event.world_size != self.world_size or not self.ranks:
             self._begin(event, now)
             decision.reasons.append(f"job {self.name}: attempt {event.attempt} with {event.world_size} ranks")
-        self.ranks[event.rank] = event.node
+        self.ranks[event.rank], self.seen[event.rank] = event.node, now
+        self.saves.rank_back(event.rank)
         self.saves.nodes.add(event.node)
         self.saves.keep = event.keep
         self.every_seconds = event.every_seconds
@@ -71,7 +78,9 @@ class Job:
         self.attempt, self.world_size, self.store = event.attempt, event.world_size, event.store
         self.epoch, self.joined_at, self.asked_epoch_at = event.epoch, now, -math.inf
         self.last_ordered = now
-        self.ranks, self.announced, self.progress = {}, {}, {}
+        self.saves.begin(event.attempt, now)
+        self.ranks, self.seen, self.away = {}, {}, {}
+        self.announced, self.progress, self.highest = {}, {}, 0
         self.pace, self.steps_per_second, self.stop_wanted = (now, 0), 0.0, ""
 
     def leave(self, event: pb.RankLeft, now: float) -> Decision:
@@ -82,7 +91,26 @@ class Job:
         how = "died" if event.died else "left"
         detail = f" ({event.detail})" if event.detail else ""
         decision = Decision([], [f"job {self.name}: rank {event.rank} on {event.node} {how}{detail}"])
-        return decision.add(self.saves.rank_gone(event.attempt, event.rank, how, now))
+        return decision.add(self.saves.rank_gone(event.rank, how, now))
+
+    def agent_lost(self, node: str, now: float) -> None:
+        """The agent of a node is out of reach; it may come back, and its ranks go on meanwhile."""
+        self.away[node] = now
+
+    def tick(self, now: float) -> Decision:
+        """Give up ranks that have not registered again since their agent was lost."""
+        overdue = {node: since for node, since in self.away.items() if now - since > AGENT_PATIENCE}
+        if not overdue:
+            return Decision()
+        decision = Decision()
+        for rank, node in list(self.ranks.items()):
+            if node in overdue and self.seen[rank] < overdue[node]:
+                detail = f"its agent was lost {AGENT_PATIENCE:g} s ago"
+                left = pb.RankLeft(attempt=self.attempt, rank=rank, node=node, died=True, detail=detail)
+                decision.add(self.leave(left, now))
+        for node in overdue:
+            del self.away[node]
+        return decision
 
     def want_epoch(self, busy: bool, now: float) -> Decision:
         """Take an epoch once the job is there and no predecessor is still finishing a save (`busy`)."""
@@ -111,6 +139,8 @@ class Job:
         if event.attempt != self.attempt:
             return Decision()
         announced = self.announced.setdefault(event.generation, {})
+        # Said again by an agent that has reconnected: only its node may not have heard the answer.
+        again = announced.get(event.rank) == event.digest and event.rank in self.ranks
         announced[event.rank] = event.digest
         if len(announced) < self.world_size:
             return Decision()
@@ -124,25 +154,30 @@ class Job:
             generation=event.generation,
             groups=[pb.HolderGroup(ranks=g) for g in groups.values()],
         )
-        return Decision([Send(n, pb.Order(job=self.name, holders=holders)) for n in self.nodes])
+        nodes = [self.ranks[event.rank]] if again else self.nodes
+        return Decision([Send(n, pb.Order(job=self.name, holders=holders)) for n in nodes])
 
     def progressed(self, event: pb.Progressed, now: float) -> None:
         """How far a node's ranks are."""
         if event.attempt != self.attempt:
             return
-        self.progress[event.node] = (event.lowest, event.highest)
-        highest = max(high for _, high in self.progress.values())
+        previous = self.progress.get(event.node, 0)
+        self.progress[event.node] = event.highest
+        if event.highest >= self.highest:
+            self.highest = event.highest
+        elif previous == self.highest:  # the one in front has gone back to a checkpoint
+            self.highest = max(self.progress.values())
         then, before = self.pace
         if now - then >= LEAD_SECONDS:
-            self.steps_per_second = max(0.0, (highest - before) / (now - then))
-            self.pace = (now, highest)
+            self.steps_per_second = max(0.0, (self.highest - before) / (now - then))
+            self.pace = (now, self.highest)
 
     def order_saves(self, now: float) -> Decision:
         """Order the next snapshot by time, and the stop that somebody asked for, at a step nobody has reached."""
         if len(self.ranks) < self.world_size or not self.progress:
             return Decision()
         decision = Decision()
-        ahead = max(high for _, high in self.progress.values()) + 2 + math.ceil(self.steps_per_second * LEAD_SECONDS)
+        ahead = self.highest + 2 + math.ceil(self.steps_per_second * LEAD_SECONDS)
         if self.every_seconds and self.epoch and now - self.last_ordered >= self.every_seconds:
             self.last_ordered = now
             order = pb.Order(job=self.name, save_at=pb.SaveAt(attempt=self.attempt, step=ahead))

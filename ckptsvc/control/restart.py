@@ -64,6 +64,7 @@ class Attempts:
     since: float = 0.0
     nodes: dict[str, Node] = field(default_factory=dict)
     running: dict[int, str] = field(default_factory=dict)  # rank -> node
+    hosts: set[str] = field(default_factory=set)  # nodes with ranks of the attempt
     statuses: dict[int, int] = field(default_factory=dict)
     outcome: tuple[int, str] = (0, "")  # status and reason, once ENDED
     predecessor: tuple[int, str] | None = None  # outcome of the last job of this name
@@ -85,7 +86,7 @@ class Attempts:
             self.since = now
             joined = f"job {self.job}: node {event.node} joined ({len(self.nodes)}/{self.min_nodes})"
             decision.reasons.append(joined)
-        node.away_since = None
+        node.address, node.nproc, node.away_since = event.address, event.nproc, None
         return decision.add(self._adopt(event)) if event.attempt else decision
 
     def _adopt(self, event: pb.NodeJoined) -> Decision:
@@ -94,12 +95,13 @@ class Attempts:
         if event.attempt < self.attempt:
             return self._stop(event.attempt, "a later attempt has begun", [event.node])
         if event.attempt > self.attempt:
-            stale = self._stop(self.attempt, "a later attempt has begun", set(self.running.values()))
+            stale = self._stop(self.attempt, "a later attempt has begun", self.hosts)
             self.attempt, self.phase = event.attempt, Phase.RUNNING
             self.restarts = max(self.restarts, event.attempt - 1)
-            self.running, self.statuses = here, {}
+            self.running, self.hosts, self.statuses = here, {event.node}, {}
             return stale
         self.running.update(here)
+        self.hosts.add(event.node)
         if self.phase is Phase.RUNNING:
             return Decision()
         # The order to stop did not reach this node; or nobody here has heard of it yet, but another node has obeyed it.
@@ -114,13 +116,13 @@ class Attempts:
         if event.attempt and self.predecessor and not self.attempt:
             del self.nodes[event.node]  # of a job of this name that has ended; the order to end was lost
             return self._end_node(event.node, *self.predecessor)
-        node.ready, node.port = event.attempt, event.port
+        before, node.ready, node.port = node.ready, event.attempt, event.port
         if self.phase is Phase.RUNNING:
-            if event.attempt >= self.attempt:  # stopped by an earlier coordinator
-                return self._fail(f"node {event.node} has stopped attempt {event.attempt}", now)
-            if node.start is not None and node.start.attempt == self.attempt:  # the order to start was lost
+            if event.node not in self.hosts:
+                return Decision()  # joined while the attempt ran: for the next one
+            if event.attempt == before and node.start is not None:  # the order to start was lost
                 return Decision([Send(event.node, pb.Order(job=self.job, start=node.start))])
-            return Decision()
+            return self._fail(f"node {event.node} has no rank of attempt {self.attempt} any more", now)
         if event.attempt > self.attempt:  # an earlier coordinator has got that far
             self.attempt, self.restarts = event.attempt, max(self.restarts, event.attempt)
         return self._start_if_ready(now)
@@ -138,9 +140,7 @@ class Attempts:
             self.statuses[rank] = status or 0
             if len(self.statuses) < len(self.running) or self._is_partial:
                 return Decision()
-            worst = max(self.statuses.values())
-            why = "stopped on request, saved" if worst else "all ranks have ended"
-            return self._end(worst, why)
+            return self._finish()
         how = "died" if status is None else describe_status(status)
         return self._fail(f"rank {rank} on {node} {how}", now)
 
@@ -148,7 +148,7 @@ class Attempts:
         """A launcher is gone."""
         if self.nodes.pop(name, None) is None or self.phase is Phase.ENDED:
             return Decision()
-        if self.phase is Phase.RUNNING and name in self.running.values():
+        if self.phase is Phase.RUNNING and name in self.hosts:
             return self._fail(f"node {name} is gone ({detail})", now)
         return Decision([], [f"job {self.job}: node {name} is gone ({detail})"])
 
@@ -159,7 +159,8 @@ class Attempts:
             if node.away_since is not None and now - node.away_since > NODE_PATIENCE:
                 decision.add(self.node_left(node.name, f"its agent is away for {NODE_PATIENCE:g} s", now))
         if self.phase is Phase.RUNNING and self._is_partial and now - self.since > NODE_PATIENCE:
-            decision.add(self._fail("not all nodes of the attempt have come back", now))
+            finished = len(self.statuses) == len(self.running)
+            decision.add(self._finish() if finished else self._fail("not all nodes have come back", now))
         elif self.phase is Phase.GATHERING or self.phase is Phase.STOPPING:
             if len(self.nodes) < self.min_nodes and self.restarts and now - self.since > NODE_PATIENCE:
                 why = f"only {len(self.nodes)} of {self.min_nodes} nodes are left: {self.last_failure}"
@@ -170,23 +171,22 @@ class Attempts:
     @property
     def _is_partial(self) -> bool:
         """After a change of coordinator: not all nodes have told yet which ranks of the attempt they run."""
-        return len(set(self.running.values())) < self.min_nodes
+        return len(self.hosts) < self.min_nodes
 
     def _start_if_ready(self, now: float) -> Decision:
         if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes:
             return Decision()
         if len(self.nodes) < self.max_nodes and now - self.since < LAST_CALL:
             return Decision()
-        ran = set(self.running.values())
         for node in self.nodes.values():
-            # A node that joined while an attempt ran had no rank of it, and nothing to stop.
-            if node.ready != self.attempt and (node.ready < 0 or node.name in ran):
+            # A node that joined while an attempt ran has no rank of it, and nothing to stop.
+            if node.ready != self.attempt and (node.ready < 0 or node.name in self.hosts):
                 return Decision()
         ordered = sorted(self.nodes.values(), key=lambda n: (n.rank, n.name))
         world = sum(n.nproc for n in ordered)
         self.attempt += 1
         self.phase, self.since = Phase.RUNNING, now
-        self.running, self.statuses = {}, {}
+        self.running, self.hosts, self.statuses = {}, set(self.nodes), {}
         decision = Decision(
             [], [f"job {self.job}: attempt {self.attempt} starts: {world} ranks on {len(ordered)} nodes"]
         )
@@ -206,6 +206,10 @@ class Attempts:
             self.running.update(dict.fromkeys(range(first, first + node.nproc), node.name))
             first += node.nproc
         return decision
+
+    def _finish(self) -> Decision:
+        worst = max(self.statuses.values())
+        return self._end(worst, "stopped on request, saved" if worst else "all ranks have ended")
 
     def _fail(self, why: str, now: float) -> Decision:
         self.last_failure = why

@@ -20,6 +20,9 @@ QUIET_BEFORE_LOOKUP = 5.0
 """Seconds without news after which an incomplete save is looked up in the store: an earlier coordinator may have
 committed it and died before telling every agent."""
 
+LATE_NEWS = 60.0
+"""Seconds after the begin of a new attempt in which agents that were away may still report what an older one staged."""
+
 REMEMBERED = 64
 """Ended saves whose outcome is kept, to answer an agent that reports them again."""
 
@@ -53,18 +56,26 @@ class Saves:
     job: str
     timeout: float
     keep: int = 0
+    attempt: int = 0
+    attempt_began: float = 0.0
     nodes: set[str] = field(default_factory=set)
+    gone: set[int] = field(default_factory=set)  # ranks of the attempt that will stage nothing more
     open: dict[Key, Save] = field(default_factory=dict)
-    held: dict[Key, dict[int, str]] = field(default_factory=dict)
+    held: dict[Key, dict[int, str]] = field(default_factory=dict)  # rank -> node
+    places: dict[str, set[tuple[Key, int]]] = field(default_factory=dict)  # the same by node
     complete: dict[Key, int] = field(default_factory=dict)
     aliases: dict[Key, dict[str, str]] = field(default_factory=dict)
     ended: OrderedDict[Key, agent_pb2.SaveOutcome] = field(default_factory=OrderedDict)
+
+    def begin(self, attempt: int, now: float) -> None:
+        """Ranks of a new attempt have come; those of older ones are gone."""
+        self.attempt, self.attempt_began, self.gone = attempt, now, set()
 
     def staged(self, event: pb.Staged, now: float) -> Decision:
         """A rank's snapshot is whole in its arena."""
         key = (event.epoch, event.step)
         self.nodes.add(event.node)
-        self.held.setdefault(key, {})[event.rank] = event.node
+        self._hold(key, event.rank, event.node)
         decision = self._complete(event)
         if event.ended:
             return decision  # reported again by an agent that reconnected: memory tier only
@@ -78,7 +89,8 @@ class Saves:
         save.staged[event.rank] = event.node
         save.changed = now
         save.aliases.update(event.aliases)
-        return decision
+        lost = self.gone - save.staged.keys() if save.attempt == self.attempt else ()
+        return decision.add(self._lost_rank(key, min(lost), "was gone", now)) if lost else decision
 
     def _complete(self, event: pb.Staged) -> Decision:
         key = (event.epoch, event.step)
@@ -119,6 +131,9 @@ class Saves:
 
     def shard_failed(self, event: pb.ShardFailed, now: float) -> Decision:
         """A shard could not be written, for good."""
+        save = self.open.get((event.epoch, event.step))
+        if save is not None and event.rank in save.durable:
+            return Decision()  # an agent that was restarted wrote it once more than was needed
         outcome = agent_pb2.OUTCOME_FENCED if event.code == "fenced" else agent_pb2.OUTCOME_FAILED
         return self._end((event.epoch, event.step), outcome, event.code, f"rank {event.rank}: {event.what}", now)
 
@@ -128,33 +143,35 @@ class Saves:
         if key not in self.open and key not in self.ended:
             # The others may stage later: remember the outcome so that they hear it at once.
             self.open[key] = Save(event.epoch, event.step, event.attempt, 0, "", now, now)
+        if self.open.get(key) is not None and event.rank in self.open[key].staged:
+            return Decision()  # it has staged: nothing was skipped
         return self._end(key, agent_pb2.OUTCOME_SKIPPED, "arena-exhausted", f"rank {event.rank}: {event.why}", now)
 
     def dropped(self, event: pb.Dropped) -> None:
         """A shard has left the memory of its node."""
         self._forget((event.epoch, event.step), event.rank)
 
-    def rank_gone(self, attempt: int, rank: int, how: str, now: float) -> Decision:
+    def rank_gone(self, rank: int, how: str, now: float) -> Decision:
         """A rank will stage nothing more: saves that wait for it cannot complete."""
+        self.gone.add(rank)
         decision = Decision()
         for key, save in list(self.open.items()):
-            if save.attempt == attempt and rank not in save.staged:
-                decision.add(
-                    self._end(
-                        key,
-                        agent_pb2.OUTCOME_FAILED,
-                        "save-failed",
-                        f"rank {rank} {how} before it staged",
-                        now,
-                    )
-                )
+            if save.attempt == self.attempt and rank not in save.staged:
+                decision.add(self._lost_rank(key, rank, how, now))
         return decision
+
+    def rank_back(self, rank: int) -> None:
+        """A rank that was thought gone has registered again."""
+        self.gone.discard(rank)
+
+    def _lost_rank(self, key: Key, rank: int, how: str, now: float) -> Decision:
+        why = f"rank {rank} {how} before it staged"
+        return self._end(key, agent_pb2.OUTCOME_FAILED, "save-failed", why, now)
 
     def node_gone(self, node: str) -> None:
         """A node's memory is out of reach; what it wrote to the store still counts."""
-        for key in list(self.held):
-            for rank in [r for r, where in self.held[key].items() if where == node]:
-                self._forget(key, rank)
+        for key, rank in list(self.places.get(node, ())):
+            self._forget(key, rank)
         self.nodes.discard(node)
 
     def commit_done(self, event: CommitDone, now: float) -> Decision:
@@ -177,6 +194,8 @@ class Saves:
                 did = "staged" if save.missing else "written its shard"
                 why = f"after {self.timeout:g} s these ranks have not {did}: {shown}"
                 decision.add(self._end(key, agent_pb2.OUTCOME_FAILED, "save-failed", why, now))
+            elif save.attempt < self.attempt and now - self.attempt_began > LATE_NEWS and save.missing:
+                decision.add(self._lost_rank(key, save.missing[0], "was gone", now))
             elif save.missing and save.durable and now - save.changed > QUIET_BEFORE_LOOKUP:
                 save.changed = now
                 decision.effects.append(Lookup(self.job, save.epoch, save.step, save.store))
@@ -186,9 +205,20 @@ class Saves:
         """Complete snapshots that are still whole in memory, newest first."""
         return sorted((k for k, world in self.complete.items() if len(self.held.get(k, ())) == world), reverse=True)
 
+    def _hold(self, key: Key, rank: int, node: str) -> None:
+        ranks = self.held.setdefault(key, {})
+        if ranks.get(rank, node) != node:
+            self.places[ranks[rank]].discard((key, rank))
+        ranks[rank] = node
+        self.places.setdefault(node, set()).add((key, rank))
+
     def _forget(self, key: Key, rank: int) -> None:
         ranks = self.held.get(key, {})
-        ranks.pop(rank, None)
+        node = ranks.pop(rank, None)
+        if node is not None:
+            self.places[node].discard((key, rank))
+            if not self.places[node]:
+                del self.places[node]
         if not ranks:
             self.held.pop(key, None)
             self.complete.pop(key, None)

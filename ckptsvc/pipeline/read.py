@@ -285,10 +285,11 @@ def read_windows(
     for _ in range(count):
         free.put(window_buffer(extent))
     todo = iter(windows)
+    failed = threading.Event()
 
     def work() -> None:
         nonlocal total
-        while True:
+        while not failed.is_set():
             with lock:
                 window = next(todo, None)
             if window is None:
@@ -298,6 +299,9 @@ def read_windows(
                 with reading:
                     nbytes = fill(window, window.mask, source, extent, buffer)
                 deliver(window, buffer, sink)
+            except BaseException:
+                failed.set()  # what the others would still read is of no use
+                raise
             finally:
                 free.put(buffer)
             with lock:
@@ -309,9 +313,29 @@ def read_windows(
     reading = threading.Semaphore(readers)
     with ThreadPoolExecutor(count, thread_name_prefix="ckptsvc-read") as pool:
         futures = [pool.submit(work) for _ in range(count)]
-        for future in futures:
-            future.result()
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:  # an interrupt from the keyboard reaches this thread only
+            failed.set()
+            raise
     return total
+
+
+def read_arrays(index: Index, source: Source, wants: Sequence[Want], *, readers: int = 1) -> list[NDArray[Any]]:
+    """Wanted regions as arrays of carrier type, one for each want, of the shape of its region (1-d for a flat range).
+
+    Raises:
+        LayoutError, Damaged, StoreError: as `plan_windows` and `read_windows`.
+    """
+    arrays: list[NDArray[Any]] = []
+    for want in wants:
+        shape = want.region.shape if isinstance(want.region, Box) else (want.region.length,)
+        arrays.append(np.empty(shape, carrier(DTYPES[want.dtype].itemsize)))
+    windows = plan_windows(index, wants)
+    ordered = [windows[key] for key in sorted(windows)]
+    read_windows(ordered, source, index.info.extent, array_sink(arrays, wants), readers=readers)
+    return arrays
 
 
 def window_buffer(extent: int) -> memoryview:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ckptsvc.errors import Damaged, IncompatibleVersion
 from ckptsvc.format.commit import COMMIT, EPOCHS, CommitRecord
 from ckptsvc.pipeline.catalog import Ref, find, list_refs, newest_epoch, open_checkpoint, read_commit
+from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.storage import TEMPORARY_PREFIX, Entry, Store
 
 
@@ -58,6 +59,7 @@ def expire(store: Store, keep: int, protect: Collection[Ref] = ()) -> list[Ref]:
 def delete_checkpoint(store: Store, ref: Ref) -> None:
     """Delete one checkpoint, commit record first."""
     store.delete(f"{ref.name}/{COMMIT}")
+    failpoint("in_expire")
     for entry in list(store.list(ref.name)):
         store.delete(entry.key)
 

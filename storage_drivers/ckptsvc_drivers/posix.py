@@ -203,18 +203,19 @@ class PosixStore:
         A file of that name is unlinked first, not truncated: a writer that hung and wakes up late then writes
         into nothing.
         """
-        for _ in range(_ATTEMPTS):
+        for attempt in range(1, _ATTEMPTS + 1):
             with ExitStack() as opened:
                 try:
                     parents = tree.parents(self._root, key, create=True, system=self._system)
                     directories = opened.enter_context(parents)
                     file = self._open_new(name, directories[-1], direct=direct)
                 except (FileNotFoundError, FileExistsError):
+                    if attempt == _ATTEMPTS:
+                        raise
                     continue  # a directory has been removed, or another writer was faster
                 opened.callback(os.close, file.fd)
                 yield directories, file
                 return
-        raise StoreError(f"{self.url}/{key} cannot be created: others keep removing or making it")
 
     def _open_new(self, name: str, directory: int, *, direct: bool) -> File:
         refused = ""

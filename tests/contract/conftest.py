@@ -21,6 +21,12 @@ def shared_memory() -> Iterator[Path]:
 
 
 @pytest.fixture
+def quick_place(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A directory where a sync costs nothing, if there is one: for what does not depend on the disk."""
+    return request.getfixturevalue("shared_memory") if os.access("/dev/shm", os.W_OK) else tmp_path
+
+
+@pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A tmpfs of 12 MiB of its own, to be filled or remounted."""
     path = tmp_path / "small"

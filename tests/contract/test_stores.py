@@ -76,16 +76,16 @@ class TestPosixInSmallBlocks(Posix):
     """Many blocks per object, one thread: every seam is crossed often."""
 
     @pytest.fixture
-    def store(self, tmp_path):
-        store = connect(str(tmp_path), {"threads": 1, "block": 1 << 16})
+    def store(self, quick_place):
+        store = connect(str(quick_place), {"threads": 1, "block": 1 << 16})
         yield store
         store.close()
 
 
 class TestPosixBuffered(Posix):
     @pytest.fixture
-    def store(self, tmp_path):
-        store = connect(str(tmp_path), {"direct": False})
+    def store(self, quick_place):
+        store = connect(str(quick_place), {"direct": False})
         yield store
         store.close()
 
@@ -147,8 +147,8 @@ class PosixWith(Posix):
     system: type[System]
 
     @pytest.fixture
-    def store(self, tmp_path) -> Iterator[Store]:
-        store = PosixStore(str(tmp_path), Options(), self.system())
+    def store(self, quick_place) -> Iterator[Store]:
+        store = PosixStore(str(quick_place), Options(), self.system())
         yield store
         store.close()
 

@@ -63,6 +63,11 @@ def main() -> None:
     torch.set_num_threads(1)
     result = getattr(module, job["function"])(rank, *job["arguments"])
     rank.report("result", result=result)
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()  # gloo does not like to lose a peer before its own end
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

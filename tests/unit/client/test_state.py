@@ -106,6 +106,8 @@ def test_a_loader_with_workers() -> None:
     again = Program(seed=2, workers=2)
     dense.restore(again.state, saved)
     assert again.train(3) == expected
+    for each in (program, again):
+        each.loader._iterator._shutdown_workers()  # left to the garbage collector it takes 5 s a worker
 
 
 def test_capturing_changes_nothing() -> None:
