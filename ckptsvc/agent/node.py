@@ -112,6 +112,10 @@ class Node:
         log(logger, logging.INFO, event, "rank %d %s", reg.rank, "left" if in_order else "died",
             job=reg.job, attempt=reg.attempt, rank=reg.rank)  # fmt: skip
         self._local.report(job, reports.left(self._local.name, reg, not in_order, detail))
+        others = (s.reg for s in self._local.sessions.values())
+        if not any((r.job, r.attempt) == (reg.job, reg.attempt) for r in others):
+            # A launcher that does not count its restarts comes again with the same number: all is agreed anew then.
+            job.attempts.pop(reg.attempt, None)
 
     def _forget(self, token: str) -> Session | None:
         session = self._local.sessions.pop(token, None)
@@ -149,6 +153,20 @@ class Node:
             await wait_for(attempt.changed, deadline - time.monotonic())
         return [session.reg.rank], False
 
+    async def rewind(self, token: str, count: int, timeout: float) -> int:
+        """The attempt has gone back to an earlier checkpoint; returns its new epoch, 0 if there is none in time."""
+        reg = self._local.session(token).reg
+        job = self._local.jobs[reg.job]
+        attempt = job.attempt(reg.attempt)
+        if count > attempt.rewinds:
+            attempt.rewinds, attempt.epoch, attempt.epoch_error = count, 0, None
+            event = pb.Rewound(job=reg.job, attempt=reg.attempt, count=count)
+            self._local.report(job, pb.Report(rewound=event))
+        deadline = time.monotonic() + timeout
+        while not attempt.epoch and not attempt.epoch_error and time.monotonic() < deadline:
+            await wait_for(attempt.changed, deadline - time.monotonic())
+        return attempt.epoch
+
     def on_order(self, order: pb.Order) -> None:
         """Obey one order."""
         kind = order.WhichOneof("effect")
@@ -171,6 +189,8 @@ class Node:
             self._attempt_order(job.attempt(effect.attempt), kind, effect)
 
     def _attempt_order(self, attempt: Attempt, kind: str, effect: Any) -> None:
+        if kind == "epoch_allotted" and effect.rewinds < attempt.rewinds:
+            return  # of before the attempt went back
         if kind == "epoch_allotted":
             attempt.epoch = effect.epoch
             attempt.epoch_error = None if effect.epoch else BY_CODE[effect.code](effect.why)

@@ -90,8 +90,8 @@ class CoordinatorShell:
         try:
             answer = await self._workers.of(effect.job).call("epoch", args)
         except CkptsvcError as error:
-            return EpochDone(effect.job, effect.attempt, 0, error.code, str(error))
-        return EpochDone(effect.job, effect.attempt, answer["epoch"])
+            return EpochDone(effect.job, effect.attempt, effect.rewinds, 0, error.code, str(error))
+        return EpochDone(effect.job, effect.attempt, effect.rewinds, answer["epoch"])
 
     async def _commit(self, effect: Commit) -> CommitDone:
         key = (effect.job, effect.epoch, effect.step)

@@ -68,7 +68,6 @@ class Saves:
             job = self._local.job(label.job, label.coordinator, label.store)
             job.died = True
             job.idle_since = time.monotonic()
-            job.attempt(label.attempt).epoch = label.epoch
             log(logger, logging.INFO, Event.ARENA_RECOVERED, "found the snapshot of step %d", label.step,
                 job=label.job, rank=label.rank, step=label.step)  # fmt: skip
             if arena.state is State.STAGED:

@@ -73,6 +73,12 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         return agent_pb2.PrepareResponse(same_plain=ranks, complete=complete)
 
     @_errors
+    async def Rewind(self, request: agent_pb2.RewindRequest, context: Any) -> agent_pb2.RewindResponse:
+        """See agent.proto."""
+        timeout = _remaining(context, PREPARE_TIMEOUT)
+        return agent_pb2.RewindResponse(epoch=await self._node.rewind(_token(context), request.count, timeout))
+
+    @_errors
     async def Provide(self, request: agent_pb2.ProvideRequest, context: Any) -> agent_pb2.ProvideResponse:
         """See agent.proto."""
         if not 0 < request.bytes <= MAX_IMAGE:

@@ -75,6 +75,7 @@ class Attempt:
     """What the coordinator has decided about one attempt of a job."""
 
     epoch: int = 0
+    rewinds: int = 0
     epoch_error: CkptsvcError | None = None
     refused: CkptsvcError | None = None
     groups: dict[int, list[list[int]]] = field(default_factory=dict)  # by generation

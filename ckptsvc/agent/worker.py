@@ -20,6 +20,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ckptsvc.config import load
 from ckptsvc.errors import CkptsvcError, StoreError
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.format.columns import Columns
@@ -33,8 +34,7 @@ from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.write import write_shard
 from ckptsvc.storage import Store, connect
-
-# RETRY
+from ckptsvc.storage.wrappers import Retrying
 
 FRAME = struct.Struct("<I")
 MAX_FRAME = 1 << 30
@@ -54,7 +54,8 @@ class Request(msgspec.Struct):
 class Worker:
     """Executes requests on one store; every method named `do_*` is an operation."""
 
-    def __init__(self) -> None:
+    def __init__(self, retries: int) -> None:
+        self._retries = retries
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
         self._digesting = ThreadPoolExecutor(2, thread_name_prefix="ckptsvc-digest")
@@ -63,7 +64,7 @@ class Worker:
         """The store of that URL, connected once, with retries."""
         with self._lock:
             if url not in self._stores:
-                self._stores[url] = connect(url)
+                self._stores[url] = Retrying(connect(url), attempts=self._retries + 1)
             return self._stores[url]
 
     def do_write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class Worker:
 
 def serve(sock: socket.socket) -> None:
     """Answer requests until the agent closes its end."""
-    worker = Worker()
+    worker = Worker(load(os.environ).store.retries)
     sending = threading.Lock()
 
     def send(message: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""The workloads as one rank runs them: save, small, overlap, restore. What is measured is returned as samples.
+"""The workloads as one rank runs them: save, small, overlap, restore.
 
-A sample is one repetition: numbers by name, seconds and bytes. Systems and raw limits take turns within a repetition, so
-that the machine's moods fall on all alike. The first repetition warms up and is kept apart.
+Systems and raw limits take turns within a repetition, so that the machine's moods fall on all alike. The first
+repetition warms up and is kept apart.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,80 +19,40 @@ import torch.distributed as dist
 from ckptsvc.cli.bench_limits import Scratch, cold_reads, direct_write
 from ckptsvc.cli.bench_machine import cpu_seconds, evict
 from ckptsvc.cli.bench_peers import PEERS, missing
+from ckptsvc.cli.bench_spec import Results, Sample, Spec
 from ckptsvc.cli.bench_state import Tree, is_intact, large_state, local_bytes, small_state, wipe
 from ckptsvc.cli.bench_systems import Ckptsvc, FromStore, System, shard_files
 from ckptsvc.errors import Damaged
 
-Sample = dict[str, float]
+Progress = Callable[[float], None]
+"""Called with the share of the work that is done, 0 to 1."""
 
-BASE_SECONDS = 0.4
-"""How long the compute loop runs alone, before and after each save, to know its own speed."""
-
-_MATRIX = 384  # a few milliseconds for one product on one core
+_MATRIX = 384  # four products of this size take a few milliseconds on one core
 
 
-class Results:
-    """What one rank has measured."""
+def save(spec: Spec, progress: Progress) -> Results:
+    """Seconds blocked, seconds until durable and CPU seconds of a save, beside memcpy and a raw write of the bytes."""
+    tree = small_state(spec.tensors) if spec.workload == "small" else large_state(spec.nbytes)
+    results = Results(nbytes=local_bytes(tree))
+    scratch = Scratch(results.nbytes)
 
-    def __init__(self) -> None:
-        self.samples: dict[str, list[Sample]] = {}
-        self.warm_up: dict[str, Sample] = {}
-        self.unavailable: dict[str, str] = {}
-        self.notes: dict[str, str] = {}
-        self.nbytes = 0
+    def limits(repetition: int) -> None:
+        barrier()
+        results.add("memcpy", repetition, {"seconds": scratch.memcpy()})
+        if spec.directory:
+            barrier()  # all ranks write at once, as they do when they save
+            seconds, results.notes["direct write"] = direct_write(_folder(spec, f"raw-{rank()}"), scratch)
+            results.add("direct write", repetition, {"seconds": seconds})
 
-    def add(self, name: str, repetition: int, sample: Sample) -> None:
-        """One repetition of a system or a limit; number 0 is the warm-up."""
-        if repetition == 0:
-            self.warm_up[name] = sample
-        else:
-            self.samples.setdefault(name, []).append(sample)
-
-
-def run(spec: dict[str, Any]) -> Results:
-    """Run the workload that `spec` names (see bench_ranks)."""
-    workloads: dict[str, Callable[[dict[str, Any], Tree, Results], None]] = {
-        "save": _save,
-        "small": _save,
-        "overlap": _overlap,
-        "restore": _restore,
-    }
-    results = Results()
-    torch.manual_seed(0)
-    tree = small_state(spec["tensors"]) if spec["workload"] == "small" else large_state(spec["bytes"])
-    results.nbytes = local_bytes(tree)
-    workloads[spec["workload"]](spec, tree, results)
+    _take_turns(spec, results, _systems(spec, tree, results), measure_save, progress, limits)
     return results
 
 
-# ---- save ------------------------------------------------------------------------------------------------------------
-
-
-def _save(spec: dict[str, Any], tree: Tree, results: Results) -> None:
-    scratch = Scratch(results.nbytes)
-    for repetition, system in _turns(spec, tree, results, lambda n: _limits(n, spec, scratch, results)):
-        results.add(system.name, repetition, measure_save(system))
-
-
-def _limits(repetition: int, spec: dict[str, Any], scratch: Scratch, results: Results) -> None:
-    barrier()
-    results.add("memcpy", repetition, {"seconds": scratch.memcpy()})
-    barrier()
-    if spec["directory"]:
-        # All ranks write at once, as they do when they save.
-        directory = Path(spec["directory"], f"raw-{_rank()}")
-        directory.mkdir(exist_ok=True)
-        barrier()
-        seconds, how = direct_write(directory, scratch)
-        results.add("direct write", repetition, {"seconds": seconds})
-        results.notes["direct write"] = how
-
-
 def measure_save(system: System) -> Sample:
-    """One save with nothing beside it: seconds blocked, seconds until durable, CPU seconds."""
+    """One save with nothing beside it."""
     gc.collect()
     barrier()
-    processes = [os.getpid(), *(system.processes() if _rank() == 0 else ())]
+    processes = [os.getpid(), *(system.processes() if rank() == 0 else ())]
     used, began = cpu_seconds(processes), time.perf_counter()
     system.save()
     blocked = time.perf_counter() - began
@@ -110,20 +69,15 @@ class ComputeLoop:
     """Stands for training: matrix products on one thread."""
 
     def __init__(self) -> None:
-        self._a = torch.rand(_MATRIX, _MATRIX)
-        self._b = torch.rand(_MATRIX, _MATRIX)
+        self._a, self._b = torch.rand(2, _MATRIX, _MATRIX)
         self._c = torch.empty(_MATRIX, _MATRIX)
-
-    def iterate(self) -> None:
-        """One step."""
-        for _ in range(4):
-            torch.mm(self._a, self._b, out=self._c)
 
     def until(self, stop: Callable[[], bool]) -> tuple[int, float]:
         """Iterate until `stop()`; returns (iterations, seconds)."""
         count, began = 0, time.perf_counter()
         while not stop():
-            self.iterate()
+            for _ in range(4):
+                torch.mm(self._a, self._b, out=self._c)
             count += 1
         return count, time.perf_counter() - began
 
@@ -133,95 +87,125 @@ class ComputeLoop:
         return self.until(lambda: time.perf_counter() >= end)
 
 
-def _overlap(spec: dict[str, Any], tree: Tree, results: Results) -> None:
+def overlap(spec: Spec, progress: Progress) -> Results:
+    """What a save costs a training loop that goes on beside it."""
+    tree = large_state(spec.nbytes)
+    results = Results(nbytes=local_bytes(tree))
     torch.set_num_threads(1)
     loop = ComputeLoop()
-    for repetition, system in _turns(spec, tree, results):
-        results.add(system.name, repetition, measure_overlap(system, loop, spec.get("base", BASE_SECONDS)))
+    systems = _systems(spec, tree, results)
+    _take_turns(spec, results, systems, lambda system: measure_overlap(system, loop, spec.base), progress)
+    return results
 
 
-def measure_overlap(system: System, loop: ComputeLoop, base_seconds: float = BASE_SECONDS) -> Sample:
+def measure_overlap(system: System, loop: ComputeLoop, base: float) -> Sample:
     """One save with the compute loop beside it.
+
+    Args:
+        system: what saves.
+        loop: the training.
+        base: seconds for which the loop runs alone, before and after, to know its own speed.
 
     Returns:
         blocked: seconds of the call; durable: seconds until all is synced; slowdown: how much longer an iteration takes
-        between the two, 0.05 for 5 %; lost: seconds the loop lost in all.
+        between these two, 0.05 for 5 %; lost: seconds the loop lost in all.
     """
     gc.collect()
     barrier()
-    loop.for_seconds(base_seconds / 4)
-    before, alone = loop.for_seconds(base_seconds)
-    durable = threading.Event()
-
-    def finish() -> None:
-        try:
-            system.finish()
-        except BaseException as error:  # noqa: BLE001  handed to the thread that measures
-            failure.append(error)
-        durable.set()
-
-    failure: list[BaseException] = []
+    loop.for_seconds(base / 4)
+    before, alone = loop.for_seconds(base)
     began = time.perf_counter()
     system.save()
     blocked = time.perf_counter() - began
-    waiting = threading.Thread(target=finish, name="bench-finish")
-    waiting.start()
-    count, beside = loop.until(durable.is_set)
-    total = time.perf_counter() - began
-    waiting.join()
-    if failure:
-        raise failure[0]
+    with _Background(system.finish) as finishing:
+        count, beside = loop.until(finishing.ended.is_set)
+        total = time.perf_counter() - began
     barrier()
-    after, alone_again = loop.for_seconds(base_seconds)
+    after, alone_again = loop.for_seconds(base)
     iteration = (alone + alone_again) / (before + after)
-    return {
-        "blocked": blocked,
-        "durable": total,
-        "slowdown": max(beside / (count * iteration) - 1, 0.0) if count else 0.0,
-        "lost": total - count * iteration,
-    }
+    slowdown = beside / (count * iteration) - 1 if count else 0.0
+    return {"blocked": blocked, "durable": total, "slowdown": slowdown, "lost": total - count * iteration}
+
+
+class _Background:
+    """Runs something in a thread; leaving the context raises what it raised."""
+
+    def __init__(self, work: Callable[[], None]) -> None:
+        self.ended = threading.Event()
+        self._failure: BaseException | None = None
+        self._work, self._thread = work, threading.Thread(target=self._run, name="bench-finish")
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except BaseException as error:  # noqa: BLE001  it is raised again in the thread that waits
+            self._failure = error
+        self.ended.set()
+
+    def __enter__(self) -> _Background:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join()
+        if self._failure:
+            raise self._failure
 
 
 # ---- restore ---------------------------------------------------------------------------------------------------------
 
 
-def _restore(spec: dict[str, Any], tree: Tree, results: Results) -> None:
-    """The trainer that saved was killed before this process began; its agent has the snapshot."""
-    scratch = Scratch(max((path.stat().st_size for path in shard_files(spec["store"])), default=results.nbytes))
-    scratch.nbytes = results.nbytes
-    ours = Ckptsvc(tree, spec["store"], spec["agent"])
-    cold = FromStore(tree, spec["store"])
-    peers = _peers(spec, tree, results)
-    for peer in list(peers):
-        if not _guarded(results, peer, lambda p=peer: (p.save(), p.finish())):  # type: ignore[misc]
-            peers.remove(peer)
-    for repetition in range(spec["repeat"] + 1):
+def stage(spec: Spec, progress: Progress) -> Results:
+    """The trainer that saves and is then killed, so that `restore` finds its snapshot in memory and in the store."""
+    system = Ckptsvc(large_state(spec.nbytes), spec.store, spec.agent)
+    system.save()
+    system.finish()
+    return Results()
+
+
+def restore(spec: Spec, progress: Progress) -> Results:
+    """Seconds to restore from memory, beside memcpy; cold from the store, beside the fastest raw read of the shards."""
+    tree = large_state(spec.nbytes)
+    results = Results(nbytes=local_bytes(tree))
+    shards = shard_files(spec.store)
+    memory, store = Ckptsvc(tree, spec.store, spec.agent), FromStore(tree, spec.store)
+    copied = Scratch(results.nbytes)
+    read = Scratch(max((path.stat().st_size for path in shards), default=1)) if rank() == 0 else None
+    peers = [p for p in _peers(spec, tree, results) if _guarded(results, p, lambda p=p: _save_once(p))]  # type: ignore[misc]
+
+    def ours(repetition: int) -> None:
         barrier()
-        results.add("memcpy", repetition, {"seconds": scratch.memcpy()})
-        _timed_load(results, "memory", repetition, tree, ours.load)
-        if ours.restored_from != "memory":
-            raise Damaged(f"the snapshot in memory was not used: restored from {ours.restored_from}")
-        shards = shard_files(spec["store"])
-        if _rank() == 0 and shards:
-            ways, results.notes["cold"] = cold_reads(shards, scratch)
+        results.add("memcpy", repetition, {"seconds": copied.memcpy()})
+        results.add("from memory", repetition, _timed_load(tree, memory.load))
+        if memory.restored_from != "memory":
+            raise Damaged(f"the snapshot in memory was not used: restored from {memory.restored_from}")
+        if read and shards:
+            ways, results.notes["cold read"] = cold_reads(shards, read)
             results.add("cold read", repetition, ways)
-        barrier()
         _evict(shards)
-        _timed_load(results, "store", repetition, tree, cold.load)
-        for peer in list(peers):
-            _evict(peer.files())
-            if not _guarded(results, peer, lambda p=peer: _timed_load(results, p.name, repetition, tree, p.load)):  # type: ignore[misc]  # noqa: B023
-                peers.remove(peer)
-    for system in (ours, *peers):
-        system.close()
+        results.add("from store", repetition, _timed_load(tree, store.load))
+
+    def load(peer: System) -> Sample:
+        _evict(peer.files())
+        return _timed_load(tree, peer.load)
+
+    _take_turns(spec, results, peers, load, progress, ours)
+    memory.close()
+    return results
+
+
+def _save_once(peer: System) -> None:
+    peer.save()
+    peer.finish()
 
 
 def _evict(paths: Sequence[Path]) -> None:
-    if _rank() == 0:
+    barrier()
+    if rank() == 0:
         evict(paths)
 
 
-def _timed_load(results: Results, name: str, repetition: int, tree: Tree, load: Callable[[], None]) -> None:
+def _timed_load(tree: Tree, load: Callable[[], None]) -> Sample:
     wipe(tree)
     gc.collect()
     barrier()
@@ -229,55 +213,69 @@ def _timed_load(results: Results, name: str, repetition: int, tree: Tree, load: 
     load()
     seconds = time.perf_counter() - began
     if not is_intact(tree):
-        raise Damaged(f"{name}: what was restored is not what was saved")
-    results.add(name, repetition, {"seconds": seconds})
-
-
-def stage_and_stay(spec: dict[str, Any]) -> None:
-    """The trainer of the restore workload that is going to be killed: save, and wait until it is committed."""
-    system = Ckptsvc(large_state(spec["bytes"]), spec["store"], spec["agent"])
-    system.save()
-    system.finish()
+        raise Damaged("what was restored is not what was saved")
+    return {"seconds": seconds}
 
 
 # ---- taking turns ----------------------------------------------------------------------------------------------------
 
 
-def _turns(
-    spec: dict[str, Any], tree: Tree, results: Results, first: Callable[[int], None] = lambda _: None
-) -> Any:
-    """Yield (repetition, system): every system once a repetition, `first` before them; failing peers drop out."""
-    systems: list[System] = [Ckptsvc(tree, spec["store"], spec["agent"]), *_peers(spec, tree, results)]
-    for repetition in range(spec["repeat"] + 1):
+def _systems(spec: Spec, tree: Tree, results: Results) -> list[System]:
+    return [Ckptsvc(tree, spec.store, spec.agent), *_peers(spec, tree, results)]
+
+
+def _peers(spec: Spec, tree: Tree, results: Results) -> list[System]:
+    found: list[System] = []
+    for name in spec.peers:
+        why = missing(name) or ("" if spec.directory else "it writes to a directory, which the store is not")
+        if why:
+            results.drop(name, why)
+        else:
+            found.append(PEERS[name](tree, _folder(spec, name)))
+    return found
+
+
+def _take_turns(
+    spec: Spec,
+    results: Results,
+    systems: list[System],
+    measure: Callable[[System], Sample],
+    progress: Progress,
+    first: Callable[[int], None] = lambda repetition: None,
+) -> None:
+    """Measure every system once a repetition, `first` before them; a peer that fails drops out. Closes them."""
+    for repetition in range(spec.repeat + 1):
         first(repetition)
         for system in list(systems):
-            yield repetition, system
-            system.discard_older()
-            barrier()
+
+            def turn(system: System = system, repetition: int = repetition) -> None:
+                results.add(system.name, repetition, measure(system))
+                barrier()
+                system.discard_older()
+
+            if not _guarded(results, system, turn):
+                systems.remove(system)
+        progress((repetition + 1) / (spec.repeat + 1))
     for system in systems:
         system.close()
 
 
-def _peers(spec: dict[str, Any], tree: Tree, results: Results) -> list[System]:
-    found: list[System] = []
-    for name in spec["peers"]:
-        why = missing(name) or ("" if spec["directory"] else "it writes to a directory, and the store is none")
-        if why:
-            results.unavailable[name] = why
-        else:
-            found.append(PEERS[name](tree, Path(spec["directory"], name)))
-    return found
-
-
-def _guarded(results: Results, system: System, action: Callable[[], object]) -> bool:
-    """Do it; a peer that fails is reported and drops out. The same on every rank: failures of peers are not rank-wise."""
+def _guarded(results: Results, system: System, action: Callable[[], None]) -> bool:
+    """Do it. Whatever a peer raises is its result; what ckptsvc raises ends the benchmark."""
     try:
         action()
-    except Exception as error:  # noqa: BLE001  whatever a peer raises is its result
-        results.unavailable[system.name] = f"failed: {type(error).__name__}: {str(error)[:200]}"
-        results.samples.pop(system.name, None)
+    except Exception as error:
+        if isinstance(system, Ckptsvc):
+            raise
+        results.drop(system.name, f"failed: {type(error).__name__}: {str(error)[:200]}")
         return False
     return True
+
+
+def _folder(spec: Spec, name: str) -> Path:
+    folder = Path(spec.directory, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def barrier() -> None:
@@ -286,5 +284,6 @@ def barrier() -> None:
         dist.barrier()
 
 
-def _rank() -> int:
+def rank() -> int:
+    """The rank of this process."""
     return dist.get_rank() if dist.is_initialized() else 0

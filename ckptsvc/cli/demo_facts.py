@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-TOLERANCE = 2e-6
+TOLERANCE = 1e-5
 """Largest relative difference of a loss at another layout.
 
-Measured over 60 steps on 2, 3 and 2 x 2 ranks against 4: 2e-7. For comparison, halving the second moments of
-one layer shows as 6e-5 in the third step; what is too small to be seen in losses is left to the digest of the
-state, which has no tolerance.
+Measured over 48 steps on 2, 3 and 2 x 2 ranks against 4: 1.1e-6. For comparison, halving the second moments
+of one layer shows as 6e-5 in the third step; what is too small to be seen in losses is left to the digest of the state,
+which has no tolerance.
 """
 
 

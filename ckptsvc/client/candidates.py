@@ -20,6 +20,7 @@ from ckptsvc.pipeline import catalog
 from ckptsvc.pipeline.catalog import Checkpoint, Ref, decode_checkpoint, open_checkpoint, read_index
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.storage import Store, connect
+from ckptsvc.storage.wrappers import Retrying
 
 SNAPSHOT_TIMEOUT = 90.0
 """Seconds to wait for the agent's list: it waits for the checksums of a snapshot taken just before."""
@@ -38,10 +39,11 @@ class Candidate(NamedTuple):
 
 
 class Candidates:
-    """The candidates of one restore."""
+    """The candidates of one restore. `retries`: further attempts after a failure of the store that may pass."""
 
-    def __init__(self, url: str, link: AgentLink, group: Group, place: Placement) -> None:
-        self._url, self._link, self._group, self._place = url, link, group, place
+    def __init__(self, url: str, retries: int, link: AgentLink, group: Group, place: Placement) -> None:
+        self._url, self._retries = url, retries
+        self._link, self._group, self._place = link, group, place
         self._store: Store | None = None
         self._snapshots: list[agent_pb2.Snapshot] = []
 
@@ -109,5 +111,5 @@ class Candidates:
 
     def _connected(self) -> Store:
         if self._store is None:
-            self._store = connect(self._url)
+            self._store = Retrying(connect(self._url), attempts=self._retries + 1)
         return self._store

@@ -128,6 +128,10 @@ class AgentLink:
         answer = self.call("Prepare", request, timeout)
         return tuple(answer.same_plain), answer.complete
 
+    def rewind(self, count: int, timeout: float) -> None:
+        """The state has gone back to an earlier checkpoint, for the count-th time."""
+        self.registration["epoch"] = self.call("Rewind", agent_pb2.RewindRequest(count=count), timeout).epoch
+
     def provide(self, nbytes: int, timeout: float) -> None:
         """Have arenas set up, and map them, so that the first snapshots need not."""
         for slot in self.call("Provide", agent_pb2.ProvideRequest(bytes=nbytes), timeout).slots:
@@ -136,6 +140,7 @@ class AgentLink:
     def acquire(self, step: int, nbytes: int, timeout: float) -> tuple[str, int]:
         """A free arena: (slot, epoch)."""
         answer = self.call("Acquire", agent_pb2.AcquireRequest(step=step, bytes=nbytes), timeout + CALL_TIMEOUT)
+        self.registration["epoch"] = answer.epoch  # a new agent, or coordinator, learns it from us
         return answer.slot, answer.epoch
 
     def submit(self, slot: str, step: int, nbytes: int, aliases: dict[str, str]) -> None:

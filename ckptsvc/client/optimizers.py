@@ -178,8 +178,8 @@ class OptimizerNode:
         """
         if not _is_optimizer_document(plain):
             raise other_kind(self.path)
-        self._find_root()
-        walked = self._walk()
+        self.find()
+        walked = self._walked or self._walk()
         found = Found(splittable=True)
         self._plain_groups(found, self.target.param_groups, walked.names)
         self._leaves = {**walked.leaves, **found.leaves}

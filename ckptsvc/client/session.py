@@ -12,25 +12,20 @@ import atexit
 import contextlib
 import logging
 import os
-import secrets
-import socket
 import threading
 import time
 import warnings
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from ckptsvc.client.candidates import Candidate, Candidates
-from ckptsvc.client.group import Group, the_group
+from ckptsvc.client.group import the_group
+from ckptsvc.client.joining import agent_directory, coordinator_of, placement_of, registration
 from ckptsvc.client.link import AgentLink
-from ckptsvc.client.parts import Capture
 from ckptsvc.client.restore import restore
-from ckptsvc.client.stage import StagePlan
+from ckptsvc.client.snapshots import Snapshots
 from ckptsvc.client.state import StateTree, optimizers_in
-from ckptsvc.config import Settings, load, runtime_dir
+from ckptsvc.config import Settings, load
 from ckptsvc.errors import (
     EXIT_STATUS,
     AgentUnavailable,
@@ -45,23 +40,14 @@ from ckptsvc.errors import (
     StoreError,
 )
 from ckptsvc.format.objects import encode
-from ckptsvc.format.shard import ShardInfo
-from ckptsvc.launch import LOCAL_JOB, Placement, detect
-from ckptsvc.pipeline.failpoint import failpoint
-from ckptsvc.rpc.dial import ensure_agent, is_alive
-from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.rpc.dial import ensure_agent
+from ckptsvc.rpc.identity import Page
 from ckptsvc.storage import canonical
 
 log = logging.getLogger("ckptsvc")
 
 ATTACH_TIMEOUT = 120.0
 """Seconds until all ranks must have come to `attach`."""
-
-AGREE_PATIENCE = 5.0
-"""Seconds a snapshot waits for the other ranks after the structure of the state has changed."""
-
-ARRANGE_TIMEOUT = 600.0
-"""Seconds the preparations beside the training may take: terabytes of arenas are not there at once."""
 
 RECONNECT_EVERY = 2.0
 """Seconds between attempts to reach an agent that is gone."""
@@ -128,7 +114,6 @@ class Session:
         steps_done: steps this state has behind it: 0, or the step of the checkpoint that was restored.
         state: the plain values of the state tree, as restored (or as given).
         restored_from: "memory", "store", or None for a fresh start.
-        last_blocked: seconds the loop was held up by the last snapshot.
         skipped: snapshots that were due and not taken.
     """
 
@@ -136,22 +121,18 @@ class Session:
         self.steps_done = 0
         self.state: dict[str, Any] = dict(state)
         self.restored_from: str | None = None
-        self.last_blocked = 0.0
         self.skipped = 0
         self.settings = settings
         self._tree_of = state
         self._include_rng = include_rng
         self._url = canonical(settings.store.url)
-        self._plans: dict[str, StagePlan] = {}  # by structure of the state
-        self._arranging: threading.Thread | None = None
         self._closed = False
         self._known_failure = -1
-        self._copying: threading.Thread | None = None
+        self._rewinds = 0
         self._fences: list[Any] = []
         self._last_order = -1
         self._reconnecting: threading.Thread | None = None
         self._next_reconnect = 0.0
-        self._last_saved = -1
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -162,9 +143,7 @@ class Session:
             StopTraining: the job was asked to stop, and has saved.
         """
         self.steps_done += 1
-        page = self._link.page
-        page.put("step", self.steps_done)
-        page.put("at", time.monotonic_ns())
+        page = self._beat()
         due = self._every_steps and self.steps_done % self._every_steps == 0
         if (
             due
@@ -172,7 +151,7 @@ class Session:
             or page.get("save_at") != self._last_order
             or page.get("stop_at") >= 0
             or page.get("failed") != self._known_failure
-            or self._arranging is None
+            or not self._snapshots.arranged
         ):
             self._attend(bool(due))
 
@@ -194,7 +173,7 @@ class Session:
         try:
             if self._link.identity is None:
                 self._link.connect()
-            self._snapshot(limit)
+            self._snapshots.take(self.steps_done, limit)
         except (InvalidInput, Fenced):
             raise
         except CkptsvcError as error:
@@ -210,20 +189,12 @@ class Session:
         Raises:
             SaveFailed, Fenced: it ended otherwise, or has not ended within `timeout` seconds.
         """
-        self._fence()
-        if self._last_saved < 0:
-            return False
-        limit = self.settings.save.timeout if timeout is None else timeout
-        try:
-            outcome = self._link.wait_save(self._last_saved, limit)
-        except AgentUnavailable as error:
-            raise SaveFailed(f"step {self._last_saved}: the outcome is not known: {error}") from error
-        if outcome.outcome == agent_pb2.OUTCOME_COMMITTED:
-            return True
-        if outcome.outcome == agent_pb2.OUTCOME_FENCED:
-            raise Fenced(f"step {self._last_saved}: {outcome.reason}")
-        reason = outcome.reason or f"not committed after {limit:g} s"
-        raise SaveFailed(f"step {self._last_saved}: {reason}")
+        return self._snapshots.wait(self.settings.save.timeout if timeout is None else timeout)
+
+    @property
+    def last_blocked(self) -> float:
+        """Seconds the loop was held up by the last snapshot; with overlap, by the wait before the optimizer too."""
+        return self._snapshots.last_blocked
 
     @property
     def committed_step(self) -> int | None:
@@ -241,11 +212,15 @@ class Session:
             NoCheckpoint: there is none.
             Damaged: none of that step verifies.
         """
-        self._fence()
+        self._snapshots.fence()
         found = self._restore(step)
         if found is None:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise NoCheckpoint(f"{self._url} has {what}")
+        # From here on steps come that this epoch may hold already: they are saved in a new one.
+        self._rewinds += 1
+        self._link.rewind(self._rewinds, ATTACH_TIMEOUT)
+        self._beat()
         return found
 
     def close(self) -> None:
@@ -253,7 +228,7 @@ class Session:
         if self._closed:
             return
         self._closed = True
-        self._fence()
+        self._snapshots.fence()
         for fence in self._fences:
             fence.remove()
         atexit.unregister(self.close)
@@ -270,46 +245,32 @@ class Session:
     # ---- opening -----------------------------------------------------------------------------------------------------
 
     def _open(self, resume: bool, overlap: bool) -> None:
-        self._group: Group = the_group()
-        self._place = _placement(self._group)
-        coordinator = _coordinator(self._group, self._place)
-        directory, self._private = _agent_directory(self._place, self.settings)
+        group = self._group = the_group()
+        self._place = placement_of(group)
+        coordinator = coordinator_of(group, self._place)
+        directory, self._private = agent_directory(self._place, self.settings)
         every = self.settings.save.every
         self._every_steps = every.steps if every else 0
-        self._tree = StateTree(self._tree_of, self._group.rank, self._group.size, self._include_rng)
-        registration = {
-            "op": "register",
-            "job": self._place.job,
-            "store": self._url,
-            "attempt": self._place.attempt,
-            "rank": self._group.rank,
-            "world_size": self._group.size,
-            "every_steps": self._every_steps,
-            "every_seconds": every.seconds if every else 0.0,
-            "keep": self.settings.save.keep,
-            "extent": self.settings.save.extent,
-            "coordinator": coordinator,
-        }
-        self._link = AgentLink(directory, registration)
-        self._epoch = 0
+        self._tree = StateTree(self._tree_of, group.rank, group.size, self._include_rng)
+        self._link = AgentLink(directory, registration(group, self._place, self.settings, self._url, coordinator))
+        self._snapshots = Snapshots(self._tree, self._link, group, self._place, self._url, self._report_skip)
         self._start_agent()
         self._link.connect()
         capture = self._tree.capture()
         encode(capture.objects)  # what cannot be stored is refused now, not at the first save
-        if self._agree(capture, 0, ATTACH_TIMEOUT) is None:
+        if self._snapshots.agree(capture, 0, ATTACH_TIMEOUT) is None:
             raise AgentUnavailable(
-                f"not every one of {self._group.size} ranks has attached, or the run gave no epoch, within"
+                f"not every one of {group.size} ranks has attached, or the run gave no epoch, within"
                 f" {ATTACH_TIMEOUT:g} s"
             )
         if resume and self._restore(None) is not None:
-            # Optimizers have their state now: the structure is the final one.
-            self._arrange(self._tree.capture())
-        self._link.page.put("step", self.steps_done)
-        self._link.page.put("at", time.monotonic_ns())
+            self._snapshots.arrange(self.steps_done)  # optimizers have their state now: the structure is final
+        self._beat()
         if overlap:
-            self._fences = [o.register_step_pre_hook(self._fence) for o in optimizers_in(self._tree_of)]
+            self._fences = [o.register_step_pre_hook(self._snapshots.fence) for o in optimizers_in(self._tree_of)]
             if not self._fences:
                 raise ConfigError("overlap needs an optimizer in the state: its step is what the copy must not meet")
+            self._snapshots.overlap = True
         atexit.register(self.close)
 
     def _start_agent(self) -> None:
@@ -317,35 +278,11 @@ class Session:
             arguments = ["--linger", PRIVATE_LINGER, "--name", self._place.node]
             ensure_agent(self._link.directory, arguments)
 
-    def _agree(self, capture: Capture, generation: int, timeout: float) -> StagePlan | None:
-        """Tell the job which plain tensors this rank holds, learn who holds the same, and plan the staging.
-
-        None if not every rank has told in time. The result is remembered for this structure of the state.
-        """
-        plain = sorted(p.meta.name for p in capture.parts if p.holders.ranks is None)
-        digest = xxhash.xxh3_64_hexdigest("\0".join(plain).encode())
-        same, complete = self._link.prepare(digest, generation, timeout)
-        if not complete:
-            return None
-        plan = StagePlan.make(capture, self._group.rank, same)
-        self._plans = {capture.structure: plan}
-        return plan
-
-    def _arrange(self, capture: Capture) -> None:
-        """Beside the training: agree on who stages what, have arenas made and mapped for the first snapshot."""
-        generation = self.steps_done
-        objects = len(encode(capture.objects))
-
-        def work() -> None:
-            try:
-                plan = self._plans.get(capture.structure) or self._agree(capture, generation, ARRANGE_TIMEOUT)
-                if plan is not None:
-                    self._link.provide(plan.room(objects), ARRANGE_TIMEOUT)
-            except CkptsvcError as error:
-                log.warning("rank %d: not ready to save yet: %s", self._group.rank, error)
-
-        self._arranging = threading.Thread(target=work, name="ckptsvc-arrange", daemon=True)
-        self._arranging.start()
+    def _beat(self) -> Page:
+        page = self._link.page
+        page.put("step", self.steps_done)
+        page.put("at", time.monotonic_ns())
+        return page
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
@@ -366,10 +303,10 @@ class Session:
         stopping = 0 <= stop <= self.steps_done
         if due or stopping:
             patience = self.settings.save.timeout if stopping else self.settings.save.deadline
-            self._try(lambda: self._snapshot(patience), count=True)
-        elif self._arranging is None:
+            self._try(lambda: self._snapshots.take(self.steps_done, patience), count=True)
+        elif not self._snapshots.arranged:
             # The first step after a fresh start: the optimizers have made their state by now.
-            self._try(lambda: self._arrange(self._tree.capture()))
+            self._try(lambda: self._snapshots.arrange(self.steps_done))
         if stopping:
             self._try(self.wait)
             self.close()
@@ -398,72 +335,6 @@ class Session:
         log.warning("rank %d: %s", self._group.rank, message)
         warnings.warn(f"ckptsvc: {message}", RuntimeWarning, stacklevel=2)
 
-    def _snapshot(self, patience: float) -> None:
-        self._fence()
-        began = time.perf_counter()
-        step = self.steps_done
-        slot = ""
-        try:
-            capture = self._tree.capture()
-            objects = encode(capture.objects)
-            plan = self._plan_for(capture)
-            slot, epoch = self._link.acquire(step, plan.template.total(len(objects)), patience)
-            arena = self._link.arena(slot)
-            info = ShardInfo(
-                run=self._url,
-                job=self._place.job,
-                step=step,
-                epoch=epoch,
-                attempt=self._place.attempt,
-                rank=self._group.rank,
-                world_size=self._group.size,
-            )
-            failpoint("before_copy")
-            nbytes, finish = plan.write(capture, arena.view, slot, info, objects, overlap=bool(self._fences))
-
-            def hand_over() -> None:
-                finish()
-                failpoint("before_submit")
-                self._link.submit(slot, step, nbytes, capture.aliases)
-                failpoint("after_submit")
-
-            if self._fences:
-                self._copying = threading.Thread(
-                    target=self._try, args=(hand_over,), kwargs={"count": True}, name="ckptsvc-copy", daemon=True
-                )
-                self._copying.start()
-            else:
-                hand_over()
-        except InvalidInput as error:
-            # Not a fault of the agent's: tell it, so that the other ranks do not wait for this one.
-            why = str(error)
-            self._try(lambda: self._link.abandon(slot, step, why))
-            raise
-        self._last_saved = step
-        self.last_blocked = time.perf_counter() - began
-
-    def _fence(self, *_: Any) -> None:
-        """Wait until the copy that runs beside the training is done: an optimizer is about to change the state."""
-        copying, self._copying = self._copying, None
-        if copying is not None:
-            began = time.perf_counter()
-            copying.join()
-            self.last_blocked += time.perf_counter() - began
-
-    def _plan_for(self, capture: Capture) -> StagePlan:
-        """The plan for the structure the state has now; the first time, all ranks agree on it."""
-        plan = self._plans.get(capture.structure)
-        if plan is not None:
-            return plan
-        if self._arranging is not None and self._arranging.is_alive():
-            self._arranging.join(AGREE_PATIENCE)
-            plan = self._plans.get(capture.structure)
-        else:
-            plan = self._agree(capture, self.steps_done, AGREE_PATIENCE)
-            self._arrange(capture)
-        # Without an answer this rank stages all it holds: right whatever the others do, if more than need be.
-        return plan or StagePlan.make(capture, self._group.rank, (self._group.rank,))
-
     def _reconnect(self) -> None:
         """Try to reach the agent again, beside the training."""
         now = time.monotonic()
@@ -486,7 +357,7 @@ class Session:
 
     def _restore(self, step: int | None) -> int | None:
         """Try the candidates, newest first, until one restores on every rank; None if there are none."""
-        candidates = Candidates(self._url, self._link, self._group, self._place)
+        candidates = Candidates(self._url, self.settings.store.retries, self._link, self._group, self._place)
         tried: list[str] = []
         for candidate in candidates.find(step):
             try:
@@ -519,35 +390,3 @@ class Session:
             raise failure or Damaged("another rank cannot open it")
         assert image is not None
         return restore(image, self._tree, self._group)
-
-
-def _placement(group: Group) -> Placement:
-    """Where this process stands; a job that nobody named gets a name that no other has."""
-    place = detect(os.environ, socket.gethostname())
-    if place.job == LOCAL_JOB:
-        name = group.broadcast(f"local-{os.getpid()}-{secrets.token_hex(4)}".encode()).decode()
-        place = Placement(**{**{f: getattr(place, f) for f in place.__slots__}, "job": name})
-    return place
-
-
-def _coordinator(group: Group, place: Placement) -> str:
-    """Address of the job's coordinator; "" if this node's agent is it."""
-    given = os.environ.get("CKPTSVC_COORDINATOR")
-    nodes = sorted({n.decode() for n in group.all_gather(place.node.encode())})
-    if given is None and len(nodes) > 1:
-        raise ConfigError(
-            f"the ranks are on {len(nodes)} nodes ({', '.join(nodes[:3])} ...), and none of their agents coordinates",
-            hint="start the job with `ckptsvc run`, or set CKPTSVC_COORDINATOR to the address of one agent",
-        )
-    return given or ""
-
-
-def _agent_directory(place: Placement, settings: Settings) -> tuple[Path, bool]:
-    """(directory of the agent to use, whether it is private to this job)."""
-    given = os.environ.get("CKPTSVC_SOCKET")
-    if given:
-        return Path(given), False
-    shared = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
-    if is_alive(shared):
-        return shared, False
-    return shared / f"job-{xxhash.xxh3_64_hexdigest(place.job.encode())}", True

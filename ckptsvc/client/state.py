@@ -109,6 +109,7 @@ class StateTree:
         self._all: tuple[tuple[Any, ...], tuple[LocalPart, ...]] = ((), ())
         self._structure: tuple[_Merged, Any, str] | None = None
         self._ready = False
+        self._devices: frozenset[torch.device] = frozenset()
 
     def capture(self) -> Capture:
         """The state now. Later calls only check that all tensors are where the first one found them.
@@ -181,6 +182,7 @@ class StateTree:
                 )
         self._ready = True
         merged = _merge((tuple(wanted.parts),))
+        self._devices = merged.devices
         return Capture(merged.parts, merged.aliases, digest(merged.parts, merged.aliases), objects)
 
     def load(self, objects: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,7 +213,7 @@ class StateTree:
                 values[node.path] = node.load(given[id(node)])
         restored: dict[str, Any] = _values(self._root, values)
         if self._include_rng and RNG in objects and objects.get(RANK) == self._rank:
-            rng.restore(objects[RNG], {part.tensor.device for part in self.capture().parts})
+            rng.restore(objects[RNG], self._devices)
         return restored
 
 

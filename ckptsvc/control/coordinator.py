@@ -114,6 +114,10 @@ class Coordinator:
         job = self.jobs.get(event.job)
         return job.announce(event) if job else Decision()
 
+    def _on_rewound(self, event: pb.Rewound, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        return job.rewound(event) if job else Decision()
+
     def _on_progressed(self, event: pb.Progressed, now: float) -> Decision:
         job = self.jobs.get(event.job)
         if job:

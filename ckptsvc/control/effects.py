@@ -21,6 +21,7 @@ class AllotEpoch:
 
     job: str
     attempt: int
+    rewinds: int
     store: str
 
 
@@ -75,6 +76,7 @@ class EpochDone:
 
     job: str
     attempt: int
+    rewinds: int
     epoch: int
     code: str = ""
     why: str = ""

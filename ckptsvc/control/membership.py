@@ -47,6 +47,7 @@ class Job:
     pace: tuple[float, int] = (0.0, 0)  # when, highest step: the last sample
     steps_per_second: float = 0.0
     stop_wanted: str = ""
+    rewinds: int = 0
 
     @property
     def nodes(self) -> list[str]:
@@ -70,7 +71,7 @@ class Job:
         if event.epoch:
             self.epoch = max(self.epoch, event.epoch)
         if self.epoch:
-            allotted = pb.EpochAllotted(attempt=self.attempt, epoch=self.epoch)
+            allotted = pb.EpochAllotted(attempt=self.attempt, epoch=self.epoch, rewinds=self.rewinds)
             decision.effects.append(Send(event.node, pb.Order(job=self.name, epoch_allotted=allotted)))
         return decision
 
@@ -82,6 +83,7 @@ class Job:
         self.ranks, self.seen, self.away = {}, {}, {}
         self.announced, self.progress, self.highest = {}, {}, 0
         self.pace, self.steps_per_second, self.stop_wanted = (now, 0), 0.0, ""
+        self.rewinds = 0
 
     def leave(self, event: pb.RankLeft, now: float) -> Decision:
         """A rank has ended, in good order or not."""
@@ -120,14 +122,23 @@ class Job:
         if busy and waited < PATIENCE_WITH_PREDECESSOR:
             return Decision()
         self.asked_epoch_at = now
-        return Decision([AllotEpoch(self.name, self.attempt, self.store)], [])
+        return Decision([AllotEpoch(self.name, self.attempt, self.rewinds, self.store)], [])
+
+    def rewound(self, event: pb.Rewound) -> Decision:
+        """The attempt has gone back to an earlier checkpoint: steps it may have saved already come again."""
+        if event.attempt != self.attempt or event.count <= self.rewinds:
+            return Decision()
+        self.rewinds, self.epoch, self.asked_epoch_at = event.count, 0, -math.inf
+        return Decision([], [f"job {self.name}: went back to an earlier checkpoint; a new epoch begins"])
 
     def epoch_done(self, event: EpochDone) -> Decision:
         """The store has given an epoch, or refused."""
-        if event.attempt != self.attempt or self.epoch:
+        if event.attempt != self.attempt or event.rewinds != self.rewinds or self.epoch:
             return Decision()
         self.epoch = event.epoch
-        allotted = pb.EpochAllotted(attempt=self.attempt, epoch=event.epoch, code=event.code, why=event.why)
+        allotted = pb.EpochAllotted(
+            attempt=self.attempt, epoch=event.epoch, code=event.code, why=event.why, rewinds=self.rewinds
+        )
         reason = f"job {self.name}: epoch {event.epoch}" if event.epoch else f"job {self.name}: no epoch: {event.why}"
         return Decision([Send(n, pb.Order(job=self.name, epoch_allotted=allotted)) for n in self.nodes], [reason])
 

@@ -90,17 +90,19 @@ class Saves:
         save.changed = now
         save.aliases.update(event.aliases)
         lost = self.gone - save.staged.keys() if save.attempt == self.attempt else ()
-        return decision.add(self._lost_rank(key, min(lost), "was gone", now)) if lost else decision
+        return decision.add(self._lost_rank(key, min(lost), "was gone", now) if lost else self._commit(save))
 
     def _complete(self, event: pb.Staged) -> Decision:
         key = (event.epoch, event.step)
         self.aliases.setdefault(key, {}).update(event.aliases)
-        if key in self.complete or len(self.held[key]) < event.world_size:
+        if len(self.held[key]) < event.world_size:
             return Decision()
-        self.complete[key] = event.world_size
         order = pb.SnapshotComplete(
             epoch=event.epoch, step=event.step, world_size=event.world_size, aliases=self.aliases[key]
         )
+        if key in self.complete:  # an agent that has reconnected
+            return Decision([self._tell(event.node, snapshot_complete=order)])
+        self.complete[key] = event.world_size
         reason = f"step {event.step}: all {event.world_size} ranks have staged; the snapshot is complete in memory"
         return Decision([self._tell(node, snapshot_complete=order) for node in sorted(self.nodes)], [reason])
 
@@ -112,6 +114,10 @@ class Saves:
             return Decision()
         save.durable[event.rank] = event
         save.changed = now
+        return self._commit(save)
+
+    def _commit(self, save: Save) -> Decision:
+        """Order the commit once every rank's shard is durable."""
         if save.committing or len(save.durable) < save.world_size or save.missing:
             return Decision()
         save.committing = True

@@ -60,11 +60,7 @@ def decode_array(value: Any) -> np.ndarray[Any, Any]:
     spelling, shape, text = value
     if not isinstance(spelling, str) or not _PORTABLE.fullmatch(spelling):
         raise ValueError(f"unknown NumPy dtype {str(spelling)[:50]!r}")
-    if (
-        not isinstance(shape, list)
-        or not all(type(n) is int and n >= 0 for n in shape)
-        or len(shape) > MAX_NDIM
-    ):
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape) or len(shape) > MAX_NDIM:
         raise ValueError(f"impossible shape {str(shape)[:50]}")
     dtype, data = np.dtype(spelling), decode_bytes(text)
     if prod(shape) * dtype.itemsize != len(data) or prod(n for n in shape if n) > MAX_OBJECTS_BYTES:

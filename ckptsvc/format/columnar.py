@@ -60,8 +60,7 @@ def encode(columns: Mapping[str, Array], info: bytes) -> bytes:
 def decode(
     data: bytes | memoryview, wanted: Mapping[str, Any], what: str, info_limit: int
 ) -> tuple[dict[str, Array], dict[str, Any]]:
-    """The columns of a file, as read-only views of its bytes, and its info record (parsed, its version
-    checked).
+    """The columns of a file, as views of its bytes, and its info record, parsed and its version checked.
 
     Columns that are not wanted (of a newer minor version) are left out.
 

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Final
 
 import msgspec
 import numpy as np
-import xxhash
 
 from ckptsvc.errors import Damaged
 from ckptsvc.format import columnar, record
 from ckptsvc.format.columnar import Int64, UInt8, UInt64
 from ckptsvc.format.compat import FORMAT
 from ckptsvc.format.limits import MAX_RECORD_BYTES
+from ckptsvc.format.names import name_columns
 from ckptsvc.format.regions import KIND_BOX, KIND_FLAT, Regions, Tensors
 from ckptsvc.format.shard import Entry, ShardTable
 from ckptsvc.geometry.box import FlatRange
@@ -81,10 +81,7 @@ class Columns(msgspec.Struct, frozen=True, kw_only=True, eq=False):
         names = [entry.meta.name.encode() for entry in entries]
         flat = [isinstance(entry.region, FlatRange) for entry in entries]
         return cls(
-            name_hash=np.array([xxhash.xxh3_64_intdigest(name) for name in names], np.uint64),
-            name_check=np.array([xxhash.xxh3_64_intdigest(name, 1) for name in names], np.uint64),
-            name_ends=np.cumsum(np.array([len(name) for name in names], np.uint64), dtype=np.uint64),
-            names=np.frombuffer(b"".join(names), np.uint8),
+            **name_columns(names),
             dtype=np.array([DTYPES[entry.meta.dtype].code for entry in entries], np.uint8),
             ndim=np.array([len(entry.meta.shape) for entry in entries], np.uint8),
             shape=np.array([n for entry in entries for n in entry.meta.shape], np.int64),

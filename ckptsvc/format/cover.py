@@ -70,35 +70,42 @@ def doubtful(regions: Regions) -> Iterator[int]:
 def _grids(regions: Regions, some: Bool) -> Bool:
     """Which of some tensors are cut into a grid of boxes, each cell there exactly once.
 
-    A box is a cell of the grid that the origins of all boxes make if, in each dimension, it ends where the
-    next
-    origin begins. Boxes that are cells and have different origins are disjoint; if their volumes add up,
-    too, they
-    are the tensor.
+    Boxes that are cells of the grid that the origins of all boxes make, and have different origins, are disjoint.
+    If their volumes add up, too, they are the tensor.
     """
     proven = some.copy()
-    wanted = some[regions.tensor]
-    proven[regions.tensor[wanted & (regions.kind == KIND_FLAT)]] = False
+    wanted, is_flat = some[regions.tensor], regions.kind == KIND_FLAT
+    proven[regions.tensor[wanted & is_flat]] = False
     for ndim in np.unique(regions.tensors.ndim[some]).tolist():
-        rows = np.flatnonzero(
-            (wanted & (regions.kind != KIND_FLAT)) & (regions.tensors.ndim[regions.tensor] == ndim)
-        )
+        rows = np.flatnonzero(wanted & ~is_flat & (regions.tensors.ndim[regions.tensor] == ndim))
         tensor = regions.tensor[rows]
         shape, origin, extent = regions.box_columns(rows, ndim)
         for d in range(ndim):
-            order = np.lexsort((origin[:, d], tensor))
-            sorted_tensor, at = tensor[order], origin[order, d]
-            last = np.append(
-                np.flatnonzero((sorted_tensor[1:] != sorted_tensor[:-1]) | (at[1:] != at[:-1])), len(at) - 1
-            )
-            same = np.append(sorted_tensor[last[1:]] == sorted_tensor[last[:-1]], False)
-            stop = np.where(same, np.append(at[last[1:]], 0), shape[order[last], d])
-            cell_stop = np.repeat(stop, np.diff(last, prepend=-1))
-            proven[sorted_tensor[at + extent[order, d] != cell_stop]] = False
-        keys = np.lexsort((*origin.T[::-1], tensor))
-        twice = (tensor[keys][1:] == tensor[keys][:-1]) & (origin[keys][1:] == origin[keys][:-1]).all(axis=1)
-        proven[tensor[keys][1:][twice]] = False
+            proven[tensor[~_fill_gaps(tensor, origin[:, d], extent[:, d], shape[:, d])]] = False
+        order = np.lexsort((*origin.T[::-1], tensor))
+        same = (origin[order[1:]] == origin[order[:-1]]).all(axis=1) & (tensor[order[1:]] == tensor[order[:-1]])
+        proven[tensor[order[1:][same]]] = False
         volume = np.zeros(len(some), np.int64)
         np.add.at(volume, tensor, extent.prod(axis=1))
         proven[tensor] &= volume[tensor] == regions.tensors.size[tensor]
     return proven
+
+
+def _fill_gaps(tensor: Int64, origin: Int64, extent: Int64, full: Int64) -> Bool:
+    """Whether each box ends, in one dimension, where the next origin in its tensor begins or the tensor ends.
+
+    Args:
+        tensor: [n] the tensor of each box.
+        origin: [n] where the box begins in that dimension.
+        extent: [n] how far it goes.
+        full: [n] how far the tensor goes.
+    """
+    order = np.lexsort((origin, tensor))
+    tensors, origins = tensor[order], origin[order]
+    # The last of the boxes of a tensor that have the same origin; the next origin, if any, comes after it.
+    last = np.flatnonzero(np.append((tensors[1:] != tensors[:-1]) | (origins[1:] != origins[:-1]), True))
+    has_next = np.append(tensors[last[1:]] == tensors[last[:-1]], False)
+    stop = np.where(has_next, np.append(origins[last[1:]], 0), full[order[last]])
+    fills = np.empty(len(tensor), np.bool_)
+    fills[order] = origins + extent[order] == np.repeat(stop, np.diff(last, prepend=-1))
+    return fills

@@ -110,9 +110,7 @@ def decode(prefix: bytes | memoryview, file_size: int, what: str, info_limit: in
     length = header_length(prefix, what)
     data_start = LENGTH_BYTES + length
     if len(prefix) < data_start or file_size < data_start:
-        raise Damaged(
-            f"{what} is truncated: {min(len(prefix), file_size)} bytes, its header has {data_start}"
-        )
+        raise Damaged(f"{what} is truncated: {min(len(prefix), file_size)} bytes, its header has {data_start}")
     body = bytes(prefix[LENGTH_BYTES:data_start])
     try:
         raw = _entries_decoder.decode(body)
@@ -121,8 +119,7 @@ def decode(prefix: bytes | memoryview, file_size: int, what: str, info_limit: in
             raise Damaged(f"{what} was not written by ckptsvc: its header has no info record")
         info = record.parse(metadata[INFO].encode(), info_limit, f"the info record of {what}")
         entries = {
-            key: _entry(key, _entry_decoder.decode(bounded(value)), data_start, what)
-            for key, value in raw.items()
+            key: _entry(key, _entry_decoder.decode(bounded(value)), data_start, what) for key, value in raw.items()
         }
     except PARSE_ERRORS as error:
         raise Damaged(f"{what} has a malformed header: {error}") from None
@@ -161,17 +158,13 @@ def _entry(key: str, entry: _JsonEntry, data_start: int, what: str) -> HeaderEnt
     return HeaderEntry(entry.dtype, tuple(entry.shape), data_start + start, data_start + stop)
 
 
-def _tiled(
-    entries: dict[str, HeaderEntry], data_start: int, file_size: int, what: str
-) -> dict[str, HeaderEntry]:
+def _tiled(entries: dict[str, HeaderEntry], data_start: int, file_size: int, what: str) -> dict[str, HeaderEntry]:
     """The entries in file order, once it is sure that they fill the data exactly."""
     in_order = dict(sorted(entries.items(), key=lambda item: item[1][2:]))
     position = data_start
     for key, entry in in_order.items():
         if entry.start != position:
-            raise Damaged(
-                f"{what}: {key[:200]!r} starts at byte {entry.start}, the data before it ends at {position}"
-            )
+            raise Damaged(f"{what}: {key[:200]!r} starts at byte {entry.start}, the data before it ends at {position}")
         position = entry.stop
     if position != file_size:
         raise Damaged(f"{what} has {file_size} bytes, its header describes {position}")

@@ -104,8 +104,7 @@ class ShardEntry(NamedTuple):
 class Index:
     """The index of one checkpoint. Made by `build` or `decode`, not changed afterwards.
 
-    A *row* numbers tensors, regions or shards, as the columns do. Tensors are ordered by the hash of their
-    name,
+    A *row* numbers tensors, regions or shards, as the columns do. Tensors are ordered by the hash of their name,
     regions by their tensor and within it by the first number of the region.
 
     Attributes:
@@ -125,12 +124,8 @@ class Index:
                     raise Damaged(f"{what}: the columns {key} and {other} have different lengths")
         self.info = info
         self._columns = columns
-        self._names = Names(
-            columns["tensor_names"], columns["tensor_name_ends"], columns["tensor_hash"], what
-        )
-        tensors = Tensors.checked(
-            columns["tensor_dtype"], columns["tensor_ndim"], columns["tensor_shape"], what
-        )
+        self._names = Names(columns["tensor_names"], columns["tensor_name_ends"], columns["tensor_hash"], what)
+        tensors = Tensors.checked(columns["tensor_dtype"], columns["tensor_ndim"], columns["tensor_shape"], what)
         if float(tensors.size.sum(dtype=np.float64)) > MAX_ELEMENTS:
             raise Damaged(f"{what} has more than {MAX_ELEMENTS} elements in all tensors")
         kind, ends = columns["region_kind"], columns["tensor_region_ends"]
@@ -169,9 +164,7 @@ class Index:
         """
         info = record.canonical(self.info)
         if len(info) > MAX_INDEX_INFO_BYTES:
-            raise InvalidInput(
-                f"the aliases take {len(info)} bytes; at most {MAX_INDEX_INFO_BYTES} are allowed"
-            )
+            raise InvalidInput(f"the aliases take {len(info)} bytes; at most {MAX_INDEX_INFO_BYTES} are allowed")
         return columnar.encode(self._columns, info)
 
     @classmethod
@@ -289,6 +282,8 @@ class Index:
         digests: Digests = self._columns["shard_digests"][start : ends.item(shard)]
         return digests
 
+    # Checks and conversions
+
     def _stored(self, row: int, rows: Selection) -> list[StoredRegion]:
         """Some regions of a tensor as objects."""
         name = repeat(self._names.at(row))
@@ -310,9 +305,7 @@ class Index:
         for shard, stop in zip(shards, ends.tolist(), strict=True):
             name, rank, nbytes = shard
             if parse_shard_name(name) != rank or rank >= self.info.world_size or nbytes > MAX_TENSOR_BYTES:
-                raise Damaged(
-                    f"{what} has the impossible shard {name[:200]!r} of rank {rank}, {nbytes} bytes"
-                )
+                raise Damaged(f"{what} has the impossible shard {name[:200]!r} of rank {rank}, {nbytes} bytes")
             if stop - start != extent_count(nbytes, self.info.extent):
                 raise Damaged(f"{what} has {stop - start} digests for {name} of {nbytes} bytes")
             start = stop

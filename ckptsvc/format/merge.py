@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-import xxhash
 
 from ckptsvc.errors import InvalidInput, LayoutError
 from ckptsvc.format import columnar
@@ -14,6 +13,7 @@ from ckptsvc.format.checksum import Digests
 from ckptsvc.format.columnar import Array, Bool, Int64
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import parse_shard_name
+from ckptsvc.format.names import name_columns
 from ckptsvc.format.regions import KIND_BOX, numbers_per_region
 from ckptsvc.format.shard import objects_name
 from ckptsvc.types import DTYPES
@@ -42,14 +42,11 @@ def merge(records: Sequence[ShardRecord]) -> dict[str, Array]:
 
     Raises:
         InvalidInput: a shard's name, rank or size is impossible.
-        LayoutError: two shards disagree about the dtype or global shape of a tensor, or two names have one
-            hash.
+        LayoutError: two shards disagree about the dtype or shape of a tensor, or two names have one hash.
     """
     for record in records:
         if parse_shard_name(record.name) != record.rank or record.columns.objects_offset > record.nbytes:
-            raise InvalidInput(
-                f"{record.name!r} of rank {record.rank} with {record.nbytes} bytes is no shard"
-            )
+            raise InvalidInput(f"{record.name!r} of rank {record.rank} with {record.nbytes} bytes is no shard")
     return _Merge(records).columns()
 
 
@@ -86,9 +83,7 @@ class _Merge:
             "tensor_hash": hashes[first],
             "tensor_dtype": self.dtype[tensor_rows],
             "tensor_ndim": self.ndim[tensor_rows],
-            "tensor_shape": columnar.gather(
-                self.shape, self.shape_first[tensor_rows], self.ndim[tensor_rows]
-            ),
+            "tensor_shape": columnar.gather(self.shape, self.shape_first[tensor_rows], self.ndim[tensor_rows]),
             "tensor_name_ends": name_ends,
             "tensor_names": names,
             "tensor_region_ends": ends[: len(first)].astype(np.uint64),
@@ -123,9 +118,7 @@ class _Merge:
         check = self._rows("name_check")
         self._refuse(check[rows] != check[others], rows, others, "have the same hash and different names")
         self._refuse(self.dtype[rows] != self.dtype[others], rows, others, "have different dtypes")
-        self._refuse(
-            self.ndim[rows] != self.ndim[others], rows, others, "have different numbers of dimensions"
-        )
+        self._refuse(self.ndim[rows] != self.ndim[others], rows, others, "have different numbers of dimensions")
         ndim = self.ndim[rows]
         for d in range(int(ndim.max(initial=0))):
             some = np.flatnonzero(ndim > d)
@@ -136,9 +129,7 @@ class _Merge:
     def _refuse(self, differ: Bool, rows: Int64, others: Int64, how: str) -> None:
         if differ.any():
             i = int(np.argmax(differ))
-            sides = [
-                f"{self._name(row)!r} in {self.records[self.shard[row]].name}" for row in (others[i], rows[i])
-            ]
+            sides = [f"{self._name(row)!r} in {self.records[self.shard[row]].name}" for row in (others[i], rows[i])]
             raise LayoutError(f"{sides[0]} and {sides[1]} {how}")
 
     def _name(self, row: int) -> str:
@@ -169,10 +160,7 @@ def _objects(records: Sequence[ShardRecord]) -> Columns:
     n = len(records)
     sizes = np.array([record.nbytes - record.columns.objects_offset for record in records], np.int64)
     return Columns(
-        name_hash=np.array([xxhash.xxh3_64_intdigest(name) for name in names], np.uint64),
-        name_check=np.array([xxhash.xxh3_64_intdigest(name, 1) for name in names], np.uint64),
-        name_ends=_ends([len(name) for name in names]),
-        names=np.frombuffer(b"".join(names), np.uint8),
+        **name_columns(names),
         dtype=np.full(n, DTYPES["uint8"].code, np.uint8),
         ndim=np.ones(n, np.uint8),
         shape=sizes,

@@ -17,6 +17,16 @@ def name_hash(name: bytes) -> int:
     return xxhash.xxh3_64_intdigest(name)
 
 
+def name_columns(names: Sequence[bytes]) -> dict[str, Array]:
+    """The columns of `Columns` that a list of names makes: all names, where each ends, and two hashes of each."""
+    return {
+        "names": np.frombuffer(b"".join(names), np.uint8),
+        "name_ends": np.cumsum(np.array([len(name) for name in names], np.uint64), dtype=np.uint64),
+        "name_hash": np.array([name_hash(name) for name in names], np.uint64),
+        "name_check": np.array([xxhash.xxh3_64_intdigest(name, 1) for name in names], np.uint64),
+    }
+
+
 class Names:
     """The names of n tensors; a row is a tensor.
 

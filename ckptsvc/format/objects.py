@@ -84,9 +84,7 @@ def register_codec(cls: type, tag: str, encode: Callable[[Any], Any], decode: Ca
     if cls in _ENCODERS or issubclass(cls, np.generic):
         raise InvalidInput(f"{_type_name(cls)} is stored without a codec")
     if "." not in tag:
-        raise InvalidInput(
-            f"the tag {tag!r} has no dot", hint="use the type's full name, as in 'torch.dtype'"
-        )
+        raise InvalidInput(f"the tag {tag!r} has no dot", hint="use the type's full name, as in 'torch.dtype'")
     if tag in _codec_of_tag and _codec_of_tag[tag].cls is not cls:
         raise InvalidInput(f"the tag {tag!r} belongs to {_type_name(_codec_of_tag[tag].cls)}")
     codec = Codec(cls, tag, encode, decode)
@@ -103,9 +101,7 @@ def encode(tree: Any) -> bytes:
     try:
         document = msgspec.json.encode({"format": FORMAT, "tree": _plain(tree, 0)})
     except _RefusedError as refused:
-        path = "/" + "/".join(
-            str(key).replace("~", "~0").replace("/", "~1") for key in reversed(refused.path)
-        )
+        path = "/" + "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in reversed(refused.path))
         raise UnsupportedObject(f"{path}: {refused.why}", hint=refused.hint) from refused.__cause__
     too_much = _beyond_limits(document)
     if too_much:
@@ -245,9 +241,7 @@ def _float(value: float, _: int) -> Any:
 
 
 def _str(value: str, _: int) -> Any:
-    return (
-        value if _is_unicode(value) else _tagged("str", encode_bytes(value.encode("utf-8", "surrogatepass")))
-    )
+    return value if _is_unicode(value) else _tagged("str", encode_bytes(value.encode("utf-8", "surrogatepass")))
 
 
 def _is_unicode(text: str) -> bool:
@@ -277,9 +271,7 @@ def _defaultdict(value: defaultdict[Any, Any], depth: int) -> Any:
     factory = value.default_factory
     name = None if factory is None else getattr(factory, "__name__", "")
     if name is not None and _FACTORIES.get(name) is not factory:
-        raise _RefusedError(
-            f"a defaultdict with the factory {factory!r} cannot be stored", "use a plain dict"
-        )
+        raise _RefusedError(f"a defaultdict with the factory {factory!r} cannot be stored", "use a plain dict")
     return _tagged("defaultdict", [name, _pairs(value, depth)])
 
 

@@ -141,9 +141,7 @@ class Regions(NamedTuple):
         row = self.tensor.item(rows.start)
         if flat.all():
             shape, width = self.tensors.shape_of(row), 1
-            ranges = [
-                region if isinstance(region, FlatRange) else as_flat(shape, region) for region in wanted
-            ]
+            ranges = [region if isinstance(region, FlatRange) else as_flat(shape, region) for region in wanted]
             boxes = [Box((r.start,), (r.length,)) for r in ranges if r is not None]
         else:
             width = self.tensors.ndim.item(row)

@@ -44,9 +44,7 @@ PAGE: Final = 4096
 PARTS: Final = "ckptsvc.parts"
 """The string of the metadata that holds what a key, a dtype tag and a shape cannot say."""
 
-_ROOM: Final = (
-    2560  # bytes kept free in a header for what changes from save to save: info record, objects entry
-)
+_ROOM: Final = 2560  # bytes kept free in a header for what changes from save to save: info record, objects entry
 _RAW_TAG: Final = "U8"
 _TAG_DTYPE: Final = {d.tag: d for d in DTYPES.values() if d.tag}
 _QUOTES_PER_PART: Final = 8  # the key, the name, the dtype, the kind
@@ -210,9 +208,7 @@ class ShardTemplate:
         room = self.data_start - sum(map(len, pieces))
         if room < 0:
             size = len(info.run) + len(info.job)
-            raise InvalidInput(
-                f"the names of the run and the job have {size} characters, too many for a shard"
-            )
+            raise InvalidInput(f"the names of the run and the job have {size} characters, too many for a shard")
         return b"".join([*pieces, b" " * room])
 
     def total(self, objects_nbytes: int) -> int:
@@ -267,9 +263,7 @@ def check_meta(meta: TensorMeta) -> None:
     except UnicodeError:
         raise InvalidInput(f"the tensor name {name[:200]!r} is not valid Unicode") from None
     if not 1 <= length <= MAX_NAME_BYTES:
-        raise InvalidInput(
-            f"the tensor name {name[:200]!r} has {length} bytes; 1 to {MAX_NAME_BYTES} are allowed"
-        )
+        raise InvalidInput(f"the tensor name {name[:200]!r} has {length} bytes; 1 to {MAX_NAME_BYTES} are allowed")
     if dtype not in DTYPES:
         raise InvalidInput(f"{name!r} has the unknown dtype {dtype[:200]!r}")
     if len(shape) > MAX_NDIM:
@@ -305,9 +299,7 @@ def _check_unique(parts: Sequence[Part]) -> None:
     for part in parts:
         name = part.meta.name
         if metas.setdefault(name, part.meta) != part.meta:
-            raise InvalidInput(
-                f"{name!r} occurs with two dtypes or global shapes: {metas[name]} and {part.meta}"
-            )
+            raise InvalidInput(f"{name!r} occurs with two dtypes or global shapes: {metas[name]} and {part.meta}")
         if (name, part.region) in seen:
             raise InvalidInput(f"{name!r} occurs twice with {part.region}")
         seen.add((name, part.region))
@@ -366,10 +358,7 @@ def _json_entry(key: str, tag: str, shape: tuple[int, ...], start: int, stop: in
 def _decode_parts(text: str, what: str) -> dict[str, _JsonPart]:
     raw = text.encode()
     try:
-        listed = {
-            key: _part_decoder.decode(header.bounded(value))
-            for key, value in _parts_decoder.decode(raw).items()
-        }
+        listed = {key: _part_decoder.decode(header.bounded(value)) for key, value in _parts_decoder.decode(raw).items()}
     except record.PARSE_ERRORS as error:
         raise Damaged(f"{what} has a malformed list of parts: {error}") from None
     if header.count_quotes(raw) != _QUOTES_PER_PART * len(listed):
@@ -390,9 +379,7 @@ def _part(key: str, stored: HeaderEntry, listed: _JsonPart | None, what: str) ->
         check_meta(part.meta)
         check_region(part.meta, part.region)
         if _stored_as(part) != (stored.tag, stored.shape):
-            raise InvalidInput(
-                f"{key[:200]!r} is stored as {stored.tag} {stored.shape}, which does not fit {part}"
-            )
+            raise InvalidInput(f"{key[:200]!r} is stored as {stored.tag} {stored.shape}, which does not fit {part}")
     except InvalidInput as error:
         raise Damaged(f"{what}: {error.what}") from None
     return part

@@ -145,7 +145,7 @@ class ArenaPool:
         capacity = -(-max(nbytes, 1) // HUGE_PAGE) * HUGE_PAGE
         if self.total + capacity > self.limit:
             raise ArenaExhausted(
-                f"an arena of {capacity >> 20} MiB does not fit: {self.total >> 20} of {self.limit >> 20} MiB are in use",
+                f"an arena of {capacity >> 20} MiB does not fit: {self.total >> 20} of {self.limit >> 20} MiB are taken",
                 hint="raise arena.limit, or lower arena.slots",
             )
         name = f"{rank:05d}-{secrets.token_hex(8)}"

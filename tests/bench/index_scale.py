@@ -40,8 +40,7 @@ def columns(case: str, rank: int, per_rank: int) -> Columns:
     """The table of one rank's shard: `per_rank` regions of bfloat16 tensors with two dimensions."""
     first = {"single": rank * per_rank, "experts": rank // 8 * per_rank}.get(case, 0)
     names = [
-        f"model/layers.{i // 12}.block.{i % 12}.projection.weight".encode()
-        for i in range(first, first + per_rank)
+        f"model/layers.{i // 12}.block.{i % 12}.projection.weight".encode() for i in range(first, first + per_rank)
     ]
     box = {
         "fsdp": (rank, 0, 1, WIDTH),
@@ -75,9 +74,7 @@ def coordinator(case: str, regions: int, path: Path) -> dict[str, float]:
         nbytes = table.objects_offset + 1000
         digests = np.arange(-(-nbytes // 2**20), dtype=np.uint64)
         records.append(ShardRecord(f"r{rank:05d}-00000000.safetensors", rank, nbytes, digests, table))
-    info = IndexInfo(
-        step=1, epoch=1, attempt=1, job="bench", world_size=RANKS, created="2026-01-01T00:00:00Z"
-    )
+    info = IndexInfo(step=1, epoch=1, attempt=1, job="bench", world_size=RANKS, created="2026-01-01T00:00:00Z")
     seconds: dict[str, float] = {}
     start = time.perf_counter()
     index = Index.build(info, records)
@@ -150,9 +147,7 @@ def main() -> None:
             path = Path(directory) / "index.safetensors"
             print(f"{case}: {CASES[case]}")
             result = coordinator(case, arguments.regions, path)
-            output = subprocess.run(
-                [sys.executable, __file__, "--read", path], check=True, capture_output=True
-            )
+            output = subprocess.run([sys.executable, __file__, "--read", path], check=True, capture_output=True)
             for key, value in {**result, **json.loads(output.stdout)}.items():
                 print(f"  {key:30} {value:12.3f}")
 

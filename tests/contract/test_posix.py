@@ -1,7 +1,6 @@
 """What only a real file system can do to the posix driver: races, full and read-only disks, links, late writers."""
 
 import errno
-import mmap
 import os
 import signal
 import stat
@@ -81,33 +80,29 @@ class Failing(System):
 # --- several processes -------------------------------------------------------------------------------------------
 
 RACE = """
-import sys
-from ckptsvc.storage import connect
-store = connect(sys.argv[1])
+import errno, sys
+from ckptsvc_drivers.linux import System
+from ckptsvc_drivers.posix import Options, PosixStore
+
+class NoLinks(System):
+    def link(self, *_):
+        raise OSError(errno.EPERM, "no links")
+
+root, me, links = sys.argv[1:]
+store = PosixStore(root, Options(), System() if links == "links" else NoLinks())
 print("ready", flush=True)
 sys.stdin.readline()
-me = sys.argv[2]
 for turn in range(40):
     if store.put_if_absent(f"turn-{turn}/COMMIT", me.encode() * 1000):
         print(turn, flush=True)
 """
 
 
-@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("links", ["links", "no links"])
 @pytest.mark.parametrize("place", ["tmp_path", "shared_memory"])
 def test_eight_processes_commit_and_one_wins(place, links, request):
     root = request.getfixturevalue(place)
-    script = RACE
-    if not links:
-        script = RACE.replace("sys.stdin.readline()", "store._system = NoLinks()\nsys.stdin.readline()")
-        script = "import errno\nfrom ckptsvc_drivers.linux import System\n" + script.replace(
-            "store = connect",
-            "class NoLinks(System):\n"
-            "    def link(self, *_):\n"
-            "        raise OSError(errno.EPERM, 'no links')\n"
-            "store = connect",
-        )
-    racers = [python(script, str(root), f"racer-{number}") for number in range(8)]
+    racers = [python(RACE, str(root), f"racer-{number}", links) for number in range(8)]
     for racer in racers:
         assert racer.stdout.readline() == "ready\n"
     for racer in racers:
@@ -550,7 +545,3 @@ def test_a_fallback_in_mid_write_keeps_every_byte(root):
     assert system.left < 0
     assert (root / "a").read_bytes() == content
     store.close()
-
-
-def test_page_size():
-    assert mmap.PAGESIZE % 512 == 0

@@ -78,5 +78,9 @@ def newer_record(store: Path, version: str) -> str:
     record: dict[str, Any] = json.loads((checkpoints(store)[0] / "COMMIT").read_bytes())
     record["format"] = version
     del record["check"]
-    canonical = json.dumps(record, sort_keys=True, separators=(",", ":"))
-    return json.dumps(record | {"check": xxhash.xxh3_64_hexdigest(canonical.encode())})
+    record["check"] = xxhash.xxh3_64_hexdigest(_canonical(record))
+    return _canonical(record).decode()
+
+
+def _canonical(record: dict[str, Any]) -> bytes:
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -39,6 +39,11 @@ class AgentServiceStub(object):
                 request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.PrepareRequest.SerializeToString,
                 response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.PrepareResponse.FromString,
                 _registered_method=True)
+        self.Rewind = channel.unary_unary(
+                '/ckptsvc.rpc.v1.AgentService/Rewind',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.RewindRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.RewindResponse.FromString,
+                _registered_method=True)
         self.Provide = channel.unary_unary(
                 '/ckptsvc.rpc.v1.AgentService/Provide',
                 request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ProvideRequest.SerializeToString,
@@ -92,6 +97,14 @@ class AgentServiceServicer(object):
     def Prepare(self, request, context):
         """Announces which plain tensors this rank holds. Waits until every rank of the attempt has announced for the same
         generation and the attempt has an epoch (or is known to get none), or until the deadline.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rewind(self, request, context):
+        """The state has gone back to an earlier checkpoint: what is saved from now on belongs to a new epoch. `count` says
+        how often that has happened in this attempt; every rank calls this. Waits until the new epoch is there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -170,6 +183,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.PrepareRequest.FromString,
                     response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.PrepareResponse.SerializeToString,
             ),
+            'Rewind': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rewind,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.RewindRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.RewindResponse.SerializeToString,
+            ),
             'Provide': grpc.unary_unary_rpc_method_handler(
                     servicer.Provide,
                     request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ProvideRequest.FromString,
@@ -243,6 +261,33 @@ class AgentService(object):
             '/ckptsvc.rpc.v1.AgentService/Prepare',
             ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.PrepareRequest.SerializeToString,
             ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.PrepareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rewind(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.AgentService/Rewind',
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.RewindRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.RewindResponse.FromString,
             options,
             channel_credentials,
             insecure,

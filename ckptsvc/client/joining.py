@@ -1,0 +1,73 @@
+"""Joining the job: where this process stands, which agent is its own, who coordinates."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from ckptsvc.client.group import Group
+from ckptsvc.config import Settings, runtime_dir
+from ckptsvc.errors import ConfigError
+from ckptsvc.launch import LOCAL_JOB, Placement, detect
+from ckptsvc.rpc.dial import is_alive
+
+
+def placement_of(group: Group) -> Placement:
+    """Where this process stands; a job that nobody named gets a name that no other has. All ranks call this."""
+    place = detect(os.environ, socket.gethostname())
+    if place.job == LOCAL_JOB:
+        name = group.broadcast(f"local-{os.getpid()}-{secrets.token_hex(4)}".encode()).decode()
+        place = dataclasses.replace(place, job=name)
+    return place
+
+
+def coordinator_of(group: Group, place: Placement) -> str:
+    """Address of the job's coordinator; "" if this node's agent is it. All ranks call this.
+
+    Raises:
+        ConfigError: the ranks are on several nodes, and nobody said whose agent coordinates.
+    """
+    given = os.environ.get("CKPTSVC_COORDINATOR")
+    nodes = sorted({n.decode() for n in group.all_gather(place.node.encode())})
+    if given is None and len(nodes) > 1:
+        raise ConfigError(
+            f"the ranks are on {len(nodes)} nodes ({', '.join(nodes[:3])} ...), and none of their agents coordinates",
+            hint="start the job with `ckptsvc run`, or set CKPTSVC_COORDINATOR to the address of one agent",
+        )
+    return given or ""
+
+
+def agent_directory(place: Placement, settings: Settings) -> tuple[Path, bool]:
+    """(directory of the agent to use, whether it is private to this job and started when needed)."""
+    given = os.environ.get("CKPTSVC_SOCKET")
+    if given:
+        return Path(given), False
+    shared = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
+    if is_alive(shared):
+        return shared, False
+    return shared / f"job-{xxhash.xxh3_64_hexdigest(place.job.encode())}", True
+
+
+def registration(group: Group, place: Placement, settings: Settings, url: str, coordinator: str) -> dict[str, Any]:
+    """What this rank says of itself to its agent (see rpc.identity)."""
+    every = settings.save.every
+    return {
+        "op": "register",
+        "job": place.job,
+        "store": url,
+        "attempt": place.attempt,
+        "rank": group.rank,
+        "world_size": group.size,
+        "epoch": 0,
+        "every_steps": every.steps if every else 0,
+        "every_seconds": every.seconds if every else 0.0,
+        "keep": settings.save.keep,
+        "extent": settings.save.extent,
+        "coordinator": coordinator,
+    }

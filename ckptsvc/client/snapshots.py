@@ -1,0 +1,208 @@
+"""Taking snapshots: agree once for each structure of the state, then arena <- state, and hand it over.
+
+What time may be lost where: `take` runs in the training loop; `arrange` and, with overlap, the copy run beside it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import xxhash
+
+from ckptsvc.client.group import Group
+from ckptsvc.client.link import AgentLink
+from ckptsvc.client.parts import Capture
+from ckptsvc.client.stage import StagePlan
+from ckptsvc.client.state import StateTree
+from ckptsvc.errors import CkptsvcError, Fenced, InvalidInput, SaveFailed
+from ckptsvc.format.objects import encode
+from ckptsvc.format.shard import ShardInfo
+from ckptsvc.launch import Placement
+from ckptsvc.pipeline.failpoint import failpoint
+from ckptsvc.rpc.v1 import agent_pb2
+
+log = logging.getLogger("ckptsvc")
+
+AGREE_PATIENCE = 5.0
+"""Seconds a snapshot waits for the other ranks after the structure of the state has changed."""
+
+ARRANGE_TIMEOUT = 600.0
+"""Seconds the preparations beside the training may take: terabytes of arenas are not there at once."""
+
+
+class Snapshots:
+    """The snapshots of one rank.
+
+    Args:
+        tree: the state.
+        link: to the agent.
+        group: the job's ranks.
+        place: of this rank.
+        url: of the run.
+        on_failure: takes an error that happened beside the training.
+
+    Attributes:
+        arranged: whether the preparations for the first snapshot have begun.
+        last_step: step of the last snapshot that was taken; -1 before the first.
+        last_blocked: seconds it held the loop up.
+        overlap: copy parameters and optimizer state beside the training; `fence` is called before they change.
+    """
+
+    def __init__(
+        self,
+        tree: StateTree,
+        link: AgentLink,
+        group: Group,
+        place: Placement,
+        url: str,
+        on_failure: Callable[[CkptsvcError], None],
+    ) -> None:
+        self.last_step = -1
+        self.last_blocked = 0.0
+        self.overlap = False
+        self._tree, self._link, self._group, self._place, self._url = tree, link, group, place, url
+        self._on_failure = on_failure
+        self._plans: dict[str, StagePlan] = {}  # by structure of the state
+        self._arranging: threading.Thread | None = None
+        self._copying: threading.Thread | None = None
+
+    @property
+    def arranged(self) -> bool:
+        """Whether the preparations for the first snapshot have begun."""
+        return self._arranging is not None
+
+    def agree(self, capture: Capture, generation: int, timeout: float) -> StagePlan | None:
+        """Tell the job which plain tensors this rank holds, learn who holds the same, and plan the staging.
+
+        None if not every rank has told in time. The plan is remembered for this structure of the state.
+        """
+        plain = sorted(p.meta.name for p in capture.parts if p.holders.ranks is None)
+        digest = xxhash.xxh3_64_hexdigest("\0".join(plain).encode())
+        same, complete = self._link.prepare(digest, generation, timeout)
+        if not complete:
+            return None
+        plan = StagePlan.make(capture, self._group.rank, same)
+        self._plans = {capture.structure: plan}
+        return plan
+
+    def arrange(self, step: int) -> None:
+        """Beside the training: agree on who stages what, have arenas made and mapped for the first snapshot."""
+        self._arrange(self._tree.capture(), step)
+
+    def _arrange(self, capture: Capture, generation: int) -> None:
+        objects = len(encode(capture.objects))
+
+        def work() -> None:
+            try:
+                plan = self._plans.get(capture.structure) or self.agree(capture, generation, ARRANGE_TIMEOUT)
+                if plan is not None:
+                    self._link.provide(plan.room(objects), ARRANGE_TIMEOUT)
+            except CkptsvcError as error:
+                log.warning("rank %d: not ready to save yet: %s", self._group.rank, error)
+
+        self._arranging = threading.Thread(target=work, name="ckptsvc-arrange", daemon=True)
+        self._arranging.start()
+
+    def take(self, step: int, patience: float) -> None:
+        """Take a snapshot; when this returns the agent has it (with overlap: will have it, before the next `fence`).
+
+        Raises:
+            InvalidInput: the state cannot be stored.
+            CkptsvcError: there is no agent, no arena within `patience` seconds, or no epoch to save in.
+        """
+        self.fence()
+        began = time.perf_counter()
+        slot = ""
+        try:
+            capture = self._tree.capture()
+            objects = encode(capture.objects)
+            plan = self._plan_for(capture, step)
+            slot, epoch = self._link.acquire(step, plan.template.total(len(objects)), patience)
+            info = ShardInfo(
+                run=self._url,
+                job=self._place.job,
+                step=step,
+                epoch=epoch,
+                attempt=self._place.attempt,
+                rank=self._group.rank,
+                world_size=self._group.size,
+            )
+            arena = self._link.arena(slot)
+            failpoint("before_copy")
+            nbytes, finish = plan.write(capture, arena.view, slot, info, objects, overlap=self.overlap)
+        except InvalidInput as error:
+            # Not a fault of the agent's: tell it, so that the other ranks do not wait for this one.
+            self._abandon(slot, step, str(error))
+            raise
+
+        def hand_over() -> None:
+            finish()
+            failpoint("before_submit")
+            self._link.submit(slot, step, nbytes, capture.aliases)
+            failpoint("after_submit")
+
+        if self.overlap:
+            self._copying = threading.Thread(target=self._beside, args=(hand_over,), name="ckptsvc-copy", daemon=True)
+            self._copying.start()
+        else:
+            hand_over()
+        self.last_step = step
+        self.last_blocked = time.perf_counter() - began
+
+    def fence(self, *_: Any) -> None:
+        """Wait until the copy that runs beside the training is done: the state is about to change."""
+        copying, self._copying = self._copying, None
+        if copying is not None:
+            began = time.perf_counter()
+            copying.join()
+            self.last_blocked += time.perf_counter() - began
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until the last snapshot's save has ended: True when committed, False if there was none.
+
+        Raises:
+            SaveFailed, Fenced: it ended otherwise, or has not ended within `timeout` seconds.
+        """
+        self.fence()
+        if self.last_step < 0:
+            return False
+        what = f"step {self.last_step}"
+        try:
+            outcome = self._link.wait_save(self.last_step, timeout)
+        except CkptsvcError as error:
+            raise SaveFailed(f"{what}: the outcome is not known: {error}") from error
+        if outcome.outcome == agent_pb2.OUTCOME_COMMITTED:
+            return True
+        if outcome.outcome == agent_pb2.OUTCOME_FENCED:
+            raise Fenced(f"{what}: {outcome.reason}")
+        raise SaveFailed(f"{what}: {outcome.reason or f'not committed after {timeout:g} s'}")
+
+    def _beside(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except CkptsvcError as error:
+            self._on_failure(error)
+
+    def _abandon(self, slot: str, step: int, why: str) -> None:
+        try:
+            self._link.abandon(slot, step, why)
+        except CkptsvcError as error:
+            log.warning("rank %d: %s", self._group.rank, error)
+
+    def _plan_for(self, capture: Capture, step: int) -> StagePlan:
+        """The plan for the structure the state has now; the first time, all ranks agree on it."""
+        plan = self._plans.get(capture.structure)
+        if plan is not None:
+            return plan
+        if self._arranging is not None and self._arranging.is_alive():
+            self._arranging.join(AGREE_PATIENCE)
+            plan = self._plans.get(capture.structure)
+        else:
+            plan = self.agree(capture, step, AGREE_PATIENCE)
+            self._arrange(capture, step)
+        # Without an answer this rank stages all it holds: right whatever the others do, if more than need be.
+        return plan or StagePlan.make(capture, self._group.rank, (self._group.rank,))
