@@ -38,9 +38,6 @@ OTHER_VARIABLES: dict[str, str] = {
 }
 """Every variable CKPTSVC_* that has a meaning and is not a setting."""
 
-MAX_SOCKET_PATH = 107
-"""Bytes in the path of a unix socket: sun_path has 108, the last one for the terminating NUL (unix(7))."""
-
 PAGE = 4096
 
 _SIZE_UNITS = {
@@ -364,9 +361,7 @@ def _is_mistaken(variable: str) -> bool:
 
 
 def _refuse_key(key: str, known: Mapping[str, object], origin: str) -> NoReturn:
-    nearest = [name for name in known if name.startswith(key)] or difflib.get_close_matches(
-        key, known, 1, 0.5
-    )
+    nearest = [name for name in known if name.startswith(key)] or difflib.get_close_matches(key, known, 1, 0.5)
     hint = f"did you mean {' or '.join(nearest)}?" if nearest else f"known are {', '.join(known)}"
     raise ConfigError(f"unknown setting {key} ({origin})", hint=hint)
 
@@ -448,19 +443,3 @@ def _check_owner(directory: Path, owners: set[int], *, private: bool) -> None:
         raise ConfigError(f"{directory} belongs to user {status.st_uid}", hint=_OTHER_PLACE)
     if private and status.st_mode & 0o077:
         raise ConfigError(f"{directory} is open to other users", hint=f"chmod 700 {directory}")
-
-
-def socket_path(directory: Path, name: str) -> str:
-    """The path of the unix socket `name` in `directory`.
-
-    Raises:
-        ConfigError: it is longer than the kernel allows.
-    """
-    path = str(directory / name)
-    length = len(os.fsencode(path))
-    if length > MAX_SOCKET_PATH:
-        raise ConfigError(
-            f"the socket path {path} has {length} bytes; the kernel allows {MAX_SOCKET_PATH}",
-            hint="set agent.socket_dir to a shorter directory",
-        )
-    return path

@@ -1,4 +1,4 @@
-"""`ckptsvc bench`: what saving and restoring cost on this machine and this store, beside the raw limits and other systems."""
+"""`ckptsvc bench`: what saving and restoring cost here, beside the raw limits of the machine and other systems."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ckptsvc.cli.bench_machine import available_memory, facts, load
 from ckptsvc.cli.bench_report import show
 from ckptsvc.cli.bench_spec import Results, Spec
 from ckptsvc.cli.bench_table import Row, as_json, rows_of
-from ckptsvc.cli.terminal import Screen, emit, note, progress
+from ckptsvc.cli.terminal import Screen, emit, progress
 from ckptsvc.errors import ConfigError
 from ckptsvc.storage import canonical, connect
 
@@ -37,11 +37,14 @@ _COPIES = 6
 @click.command()
 @click.argument("workload", type=click.Choice([*WORKLOADS, "all"]), default="all")
 @click.option("--ranks", type=click.IntRange(1, 64), help="Ranks on this node. [default: 1; for reshard 4]")
-@click.option("--gib", type=click.FloatRange(0.001), default=1.0, show_default=True, help="Size of the state, all ranks.")
+@click.option("--gib", type=click.FloatRange(0.001), default=1.0, show_default=True,
+    help="Size of the state over all ranks.")  # fmt: skip
 @click.option("--tensors", type=click.IntRange(1), default=20_000, show_default=True, help="Tensors of `small`.")
-@click.option("--store", default=".", show_default=True, help="Directory or URL; a run of its own is made and removed in it.")
+@click.option("--store", default=".", show_default=True,
+    help="Directory or URL; what is made in it is removed again.")  # fmt: skip
 @click.option("--vs", default="", metavar="NAME,...", help=f"Systems to compare with: {', '.join(PEERS)}.")
-@click.option("--repeat", type=click.IntRange(1, 100), default=3, show_default=True, help="Repetitions, after one warm-up.")
+@click.option("--repeat", type=click.IntRange(1, 100), default=3, show_default=True,
+    help="Repetitions, after one to warm up.")  # fmt: skip
 @click.option("--json", "as_document", is_flag=True, help="One JSON document.")
 def command(
     workload: str, ranks: int | None, gib: float, tensors: int, store: str, vs: str, repeat: int, as_document: bool
@@ -67,9 +70,8 @@ def command(
     unknown = [name for name in peers if name not in PEERS]
     if unknown:
         raise ConfigError(f"--vs {unknown[0]} is not known", hint=f"known: {', '.join(PEERS)}")
-    for module in ("torch",):
-        if importlib.util.find_spec(module) is None:
-            raise ConfigError(f"the benchmark needs {module}, which is not installed", hint="pip install ckptsvc[torch]")
+    if importlib.util.find_spec("torch") is None:
+        raise ConfigError("the benchmark needs PyTorch, which is not installed", hint="pip install ckptsvc[torch]")
     nbytes = int(gib * 2**30)
     if workload != "reshard":
         _check_memory(nbytes)

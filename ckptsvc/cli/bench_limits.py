@@ -19,9 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
+from ckptsvc_drivers.linux import fallocate
 
 from ckptsvc.cli.bench_machine import evict
-from ckptsvc_drivers.linux import fallocate
 
 THREADS = 4
 BLOCK = 8 << 20

@@ -8,8 +8,9 @@ import platform
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import ckptsvc
 from ckptsvc_drivers.linux import file_system, in_page_cache
+
+import ckptsvc
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _DROP_CACHES = "/proc/sys/vm/drop_caches"

@@ -5,6 +5,7 @@ A peer that does not sync what it writes gets the sync added in `finish`; the lo
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shutil
@@ -14,8 +15,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 
 from ckptsvc.cli.bench_state import Tree, local, tensors
 
@@ -96,10 +97,10 @@ class Dcp(Peer):
     needs = ("torch",)
 
     def _write(self, folder: Path) -> None:
-        dcp.save(self._dicts, checkpoint_id=folder)
+        state_dict_saver.save(self._dicts, checkpoint_id=folder)
 
     def _read(self, folder: Path) -> None:
-        dcp.load(self._dicts, checkpoint_id=folder)
+        state_dict_loader.load(self._dicts, checkpoint_id=folder)
 
 
 class DcpAsync(Dcp):
@@ -109,7 +110,7 @@ class DcpAsync(Dcp):
     _pending: Any = None
 
     def _write(self, folder: Path) -> None:
-        self._pending = dcp.async_save(self._dicts, checkpoint_id=folder, **self._options())
+        self._pending = state_dict_saver.async_save(self._dicts, checkpoint_id=folder, **self._options())
 
     def _options(self) -> dict[str, Any]:
         return {}
@@ -199,19 +200,17 @@ class Torchsnapshot(Peer):
     needs = ("torchsnapshot",)
 
     def _write(self, folder: Path) -> None:
-        import torchsnapshot
-
-        torchsnapshot.Snapshot.take(str(folder / "snapshot"), self._app_state())
+        self._library.Snapshot.take(str(folder / "snapshot"), self._app_state())
 
     def _read(self, folder: Path) -> None:
-        import torchsnapshot
-
-        torchsnapshot.Snapshot(str(folder / "snapshot")).restore(self._app_state())
+        self._library.Snapshot(str(folder / "snapshot")).restore(self._app_state())
 
     def _app_state(self) -> dict[str, Any]:
-        import torchsnapshot
+        return {key: self._library.StateDict(**value) for key, value in self._dicts.items()}
 
-        return {key: torchsnapshot.StateDict(**value) for key, value in self._dicts.items()}
+    @property
+    def _library(self) -> Any:
+        return importlib.import_module("torchsnapshot")  # by name: it has no types and is seldom there
 
 
 PEERS: dict[str, type[Peer]] = {
@@ -236,4 +235,3 @@ def _sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-

@@ -1,7 +1,7 @@
 """One rank of a benchmark: `python -m ckptsvc.cli.bench_ranks FOLDER`, with torchrun's variables set.
 
-FOLDER has spec.json; the answer goes to rank-<r>.json, the share of the work done to progress. The trainer that is to be
-killed (workload "stage") then waits for that.
+FOLDER has spec.json; the answer goes to rank-<r>.json, the share of the work that is done to progress. The trainer
+that is to be killed (workload "stage") then waits for that.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 from ckptsvc.cli import bench_reshard, bench_work
 from ckptsvc.cli.bench_spec import Results, Spec
@@ -38,7 +39,7 @@ def main(folder: Path) -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if world > 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        meeting = dist.FileStore(str(folder / "meeting"), world)
+        meeting = FileStore(str(folder / "meeting"), world)
         dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world, timeout=PATIENCE)
 
     def progress(share: float) -> None:

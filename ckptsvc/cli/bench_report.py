@@ -36,7 +36,7 @@ def show(
         if first is not None:
             screen.line(f"  the first save of the session, not counted above: blocked {first:.3f} s")
     screen.line()
-    screen.line("numbers: median (minimum - maximum) of the repetitions; ratios: of what was measured in the same repetition")
+    screen.line("numbers are medians (minimum - maximum); a ratio is of what was measured in the same repetition")
     for name, how in notes.items():
         screen.line(f"{name}: {how}")
     for name, why in unavailable.items():

@@ -1,8 +1,8 @@
 """The reshard workload: how many bytes a job really reads to bring one layout into another.
 
-The shards of `stored` ranks are written by one process, as their agents would write them; then all ranks of the job read
-what they hold in another layout, through the planner and the exchange that every restore goes through. Bytes are counted
-at the store, index and commit record included.
+The shards of `stored` ranks are written by one process, as their agents would write them; then all ranks of the job
+read what they hold in another layout, through the planner and the exchange that every restore goes through. Bytes are
+counted at the store, index and commit record included.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ckptsvc.format.shard import Part, ShardInfo, ShardTemplate
 from ckptsvc.geometry.box import Box, FlatRange, Region
 from ckptsvc.geometry.layout import Placement, Replicate, Shard, local_box
 from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
-from ckptsvc.pipeline.read import Want, array_sink, carrier, place_of, plan_windows
+from ckptsvc.pipeline.read import Want, array_sink, carrier, plan_windows
 from ckptsvc.pipeline.write import write_shard
 from ckptsvc.storage import connect
 from ckptsvc.storage.wrappers import Measured

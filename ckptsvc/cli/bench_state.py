@@ -68,7 +68,7 @@ def large_state(nbytes: int) -> Tree:
 def small_state(count: int) -> Tree:
     """A module with `count` parameters."""
     world = dist.get_world_size() if dist.is_initialized() else 1
-    pick = random.Random(0)  # noqa: S311  sizes, not secrets
+    pick = random.Random(0)
     make = _Maker()
     module = nn.Module()
     for i in range(count):

@@ -42,7 +42,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         limit: that limit.
         ratio: ours over the limit, or the limit over ours where `faster`.
         faster: the ratio says how many times faster ours is: more is better.
-        bar: what to reach: an upper bound of the ratio, or of ours where there is no ratio; a lower bound where `faster`.
+        bar: an upper bound of the ratio, or of ours where there is no ratio; a lower bound where `faster`.
         peers: the same measure of the peers.
         missing: why there is no ratio.
     """
@@ -117,22 +117,22 @@ class Table:
     def _peers(self) -> list[str]:
         return [n for n in self._all.names() if n not in self._limits and n not in (OURS, "from memory", "from store")]
 
-    def timed(
-        self, what: str, key: str, limit: str, bar: float, *, ours: str = OURS, compare: bool = True
-    ) -> None:
+    def timed(self, what: str, key: str, limit: str, bar: float, *, ours: str = OURS, compare: bool = True) -> None:
         """Seconds `key` of ours, and of the peers if they are to be compared, over the seconds of a raw limit."""
         numbers = self._all.slowest(ours, lambda s: s[key])
         limits = self._all.slowest(limit, lambda s: min(s.values())) if limit in self._all.names() else []
         peers = {p: Value.of(self._all.slowest(p, lambda s: s[key])) for p in self._peers if compare}
         self.rows.append(
             Row(
-                workload=self._workload, what=what, unit="s", ours=Value.of(numbers), against=limit, bar=bar, peers=peers,
-                limit=Value.of(limits) if limits else None, ratio=over(numbers, limits),
+                workload=self._workload, what=what, unit="s", ours=Value.of(numbers), bar=bar, peers=peers,
+                against=limit, limit=Value.of(limits) if limits else None, ratio=over(numbers, limits),
                 missing="" if limits else f"{limit} was not measured",
             )
         )  # fmt: skip
 
-    def plain(self, what: str, key: str, unit: str, bar: float | None, scale: float = 1.0, *, summed: bool = False) -> None:
+    def plain(
+        self, what: str, key: str, unit: str, bar: float | None, scale: float = 1.0, *, summed: bool = False
+    ) -> None:
         """A number of ours and of the peers, as it is; summed over the ranks, or of the rank that has most."""
         merge = self._all.total if summed else self._all.slowest
         values = {n: Value.of(merge(n, lambda s: s[key] * scale)) for n in (OURS, *self._peers)}
@@ -145,8 +145,8 @@ class Table:
         theirs = self._all.slowest(peer, lambda s: s[key]) if peer in self._all.names() else []
         self.rows.append(
             Row(
-                workload=self._workload, what=what, unit="s", ours=Value.of(numbers), against=peer, bar=bar, faster=True,
-                limit=Value.of(theirs) if theirs else None, ratio=over(theirs, numbers),
+                workload=self._workload, what=what, unit="s", ours=Value.of(numbers), bar=bar, faster=True,
+                against=peer, limit=Value.of(theirs) if theirs else None, ratio=over(theirs, numbers),
                 missing="" if theirs else f"{peer} was not measured",
             )
         )  # fmt: skip

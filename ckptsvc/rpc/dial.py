@@ -11,14 +11,32 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ckptsvc.config import socket_path
-from ckptsvc.errors import AgentUnavailable
+from ckptsvc.errors import AgentUnavailable, ConfigError
 
 GRPC_SOCKET = "agent.sock"
 IDENTITY_SOCKET = "identity.sock"
 
+MAX_SOCKET_PATH = 107
+"""Bytes in the path of a unix socket: sun_path has 108, the last one for the terminating NUL (unix(7))."""
+
 START_TIMEOUT = 30.0
 """Seconds a new agent may take until it answers (it starts in 0.3 s; a cold file system can be slow)."""
+
+
+def socket_path(directory: Path, name: str) -> str:
+    """The path of the unix socket `name` in `directory`.
+
+    Raises:
+        ConfigError: it is longer than the kernel allows.
+    """
+    path = str(directory / name)
+    length = len(os.fsencode(path))
+    if length > MAX_SOCKET_PATH:
+        raise ConfigError(
+            f"the socket path {path} has {length} bytes; the kernel allows {MAX_SOCKET_PATH}",
+            hint="set agent.socket_dir to a shorter directory",
+        )
+    return path
 
 
 def sockets(directory: Path) -> tuple[str, str]:

@@ -32,13 +32,14 @@ from ckptsvc.storage.arguments import (
 )
 from ckptsvc_drivers import tree
 from ckptsvc_drivers.linux import SYSTEM, System, address_of, file_system, in_page_cache, translate
-from ckptsvc_drivers.transfer import LARGE, PAGE, File, Progress, Transfer
+from ckptsvc_drivers.transfer import PAGE, File, Progress, Transfer
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a named pipe must not hang us
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs", "overlay")
 _CLAIMS = "no hard links: a new record may be seen empty for an instant"
+_DIRECT_READ = 1 << 20  # bytes; shorter reads are left to the page cache and its read-ahead
 _ATTEMPTS = 8  # to create a file in a directory that others remove because it has just become empty
 
 
@@ -256,11 +257,11 @@ class PosixStore:
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
         """See `Store.read_into`.
 
-        What is in the page cache is copied from there. Otherwise a large range is read by direct I/O,
-        provided that `offset` and the address of `buffer` are multiples of the page size.
+        What is in the page cache is copied from there. Otherwise a range of 1 MiB or more is read by direct
+        I/O, provided that `offset` and the address of `buffer` are multiples of the page size.
         """
         with check_target(buffer, offset) as view, self._opened(key) as (file, _):
-            aligned = len(view) >= LARGE and offset % PAGE == 0 and address_of(view) % PAGE == 0
+            aligned = len(view) >= _DIRECT_READ and offset % PAGE == 0 and address_of(view) % PAGE == 0
             if self._direct and aligned and not in_page_cache(file.fd, offset, len(view)):
                 with suppress(OSError):
                     file.set_direct(True)

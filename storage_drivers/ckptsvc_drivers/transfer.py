@@ -20,9 +20,6 @@ from ckptsvc_drivers.linux import System
 PAGE = mmap.PAGESIZE
 """Alignment of direct I/O in memory, offset and length; most file systems ask for 512, none met for more."""
 
-LARGE = 16 << 20
-"""Reads of fewer bytes are one call in the caller's thread."""
-
 Progress = Callable[[int], None]
 
 
@@ -86,19 +83,19 @@ class Transfer:
 
         In direct mode `offset` and the address of `view` are multiples of `PAGE`.
         """
-        if len(view) < LARGE:
-            self.read_all(file, view, offset)
-            return
         if file.direct:
             whole, step = len(view) // PAGE * PAGE, self._block
-        else:  # two runs through the page cache: more confuse its read-ahead, one is slower
-            whole, step = len(view), (len(view) + 1) // 2
+        else:  # in two runs through the page cache: one is slower, more confuse its read-ahead
+            whole, step = len(view), max(self._block, (len(view) + 1) // 2)
 
         def read_step(start: int, stop: int) -> int:
             with view[start:stop] as part:
                 return self.read_all(file, part, offset + start)
 
-        self._spread(read_step, whole, step, None)
+        if whole <= step:
+            read_step(0, whole)
+        else:
+            self._spread(read_step, whole, step, None)
         if whole < len(view):
             file.set_direct(False)
             with view[whole:] as tail:

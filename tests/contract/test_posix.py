@@ -524,8 +524,16 @@ def test_cold_reads_are_direct_and_warm_ones_are_not(root):
     with pages_with(bytes(len(content))) as buffer:
         store.read_into("a", 0, buffer[: len(content)])
         assert buffer[: len(content)] == content
-        assert system.direct.count(True) == 3, "three blocks"
-        assert system.direct.count(False) == 1, "and a tail shorter than a page"
+        assert system.direct == [True, True, True, False], "three blocks, and a tail shorter than a page"
+        system.direct.clear()
+        store.read_into("a", 4096, buffer[:MiB])
+        assert system.direct == [True]
+        assert buffer[:MiB] == content[4096 : 4096 + MiB]
+        system.direct.clear()
+        store.read_into("a", 4096, buffer[: MiB - 1])  # short
+        store.read_into("a", 100, buffer[:MiB])  # not aligned in the file
+        store.read_into("a", 4096, buffer[100 : 100 + MiB])  # not aligned in memory
+        assert system.direct == [False] * 3
         (root / "a").read_bytes()
         assert in_page_cache(fd, 0, 24 * MiB)
         system.direct.clear()

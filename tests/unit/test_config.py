@@ -1,8 +1,6 @@
 """Sources and their order, refusals, units, and the private directory."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import msgspec
@@ -364,19 +362,3 @@ def test_a_link_a_file_and_an_open_directory_are_refused(tmp_path: Path) -> None
 def test_no_place_at_all_says_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="RUNTIME_DIRECTORY"):
         config.runtime_dir({}, root=tmp_path / "missing")
-
-
-def test_the_longest_socket_path_really_binds_and_the_next_is_refused(tmp_path: Path) -> None:
-    directory = tmp_path / "d"
-    directory.mkdir()
-    room = config.MAX_SOCKET_PATH - len(str(directory)) - 1
-    assert room > 0, "pytest's temporary directory is too deep for this test"
-    path = config.socket_path(directory, "s" * room)
-    bind = "import socket, sys; socket.socket(socket.AF_UNIX).bind(sys.argv[1])"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", bind, path], check=True)
-    with pytest.raises(ConfigError, match="107"):
-        config.socket_path(directory, "s" * (room + 1))
-    failed = subprocess.run(
-        [sys.executable, "-c", bind, path + "s"], capture_output=True, text=True, check=False
-    )
-    assert "too long" in failed.stderr

@@ -27,8 +27,11 @@ def commit(saves):
 
 
 def outcome_of(decision):
-    ((_, ended),) = set((node, o.outcome.SerializeToString()) for node, o in orders(decision, "save_ended")[:1])
-    return agent_pb2.SaveOutcome.FromString(ended)
+    """How a save ended; every node was told the same."""
+    told = [order.outcome for _, order in orders(decision, "save_ended")]
+    assert told
+    assert all(outcome == told[0] for outcome in told)
+    return told[0]
 
 
 class TestStaging:

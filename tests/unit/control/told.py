@@ -1,7 +1,7 @@
 """What the core is told, and what it answers, in few words.
 
-    decision = saves.staged(staged(0), now=1.0)
-    assert orders(decision, "save_ended") == [("n0", outcome)]
+decision = saves.staged(staged(0), now=1.0)
+assert orders(decision, "save_ended") == [("n0", outcome)]
 """
 
 from typing import Any

@@ -1,0 +1,251 @@
+import pytest
+from told import (
+    announced,
+    commits,
+    dropped,
+    durable,
+    epoch_done,
+    joined,
+    kinds,
+    left,
+    node_joined,
+    node_ready,
+    orders,
+    progressed,
+    rewound,
+    shard_failed,
+    skipped,
+    staged,
+)
+
+from ckptsvc.control.coordinator import Coordinator
+from ckptsvc.control.effects import CommitDone
+from ckptsvc.control.membership import AGENT_PATIENCE
+from ckptsvc.control.restart import NODE_PATIENCE
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+
+FIELDS = {type(getattr(pb.Report(), f.name)): f.name for f in pb.Report.DESCRIPTOR.fields}
+
+
+class Driver:
+    """Feeds reports; keeps the time."""
+
+    def __init__(self):
+        self.core = Coordinator(save_timeout=100.0)
+        self.now = 0.0
+
+    def tell(self, event, node=None):
+        report = pb.Report(**{FIELDS[type(event)]: event})
+        return self.core.handle(node or getattr(event, "node", "n0"), report, self.now)
+
+
+@pytest.fixture
+def driver():
+    return Driver()
+
+
+@pytest.fixture
+def running(driver):
+    """Job "job" has two ranks and epoch 1."""
+    for rank in (0, 1):
+        driver.tell(joined(rank))
+    driver.core.epoch_done(epoch_done(1), driver.now)
+    return driver
+
+
+def save(driver, **changes):
+    for rank in (0, 1):
+        driver.tell(staged(rank, **changes))
+    for rank in (0, 1):
+        decision = driver.tell(durable(rank, **{k: v for k, v in changes.items() if k in ("job", "epoch", "step")}))
+    return decision
+
+
+def test_an_empty_report_and_a_hello_mean_nothing(driver):
+    assert kinds(driver.core.handle("n0", pb.Report(), 0.0)) == []
+    assert kinds(driver.tell(pb.AgentHello(node="n0"))) == []
+
+
+def test_every_kind_of_report_of_a_job_nobody_knows_is_survived(driver):
+    for field in pb.Report.DESCRIPTOR.fields:
+        report = pb.Report()
+        getattr(report, field.name).SetInParent()
+        driver.core.handle("n0", report, 0.0)
+    driver.core.tick(1.0)
+
+
+def test_from_the_first_rank_to_the_commit(driver):
+    assert kinds(driver.tell(joined(0))) == ["AllotEpoch"]
+    assert kinds(driver.tell(joined(1))) == []
+    assert kinds(driver.core.epoch_done(epoch_done(1), 0.0)) == ["n0: epoch_allotted", "n1: epoch_allotted"]
+    driver.tell(announced(0))
+    assert kinds(driver.tell(announced(1))) == ["n0: holders", "n1: holders"]
+    driver.tell(progressed("n0", 9))
+    (effect,) = commits(save(driver))
+    assert effect.job == "job"
+    decision = driver.core.commit_done(CommitDone("job", 1, 10), 1.0)
+    assert kinds(decision) == ["n0: save_ended", "n1: save_ended"]
+    (snapshot,) = driver.core.snapshots("job")
+    assert (snapshot.epoch, snapshot.step, snapshot.world_size) == (1, 10, 2)
+    driver.tell(dropped(1))
+    assert driver.core.snapshots("job") == []
+
+
+@pytest.mark.parametrize("event", [shard_failed(0), skipped(0)])
+def test_failures_reach_the_save(running, event):
+    running.tell(staged(1))
+    assert "n1: save_ended" in kinds(running.tell(event))
+
+
+def test_the_name_of_a_snapshot_of_no_job(driver):
+    assert driver.core.snapshots("nobody") == []
+
+
+def test_aliases_are_in_the_list(running):
+    save(running, aliases={"b": "w"})
+    assert dict(running.core.snapshots("job")[0].aliases) == {"b": "w"}
+
+
+def test_answers_for_a_job_that_is_gone_are_ignored(driver):
+    assert kinds(driver.core.epoch_done(epoch_done(1), 0.0)) == []
+    assert kinds(driver.core.commit_done(CommitDone("job", 1, 10), 0.0)) == []
+
+
+def test_a_stop_reaches_the_job(running):
+    running.tell(pb.StopRequested(job="job", reason="SIGTERM"))
+    running.tell(progressed("n0", 5))
+    assert kinds(running.core.tick(0.1)) == ["n0: stop_at", "n1: stop_at"]
+
+
+def test_going_back_takes_another_epoch(running):
+    running.now = 1.0
+    decision = running.tell(rewound(1))
+    assert kinds(decision) == ["AllotEpoch"]
+
+
+class TestTwoJobsOfOneRun:
+    def test_the_second_is_refused_while_the_first_has_ranks(self, running):
+        decision = running.tell(joined(0, job="other", node="n9"))
+        ((node, refused),) = orders(decision, "job_refused")
+        assert (node, refused.code) == ("n9", "run-busy")
+        assert refused.why == "job job with 2 live ranks on n0, n1 writes to this run"
+        assert "other" not in running.core.jobs
+        assert decision.reasons == [refused.why]
+
+    def test_another_run_is_another_matter(self, running):
+        assert kinds(running.tell(joined(0, job="other", store="file:///other"))) == ["AllotEpoch"]
+
+    def test_the_first_may_register_again(self, running):
+        assert kinds(running.tell(joined(0))) == ["n0: epoch_allotted"]
+
+    def test_the_second_comes_in_when_the_ranks_are_gone(self, running):
+        for rank in (0, 1):
+            running.tell(left(rank))
+        assert kinds(running.tell(joined(0, job="other"))) == ["AllotEpoch"]
+
+    def test_it_waits_for_saves_that_still_run(self, running):
+        for rank in (0, 1):
+            running.tell(staged(rank))
+        for rank in (0, 1):
+            running.tell(left(rank))
+        assert kinds(running.tell(joined(0, job="other"))) == []
+        running.tell(durable(0))
+        running.tell(durable(1))
+        running.now = 11.0
+        decision = running.core.commit_done(CommitDone("job", 1, 10), running.now)
+        assert "AllotEpoch" in kinds(decision)
+
+    def test_ranks_whose_agent_is_lost_do_not_block_the_run_for_ever(self, running):
+        for node in ("n0", "n1"):
+            running.core.agent_lost(node, 1.0)
+        running.core.tick(AGENT_PATIENCE + 1.1)
+        running.now = AGENT_PATIENCE + 2
+        assert kinds(running.tell(joined(0, job="other"))) == ["AllotEpoch"]
+
+
+class TestLostAgents:
+    def test_memory_is_out_of_reach_until_it_is_reported_again(self, running):
+        save(running)
+        assert running.core.agent_lost("n1", 1.0).reasons == ["agent of n1 disconnected"]
+        assert running.core.snapshots("job") == []
+        running.tell(staged(1, ended=True))
+        assert len(running.core.snapshots("job")) == 1
+
+    def test_a_launched_job_waits_for_the_node_and_then_restarts(self, driver):
+        launch(driver)
+        driver.core.agent_lost("b", 0.0)
+        assert kinds(driver.core.tick(NODE_PATIENCE)) == []
+        assert kinds(driver.core.tick(NODE_PATIENCE + 0.1)) == ["a: stop"]
+
+
+class TestForgetting:
+    def test_a_job_without_ranks_saves_and_memory_is_forgotten(self, running):
+        for rank in (0, 1):
+            running.tell(left(rank, died=False))
+        running.core.tick(1.0)
+        assert running.core.jobs == {}
+
+    @pytest.mark.parametrize("why", ["ranks", "open", "held"])
+    def test_not_before(self, running, why):
+        if why != "ranks":
+            save(running)
+            for rank in (0, 1):
+                running.tell(left(rank, died=False))
+            if why == "held":
+                running.core.commit_done(CommitDone("job", 1, 10), 1.0)
+        running.core.tick(1.0)
+        assert list(running.core.jobs) == ["job"]
+
+
+def launch(driver):
+    for node in "ab":
+        driver.tell(node_joined(node))
+        decision = driver.tell(node_ready(node))
+    return decision
+
+
+class TestLaunchedJobs:
+    def test_start_fail_and_restart(self, driver):
+        assert kinds(launch(driver)) == ["a: start", "b: start"]
+        exited = pb.RankExited(job="job", node="b", attempt=1, rank=2, status=1)
+        assert kinds(driver.tell(exited)) == ["a: stop", "b: stop"]
+
+    def test_a_rank_that_an_agent_sees_die_stops_the_attempt_at_once(self, driver):
+        launch(driver)
+        for rank in range(4):
+            driver.tell(joined(rank, world_size=4, node="ab"[rank // 2]))
+        assert kinds(driver.tell(left(3, node="b"))) == ["a: stop", "b: stop"]
+
+    def test_a_rank_that_leaves_in_good_order_does_not(self, driver):
+        launch(driver)
+        driver.tell(joined(3, world_size=4, node="b"))
+        assert kinds(driver.tell(left(3, node="b", died=False))) == []
+
+    def test_a_node_that_leaves_stops_the_attempt(self, driver):
+        launch(driver)
+        assert kinds(driver.tell(pb.NodeLeft(job="job", node="b", detail="gone"))) == ["a: stop"]
+
+    def test_the_same_name_may_be_launched_again(self, driver):
+        launch(driver)
+        end(driver)
+        driver.tell(pb.NodeLeft(job="job", node="a"))
+        driver.tell(pb.NodeLeft(job="job", node="b"))
+        assert kinds(launch(driver)) == ["a: start", "b: start"]
+
+    def test_a_launcher_that_missed_the_end_hears_it_from_the_old_job(self, driver):
+        launch(driver)
+        end(driver)
+        assert kinds(driver.tell(node_joined("b", attempt=1, first_rank=2))) == ["b: end"]
+
+    def test_and_from_the_next_one(self, driver):
+        launch(driver)
+        end(driver)
+        driver.tell(node_joined("b"))
+        ((_, order),) = orders(driver.tell(node_ready("b", 1)), "end")
+        assert (order.status, order.reason) == (0, "all ranks have ended")
+
+
+def end(driver):
+    for rank in range(4):
+        decision = driver.tell(pb.RankExited(job="job", node="ab"[rank // 2], attempt=1, rank=rank, status=0))
+    assert kinds(decision) == ["a: end", "b: end"]

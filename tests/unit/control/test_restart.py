@@ -1,0 +1,340 @@
+import pytest
+from told import kinds, node_joined, node_ready, orders
+
+from ckptsvc.control.restart import INTERRUPTED, LAST_CALL, NODE_PATIENCE, Attempts, Phase, describe_status
+
+
+def make(min_nodes=2, max_nodes=2, max_restarts=2):
+    return Attempts("job", min_nodes, max_nodes, max_restarts)
+
+
+@pytest.fixture
+def gathered():
+    """Nodes a and b are ready: attempt 1 runs with ranks 0 and 1 on a, 2 and 3 on b."""
+    attempts = make()
+    start(attempts, 0, now=0.0)
+    return attempts
+
+
+def start(attempts, after, now, nodes=("a", "b")):
+    decisions = []
+    for node in nodes:
+        if node not in attempts.nodes:
+            attempts.joined(node_joined(node), now)
+        decisions.append(attempts.ready(node_ready(node, after), now))
+    return decisions[-1]
+
+
+def exit_all(attempts, status=0, ranks=(0, 1, 2, 3), now=5.0):
+    for rank in ranks:
+        decision = attempts.rank_exited(attempts.attempt, rank, "ab"[rank // 2], status, now)
+    return decision
+
+
+class TestGathering:
+    def test_starts_when_all_nodes_are_ready(self):
+        attempts = make()
+        assert attempts.joined(node_joined("a"), 0.0).reasons == ["job job: node a joined (1/2)"]
+        assert kinds(attempts.ready(node_ready("a"), 0.0)) == []
+        assert attempts.joined(node_joined("b"), 0.0).reasons == ["job job: node b joined (2/2)"]
+        decision = attempts.ready(node_ready("b"), 0.0)
+        assert kinds(decision) == ["a: start", "b: start"]
+        assert decision.reasons == ["job job: attempt 1 starts: 4 ranks on 2 nodes"]
+        (_, first), (_, second) = orders(decision, "start")
+        assert (first.attempt, first.world_size, first.nodes) == (1, 4, 2)
+        assert (first.first_rank, second.first_rank) == (0, 2)
+        assert (first.node_rank, second.node_rank) == (0, 1)
+        assert (first.master_addr, first.master_port) == ("address-of-a", 1000)
+        assert (second.master_addr, second.master_port) == ("address-of-a", 1000)
+        assert attempts.phase is Phase.RUNNING
+
+    def test_node_ranks_that_were_given_decide_the_order(self):
+        attempts = make()
+        for node, rank in (("a", 1), ("b", 0)):
+            attempts.joined(node_joined(node, node_rank=rank), 0.0)
+            decision = attempts.ready(node_ready(node), 0.0)
+        assert {n: o.first_rank for n, o in orders(decision, "start")} == {"b": 0, "a": 2}
+        assert orders(decision, "start")[0][1].master_addr == "address-of-b"
+
+    def test_nodes_may_run_different_numbers_of_ranks(self):
+        attempts = make()
+        for node, nproc in (("a", 3), ("b", 1)):
+            attempts.joined(node_joined(node, nproc=nproc), 0.0)
+            decision = attempts.ready(node_ready(node), 0.0)
+        assert [(o.first_rank, o.world_size) for _, o in orders(decision, "start")] == [(0, 4), (3, 4)]
+        assert attempts.running == {0: "a", 1: "a", 2: "a", 3: "b"}
+
+    def test_waits_a_while_for_more_nodes_than_the_least(self):
+        attempts = make(min_nodes=1)
+        attempts.joined(node_joined("a"), 0.0)
+        assert kinds(attempts.ready(node_ready("a"), 0.0)) == []
+        assert kinds(attempts.tick(LAST_CALL - 0.1)) == []
+        assert kinds(attempts.tick(LAST_CALL)) == ["a: start"]
+
+    def test_does_not_wait_once_the_most_are_there(self):
+        attempts = make(min_nodes=1)
+        assert kinds(start(attempts, 0, 0.0)) == ["a: start", "b: start"]
+
+    def test_a_node_too_many_is_sent_home(self, gathered):
+        ((node, end),) = orders(gathered.joined(node_joined("c"), 1.0), "end")
+        assert (node, end.status, end.reason) == ("c", 1, "job job has its 2 nodes already")
+        assert "c" not in gathered.nodes
+
+    def test_a_node_that_leaves_is_not_waited_for(self):
+        attempts = make(min_nodes=1)
+        attempts.joined(node_joined("a"), 0.0)
+        attempts.joined(node_joined("b"), 0.0)
+        attempts.ready(node_ready("a"), 0.0)
+        decision = attempts.node_left("b", "its launcher is gone", 1.0)
+        assert decision.reasons == ["job job: node b is gone (its launcher is gone)"]
+        assert kinds(attempts.tick(LAST_CALL)) == ["a: start"]
+
+    def test_readiness_of_a_node_nobody_knows_is_ignored(self):
+        assert kinds(make().ready(node_ready("a"), 0.0)) == []
+
+
+class TestFailure:
+    @pytest.mark.parametrize(
+        ("status", "words"),
+        [(None, "died"), (3, "exited with status 3"), (-9, "was killed by signal 9"), (-11, "was killed by signal 11")],
+    )
+    def test_a_rank_that_fails_stops_all(self, gathered, status, words):
+        decision = gathered.rank_exited(1, 3, "b", status, 7.0)
+        assert kinds(decision) == ["a: stop", "b: stop"]
+        assert decision.reasons == [f"job job: rank 3 on b {words}; restart 1 of 2"]
+        _, stop = orders(decision, "stop")[0]
+        assert (stop.attempt, stop.grace, stop.reason) == (1, 2.0, f"rank 3 on b {words}")
+        assert gathered.incidents == [f"attempt 1: rank 3 on b {words}"]
+
+    def test_further_ranks_of_the_attempt_fail_without_effect(self, gathered):
+        gathered.rank_exited(1, 3, "b", -9, 7.0)
+        assert kinds(gathered.rank_exited(1, 0, "a", -15, 7.1)) == []
+        assert gathered.restarts == 1
+
+    @pytest.mark.parametrize(("attempt", "rank"), [(0, 0), (2, 0), (1, 4), (1, -1)])
+    def test_what_cannot_be_is_ignored(self, gathered, attempt, rank):
+        assert kinds(gathered.rank_exited(attempt, rank, "a", 1, 7.0)) == []
+
+    def test_the_next_attempt_starts_when_all_nodes_are_ready_again(self, gathered):
+        gathered.rank_exited(1, 3, "b", -9, 7.0)
+        assert kinds(gathered.ready(node_ready("a", 1), 8.0)) == []
+        decision = gathered.ready(node_ready("b", 1), 9.0)
+        assert [o.attempt for _, o in orders(decision, "start")] == [2, 2]
+        assert orders(decision, "start")[1][1].master_port == 1001
+
+    def test_readiness_after_an_older_attempt_is_not_enough(self, gathered):
+        gathered.rank_exited(1, 3, "b", -9, 7.0)
+        gathered.ready(node_ready("a", 1), 8.0)
+        assert kinds(gathered.ready(node_ready("b", 0), 9.0)) == []
+
+    def test_no_restarts_left_ends_the_job(self, gathered):
+        for attempt in (1, 2):
+            gathered.rank_exited(attempt, 0, "a", 1, 1.0)
+            start(gathered, attempt, 2.0)
+        decision = gathered.rank_exited(3, 0, "a", 1, 3.0)
+        assert kinds(decision) == ["a: end", "b: end"]
+        _, end = orders(decision, "end")[0]
+        assert (end.status, end.reason) == (1, "rank 0 on a exited with status 1; no restarts left of 2")
+        assert gathered.phase is Phase.ENDED
+        assert len(gathered.incidents) == 3
+
+    def test_a_node_that_leaves_fails_the_attempt(self, gathered):
+        decision = gathered.node_left("b", "its launcher is gone", 7.0)
+        assert kinds(decision) == ["a: stop"]
+        assert gathered.last_failure == "node b is gone (its launcher is gone)"
+
+    def test_too_few_nodes_are_waited_for_and_then_the_job_ends(self, gathered):
+        gathered.node_left("b", "gone", 7.0)
+        gathered.ready(node_ready("a", 1), 8.0)
+        assert kinds(gathered.tick(7.0 + NODE_PATIENCE)) == []
+        ((_, end),) = orders(gathered.tick(7.1 + NODE_PATIENCE), "end")
+        assert end.reason == "only 1 of 2 nodes are left: node b is gone (gone)"
+
+    def test_another_node_may_take_the_place(self, gathered):
+        gathered.node_left("b", "gone", 7.0)
+        gathered.ready(node_ready("a", 1), 8.0)
+        gathered.joined(node_joined("c"), 20.0)
+        assert [o.attempt for _, o in orders(gathered.ready(node_ready("c"), 20.0), "start")] == [2, 2]
+
+    def test_a_smaller_job_goes_on_when_that_is_allowed(self):
+        attempts = make(min_nodes=1)
+        start(attempts, 0, 0.0)
+        attempts.node_left("b", "gone", 7.0)
+        attempts.ready(node_ready("a", 1), 8.0)
+        ((_, order),) = orders(attempts.tick(8.0 + LAST_CALL), "start")
+        assert (order.attempt, order.world_size) == (2, 2)
+
+    def test_a_node_that_joined_late_starts_with_the_next_attempt(self):
+        attempts = make(min_nodes=1)
+        start(attempts, 0, 0.0, nodes=("a",))
+        attempts.tick(LAST_CALL)
+        assert kinds(start(attempts, 0, 50.0, nodes=("b",))) == []
+        assert kinds(attempts.rank_exited(1, 0, "a", 1, 60.0)) == ["a: stop", "b: stop"]
+        decision = attempts.ready(node_ready("a", 1), 61.0)
+        assert [(n, o.attempt) for n, o in orders(decision, "start")] == [("a", 2), ("b", 2)]
+
+    def test_a_node_without_ranks_may_leave(self):
+        attempts = make(min_nodes=1)
+        start(attempts, 0, 0.0, nodes=("a",))
+        attempts.tick(LAST_CALL)
+        start(attempts, 0, 50.0, nodes=("b",))
+        assert kinds(attempts.node_left("b", "gone", 55.0)) == []
+        assert attempts.phase is Phase.RUNNING
+
+    def test_a_node_that_leaves_twice_leaves_once(self, gathered):
+        gathered.node_left("b", "gone", 7.0)
+        assert gathered.node_left("b", "gone", 7.0).reasons == []
+
+
+class TestEnd:
+    def test_all_ranks_end_well(self, gathered):
+        assert kinds(exit_all(gathered, ranks=(0, 1, 2))) == []
+        ((_, end), _) = orders(gathered.rank_exited(1, 3, "b", 0, 9.0), "end")
+        assert (end.status, end.reason) == (0, "all ranks have ended")
+
+    def test_ranks_that_were_asked_to_stop(self, gathered):
+        exit_all(gathered, ranks=(0, 1))
+        ((_, end), _) = orders(exit_all(gathered, INTERRUPTED, ranks=(2, 3)), "end")
+        assert (end.status, end.reason) == (INTERRUPTED, "stopped on request, saved")
+
+    def test_a_rank_that_ends_well_twice_counts_once(self, gathered):
+        assert kinds(exit_all(gathered, ranks=(0, 0, 1, 1, 2, 2))) == []
+
+    def test_nothing_happens_after_the_end(self, gathered):
+        exit_all(gathered)
+        for decision in (
+            gathered.ready(node_ready("a", 1), 6.0),
+            gathered.node_left("a", "gone", 6.0),
+            gathered.rank_exited(1, 0, "a", 1, 6.0),
+            gathered.tick(1000.0),
+        ):
+            assert kinds(decision) == []
+
+
+class TestLostMessages:
+    """What an agent or a launcher that reconnects says decides, whatever was sent before."""
+
+    def test_the_order_to_start_is_repeated(self, gathered):
+        gathered.joined(node_joined("b"), 3.0)
+        decision = gathered.ready(node_ready("b", 0), 3.0)
+        ((node, order),) = orders(decision, "start")
+        assert (node, order.attempt, order.first_rank) == ("b", 1, 2)
+
+    def test_a_launcher_that_was_started_anew_has_no_ranks(self, gathered):
+        gathered.rank_exited(1, 0, "a", 1, 3.0)
+        start(gathered, 1, 4.0)
+        gathered.joined(node_joined("b"), 5.0)
+        decision = gathered.ready(node_ready("b", 0), 5.0)
+        assert kinds(decision) == ["a: stop", "b: stop"]
+        assert gathered.last_failure == "node b has no rank of attempt 2 any more"
+
+    def test_the_order_to_stop_is_repeated(self, gathered):
+        gathered.rank_exited(1, 0, "a", 1, 3.0)
+        decision = gathered.joined(node_joined("b", attempt=1, first_rank=2), 4.0)
+        ((node, stop),) = orders(decision, "stop")
+        assert (node, stop.attempt, stop.reason) == ("b", 1, "rank 0 on a exited with status 1")
+        assert gathered.phase is Phase.STOPPING
+
+    def test_the_order_to_end_is_repeated(self, gathered):
+        exit_all(gathered)
+        ((node, end),) = orders(gathered.joined(node_joined("b", attempt=1, first_rank=2), 9.0), "end")
+        assert (node, end.status, end.reason) == ("b", 0, "all ranks have ended")
+
+    def test_ranks_of_an_older_attempt_are_stopped(self, gathered):
+        gathered.rank_exited(1, 0, "a", 1, 3.0)
+        start(gathered, 1, 4.0)
+        decision = gathered.joined(node_joined("b", attempt=1, first_rank=2), 5.0)
+        assert [(n, o.attempt) for n, o in orders(decision, "stop")] == [("b", 1)]
+        assert gathered.phase is Phase.RUNNING
+
+    def test_a_node_whose_agent_stays_away_is_given_up(self, gathered):
+        gathered.agent_lost("b", 10.0)
+        gathered.agent_lost("stranger", 10.0)
+        assert kinds(gathered.tick(10.0 + NODE_PATIENCE)) == []
+        decision = gathered.tick(10.1 + NODE_PATIENCE)
+        assert kinds(decision) == ["a: stop"]
+        assert gathered.last_failure == "node b is gone (its agent is away for 60 s)"
+
+    def test_a_node_whose_agent_comes_back_is_not(self, gathered):
+        gathered.agent_lost("b", 10.0)
+        gathered.joined(node_joined("b", attempt=1, first_rank=2), 30.0)
+        assert kinds(gathered.tick(1000.0)) == []
+
+
+class TestNewCoordinator:
+    """It knows nothing, and hears from the nodes what there is."""
+
+    @pytest.fixture
+    def new(self):
+        return make()
+
+    def test_takes_over_a_running_attempt(self, new):
+        for node, first in (("a", 0), ("b", 2)):
+            assert kinds(new.joined(node_joined(node, attempt=3, first_rank=first), 0.0)) == []
+        assert (new.phase, new.attempt, new.restarts) == (Phase.RUNNING, 3, 2)
+        assert new.running == {0: "a", 1: "a", 2: "b", 3: "b"}
+        assert kinds(exit_all(new)) == ["a: end", "b: end"]
+
+    def test_counts_the_restarts_there_were(self, new):
+        new.joined(node_joined("a", attempt=3), 0.0)
+        ((_, end),) = orders(new.rank_exited(3, 0, "a", 1, 1.0), "end")
+        assert end.reason == "rank 0 on a exited with status 1; no restarts left of 2"
+
+    def test_does_not_end_the_job_before_it_has_heard_of_all_nodes(self, new):
+        new.joined(node_joined("a", attempt=1), 0.0)
+        assert kinds(exit_all(new, ranks=(0, 1))) == []
+        new.joined(node_joined("b", attempt=1, first_rank=2), 1.0)
+        assert kinds(exit_all(new, ranks=(2, 3))) == ["a: end", "b: end"]
+
+    def test_ends_it_with_what_it_knows_when_the_others_do_not_come(self, new):
+        new.joined(node_joined("a", attempt=1), 0.0)
+        exit_all(new, ranks=(0, 1))
+        assert kinds(new.tick(NODE_PATIENCE)) == []
+        ((_, end),) = orders(new.tick(NODE_PATIENCE + 0.1), "end")
+        assert end.status == 0
+
+    def test_stops_an_attempt_whose_other_nodes_do_not_come(self, new):
+        new.joined(node_joined("a", attempt=1), 0.0)
+        assert kinds(new.tick(NODE_PATIENCE + 0.1)) == ["a: stop"]
+        assert new.last_failure == "not all nodes have come back"
+
+    def test_goes_on_after_an_attempt_that_was_stopped(self, new):
+        for node in "ab":
+            new.joined(node_joined(node), 0.0)
+            decision = new.ready(node_ready(node, 2), 0.0)
+        assert [o.attempt for _, o in orders(decision, "start")] == [3, 3]
+        assert new.restarts == 2
+
+    def test_an_attempt_that_one_node_has_stopped_is_stopped_on_the_others(self, new):
+        new.joined(node_joined("a"), 0.0)
+        new.ready(node_ready("a", 1), 0.0)
+        decision = new.joined(node_joined("b", attempt=1, first_rank=2), 1.0)
+        assert kinds(decision) == ["b: stop"]
+        assert [o.attempt for _, o in orders(new.ready(node_ready("b", 1), 2.0), "start")] == [2, 2]
+
+    def test_and_so_when_the_stopped_node_comes_last(self, new):
+        new.joined(node_joined("b", attempt=1, first_rank=2), 0.0)
+        new.joined(node_joined("a"), 1.0)
+        assert kinds(new.ready(node_ready("a", 1), 1.0)) == []  # it may have joined while the attempt ran
+        assert kinds(new.tick(NODE_PATIENCE + 1.1)) == ["a: stop", "b: stop"]
+        assert [o.attempt for _, o in orders(new.ready(node_ready("b", 1), 70.0), "start")] == [2, 2]
+
+    def test_the_latest_attempt_counts(self, new):
+        new.joined(node_joined("a", attempt=1), 0.0)
+        decision = new.joined(node_joined("b", attempt=2, first_rank=2), 1.0)
+        assert [(n, o.attempt) for n, o in orders(decision, "stop")] == [("a", 1)]
+        assert (new.attempt, new.running) == (2, {2: "b", 3: "b"})
+
+    def test_nodes_of_a_job_that_ended_before_this_one_are_sent_home(self, new):
+        new.predecessor = (1, "no restarts left of 2")
+        new.joined(node_joined("b"), 0.0)
+        ((node, end),) = orders(new.ready(node_ready("b", 2), 0.0), "end")
+        assert (node, end.status, end.reason) == ("b", 1, "no restarts left of 2")
+        assert new.nodes == {}
+
+
+@pytest.mark.parametrize(
+    ("status", "words"), [(0, "exited with status 0"), (3, "exited with status 3"), (-9, "was killed by signal 9")]
+)
+def test_statuses_are_put_into_words(status, words):
+    assert describe_status(status) == words
