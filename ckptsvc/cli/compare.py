@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
@@ -18,7 +17,6 @@ from ckptsvc.cli import values
 from ckptsvc.cli.numbers import Distance, distance
 from ckptsvc.cli.values import Value
 from ckptsvc.format.index import Index
-from ckptsvc.format.shard import objects_name
 from ckptsvc.geometry.box import Box, cut
 from ckptsvc.pipeline.catalog import Checkpoint
 from ckptsvc.pipeline.read import Want, read_arrays
@@ -27,6 +25,9 @@ from ckptsvc.types import DTYPES, TensorMeta
 
 BATCH = 64 << 20
 """Bytes of each side in memory at a time."""
+
+DOCUMENTS = 16
+"""Documents of plain values in memory at a time, of each side."""
 
 READERS = 2
 
@@ -140,8 +141,11 @@ class Pair:
             progress(sum(part.nbytes for part in batch))
         self._found.different = [entry for entry in found.values() if entry.distance.differing]
         self._found.equal += len(found) - len(self._found.different)
-        for rank in range(self._ranks):
-            self._compare_values(rank, tolerance)
+        for first in range(0, self._ranks, DOCUMENTS):
+            ranks = range(first, min(first + DOCUMENTS, self._ranks))
+            a, b = (values.read_documents(side, ranks) for side in (self._a, self._b))
+            for rank, left, right in zip(ranks, a, b, strict=True):
+                self._compare_values(rank, self._flat(left), self._flat(right), tolerance)
         return self._found
 
     def _plan(self) -> list[_Part]:
@@ -174,20 +178,22 @@ class Pair:
         rank, _, rest = name.removeprefix("@rank/").partition("/")
         return rest != "objects" and rank.isdecimal() and int(rank) < self._ranks
 
-    def _read(self, side: Checkpoint, wants: Sequence[Want]) -> list[NDArray]:
+    def _read(self, side: Checkpoint, wants: Sequence[Want]) -> list[NDArray[Any]]:
         return read_arrays(side.index, StoreSource(side), wants, readers=READERS)
 
-    def _compare_values(self, rank: int, tolerance: float | None) -> None:
-        a, b = (self._document(side, rank) for side in (self._a, self._b))
+    def _compare_values(self, rank: int, a: dict[str, Value], b: dict[str, Value], tolerance: float | None) -> None:
         self._found.values += len(a.keys() | b.keys())
         for path in [*a, *(path for path in b if path not in a)]:
             x, y = a.get(path), b.get(path)
             if x is None or y is None or not values.same(x.value, y.value, tolerance):
                 self._found.changes.append(ValueChange(rank, path, x, y))
 
-    def _document(self, side: Checkpoint, rank: int) -> dict[str, Value]:
-        found = values.flatten(values.read_document(side, rank))
-        return {value.path: value for value in found if value.path not in OF_THE_RANKS and self._matches(value.path)}
+    def _flat(self, document: Any) -> dict[str, Value]:
+        return {
+            value.path: value
+            for value in values.flatten(document)
+            if value.path not in OF_THE_RANKS and self._matches(value.path)
+        }
 
 
 def _named(index: Index, name: str) -> TensorMeta:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,7 +18,7 @@ from ckptsvc.pipeline.catalog import Checkpoint
 from ckptsvc.types import TensorMeta
 
 _VALUE_CHARACTERS = 60
-_ORDERS = {
+_ORDERS: dict[str, Callable[[Different], Any]] = {
     "name": lambda each: natural(each.meta.name),
     "abs": lambda each: -(each.distance.max_abs or 0),
     "rel": lambda each: -(each.distance.max_rel or 0),
@@ -83,11 +83,8 @@ def command(
     the dtype has bits and no numbers.
     """  # noqa: D301  \b is click's
     with ExitStack() as stack:
-        sides = []
-        for where, step in ((a, step_a), (b, step_b)):
-            place = address.parse(where, step=step)
-            sides.append(address.choose(stack.enter_context(address.opened(place)), place))
-        pair = Pair(*sides, lambda name: matches(name, patterns))
+        sides = [_open(stack, a, step_a), _open(stack, b, step_b)]
+        pair = Pair(sides[0], sides[1], lambda name: matches(name, patterns))
         with progress("comparing", pair.nbytes) as advance:
             found = pair.compare(tolerance, advance)
     found.only_a.sort(key=_by_name)
@@ -101,6 +98,11 @@ def command(
     else:
         _show(Screen(), sides, found, limit)
     return 0 if found.is_equal else 1
+
+
+def _open(stack: ExitStack, where: str, step: int | None) -> Checkpoint:
+    place = address.parse(where, step=step)
+    return address.choose(stack.enter_context(address.opened(place)), place)
 
 
 def _by_name(meta: TensorMeta) -> Any:
@@ -193,19 +195,19 @@ def _section(
     screen.line()
     more = f", the first {limit:,}" if limit and limit < len(rows) else ""
     screen.line(screen.paint(f"{title}: {len(rows):,}{more}", "doubt"))
-    screen.table(header, rows[:limit], right="DIFFERING OF MAX_ABS MAX_REL RANK", fold=fold, indent="  ")
+    screen.table(header, rows[:limit], right=("DIFFERING", "OF", "RANK"), fold=fold, indent="  ")
 
 
 def _summary(screen: Screen, found: Comparison) -> str:
+    tensors = found.equal + len(found.different)
+    if found.is_equal:
+        return f"{screen.paint('equal', 'good')}: {plural(tensors, 'tensor')}, {plural(found.values, 'plain value')}"
     counts = {
-        "equal": found.equal,
-        "different": len(found.different),
+        f"of {plural(tensors, 'tensor')}": len(found.different),
         "of another dtype or shape": len(found.mismatched),
         "only in A": len(found.only_a),
         "only in B": len(found.only_b),
+        f"of {plural(found.values, 'plain value')}": len(found.changes),
     }
-    tensors = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "none"
-    plain = f"{found.values - len(found.changes):,} equal"
-    plain += f", {len(found.changes):,} different" if found.changes else ""
-    verdict = screen.paint("equal", "good") if found.is_equal else screen.paint("different", "bad")
-    return f"{verdict}: tensors: {tensors}; plain values: {plain}"
+    listed = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count)
+    return f"{screen.paint('different', 'bad')}: {listed}"

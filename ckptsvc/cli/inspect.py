@@ -228,7 +228,7 @@ def _show_tensors(screen: Screen, index: Index, rows: Sequence[Row], limit: int 
     if screen.width is not None and screen.width < WIDE:
         header, cells = header[:-1], [row[:-1] for row in cells]
     if cells:
-        screen.table(header, cells, right="SIZE SHARDS", fold="NAME")
+        screen.table(header, cells, right=("SIZE", "SHARDS"), fold="NAME")
         screen.line()
     totals = _totals(rows)
     shown = f"the first {len(cells):,} of " if len(cells) < len(rows) else ""
@@ -247,7 +247,7 @@ def shape_text(shape: Sequence[int]) -> str:
 
 
 def _values(checkpoint: Checkpoint, rank: int, patterns: Sequence[str]) -> list[values.Value]:
-    found = list(values.flatten(values.read_document(checkpoint, rank)))
+    found = list(values.flatten(*values.read_documents(checkpoint, [rank])))
     found = values.without_skeleton(found, checkpoint.index.names())
     return [value for value in found if matches(value.path, patterns)]
 

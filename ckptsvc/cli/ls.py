@@ -122,7 +122,7 @@ def _show(url: str, found: Sequence[Found]) -> None:
     Screen().table(
         ("NAME", "STEP", "EPOCH", "RANKS", "SIZE", "AGE", "STATE"),
         rows,
-        right="STEP EPOCH RANKS SIZE AGE",
+        right=("STEP", "EPOCH", "RANKS", "SIZE", "AGE"),
         style=lambda row, column: _STYLE.get(found[row].state, "") if column == "STATE" else "",
     )
     for each in found:

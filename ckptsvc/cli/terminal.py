@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, TextIO
@@ -55,7 +55,7 @@ class Screen:
         header: Sequence[str],
         rows: Sequence[Sequence[str]],
         *,
-        right: str = "",
+        right: Collection[str] = (),
         fold: str = "",
         style: Callable[[int, str], str] | None = None,
         indent: str = "",
@@ -65,7 +65,7 @@ class Screen:
         Args:
             header: names of the columns.
             rows: cells, printable (see `printable`).
-            right: names of the columns that are aligned to the right, with spaces between.
+            right: names of the columns that are aligned to the right.
             fold: the column that is folded where the terminal is too narrow.
             style: (number of the row, name of the column) -> style.
             indent: before each line.
@@ -75,7 +75,7 @@ class Screen:
         if fold and self.width is not None:
             others = sum(widths) - widths[folded] + len(GAP) * (len(header) - 1) + len(indent)
             widths[folded] = min(widths[folded], max(self.width - others, _MIN_FOLD))
-        aligned = [name in right.split() for name in header]
+        aligned = [name in right for name in header]
         pad = [(str.rjust if to_right else str.ljust) for to_right in aligned]
         titles = [p(name, w) for p, name, w in zip(pad, header, widths, strict=True)]
         self.line(self.paint((indent + GAP.join(titles)).rstrip(), "head"))

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
 from ckptsvc.errors import InvalidInput
 from ckptsvc.format.objects import Opaque, TensorRef, decode
@@ -38,26 +37,26 @@ class Value(NamedTuple):
     value: Any
 
 
-def read_document(checkpoint: Checkpoint, rank: int) -> Any:
-    """The objects document of one rank: its state tree with a `TensorRef` where a tensor was.
+def read_documents(checkpoint: Checkpoint, ranks: Sequence[int]) -> list[Any]:
+    """The objects documents of some ranks: their state trees with a `TensorRef` where a tensor was.
+
+    Values of types that have a codec elsewhere come as `Opaque`.
 
     Raises:
         InvalidInput: the checkpoint was saved by fewer ranks.
-        Damaged, StoreError: it cannot be read.
+        Damaged, StoreError: a document cannot be read.
     """
-    world = checkpoint.index.info.world_size
-    name = objects_name(rank)
-    if rank >= world or name not in checkpoint.index:
-        raise InvalidInput(f"{checkpoint.ref.name} has no rank {rank}", hint=f"it was saved by {world}, from 0 on")
-    meta = checkpoint.index.meta(name)
-    want = Want(name, meta.dtype, meta.shape, Box.full(meta.shape))
-    (data,) = read_arrays(checkpoint.index, StoreSource(checkpoint), [want])
-    return document(data, name)
-
-
-def document(data: NDArray[Any], name: str) -> Any:
-    """The tree in the bytes of an objects document; values of unknown types come as `Opaque`."""
-    return decode(data.tobytes(), name, strict=False)
+    wants = []
+    for rank in ranks:
+        name = objects_name(rank)
+        if name not in checkpoint.index:
+            world = checkpoint.index.info.world_size
+            hint = "it was saved by one rank, 0" if world == 1 else f"it was saved by the ranks 0 to {world - 1}"
+            raise InvalidInput(f"{checkpoint.ref.name} has nothing of a rank {rank}", hint=hint)
+        meta = checkpoint.index.meta(name)
+        wants.append(Want(name, meta.dtype, meta.shape, Box.full(meta.shape)))
+    found = read_arrays(checkpoint.index, StoreSource(checkpoint), wants)
+    return [decode(data.tobytes(), want.name, strict=False) for data, want in zip(found, wants, strict=True)]
 
 
 def flatten(tree: Any, path: str = "") -> Iterator[Value]:

@@ -78,11 +78,14 @@ def find_garbage(store: Store) -> Iterator[Garbage]:
                 open_end = " (it may still be running)" if ref.epoch == newest else ""
                 yield Garbage(ref.name, ref, "save not committed" + open_end, tuple(store.list(ref.name)))
                 continue
+            entries = list(store.list(ref.name))
+            if len(entries) <= commit.shards + 2:
+                continue  # shards, index and record: no need to read an index that may be large
             index = open_checkpoint(store, ref, commit).index
         except (Damaged, IncompatibleVersion):
             continue
         known = {COMMIT, commit.index, *(shard.name for shard in index.shards)}
-        strays = tuple(e for e in store.list(ref.name) if e.key.removeprefix(f"{ref.name}/") not in known)
+        strays = tuple(e for e in entries if e.key.removeprefix(f"{ref.name}/") not in known)
         if strays:
             yield Garbage(ref.name, None, "not part of the committed checkpoint", strays)
     torn = tuple(e for e in store.list(EPOCHS) if e.key.rpartition("/")[2].startswith(TEMPORARY_PREFIX))

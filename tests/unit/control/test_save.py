@@ -261,6 +261,14 @@ class TestMemory:
         saves.dropped(dropped(1))
         assert (saves.held, saves.complete, saves.aliases, saves.places) == ({}, {}, {}, {})
 
+    def test_other_snapshots_stay(self, saves):
+        stage_all(saves)
+        stage_all(saves, step=20)
+        saves.dropped(dropped(0))
+        assert saves.snapshots() == [(1, 20)]
+        saves.node_gone("n0")
+        assert saves.snapshots() == []
+
     def test_a_shard_nobody_knows_may_be_dropped(self, saves):
         saves.dropped(dropped(0))
 

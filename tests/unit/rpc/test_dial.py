@@ -20,7 +20,5 @@ def test_the_longest_socket_path_really_binds_and_the_next_is_refused(tmp_path: 
     subprocess.run([sys.executable, "-W", "ignore", "-c", bind, path], check=True)
     with pytest.raises(ConfigError, match="107"):
         dial.socket_path(directory, "s" * (room + 1))
-    failed = subprocess.run(
-        [sys.executable, "-c", bind, path + "s"], capture_output=True, text=True, check=False
-    )
+    failed = subprocess.run([sys.executable, "-c", bind, path + "s"], capture_output=True, text=True, check=False)
     assert "too long" in failed.stderr
