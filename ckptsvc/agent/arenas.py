@@ -118,7 +118,9 @@ class Arenas:
         self._local.metrics.snapshots_skipped.labels(Skip.NO_ARENA).inc()
         log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "snapshot of step %d skipped: %s", step, why,
             job=reg.job, rank=reg.rank, step=step)  # fmt: skip
-        self._local.report(job, reports.skipped(reg, epoch, step, why))
+        report = reports.skipped(reg, epoch, step, why)
+        job.skip((epoch, step), report)
+        self._local.report(job, report)
 
 
 def _epoch(attempt: Attempt) -> int:

@@ -74,6 +74,7 @@ class _Rank:
     rank: int
     process: asyncio.subprocess.Process
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    ended_at: float = 0.0
 
 
 class Launcher:
@@ -144,6 +145,9 @@ class Launcher:
         self._reports = asyncio.Queue()
         if not self._ranks:
             self._ready()
+        for one in self._ranks.values():
+            if one.process.returncode is not None:
+                self._exited(one, self._attempt)  # maybe while there was no agent to tell
         metadata = ((COORDINATOR_KEY, self._launch.coordinator),)
         async with grpc.aio.insecure_channel(f"unix:{path}", options=OPTIONS) as channel:
             call = agent_pb2_grpc.AgentServiceStub(channel).Launch(self._requests(self._reports), metadata=metadata)
@@ -268,10 +272,15 @@ class Launcher:
 
     async def _watch(self, one: _Rank, attempt: int) -> None:
         status = await one.process.wait()
-        seen = time.monotonic()
+        one.ended_at = time.monotonic()
         if status != 0:
             self._say(f"rank {one.rank} {describe_status(status)}")
-        exited = agent_pb2.RankExit(attempt=attempt, rank=one.rank, status=status, monotonic=seen)
+        self._exited(one, attempt)
+
+    def _exited(self, one: _Rank, attempt: int) -> None:
+        exited = agent_pb2.RankExit(
+            attempt=attempt, rank=one.rank, status=one.process.returncode, monotonic=one.ended_at
+        )
         self._reports.put_nowait(agent_pb2.LaunchRequest(exit=exited))
 
     async def _stop_ranks(self, grace: float) -> None:

@@ -28,6 +28,7 @@ class Launcher:
     coordinator: str
     orders: asyncio.Queue[agent_pb2.LaunchResponse] = field(default_factory=asyncio.Queue)
     ready: agent_pb2.LauncherReady | None = None
+    exits: dict[int, pb.Report] = field(default_factory=dict)  # by rank of the attempt that runs here
 
 
 class Launches:
@@ -81,11 +82,13 @@ class Launches:
             if kind == "ready":
                 launcher.ready = request.ready
                 launcher.hello.attempt = 0  # no rank runs here now
+                launcher.exits.clear()
                 uplink.report(self._ready(launcher))
             elif kind == "exit":
                 event = request.exit
                 exited = pb.RankExited(job=job, node=node, attempt=event.attempt, rank=event.rank, status=event.status)
-                uplink.report(pb.Report(rank_exited=exited))
+                report = launcher.exits[event.rank] = pb.Report(rank_exited=exited)
+                uplink.report(report)
             elif kind == "stop_wanted":
                 wanted = pb.StopRequested(job=job, reason=request.stop_wanted.reason)
                 uplink.report(pb.Report(stop_requested=wanted))
@@ -97,7 +100,10 @@ class Launches:
             return
         kind = order.WhichOneof("effect")
         if kind == "start":
+            if order.start.attempt == launcher.hello.attempt:
+                return  # repeated by a coordinator that was not sure
             launcher.ready = None
+            launcher.exits.clear()
             launcher.hello.attempt = order.start.attempt
             launcher.hello.first_rank = order.start.first_rank
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(start=order.start))
@@ -129,6 +135,7 @@ class Launches:
         yield pb.Report(node_joined=joined)
         if launcher.ready is not None:
             yield self._ready(launcher)
+        yield from launcher.exits.values()
 
     def _ready(self, launcher: Launcher) -> pb.Report:
         assert launcher.ready is not None

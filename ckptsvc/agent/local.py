@@ -86,8 +86,12 @@ class Local:
         yield from self.launchers(coordinator)
         for session in self.sessions.values():
             reg = session.reg
-            if reg.coordinator == coordinator:
-                yield reports.joined(self.name, reg, self.jobs[reg.job].attempt(reg.attempt).epoch)
+            attempt = self.jobs[reg.job].attempt(reg.attempt)
+            # A rank that was refused must not come in before those it was refused for.
+            if reg.coordinator == coordinator and not attempt.refused:
+                yield reports.joined(self.name, reg, attempt.epoch)
+                if attempt.rewinds and not attempt.epoch:
+                    yield reports.rewound(reg, attempt.rewinds)
                 if session.announced:
                     yield reports.announced(session)
         for arena in self.pool.arenas.values():
@@ -96,7 +100,8 @@ class Local:
                 yield reports.staged(self.name, arena.label, ended=arena.state is State.KEPT)
         for job in self.jobs.values():
             if job.coordinator == coordinator:
-                yield from (pb.Report(durable=d) for d in job.durable.values())
+                yield from job.results.values()
+                yield from job.skips.values()
 
     def arena_changed(self, job: str, rank: int) -> None:
         """Wake the rank that waits for an arena, and count again."""

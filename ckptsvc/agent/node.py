@@ -106,7 +106,7 @@ class Node:
         job.died = job.died or not in_order
         job.idle_since = self._local.last_active = time.monotonic()
         for arena in self._local.pool.of(reg.job, reg.rank):
-            if arena.state is State.FILLING and not session.preparing:
+            if arena.state is State.FILLING and arena.step >= 0:
                 self._local.pool.release(arena)
         event = Event.RANK_LEFT if in_order else Event.RANK_DIED
         log(logger, logging.INFO, event, "rank %d %s", reg.rank, "left" if in_order else "died",
@@ -160,8 +160,7 @@ class Node:
         attempt = job.attempt(reg.attempt)
         if count > attempt.rewinds:
             attempt.rewinds, attempt.epoch, attempt.epoch_error = count, 0, None
-            event = pb.Rewound(job=reg.job, attempt=reg.attempt, count=count)
-            self._local.report(job, pb.Report(rewound=event))
+            self._local.report(job, reports.rewound(reg, count))
         deadline = time.monotonic() + timeout
         while not attempt.epoch and not attempt.epoch_error and time.monotonic() < deadline:
             await wait_for(attempt.changed, deadline - time.monotonic())

@@ -39,6 +39,11 @@ def announced(session: Session) -> pb.Report:
     return pb.Report(announced=event)
 
 
+def rewound(reg: Registration, count: int) -> pb.Report:
+    """The attempt has gone back to an earlier checkpoint for the count-th time."""
+    return pb.Report(rewound=pb.Rewound(job=reg.job, attempt=reg.attempt, count=count))
+
+
 def staged(node: str, label: Label, ended: bool = False) -> pb.Report:
     """A whole snapshot is in an arena; `ended` if its save has ended before."""
     event = pb.Staged(

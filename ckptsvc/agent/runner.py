@@ -35,6 +35,8 @@ class CoordinatorShell:
 
     def attend(self, node: str, deliver: Deliver) -> None:
         """An agent has connected; it will report all it holds."""
+        if node in self._peers:  # its earlier connection is broken, and this is the first sign of it
+            self._execute(self.core.agent_lost(node, time.monotonic()))
         self._peers[node] = deliver
 
     def depart(self, node: str, deliver: Deliver) -> None:

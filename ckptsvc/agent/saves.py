@@ -108,7 +108,7 @@ class Saves:
             log(logger, logging.ERROR, Event.SAVE_FAILED, "shard not written: %s", error,
                 job=label.job, rank=label.rank, step=label.step)  # fmt: skip
             self._local.metrics.store_errors.labels(_scheme(label.store), error.code).inc()
-            self._local.report(job, reports.shard_failed(label, error.code, str(error)))
+            self._tell(job, label, reports.shard_failed(label, error.code, str(error)))
             return
         self._local.metrics.save_duration.labels(Phase.WRITE).observe(time.monotonic() - started)
         self._local.metrics.written_bytes.labels(_scheme(label.store)).inc(done["nbytes"])
@@ -123,8 +123,12 @@ class Saves:
             digests=done["digests"],
             columns=done["columns"],
         )
-        job.durable[label.epoch, label.step, label.rank] = durable
-        self._local.report(job, pb.Report(durable=durable))
+        self._tell(job, label, pb.Report(durable=durable))
+
+    def _tell(self, job: LocalJob, label: Label, result: pb.Report) -> None:
+        """Report what became of a shard, now and again to a coordinator that connects anew while the save runs."""
+        job.results[label.epoch, label.step, label.rank] = result
+        self._local.report(job, result)
 
     async def _digest(self, job: LocalJob, arena: Arena, label: Label) -> None:
         future = job.digests[arena.name] = asyncio.get_running_loop().create_future()
@@ -158,7 +162,10 @@ class Saves:
                     snapshot.step,
                 ):
                     continue
-                digests = await asyncio.wait_for(asyncio.shield(job.digests[arena.name]), DIGEST_TIMEOUT)
+                try:
+                    digests = await asyncio.wait_for(asyncio.shield(job.digests[arena.name]), DIGEST_TIMEOUT)
+                except (KeyError, TimeoutError, CkptsvcError):
+                    continue  # without checksums it cannot be trusted: the ranks find the snapshot incomplete
                 snapshot.local.add(
                     rank=label.rank, slot=arena.name, bytes=label.nbytes, extent=label.extent, digests=digests
                 )
@@ -179,7 +186,7 @@ class Saves:
                 or (label.job, label.epoch, label.step) != (job.name, *key)
             ):
                 continue
-            job.durable.pop((*key, label.rank), None)
+            job.results.pop((*key, label.rank), None)
             if key in job.complete or committed:
                 self._local.pool.keep(arena)
             else:

@@ -97,7 +97,8 @@ class LocalJob:
     attempts: dict[int, Attempt] = field(default_factory=dict)
     outcomes: OrderedDict[Key, agent_pb2.SaveOutcome] = field(default_factory=OrderedDict)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-    durable: dict[tuple[int, int, int], pb.Durable] = field(default_factory=dict)
+    results: dict[tuple[int, int, int], pb.Report] = field(default_factory=dict)  # Durable or ShardFailed, by shard
+    skips: dict[Key, pb.Report] = field(default_factory=dict)  # Skipped; of saves that have not ended yet
     digests: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)  # by arena
     complete: set[Key] = field(default_factory=set)
     idle_since: float = 0.0
@@ -107,9 +108,16 @@ class LocalJob:
         """The attempt of that number."""
         return self.attempts.setdefault(number, Attempt())
 
+    def skip(self, key: Key, report: pb.Report) -> None:
+        """Remember that a rank of this node cannot take a snapshot, until the save has ended."""
+        self.skips[key] = report
+        while len(self.skips) > REMEMBERED:
+            del self.skips[next(iter(self.skips))]
+
     def record(self, outcome: agent_pb2.SaveOutcome) -> None:
         """Remember how a save ended and wake those who wait."""
         self.outcomes[outcome.epoch, outcome.step] = outcome
+        self.skips.pop((outcome.epoch, outcome.step), None)
         while len(self.outcomes) > REMEMBERED:
             self.outcomes.popitem(last=False)
         self.ended.set()

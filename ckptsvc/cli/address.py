@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import click
 
+from ckptsvc.cli.terminal import plural
 from ckptsvc.errors import InvalidInput, NoCheckpoint
 from ckptsvc.format.commit import CommitRecord, parse_checkpoint_name
 from ckptsvc.pipeline.catalog import Checkpoint, Ref, Refused, find, list_refs, open_checkpoint
@@ -94,11 +95,10 @@ def matching(store: Store, address: Address) -> list[tuple[Ref, CommitRecord | R
     found = find(store, address.step, address.name)
     if found:
         return found
-    refs = list_refs(store)
-    if address.name in {ref.name for ref in refs}:
+    if address.name in {ref.name for ref in list_refs(store)}:
         raise NoCheckpoint(f"{store.url}/{address.name} has no commit record: its save never finished")
     what = address.name or "checkpoint" + ("" if address.step is None else f" of step {address.step}")
-    raise NoCheckpoint(f"{store.url} has no committed {what}", hint=_instead(store, refs))
+    raise NoCheckpoint(f"{store.url} has no committed {what}", hint=what_instead(store))
 
 
 def choose(store: Store, address: Address) -> Checkpoint:
@@ -115,13 +115,14 @@ def choose(store: Store, address: Address) -> Checkpoint:
     return open_checkpoint(store, ref, commit)
 
 
-def _instead(store: Store, refs: list[Ref]) -> str:
-    """What to say where the wanted checkpoint is not."""
+def what_instead(store: Store) -> str:
+    """What to say where the wanted checkpoint is not: what there is."""
     committed = find(store)
     if committed:
         return f"the newest is {committed[0][0].name}; `ckptsvc ls` lists all"
-    if refs:
-        return f"{len(refs)} saves have not finished; `ckptsvc ls --all` lists them"
+    unfinished = len(list_refs(store))
+    if unfinished:
+        return f"{plural(unfinished, 'save')} not committed; `ckptsvc ls --all` lists them"
     runs = [name for name in list(store.children())[:50] if any(map(parse_checkpoint_name, store.children(name)))]
     if runs:
         return f"it holds runs: {', '.join(runs[:5])}"

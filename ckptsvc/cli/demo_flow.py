@@ -22,7 +22,7 @@ from ckptsvc.cli.demo_story import Story
 from ckptsvc.config import runtime_dir
 from ckptsvc.format.commit import COMMIT, EPOCHS
 from ckptsvc.pipeline.catalog import list_refs, read_commit
-from ckptsvc.storage import connect
+from ckptsvc.storage import Store, connect
 from ckptsvc.telemetry import Event
 
 STEPS = 48
@@ -145,22 +145,11 @@ class Demo:
         return run, killer.report(run, Events(self._logs / f"agent-{NODES[1]}.log"))
 
     def _saves(self, run: Run) -> tuple[list[Save], list[str]]:
-        """The checkpoints in the store, and the folders there that are none."""
+        """See `read_saves`; waits for the last one first: its snapshot is written after the ranks have gone."""
         store = connect(self._store.as_uri())
         last = f"step {STEPS} to be committed"
-        wait_until(lambda: any(ref.step == STEPS and read_commit(store, ref) for ref in list_refs(store)), last, 60.0)
-        saves, unfinished = [], []
-        for ref in sorted(list_refs(store), key=lambda ref: ref.step):
-            commit = read_commit(store, ref)
-            if commit is None:
-                unfinished.append(ref.name)
-                continue
-            committed = next(iter(store.list(f"{ref.name}/{COMMIT}"))).modified
-            seen = [s for s in run.steps if (s.step, s.attempt) == (commit.step, commit.attempt)]
-            blocked = seen[0].blocked if seen else None
-            durable = max(committed - (seen[0].at - seen[0].blocked), 0.0) if seen else None
-            saves.append(Save(ref.step, ref.epoch, commit.bytes, commit.shards, blocked, durable))
-        store.close()
+        wait_until(lambda: any(r.step == STEPS and read_commit(store, r) for r in list_refs(store)), last, 60.0)
+        saves, unfinished = read_saves(store, run)
         self._story.say(f"{len(saves)} checkpoints are committed, {size(saves[0].nbytes)} each")
         return saves, unfinished
 
@@ -267,6 +256,23 @@ class Killer:
             resumed_from=max((done for done, _ in self._starts.values()), default=None),
             source=" and ".join(sorted({source for _, source in self._starts.values()})),
         )
+
+
+def read_saves(store: Store, run: Run) -> tuple[list[Save], list[str]]:
+    """The committed checkpoints of a run by step, and the names of the folders that hold no commit record."""
+    saves, unfinished = [], []
+    for ref in sorted(list_refs(store), key=lambda ref: ref.step):
+        commit = read_commit(store, ref)
+        if commit is None:
+            unfinished.append(ref.name)
+            continue
+        committed = {entry.key: entry.modified for entry in store.list(ref.name)}[f"{ref.name}/{COMMIT}"]
+        seen = [step for step in run.steps if (step.step, step.attempt) == (commit.step, commit.attempt)]
+        # None where rank 0 was stopped between the snapshot and its line in the log.
+        blocked = seen[0].blocked if seen else None
+        durable = max(committed - (seen[0].at - seen[0].blocked), 0.0) if seen else None
+        saves.append(Save(ref.step, ref.epoch, commit.bytes, commit.shards, blocked, durable))
+    return saves, unfinished
 
 
 def copy_run(store: Path, target: Path, step: int) -> None:

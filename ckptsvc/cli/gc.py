@@ -81,8 +81,9 @@ def _running_steps() -> set[int]:
         if answer.status is None:
             note(f"the agent in {answer.directory} does not say what it is saving: {answer.error}")
             continue
-        steps.update(step for job in answer.status["coordinates"] for step in job["running_saves"])
-        steps.update(arena["step"] for arena in answer.status["arenas"] if arena["state"] in ("filling", "staged"))
+        jobs, arenas = answer.status.get("coordinates", ()), answer.status.get("arenas", ())
+        steps.update(step for job in jobs for step in job["running_saves"])
+        steps.update(arena["step"] for arena in arenas if arena["state"] in ("filling", "staged"))
     return steps
 
 

@@ -7,7 +7,6 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,10 +131,17 @@ class AgentLink:
         """The state has gone back to an earlier checkpoint, for the count-th time."""
         self.registration["epoch"] = self.call("Rewind", agent_pb2.RewindRequest(count=count), timeout).epoch
 
-    def provide(self, nbytes: int, timeout: float) -> None:
-        """Have arenas set up, and map them, so that the first snapshots need not."""
-        for slot in self.call("Provide", agent_pb2.ProvideRequest(bytes=nbytes), timeout).slots:
+    def provide(self, nbytes: int, timeout: float) -> set[str]:
+        """Have arenas set up, and map them, so that the first snapshots need not; returns them.
+
+        Others are unmapped: the agent has given them up, and their memory is free only when nobody maps it.
+        """
+        slots = set(self.call("Provide", agent_pb2.ProvideRequest(bytes=nbytes), timeout).slots)
+        for slot in slots:
             self.arena(slot)
+        with self._lock:
+            self._mapped = {slot: mapped for slot, mapped in self._mapped.items() if slot in slots}
+        return slots
 
     def acquire(self, step: int, nbytes: int, timeout: float) -> tuple[str, int]:
         """A free arena: (slot, epoch)."""
@@ -193,13 +199,6 @@ class AgentLink:
                 if writable:
                     self._mapped[slot] = mapped
             return mapped
-
-    def forget_arenas(self, but: Callable[[Mapped], bool]) -> None:
-        """Unmap arenas that are of no more use: their memory is freed only when nobody maps it."""
-        with self._lock:
-            for slot, mapped in list(self._mapped.items()):
-                if not but(mapped):
-                    del self._mapped[slot]
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

@@ -12,7 +12,6 @@ from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
@@ -132,9 +131,11 @@ def _state_of(module: nn.Module) -> tuple[State, bool]:
 
 def _bare(module: nn.Module) -> nn.Module:
     """The module inside DDP and torch.compile."""
-    while isinstance(module, DistributedDataParallel | OptimizedModule):
-        module = module.module if isinstance(module, DistributedDataParallel) else module._orig_mod
-    return module
+    while True:
+        inner = module.module if isinstance(module, DistributedDataParallel) else getattr(module, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return module
+        module = inner
 
 
 class _Live:

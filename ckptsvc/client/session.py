@@ -292,7 +292,8 @@ class Session:
         page = self._link.page
         if page.get("failed") != self._known_failure:
             self._known_failure = page.get("failed")
-            self._try(self._report_failure)
+            if self._known_failure >= 0:  # a new agent's page says nothing yet
+                self._try(self._report_failure)
         order, stop = page.get("save_at"), page.get("stop_at")
         if order != self._last_order and order <= self.steps_done:
             self._last_order = order

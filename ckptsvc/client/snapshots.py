@@ -100,7 +100,7 @@ class Snapshots:
             try:
                 plan = self._plans.get(capture.structure) or self.agree(capture, generation, ARRANGE_TIMEOUT)
                 if plan is not None:
-                    self._link.provide(plan.room(objects), ARRANGE_TIMEOUT)
+                    plan.forget(self._link.provide(plan.room(objects), ARRANGE_TIMEOUT))
             except CkptsvcError as error:
                 log.warning("rank %d: not ready to save yet: %s", self._group.rank, error)
 

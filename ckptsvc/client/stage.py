@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import is_
@@ -122,10 +122,10 @@ class StagePlan:
         _copy(list(compress(targets, now)), list(compress(sources, now)), arena)
         return total, lambda: _copy(list(compress(targets, late)), list(compress(sources, late)), arena)
 
-    def forget(self, slots: set[str]) -> None:
-        """Drop the views of arenas that are not in `slots`, so that they can be unmapped."""
-        for slot in [s for s in self._targets if s not in slots]:
-            del self._targets[slot]
+    def forget(self, but: Collection[str]) -> None:
+        """Drop the views of all arenas but these, so that they can be unmapped."""
+        for slot in [s for s in self._targets if s not in but]:
+            self._targets.pop(slot, None)
 
     def _live(self, capture: Capture) -> list[Tensor]:
         known = self._sources_of

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ckptsvc.client.document import ArrayRef
 from ckptsvc.client.parts import LocalPart, parts_of
-from ckptsvc.errors import LayoutError
+from ckptsvc.errors import LayoutError, UnsupportedObject
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.types import TensorMeta
 
@@ -53,6 +53,11 @@ class Wanted:
         """
         self.names.add(name)
         parts = parts_of(name, tensor, splittable=splittable)
+        if any(0 in p.tensor.stride() and _is_expanded(p.tensor) for p in parts):
+            raise UnsupportedObject(
+                f"/{name} cannot be filled: several of its elements are the same memory",
+                hint="call contiguous() on what expand() made, before attach",
+            )
         meta = self.meta(name)
         if self.stored is not None and meta is None:
             self.absent.append(name)
@@ -91,6 +96,10 @@ class Wanted:
                 listed(self.absent, "in the state tree and not in the checkpoint"),
                 hint="attach the tree that was saved, or load what you need yourself with ckptsvc.load()",
             )
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    return any(n > 1 and stride == 0 for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def other_kind(path: str) -> LayoutError:

@@ -193,7 +193,8 @@ class PosixStore:
             os.rename(temporary, name, src_dir_fd=directory, dst_dir_fd=directory)
         except OSError:
             with suppress(OSError):
-                os.unlink(name, dir_fd=directory)
+                if os.stat(name, dir_fd=directory, follow_symlinks=False).st_size == 0:  # not renamed after all
+                    os.unlink(name, dir_fd=directory)
             raise
         return True
 

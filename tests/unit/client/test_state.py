@@ -632,6 +632,31 @@ def test_names_only_the_checkpoint_has_are_told() -> None:
     StateTree({"m": nn.Sequential(linear(1))}, 0, 2).targets(saved.metas, saved.document(0))
 
 
+def test_memory_that_cannot_be_filled() -> None:
+    state = tree(x=torch.zeros(1).expand(3), y=torch.ones(1, 4).expand(1, 4))
+    saved = dense.save(state)
+    assert saved.tensors["x"].tolist() == [0, 0, 0]
+    with pytest.raises(UnsupportedObject, match=r"/x cannot be filled.*contiguous\(\)"):
+        dense.restore(state, saved)
+    dense.restore(tree(x=torch.ones(3), y=torch.ones(1, 4)), saved)
+
+
+def test_a_hook_that_invents_names() -> None:
+    net = nn.Sequential(linear(1))
+
+    def add(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        state[prefix + "total"] = module.weight.detach().sum()
+
+    net[0]._register_state_dict_hook(add)
+    net[0]._register_load_state_dict_pre_hook(lambda state, prefix, *_: state.pop(prefix + "total"))
+    saved = dense.save(tree(m=net))
+    assert saved.tensors["m/0.total"].item() == 4
+    with torch.no_grad():
+        net[0].weight.zero_()
+    dense.restore(tree(m=net), saved)
+    assert net[0].weight.sum().item() == 4
+
+
 def test_a_document_and_tensors_that_do_not_go_together() -> None:
     saved = dense.save(tree(t=[torch.ones(1)], thing=Thing(a=torch.ones(1))))
     with pytest.raises(LayoutError, match="/@rank/0/thing/a is in the document"):

@@ -1,0 +1,209 @@
+"""`ckptsvc status`: what the agents of this node are doing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptsvc.cli.agents import Answer, agent_directory, ask_all
+from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, size
+from ckptsvc.errors import AgentUnavailable, NotFound
+
+PARTLY_DONE = 3
+"""Exit status where an agent is there and does not answer."""
+
+WATCH_EVERY = 2.0
+"""Seconds between two looks."""
+
+SAVES_SHOWN = 5
+LATE = 60.0
+"""Seconds without a heartbeat from which on it catches the eye."""
+
+_OF_JOBS = ("ranks", "arenas", "saves", "coordinates")
+_CLEAR = "\x1b[H\x1b[2J"
+_OUTCOME_STYLE = {"committed": "good", "failed": "bad", "fenced": "bad", "skipped": "doubt"}
+
+Status = Mapping[str, Any]
+
+
+@click.command()
+@click.option("--job", metavar="NAME", help="Only this job.")
+@click.option("--dir", "directory", type=click.Path(path_type=Path),
+    help="Directory of the sockets; default: as for `ckptsvc agent`.")  # fmt: skip
+@click.option("--watch", is_flag=True, help="Look again every two seconds, until interrupted.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON document (with --watch, one a line).")
+def command(job: str | None, directory: Path | None, watch: bool, as_json: bool) -> int:
+    """Show what the agents of this node are doing: the user's own, and those of single jobs.
+
+    \b
+    Exit status: 0; 3 an agent does not answer; 10 no agent has that job;
+    20 no agent runs.
+    \b
+    JSON: {"directory", "agents": [{"directory", "error", "status": {
+      "status_version", "version", "node", "pid", "started", "address",
+      "metrics", "arena_limit",
+      "ranks": [{"job", "attempt", "rank", "world_size", "pid", "store",
+        "step", "heartbeat_age", "committed"}],
+      "arenas": [{"job", "rank", "state", "step", "bytes"}],
+      "saves": [{"job", "epoch", "step", "outcome", "code", "reason",
+        "bytes", "seconds"}],
+      "coordinates": [{"job", "attempt", "epoch", "world_size",
+        "live_ranks", "nodes", "running_saves", "in_memory", "restarts",
+        "incidents"}]}}]}
+    error is {"code", "what"} where there is no status, else null. Sizes in
+    bytes, ages in seconds, times in Unix seconds; a step of -1 is none.
+    """  # noqa: D301  \b is click's
+    where = directory or agent_directory()
+    while True:
+        try:
+            status = _look(where, job, as_json, clear=watch)
+        except (AgentUnavailable, NotFound) as error:
+            if not watch:
+                raise
+            note(error.what)
+            status = 0
+        if not watch:
+            return status
+        time.sleep(WATCH_EVERY)
+
+
+def _look(where: Path, job: str | None, as_json: bool, *, clear: bool) -> int:
+    answers = ask_all(where)
+    if not answers:
+        raise AgentUnavailable(
+            f"no agent runs in {where}",
+            hint="`ckptsvc run` starts one for a job; `ckptsvc agent` runs one for the node",
+        )
+    if job is not None:
+        answers = _only(answers, job)
+    if as_json:
+        emit({"directory": str(where), "agents": [_json(answer) for answer in answers]})
+        sys.stdout.flush()
+    else:
+        screen = Screen()
+        if clear and screen.width is not None:
+            click.echo(_CLEAR, nl=False)
+        for number, answer in enumerate(answers):
+            if number:
+                screen.line()
+            _show(screen, answer)
+    return PARTLY_DONE if any(answer.status is None for answer in answers) else 0
+
+
+def _only(answers: Sequence[Answer], job: str) -> list[Answer]:
+    """The agents that have the job, with nothing else in their status; those that do not answer may have it."""
+    kept = []
+    for answer in answers:
+        if answer.status is None:
+            kept.append(answer)
+            continue
+        mine = {name: [each for each in answer.status[name] if each["job"] == job] for name in _OF_JOBS}
+        if any(mine.values()):
+            kept.append(answer._replace(status=answer.status | mine))
+    if not kept:
+        raise NotFound(f"no agent of this node has a job {job!r}", hint="`ckptsvc status` shows those it has")
+    return kept
+
+
+def _json(answer: Answer) -> dict[str, Any]:
+    error = answer.error
+    return {
+        "directory": str(answer.directory),
+        "error": error and {"code": error.code, "what": error.what},
+        "status": answer.status,
+    }
+
+
+def _show(screen: Screen, answer: Answer) -> None:
+    status = answer.status
+    if status is None:
+        screen.line(screen.paint(f"agent in {answer.directory}", "head"))
+        screen.line("  " + screen.paint(printable(f"does not answer: {answer.error}"), "bad"))
+        return
+    screen.line(screen.paint(f"agent of {printable(status['node'])}", "head"))
+    up = duration(time.time() - status["started"])
+    metrics = f", metrics on {status['metrics']}" if status["metrics"] else ""
+    screen.line(f"  pid {status['pid']}, up {up}, version {status['version']}, {answer.directory}")
+    screen.line(f"  listens on {status['address']}{metrics}")
+    screen.line(f"  {_arenas(status)}")
+    for job in _jobs(status):
+        screen.line()
+        for line in _describe(screen, status, job):
+            screen.line(line)
+        _show_ranks(screen, [rank for rank in status["ranks"] if rank["job"] == job])
+        _show_saves(screen, [save for save in status["saves"] if save["job"] == job])
+
+
+def _arenas(status: Status) -> str:
+    arenas = status["arenas"]
+    states = Counter(arena["state"] for arena in arenas)
+    listed = ": " + ", ".join(f"{count} {state}" for state, count in sorted(states.items())) if arenas else ""
+    used = sum(arena["bytes"] for arena in arenas)
+    return f"arenas {size(used)} of {size(status['arena_limit'])}{listed}"
+
+
+def _jobs(status: Status) -> list[str]:
+    """Every job the agent has to do with, coordinated ones first."""
+    return list(dict.fromkeys(each["job"] for name in ("coordinates", "ranks", "saves") for each in status[name]))
+
+
+def _describe(screen: Screen, status: Status, job: str) -> Iterator[str]:
+    yield "  " + screen.paint(f"job {printable(job)}", "head")
+    stores = sorted({rank["store"] for rank in status["ranks"] if rank["job"] == job})
+    if stores:
+        yield f"    store {printable(', '.join(stores))}"
+    for own in status["coordinates"]:
+        if own["job"] == job:
+            nodes = f"{plural(len(own['nodes']), 'node')}" if own["nodes"] else "no node"
+            ranks = f"{own['live_ranks']} of {plural(own['world_size'], 'rank')} on {nodes}"
+            yield f"    coordinated here: attempt {own['attempt']}, epoch {own['epoch']}, {ranks}"
+            saving, memory = (", ".join(map(str, own[name])) or "none" for name in ("running_saves", "in_memory"))
+            yield f"    steps being saved: {saving}; in memory: {memory}"
+            if own["restarts"]:
+                yield "    " + screen.paint(plural(own["restarts"], "restart"), "doubt")
+            for incident in own["incidents"]:
+                yield f"      {printable(incident)}"
+
+
+def _show_ranks(screen: Screen, ranks: Sequence[Status]) -> None:
+    if not ranks:
+        return
+    late = [each["heartbeat_age"] is not None and each["heartbeat_age"] > LATE for each in ranks]
+    rows = [
+        [
+            str(each["rank"]),
+            str(each["pid"]),
+            f"{each['step']:,}",
+            "none yet" if each["heartbeat_age"] is None else f"{duration(each['heartbeat_age'])} ago",
+            "none" if each["committed"] < 0 else f"{each['committed']:,}",
+        ]
+        for each in ranks
+    ]
+    header = ["RANK", "PID", "STEP", "HEARTBEAT", "COMMITTED"]
+    screen.table(header, rows, right=header, indent="    ",
+        style=lambda row, column: "doubt" if column == "HEARTBEAT" and late[row] else "")  # fmt: skip
+
+
+def _show_saves(screen: Screen, saves: Sequence[Status]) -> None:
+    newest = sorted(saves, key=lambda each: (each["epoch"], each["step"]), reverse=True)[:SAVES_SHOWN]
+    if not newest:
+        return
+    rows = [
+        [
+            f"{each['step']:,}",
+            "running" if each["outcome"] == "unspecified" else each["outcome"],
+            size(each["bytes"]),
+            duration(each["seconds"]),
+            "" if each["outcome"] == "committed" else printable(each["reason"]),
+        ]
+        for each in newest
+    ]
+    style = [_OUTCOME_STYLE.get(each["outcome"], "") for each in newest]
+    screen.table(["SAVED STEP", "OUTCOME", "SIZE", "TOOK", "WHY"], rows, right=("SAVED STEP", "SIZE", "TOOK"),
+        fold="WHY", indent="    ", style=lambda row, column: style[row] if column == "OUTCOME" else "")  # fmt: skip

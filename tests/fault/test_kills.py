@@ -1,0 +1,159 @@
+"""SIGKILL at every point of a save: of the training process, of the agent, of both, of the I/O worker.
+
+A process stops at a failpoint (pipeline/failpoint.py), the test kills whom it wants to, and lets the others go on.
+Step n's tensor is full of n, so that what a checkpoint holds can be told from its bytes.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.damage import checkpoints, steps
+from harness.job import Job, Launch
+from harness.rank import Rank
+from harness.runtime import Runtime, eventually
+from safetensors import safe_open
+
+from ckptsvc.pipeline.catalog import find, open_checkpoint
+from ckptsvc.pipeline.verify import verify_checkpoint
+from ckptsvc.storage import connect
+
+ELEMENTS = 3_000_000  # 12 MB: written in several pieces
+
+NOT_YET_HANDED_OVER = ("before_copy", "before_submit", "before_label")
+HANDED_OVER = (
+    "after_label",
+    "before_shard",
+    "in_shard",
+    "after_shard",
+    "before_commit",
+    "before_record",
+    "after_commit",
+)
+IN_TRAINER = ("before_copy", "before_submit", "after_submit")
+IN_WORKER = (*HANDED_OVER[1:], "in_expire")
+
+
+def train(rank: Rank, store: str) -> dict[str, Any]:
+    """Steps and saves when the test says so, until it says to end."""
+    import ckptsvc
+    import torch
+
+    tensor = torch.zeros(ELEMENTS)
+    run = ckptsvc.attach({"tensor": tensor}, store=store, every=1, keep=2)
+    rank.report("attached", step=run.steps_done, values=sorted({tensor.min().item(), tensor.max().item()}))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for step in range(run.steps_done + 1, 1000):
+            rank.until(str(step))
+            if (rank.folder / "go-end").exists():
+                break
+            tensor.fill_(step)
+            run.step()
+            rank.report("stepped", step=step, skipped=run.skipped)
+    run.close()
+    return {"skipped": run.skipped, "said": [str(w.message) for w in said]}
+
+
+def assert_good(store: Path) -> None:
+    """Every committed checkpoint verifies, and holds the values of its step and of no other."""
+    opened = connect(str(store))
+    found = find(opened)
+    assert len(found) == len(checkpoints(store)) > 0
+    for ref, commit in found:
+        assert not isinstance(commit, Exception), f"{ref}: {commit}"
+        assert verify_checkpoint(open_checkpoint(opened, ref, commit)) == []
+        (shard,) = checkpoint_shards(store, ref.name, commit.shards)
+        with safe_open(shard, "numpy") as file:
+            tensor = file.get_tensor("tensor")
+            assert (tensor.min(), tensor.max()) == (ref.step, ref.step)
+
+
+def checkpoint_shards(store: Path, name: str, count: int) -> list[Path]:
+    """The newest shards of a checkpoint: an interrupted try may have left one more."""
+    return sorted((store / name).glob("r*.safetensors"), key=lambda p: p.stat().st_mtime)[-count:]
+
+
+def await_step(store: Path, step: int) -> None:
+    """Wait until a step is committed."""
+    eventually(lambda: step in steps(store), f"step {step} to be committed")
+
+
+def kill(pid: int) -> None:
+    """SIGKILL."""
+    os.kill(pid, signal.SIGKILL)
+
+
+def to_step(job: Job, runtime: Runtime, step: int, point: str, store: Path) -> int:
+    """Bring step - 1 into the store and the next step to a failpoint; returns the process that stands there."""
+    for earlier in range(1, step):
+        job.go(str(earlier))
+        job.wait_for("stepped", step=earlier)
+        await_step(store, earlier)
+    runtime.arm(point)
+    job.go(str(step))
+    return runtime.reached(point)
+
+
+def last_step(point: str) -> int:
+    """The step at which the point is reached: old checkpoints are removed only once there are more than to keep."""
+    return 3 if point == "in_expire" else 2
+
+
+@pytest.mark.parametrize("point", [*NOT_YET_HANDED_OVER, "after_submit", *HANDED_OVER, "in_expire"])
+def test_the_trainer_is_killed(launch: Launch, runtime: Runtime, tmp_path: Path, point: str) -> None:
+    store, step = tmp_path / "run", last_step(point)
+    with launch.plain(1, train, str(store)) as job:
+        to_step(job, runtime, step, point, store)
+        job.kill()
+        runtime.let_go(point)
+    if point in IN_TRAINER[:2]:
+        # Nothing of it was handed over. The agent lets go of everything, and ends.
+        eventually(lambda: not runtime.status()["ranks"], "the agent to notice")
+        assert steps(store) == [1]
+    else:
+        await_step(store, step)
+    assert_good(store)
+
+
+def test_the_agent_is_killed_at_every_point(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
+    """One training goes through it again and again, with a new agent each time."""
+    store = tmp_path / "run"
+    points = [*NOT_YET_HANDED_OVER, "after_submit", *HANDED_OVER, "in_expire"]
+    with launch.plain(1, train, str(store)) as job:
+        job.go("1")
+        await_step(store, 1)
+        step = 1
+        for point in points:
+            step += 1
+            runtime.arm(point)
+            job.go(str(step))
+            runtime.reached(point)
+            (agent,) = runtime.agents()
+            kill(agent.pid)
+            eventually(lambda pid=agent.pid: pid not in [p.pid for p in runtime.processes()], "the agent's end")
+            runtime.let_go(point)
+            job.wait_for("stepped", step=step)
+            if point in NOT_YET_HANDED_OVER:
+                assert step not in steps(store), point
+            else:
+                await_step(store, step)
+            assert_good(store)
+            # Training and service go on.
+            while steps(store)[0] < step + 1:
+                step += 1
+                job.go(str(step))
+                job.wait_for("stepped", step=step)
+                time.sleep(0.3)
+        job.go("end")
+        job.go(str(step + 1))
+        (result,) = job.results()
+    assert result["skipped"] >= len(NOT_YET_HANDED_OVER)
+    assert len([m for m in result["said"] if "skipped" in m]) == result["skipped"]
