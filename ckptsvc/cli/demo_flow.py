@@ -193,7 +193,6 @@ class Demo:
                 return ended
 
             wait_until(look, f"{title} to end", PATIENCE, launchers)
-        events.close()
 
 
 class Killer:

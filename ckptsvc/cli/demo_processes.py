@@ -8,10 +8,10 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from ckptsvc.errors import CkptsvcError
 
@@ -99,27 +99,26 @@ class Events:
     """The complete JSON lines of a growing file, each given out once."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file: BinaryIO | None = None
-        self._rest = b""
+        self._path = path
+        self._offset = 0
 
-    def new(self) -> Iterator[dict[str, Any]]:
+    def new(self) -> list[dict[str, Any]]:
         """What was added since the last call; lines that are no JSON objects are passed over."""
-        if self._file is None:
-            if not self.path.exists():
-                return
-            self._file = open(self.path, "rb")  # noqa: SIM115 - it lives as long as this object
-        *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
-        for line in lines:
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._offset)
+                added = file.read()
+        except FileNotFoundError:
+            return []
+        whole = added[: added.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        events = []
+        for line in whole.splitlines():
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
                 if isinstance(event, dict):
-                    yield event
-
-    def close(self) -> None:
-        """Closes the file."""
-        if self._file is not None:
-            self._file.close()
+                    events.append(event)
+        return events
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout: float, needed: Sequence[Child] = ()) -> None:

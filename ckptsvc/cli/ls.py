@@ -53,21 +53,25 @@ def command(store: str, show_all: bool, as_json: bool) -> None:
     A later epoch (attempt of the job) is newer than an earlier one, whatever its steps are.
 
     \b
-    JSON: {"store", "checkpoints": [{"name", "step", "epoch", "state", "world_size", "attempt", "job", "shards",
-      "bytes", "created", "why"}], "not_committed"}
-      state is "committed", "damaged", "newer format" or "not committed"; bytes are those of the shards; created is
-      ISO 8601 in UTC; what is not known is null; not_committed counts such saves, listed or not.
+    JSON: {"store", "checkpoints": [{"name", "step", "epoch", "state",
+      "world_size", "attempt", "job", "shards", "bytes", "created", "why"}],
+      "not_committed"}
+    state is "committed", "damaged", "newer format" or "not committed"; bytes
+    are those of the shards; created is ISO 8601 in UTC, of the commit or else
+    of the last write; not_committed counts such saves, listed or not; what is
+    not known is null.
     """  # noqa: D301  \b is click's
     place = address.parse(store)
     with address.opened(place) as opened:
         url = opened.url
         found = [_look(opened, ref) for ref in list_refs(opened) if place.name in (None, ref.name)]
+        hint = "" if found else address.what_instead(opened)
     hidden = sum(1 for each in found if each.commit is None)
     shown = found if show_all or place.name else [each for each in found if each.commit is not None]
     if as_json:
         emit({"store": url, "checkpoints": [_json(each) for each in shown], "not_committed": hidden})
         return
-    _show(url, shown)
+    _show(url, shown, hint)
     if hidden and len(shown) < len(found):
         note(f"{plural(hidden, 'save')} not committed (--all shows them)")
 
@@ -103,9 +107,11 @@ def _json(found: Found) -> dict[str, Any]:
     }
 
 
-def _show(url: str, found: Sequence[Found]) -> None:
+def _show(url: str, found: Sequence[Found], hint: str) -> None:
     if not found:
-        note(f"no checkpoints in {url}")
+        note(f"no committed checkpoints in {url}")
+        if hint:
+            note(f"hint: {hint}")
         return
     rows = [
         (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from typing import Any
 
@@ -65,7 +66,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Entry point: no traceback for errors that were foreseen."""
     args = sys.argv[1:] if arguments is None else arguments
     try:
-        status: Any = cli.main(args=args, standalone_mode=False)
+        # Not cli.main(): that would take a broken pipe for itself, and end with the status of an unexpected error.
+        with cli.make_context("ckptsvc", list(args)) as context:
+            status: Any = cli.invoke(context)
+        sys.stdout.flush()
+    except click.exceptions.Exit as end:  # --help, --version
+        sys.exit(end.exit_code)
     except click.exceptions.Abort:
         sys.exit(130)
     except click.ClickException as error:
@@ -82,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `ckptsvc ls | head`
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered
         sys.exit(141)
     sys.exit(status if isinstance(status, int) else 0)
 

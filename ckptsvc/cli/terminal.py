@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 import click
@@ -38,13 +39,15 @@ class Screen:
 
     def __init__(self, stream: TextIO | None = None, environ: Mapping[str, str] = os.environ) -> None:
         self._stream = stream or sys.stdout
+        if isinstance(self._stream, TextIOWrapper):
+            self._stream.reconfigure(errors="backslashreplace")  # names that the locale cannot write
         terminal = self._stream.isatty()
         self.width = _columns(self._stream, environ) if terminal else None
         self.colour = terminal and wants_colour(environ)
 
     def line(self, text: str = "") -> None:
         """Write one line."""
-        click.echo(text, file=self._stream, color=self.colour)
+        self._stream.write(text + "\n")
 
     def paint(self, text: str, style: str) -> str:
         """The text in a style ("head", "good", "bad", "doubt", "quiet", or "" for none)."""
@@ -97,6 +100,7 @@ def wants_colour(environ: Mapping[str, str]) -> bool:
 
 def note(text: str) -> None:
     """A message for the person, on standard error."""
+    sys.stdout.flush()  # so that it comes after the results it is about
     click.echo(text, err=True)
 
 

@@ -45,12 +45,14 @@ def command(store: str, name: str | None, step: int | None, every: bool, as_json
     given. STORE may also be the address of the checkpoint itself.
 
     \b
-    Exit status: 0 all is well; 12 something is damaged; 10 there is nothing to verify; 13 written by a newer ckptsvc.
+    Exit status: 0 all is well; 10 there is nothing to verify; 12 something is
+    damaged; 13 something was written by a newer ckptsvc.
     \b
-    JSON: {"store", "ok", "checkpoints": [{"name", "state", "shards", "bytes", "seconds",
-      "damage": [{"file", "start", "stop", "why", "tensors"}]}]}
-      state is "ok", "damaged" or "newer format"; file is the key in the store; [start, stop) is in bytes of that file;
-      tensors are the names of the logical tensors that lie in these bytes, none for headers, index, commit record.
+    JSON: {"store", "ok", "checkpoints": [{"name", "state", "shards", "bytes",
+      "seconds", "damage": [{"file", "start", "stop", "why", "tensors"}]}]}
+    state is "ok", "damaged" or "newer format"; file is the key in the store;
+    [start, stop) is in bytes of that file; tensors are the names of the logical
+    tensors in these bytes: none in headers, index and commit record.
     """  # noqa: D301  \b is click's
     place = address.parse(store, name, step)
     if every and (place.name or step is not None):

@@ -85,7 +85,7 @@ class ModuleNode:
             path = join(self.path, name)
             if name in plain:
                 self._filled.update((ref.name, wanted.fresh(ref.name)) for ref in references(plain[name]))
-            elif live.has(value) or isinstance(value, DTensor) or wanted.stored is None:
+            elif wanted.stored is None or isinstance(value, DTensor) or (live.has(value) and not _is_extra(name)):
                 if isinstance(value, Tensor):
                     wanted.fill(path, value, splittable=live.is_parameter(value))
             elif wanted.meta(path) is not None:
@@ -117,6 +117,10 @@ class ModuleNode:
                 raise LayoutError(f"/{self.path} cannot be loaded: {error}") from error
         self._fingerprint = None
         return self.target
+
+
+def _is_extra(name: str) -> bool:
+    return name.rpartition(".")[2] == "_extra_state"  # what `torch.nn.Module.state_dict` calls it
 
 
 def _state_of(module: nn.Module) -> tuple[State, bool]:

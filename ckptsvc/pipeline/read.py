@@ -84,6 +84,9 @@ class Source(Protocol):
     def read_into(self, shard: int, offset: int, buffer: memoryview) -> None:
         """Fill the buffer with the shard's bytes from `offset` on."""
 
+    def view(self, shard: int) -> memoryview | None:
+        """All bytes of the shard where they are in memory already: then they are not copied first. Else None."""
+
 
 Sink = Callable[[int, View, NDArray[Any]], None]
 """Takes (target, place, array): the array has the shape of the place's box; it is only lent."""
@@ -218,14 +221,32 @@ def fill(window: Window, mask: int, source: Source, extent: int, buffer: memoryv
         begin, end = start + first * extent, min(start + last * extent, size)
         part = buffer[begin - start : end - start]
         source.read_into(window.shard, begin, part)
-        bad = bad_extents(part, source.digests(window.shard), begin // extent, extent)
-        if bad:
-            raise Damaged(
-                f"{source.name(window.shard)}: bytes {bad[0] * extent} to {min((bad[0] + 1) * extent, size)}"
-                " do not match their checksum"
-            )
+        _verify(source, window.shard, begin, part, extent)
         total += end - begin
     return total
+
+
+def look(window: Window, source: Source, extent: int) -> memoryview | None:
+    """The window's bytes in place, verified, where the source has them in memory; None where it has not.
+
+    Raises:
+        Damaged: as `fill`.
+    """
+    whole = source.view(window.shard)
+    if whole is None:
+        return None
+    start = window.number * WINDOW_EXTENTS * extent
+    for first, last in runs(window.mask):
+        begin = start + first * extent
+        _verify(source, window.shard, begin, whole[begin : start + last * extent], extent)
+    return whole[start:]
+
+
+def _verify(source: Source, shard: int, begin: int, part: memoryview, extent: int) -> None:
+    bad = bad_extents(part, source.digests(shard), begin // extent, extent)
+    if bad:
+        end = min((bad[0] + 1) * extent, source.size(shard))
+        raise Damaged(f"{source.name(shard)}: bytes {bad[0] * extent} to {end} do not match their checksum")
 
 
 def deliver(window: Window, buffer: memoryview, sink: Sink) -> None:
@@ -296,9 +317,12 @@ def read_windows(
                 return
             buffer = free.get()
             try:
-                with reading:
-                    nbytes = fill(window, window.mask, source, extent, buffer)
-                deliver(window, buffer, sink)
+                nbytes = 0
+                held = look(window, source, extent)
+                if held is None:
+                    with reading:
+                        nbytes = fill(window, window.mask, source, extent, buffer)
+                deliver(window, held or buffer, sink)
             except BaseException:
                 failed.set()  # what the others would still read is of no use
                 raise

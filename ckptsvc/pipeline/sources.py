@@ -36,6 +36,10 @@ class StoreSource:
         except NotFound:
             raise Damaged(f"{self._checkpoint.store.url}/{key}, a shard, is missing") from None
 
+    def view(self, shard: int) -> memoryview | None:
+        """See pipeline.read.Source."""
+        return None
+
 
 class ArenaSource:
     """Shards that are in memory on this node, by their number in the index."""
@@ -58,3 +62,7 @@ class ArenaSource:
     def read_into(self, shard: int, offset: int, buffer: memoryview) -> None:
         """See pipeline.read.Source."""
         buffer[:] = self._arenas[shard][offset : offset + len(buffer)]
+
+    def view(self, shard: int) -> memoryview | None:
+        """See pipeline.read.Source."""
+        return self._arenas.get(shard)

@@ -139,6 +139,6 @@ def test_the_plan_fits_together() -> None:
     """The kill and the branch lie where there is something to lose and something to resume."""
     assert demo_flow.STEPS % demo_flow.EVERY == 0
     assert demo_flow.BRANCH_FROM % demo_flow.EVERY == 0
-    assert 0 < KILL_AFTER % demo_flow.EVERY
+    assert KILL_AFTER % demo_flow.EVERY > 0
     assert demo_flow.BRANCH_FROM < demo_flow.BRANCH_TO <= demo_flow.STEPS
     assert KILL_AFTER + 2 * demo_flow.EVERY < demo_flow.STEPS

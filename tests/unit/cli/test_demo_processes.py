@@ -102,11 +102,10 @@ def test_waiting_ends_in_time(children: Children) -> None:
 def test_events_are_given_out_once_and_whole(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     events = Events(path)
-    assert list(events.new()) == []
+    assert events.new() == []
     path.write_text('{"a": 1}\n{"a"')
-    assert list(events.new()) == [{"a": 1}]
+    assert events.new() == [{"a": 1}]
     with open(path, "a") as log:
         log.write(': 2}\nnot JSON\n[3]\n\xff\n{"a": 4}\n')
-    assert list(events.new()) == [{"a": 2}, {"a": 4}]
-    assert list(events.new()) == []
-    events.close()
+    assert events.new() == [{"a": 2}, {"a": 4}]
+    assert events.new() == []

@@ -254,6 +254,7 @@ class Extra(nn.Module):
     def __init__(self, value: Any) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
+        self.empty = nn.Parameter(torch.zeros(0))
         self.value = value
 
     def get_extra_state(self) -> Any:
@@ -269,6 +270,8 @@ class Extra(nn.Module):
         (7, 0),
         ({"scale": 2.0, "history": [1, 2]}, None),
         (torch.arange(5.0), torch.zeros(2)),
+        (torch.arange(5.0), torch.zeros(0)),
+        (torch.zeros(0), torch.zeros(2)),
         (torch.arange(5.0), 3),
         (3, torch.arange(5.0)),
         ({"amax": torch.arange(4.0), "n": 2}, {}),
