@@ -12,6 +12,17 @@ from harness.job import Launch
 from harness.runtime import Runtime
 from harness.zygote import Zygote
 
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Remember that a test failed, so that `runtime` shows what its agents had to say."""
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
 
 @pytest.fixture(scope="session")
 def _zygote() -> Iterator[Callable[[], Zygote]]:
@@ -29,10 +40,12 @@ def _zygote() -> Iterator[Callable[[], Zygote]]:
 
 
 @pytest.fixture
-def runtime() -> Iterator[Runtime]:
+def runtime(request: pytest.FixtureRequest) -> Iterator[Runtime]:
     """Private sockets and arenas. The test fails that leaves a process or an arena behind."""
     private = Runtime()
     yield private
+    if request.node.stash.get(FAILED, False):
+        print(f"--- agents\n{private.log()}")
     problems = private.close()
     assert not problems, "\n".join(problems)
 

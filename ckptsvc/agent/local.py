@@ -97,7 +97,7 @@ class Local:
         for arena in self.pool.arenas.values():
             job = self.jobs.get(arena.job)
             if arena.label is not None and job is not None and job.coordinator == coordinator:
-                yield reports.staged(self.name, arena.label, ended=arena.state is State.KEPT)
+                yield reports.staged(self.name, arena.label, ended=arena.state is State.KEPT, again=True)
         for job in self.jobs.values():
             if job.coordinator == coordinator:
                 yield from job.results.values()

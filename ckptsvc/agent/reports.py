@@ -44,8 +44,8 @@ def rewound(reg: Registration, count: int) -> pb.Report:
     return pb.Report(rewound=pb.Rewound(job=reg.job, attempt=reg.attempt, count=count))
 
 
-def staged(node: str, label: Label, ended: bool = False) -> pb.Report:
-    """A whole snapshot is in an arena; `ended` if its save has ended before."""
+def staged(node: str, label: Label, *, ended: bool = False, again: bool = False) -> pb.Report:
+    """A whole snapshot is in an arena; `ended` if its save has ended, `again` if this may have been said before."""
     event = pb.Staged(
         job=label.job,
         node=node,
@@ -58,6 +58,7 @@ def staged(node: str, label: Label, ended: bool = False) -> pb.Report:
         aliases=label.aliases,
         store=label.store,
         ended=ended,
+        again=again,
     )
     return pb.Report(staged=event)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.coordinator import Coordinator
-from ckptsvc.control.effects import AllotEpoch, Commit, CommitDone, Decision, EpochDone, Lookup, Send
+from ckptsvc.control.effects import AllotEpoch, Commit, CommitDone, Decision, EpochDone, Lookup, LookupDone, Send
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -82,10 +82,12 @@ class CoordinatorShell:
         if isinstance(effect, AllotEpoch):
             done = await self._allot(effect)
             self._execute(self.core.epoch_done(done, time.monotonic()))
+        elif isinstance(effect, Commit):
+            self._execute(self.core.commit_done(await self._commit(effect), time.monotonic()))
         else:
-            committed = await (self._commit(effect) if isinstance(effect, Commit) else self._lookup(effect))
-            if committed:
-                self._execute(self.core.commit_done(committed, time.monotonic()))
+            found = await self._lookup(effect)
+            if found:
+                self._execute(self.core.lookup_done(found, time.monotonic()))
 
     async def _allot(self, effect: AllotEpoch) -> EpochDone:
         args = {"store": effect.store, "job": effect.job, "attempt": effect.attempt}
@@ -122,14 +124,14 @@ class CoordinatorShell:
             self._writers.pop(key, None)
         return CommitDone(effect.job, effect.epoch, effect.step)
 
-    async def _lookup(self, effect: Lookup) -> CommitDone | None:
+    async def _lookup(self, effect: Lookup) -> LookupDone | None:
         args = {"store": effect.store, "epoch": effect.epoch, "step": effect.step}
         try:
             answer = await self._workers.of(effect.job).call("lookup", args)
         except CkptsvcError as error:
             log.warning("cannot look up step %d: %s", effect.step, error)
             return None
-        return CommitDone(effect.job, effect.epoch, effect.step) if answer["committed"] else None
+        return LookupDone(effect.job, effect.epoch, effect.step, answer["committed"])
 
     def _warn(self, note: dict[str, str]) -> None:
         log.warning(note.get("warning", ""))

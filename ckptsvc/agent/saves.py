@@ -71,15 +71,15 @@ class Saves:
             log(logger, logging.INFO, Event.ARENA_RECOVERED, "found the snapshot of step %d", label.step,
                 job=label.job, rank=label.rank, step=label.step)  # fmt: skip
             if arena.state is State.STAGED:
-                self._begin_save(arena, label)
+                self._begin_save(arena, label, again=True)
             else:
                 self._local.spawn(self._digest(job, arena, label))
-                self._local.report(job, reports.staged(self._local.name, label, ended=True))
+                self._local.report(job, reports.staged(self._local.name, label, ended=True, again=True))
 
-    def _begin_save(self, arena: Arena, label: Label) -> None:
+    def _begin_save(self, arena: Arena, label: Label, *, again: bool = False) -> None:
         job = self._local.jobs[label.job]
         job.digests[arena.name] = asyncio.get_running_loop().create_future()
-        self._local.report(job, reports.staged(self._local.name, label))
+        self._local.report(job, reports.staged(self._local.name, label, again=again))
         self._local.spawn(self._save(job, arena, label))
 
     async def _save(self, job: LocalJob, arena: Arena, label: Label) -> None:
@@ -127,7 +127,8 @@ class Saves:
 
     def _tell(self, job: LocalJob, label: Label, result: pb.Report) -> None:
         """Report what became of a shard, now and again to a coordinator that connects anew while the save runs."""
-        job.results[label.epoch, label.step, label.rank] = result
+        if (label.epoch, label.step) not in job.outcomes:
+            job.results[label.epoch, label.step, label.rank] = result
         self._local.report(job, result)
 
     async def _digest(self, job: LocalJob, arena: Arena, label: Label) -> None:

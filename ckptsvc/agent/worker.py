@@ -171,7 +171,10 @@ def _receive(sock: socket.socket, nbytes: int) -> bytearray | None:
     buffer = bytearray(nbytes)
     view = memoryview(buffer)
     while view:
-        got = sock.recv_into(view)
+        try:
+            got = sock.recv_into(view)
+        except ConnectionError:  # the agent was killed
+            return None
         if got == 0:
             return None
         view = view[got:]

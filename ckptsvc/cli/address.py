@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import click
 
 from ckptsvc.cli.terminal import plural
-from ckptsvc.errors import InvalidInput, NoCheckpoint
+from ckptsvc.errors import Damaged, IncompatibleVersion, InvalidInput, NoCheckpoint
 from ckptsvc.format.commit import CommitRecord, parse_checkpoint_name
 from ckptsvc.pipeline.catalog import Checkpoint, Ref, Refused, find, list_refs, open_checkpoint
 from ckptsvc.storage import Store, canonical, connect
@@ -110,9 +110,13 @@ def choose(store: Store, address: Address) -> Checkpoint:
         StoreError: the store cannot be read.
     """
     ref, commit = matching(store, address)[0]
-    if not isinstance(commit, CommitRecord):
-        raise commit
-    return open_checkpoint(store, ref, commit)
+    try:
+        if not isinstance(commit, CommitRecord):
+            raise commit
+        return open_checkpoint(store, ref, commit)
+    except (Damaged, IncompatibleVersion) as error:
+        hint = error.hint or "`ckptsvc verify` names all that is bad; --step or NAME takes another checkpoint"
+        raise type(error)(f"{store.url}: {error.what}", hint=hint) from error
 
 
 def what_instead(store: Store) -> str:

@@ -113,7 +113,7 @@ class Demo:
         arguments += ["--metrics-listen", "off", "--linger", "10min"]
         if number == 0:
             arguments += ["--listen", self._coordinator]
-        return self._children.start(f"agent-{node}", [*_ckptsvc("agent"), *arguments])
+        return self._children.start(f"agent-{node}", [*_ckptsvc("agent"), *arguments], service=True)
 
     def _agents_answer(self) -> bool:
         return all((self._sockets / f"node-{node}" / "ready").exists() for node in NODES)
@@ -133,6 +133,7 @@ class Demo:
         self._story.say(f"the run: the same with {every}, on two nodes with 2 ranks each", "bold")
         log = self._log("run")
         train = _training(log, "--store", self._store.as_uri(), "--layout", "fsdp", "--every", str(EVERY))
+        train += ["--digest-every", str(STEPS)]
         launchers = []
         for number, node in enumerate(NODES):
             flags = ["--nnodes", "2", "--node-rank", str(number), "--node", node, "--nproc-per-node", "2"]

@@ -18,8 +18,8 @@ from ckptsvc.errors import CkptsvcError
 POLL = 0.01
 """Seconds between two looks at logs and processes."""
 
-GRACE = 5.0
-"""Seconds between SIGTERM and SIGKILL for what is still there at the end."""
+GRACE = 6.0
+"""Seconds between SIGINT and SIGKILL for what is still there at the end."""
 
 
 class DemoFailed(CkptsvcError):
@@ -29,8 +29,9 @@ class DemoFailed(CkptsvcError):
 class Child:
     """One process, the leader of a process group of its own; what it prints goes to `log`."""
 
-    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, name: str, process: subprocess.Popen[bytes], log: Path, service: bool) -> None:
         self.name = name
+        self.service = service
         self.process = process
         self.log = log
 
@@ -65,8 +66,8 @@ class Children:
     ) -> None:
         self.stop()
 
-    def start(self, name: str, arguments: Sequence[str]) -> Child:
-        """Starts a program; its output goes to `<logs>/<name>.log`."""
+    def start(self, name: str, arguments: Sequence[str], *, service: bool = False) -> Child:
+        """Starts a program; its output goes to `<logs>/<name>.log`. A service outlives what is none."""
         log = self._logs / f"{name}.log"
         with open(log, "wb") as output:
             process = subprocess.Popen(
@@ -77,22 +78,28 @@ class Children:
                 env=self._environ,
                 start_new_session=True,  # Ctrl-C is for the demo; it then ends its children itself, in order
             )
-        child = Child(name, process, log)
+        child = Child(name, process, log, service)
         self._all.append(child)
         return child
 
     def stop(self) -> None:
-        """Ends every child that is still there: SIGTERM, then SIGKILL to whatever is left of its group."""
-        running = [child for child in self._all if child.status is None]
-        for child in running:
-            child.signal(signal.SIGTERM)
-        deadline = time.monotonic() + GRACE
-        while any(child.status is None for child in running) and time.monotonic() < deadline:
-            time.sleep(POLL)
-        for child in self._all:
-            child.signal(signal.SIGKILL)
-            child.process.wait()
+        """Ends every child that is still there, services last: a launcher would start its agent again."""
+        for service in (False, True):
+            _end([child for child in self._all if child.service is service])
         self._all.clear()
+
+
+def _end(children: Sequence[Child]) -> None:
+    """Sends SIGINT, then SIGKILL to whatever is left of their groups, ended leaders included."""
+    running = [child for child in children if child.status is None]
+    for child in running:
+        child.signal(signal.SIGINT)
+    deadline = time.monotonic() + GRACE
+    while any(child.status is None for child in running) and time.monotonic() < deadline:
+        time.sleep(POLL)
+    for child in children:
+        child.signal(signal.SIGKILL)
+        child.process.wait()
 
 
 class Events:

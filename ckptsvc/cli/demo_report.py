@@ -104,7 +104,7 @@ def story(facts: Facts) -> str:
         layouts = " and as ".join(branch.layout for branch in branches)
         apart = short(max(far for branch in branches for far in deviation(branch, control).values()))
         words.append(f"It was also resumed from its checkpoint of step {start} as {layouts}:")
-        words.append(f"the losses are at most {apart} from the control's, relative.")
+        words.append(f"the losses stay within {apart} of the control's (relative).")
     return " ".join(words)
 
 
@@ -184,10 +184,11 @@ def _checks(facts: Facts) -> str:
 
 
 def _times(facts: Facts) -> str:
-    return _table(("what", "time"), ((escape(what), seconds(took)) for what, took in _time_rows(facts)))
+    return _table(("what", "time"), ((escape(what), seconds(took)) for what, took in times(facts)))
 
 
-def _time_rows(facts: Facts) -> Iterator[tuple[str, float | None]]:
+def times(facts: Facts) -> Iterator[tuple[str, float | None]]:
+    """(what, seconds), None where it is not known."""
     for name, values in (
         ("training blocked per save", [s.blocked for s in facts.saves if s.blocked is not None]),
         ("save until durable", [s.durable for s in facts.saves if s.durable is not None]),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from ckptsvc.cli.demo_facts import Facts
-from ckptsvc.cli.demo_report import seconds, size
+from ckptsvc.cli.demo_report import seconds, times
 
 
 class Story:
@@ -51,8 +51,7 @@ class Story:
         for check in facts.checks:
             word = "[green]passed[/]" if check.passed else "[bold red]FAILED[/]"
             checks.add_row(check.claim, word, check.detail)
-        saves = Table("checkpoint", "size", "blocked", "durable after", title="Saves", title_justify="left")
-        for save in facts.saves:
-            name = f"step {save.step}, attempt {save.epoch}"
-            saves.add_row(name, size(save.nbytes), seconds(save.blocked), seconds(save.durable))
-        self._console.print(checks, saves, sep="\n")
+        measured = Table("what", "time", title="Times", title_justify="left")
+        for what, took in times(facts):
+            measured.add_row(what, seconds(took))
+        self._console.print(checks, measured, sep="\n")

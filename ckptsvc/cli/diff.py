@@ -155,7 +155,7 @@ def _show(screen: Screen, sides: Sequence[Checkpoint], found: Comparison, limit:
     rows = [[printable(a.name), *(f"{m.dtype} {shape_text(m.shape)}" for m in (a, b))] for a, b in found.mismatched]
     _section(screen, "tensors of another dtype or shape", ["NAME", "A", "B"], rows, limit)
     _show_different(screen, found.different, limit)
-    _show_changes(screen, found.changes, found.ranks > 1, limit)
+    _show_changes(screen, found.changes, found.ranks, limit)
     screen.line()
     screen.line(_summary(screen, found))
 
@@ -176,11 +176,26 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}"
 
 
-def _show_changes(screen: Screen, changes: Sequence[ValueChange], ranks: bool, limit: int | None) -> None:
-    rows = [
-        [str(each.rank), printable(each.path), _text(each.a), _text(each.b)][0 if ranks else 1 :] for each in changes
-    ]
-    _section(screen, "plain values that differ", ["RANK", "PATH", "A", "B"][0 if ranks else 1 :], rows, limit, "PATH")
+def _show_changes(screen: Screen, changes: Sequence[ValueChange], ranks: int, limit: int | None) -> None:
+    alike: dict[tuple[str, str, str], list[int]] = {}  # most values are the same on all ranks, before and after
+    for each in changes:
+        alike.setdefault((printable(each.path), _text(each.a), _text(each.b)), []).append(each.rank)
+    rows = [[path, a, b, "all" if len(held) == ranks else _ranges(held)] for (path, a, b), held in alike.items()]
+    header = ["PATH", "A", "B", "RANKS"]
+    if ranks == 1:
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    _section(screen, "plain values that differ", header, rows, limit, "PATH")
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers for people: "0-3, 7"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return shortened(", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs), 30)
 
 
 def _text(value: values.Value | None) -> str:
@@ -195,7 +210,7 @@ def _section(
     screen.line()
     more = f", the first {limit:,}" if limit and limit < len(rows) else ""
     screen.line(screen.paint(f"{title}: {len(rows):,}{more}", "doubt"))
-    screen.table(header, rows[:limit], right=("DIFFERING", "OF", "RANK"), fold=fold, indent="  ")
+    screen.table(header, rows[:limit], right=("DIFFERING", "OF"), fold=fold, indent="  ")
 
 
 def _summary(screen: Screen, found: Comparison) -> str:

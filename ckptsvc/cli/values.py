@@ -69,7 +69,7 @@ def flatten(tree: Any, path: str = "") -> Iterator[Value]:
     elif isinstance(tree, list | tuple) and not all(map(is_plain, tree)):
         for number, item in enumerate(tree):
             yield from flatten(item, _joined(path, number))
-    else:
+    elif path:
         yield Value(path, tree.tag if isinstance(tree, Opaque) else type(tree).__name__, tree)
 
 
@@ -114,7 +114,7 @@ def as_json(value: Any) -> Any:
         return value
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
-    return value if value == {} and isinstance(value, dict) else text(value)
+    return {} if isinstance(value, dict) else text(value)  # `flatten` gives empty ones only
 
 
 def same(a: Any, b: Any, tolerance: float | None = None) -> bool:
@@ -132,6 +132,8 @@ def same(a: Any, b: Any, tolerance: float | None = None) -> bool:
             return math.isnan(a) and math.isnan(b)
         near = tolerance is not None and math.isfinite(a - b) and abs(a - b) <= tolerance * max(1.0, abs(a), abs(b))
         return near or (a == b and math.copysign(1.0, a) == math.copysign(1.0, b))
+    if isinstance(a, complex):
+        return same(a.real, b.real, tolerance) and same(a.imag, b.imag, tolerance)
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(a, np.ndarray | np.generic):

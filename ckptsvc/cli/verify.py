@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ckptsvc.cli import address
-from ckptsvc.cli.terminal import Screen, duration, emit, plural, printable, progress, size
+from ckptsvc.cli.terminal import Screen, duration, emit, natural, plural, printable, progress, size
 from ckptsvc.errors import EXIT_STATUS, Damaged, IncompatibleVersion, InvalidInput
 from ckptsvc.format.commit import COMMIT, CommitRecord
 from ckptsvc.pipeline.catalog import Ref, Refused, open_checkpoint
@@ -119,11 +119,13 @@ def _show(screen: Screen, verdict: Verdict) -> None:
     for damage in verdict.damages:
         file = damage.key.removeprefix(f"{verdict.name}/")
         where = f" bytes {damage.start:,} to {damage.stop:,}" if damage.stop > damage.start else ""
-        screen.line(printable(f"  {file}{where}: {damage.why}"))
+        why = damage.why.removeprefix(damage.key).lstrip(", ")
+        screen.line(printable(f"  {file}{where}: {why}"))
         if damage.tensors:
-            more = len(damage.tensors) - NAMES_SHOWN
-            names = [*damage.tensors[:NAMES_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
-            for text in names:
-                screen.line(f"    {printable(text)}")
+            names = sorted(damage.tensors, key=lambda name: (name.startswith("@"), natural(name)))
+            for name in names[:NAMES_SHOWN]:
+                screen.line(f"    {printable(name)}")
+            if len(names) > NAMES_SHOWN:
+                screen.line(f"    and {len(names) - NAMES_SHOWN:,} more")
         elif damage.start == 0 and verdict.shards:
             screen.line("    its header")

@@ -26,6 +26,7 @@ from ckptsvc.pipeline.read import (
     deliver,
     fill,
     read_windows,
+    verify,
     window_buffer,
 )
 
@@ -151,6 +152,7 @@ class _Rounds:
 
         def read() -> None:
             self._read += fill(window, task.mask, self._source, self._extent, buffer)
+            verify(window, task.mask, self._source, self._extent, buffer)
 
         self._guard(read)
         return buffer

@@ -66,15 +66,28 @@ class AgentLink:
         self.page = Page(memoryview(self._page_memory))
         self._mapped: dict[str, Mapped] = {}
         self._lock = threading.Lock()
+        self._connecting = threading.Lock()
 
     def connect(self) -> None:
-        """Register (again); what the heartbeat page said is carried over.
+        """Register (again) unless connected; what the heartbeat page said is carried over.
 
         Raises:
             AgentUnavailable: nobody answers.
             CkptsvcError: the agent refuses.
         """
-        self.disconnect()
+        with self._connecting:
+            if self.identity is None:
+                self._connect()
+
+    def wait_gone(self) -> None:
+        """Block until there is no connection (any more)."""
+        identity = self.identity
+        if identity is not None:
+            identity.wait_closed()
+            if self.identity is identity:
+                self.disconnect()
+
+    def _connect(self) -> None:
         grpc_path, identity_path = sockets(self.directory)
         identity = IdentityClient(identity_path)
         try:

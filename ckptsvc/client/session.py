@@ -126,13 +126,11 @@ class Session:
         self._tree_of = state
         self._include_rng = include_rng
         self._url = canonical(settings.store.url)
-        self._closed = False
+        self._closed = threading.Event()
         self._known_failure = -1
         self._rewinds = 0
         self._fences: list[Any] = []
         self._last_order = -1
-        self._reconnecting: threading.Thread | None = None
-        self._next_reconnect = 0.0
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -147,7 +145,6 @@ class Session:
         due = self._every_steps and self.steps_done % self._every_steps == 0
         if (
             due
-            or self._link.identity is None
             or page.get("save_at") != self._last_order
             or page.get("stop_at") >= 0
             or page.get("failed") != self._known_failure
@@ -171,8 +168,7 @@ class Session:
         """
         limit = self.settings.save.timeout if timeout is None else timeout
         try:
-            if self._link.identity is None:
-                self._link.connect()
+            self._link.connect()
             self._snapshots.take(self.steps_done, limit)
         except (InvalidInput, Fenced):
             raise
@@ -225,9 +221,9 @@ class Session:
 
     def close(self) -> None:
         """End the session in good order; saves in progress go on in the agent. Safe to call twice."""
-        if self._closed:
+        if self._closed.is_set():
             return
-        self._closed = True
+        self._closed.set()
         self._snapshots.fence()
         for fence in self._fences:
             fence.remove()
@@ -272,6 +268,7 @@ class Session:
                 raise ConfigError("overlap needs an optimizer in the state: its step is what the copy must not meet")
             self._snapshots.overlap = True
         atexit.register(self.close)
+        threading.Thread(target=self._keep_connected, name="ckptsvc-keep-connected", daemon=True).start()
 
     def _start_agent(self) -> None:
         if self._private:
@@ -287,8 +284,6 @@ class Session:
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def _attend(self, due: bool) -> None:
-        if self._link.identity is None:
-            self._reconnect()
         page = self._link.page
         if page.get("failed") != self._known_failure:
             self._known_failure = page.get("failed")
@@ -336,23 +331,21 @@ class Session:
         log.warning("rank %d: %s", self._group.rank, message)
         warnings.warn(f"ckptsvc: {message}", RuntimeWarning, stacklevel=2)
 
-    def _reconnect(self) -> None:
-        """Try to reach the agent again, beside the training."""
-        now = time.monotonic()
-        if now < self._next_reconnect or (self._reconnecting and self._reconnecting.is_alive()):
-            return
-        self._next_reconnect = now + RECONNECT_EVERY
-
-        def work() -> None:
+    def _keep_connected(self) -> None:
+        """Beside the training: as soon as the agent is gone, start it again or wait for it, and register again."""
+        while True:
+            self._link.wait_gone()
+            if self._closed.is_set():
+                return
             try:
                 self._start_agent()
                 self._link.connect()
                 log.warning("rank %d: connected to the agent again", self._group.rank)
             except CkptsvcError as error:
                 log.warning("rank %d: no agent: %s", self._group.rank, error)
-
-        self._reconnecting = threading.Thread(target=work, name="ckptsvc-reconnect", daemon=True)
-        self._reconnecting.start()
+                self._closed.wait(RECONNECT_EVERY)
+            if self._closed.is_set():
+                self._link.disconnect()
 
     # ---- restoring ---------------------------------------------------------------------------------------------------
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ckptsvc.control.effects import CommitDone, Decision, EpochDone, Send
+from ckptsvc.control.effects import CommitDone, Decision, EpochDone, LookupDone, Send
 from ckptsvc.control.membership import Job
 from ckptsvc.control.restart import Attempts, Phase
 from ckptsvc.control.save import Saves
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+
+FORGET_AFTER = 3600.0
+"""Seconds for which a job is remembered that has nothing left: an agent that was away may ask how a save has ended."""
 
 
 @dataclass(slots=True)
@@ -47,9 +50,14 @@ class Coordinator:
         return job.epoch_done(event) if job else Decision()
 
     def commit_done(self, event: CommitDone, now: float) -> Decision:
-        """Answer to `Commit` or `Lookup`."""
+        """Answer to `Commit`."""
         job = self.jobs.get(event.job)
         return job.saves.commit_done(event, now).add(self._epochs(now)) if job else Decision()
+
+    def lookup_done(self, event: LookupDone, now: float) -> Decision:
+        """Answer to `Lookup`."""
+        job = self.jobs.get(event.job)
+        return job.saves.lookup_done(event, now).add(self._epochs(now)) if job else Decision()
 
     def tick(self, now: float) -> Decision:
         """Whatever time alone decides; call it a few times a second."""
@@ -58,8 +66,11 @@ class Coordinator:
             decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
         for attempts in self.launched.values():
             decision.add(attempts.tick(now))
-        for name in [n for n, j in self.jobs.items() if not j.ranks and not j.saves.open and not j.saves.held]:
-            del self.jobs[name]
+        for name, job in list(self.jobs.items()):
+            if job.ranks or job.saves.open or job.saves.held:
+                job.busy_at = now
+            elif now - job.busy_at > FORGET_AFTER:
+                del self.jobs[name]
         return decision.add(self._epochs(now))
 
     def snapshots(self, job: str) -> list[agent_pb2.Snapshot]:
@@ -86,12 +97,9 @@ class Coordinator:
             decision.add(job.want_epoch(busy, now))
         return decision
 
-    def _saves(self, job: str, store: str) -> Saves:
-        return self._job(job, store).saves
-
-    def _job(self, name: str, store: str) -> Job:
+    def _job(self, name: str, store: str, now: float) -> Job:
         if name not in self.jobs:
-            self.jobs[name] = Job(name, store, Saves(name, self.save_timeout))
+            self.jobs[name] = Job(name, store, Saves(name, self.save_timeout), busy_at=now)
         return self.jobs[name]
 
     def _on_rank_joined(self, event: pb.RankJoined, now: float) -> Decision:
@@ -101,7 +109,7 @@ class Coordinator:
                 why = f"job {other.name} with {len(other.ranks)} live ranks on {where} writes to this run"
                 refused = pb.JobRefused(attempt=event.attempt, code="run-busy", why=why)
                 return Decision([Send(event.node, pb.Order(job=event.job, job_refused=refused))], [why])
-        return self._job(event.job, event.store).join(event, now)
+        return self._job(event.job, event.store, now).join(event, now)
 
     def _on_rank_left(self, event: pb.RankLeft, now: float) -> Decision:
         job = self.jobs.get(event.job)
@@ -125,7 +133,7 @@ class Coordinator:
         return Decision()
 
     def _on_staged(self, event: pb.Staged, now: float) -> Decision:
-        return self._saves(event.job, event.store).staged(event, now)
+        return self._job(event.job, event.store, now).saves.staged(event, now)
 
     def _on_durable(self, event: pb.Durable, now: float) -> Decision:
         job = self.jobs.get(event.job)

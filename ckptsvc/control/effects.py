@@ -45,7 +45,7 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """Is there a commit record for this step? Answered by `CommitDone` if there is, else by nothing."""
+    """Is there a commit record for this step? Answered by `LookupDone`, or by nothing if the store cannot be read."""
 
     job: str
     epoch: int
@@ -83,8 +83,18 @@ class EpochDone:
 
 
 @dataclass(frozen=True, slots=True)
+class LookupDone:
+    """Outcome of `Lookup`."""
+
+    job: str
+    epoch: int
+    step: int
+    committed: bool
+
+
+@dataclass(frozen=True, slots=True)
 class CommitDone:
-    """Outcome of `Commit` or `Lookup`; `code` is empty when the checkpoint is committed."""
+    """Outcome of `Commit`; `code` is empty when the checkpoint is committed."""
 
     job: str
     epoch: int

@@ -48,6 +48,7 @@ class Job:
     steps_per_second: float = 0.0
     stop_wanted: str = ""
     rewinds: int = 0
+    busy_at: float = 0.0  # when there last were ranks, saves or snapshots
 
     @property
     def nodes(self) -> list[str]:

@@ -20,6 +20,9 @@ GRACE = 2.0
 LAST_CALL = 5.0
 """Seconds to wait for more nodes once the least number has joined."""
 
+JOIN_PATIENCE = 600.0
+"""Seconds after the last change among its nodes in which a job that has not begun waits for the rest (as torchrun)."""
+
 NODE_PATIENCE = 60.0
 """Seconds a job waits below its least number of nodes before it ends, and for a node whose agent is away."""
 
@@ -123,7 +126,9 @@ class Attempts:
             if event.attempt == before and node.start is not None:  # the order to start was lost
                 return Decision([Send(event.node, pb.Order(job=self.job, start=node.start))])
             return self._fail(f"node {event.node} has no rank of attempt {self.attempt} any more", now)
-        if event.attempt > self.attempt:  # an earlier coordinator has got that far
+        if event.attempt < self.attempt:
+            self.hosts.discard(event.node)  # the order to start never reached it, so there is nothing to stop
+        elif event.attempt > self.attempt:  # an earlier coordinator has got that far
             self.attempt, self.restarts = event.attempt, max(self.restarts, event.attempt)
         return self._start_if_ready(now)
 
@@ -150,6 +155,7 @@ class Attempts:
             return Decision()
         if self.phase is Phase.RUNNING and name in self.hosts:
             return self._fail(f"node {name} is gone ({detail})", now)
+        self.since = now
         return Decision([], [f"job {self.job}: node {name} is gone ({detail})"])
 
     def tick(self, now: float) -> Decision:
@@ -162,8 +168,11 @@ class Attempts:
             finished = len(self.statuses) == len(self.running)
             decision.add(self._finish() if finished else self._fail("not all nodes have come back", now))
         elif self.phase is Phase.GATHERING or self.phase is Phase.STOPPING:
-            if len(self.nodes) < self.min_nodes and self.restarts and now - self.since > NODE_PATIENCE:
-                why = f"only {len(self.nodes)} of {self.min_nodes} nodes are left: {self.last_failure}"
+            if len(self.nodes) < self.min_nodes and now - self.since > (
+                NODE_PATIENCE if self.restarts else JOIN_PATIENCE
+            ):
+                there = f"{len(self.nodes)} of {self.min_nodes} nodes"
+                why = f"only {there} are left: {self.last_failure}" if self.restarts else f"only {there} have come"
                 return decision.add(self._end(1, why))
             decision.add(self._start_if_ready(now))
         return decision

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from ckptsvc.control.effects import Commit, CommitDone, Decision, Effect, Lookup, Send
+from ckptsvc.control.effects import Commit, CommitDone, Decision, Effect, Lookup, LookupDone, Send
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -17,8 +17,11 @@ Key = tuple[int, int]
 """(epoch, step): ordered by which is newer."""
 
 QUIET_BEFORE_LOOKUP = 5.0
-"""Seconds without news after which an incomplete save is looked up in the store: an earlier coordinator may have
-committed it and died before telling every agent."""
+"""Seconds without news after which an incomplete save of before our time is looked up in the store: an earlier
+coordinator may have committed it and died before telling every agent."""
+
+LOOKUP_PATIENCE = 60.0
+"""Seconds to wait for a store that cannot say whether a save is committed that cannot be completed any more."""
 
 LATE_NEWS = 60.0
 """Seconds after the begin of a new attempt in which agents that were away may still report what an older one staged."""
@@ -27,9 +30,20 @@ REMEMBERED = 64
 """Ended saves whose outcome is kept, to answer an agent that reports them again."""
 
 
+Failure = tuple[agent_pb2.Outcome, str, str]
+"""How a save fails: outcome, error code, reason."""
+
+
 @dataclass(slots=True)
 class Save:
-    """One save in progress."""
+    """One save in progress.
+
+    Attributes:
+        opened: when its first rank was reported to have staged.
+        changed: when there last were news, or a look-up.
+        fresh: some rank has staged in our time, so that no earlier coordinator can have committed it.
+        failure: how it fails, unless it turns out to be committed; and since when.
+    """
 
     epoch: int
     step: int
@@ -39,6 +53,9 @@ class Save:
     opened: float
     changed: float
     committing: bool = False
+    fresh: bool = False
+    failure: Failure | None = None
+    failed_at: float = 0.0
     staged: dict[int, str] = field(default_factory=dict)
     durable: dict[int, pb.Durable] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
@@ -88,9 +105,13 @@ class Saves:
             self.open[key] = save
         save.staged[event.rank] = event.node
         save.changed = now
+        save.fresh = save.fresh or not event.again
         save.aliases.update(event.aliases)
-        lost = self.gone - save.staged.keys() if save.attempt == self.attempt else ()
-        return decision.add(self._lost_rank(key, min(lost), "was gone", now) if lost else self._commit(save))
+        if save.attempt == self.attempt:
+            lost = [rank for rank in self.gone if not self._has_staged(key, rank)]
+            if lost:
+                return decision.add(self._lost_rank(key, min(lost), "was gone", now))
+        return decision.add(self._commit(save))
 
     def _complete(self, event: pb.Staged) -> Decision:
         key = (event.epoch, event.step)
@@ -118,7 +139,7 @@ class Saves:
 
     def _commit(self, save: Save) -> Decision:
         """Order the commit once every rank's shard is durable."""
-        if save.committing or len(save.durable) < save.world_size or save.missing:
+        if save.committing or save.failure or len(save.durable) < save.world_size or save.missing:
             return Decision()
         save.committing = True
         shards = tuple(save.durable[r] for r in range(save.world_size))
@@ -141,7 +162,8 @@ class Saves:
         if save is not None and event.rank in save.durable:
             return Decision()  # an agent that was restarted wrote it once more than was needed
         outcome = agent_pb2.OUTCOME_FENCED if event.code == "fenced" else agent_pb2.OUTCOME_FAILED
-        return self._end((event.epoch, event.step), outcome, event.code, f"rank {event.rank}: {event.what}", now)
+        failure = (outcome, event.code, f"rank {event.rank}: {event.what}")
+        return self._fail((event.epoch, event.step), failure, now)
 
     def skipped(self, event: pb.Skipped, now: float) -> Decision:
         """A rank could not take this snapshot, so nobody's is of use."""
@@ -149,8 +171,8 @@ class Saves:
         if key not in self.open and key not in self.ended:
             # The others may stage later: remember the outcome so that they hear it at once.
             self.open[key] = Save(event.epoch, event.step, event.attempt, 0, "", now, now)
-        if self.open.get(key) is not None and event.rank in self.open[key].staged:
-            return Decision()  # it has staged: nothing was skipped
+        if self._has_staged(key, event.rank):
+            return Decision()  # nothing was skipped
         return self._end(key, agent_pb2.OUTCOME_SKIPPED, "arena-exhausted", f"rank {event.rank}: {event.why}", now)
 
     def dropped(self, event: pb.Dropped) -> None:
@@ -162,7 +184,7 @@ class Saves:
         self.gone.add(rank)
         decision = Decision()
         for key, save in list(self.open.items()):
-            if save.attempt == self.attempt and rank not in save.staged:
+            if save.attempt == self.attempt and not self._has_staged(key, rank):
                 decision.add(self._lost_rank(key, rank, how, now))
         return decision
 
@@ -170,9 +192,34 @@ class Saves:
         """A rank that was thought gone has registered again."""
         self.gone.discard(rank)
 
+    def _has_staged(self, key: Key, rank: int) -> bool:
+        """Whether a rank is known to have staged, before or after an end of the save that we know nothing of."""
+        save = self.open.get(key)
+        return (save is not None and rank in save.staged) or rank in self.held.get(key, ())
+
     def _lost_rank(self, key: Key, rank: int, how: str, now: float) -> Decision:
         why = f"rank {rank} {how} before it staged"
-        return self._end(key, agent_pb2.OUTCOME_FAILED, "save-failed", why, now)
+        return self._fail(key, (agent_pb2.OUTCOME_FAILED, "save-failed", why), now)
+
+    def _fail(self, key: Key, failure: Failure, now: float) -> Decision:
+        """End a save without a commit; one of before our time only when the store has no record of it."""
+        save = self.open.get(key)
+        if save is None or save.committing or save.failure:
+            return Decision()
+        if save.fresh:
+            return self._end(key, *failure, now)
+        save.failure, save.failed_at = failure, now
+        return Decision([self._look_up(save, now)])
+
+    def lookup_done(self, event: LookupDone, now: float) -> Decision:
+        """The store has, or has not, a commit record."""
+        key = (event.epoch, event.step)
+        save = self.open.get(key)
+        if save is None or save.committing:
+            return Decision()
+        if event.committed:
+            return self._end(key, agent_pb2.OUTCOME_COMMITTED, "", "committed", now)
+        return self._end(key, *save.failure, now) if save.failure else Decision()
 
     def node_gone(self, node: str) -> None:
         """A node's memory is out of reach; what it wrote to the store still counts."""
@@ -192,20 +239,36 @@ class Saves:
         """Give up saves that take too long; look up those that may have been committed before our time."""
         decision = Decision()
         for key, save in list(self.open.items()):
+            quiet = now - save.changed > QUIET_BEFORE_LOOKUP
             if save.committing:
                 continue
-            if now - save.opened > self.timeout:
-                waiting = save.missing or [r for r in range(save.world_size) if r not in save.durable]
-                shown = ", ".join(map(str, waiting[:8])) + (" ..." if len(waiting) > 8 else "")
-                did = "staged" if save.missing else "written its shard"
-                why = f"after {self.timeout:g} s these ranks have not {did}: {shown}"
-                decision.add(self._end(key, agent_pb2.OUTCOME_FAILED, "save-failed", why, now))
+            if save.failure:
+                if now - save.failed_at > LOOKUP_PATIENCE:
+                    decision.add(self._end(key, *save.failure, now))
+                elif quiet:
+                    decision.effects.append(self._look_up(save, now))
+            elif now - save.opened > self.timeout:
+                decision.add(self._fail(key, (agent_pb2.OUTCOME_FAILED, "save-failed", self._overdue(save)), now))
             elif save.attempt < self.attempt and now - self.attempt_began > LATE_NEWS and save.missing:
                 decision.add(self._lost_rank(key, save.missing[0], "was gone", now))
-            elif save.missing and save.durable and now - save.changed > QUIET_BEFORE_LOOKUP:
-                save.changed = now
-                decision.effects.append(Lookup(self.job, save.epoch, save.step, save.store))
+            elif quiet and not save.fresh and save.missing:
+                if any(rank in self.held.get(key, ()) for rank in save.missing):
+                    # They know that it has ended, but not, or no longer, how.
+                    why = "it had ended without a commit before"
+                    decision.add(self._fail(key, (agent_pb2.OUTCOME_FAILED, "save-failed", why), now))
+                else:
+                    decision.effects.append(self._look_up(save, now))
         return decision
+
+    def _look_up(self, save: Save, now: float) -> Lookup:
+        save.changed = now
+        return Lookup(self.job, save.epoch, save.step, save.store)
+
+    def _overdue(self, save: Save) -> str:
+        waiting = save.missing or [r for r in range(save.world_size) if r not in save.durable]
+        shown = ", ".join(map(str, waiting[:8])) + (" ..." if len(waiting) > 8 else "")
+        did = "staged" if save.missing else "written their shards"
+        return f"after {self.timeout:g} s these ranks have not {did}: {shown}"
 
     def snapshots(self) -> list[Key]:
         """Complete snapshots that are still whole in memory, newest first."""

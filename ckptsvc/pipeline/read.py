@@ -10,10 +10,10 @@ that its bytes fill; what a target is, the caller's sink knows.
 from __future__ import annotations
 
 import mmap
-import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -205,48 +205,53 @@ def runs(mask: int) -> Iterator[tuple[int, int]]:
 
 
 def fill(window: Window, mask: int, source: Source, extent: int, buffer: memoryview) -> int:
-    """Read the extents in `mask` into their places in the buffer (which stands for the whole window) and verify them.
+    """Read the extents in `mask` into their places in the buffer, which stands for the whole window.
 
     Returns:
         bytes read.
 
     Raises:
-        Damaged: names the shard and the byte range.
-        StoreError: as the source raises.
+        StoreError, Damaged: as the source raises.
     """
     start = window.number * WINDOW_EXTENTS * extent
-    size = source.size(window.shard)
+    size = source.size(window.shard) - start
     total = 0
     for first, last in runs(mask):
-        begin, end = start + first * extent, min(start + last * extent, size)
-        part = buffer[begin - start : end - start]
-        source.read_into(window.shard, begin, part)
-        _verify(source, window.shard, begin, part, extent)
-        total += end - begin
+        part = buffer[first * extent : min(last * extent, size)]
+        source.read_into(window.shard, start + first * extent, part)
+        total += len(part)
     return total
 
 
-def look(window: Window, source: Source, extent: int) -> memoryview | None:
+def verify(window: Window, mask: int, source: Source, extent: int, buffer: memoryview) -> None:
+    """Check the extents in `mask` of a filled window.
+
+    Raises:
+        Damaged: names the shard and the byte range.
+    """
+    size = source.size(window.shard)
+    for first, last in runs(mask):
+        number = window.number * WINDOW_EXTENTS + first
+        part = buffer[first * extent : min(last * extent, size - (number - first) * extent)]
+        bad = bad_extents(part, source.digests(window.shard), number, extent)
+        if bad:
+            stop = min((bad[0] + 1) * extent, size)
+            what = f"{source.name(window.shard)}: bytes {bad[0] * extent} to {stop}"
+            raise Damaged(f"{what} do not match their checksum")
+
+
+def held(window: Window, source: Source, extent: int) -> memoryview | None:
     """The window's bytes in place, verified, where the source has them in memory; None where it has not.
 
     Raises:
-        Damaged: as `fill`.
+        Damaged: as `verify`.
     """
     whole = source.view(window.shard)
     if whole is None:
         return None
-    start = window.number * WINDOW_EXTENTS * extent
-    for first, last in runs(window.mask):
-        begin = start + first * extent
-        _verify(source, window.shard, begin, whole[begin : start + last * extent], extent)
-    return whole[start:]
-
-
-def _verify(source: Source, shard: int, begin: int, part: memoryview, extent: int) -> None:
-    bad = bad_extents(part, source.digests(shard), begin // extent, extent)
-    if bad:
-        end = min((bad[0] + 1) * extent, source.size(shard))
-        raise Damaged(f"{source.name(shard)}: bytes {bad[0] * extent} to {end} do not match their checksum")
+    here = whole[window.number * WINDOW_EXTENTS * extent :]
+    verify(window, window.mask, source, extent, here)
+    return here
 
 
 def deliver(window: Window, buffer: memoryview, sink: Sink) -> None:
@@ -301,39 +306,35 @@ def read_windows(
     """
     total = 0
     lock = threading.Lock()
-    free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
     count = min(max(buffers, readers + 1), max(len(windows), 1))
-    for _ in range(count):
-        free.put(window_buffer(extent))
     todo = iter(windows)
     failed = threading.Event()
 
     def work() -> None:
         nonlocal total
+        buffer: memoryview | None = None
         while not failed.is_set():
             with lock:
                 window = next(todo, None)
             if window is None:
                 return
-            buffer = free.get()
             try:
-                nbytes = 0
-                held = look(window, source, extent)
-                if held is None:
+                nbytes, filled = 0, held(window, source, extent)
+                if filled is None:
+                    filled = buffer = buffer or window_buffer(extent)
                     with reading:
-                        nbytes = fill(window, window.mask, source, extent, buffer)
-                deliver(window, held or buffer, sink)
+                        nbytes = fill(window, window.mask, source, extent, filled)
+                    verify(window, window.mask, source, extent, filled)
+                deliver(window, filled, sink)
             except BaseException:
                 failed.set()  # what the others would still read is of no use
                 raise
-            finally:
-                free.put(buffer)
             with lock:
                 total += nbytes
             if progress:
                 progress(nbytes)
 
-    # A thread that has read goes on to copy while the next one reads: `readers` read at any time, the others copy.
+    # A thread that has read goes on to verify and copy while the next one reads: `readers` read at any time.
     reading = threading.Semaphore(readers)
     with ThreadPoolExecutor(count, thread_name_prefix="ckptsvc-read") as pool:
         futures = [pool.submit(work) for _ in range(count)]
@@ -363,6 +364,8 @@ def read_arrays(index: Index, source: Source, wants: Sequence[Want], *, readers:
 
 
 def window_buffer(extent: int) -> memoryview:
-    """Memory for one window, page-aligned and touched."""
-    memory = mmap.mmap(-1, extent * WINDOW_EXTENTS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE)
+    """Memory for one window, page-aligned, of huge pages where there are any: small ones cost 10 ms to touch."""
+    memory = mmap.mmap(-1, extent * WINDOW_EXTENTS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)

@@ -80,6 +80,14 @@ class _Shard:
         self._extent = checkpoint.index.info.extent
 
     def verify(self) -> list[Damage]:
+        """What is wrong with it; nothing once the others have been told to stop."""
+        try:
+            return [] if self._stopped.is_set() else self._verify()
+        except BaseException:
+            self._stopped.set()
+            raise
+
+    def _verify(self) -> list[Damage]:
         try:
             actual = self._checkpoint.store.size(self._key)
         except NotFound:

@@ -12,7 +12,9 @@ the life of the session.
 from __future__ import annotations
 
 import array
+import contextlib
 import os
+import select
 import socket
 import struct
 from typing import Any
@@ -88,8 +90,19 @@ class IdentityClient:
             raise error_type(answer.get("what", "refused"), hint=answer.get("hint", ""))
         return answer, fd
 
+    def wait_closed(self) -> None:
+        """Block until the connection has ended, from either side."""
+        poll = select.poll()
+        try:
+            poll.register(self._sock, select.POLLRDHUP)
+            poll.poll()
+        except (OSError, ValueError):
+            return  # closed already
+
     def close(self) -> None:
         """Close the connection."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)  # wakes `wait_closed`, which closing alone would not
         self._sock.close()
 
 

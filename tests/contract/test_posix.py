@@ -1,6 +1,7 @@
 """What only a real file system can do to the posix driver: races, full and read-only disks, links, late writers."""
 
 import errno
+import fcntl
 import os
 import signal
 import stat
@@ -151,7 +152,8 @@ def test_a_forked_child_can_use_the_store(root, store):
     pid = os.fork()
     if pid == 0:
         try:
-            signal.alarm(30)  # a child that waits for its parent's threads would wait for ever
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)  # a child that waits for its parent's threads would wait for ever
             put(store, "child", content_of(9 * MiB, 2))
             store.close()
             os._exit(0)
@@ -498,16 +500,36 @@ def test_options_may_be_text(tmp_path):
 
 
 class Watching(System):
-    """Notes whether the blocks were read by direct I/O."""
+    """Notes which blocks were moved by direct I/O."""
 
     def __init__(self):
         self.direct = []
 
+    def _note(self, fd):
+        self.direct.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
+
     def pread(self, fd, part, offset):
-        with open(f"/proc/self/fdinfo/{fd}") as info:
-            flags = next(int(line.split()[1], 8) for line in info if line.startswith("flags"))
-        self.direct.append(bool(flags & os.O_DIRECT))
+        self._note(fd)
         return super().pread(fd, part, offset)
+
+    def pwrite(self, fd, part, offset):
+        self._note(fd)
+        return super().pwrite(fd, part, offset)
+
+
+@pytest.mark.parametrize("size", [1, 4096, 3 * MiB + 1])
+def test_writes_of_any_size_are_direct_to_the_last_byte(root, size):
+    system = Watching()
+    store = store_with(root, system, block=1 << 20)
+    put(store, "a", b"makes the directory")
+    if store.capabilities().direct_io:
+        pytest.skip("no direct I/O here")
+    system.direct.clear()
+    content = content_of(size)
+    put(store, "a", content)
+    assert system.direct == [True] * -(-size // MiB)
+    assert (root / "a").read_bytes() == content
+    store.close()
 
 
 def test_cold_reads_are_direct_and_warm_ones_are_not(root):
@@ -517,6 +539,7 @@ def test_cold_reads_are_direct_and_warm_ones_are_not(root):
     put(store, "a", content)
     if store.capabilities().direct_io:
         pytest.skip("no direct I/O here")
+    system.direct.clear()
     fd = os.open(root / "a", os.O_RDONLY)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     if in_page_cache(fd, 0, 24 * MiB):

@@ -20,6 +20,7 @@ FOREIGN = ("CKPTSVC_", "SLURM_", "PMI_", "PALS_", "OMPI_", "TORCHELASTIC_", "XDG
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 STOP_TIMEOUT = 10.0
+FAULTY_STORE = str(Path(__file__).parent / "faulty_store")
 
 
 class Process(NamedTuple):
@@ -54,7 +55,7 @@ class Runtime:
             "GLOO_SOCKET_IFNAME": "lo",
             "HOME": str(self.root),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent / "faulty_store"),
+            "PYTHONPATH": os.pathsep.join(p for p in (FAULTY_STORE, os.environ.get("PYTHONPATH", "")) if p),
             "PYTHONUNBUFFERED": "1",
         }
 

@@ -117,7 +117,7 @@ class Progressed(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ...) -> None: ...
 
 class Staged(_message.Message):
-    __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended")
+    __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended", "again")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -136,6 +136,7 @@ class Staged(_message.Message):
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     epoch: int
@@ -147,7 +148,8 @@ class Staged(_message.Message):
     aliases: _containers.ScalarMap[str, str]
     store: str
     ended: bool
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., store: _Optional[str] = ..., ended: bool = ...) -> None: ...
+    again: bool
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., store: _Optional[str] = ..., ended: bool = ..., again: bool = ...) -> None: ...
 
 class Durable(_message.Message):
     __slots__ = ("job", "epoch", "step", "rank", "name", "nbytes", "extent", "digests", "columns")

@@ -33,7 +33,7 @@ def python(code: str) -> list[str]:
 
 FAMILY = """
 import signal, subprocess, sys, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 print(child.pid, flush=True)
 time.sleep(60)
@@ -59,11 +59,36 @@ def test_what_a_child_that_has_ended_leaves_behind_is_ended_too(children: Childr
 
 
 def test_a_child_gets_the_chance_to_end_well(children: Children) -> None:
-    code = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(7)); print(1, flush=True); time.sleep(60)"
+    code = "import signal, sys, time; signal.signal(2, lambda *_: sys.exit(7)); print(1, flush=True); time.sleep(60)"
     polite = children.start("polite", python(code))
     wait_until(lambda: polite.log.read_text() != "", "it to start", 20, [polite])
     children.stop()
     assert polite.status == 7
+
+
+SERVICE = """
+import os, signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: sys.exit(7 if os.path.exists(sys.argv[1]) else 8))
+print(1, flush=True)
+time.sleep(60)
+"""
+
+USER = """
+import signal, sys, time
+signal.signal(signal.SIGINT, lambda *_: (time.sleep(0.2), open(sys.argv[1], "w").close(), sys.exit()))
+print(1, flush=True)
+time.sleep(60)
+"""
+
+
+def test_services_end_last(children: Children, tmp_path: Path) -> None:
+    """A service that has to end looks whether its user has ended."""
+    mark = str(tmp_path / "user-has-ended")
+    service = children.start("service", [*python(SERVICE), mark], service=True)
+    user = children.start("user", [*python(USER), mark])
+    wait_until(lambda: all(c.log.read_text() for c in (service, user)), "both to start", 20, [service, user])
+    children.stop()
+    assert service.status == 7
 
 
 def test_an_exception_leaves_no_child(tmp_path: Path) -> None:
@@ -76,7 +101,7 @@ def test_an_exception_leaves_no_child(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
-    assert started[0].status == -signal.SIGTERM
+    assert started[0].status == -signal.SIGINT
 
 
 def test_a_child_that_fails_is_named_with_the_end_of_its_log(children: Children) -> None:

@@ -18,7 +18,7 @@ from told import (
     staged,
 )
 
-from ckptsvc.control.coordinator import Coordinator
+from ckptsvc.control.coordinator import FORGET_AFTER, Coordinator
 from ckptsvc.control.effects import CommitDone
 from ckptsvc.control.membership import AGENT_PATIENCE
 from ckptsvc.control.restart import NODE_PATIENCE
@@ -179,10 +179,13 @@ class TestLostAgents:
 
 
 class TestForgetting:
-    def test_a_job_without_ranks_saves_and_memory_is_forgotten(self, running):
+    def test_a_job_without_ranks_saves_and_memory_is_forgotten_after_a_while(self, running):
+        running.core.tick(1.0)
         for rank in (0, 1):
             running.tell(left(rank, died=False))
-        running.core.tick(1.0)
+        running.core.tick(1.0 + FORGET_AFTER)
+        assert list(running.core.jobs) == ["job"]
+        running.core.tick(1.1 + FORGET_AFTER)
         assert running.core.jobs == {}
 
     @pytest.mark.parametrize("why", ["ranks", "open", "held"])
@@ -193,8 +196,15 @@ class TestForgetting:
                 running.tell(left(rank, died=False))
             if why == "held":
                 running.core.commit_done(CommitDone("job", 1, 10), 1.0)
-        running.core.tick(1.0)
+        running.core.tick(10 * FORGET_AFTER)
         assert list(running.core.jobs) == ["job"]
+
+    def test_an_agent_that_was_away_hears_how_a_save_ended(self, running):
+        running.tell(staged(0))
+        for rank in (0, 1):
+            running.tell(left(rank))
+        running.core.tick(FORGET_AFTER / 2)
+        assert "n0: save_ended" in kinds(running.tell(staged(0)))
 
 
 def launch(driver):

@@ -1,7 +1,15 @@
 import pytest
 from told import kinds, node_joined, node_ready, orders
 
-from ckptsvc.control.restart import INTERRUPTED, LAST_CALL, NODE_PATIENCE, Attempts, Phase, describe_status
+from ckptsvc.control.restart import (
+    INTERRUPTED,
+    JOIN_PATIENCE,
+    LAST_CALL,
+    NODE_PATIENCE,
+    Attempts,
+    Phase,
+    describe_status,
+)
 
 
 def make(min_nodes=2, max_nodes=2, max_restarts=2):
@@ -87,7 +95,14 @@ class TestGathering:
         attempts.ready(node_ready("a"), 0.0)
         decision = attempts.node_left("b", "its launcher is gone", 1.0)
         assert decision.reasons == ["job job: node b is gone (its launcher is gone)"]
-        assert kinds(attempts.tick(LAST_CALL)) == ["a: start"]
+        assert kinds(attempts.tick(1.0 + LAST_CALL)) == ["a: start"]
+
+    def test_nodes_that_never_come_are_not_waited_for_for_ever(self):
+        attempts = make()
+        attempts.joined(node_joined("a"), 5.0)
+        assert kinds(attempts.tick(5.0 + JOIN_PATIENCE)) == []
+        ((_, end),) = orders(attempts.tick(5.1 + JOIN_PATIENCE), "end")
+        assert (end.status, end.reason) == (1, "only 1 of 2 nodes have come")
 
     def test_readiness_of_a_node_nobody_knows_is_ignored(self):
         assert kinds(make().ready(node_ready("a"), 0.0)) == []
@@ -122,10 +137,11 @@ class TestFailure:
         assert [o.attempt for _, o in orders(decision, "start")] == [2, 2]
         assert orders(decision, "start")[1][1].master_port == 1001
 
-    def test_readiness_after_an_older_attempt_is_not_enough(self, gathered):
+    def test_a_node_that_never_heard_of_the_attempt_has_nothing_to_stop(self, gathered):
         gathered.rank_exited(1, 3, "b", -9, 7.0)
         gathered.ready(node_ready("a", 1), 8.0)
-        assert kinds(gathered.ready(node_ready("b", 0), 9.0)) == []
+        gathered.joined(node_joined("b"), 9.0)
+        assert [o.attempt for _, o in orders(gathered.ready(node_ready("b", 0), 9.0), "start")] == [2, 2]
 
     def test_no_restarts_left_ends_the_job(self, gathered):
         for attempt in (1, 2):

@@ -1,8 +1,8 @@
 import pytest
 from told import commits, dropped, durable, kinds, orders, shard_failed, skipped, staged
 
-from ckptsvc.control.effects import CommitDone, Lookup
-from ckptsvc.control.save import LATE_NEWS, QUIET_BEFORE_LOOKUP, REMEMBERED, Saves
+from ckptsvc.control.effects import CommitDone, Lookup, LookupDone
+from ckptsvc.control.save import LATE_NEWS, LOOKUP_PATIENCE, QUIET_BEFORE_LOOKUP, REMEMBERED, Saves
 from ckptsvc.rpc.v1 import agent_pb2
 
 KEY = (1, 10)
@@ -229,23 +229,78 @@ class TestTime:
         stage_all(saves)
         saves.durable(durable(0), 0.0)
         outcome = outcome_of(saves.tick(100.1))
-        assert outcome.reason == "after 100 s these ranks have not written its shard: 1"
+        assert outcome.reason == "after 100 s these ranks have not written their shards: 1"
 
-    def test_a_quiet_save_that_may_be_committed_is_looked_up_now_and_then(self, saves):
-        saves.staged(staged(0), 0.0)
-        saves.durable(durable(0), 0.0)
-        assert kinds(saves.tick(QUIET_BEFORE_LOOKUP)) == []
-        (effect,) = saves.tick(QUIET_BEFORE_LOOKUP + 0.1).effects
+
+class TestSavesOfBeforeOurTime:
+    """A new coordinator hears of them from agents that report again what they hold."""
+
+    @pytest.fixture
+    def old(self, saves):
+        saves.staged(staged(0, again=True), 0.0)
+        return saves
+
+    def test_a_quiet_one_is_looked_up_now_and_then(self, old):
+        assert kinds(old.tick(QUIET_BEFORE_LOOKUP)) == []
+        (effect,) = old.tick(QUIET_BEFORE_LOOKUP + 0.1).effects
         assert effect == Lookup("job", *KEY, "file:///run")
-        assert kinds(saves.tick(QUIET_BEFORE_LOOKUP + 0.2)) == []
+        assert kinds(old.tick(QUIET_BEFORE_LOOKUP + 0.2)) == []
 
-    def test_a_save_without_a_durable_shard_cannot_have_been_committed(self, saves):
-        saves.staged(staged(0), 0.0)
-        assert kinds(saves.tick(50.0)) == []
+    def test_one_whose_ranks_have_all_staged_will_be_committed_again(self, old):
+        old.staged(staged(1, again=True), 0.0)
+        assert kinds(old.tick(50.0)) == []
 
-    def test_what_the_look_up_finds_ends_the_save(self, saves):
-        saves.staged(staged(0), 0.0)
-        assert outcome_of(saves.commit_done(CommitDone("job", *KEY), 7.0)).outcome == agent_pb2.OUTCOME_COMMITTED
+    def test_one_that_a_rank_has_staged_in_our_time_cannot_have_been_committed(self, old):
+        old.staged(staged(1, world_size=3), 0.0)
+        assert kinds(old.tick(50.0)) == []
+        assert "n0: save_ended" in kinds(old.rank_gone(2, "died", 51.0))
+
+    def test_a_record_ends_it(self, old):
+        outcome = outcome_of(old.lookup_done(LookupDone("job", *KEY, True), 7.0))
+        assert outcome.outcome == agent_pb2.OUTCOME_COMMITTED
+
+    def test_no_record_leaves_it_open(self, old):
+        assert kinds(old.lookup_done(LookupDone("job", *KEY, False), 7.0)) == []
+        assert KEY in old.open
+
+    @pytest.mark.parametrize("found", [True, False])
+    def test_does_not_fail_before_the_store_was_asked(self, old, found):
+        assert kinds(old.rank_gone(1, "died", 1.0)) == ["Lookup"]
+        assert kinds(old.rank_gone(1, "died", 1.0)) == []
+        outcome = outcome_of(old.lookup_done(LookupDone("job", *KEY, found), 2.0))
+        if found:
+            assert outcome.outcome == agent_pb2.OUTCOME_COMMITTED
+        else:
+            assert (outcome.outcome, outcome.reason) == (agent_pb2.OUTCOME_FAILED, "rank 1 died before it staged")
+
+    @pytest.mark.parametrize("event", [shard_failed(0), skipped(1)])
+    def test_whatever_it_fails_of(self, old, event):
+        decide = old.shard_failed if event == shard_failed(0) else old.skipped
+        assert ("Lookup" in kinds(decide(event, 1.0))) == (event == shard_failed(0))  # a rank that skipped: no commit
+
+    def test_a_store_that_cannot_say_is_asked_again_and_then_believed_to_have_nothing(self, old):
+        old.rank_gone(1, "died", 1.0)
+        assert kinds(old.tick(1.1 + QUIET_BEFORE_LOOKUP)) == ["Lookup"]
+        assert kinds(old.tick(1.2 + QUIET_BEFORE_LOOKUP)) == []
+        assert outcome_of(old.tick(1.1 + LOOKUP_PATIENCE)).reason == "rank 1 died before it staged"
+
+    def test_is_not_committed_once_it_has_failed(self, old):
+        old.rank_gone(1, "died", 1.0)
+        old.staged(staged(1, again=True), 2.0)
+        old.durable(durable(0), 2.0)
+        assert commits(old.durable(durable(1), 2.0)) == []
+
+    def test_a_rank_that_knows_of_the_end_is_not_waited_for(self, old):
+        old.staged(staged(1, again=True, ended=True), 0.0)
+        assert kinds(old.rank_gone(1, "died", 1.0)) == []  # it has staged
+        assert kinds(old.tick(QUIET_BEFORE_LOOKUP + 0.1)) == ["Lookup"]
+        outcome = outcome_of(old.lookup_done(LookupDone("job", *KEY, False), 6.0))
+        assert outcome.reason == "it had ended without a commit before"
+
+    def test_an_answer_for_a_save_that_has_ended_or_is_being_committed_is_ignored(self, saves):
+        assert kinds(saves.lookup_done(LookupDone("job", *KEY, True), 1.0)) == []
+        commit(saves)
+        assert kinds(saves.lookup_done(LookupDone("job", *KEY, True), 1.0)) == []
 
 
 class TestMemory:

@@ -1,0 +1,141 @@
+"""What must hold at every moment of a simulation, and what must have come about at its end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptsvc.control.effects import AllotEpoch, Commit, Lookup, Send
+from ckptsvc.pipeline.arena import State
+from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+
+if TYPE_CHECKING:
+    from simulation import Store, World
+
+COMMITTED = agent_pb2.OUTCOME_COMMITTED
+
+Save = tuple[str, int, int]  # job, epoch, step
+
+
+class Violation(AssertionError):
+    """Something that must not be; `explain` adds how it came about."""
+
+    def explain(self, world: World) -> None:
+        schedule = world.schedule
+        lines = [f"{self.args[0]}", f"at {world.now:.2f} s of {schedule}", "what happened last:", *world.trace]
+        self.args = ("\n".join(lines[:3] + lines[-80:]),)
+
+
+def require(condition: object, what: str) -> None:
+    if not condition:
+        raise Violation(what)
+
+
+class Checks:
+    """Watches a world."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._durable: set[tuple[str, int, int, int]] = set()  # reported to this coordinator
+        self._outcomes: dict[Save, agent_pb2.SaveOutcome] = {}  # decided by this coordinator
+        self._denied: set[Save] = set()  # some agent was told that this save has failed for good
+
+    def new_coordinator(self) -> None:
+        """It has heard and said nothing yet."""
+        self._durable, self._outcomes = set(), {}
+
+    def reported(self, report: pb.Report) -> None:
+        """The coordinator hears something."""
+        if report.WhichOneof("event") == "durable":
+            event = report.durable
+            self._durable.add((event.job, event.epoch, event.step, event.rank))
+
+    def decided(self, effect: Send | AllotEpoch | Commit | Lookup) -> None:
+        """The coordinator wants something."""
+        if isinstance(effect, Commit):
+            ranks = [shard.rank for shard in effect.shards]
+            require(ranks == list(range(effect.world_size)), f"a commit of the shards of ranks {ranks}")
+            for rank in ranks:
+                key = (effect.job, effect.epoch, effect.step, rank)
+                require(key in self._durable, f"a commit though no durable shard was reported for {key}")
+        elif isinstance(effect, Send) and effect.order.WhichOneof("effect") == "save_ended":
+            outcome = effect.order.save_ended.outcome
+            save = (effect.order.job, outcome.epoch, outcome.step)
+            first = self._outcomes.setdefault(save, outcome)
+            require(first == outcome, f"{save} ended twice: {first.outcome} and {outcome.outcome}")
+
+    def told(self, job: str, outcome: agent_pb2.SaveOutcome) -> None:
+        """An agent hears how a save has ended."""
+        save = (job, outcome.epoch, outcome.step)
+        committed = (outcome.epoch, outcome.step) in self._world.store.commits
+        if outcome.outcome == COMMITTED:
+            require(committed, f"{save} is said to be committed, and is not")
+        elif outcome.code != "store-unavailable":  # then nobody can know
+            require(not committed, f"{save} is said to have failed ({outcome.reason}), and is committed")
+            self._denied.add(save)
+
+    def committing(self, effect: Commit, store: Store) -> None:
+        """A commit record is being written."""
+        save = (effect.job, effect.epoch, effect.step)
+        require(save not in self._denied, f"{save} is committed after an agent was told that it has failed")
+        for rank in range(effect.world_size):
+            require((effect.epoch, effect.step, rank) in store.shards, f"{save} is committed without rank {rank}")
+
+    def always(self) -> None:
+        """After every event."""
+        self._one_job_in_the_run()
+        self._one_attempt_runs()
+        if self._world.in_flight == 0:
+            self._memory_is_there()
+
+    def _one_job_in_the_run(self) -> None:
+        writers = [job.name for job in self._world.brain.core.jobs.values() if job.ranks]
+        require(len(writers) <= 1, f"jobs {writers} write to one run")
+
+    def _one_attempt_runs(self) -> None:
+        running = {r.attempt for m in self._world.machines.values() for r in m.ranks.values() if r.alive}
+        require(len(running) <= 1, f"attempts {sorted(running)} run at the same time")
+
+    def _memory_is_there(self) -> None:
+        """Nothing is under way and no connection is broken without the coordinator's knowing: its list is right."""
+        brain, machines = self._world.brain, self._world.machines.values()
+        if not brain.alive or any(brain.peers.get(m.name) is not m.line.session for m in machines):
+            return
+        held = {
+            (a.label.job, a.label.epoch, a.label.step, a.label.rank)
+            for m in machines
+            if m.agent_alive
+            for a in m.local.pool.arenas.values()
+            if a.label is not None
+        }
+        for job in brain.core.jobs:
+            for snapshot in brain.core.snapshots(job):
+                for rank in range(snapshot.world_size):
+                    key = (job, snapshot.epoch, snapshot.step, rank)
+                    require(key in held, f"the snapshot of rank {rank} in {key} is listed and nowhere in memory")
+
+    def finished(self) -> bool:
+        """Whether all has come to an end."""
+        return not self._unfinished()
+
+    def give_up(self) -> None:
+        """It should have by now."""
+        raise Violation("waits for ever: " + "; ".join(self._unfinished()))
+
+    def _unfinished(self) -> list[str]:
+        world = self._world
+        left = [
+            f"the save of step {save.step} in epoch {save.epoch} is open, without {save.missing or 'commit'}"
+            for job in world.brain.core.jobs.values()
+            for save in job.saves.open.values()
+        ]
+        for machine in world.machines.values():
+            if machine.launcher_waits:
+                left.append(f"the launcher of {machine.name} waits")
+            if machine.agent_alive:
+                left += [
+                    f"{arena.label} on {machine.name} is neither saved nor given up"
+                    for arena in machine.local.pool.arenas.values()
+                    if arena.state is State.STAGED
+                ]
+        return left

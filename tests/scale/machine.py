@@ -1,0 +1,405 @@
+"""A node of the simulation: its agent, `ckptsvc run` with the ranks it starts, and the shared memory that outlives both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ckptsvc.agent import reports
+from ckptsvc.agent.identity import Registration
+from ckptsvc.agent.launches import Launcher, Launches
+from ckptsvc.agent.local import Local
+from ckptsvc.agent.node import Node
+from ckptsvc.errors import ArenaExhausted
+from ckptsvc.pipeline.arena import Arena, ArenaPool, Label, State
+from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.telemetry import Metrics
+
+if TYPE_CHECKING:
+    from simulation import Line, World
+
+JOB, THIEF, STORE = "job", "thief", "file:///run"
+SLOTS = 2
+METRICS = Metrics("simulation")
+
+
+class Memory(ArenaPool):
+    """The arenas, without files: what a killed agent leaves is what has a label."""
+
+    def stage(self, arena: Arena, label: Label) -> None:
+        arena.label, arena.state = label, State.STAGED
+
+    def keep(self, arena: Arena) -> None:
+        arena.state = State.KEPT
+
+    def release(self, arena: Arena) -> None:
+        arena.label, arena.state, arena.step = None, State.FREE, -1
+
+    def provide(self, job: str, rank: int) -> None:
+        for slot in range(SLOTS - len(self.of(job, rank))):
+            name = f"{job}-{rank}-{slot}"
+            while name in self.arenas:
+                name += "'"
+            self.arenas[name] = Arena(name, Path(name), 1, job, rank)
+
+
+@dataclass(eq=False)
+class Rank:
+    """One training process."""
+
+    job: str
+    number: int
+    attempt: int
+    world_size: int
+    started: float
+    status: int | None = None
+    token: str = ""
+    attached: bool = False
+    last_order: int = -1
+
+    @property
+    def alive(self) -> bool:
+        return self.status is None
+
+
+@dataclass(eq=False)
+class Attempt:
+    """The ranks of one attempt, in lockstep."""
+
+    number: int
+    world_size: int
+    ranks: dict[int, tuple[Machine, Rank]] = field(default_factory=dict)
+    step: int = -1
+
+
+class Machine:
+    """One node."""
+
+    line: Line
+
+    def __init__(self, world: World, name: str, folder: Path) -> None:
+        self._world, self.name = world, name
+        self.pool = Memory(folder, 1 << 40)
+        self.local = Local(name, self.pool, METRICS, None)  # type: ignore[arg-type]
+        self.ranks: dict[int, Rank] = {}  # of the launched job
+        self.agent_alive = False
+        self._incarnation = 0
+        self._attempt = self._first_rank = 0
+        self._launched = self._connected = False
+        self._status: int | None = None
+        self._lost = False
+
+    @property
+    def launcher_waits(self) -> bool:
+        return self._status is None and not self._lost
+
+    # ---- the agent (mirrors agent.server and the parts of agent.saves and agent.arenas that take time) ---------------
+
+    def start_agent(self) -> None:
+        if self.agent_alive or self._lost:
+            return
+        self.agent_alive = True
+        self._incarnation += 1
+        for arena in list(self.pool.arenas.values()):
+            if arena.label is None:
+                del self.pool.arenas[arena.name]
+        self.local = Local(self.name, self.pool, METRICS, None)  # type: ignore[arg-type]
+        self.local._uplinks[""] = self.line
+        self.node = Node(self.local, None, slots=SLOTS, linger=1e9)  # type: ignore[arg-type]
+        self.launches = Launches(self.local)
+        self.node.launch_order = self.launches.order
+        for arena in self.pool.arenas.values():
+            assert arena.label is not None
+            self.local.job(arena.label.job, "", STORE)
+            if arena.state is State.STAGED:
+                self._begin_save(arena, arena.label, again=True)
+        self.line.connect()
+        if self._launched:
+            self._world.later(self._world.rng.uniform(0, 1), self._connect_launcher, self._incarnation)
+
+    def kill_agent(self) -> None:
+        if self.agent_alive:
+            self.agent_alive = self._connected = False
+            self.line.break_(self._world.rng.uniform(0, 10))
+            for token in list(self.local.sessions):
+                self.node._forget(token)
+
+    def obey(self, order: pb.Order) -> None:
+        """An order of the coordinator has arrived."""
+        if order.WhichOneof("effect") == "save_ended" and order.job in self.local.jobs:
+            self._world.checks.told(order.job, order.save_ended.outcome)
+        self.node.on_order(order)
+        launcher = self.launches._by_job.get(JOB)
+        while launcher is not None and not launcher.orders.empty():
+            response = launcher.orders.get_nowait()
+            self._world.later(self._world.rng.uniform(0, 0.1), self._launcher_obeys, self._incarnation, response)
+
+    def _register(self, rank: Rank) -> bool:
+        if not self.agent_alive:
+            return False
+        registration = Registration(
+            op="register",
+            job=rank.job,
+            store=STORE,
+            attempt=rank.attempt,
+            rank=rank.number,
+            world_size=rank.world_size,
+            every_seconds=self._world.schedule.every_seconds,
+        )
+        rank.token, _, fd = self.node.register(registration, 0)
+        import os
+
+        os.close(fd)
+        self.pool.provide(rank.job, rank.number)
+        self.local.sessions[rank.token].announced = (0, "digest")
+        self.line.report(reports.announced(self.local.sessions[rank.token]))
+        return True
+
+    def _snapshot(self, rank: Rank, step: int) -> None:
+        """As client.session and agent.arenas: an arena, a copy, and it is the agent's."""
+        if rank.token not in self.local.sessions:
+            if self._register(rank):
+                self._world.note(f"rank {rank.number} on {self.name} has found its agent again, too late for {step}")
+            return
+        session = self.local.sessions[rank.token]
+        job, attempt = self.local.jobs[rank.job], self.local.jobs[rank.job].attempt(rank.attempt)
+        try:
+            if attempt.refused or not attempt.epoch:
+                raise ArenaExhausted(str(attempt.refused or "no epoch"))
+            arena, evicted = self.pool.acquire(rank.job, rank.number, 1, step)
+        except ArenaExhausted as error:
+            self.node.arenas._skip(job, session.reg, step, str(error))
+            return
+        self.local.dropped(job, evicted)
+        label = Label(
+            job=rank.job,
+            store=STORE,
+            coordinator="",
+            attempt=rank.attempt,
+            epoch=attempt.epoch,
+            step=step,
+            rank=rank.number,
+            world_size=rank.world_size,
+            nbytes=1,
+            extent=1 << 20,
+            aliases={},
+        )
+        self._world.later(self._world.rng.uniform(0, 0.4), self._submit, self._incarnation, rank, arena, label)
+
+    def _submit(self, incarnation: int, rank: Rank, arena: Arena, label: Label) -> None:
+        if rank.alive and self._is(incarnation) and arena.state is State.FILLING:
+            self.pool.stage(arena, label)
+            self._begin_save(arena, label)
+
+    def _begin_save(self, arena: Arena, label: Label, *, again: bool = False) -> None:
+        self.line.report(reports.staged(self.name, label, again=again))
+        self._world.later(self._world.rng.expovariate(1), self._written, self._incarnation, arena, label, 0)
+
+    def _written(self, incarnation: int, arena: Arena, label: Label, tries: int) -> None:
+        if not self._is(incarnation):
+            return
+        if self._world.store.down and tries < 3:  # the store is wrapped in Retrying
+            self._world.later(self._world.rng.uniform(1, 8), self._written, incarnation, arena, label, tries + 1)
+            return
+        if self._world.store.down:
+            result = reports.shard_failed(label, "store-unavailable", "the store is down")
+        else:
+            self._world.store.shards.add((label.epoch, label.step, label.rank))
+            event = pb.Durable(job=label.job, epoch=label.epoch, step=label.step, rank=label.rank, name="shard")
+            result = pb.Report(durable=event)
+        self.node.saves._tell(self.local.jobs[label.job], label, result)
+
+    def _is(self, incarnation: int) -> bool:
+        return self.agent_alive and incarnation == self._incarnation
+
+    # ---- `ckptsvc run` (mirrors agent.launcher and Launches.serve) ---------------------------------------------------
+
+    def start_launcher(self) -> None:
+        self._launched = True
+        self._connect_launcher(self._incarnation)
+
+    def _connect_launcher(self, incarnation: int) -> None:
+        if not self._is(incarnation) or self._connected or self._status is not None or self._lost:
+            return
+        self._connected = True
+        schedule = self._world.schedule
+        hello = agent_pb2.LauncherHello(
+            job=JOB,
+            node=self.name,
+            node_rank=-1,
+            min_nodes=schedule.nodes,
+            max_nodes=schedule.nodes,
+            nproc=schedule.nproc,
+            max_restarts=30,
+            address=self.name,
+            attempt=self._attempt if self.ranks else 0,
+            first_rank=self._first_rank,
+        )
+        launcher = self.launches._by_job[JOB] = Launcher(hello, "")
+        for report in self.launches._reports_of(launcher):
+            self.line.report(report)
+        if not self.ranks:
+            self._say_ready()
+        for rank in self.ranks.values():
+            if not rank.alive:
+                self._say_exited(rank)
+
+    def _say_ready(self) -> None:
+        launcher = self.launches._by_job.get(JOB)
+        if self.agent_alive and launcher is not None:
+            launcher.ready = agent_pb2.LauncherReady(attempt=self._attempt, port=1)
+            launcher.hello.attempt = 0
+            launcher.exits.clear()
+            self.line.report(self.launches._ready(launcher))
+
+    def _say_exited(self, rank: Rank) -> None:
+        launcher = self.launches._by_job.get(JOB)
+        if self.agent_alive and launcher is not None and self.ranks.get(rank.number) is rank:
+            event = pb.RankExited(
+                job=JOB, node=self.name, attempt=rank.attempt, rank=rank.number, status=rank.status or 0
+            )
+            report = launcher.exits[rank.number] = pb.Report(rank_exited=event)
+            self.line.report(report)
+
+    def _launcher_obeys(self, incarnation: int, response: agent_pb2.LaunchResponse) -> None:
+        if not self._is(incarnation) or self._status is not None:
+            return
+        kind = response.WhichOneof("order")
+        if kind == "start":
+            self._stop_ranks()
+            self._start_ranks(response.start)
+        elif kind == "stop" and response.stop.attempt == self._attempt:
+            self._stop_ranks()
+            self._world.later(self._world.rng.uniform(0, 2), self._stopped, self._attempt)
+        elif kind == "end":
+            self._end(response.end.status)
+
+    def _end(self, status: int) -> None:
+        self._stop_ranks()
+        self.ranks.clear()
+        self._status = status
+        self._connected = False
+        del self.launches._by_job[JOB]
+        self.line.report(pb.Report(node_left=pb.NodeLeft(job=JOB, node=self.name, detail="its launcher is gone")))
+
+    def _start_ranks(self, order: agent_pb2.StartRanks) -> None:
+        world = self._world
+        self._attempt, self._first_rank = order.attempt, order.first_rank
+        self.ranks.clear()
+        attempt = world.attempts.get(order.attempt)
+        if attempt is None:
+            attempt = world.attempts[order.attempt] = Attempt(order.attempt, order.world_size)
+            world.later(1.0, self._train, attempt)
+        for number in range(order.first_rank, order.first_rank + world.schedule.nproc):
+            rank = self.ranks[number] = Rank(JOB, number, order.attempt, order.world_size, world.now)
+            attempt.ranks[number] = (self, rank)
+            world.later(world.rng.uniform(0.2, 1), self._attach, rank)
+
+    def _stop_ranks(self) -> None:
+        for rank in self.ranks.values():
+            self._exit(rank, -15)
+
+    def _stopped(self, attempt: int) -> None:
+        if attempt == self._attempt and not any(rank.alive for rank in self.ranks.values()):
+            self.ranks.clear()
+            self._say_ready()
+
+    # ---- training processes (mirror client.session) ------------------------------------------------------------------
+
+    def _attach(self, rank: Rank) -> None:
+        """Register, and wait until the attempt has an epoch and everybody has announced."""
+        if not rank.alive:
+            return
+        if rank.token not in self.local.sessions:
+            self._register(rank)
+        if self.agent_alive:
+            state = self.local.jobs[rank.job].attempt(rank.attempt)
+            if state.refused:
+                self._world.note(f"rank {rank.number} of {rank.job} on {self.name} is refused: {state.refused}")
+                self._exit(rank, 11)
+                return
+            if 0 in state.groups and (state.epoch or state.epoch_error):
+                rank.attached = True
+                return
+        if self._world.now - rank.started > 120:
+            self._exit(rank, 20)
+            return
+        self._world.later(0.5, self._attach, rank)
+
+    def _train(self, attempt: Attempt) -> None:
+        """One step of all ranks, again and again; it stands still when one of them is missing."""
+        world = self._world
+        if attempt.ranks and not any(rank.alive for _, rank in attempt.ranks.values()):
+            return
+        if len(attempt.ranks) == attempt.world_size and all(r.alive and r.attached for _, r in attempt.ranks.values()):
+            if attempt.step < 0:
+                attempt.step = self._restored()
+            attempt.step += 1
+            for machine, rank in attempt.ranks.values():
+                machine._step(rank, attempt.step)
+            if attempt.step >= world.schedule.steps:
+                for machine, rank in attempt.ranks.values():
+                    world.later(world.rng.uniform(0.5, 1.5), machine._exit, rank, 0)
+                return
+        world.later(world.rng.uniform(0.5, 1.5), self._train, attempt)
+
+    def _restored(self) -> int:
+        """The newest step in memory or in the store."""
+        snapshots = self._world.brain.core.snapshots(JOB) if self._world.brain.alive else []
+        newest = max(((s.epoch, s.step) for s in snapshots), default=(0, 0))
+        return max(newest, max(self._world.store.commits, default=(0, 0)))[1]
+
+    def _step(self, rank: Rank, step: int) -> None:
+        due = step % self._world.schedule.every_steps == 0
+        session = self.local.sessions.get(rank.token) if self.agent_alive else None
+        if session is not None:
+            session.page.put("step", step)
+            progressed = pb.Progressed(job=JOB, attempt=rank.attempt, node=self.name, lowest=step, highest=step)
+            self.line.report(pb.Report(progressed=progressed))
+            order = session.page.get("save_at")
+            if order != rank.last_order and order <= step:
+                rank.last_order = order
+                if order == step:
+                    due = True
+                elif order >= 0:
+                    self.node.arenas.abandon(rank.token, "", order, "already past the step at which to save")
+        if due and self.agent_alive:
+            self._snapshot(rank, step)
+
+    def _exit(self, rank: Rank, status: int) -> None:
+        """The process ends; agent and launcher see it, if they are there."""
+        if not rank.alive:
+            return
+        rank.status = status
+        if self.agent_alive and rank.token in self.local.sessions:
+            if status == 0:
+                self.node.leave(rank.token)
+            else:
+                self._world.later(0.05, self.node._gone, rank.token, False, "process ended")
+        if rank.job == JOB:
+            self._world.later(self._world.rng.uniform(0, 0.2), self._say_exited, rank)
+
+    # ---- faults ------------------------------------------------------------------------------------------------------
+
+    def kill_a_rank(self, which: int) -> None:
+        ranks: list[Any] = [rank for rank in self.ranks.values() if rank.alive]
+        if ranks:
+            self._exit(ranks[which % len(ranks)], -9)
+
+    def start_thief(self) -> None:
+        """Another job wants to write to the run. A coordinator that has just begun does not know the first job yet."""
+        world = self._world
+        if self.agent_alive and world.brain.alive and world.now - world.brain.born > 15:
+            thief = Rank(THIEF, 0, 1, 1, world.now)
+            self._attach(thief)
+            world.later(world.rng.uniform(2, 20), self._exit, thief, 0)
+
+    def lose(self) -> None:
+        """The whole node is gone for ever."""
+        for rank in self.ranks.values():
+            self._exit(rank, -9)
+        self.kill_agent()
+        self.pool.arenas.clear()
+        self._lost = True

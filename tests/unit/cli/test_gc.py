@@ -1,0 +1,127 @@
+"""`ckptsvc gc`."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness.stored import Run, Tensor, cli
+
+from ckptsvc.cli import gc
+from ckptsvc.cli.agents import Answer
+from ckptsvc.errors import AgentUnavailable
+from ckptsvc.pipeline.retain import remove_garbage
+
+TENSORS = {"w": Tensor(np.zeros(5000, np.float32), cut="dim 0")}
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """One good checkpoint; of two saves that were never committed one is three hours old."""
+    (tmp_path / "sockets").mkdir(mode=0o700)
+    monkeypatch.setenv("CKPTSVC_AGENT_SOCKET_DIR", str(tmp_path / "sockets"))
+    made = Run(f"file://{tmp_path}/run")
+    made.save(10, TENSORS, world=2)
+    old = made.save(20, TENSORS, world=2, commit=False)
+    made.save(30, TENSORS, world=2, commit=False)
+    then = time.time() - 3 * 3600
+    for path in (tmp_path / "run" / old).iterdir():
+        os.utime(path, (then, then))
+    return made
+
+
+def folders(run: Run) -> list[str]:
+    return sorted(run.store.children())
+
+
+def rows(out: str) -> dict[str, str]:
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines()[1:3]}
+
+
+def test_nothing_is_deleted_unless_asked_for(run: Run) -> None:
+    before = sorted(run.store.list())
+    status, out, err = cli("gc", run.url)
+    assert (status, err) == (0, "")
+    found = rows(out)
+    assert found["step-000000000020.e00001"].startswith("2 ")
+    assert found["step-000000000020.e00001"].endswith("3 h remove save not committed")
+    assert "too young" in found["step-000000000030.e00001"]
+    assert out.splitlines()[-1].startswith("--delete would remove 2 objects, ")
+    assert out.splitlines()[-1].endswith("this was a dry run")
+    assert sorted(run.store.list()) == before
+
+
+def test_delete_takes_what_is_old_enough(run: Run) -> None:
+    status, out, _ = cli("gc", run.url, "--delete")
+    assert status == 0
+    assert "removed 2 objects" in out
+    assert folders(run) == ["step-000000000010.e00001", "step-000000000030.e00001"]
+    assert cli("verify", run.url).status == 0
+    assert cli("gc", run.url, "--delete", "--older-than", "0").status == 0
+    assert folders(run) == ["step-000000000010.e00001"]
+    status, out, err = cli("gc", run.url)
+    assert (status, out, err) == (0, "", f"nothing to remove in {run.url}\n")
+
+
+def test_json(run: Run) -> None:
+    def document(*arguments: str) -> dict:
+        status, out, err = cli("gc", run.url, "--json", *arguments)
+        assert (status, err) == (0, "")
+        return json.loads(out)
+
+    first = document()
+    assert {key: first[key] for key in ("store", "dry_run", "older_than")} == {
+        "store": run.url, "dry_run": True, "older_than": 3600.0,
+    }  # fmt: skip
+    by_name = {each["folder"]: each for each in first["garbage"]}
+    old, young = by_name["step-000000000020.e00001"], by_name["step-000000000030.e00001"]
+    assert (old["fate"], young["fate"]) == ("remove", "too young")
+    assert {o["key"].split("/")[0] for o in old["objects"]} == {"step-000000000020.e00001"}
+    assert old["bytes"] == sum(o["bytes"] for o in old["objects"])
+    assert first["found"] == {"objects": 4, "bytes": old["bytes"] + young["bytes"]}
+    assert first["removed"] == {"objects": 2, "bytes": old["bytes"]}
+    second = document("--delete")
+    assert (second["dry_run"], second["removed"]) == (False, first["removed"])
+    assert document()["found"]["objects"] == 2
+    assert document("--older-than", "7d")["removed"]["objects"] == 0
+
+
+def test_a_step_that_an_agent_is_saving_is_left_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    status = {
+        "coordinates": [{"running_saves": [20]}],
+        "arenas": [{"state": "kept", "step": 30}, {"state": "staged", "step": 40}],
+    }
+    answers = [Answer(Path("/a"), status), Answer(Path("/b"), None, AgentUnavailable("hangs"))]
+    monkeypatch.setattr(gc, "ask_all", lambda directory: answers)
+    _, out, err = cli("gc", run.url, "--delete", "--older-than", "0")
+    assert folders(run) == ["step-000000000010.e00001", "step-000000000020.e00001"]
+    assert " running " in out
+    assert "hangs" in err
+
+
+def test_a_save_that_commits_while_we_look_is_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(store, garbage):
+        run.save(garbage.ref.step, TENSORS, world=2)
+        return remove_garbage(store, garbage)
+
+    monkeypatch.setattr(gc, "remove_garbage", late)
+    _, out, _ = cli("gc", run.url, "--delete")
+    assert "committed meanwhile" in out
+    assert cli("verify", run.url, "--step", 20).status == 0
+
+
+def test_wrong_arguments(run: Run) -> None:
+    assert cli("gc", run.url, "--older-than", "soon").status == 2
+    status, _, err = cli("gc", f"{run.url}/step-000000000020.e00001")
+    assert status == 2
+    assert "give the run" in err
+
+
+def test_a_clock_that_is_behind_deletes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr(gc.time, "time", lambda: now - 86400)
+    _, out, _ = cli("gc", run.url, "--delete")
+    assert "0.0 s" in out
+    assert len(folders(run)) == 3
