@@ -91,7 +91,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         """See agent.proto."""
         if not 0 < request.bytes <= MAX_IMAGE or request.step < 0:
             raise InvalidInput(f"a snapshot of {request.bytes} bytes at step {request.step} is impossible")
-        timeout = _remaining(context, 600.0)
+        timeout = _remaining(context, request.patience)
         arena, epoch = await self._node.arenas.acquire(_token(context), request.step, request.bytes, timeout)
         return agent_pb2.AcquireResponse(slot=arena.name, capacity=arena.capacity, epoch=epoch)
 

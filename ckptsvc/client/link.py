@@ -156,9 +156,10 @@ class AgentLink:
             self._mapped = {slot: mapped for slot, mapped in self._mapped.items() if slot in slots}
         return slots
 
-    def acquire(self, step: int, nbytes: int, timeout: float) -> tuple[str, int]:
-        """A free arena: (slot, epoch)."""
-        answer = self.call("Acquire", agent_pb2.AcquireRequest(step=step, bytes=nbytes), timeout + CALL_TIMEOUT)
+    def acquire(self, step: int, nbytes: int, patience: float) -> tuple[str, int]:
+        """A free arena, waited for at most `patience` seconds: (slot, epoch)."""
+        request = agent_pb2.AcquireRequest(step=step, bytes=nbytes, patience=patience)
+        answer = self.call("Acquire", request, patience + CALL_TIMEOUT)
         self.registration["epoch"] = answer.epoch  # a new agent, or coordinator, learns it from us
         return answer.slot, answer.epoch
 

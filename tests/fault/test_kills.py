@@ -83,9 +83,13 @@ def checkpoint_shards(store: Path, name: str, count: int) -> list[Path]:
     return sorted((store / name).glob("r*.safetensors"), key=lambda p: p.stat().st_mtime)[-count:]
 
 
-def await_step(store: Path, step: int) -> None:
-    """Wait until a step is committed."""
-    eventually(lambda: step in steps(store), f"step {step} to be committed")
+def await_step(runtime: Runtime, store: Path, step: int) -> None:
+    """Wait until a step is committed, and the agent knows it: no process is on its way to a failpoint any more."""
+
+    def ended() -> bool:
+        return step in steps(store) and not any(job["running_saves"] for job in runtime.status()["coordinates"])
+
+    eventually(ended, f"step {step} to be committed")
 
 
 def kill(pid: int) -> None:
@@ -98,13 +102,13 @@ def to_step(job: Job, runtime: Runtime, step: int, point: str, store: Path) -> i
     for earlier in range(1, step):
         job.go(str(earlier))
         job.wait_for("stepped", step=earlier)
-        await_step(store, earlier)
+        await_step(runtime, store, earlier)
     runtime.arm(point)
     job.go(str(step))
     return runtime.reached(point)
 
 
-def go_on_until_saved(job: Job, store: Path, step: int) -> int:
+def go_on_until_saved(job: Job, runtime: Runtime, store: Path, step: int) -> int:
     """Training and service go on: steps until one is committed again; returns the last step."""
     killed_at, deadline = step, time.monotonic() + 30
     while steps(store)[0] <= killed_at:
@@ -113,6 +117,7 @@ def go_on_until_saved(job: Job, store: Path, step: int) -> int:
         job.go(str(step))
         job.wait_for("stepped", step=step)
         time.sleep(0.2)
+    await_step(runtime, store, step)
     return step
 
 
@@ -133,7 +138,7 @@ def test_the_trainer_is_killed(launch: Launch, runtime: Runtime, tmp_path: Path,
         eventually(lambda: not runtime.status()["ranks"], "the agent to notice")
         assert steps(store) == [1]
     else:
-        await_step(store, step)
+        await_step(runtime, store, step)
     assert_good(store)
 
 
@@ -143,7 +148,7 @@ def test_the_agent_is_killed_at_every_point(launch: Launch, runtime: Runtime, tm
     points = [*NOT_YET_HANDED_OVER, "after_submit", *HANDED_OVER, "in_expire"]
     with launch.plain(1, train, str(store)) as job:
         job.go("1")
-        await_step(store, 1)
+        await_step(runtime, store, 1)
         step = 1
         for point in points:
             step += 1
@@ -158,9 +163,9 @@ def test_the_agent_is_killed_at_every_point(launch: Launch, runtime: Runtime, tm
             if point in NOT_YET_HANDED_OVER:
                 assert step not in steps(store), point
             else:
-                await_step(store, step)
+                await_step(runtime, store, step)
             assert_good(store)
-            step = go_on_until_saved(job, store, step)
+            step = go_on_until_saved(job, runtime, store, step)
         job.go("end")
         job.go(str(step + 1))
         (result,) = job.results()
@@ -206,7 +211,7 @@ def test_a_job_that_starts_again_after_both_were_killed_goes_on_from_memory(
         assert (line["step"], line["values"]) == (2, [2.0])
         job.go("3")
         job.wait_for("stepped", step=3)
-        await_step(store, 3)
+        await_step(runtime, store, 3)
         job.go("end")
         job.go("4")
         job.results()
@@ -223,7 +228,7 @@ def test_another_worker_finishes_what_a_killed_one_began(launch: Launch, runtime
             worker = runtime.reached(point)
             assert [worker] == [w.pid for w in runtime.workers()]
             kill(worker)
-            await_step(store, step)
+            await_step(runtime, store, step)
             assert_good(store)
         job.go("end")
         job.go(str(step + 1))

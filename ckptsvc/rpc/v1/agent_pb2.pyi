@@ -60,12 +60,14 @@ class ProvideResponse(_message.Message):
     def __init__(self, slots: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AcquireRequest(_message.Message):
-    __slots__ = ("step", "bytes")
+    __slots__ = ("step", "bytes", "patience")
     STEP_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
+    PATIENCE_FIELD_NUMBER: _ClassVar[int]
     step: int
     bytes: int
-    def __init__(self, step: _Optional[int] = ..., bytes: _Optional[int] = ...) -> None: ...
+    patience: float
+    def __init__(self, step: _Optional[int] = ..., bytes: _Optional[int] = ..., patience: _Optional[float] = ...) -> None: ...
 
 class AcquireResponse(_message.Message):
     __slots__ = ("slot", "capacity", "epoch")
