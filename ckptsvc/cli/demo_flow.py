@@ -19,7 +19,7 @@ from ckptsvc.cli.demo_facts import Check, Facts, Incident, Run, Save
 from ckptsvc.cli.demo_processes import Child, Children, DemoFailed, Events, wait_until
 from ckptsvc.cli.demo_report import seconds, size
 from ckptsvc.cli.demo_story import Story
-from ckptsvc.config import runtime_dir
+from ckptsvc.config import ArenaSettings, runtime_dir
 from ckptsvc.format.commit import COMMIT, EPOCHS
 from ckptsvc.pipeline.catalog import list_refs, read_commit
 from ckptsvc.storage import Store, connect
@@ -51,8 +51,9 @@ class Demo:
         self._store = directory / "store"
         self._logs = directory / "logs"
         self._logs.mkdir()
-        # Paths of unix sockets are short: they do not live in `directory`.
+        # Paths of unix sockets are short, arenas are in memory: neither lives in `directory`.
         self._sockets = runtime_dir(os.environ) / f"demo-{os.getpid()}"
+        self._arenas = Path(ArenaSettings().dir) / f"ckptsvc-demo-{os.getpid()}"
         self._coordinator = f"127.0.0.1:{_free_port()}"
         self._phases: list[tuple[str, float]] = []
         self._children: Children
@@ -63,8 +64,9 @@ class Demo:
         Raises:
             DemoFailed: something ended or did not happen in time.
         """
+        self._arenas.mkdir(mode=0o700)
         try:
-            with Children(self._logs, _environ(self._sockets)) as self._children:
+            with Children(self._logs, _environ(self._sockets, self._arenas)) as self._children:
                 with self._phase("starting two agents"):
                     agents = [self._start_agent(number) for number in range(len(NODES))]
                     wait_until(self._agents_answer, "the agents to start", 30.0, agents)
@@ -79,7 +81,8 @@ class Demo:
                     with self._phase(f"resuming as {title}"):
                         branches.append(self._branch(layout, ranks, title))
         finally:
-            shutil.rmtree(self._sockets, ignore_errors=True)
+            for left in (self._sockets, self._arenas):
+                shutil.rmtree(left, ignore_errors=True)
         due = tuple(range(EVERY, STEPS + 1, EVERY))
         checks: list[Check] = [
             demo_facts.check_comeback(incident),
@@ -146,11 +149,9 @@ class Demo:
         return run, killer.report(run, Events(self._logs / f"agent-{NODES[1]}.log"))
 
     def _saves(self, run: Run) -> tuple[list[Save], list[str]]:
-        """See `read_saves`; waits for the last one first: its snapshot is written after the ranks have gone."""
-        store = connect(self._store.as_uri())
-        last = f"step {STEPS} to be committed"
-        wait_until(lambda: any(r.step == STEPS and read_commit(store, r) for r in list_refs(store)), last, 60.0)
-        saves, unfinished = read_saves(store, run)
+        """See `read_saves`."""
+        _wait_for_commit(self._store, STEPS)
+        saves, unfinished = read_saves(connect(self._store.as_uri()), run)
         self._story.say(f"{len(saves)} checkpoints are committed, {size(saves[0].nbytes)} each")
         return saves, unfinished
 
@@ -162,6 +163,7 @@ class Demo:
         train = _training(log, "--store", store.as_uri(), "--layout", layout, "--every", str(EVERY))
         child = self._children.start(f"branch-{layout}", [*_one_node(ranks), *train, "--stop-at", str(BRANCH_TO)])
         self._follow(title, log, [child], BRANCH_TO)
+        _wait_for_commit(store, BRANCH_TO)
         return self._read(log, "resumed", title, "branch")
 
     # ---- logs
@@ -275,6 +277,16 @@ def read_saves(store: Store, run: Run) -> tuple[list[Save], list[str]]:
     return saves, unfinished
 
 
+def _wait_for_commit(directory: Path, step: int) -> None:
+    """The last snapshot of a job is written after its ranks have gone."""
+    store = connect(directory.as_uri())
+
+    def committed() -> bool:
+        return any(ref.step == step and read_commit(store, ref) for ref in list_refs(store))
+
+    wait_until(committed, f"step {step} to be committed in {directory}", 60.0)
+
+
 def copy_run(store: Path, target: Path, step: int) -> None:
     """Copies a run as it was when it committed `step`: that checkpoint, nothing newer, and the epochs.
 
@@ -302,12 +314,13 @@ def _training(log: Path, *flags: str) -> list[str]:
     return ["-m", "ckptsvc.cli.demo_train", "--log-file", str(log), "--steps", str(STEPS), *flags]
 
 
-def _environ(sockets: Path) -> dict[str, str]:
+def _environ(sockets: Path, arenas: Path) -> dict[str, str]:
     """The environment of all processes: no settings of the user's, no ranks of an outer launcher."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("CKPTSVC_")}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         kept.pop(name, None)
-    return kept | {"CKPTSVC_AGENT_SOCKET_DIR": str(sockets), "CKPTSVC_SAVE_KEEP": "0", "OMP_NUM_THREADS": "1"}
+    places = {"CKPTSVC_AGENT_SOCKET_DIR": str(sockets), "CKPTSVC_ARENA_DIR": str(arenas)}
+    return kept | places | {"CKPTSVC_SAVE_KEEP": "0", "OMP_NUM_THREADS": "1"}
 
 
 def _free_port() -> int:

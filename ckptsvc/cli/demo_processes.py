@@ -44,10 +44,14 @@ class Child:
         """The end of what it printed."""
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
 
-    def signal(self, number: signal.Signals) -> None:
-        """Sends a signal to the whole group, ranks included, as long as anything is left of it."""
+    def interrupt(self) -> None:
+        """Asks the process, not its group, to end: it knows what to tell its own children."""
+        self.process.send_signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """Ends what is left of its process group, at once."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 class Children:
@@ -90,15 +94,15 @@ class Children:
 
 
 def _end(children: Sequence[Child]) -> None:
-    """Sends SIGINT, then SIGKILL to whatever is left of their groups, ended leaders included."""
+    """SIGINT, and SIGKILL to what is left of their groups, also where the leader has ended by itself."""
     running = [child for child in children if child.status is None]
     for child in running:
-        child.signal(signal.SIGINT)
+        child.interrupt()
     deadline = time.monotonic() + GRACE
     while any(child.status is None for child in running) and time.monotonic() < deadline:
         time.sleep(POLL)
     for child in children:
-        child.signal(signal.SIGKILL)
+        child.kill()
         child.process.wait()
 
 

@@ -40,6 +40,7 @@ class Job:
     seen: dict[int, float] = field(default_factory=dict)  # when each of them last registered
     away: dict[str, float] = field(default_factory=dict)  # node -> when its agent was lost
     announced: dict[int, dict[int, str]] = field(default_factory=dict)  # generation -> rank -> digest
+    agreed: pb.Order | None = None  # the last answer to them: copying it costs more than anything else here
     every_seconds: float = 0.0
     last_ordered: float = 0.0
     progress: dict[str, int] = field(default_factory=dict)  # node -> step of its fastest rank
@@ -82,7 +83,7 @@ class Job:
         self.last_ordered = now
         self.saves.begin(event.attempt, now)
         self.ranks, self.seen, self.away = {}, {}, {}
-        self.announced, self.progress, self.highest = {}, {}, 0
+        self.announced, self.agreed, self.progress, self.highest = {}, None, {}, 0
         self.pace, self.steps_per_second, self.stop_wanted = (now, 0), 0.0, ""
         self.rewinds = 0
 
@@ -151,8 +152,10 @@ class Job:
         if event.attempt != self.attempt:
             return Decision()
         announced = self.announced.setdefault(event.generation, {})
-        # Said again by an agent that has reconnected: only its node may not have heard the answer.
-        again = announced.get(event.rank) == event.digest and event.rank in self.ranks
+        agreed = self.agreed
+        if agreed and agreed.holders.generation == event.generation and announced.get(event.rank) == event.digest:
+            # Said again by an agent that has reconnected: only its node may not have heard the answer.
+            return Decision([Send(self.ranks[event.rank], agreed)] if event.rank in self.ranks else [])
         announced[event.rank] = event.digest
         if len(announced) < self.world_size:
             return Decision()
@@ -166,8 +169,8 @@ class Job:
             generation=event.generation,
             groups=[pb.HolderGroup(ranks=g) for g in groups.values()],
         )
-        nodes = [self.ranks[event.rank]] if again else self.nodes
-        return Decision([Send(n, pb.Order(job=self.name, holders=holders)) for n in nodes])
+        self.agreed = pb.Order(job=self.name, holders=holders)
+        return Decision([Send(node, self.agreed) for node in self.nodes])
 
     def progressed(self, event: pb.Progressed, now: float) -> None:
         """How far a node's ranks are."""

@@ -168,11 +168,11 @@ class Attempts:
             finished = len(self.statuses) == len(self.running)
             decision.add(self._finish() if finished else self._fail("not all nodes have come back", now))
         elif self.phase is Phase.GATHERING or self.phase is Phase.STOPPING:
-            if len(self.nodes) < self.min_nodes and now - self.since > (
-                NODE_PATIENCE if self.restarts else JOIN_PATIENCE
-            ):
-                there = f"{len(self.nodes)} of {self.min_nodes} nodes"
-                why = f"only {there} are left: {self.last_failure}" if self.restarts else f"only {there} have come"
+            there = f"only {len(self.nodes)} of {self.min_nodes} nodes"
+            why, patience = f"{there} have come", JOIN_PATIENCE
+            if self.restarts:
+                why, patience = f"{there} are left: {self.last_failure}", NODE_PATIENCE
+            if len(self.nodes) < self.min_nodes and now - self.since > patience:
                 return decision.add(self._end(1, why))
             decision.add(self._start_if_ready(now))
         return decision

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 from harness.damage import checkpoints, steps
 from harness.job import Job, Launch
@@ -87,7 +88,12 @@ def await_step(runtime: Runtime, store: Path, step: int) -> None:
     """Wait until a step is committed, and the agent knows it: no process is on its way to a failpoint any more."""
 
     def ended() -> bool:
-        return step in steps(store) and not any(job["running_saves"] for job in runtime.status()["coordinates"])
+        if step not in steps(store):
+            return False
+        try:
+            return not any(job["running_saves"] for job in runtime.status()["coordinates"])
+        except grpc.RpcError:
+            return False  # a new agent is on its way
 
     eventually(ended, f"step {step} to be committed")
 

@@ -61,8 +61,19 @@ class Checks:
         elif isinstance(effect, Send) and effect.order.WhichOneof("effect") == "save_ended":
             outcome = effect.order.save_ended.outcome
             save = (effect.order.job, outcome.epoch, outcome.step)
-            first = self._outcomes.setdefault(save, outcome)
-            require(first == outcome, f"{save} ended twice: {first.outcome} and {outcome.outcome}")
+            first = self._outcomes.get(save)
+            require(first in (None, outcome), f"{save} ended twice: {first} and {outcome}")
+            if first is None and "have not written" in outcome.reason:
+                self._somebody_is_away_or_has_not_written(save)
+            self._outcomes[save] = outcome
+
+    def _somebody_is_away_or_has_not_written(self, save: Save) -> None:
+        """A save has timed out: what is in the store must not wait for a report that will never come."""
+        job = self._world.brain.core.jobs[save[0]]
+        ranks = range(job.world_size)
+        if all(machine.line.session for machine in self._world.machines.values()):
+            written = all((*save[1:], rank) in self._world.store.shards for rank in ranks)
+            require(not written, f"{save} failed though every shard is durable and every agent is there")
 
     def told(self, job: str, outcome: agent_pb2.SaveOutcome) -> None:
         """An agent hears how a save has ended."""

@@ -1,10 +1,11 @@
-"""A node of the simulation: its agent, `ckptsvc run` with the ranks it starts, and the shared memory that outlives both."""
+"""A node of the simulation: its agent, `ckptsvc run` with its ranks, and the shared memory that outlives both."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptsvc.agent import reports
 from ckptsvc.agent.identity import Registration
@@ -149,8 +150,6 @@ class Machine:
             every_seconds=self._world.schedule.every_seconds,
         )
         rank.token, _, fd = self.node.register(registration, 0)
-        import os
-
         os.close(fd)
         self.pool.provide(rank.job, rank.number)
         self.local.sessions[rank.token].announced = (0, "digest")
@@ -384,7 +383,7 @@ class Machine:
     # ---- faults ------------------------------------------------------------------------------------------------------
 
     def kill_a_rank(self, which: int) -> None:
-        ranks: list[Any] = [rank for rank in self.ranks.values() if rank.alive]
+        ranks = [rank for rank in self.ranks.values() if rank.alive]
         if ranks:
             self._exit(ranks[which % len(ranks)], -9)
 

@@ -2,10 +2,10 @@
 
     Schedule.draw(seed).run()           # raises Violation, with what happened
 
-Real are the coordinator's core (`ckptsvc.control`) and what an agent knows and does at once (`agent.node`, `agent.local`,
-`agent.launches`, `agent.saves`). In place of what takes time, each with delays of its own: the network (a stream keeps its
-order; what is under way when it breaks is lost; the coordinator may notice later than the agent), the store, the I/O
-workers, `ckptsvc run` with its ranks, and the training, in which no rank is a step ahead of another.
+Real are the coordinator's core (`ckptsvc.control`) and what an agent knows and does at once (`agent.node`,
+`agent.local`, `agent.launches`, `agent.saves`). In place of what takes time, each with delays of its own: the network
+(a stream keeps its order; what is under way when it breaks is lost; the coordinator may notice later than the agent),
+the store, the I/O workers, `ckptsvc run` with its ranks, and the training, in which no rank is a step ahead of another.
 
 Everything is drawn from the seed; a failing schedule is the same every time. `check.py` says what must always hold.
 """
@@ -29,7 +29,6 @@ from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import AllotEpoch, Commit, CommitDone, Decision, EpochDone, Lookup, LookupDone, Send
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
-JOB, THIEF, STORE = "job", "thief", "file:///run"
 TICK = 0.5
 SAVE_TIMEOUT = 60.0
 PATIENCE = 900.0

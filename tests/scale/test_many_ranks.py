@@ -4,8 +4,6 @@ import gc
 import time
 import tracemalloc
 
-import pytest
-
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import Commit, CommitDone, Decision, EpochDone
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -24,14 +22,13 @@ class Job:
         self.cost = {}
 
     def tell(self, what, events):
-        """Handle (node, report) pairs; note seconds per event."""
+        """Handle (node, report) pairs; note CPU seconds per event."""
         pairs = list(events)
         decision = Decision()
-        gc.collect()
-        began = time.perf_counter()
+        began = time.thread_time()
         for node, report in pairs:
             decision.add(self.core.handle(node, report, 1.0))
-        self.cost[what] = (time.perf_counter() - began) / len(pairs)
+        self.cost[what] = (time.thread_time() - began) / len(pairs)
         return decision
 
     def ranks(self):
@@ -86,15 +83,15 @@ class Job:
         self.tell("leave", self.each_rank(left))
 
     def lose_all_agents(self):
-        began = time.perf_counter()
+        began = time.thread_time()
         for node in range(self.nodes):
             self.core.agent_lost(f"n{node}", 2.0)
-        self.cost["agent lost"] = (time.perf_counter() - began) / self.nodes
+        self.cost["agent lost"] = (time.thread_time() - began) / self.nodes
 
     def tick(self):
-        began = time.perf_counter()
+        began = time.thread_time()
         self.core.tick(3.0)
-        self.cost["tick"] = time.perf_counter() - began
+        self.cost["tick"] = time.thread_time() - began
 
     def life(self):
         """Attach, save, lose every connection and find it again, leave."""
@@ -116,23 +113,26 @@ class Job:
 
 
 def test_an_event_costs_the_same_in_a_large_job(capsys):
-    small = Job(100).life()
-    large = Job(1000).life()
+    gc.disable()  # its pauses would count for whoever is being measured
+    try:
+        small = Job(100).life()
+        large = Job(1000).life()
+    finally:
+        gc.enable()
     with capsys.disabled():
         print("\nmicroseconds an event, in a job of 1,200 and of 12,000 ranks:")
         for what in large:
             print(f"  {what:16} {small[what] * 1e6:8.1f} {large[what] * 1e6:8.1f}")
-    for what in ("join", "announce", "progress", "staged", "durable", "agent lost", "staged again", "leave"):
-        # Linear growth would be tenfold; the machine may be busy, and larger tables miss the caches.
+    for what in set(large) - {"tick"}:
+        # Linear growth would be tenfold; larger tables miss the caches.
         assert large[what] < 4 * small[what] + 20e-6, what
     assert large["tick"] < 0.02
 
 
-@pytest.mark.parametrize("nodes", [1000])
-def test_memory_a_rank(nodes, capsys):
+def test_memory_a_rank(capsys):
     tracemalloc.start()
     try:
-        job = Job(nodes)
+        job = Job(300)
         job.attach()
         job.stage("staged")
         job.write()

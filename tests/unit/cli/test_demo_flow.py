@@ -129,7 +129,7 @@ def test_a_copy_ends_with_the_step_asked_for(tmp_path: Path) -> None:
 def test_nothing_of_the_outer_environment_gets_in(monkeypatch, tmp_path: Path) -> None:
     for name in ("CKPTSVC_SAVE_EVERY", "RANK", "MASTER_PORT"):
         monkeypatch.setenv(name, "7")
-    environ = demo_flow._environ(tmp_path)
+    environ = demo_flow._environ(tmp_path, tmp_path / "arenas")
     assert not {"CKPTSVC_SAVE_EVERY", "RANK", "MASTER_PORT"} & environ.keys()
     assert environ["CKPTSVC_AGENT_SOCKET_DIR"] == str(tmp_path)
     assert environ["PATH"] == os.environ["PATH"]

@@ -27,7 +27,7 @@ def document(job: str = "gpt", **changes: Any) -> dict[str, Any]:
             "seconds": 0.5}
         for epoch, step, outcome, reason in (
             (1, 1300, "failed", "no space"), (2, 1100, "committed", "committed"), (2, 1200, "skipped", "no arena\n"),
-            (1, 10, "committed", ""), (1, 20, "committed", ""), (1, 30, "committed", ""), (1, 40, "fenced", "taken over"),
+            (1, 10, "committed", ""), (1, 20, "committed", ""), (1, 30, "committed", ""), (1, 40, "fenced", "taken"),
         )
     ]  # fmt: skip
     return {
@@ -36,7 +36,8 @@ def document(job: str = "gpt", **changes: Any) -> dict[str, Any]:
         "arenas": [{"job": job, "rank": r, "state": s, "step": 1, "bytes": 64 << 20} for r, s in
             ((0, "kept"), (0, "staged"), (1, "kept"))],
         "coordinates": [{"job": job, "attempt": 2, "epoch": 2, "world_size": 2, "live_ranks": 1, "nodes": ["n1"],
-            "running_saves": [1230], "in_memory": [1200, 1100], "restarts": 1, "incidents": ["attempt 1: rank 1 killed"]}],
+            "running_saves": [1230], "in_memory": [1200, 1100], "restarts": 1,
+            "incidents": ["attempt 1: rank 1 killed"]}],
     } | changes  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def test_what_a_person_sees(answers: list[Answer]) -> None:
         "1,200 skipped 3.0 MiB 0.5 s no arena\\n",
         "1,100 committed 3.0 MiB 0.5 s",
         "1,300 failed 3.0 MiB 0.5 s no space",
-        "40 fenced 3.0 MiB 0.5 s taken over",
+        "40 fenced 3.0 MiB 0.5 s taken",
         "30 committed 3.0 MiB 0.5 s",
     ]
     assert max(map(len, out.splitlines())) < 80
