@@ -241,13 +241,15 @@ def check_run(run: Run, control: Run, steps: int) -> list[Check]:
     return [losses, *states, _check_state(f"at the end (step {steps})", run, control, steps)]
 
 
-def check_comeback(incident: Incident) -> Check:
-    """The job came back without help, and from the snapshots that the agents still had."""
+def check_comeback(incident: Incident, run: Run) -> Check:
+    """The job came back without help, at the first try, from the snapshots that the agents still had."""
     claim = "The job came back by itself, from memory"
     if incident.resumed_from is None or incident.stepping is None:
         return Check(claim, False, "it never did a step again")
-    detail = f"went on from step {incident.resumed_from}, read from {incident.source or 'nowhere'}"
-    return Check(claim, incident.source == "memory" and incident.resumed_from > 0, detail)
+    restarts = len(run.attempts) - 1
+    held = restarts == 1 and incident.source == "memory" and incident.resumed_from > 0
+    source = f"read from {incident.source or 'nowhere'}"
+    return Check(claim, held, f"went on from step {incident.resumed_from}, {source}; {_count(restarts, 'restart')}")
 
 
 def check_branch(branch: Run, control: Run, start: int, stop: int) -> list[Check]:

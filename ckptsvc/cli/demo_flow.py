@@ -85,7 +85,7 @@ class Demo:
                 shutil.rmtree(left, ignore_errors=True)
         due = tuple(range(EVERY, STEPS + 1, EVERY))
         checks: list[Check] = [
-            demo_facts.check_comeback(incident),
+            demo_facts.check_comeback(incident, run),
             *demo_facts.check_run(run, control, STEPS),
         ]
         for branch in branches:
@@ -223,6 +223,8 @@ class Killer:
             self._story.say(f"step {event['step']} is done, {seconds(self._stepping - self._killed)} after the kill")
 
     def _kill(self) -> None:
+        if not self._pid:  # kill(0) would be for ourselves
+            raise DemoFailed(f"rank {KILLED_RANK} never said that it had started")
         self._killed = time.time()
         os.kill(self._pid, signal.SIGKILL)
         self._story.say(f"step {KILL_AFTER}: SIGKILL to rank {KILLED_RANK} (process {self._pid})", "bold red")

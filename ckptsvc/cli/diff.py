@@ -17,7 +17,7 @@ from ckptsvc.cli.terminal import Screen, age, emit, natural, plural, printable, 
 from ckptsvc.pipeline.catalog import Checkpoint
 from ckptsvc.types import TensorMeta
 
-_VALUE_CHARACTERS = 60
+_VALUE_CHARACTERS = 60  # where there is no terminal that says how many fit
 _ORDERS: dict[str, Callable[[Different], Any]] = {
     "name": lambda each: natural(each.meta.name),
     "abs": lambda each: -(each.distance.max_abs or 0),
@@ -177,9 +177,10 @@ def _number(value: float | None) -> str:
 
 
 def _show_changes(screen: Screen, changes: Sequence[ValueChange], ranks: int, limit: int | None) -> None:
+    most = _VALUE_CHARACTERS if screen.width is None else max(screen.width // 3 - 4, 12)
     alike: dict[tuple[str, str, str], list[int]] = {}  # most values are the same on all ranks, before and after
     for each in changes:
-        alike.setdefault((printable(each.path), _text(each.a), _text(each.b)), []).append(each.rank)
+        alike.setdefault((printable(each.path), _text(each.a, most), _text(each.b, most)), []).append(each.rank)
     rows = [[path, a, b, "all" if len(held) == ranks else _ranges(held)] for (path, a, b), held in alike.items()]
     header = ["PATH", "A", "B", "RANKS"]
     if ranks == 1:
@@ -198,8 +199,8 @@ def _ranges(numbers: Sequence[int]) -> str:
     return shortened(", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs), 30)
 
 
-def _text(value: values.Value | None) -> str:
-    return "(none)" if value is None else printable(shortened(values.text(value.value), _VALUE_CHARACTERS))
+def _text(value: values.Value | None, most: int) -> str:
+    return "(none)" if value is None else printable(shortened(values.text(value.value), most))
 
 
 def _section(

@@ -133,4 +133,4 @@ def _show(url: str, found: Sequence[Found], hint: str) -> None:
     )
     for each in found:
         if isinstance(each.commit, Damaged | IncompatibleVersion):
-            note(printable(f"{each.ref.name}: {each.commit}"))
+            note(printable(str(each.commit)))

@@ -78,17 +78,15 @@ class Screen:
         if fold and self.width is not None:
             others = sum(widths) - widths[folded] + len(GAP) * (len(header) - 1) + len(indent)
             widths[folded] = min(widths[folded], max(self.width - others, _MIN_FOLD))
-        aligned = [name in right for name in header]
-        pad = [(str.rjust if to_right else str.ljust) for to_right in aligned]
-        titles = [p(name, w) for p, name, w in zip(pad, header, widths, strict=True)]
+        titles = [_padded(name, name, w, name in right) for name, w in zip(header, widths, strict=True)]
         self.line(self.paint((indent + GAP.join(titles)).rstrip(), "head"))
         for number, row in enumerate(rows):
             pieces = fold_name(row[folded], widths[folded]) if folded >= 0 else [""]
             for at, piece in enumerate(pieces):
                 texts = [piece if i == folded else ("" if at else text) for i, text in enumerate(row)]
                 line = [
-                    self.paint(p(text, w - cells(text) + len(text)), style(number, name) if style else "")
-                    for p, text, w, name in zip(pad, texts, widths, header, strict=True)
+                    _padded(text, self.paint(text, style(number, name)) if style and text else text, w, name in right)
+                    for text, w, name in zip(texts, widths, header, strict=True)
                 ]
                 self.line((indent + GAP.join(line)).rstrip())
 
@@ -116,7 +114,7 @@ def progress(label: str, total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         what to call, from any thread, with the bytes dealt with since the last call.
     """
-    if not sys.stderr.isatty():
+    if not total or not sys.stderr.isatty():
         yield lambda nbytes: None
         return
     from rich.console import Console
@@ -219,6 +217,11 @@ def when(created: str) -> datetime | None:
 def age(then: datetime | None) -> str:
     """How long ago that was, for people; "?" if it is not known."""
     return duration((datetime.now(UTC) - then).total_seconds()) if then else "?"
+
+
+def _padded(text: str, painted: str, width: int, right: bool) -> str:
+    space = " " * (width - cells(text))
+    return space + painted if right else painted + space
 
 
 def _columns(stream: TextIO, environ: Mapping[str, str]) -> int:

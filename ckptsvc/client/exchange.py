@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ckptsvc.client.group import Group, gather_rows
-from ckptsvc.errors import CkptsvcError, Damaged
+from ckptsvc.errors import Damaged
 from ckptsvc.pipeline.read import (
     WINDOW_EXTENTS,
     Sink,
@@ -123,7 +123,7 @@ class _Rounds:
         self._group, self._windows, self._source = group, windows, source
         self._extent, self._sink = extent, sink
         self._free = [window_buffer(extent) for _ in range(3)]
-        self._failure: CkptsvcError | None = None
+        self._failure: Exception | None = None
         self._read = 0
 
     def run(self, rounds: list[list[Task]]) -> int:
@@ -187,5 +187,5 @@ class _Rounds:
     def _guard(self, action: Callable[[], None]) -> None:
         try:
             action()
-        except CkptsvcError as error:
+        except Exception as error:  # noqa: BLE001  whatever it is: the others wait for the rounds to go on
             self._failure = self._failure or error

@@ -7,15 +7,20 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import compress
 from operator import is_
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from ckptsvc.client.memcopy import bytes_of, copy_bytes
 from ckptsvc.client.parts import Capture, LocalPart
 from ckptsvc.format.shard import Part, ShardInfo, ShardTemplate
 from ckptsvc.geometry.box import Box, FlatRange
 from ckptsvc.geometry.layout import split_replicated
 from ckptsvc.types import DTYPES
+
+Piece = memoryview | Tensor
+"""One side of a copy: bytes where it is contiguous host memory, else a tensor."""
 
 OBJECTS_ROOM = 1 << 20
 """Bytes an arena has beyond what the first snapshot needs: the objects document grows as training goes on."""
@@ -82,8 +87,8 @@ class StagePlan:
 
     template: ShardTemplate
     chosen: list[Chosen]
-    _targets: dict[str, list[Tensor]] = field(default_factory=dict)
-    _sources: list[Tensor] = field(default_factory=list)
+    _targets: dict[str, list[Piece]] = field(default_factory=dict)
+    _sources: list[Piece] = field(default_factory=list)
     _sources_of: tuple[LocalPart, ...] = ()
 
     @staticmethod
@@ -107,10 +112,10 @@ class StagePlan:
             and backward; it must have returned before an optimizer changes them.
         """
         total = self.template.total(len(objects))
+        sources = self._live(capture)
         targets = self._targets.get(slot)
         if targets is None:
             targets = self._targets[slot] = self._views(capture, arena)
-        sources = self._live(capture)
         arena[: self.template.data_start] = self.template.header(info, len(objects))
         offset = self.template.objects_offset
         arena[offset : offset + len(objects)] = objects
@@ -127,24 +132,26 @@ class StagePlan:
         for slot in [s for s in self._targets if s not in but]:
             self._targets.pop(slot, None)
 
-    def _live(self, capture: Capture) -> list[Tensor]:
+    def _live(self, capture: Capture) -> list[Piece]:
         known = self._sources_of
         if len(known) != len(capture.parts) or not all(map(is_, known, capture.parts)):
             tensors = [capture.parts[c.part].tensor for c in self.chosen]
-            self._sources = [
-                storable(t if c.index is None else t[c.index]) for t, c in zip(tensors, self.chosen, strict=True)
-            ]
+            pieces = [storable(t if c.index is None else t[c.index]) for t, c in zip(tensors, self.chosen, strict=True)]
+            self._sources = [bytes_of(piece) or piece for piece in pieces]
             self._sources_of = capture.parts
+            self._targets.clear()  # which of them are bytes follows the sources
         return self._sources
 
-    def _views(self, capture: Capture, arena: memoryview) -> list[Tensor]:
+    def _views(self, capture: Capture, arena: memoryview) -> list[Piece]:
         whole = torch.frombuffer(arena, dtype=torch.uint8)
-        views = []
-        for chosen, entry in zip(self.chosen, self.template.entries, strict=True):
-            source = storable(capture.parts[chosen.part].tensor)
+        views: list[Piece] = []
+        for source, chosen, entry in zip(self._sources, self.chosen, self.template.entries, strict=True):
+            stop = entry.offset + entry.nbytes
+            if isinstance(source, memoryview):
+                views.append(arena[entry.offset : stop])
+                continue
             shape = chosen.region.shape if isinstance(chosen.region, Box) else (chosen.region.length,)
-            data = whole[entry.offset : entry.offset + entry.nbytes]
-            views.append(data.view(source.dtype).view(shape))
+            views.append(whole[entry.offset : stop].view(source.dtype).view(shape))
         return views
 
 
@@ -152,14 +159,19 @@ def _nothing() -> None:
     """All is done."""
 
 
-def _copy(targets: list[Tensor], sources: list[Tensor], arena: memoryview) -> None:
+def _copy(targets: list[Piece], sources: list[Piece], arena: memoryview) -> None:
     """Copy into the arena; the bytes are final when this returns."""
-    if not sources:
-        return
-    devices = {s.device for s in sources if s.device.type != "cpu"}
+    raw = [isinstance(source, memoryview) for source in sources]
+    tensors = [not is_raw for is_raw in raw]
+    device_sources = cast("list[Tensor]", list(compress(sources, tensors)))
+    devices = {s.device for s in device_sources if s.device.type != "cpu"}
     if any(device.type == "cuda" for device in devices):
         _pin(arena)
-    torch._foreach_copy_(targets, sources, non_blocking=bool(devices))
+    if device_sources:
+        views = cast("list[Tensor]", list(compress(targets, tensors)))
+        torch._foreach_copy_(views, device_sources, non_blocking=bool(devices))
+    places, pieces = (cast("list[memoryview]", list(compress(side, raw))) for side in (targets, sources))
+    copy_bytes(places, pieces, torch.get_num_threads())
     for device in devices:
         getattr(torch, device.type).synchronize(device)  # torch.cuda, torch.xpu, torch.npu ...
 

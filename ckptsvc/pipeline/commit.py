@@ -12,9 +12,9 @@ import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
-from ckptsvc.errors import Damaged, Fenced, NotFound, SaveFailed
+from ckptsvc.errors import Damaged, Fenced, NotFound, SaveFailed, StoreError
 from ckptsvc.format.checksum import digest128
-from ckptsvc.format.commit import COMMIT, CommitRecord, checkpoint_name, index_name
+from ckptsvc.format.commit import COMMIT, CommitRecord, index_name
 from ckptsvc.format.index import Index, IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.catalog import Ref, newest_epoch, read_commit, read_epoch
@@ -82,8 +82,15 @@ def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecor
             world_size=info.world_size,
             created=now_iso(),
         )
-        if store.put_if_absent(f"{checkpoint_name(info.step, info.epoch)}/{COMMIT}", record.encode()):
-            return record
+        try:
+            if store.put_if_absent(f"{ref.name}/{COMMIT}", record.encode()):
+                return record
+        except StoreError:
+            # Maybe only the answer was lost.
+            found = read_commit(store, ref)
+            if found is None or found.writer != writer:
+                raise
+            return found
         earlier = read_commit(store, ref)
     if earlier is None or earlier.job != info.job:
         other = earlier.job if earlier else "somebody who removed it again"

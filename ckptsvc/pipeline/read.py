@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
@@ -101,7 +101,7 @@ def plan_windows(index: Index, wants: Sequence[Want]) -> dict[tuple[int, int], W
     """The windows, by (shard, number), that fill every wanted region.
 
     Raises:
-        LayoutError: a tensor is not stored, or with another dtype or shape.
+        LayoutError: a tensor is not stored, or with another dtype or shape, or not at a multiple of its element size.
     """
     windows: dict[tuple[int, int], Window] = {}
     span = index.info.extent * WINDOW_EXTENTS
@@ -120,6 +120,10 @@ def plan_windows(index: Index, wants: Sequence[Want]) -> dict[tuple[int, int], W
         itemsize = DTYPES[meta.dtype].itemsize
         regions = [wants[t].region for t in targets]
         stored = index.touching(name, regions)
+        for piece in stored:
+            if piece.offset % itemsize:  # an element could lie in two windows
+                shard = index.shards[piece.shard].name
+                raise LayoutError(f"{name}: its data in {shard} begins at byte {piece.offset}, which is not aligned")
         for copy in plan(stored, regions, itemsize, meta.shape, name=name):
             _place(windows, copy, stored[copy.stored], targets[copy.target_index], itemsize, span)
     for window in windows.values():
@@ -308,27 +312,23 @@ def read_windows(
     lock = threading.Lock()
     count = min(max(buffers, readers + 1), max(len(windows), 1))
     todo = iter(windows)
-    failed = threading.Event()
+    ended = threading.Event()
 
     def work() -> None:
         nonlocal total
         buffer: memoryview | None = None
-        while not failed.is_set():
+        while not ended.is_set():
             with lock:
                 window = next(todo, None)
             if window is None:
                 return
-            try:
-                nbytes, filled = 0, held(window, source, extent)
-                if filled is None:
-                    filled = buffer = buffer or window_buffer(extent)
-                    with reading:
-                        nbytes = fill(window, window.mask, source, extent, filled)
-                    verify(window, window.mask, source, extent, filled)
-                deliver(window, filled, sink)
-            except BaseException:
-                failed.set()  # what the others would still read is of no use
-                raise
+            nbytes, filled = 0, held(window, source, extent)
+            if filled is None:
+                filled = buffer = buffer or window_buffer(extent)
+                with reading:
+                    nbytes = fill(window, window.mask, source, extent, filled)
+                verify(window, window.mask, source, extent, filled)
+            deliver(window, filled, sink)
             with lock:
                 total += nbytes
             if progress:
@@ -339,11 +339,11 @@ def read_windows(
     with ThreadPoolExecutor(count, thread_name_prefix="ckptsvc-read") as pool:
         futures = [pool.submit(work) for _ in range(count)]
         try:
-            for future in futures:
-                future.result()
-        except BaseException:  # an interrupt from the keyboard reaches this thread only
-            failed.set()
-            raise
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:  # after an error, or an interrupt from the keyboard, what the others would still read is of no use
+            ended.set()
+    for future in futures:
+        future.result()
     return total
 
 

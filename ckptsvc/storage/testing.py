@@ -99,6 +99,12 @@ def pages_with(content: bytes, *, more: int = 0) -> Iterator[memoryview]:
         memory.close()
 
 
+def put(store: Store, key: str, content: bytes) -> None:
+    """Write an object as the product does."""
+    with pages_with(content) as data:
+        store.write(key, data, len(content))
+
+
 class StoreTests:
     """What every store must do."""
 
@@ -119,18 +125,13 @@ class StoreTests:
         """Return a second store on the same objects."""
         return connect(store.url)
 
-    def put(self, store: Store, key: str, content: bytes) -> None:
-        """Write an object as the product does."""
-        with pages_with(content) as data:
-            store.write(key, data, len(content))
-
     # --- the store itself -----------------------------------------------------------------------------------
 
     def test_is_a_store(self, store: Store) -> None:
         """It has every method, and its address leads to the same objects."""
         assert isinstance(store, Store)
         assert "://" in store.url
-        self.put(store, "a/b", b"one")
+        put(store, "a/b", b"one")
         other = self.another(store)
         assert other.url == store.url
         assert other.read("a/b") == b"one"
@@ -140,7 +141,7 @@ class StoreTests:
     def test_capabilities_leave_nothing(self, store: Store) -> None:
         """They can be asked for at any time; what was tried out is gone afterwards."""
         assert isinstance(store.capabilities(), Capabilities)
-        self.put(store, "a", b"one")
+        put(store, "a", b"one")
         found = store.capabilities()
         assert found.exclusive_create, "commits need it"
         assert [entry.key for entry in store.list()] == ["a"]
@@ -179,8 +180,8 @@ class StoreTests:
     @pytest.mark.parametrize("size", [3, 2 * MiB])
     def test_write_replaces(self, store: Store, size: int) -> None:
         """An earlier object of that name leaves no trace, longer or shorter."""
-        self.put(store, "a", content_of(MiB, 1))
-        self.put(store, "a", content_of(size, 2))
+        put(store, "a", content_of(MiB, 1))
+        put(store, "a", content_of(size, 2))
         assert store.size("a") == size
         assert self.raw_read(store, "a") == content_of(size, 2)
 
@@ -219,7 +220,7 @@ class StoreTests:
         content = content_of(24 * MiB)
         with pages_with(content) as data, pytest.raises(Stop):
             store.write("a", data, len(content), progress=progress)
-        self.put(store, "a", content[: 3 * MiB])
+        put(store, "a", content[: 3 * MiB])
         assert self.raw_read(store, "a") == content[: 3 * MiB]
 
     def test_several_threads_write_and_read(self, store: Store) -> None:
@@ -228,7 +229,7 @@ class StoreTests:
 
         def save_and_load(number: int) -> bool:
             content = contents[number]
-            self.put(store, f"step/{number}", content)
+            put(store, f"step/{number}", content)
             with pages_with(bytes(len(content))) as pages, pages[: len(content)] as buffer:
                 store.read_into(f"step/{number}", 0, buffer)
                 return buffer == content
@@ -249,7 +250,7 @@ class StoreTests:
 
     def test_put_if_absent_respects_a_written_object(self, store: Store) -> None:
         """It makes no difference how the object came to be."""
-        self.put(store, "a", b"written")
+        put(store, "a", b"written")
         assert store.put_if_absent("a", b"put") is False
         assert store.read("a") == b"written"
 
@@ -315,7 +316,7 @@ class StoreTests:
     def test_a_truncated_object_is_damaged(self, store: Store) -> None:
         """Also where it is large, and where it is cut in the middle of a page."""
         content = content_of(20 * MiB)
-        self.put(store, "a", content)
+        put(store, "a", content)
         for kept in (18 * MiB, 18 * MiB + 100):
             self.raw_write(store, "a", content[:kept])
             assert store.size("a") == kept
@@ -342,7 +343,7 @@ class StoreTests:
     @pytest.mark.parametrize("key", ["none", "dir/none", "dir", "dir/there/none"])
     def test_what_is_not_there_is_not_found(self, store: Store, key: str) -> None:
         """No object, a part that leads to keys, and a key below an object."""
-        self.put(store, "dir/there", b"1")
+        put(store, "dir/there", b"1")
         for operation in (
             lambda: store.read(key),
             lambda: store.size(key),
@@ -364,7 +365,7 @@ class StoreTests:
         """Every object below the prefix with its size and time, and none beside it."""
         begin = time.time()
         for key in ("a", "step-1/x", "step-1/deep/er/y", "step-10/z"):
-            self.put(store, key, b"!" * len(key))
+            put(store, key, b"!" * len(key))
         assert {entry.key for entry in store.list()} == {"a", "step-1/x", "step-1/deep/er/y", "step-10/z"}
         assert {entry.key for entry in store.list("step-1")} == {"step-1/x", "step-1/deep/er/y"}
         assert {entry.key for entry in store.list("step-1/deep")} == {"step-1/deep/er/y"}
@@ -375,7 +376,7 @@ class StoreTests:
     def test_children_are_one_level(self, store: Store) -> None:
         """Sorted, each once, objects and parts that lead to keys alike."""
         for key in ("b", "a/x", "a/y/1", "a/y/2", "ab/z"):
-            self.put(store, key, b"1")
+            put(store, key, b"1")
         assert list(store.children()) == ["a", "ab", "b"]
         assert list(store.children("a")) == ["x", "y"]
         assert list(store.children("a/y")) == ["1", "2"]
@@ -385,7 +386,7 @@ class StoreTests:
         """What an interrupted writer left can be found and deleted, and misleads nobody."""
         left = f"step-1/{TEMPORARY_PREFIX}0123456789abcdef"
         self.raw_write(store, left, b"left")
-        self.put(store, "step-1/x", b"1")
+        put(store, "step-1/x", b"1")
         assert list(store.children("step-1")) == ["x"]
         assert {entry.key for entry in store.list("step-1")} == {left, "step-1/x"}
         store.delete(left)
@@ -395,7 +396,7 @@ class StoreTests:
         """Twice is as good as once; neighbours stay; the place can be used again."""
         store.delete("never/was")
         for key in ("step/a", "step/b"):
-            self.put(store, key, b"1")
+            put(store, key, b"1")
         store.delete("step/a")
         store.delete("step/a")
         with pytest.raises(NotFound):
@@ -403,13 +404,13 @@ class StoreTests:
         assert [entry.key for entry in store.list()] == ["step/b"]
         store.delete("step/b")
         assert list(store.children("step")) == []
-        self.put(store, "step/a", b"2")
+        put(store, "step/a", b"2")
         assert store.read("step/a") == b"2"
 
     def test_delete_while_listing(self, store: Store) -> None:
         """A listing outlives the deletion of what it lists."""
         for number in range(20):
-            self.put(store, f"step/{number % 4}/{number}", b"1")
+            put(store, f"step/{number % 4}/{number}", b"1")
         for entry in store.list("step"):
             store.delete(entry.key)
         assert list(store.list()) == []
@@ -427,7 +428,7 @@ class StoreTests:
             future = pool.submit(empty)
             try:
                 for _ in range(40):
-                    self.put(store, "step/old", b"1")
+                    put(store, "step/old", b"1")
                     store.put_if_absent("step/new", b"1")
             finally:
                 done.set()
@@ -436,7 +437,7 @@ class StoreTests:
     @pytest.mark.parametrize("key", ODD_KEYS)
     def test_odd_keys(self, store: Store, key: str) -> None:
         """They are kept to the letter."""
-        self.put(store, key, b"odd")
+        put(store, key, b"odd")
         assert store.put_if_absent(key, b"again") is False
         assert self.raw_read(store, key) == b"odd"
         assert [entry.key for entry in store.list()] == [key]

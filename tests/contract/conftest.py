@@ -9,6 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from ckptsvc.storage import Store, connect
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Where `store` keeps its objects; not made yet."""
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def store(root: Path) -> Iterator[Store]:
+    """A posix store below the test's own directory."""
+    store = connect(str(root))
+    yield store
+    store.close()
+
 
 @pytest.fixture
 def shared_memory() -> Iterator[Path]:

@@ -13,7 +13,7 @@ from ckptsvc_drivers.memory import MemoryStore
 from ckptsvc_drivers.posix import Options, PosixStore
 
 from ckptsvc.storage import Store, connect
-from ckptsvc.storage.testing import StoreTests
+from ckptsvc.storage.testing import StoreTests, put
 from ckptsvc.storage.wrappers import Faulty, Limited, Measured, Retrying
 
 
@@ -55,7 +55,7 @@ class TestPosixOnDisk(Posix):
         store.close()
 
     def test_direct_io_is_found_out(self, store):
-        self.put(store, "a", b"1")
+        put(store, "a", b"1")
         kind = file_system(str(path_of(store, "")))
         if kind not in ("ext4", "xfs", "btrfs"):
             pytest.skip(f"what {kind} does is not known")
@@ -90,7 +90,7 @@ class TestPosixBuffered(Posix):
         store.close()
 
     def test_says_so(self, store):
-        self.put(store, "a", b"1")
+        put(store, "a", b"1")
         assert "option" in store.capabilities().direct_io
 
 

@@ -90,6 +90,11 @@ class Runtime:
                 os.kill(agent.pid, signal.SIGKILL)
         eventually(lambda: not self.agents() and not self.workers(), "the agents to be gone")
 
+    def stop(self, process: Process) -> None:
+        """SIGTERM for a process; waits for its end."""
+        os.kill(process.pid, signal.SIGTERM)
+        eventually(lambda: process not in self.processes(), f"{process.command} to end")
+
     def agent_directory(self) -> Path:
         """The directory of the newest agent, alive or dead."""
         found = sorted(self.sockets.rglob("agent.lock"), key=lambda p: p.stat().st_mtime)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 COMMITTED = agent_pb2.OUTCOME_COMMITTED
 
+REWRITE = 30.0
+"""Seconds in which an agent that was away has certainly written and reported again what it holds."""
+
 Save = tuple[str, int, int]  # job, epoch, step
 
 
@@ -68,10 +71,11 @@ class Checks:
             self._outcomes[save] = outcome
 
     def _somebody_is_away_or_has_not_written(self, save: Save) -> None:
-        """A save has timed out: what is in the store must not wait for a report that will never come."""
+        """A save has timed out: what is in the store must not have waited for a report that never came."""
         job = self._world.brain.core.jobs[save[0]]
         ranks = range(job.world_size)
-        if all(machine.line.session for machine in self._world.machines.values()):
+        sessions = [machine.line.session for machine in self._world.machines.values()]
+        if all(session and self._world.now - session.began > REWRITE for session in sessions):
             written = all((*save[1:], rank) in self._world.store.shards for rank in ranks)
             require(not written, f"{save} failed though every shard is durable and every agent is there")
 

@@ -155,6 +155,7 @@ class Store:
 class Session:
     """One stream between an agent and the coordinator, first to last message."""
 
+    began: float
     broken: bool = False
     last: dict[str, float] = field(default_factory=dict)  # direction -> when its last message arrives
 
@@ -184,7 +185,7 @@ class Line:
         if world.now < self.cut_until or not world.brain.alive:
             world.later(0.3, self.connect)
             return
-        self.session = Session()
+        self.session = Session(world.now)
         self.report(pb.Report(agent_hello=pb.AgentHello(node=self._machine.name)))
         for report in self._machine.local.resync(""):
             self.report(report)

@@ -67,7 +67,7 @@ def make_facts(run: list[str] | None = None, apart: tuple[float, float] = (1e-7,
     ]
     incident = Incident(3, 103, "node-1", KILLED_AT, 1001.0, 1001.05, 1003.25, RESUMED_FROM, "memory")
     saves = tuple(Save(n, 1 + n // 9, 39_700_000, 4, 0.004, 0.25) for n in range(3, 13, 3))
-    checks = [demo_facts.check_comeback(incident), *demo_facts.check_run(interrupted, control, STEPS)]
+    checks = [demo_facts.check_comeback(incident, interrupted), *demo_facts.check_run(interrupted, control, STEPS)]
     for branch in branches:
         checks += demo_facts.check_branch(branch, control, 3, 9)
     checks += demo_facts.check_saves(saves, range(3, 13, 3), ())

@@ -78,10 +78,16 @@ def test_a_branch_that_is_no_number_or_stopped_early_fails(demo_facts_of: Make, 
     "change",
     [{"stepping": None}, {"resumed_from": None}, {"resumed_from": 0}, {"source": "store"}, {"source": ""}],
 )
-def test_coming_back_means_stepping_again_from_memory(change: dict) -> None:
+def test_coming_back_means_stepping_again_from_memory(demo_facts_of: Make, change: dict) -> None:
+    run = demo_facts_of().runs[1]
     facts = {"known": 1.0, "stepping": 2.0, "resumed_from": 6, "source": "memory"}
-    assert demo_facts.check_comeback(Incident(3, 1, "node-1", 8, 0.5, **facts)).passed
-    assert not demo_facts.check_comeback(Incident(3, 1, "node-1", 8, 0.5, **facts | change)).passed
+    assert demo_facts.check_comeback(Incident(3, 1, "node-1", 8, 0.5, **facts), run).passed
+    assert not demo_facts.check_comeback(Incident(3, 1, "node-1", 8, 0.5, **facts | change), run).passed
+
+
+def test_coming_back_at_the_second_try_fails(demo_facts_of: Make, demo_logs) -> None:
+    lines = [line.replace('"attempt": 2', '"attempt": 3') for line in demo_logs.run() if '"start"' in line]
+    assert "The job came back by itself, from memory" in failed(demo_facts_of(demo_logs.run() + lines))
 
 
 def test_a_checkpoint_that_is_missing_or_half_fails() -> None:

@@ -80,6 +80,12 @@ def test_ranks_that_restored_from_different_places_are_all_named(victim, tmp_pat
     assert (incident.known, incident.stepping) == (None, None)
 
 
+def test_the_killer_does_not_kill_without_knowing_whom(monkeypatch) -> None:
+    monkeypatch.setattr("os.kill", lambda *_: pytest.fail("killed"))
+    with pytest.raises(DemoFailed, match="never said that it had started"):
+        Killer(Story(quiet=True)).see(step(KILL_AFTER, 1))
+
+
 def test_a_kill_that_did_not_happen_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DemoFailed, match="never seen"):
         Killer(Story(quiet=True)).report(Run("run", "FSDP2", "run"), Events(tmp_path / "log"))

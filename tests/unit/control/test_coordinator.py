@@ -19,7 +19,7 @@ from told import (
 )
 
 from ckptsvc.control.coordinator import FORGET_AFTER, Coordinator
-from ckptsvc.control.effects import CommitDone
+from ckptsvc.control.effects import CommitDone, LookupDone
 from ckptsvc.control.membership import AGENT_PATIENCE
 from ckptsvc.control.restart import NODE_PATIENCE
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -109,6 +109,15 @@ def test_aliases_are_in_the_list(running):
 def test_answers_for_a_job_that_is_gone_are_ignored(driver):
     assert kinds(driver.core.epoch_done(epoch_done(1), 0.0)) == []
     assert kinds(driver.core.commit_done(CommitDone("job", 1, 10), 0.0)) == []
+    assert kinds(driver.core.lookup_done(LookupDone("job", 1, 10, True), 0.0)) == []
+
+
+def test_what_the_store_says_reaches_the_save(driver):
+    for rank in (0, 1):
+        driver.tell(joined(rank))
+    driver.tell(staged(0, again=True))
+    decision = driver.core.lookup_done(LookupDone("job", 1, 10, True), 1.0)
+    assert kinds(decision) == ["n0: save_ended", "n1: save_ended"]
 
 
 def test_a_stop_reaches_the_job(running):
