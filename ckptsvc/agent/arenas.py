@@ -40,12 +40,25 @@ class Arenas:
         lacking = self._local.pool.plan(reg.job, reg.rank, nbytes, self._slots)
         for _ in range(lacking):
             try:
-                arena, fd = self._local.pool.make(reg.job, reg.rank, nbytes)
+                arena, fd = self._make(reg, nbytes)
             except ArenaExhausted as error:
                 log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "%s", error, job=reg.job, rank=reg.rank)
                 return
             session.preparing += 1
             self._local.spawn(self._populate(session, arena, fd))
+
+    def _make(self, reg: Registration, nbytes: int) -> tuple[Arena, int]:
+        """A new arena; for its sake, snapshots in memory go whose arenas are too small to be used again."""
+        try:
+            return self._local.pool.make(reg.job, reg.rank, nbytes)
+        except ArenaExhausted:
+            small = [a for a in self._local.pool.of(reg.job, reg.rank) if a.state is State.KEPT and a.capacity < nbytes]
+            if not small:
+                raise
+        for arena in small:
+            self._local.dropped(self._local.jobs[reg.job], arena.label)
+            self._local.pool.remove(arena)
+        return self._local.pool.make(reg.job, reg.rank, nbytes)
 
     async def _populate(self, session: Session, arena: Arena, fd: int) -> None:
         try:

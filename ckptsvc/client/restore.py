@@ -108,44 +108,54 @@ def memory_image(snapshot: agent_pb2.Snapshot | None, link: AgentLink, group: Gr
     except CkptsvcError as error:
         # The others wait below; without our shards all of us find the snapshot incomplete.
         log.warning("rank %d cannot read a snapshot in memory: %s", group.rank, error)
+    index = _gathered_index(told, snapshot, group, job, attempt)
+    numbers = {entry.rank: number for number, entry in enumerate(index.shards)}
+    local = {numbers[rank]: view for rank, view in arenas.items()}
+    return Image(index, ArenaSource(index, local), Readable(False, frozenset(local)))
+
+
+class _Common(msgspec.Struct):
+    """What rank 0 tells all about the snapshot."""
+
+    epoch: int
+    step: int
+    world_size: int
+    aliases: dict[str, str]
+
+
+def _gathered_index(
+    told: list[_Told], snapshot: agent_pb2.Snapshot | None, group: Group, job: str, attempt: int
+) -> Index:
+    """The index of a snapshot in memory, from what every rank tells of its node; the same on all ranks."""
     shards: dict[int, _Told] = {}
     for data in group.all_gather(msgspec.msgpack.encode(told)):
         for one in msgspec.msgpack.decode(data, type=list[_Told]):
             shards.setdefault(one.rank, one)
-    common = msgspec.json.decode(
-        group.broadcast(
-            msgspec.json.encode(
-                [snapshot.epoch, snapshot.step, snapshot.world_size, dict(snapshot.aliases)] if snapshot else None
-            )
-        )
-    )
-    if common is None or len(shards) != common[2]:
+    mine = _Common(snapshot.epoch, snapshot.step, snapshot.world_size, dict(snapshot.aliases)) if snapshot else None
+    common = msgspec.msgpack.decode(group.broadcast(msgspec.msgpack.encode(mine)), type=_Common | None)
+    if common is None or sorted(shards) != list(range(common.world_size)):
         raise Damaged(f"only {len(shards)} shards of the snapshot are in memory")
-    epoch, step, world_size, aliases = common
     records = [
         ShardRecord(
             shard_name(rank, "00000000"),
             rank,
-            shards[rank].nbytes,
-            np.frombuffer(shards[rank].digests, "<u8"),
-            Columns.decode(shards[rank].columns),
+            one.nbytes,
+            np.frombuffer(one.digests, "<u8"),
+            Columns.decode(one.columns),
         )
-        for rank in sorted(shards)
+        for rank, one in sorted(shards.items())
     ]
     info = IndexInfo(
-        step=step,
-        epoch=epoch,
+        step=common.step,
+        epoch=common.epoch,
         attempt=attempt,
         job=job,
-        world_size=world_size,
+        world_size=common.world_size,
         created="",
         extent=shards[0].extent,
-        aliases=aliases,
+        aliases=common.aliases,
     )
-    index = Index.build(info, records)
-    numbers = {entry.rank: number for number, entry in enumerate(index.shards)}
-    local = {numbers[rank]: view for rank, view in arenas.items()}
-    return Image(index, ArenaSource(index, local), Readable(False, frozenset(local)))
+    return Index.build(info, records)
 
 
 def _describe(shard: agent_pb2.LocalShard, view: memoryview) -> _Told:

@@ -105,6 +105,9 @@ class ArenaPool:
             arena.step, arena.label = label.step, label
             self.arenas[arena.name] = arena
             found.append(arena)
+        for path in self.root.iterdir():  # labels without an arena, and torn ones
+            if path.suffix in (".json", ".new") and (path.suffix == ".new" or path.stem not in self.arenas):
+                path.unlink()
         return found
 
     def close(self, remove: bool) -> None:

@@ -309,10 +309,9 @@ def read_windows(
         bytes read.
     """
     total = 0
-    lock = threading.Lock()
+    lock, ended = threading.Lock(), threading.Event()
     count = min(max(buffers, readers + 1), max(len(windows), 1))
     todo = iter(windows)
-    ended = threading.Event()
 
     def work() -> None:
         nonlocal total
