@@ -23,10 +23,14 @@ STEP = 16 << 20
 
 
 def bytes_of(tensor: Tensor) -> memoryview | None:
-    """The memory of a tensor; None where it is not contiguous host memory that holds the values as they are."""
+    """The memory of a tensor; None where it is not contiguous host memory that holds the values as they are.
+
+    Good for as long as `tensor.data_ptr()` stays what it is.
+    """
     if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return None
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    # Not Tensor.numpy(), which forbids the storage to be resized from then on.
+    return np.from_dlpack(tensor.detach().reshape(-1).view(torch.uint8)).data
 
 
 def copy_bytes(targets: Sequence[memoryview], sources: Sequence[memoryview], threads: int) -> None:

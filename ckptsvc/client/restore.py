@@ -252,5 +252,6 @@ _TORCH = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: to
 
 def _as_array(tensor: torch.Tensor, itemsize: int) -> NDArray[Any]:
     """The tensor's own memory as a numpy array of carrier type, whatever its strides are."""
-    array: NDArray[Any] = tensor.view(_TORCH[itemsize]).numpy()
+    # Not Tensor.numpy(), which forbids the storage to be resized from then on.
+    array: NDArray[Any] = np.from_dlpack(tensor.view(_TORCH[itemsize]))
     return array if itemsize in (1, 16) else array.view(carrier(itemsize))

@@ -89,6 +89,8 @@ class StagePlan:
     chosen: list[Chosen]
     _targets: dict[str, list[Piece]] = field(default_factory=dict)
     _sources: list[Piece] = field(default_factory=list)
+    _live: list[Tensor] = field(default_factory=list)
+    _addresses: list[int] = field(default_factory=list)
     _sources_of: tuple[LocalPart, ...] = ()
 
     @staticmethod
@@ -112,7 +114,7 @@ class StagePlan:
             and backward; it must have returned before an optimizer changes them.
         """
         total = self.template.total(len(objects))
-        sources = self._live(capture)
+        sources = self._pieces(capture)
         targets = self._targets.get(slot)
         if targets is None:
             targets = self._targets[slot] = self._views(capture, arena)
@@ -132,12 +134,16 @@ class StagePlan:
         for slot in [s for s in self._targets if s not in but]:
             self._targets.pop(slot, None)
 
-    def _live(self, capture: Capture) -> list[Piece]:
+    def _pieces(self, capture: Capture) -> list[Piece]:
         known = self._sources_of
-        if len(known) != len(capture.parts) or not all(map(is_, known, capture.parts)):
+        same = len(known) == len(capture.parts) and all(map(is_, known, capture.parts))
+        if not same or list(map(Tensor.data_ptr, self._live)) != self._addresses:
             tensors = [capture.parts[c.part].tensor for c in self.chosen]
-            pieces = [storable(t if c.index is None else t[c.index]) for t, c in zip(tensors, self.chosen, strict=True)]
-            self._sources = [bytes_of(piece) or piece for piece in pieces]
+            self._live = [
+                storable(t if c.index is None else t[c.index]) for t, c in zip(tensors, self.chosen, strict=True)
+            ]
+            self._addresses = list(map(Tensor.data_ptr, self._live))
+            self._sources = [bytes_of(tensor) or tensor for tensor in self._live]
             self._sources_of = capture.parts
             self._targets.clear()  # which of them are bytes follows the sources
         return self._sources

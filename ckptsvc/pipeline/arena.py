@@ -147,8 +147,9 @@ class ArenaPool:
         """
         capacity = -(-max(nbytes, 1) // HUGE_PAGE) * HUGE_PAGE
         if self.total + capacity > self.limit:
+            taken = f"{self.total >> 20} of {self.limit >> 20} MiB are taken"
             raise ArenaExhausted(
-                f"an arena of {capacity >> 20} MiB does not fit: {self.total >> 20} of {self.limit >> 20} MiB are taken",
+                f"an arena of {capacity >> 20} MiB does not fit: {taken}",
                 hint="raise arena.limit, or lower arena.slots",
             )
         name = f"{rank:05d}-{secrets.token_hex(8)}"

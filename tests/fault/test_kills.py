@@ -6,8 +6,6 @@ Step n's tensor is full of n, so that what a checkpoint holds can be told from i
 
 import os
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -193,10 +191,7 @@ def test_trainer_and_agent_are_killed_and_an_agent_is_started_by_hand(
     # What was not handed over is lost, and the store has no half of it; the rest waits in its arena.
     assert steps(store) == ([2, 1] if point == "after_commit" else [1])
     assert_good(store)
-    directory = runtime.agent_directory()
-    command = [sys.executable, "-m", "ckptsvc.cli.main", "agent", "--dir", str(directory), "--linger", "0.3s"]
-    with (runtime.root / "by-hand.log").open("wb") as log:
-        agent = subprocess.Popen(command, env=runtime.environ, stdout=log, stderr=log)
+    agent = runtime.start_agent("--linger", "0.3s", directory=runtime.agent_directory())
     assert agent.wait(30) == 0
     assert steps(store) == ([1] if point in NOT_YET_HANDED_OVER else [2, 1])
     assert_good(store)

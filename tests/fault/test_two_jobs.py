@@ -1,14 +1,12 @@
 """Two jobs on one run: the second is refused, or the first is fenced; what they save is never mixed."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from harness.damage import checkpoints
 from harness.job import Launch
 from harness.rank import Rank
-from harness.runtime import Runtime, eventually
+from harness.runtime import Runtime
 
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.pipeline.catalog import find, open_checkpoint
@@ -47,9 +45,7 @@ def save_on_orders(rank: Rank, store: str, value: float) -> list[str]:
 
 def test_on_one_agent_the_second_job_is_refused(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
     store = str(tmp_path / "run")
-    log = (runtime.root / "agent.log").open("wb")
-    agent = subprocess.Popen([sys.executable, "-m", "ckptsvc.cli.main", "agent"], env=runtime.environ, stderr=log)
-    eventually((runtime.sockets / "ready").exists, "the agent")
+    agent = runtime.start_agent()
     with launch.plain(1, save_on_orders, store, 1.0, CKPTSVC_JOB="first") as first:
         first.go("1")
         first.wait_for("saved", number=1)

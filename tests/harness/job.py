@@ -41,6 +41,9 @@ class Runs(Protocol):
     def kill(self) -> None:
         """SIGKILL."""
 
+    def wait(self) -> int:
+        """Wait for its end."""
+
 
 class Job:
     """A running job.
@@ -60,10 +63,12 @@ class Job:
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
-                process.poll()
-        for line in self.reports("started"):  # ranks of a launcher that was killed
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(line["pid"], 0)
+            process.wait()
+        mine = {line["pid"] for line in self.reports()}
+        for rank in self._runtime.processes(SCRIPT.name):  # a launcher that was killed leaves them
+            if rank.pid in mine:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rank.pid, signal.SIGKILL)
 
     def reports(self, event: str = "", rank: int | None = None) -> list[dict[str, Any]]:
         """What the ranks have reported so far, rank by rank in order."""

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -77,7 +79,7 @@ class Runtime:
 
     def agents(self) -> list[Process]:
         """The live agents."""
-        return self.processes("ckptsvc.agent.server") + self.processes("ckptsvc agent")
+        return self.processes("ckptsvc.agent.server") + self.processes("ckptsvc.cli.main agent")
 
     def workers(self) -> list[Process]:
         """The live I/O workers."""
@@ -89,6 +91,16 @@ class Runtime:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(agent.pid, signal.SIGKILL)
         eventually(lambda: not self.agents() and not self.workers(), "the agents to be gone")
+
+    def start_agent(self, *options: str, directory: Path | None = None) -> subprocess.Popen[bytes]:
+        """`ckptsvc agent`, by hand: the node's agent, or the one whose directory this is."""
+        where = directory or self.sockets
+        (where / "ready").unlink(missing_ok=True)
+        command = [sys.executable, "-m", "ckptsvc.cli.main", "agent", "--dir", str(where), *options]
+        with (where / "agent.log").open("ab") as log:
+            agent = subprocess.Popen(command, env=self.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        eventually(lambda: (where / "ready").exists() or agent.poll() is not None, "the agent to start")
+        return agent
 
     def stop(self, process: Process) -> None:
         """SIGTERM for a process; waits for its end."""
@@ -174,8 +186,6 @@ def eventually(condition: Any, what: str, timeout: float = 30.0) -> Any:
 @contextlib.contextmanager
 def tmpfs(folder: Path, size: str) -> Iterator[Path]:
     """A small tmpfs mounted on a new folder; the test is skipped where mounting is not allowed."""
-    import subprocess
-
     import pytest
 
     folder.mkdir()

@@ -51,11 +51,15 @@ class Forked:
         return self.status
 
     def kill(self) -> None:
-        """SIGKILL for its whole process group; waits for its end."""
+        """SIGKILL for its whole process group."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        while self.poll() is None:
+
+    def wait(self) -> int:
+        """Wait for its end."""
+        while (status := self.poll()) is None:
             time.sleep(0.005)
+        return status
 
 
 class Zygote:
@@ -139,8 +143,9 @@ def serve(sock: socket.socket) -> None:
                 pid = os.fork()
                 if pid == 0:
                     signal.set_wakeup_fd(-1)
-                    for fd in (sock.fileno(), wake, woken):
-                        os.close(fd)
+                    sock.close()
+                    os.close(wake)
+                    os.close(woken)
                     _become(request)
                 with contextlib.suppress(OSError):
                     os.setpgid(pid, pid)  # the child does it too: whoever comes first

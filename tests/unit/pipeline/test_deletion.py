@@ -1,0 +1,86 @@
+"""Deleting checkpoints under faults: what is half deleted is no checkpoint, and what must stay stays."""
+
+import pytest
+from stored import memory_store, small_run
+
+from ckptsvc.errors import CkptsvcError
+from ckptsvc.format.commit import COMMIT
+from ckptsvc.pipeline.catalog import Ref, find, open_checkpoint
+from ckptsvc.pipeline.retain import delete_checkpoint, expire, find_garbage, remove_garbage
+from ckptsvc.pipeline.verify import verify_checkpoint
+from ckptsvc.storage import connect
+from ckptsvc.storage.wrappers import Fault, Faulty
+
+STEPS = (10, 20, 30, 40)
+
+
+@pytest.fixture(params=["memory", "file"])
+def store(request, tmp_path):
+    if request.param == "memory":
+        yield memory_store()
+    else:
+        store = connect(f"file://{tmp_path}/run")
+        yield store
+        store.close()
+
+
+def fill(store):
+    run = small_run()
+    for step in STEPS:
+        run.store(store, step)
+    return store
+
+
+def whole(store):
+    """Steps of the checkpoints that are there; each of them verifies."""
+    refs = [ref for ref, _ in find(store)]
+    for ref in refs:
+        assert verify_checkpoint(open_checkpoint(store, ref)) == []
+    return [ref.step for ref in refs]
+
+
+def test_the_commit_record_goes_first(store):
+    faulty = Faulty(fill(store))
+    delete_checkpoint(faulty, Ref(1, 10))
+    deleted = [call.key for call in faulty.calls if call.op == "delete"]
+    assert deleted[0] == f"{Ref(1, 10).name}/{COMMIT}"
+    assert len(deleted) >= 4
+    assert whole(store) == [40, 30, 20]
+    assert [entry for entry in store.list() if entry.key.startswith(Ref(1, 10).name)] == []
+
+
+def test_what_is_protected_stays(store):
+    fill(store)
+    assert expire(store, 1, protect=[Ref(1, 10), Ref(1, 30), Ref(1, 99)]) == [Ref(1, 20)]
+    assert whole(store) == [40, 30, 10]
+
+
+def test_the_newest_epoch_counts_before_the_highest_step(store):
+    fill(store)
+    small_run().store(store, step=5, epoch=2)
+    assert expire(store, 1) == [Ref(1, 40), Ref(1, 30), Ref(1, 20), Ref(1, 10)]
+    assert whole(store) == [5]
+
+
+def test_to_keep_more_than_there_are_is_to_keep_all(store):
+    fill(store)
+    assert expire(store, 4) == []
+    assert expire(store, 100) == []
+    assert whole(store) == [40, 30, 20, 10]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_interruption_anywhere_leaves_whole_checkpoints_only(lost):
+    counting = Faulty(fill(memory_store()))
+    expire(counting, 2)
+    for nth in range(1, len(counting.calls) + 1):
+        store = fill(memory_store())
+        with pytest.raises(CkptsvcError):
+            expire(Faulty(store, [Fault(nth=nth, times=0, error="store-unavailable", lost=lost)]), 2)
+        assert whole(store)[:2] == [40, 30]
+        # What was begun is finished by the next one, or found as garbage.
+        expire(store, 2)
+        for garbage in list(find_garbage(store)):
+            assert remove_garbage(store, garbage)
+        assert whole(store) == [40, 30]
+        assert {entry.key.split("/")[0] for entry in store.list()} == {Ref(1, 40).name, Ref(1, 30).name}
