@@ -19,7 +19,6 @@ import numpy as np
 from ckptsvc.client.group import Group, gather_rows
 from ckptsvc.errors import Damaged
 from ckptsvc.pipeline.read import (
-    WINDOW_EXTENTS,
     Sink,
     Source,
     Window,
@@ -28,6 +27,7 @@ from ckptsvc.pipeline.read import (
     read_windows,
     verify,
     window_buffer,
+    window_bytes,
 )
 
 Key = tuple[int, int]
@@ -170,14 +170,14 @@ class _Rounds:
         return next((mask for rank, mask in task.wanters if rank == self._group.rank), 0)
 
     def _receive(self, task: Task) -> tuple[Any, Window, memoryview]:
-        buffer = memoryview(bytearray(self._extent * WINDOW_EXTENTS))
+        buffer = memoryview(bytearray(window_bytes(self._extent)))
         first, last = self._hull(task, self._mask_for_me(task))
         return self._group.receive(buffer[first:last], task.reader), self._windows[task.key], buffer
 
     def _hull(self, task: Task, mask: int) -> tuple[int, int]:
         """Byte range of the window from the first to the last extent of a mask, ending with the shard."""
         low = (mask & -mask).bit_length() - 1
-        start = task.key[1] * WINDOW_EXTENTS * self._extent
+        start = task.key[1] * window_bytes(self._extent)
         last = min(mask.bit_length() * self._extent, self._source.size(task.key[0]) - start)
         return low * self._extent, last
 

@@ -55,6 +55,7 @@ def choose(parts: Sequence[LocalPart], rank: int, same_plain: tuple[int, ...]) -
         elif ranks[0] == rank:
             chosen.append(Chosen(i, part.region, None))
     for ranks, members in shared.items():
+        members.sort(key=lambda i: (parts[i].meta.name, _as_box(parts[i].region).origin))  # ranks may differ in order
         boxes = [_as_box(parts[i].region) for i in members]
         items = [(box, DTYPES[parts[i].meta.dtype].itemsize) for i, box in zip(members, boxes, strict=True)]
         me = ranks.index(rank)

@@ -29,10 +29,18 @@ from ckptsvc.geometry.reshard import Copy, StoredRegion, View, plan
 from ckptsvc.types import DTYPES
 
 WINDOW_EXTENTS = 16
-"""Extents in a window: at most 64, the bits of a mask."""
+"""Most extents in a window: at most 64, the bits of a mask."""
+
+WINDOW_BYTES = 16 << 20
+"""Most bytes in a window of several extents: readers hold a few windows in memory."""
 
 _CARRIER = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64, 16: np.complex128}
 """The element type that carries elements of that many bytes; only their bytes matter."""
+
+
+def window_bytes(extent: int) -> int:
+    """The size of a window where a digest stands for `extent` bytes; a whole number of extents."""
+    return extent * max(1, min(WINDOW_EXTENTS, WINDOW_BYTES // extent))
 
 
 class Want(NamedTuple):
@@ -104,7 +112,7 @@ def plan_windows(index: Index, wants: Sequence[Want]) -> dict[tuple[int, int], W
         LayoutError: a tensor is not stored, or with another dtype or shape, or not at a multiple of its element size.
     """
     windows: dict[tuple[int, int], Window] = {}
-    span = index.info.extent * WINDOW_EXTENTS
+    span = window_bytes(index.info.extent)
     by_name: dict[str, list[int]] = {}
     for target, want in enumerate(wants):
         by_name.setdefault(index.resolve(want.name), []).append(target)
@@ -217,7 +225,7 @@ def fill(window: Window, mask: int, source: Source, extent: int, buffer: memoryv
     Raises:
         StoreError, Damaged: as the source raises.
     """
-    start = window.number * WINDOW_EXTENTS * extent
+    start = window.number * window_bytes(extent)
     size = source.size(window.shard) - start
     total = 0
     for first, last in runs(mask):
@@ -235,7 +243,7 @@ def verify(window: Window, mask: int, source: Source, extent: int, buffer: memor
     """
     size = source.size(window.shard)
     for first, last in runs(mask):
-        number = window.number * WINDOW_EXTENTS + first
+        number = window.number * window_bytes(extent) // extent + first
         part = buffer[first * extent : min(last * extent, size - (number - first) * extent)]
         bad = bad_extents(part, source.digests(window.shard), number, extent)
         if bad:
@@ -253,7 +261,7 @@ def held(window: Window, source: Source, extent: int) -> memoryview | None:
     whole = source.view(window.shard)
     if whole is None:
         return None
-    here = whole[window.number * WINDOW_EXTENTS * extent :]
+    here = whole[window.number * window_bytes(extent) :]
     verify(window, window.mask, source, extent, here)
     return here
 
@@ -364,7 +372,7 @@ def read_arrays(index: Index, source: Source, wants: Sequence[Want], *, readers:
 
 def window_buffer(extent: int) -> memoryview:
     """Memory for one window, page-aligned, of huge pages where there are any: small ones cost 10 ms to touch."""
-    memory = mmap.mmap(-1, extent * WINDOW_EXTENTS, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, window_bytes(extent), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(memory)

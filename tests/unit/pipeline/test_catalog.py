@@ -1,5 +1,5 @@
 import pytest
-from stored import memory_store, small_run
+from harness.random_run import memory_store, small_run
 
 from ckptsvc.errors import Damaged, IncompatibleVersion, InvalidInput, NoCheckpoint, StoreUnavailable
 from ckptsvc.format.commit import COMMIT, CommitRecord, epoch_key

@@ -1,5 +1,5 @@
 import pytest
-from stored import fence, memory_store, small_run
+from harness.random_run import fence, memory_store, small_run
 
 from ckptsvc.errors import CkptsvcError, Fenced, LayoutError, SaveFailed, StoreFull, StoreUnavailable
 from ckptsvc.format.commit import COMMIT, epoch_key

@@ -1,7 +1,7 @@
 """Deleting checkpoints under faults: what is half deleted is no checkpoint, and what must stay stays."""
 
 import pytest
-from stored import memory_store, small_run
+from harness.random_run import memory_store, small_run
 
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.format.commit import COMMIT

@@ -3,9 +3,9 @@ import math
 
 import numpy as np
 import pytest
+from harness.random_run import memory_store, part_of, regions, runs, small_run
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from stored import memory_store, part_of, regions, runs, small_run
 
 from ckptsvc.errors import Damaged, LayoutError
 from ckptsvc.format.shard import objects_name

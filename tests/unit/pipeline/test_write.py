@@ -2,9 +2,9 @@ import re
 
 import numpy as np
 import pytest
+from harness.random_run import POOL, memory_store, runs, small_run
 from hypothesis import given
 from hypothesis import strategies as st
-from stored import POOL, memory_store, runs, small_run
 
 from ckptsvc.errors import Damaged, StoreFull
 from ckptsvc.format.checksum import extent_digests
