@@ -6,15 +6,16 @@ measured within a second or two of each other, so the moods of a shared machine 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 import msgspec
 
-from ckptsvc.cli.bench_spec import Results, Sample
+from ckptsvc.cli.bench_spec import Results
 
 OURS = "ckptsvc"
+NOT_PEERS = {OURS, "from store", "from memory", "memcpy", "direct write", "cold read"}
 
 
 class Value(msgspec.Struct, frozen=True):
@@ -68,9 +69,6 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
         return value >= self.bar if self.faster else value <= self.bar
 
 
-Number = Callable[[Sample], float]
-
-
 class Repetitions:
     """The samples of all ranks, merged: one number for each repetition of a system or limit."""
 
@@ -83,26 +81,20 @@ class Repetitions:
         return sum(r.nbytes for r in self._ranks) / 2**30
 
     def names(self) -> list[str]:
-        """Systems and limits that were measured on every rank."""
-        return [n for n in self._ranks[0].samples if all(n in r.samples for r in self._ranks)]
+        """Systems and limits that were measured on rank 0."""
+        return list(self._ranks[0].samples)
 
-    def slowest(self, name: str, number: Number) -> list[float]:
-        """For each repetition the largest number of any rank: the job waits for the last."""
-        return self._merge(name, number, max)
+    def of(self, name: str, key: str, *, summed: bool = False) -> list[float]:
+        """For each repetition the largest number of any rank (the job waits for the last), or the sum of all.
 
-    def total(self, name: str, number: Number) -> list[float]:
-        """For each repetition the sum over the ranks."""
-        return self._merge(name, number, sum)
-
-    def _merge(self, name: str, number: Number, how: Callable[[Sequence[float]], float]) -> list[float]:
-        columns = [[number(sample) for sample in rank.samples[name]] for rank in self._ranks if rank.samples.get(name)]
-        return [how(row) for row in zip(*columns, strict=True)]
-
-
-def over(ours: Sequence[float], limit: Sequence[float]) -> Value | None:
-    """The ratios, repetition by repetition; None where the limit was not measured."""
-    ratios = [a / b for a, b in zip(ours, limit, strict=False) if b > 0]
-    return Value.of(ratios) if ratios else None
+        Args:
+            name: the system or limit; none was measured if it is not there.
+            key: which number of its samples; "" takes the smallest of each sample: the fastest of several ways.
+            summed: add the ranks up.
+        """
+        measured = [rank.samples[name] for rank in self._ranks if name in rank.samples]
+        columns = [[sample[key] if key else min(sample.values()) for sample in samples] for samples in measured]
+        return [(sum if summed else max)(row) for row in zip(*columns, strict=True)]
 
 
 class Table:
@@ -110,85 +102,81 @@ class Table:
 
     def __init__(self, workload: str, ranks: Sequence[Results]) -> None:
         self._workload, self._all = workload, Repetitions(ranks)
-        self._limits = {"memcpy", "direct write", "cold read"}
         self.rows: list[Row] = []
 
-    @property
-    def _peers(self) -> list[str]:
-        return [n for n in self._all.names() if n not in self._limits and n not in (OURS, "from memory", "from store")]
+    def timed(self, what: str, key: str, limit: str, bar: float, ours: str = OURS, *, compare: bool = True) -> None:
+        """Seconds of ours, and of the peers if they are to be compared, over those of a raw limit."""
+        peers = self._peers(key) if compare else {}
+        self._add(what, "s", self._all.of(ours, key), bar, peers, limit, self._all.of(limit, ""))
 
-    def timed(self, what: str, key: str, limit: str, bar: float, *, ours: str = OURS, compare: bool = True) -> None:
-        """Seconds `key` of ours, and of the peers if they are to be compared, over the seconds of a raw limit."""
-        numbers = self._all.slowest(ours, lambda s: s[key])
-        limits = self._all.slowest(limit, lambda s: min(s.values())) if limit in self._all.names() else []
-        peers = {p: Value.of(self._all.slowest(p, lambda s: s[key])) for p in self._peers if compare}
-        self.rows.append(
-            Row(
-                workload=self._workload, what=what, unit="s", ours=Value.of(numbers), bar=bar, peers=peers,
-                against=limit, limit=Value.of(limits) if limits else None, ratio=over(numbers, limits),
-                missing="" if limits else f"{limit} was not measured",
-            )
-        )  # fmt: skip
+    def faster(self, what: str, key: str, peer: str, bar: float) -> None:
+        """Seconds of ours and of all peers, and how many times those of one peer they are."""
+        self._add(what, "s", self._all.of(OURS, key), bar, self._peers(key), peer, self._all.of(peer, key), faster=True)
 
     def plain(
-        self, what: str, key: str, unit: str, bar: float | None, scale: float = 1.0, *, summed: bool = False
+        self, what: str, key: str, unit: str, bar: float | None, scale: float = 1, *, summed: bool = False
     ) -> None:
-        """A number of ours and of the peers, as it is; summed over the ranks, or of the rank that has most."""
-        merge = self._all.total if summed else self._all.slowest
-        values = {n: Value.of(merge(n, lambda s: s[key] * scale)) for n in (OURS, *self._peers)}
-        ours = values.pop(OURS)
-        self.rows.append(Row(workload=self._workload, what=what, unit=unit, ours=ours, bar=bar, peers=values))
-
-    def against(self, what: str, key: str, peer: str, bar: float) -> None:
-        """How many times faster ours is than a peer."""
-        numbers = self._all.slowest(OURS, lambda s: s[key])
-        theirs = self._all.slowest(peer, lambda s: s[key]) if peer in self._all.names() else []
-        self.rows.append(
-            Row(
-                workload=self._workload, what=what, unit="s", ours=Value.of(numbers), bar=bar, faster=True,
-                against=peer, limit=Value.of(theirs) if theirs else None, ratio=over(theirs, numbers),
-                missing="" if theirs else f"{peer} was not measured",
-            )
-        )  # fmt: skip
-
-    @property
-    def per_gib(self) -> float:
-        """What turns seconds of all ranks into seconds per GiB of state."""
-        return 1 / self._all.gib if self._all.gib else 0.0
+        """A number of ours and of the peers, as it is."""
+        numbers = [scale * n for n in self._all.of(OURS, key, summed=summed)]
+        self._add(what, unit, numbers, bar, self._peers(key, scale, summed=summed))
 
     def reads(self, case: str, bar: float) -> None:
-        """Bytes read job-wide over bytes needed, and the seconds it took."""
-        read, needed = self._all.total(case, lambda s: s["read"]), self._all.total(case, lambda s: s["needed"])
-        mebibytes = [n / 2**20 for n in read]
+        """Bytes read by all ranks over bytes needed."""
+        read, needed = ([n / 2**20 for n in self._all.of(case, key, summed=True)] for key in ("read", "needed"))
+        self._add(f"bytes read, {case}", "MiB", read, bar, {}, "bytes needed", needed)
+
+    def seconds_per_gib(self) -> float:
+        """What turns seconds into seconds per GiB of state."""
+        return 1 / self._all.gib
+
+    def _peers(self, key: str, scale: float = 1, *, summed: bool = False) -> dict[str, Value]:
+        others = [name for name in self._all.names() if name not in NOT_PEERS]
+        return {n: Value.of([scale * x for x in self._all.of(n, key, summed=summed)]) for n in others}
+
+    def _add(
+        self, what: str, unit: str, ours: Sequence[float], bar: float | None, peers: dict[str, Value],
+        against: str = "", limits: Sequence[float] = (), *, faster: bool = False,
+    ) -> None:  # fmt: skip
+        pairs = zip(limits, ours, strict=True) if faster else zip(ours, limits, strict=True)
         self.rows.append(
             Row(
-                workload=self._workload, what=f"bytes read, {case}", unit="MiB", ours=Value.of(mebibytes), bar=bar,
-                against="bytes needed", limit=Value.of([n / 2**20 for n in needed]), ratio=over(read, needed),
+                workload=self._workload,
+                what=what,
+                unit=unit,
+                ours=Value.of(ours),
+                against=against,
+                limit=Value.of(limits) if limits else None,
+                ratio=Value.of([a / b for a, b in pairs]) if limits else None,
+                faster=faster,
+                bar=bar,
+                peers=peers,
+                missing=f"{against} was not measured" if against and not limits else "",
             )
-        )  # fmt: skip
+        )
 
 
 def rows_of(workload: str, ranks: Sequence[Results]) -> list[Row]:
     """The rows of a workload from what its ranks have measured. The bars are those of the design."""
     table = Table(workload, ranks)
-    if workload == "save":
-        table.timed("loop blocked", "blocked", "memcpy", 1.15)
-        table.timed("until durable", "durable", "direct write", 1.2)
-        table.plain("CPU", "cpu", "s/GiB", 0.6, table.per_gib, summed=True)
-    elif workload == "small":
-        table.timed("loop blocked", "blocked", "memcpy", 1.5)
-        table.against("until durable", "durable", "dcp", 12.0)
-        table.plain("CPU", "cpu", "s/GiB", None, table.per_gib, summed=True)
-    elif workload == "overlap":
-        table.plain("slowdown of the loop beside a save", "slowdown", "%", 5.0, 100.0)
-        table.plain("training time lost in all", "lost", "s/GiB", 0.07, table.per_gib)
-        table.plain("until durable, beside the loop", "durable", "s", None)
-    elif workload == "restore":
-        table.timed("cold, from the store", "seconds", "cold read", 1.2, ours="from store")
-        table.timed("after a kill, from memory", "seconds", "memcpy", 1.3, ours="from memory", compare=False)
-    elif workload == "reshard":
-        for case in ranks[0].samples:
-            table.reads(case, 1.05)
+    match workload:
+        case "save":
+            table.timed("loop blocked", "blocked", "memcpy", 1.15)
+            table.timed("until durable", "durable", "direct write", 1.2)
+            table.plain("CPU", "cpu", "s/GiB", 0.6, table.seconds_per_gib(), summed=True)
+        case "small":
+            table.timed("loop blocked", "blocked", "memcpy", 1.5)
+            table.faster("until durable", "durable", "dcp", 12)
+            table.plain("CPU", "cpu", "s/GiB", None, table.seconds_per_gib(), summed=True)
+        case "overlap":
+            table.plain("slowdown of the loop", "slowdown", "%", 5, 100)
+            table.plain("training time lost in all", "lost", "s/GiB", 0.07, table.seconds_per_gib())
+            table.plain("until durable", "durable", "s", None)
+        case "restore":
+            table.timed("cold, from the store", "seconds", "cold read", 1.2, "from store")
+            table.timed("after a kill, from memory", "seconds", "memcpy", 1.3, "from memory", compare=False)
+        case "reshard":
+            for case in ranks[0].samples:
+                table.reads(case, 1.05)
     return table.rows
 
 

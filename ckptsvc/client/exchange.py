@@ -123,6 +123,7 @@ class _Rounds:
         self._group, self._windows, self._source = group, windows, source
         self._extent, self._sink = extent, sink
         self._free = [window_buffer(extent) for _ in range(3)]
+        self._spare: list[memoryview] = []  # to receive into: fresh memory for every window costs more than the copy
         self._failure: Exception | None = None
         self._read = 0
 
@@ -138,6 +139,7 @@ class _Rounds:
                 for work, window, buffer in receiving:
                     work.wait()
                     self._deliver(window, buffer)
+                    self._spare.append(buffer)
                 ahead = following
         if self._failure:
             raise self._failure
@@ -170,7 +172,7 @@ class _Rounds:
         return next((mask for rank, mask in task.wanters if rank == self._group.rank), 0)
 
     def _receive(self, task: Task) -> tuple[Any, Window, memoryview]:
-        buffer = memoryview(bytearray(window_bytes(self._extent)))
+        buffer = self._spare.pop() if self._spare else window_buffer(self._extent)
         first, last = self._hull(task, self._mask_for_me(task))
         return self._group.receive(buffer[first:last], task.reader), self._windows[task.key], buffer
 

@@ -130,7 +130,7 @@ class Session:
         self._known_failure = -1
         self._rewinds = 0
         self._fences: list[Any] = []
-        self._last_order = -1
+        self._orders = {"save_at": -1, "stop_at": -1}  # the last that have come due or passed
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -145,8 +145,8 @@ class Session:
         due = self._every_steps and self.steps_done % self._every_steps == 0
         if (
             due
-            or page.get("save_at") != self._last_order
-            or page.get("stop_at") >= 0
+            or page.get("save_at") != self._orders["save_at"]
+            or page.get("stop_at") != self._orders["stop_at"]
             or page.get("failed") != self._known_failure
             or not self._snapshots.arranged
         ):
@@ -289,14 +289,8 @@ class Session:
             self._known_failure = page.get("failed")
             if self._known_failure >= 0:  # a new agent's page says nothing yet
                 self._try(self._report_failure)
-        order, stop = page.get("save_at"), page.get("stop_at")
-        if order != self._last_order and order <= self.steps_done:
-            self._last_order = order
-            if order == self.steps_done:
-                due = True
-            elif order >= 0:
-                self._try(lambda: self._link.abandon("", order, "already past the step at which to save"))
-        stopping = 0 <= stop <= self.steps_done
+        due = self._ordered("save_at") or due
+        stopping = self._ordered("stop_at")
         if due or stopping:
             patience = self.settings.save.timeout if stopping else self.settings.save.deadline
             self._try(lambda: self._snapshots.take(self.steps_done, patience), count=True)
@@ -306,7 +300,17 @@ class Session:
         if stopping:
             self._try(self.wait)
             self.close()
-            raise StopTraining(f"asked to stop at step {stop}")
+            raise StopTraining(f"asked to stop at step {self.steps_done}")
+
+    def _ordered(self, kind: str) -> bool:
+        """Whether an order is due at this very step. A rank that obeyed later would leave the others waiting for it."""
+        step = self._link.page.get(kind)
+        if step == self._orders[kind] or step > self.steps_done:
+            return False
+        self._orders[kind] = step
+        if 0 <= step < self.steps_done:
+            self._try(lambda: self._link.abandon("", step, f"the order for step {step} came too late"))
+        return step == self.steps_done
 
     def _report_failure(self) -> None:
         """Tell the program how a save that it has not waited for has ended."""

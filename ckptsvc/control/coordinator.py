@@ -145,7 +145,11 @@ class Coordinator:
 
     def _on_skipped(self, event: pb.Skipped, now: float) -> Decision:
         job = self.jobs.get(event.job)
-        return job.saves.skipped(event, now) if job else Decision()
+        if job is None:
+            return Decision()
+        if event.attempt == job.attempt:
+            job.missed(event.step)
+        return job.saves.skipped(event, now)
 
     def _on_dropped(self, event: pb.Dropped, now: float) -> Decision:
         job = self.jobs.get(event.job)

@@ -45,9 +45,10 @@ class Job:
     last_ordered: float = 0.0
     progress: dict[str, int] = field(default_factory=dict)  # node -> step of its fastest rank
     highest: int = 0  # of them all
-    pace: tuple[float, int] = (0.0, 0)  # when, highest step: the last sample
-    steps_per_second: float = 0.0
+    pace: tuple[float, int] | None = None  # when, highest step: the last sample
+    steps_per_second: float | None = None  # None until there are two samples
     stop_wanted: str = ""
+    stop_ordered: tuple[int, str] = (-1, "")  # at which step, why
     rewinds: int = 0
     busy_at: float = 0.0  # when there last were ranks, saves or snapshots
 
@@ -84,7 +85,7 @@ class Job:
         self.saves.begin(event.attempt, now)
         self.ranks, self.seen, self.away = {}, {}, {}
         self.announced, self.agreed, self.progress, self.highest = {}, None, {}, 0
-        self.pace, self.steps_per_second, self.stop_wanted = (now, 0), 0.0, ""
+        self.pace, self.steps_per_second, self.stop_wanted, self.stop_ordered = None, None, "", (-1, "")
         self.rewinds = 0
 
     def leave(self, event: pb.RankLeft, now: float) -> Decision:
@@ -182,14 +183,17 @@ class Job:
             self.highest = event.highest
         elif previous == self.highest:  # the one in front has gone back to a checkpoint
             self.highest = max(self.progress.values())
-        then, before = self.pace
+        then, before = self.pace = self.pace or (now, self.highest)
         if now - then >= LEAD_SECONDS:
             self.steps_per_second = max(0.0, (self.highest - before) / (now - then))
             self.pace = (now, self.highest)
 
     def order_saves(self, now: float) -> Decision:
-        """Order the next snapshot by time, and the stop that somebody asked for, at a step nobody has reached."""
-        if len(self.ranks) < self.world_size or not self.progress:
+        """Order the next snapshot by time, and the stop that somebody asked for, at a step nobody has reached.
+
+        Nothing is ordered before the pace is known: the order would come too late for some ranks and not for others.
+        """
+        if len(self.ranks) < self.world_size or not self.progress or self.steps_per_second is None:
             return Decision()
         decision = Decision()
         ahead = self.highest + 2 + math.ceil(self.steps_per_second * LEAD_SECONDS)
@@ -201,8 +205,14 @@ class Job:
             stop = pb.StopAt(attempt=self.attempt, step=ahead, reason=self.stop_wanted)
             reason = f"job {self.name}: stop at step {ahead}: {self.stop_wanted}"
             decision.add(Decision([Send(n, pb.Order(job=self.name, stop_at=stop)) for n in self.nodes], [reason]))
-            self.stop_wanted = ""
+            self.stop_wanted, self.stop_ordered = "", (ahead, self.stop_wanted)
         return decision
+
+    def missed(self, step: int) -> None:
+        """A rank got an order for this step too late. If it was the order to stop, another one will follow."""
+        ordered, why = self.stop_ordered
+        if step == ordered:
+            self.stop_wanted, self.stop_ordered = why, (-1, "")
 
     def _refuse(self, event: pb.RankJoined, code: str, why: str) -> Send:
         refused = pb.JobRefused(attempt=event.attempt, code=code, why=why)

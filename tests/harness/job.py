@@ -64,11 +64,15 @@ class Job:
             if process.poll() is None:
                 process.kill()
             process.wait()
-        mine = {line["pid"] for line in self.reports()}
-        for rank in self._runtime.processes(SCRIPT.name):  # a launcher that was killed leaves them
-            if rank.pid in mine:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(rank.pid, signal.SIGKILL)
+        for pid in self._live_ranks():  # a launcher that was killed leaves them
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _live_ranks(self) -> list[int]:
+        """Those whose process id can be no other process's by now."""
+        launched = {process.pid for process in self._runtime.processes(SCRIPT.name)}
+        forked = {process.pid for process in self.processes if process.poll() is None}
+        return sorted({line["pid"] for line in self.reports()} & (launched | forked))
 
     def reports(self, event: str = "", rank: int | None = None) -> list[dict[str, Any]]:
         """What the ranks have reported so far, rank by rank in order."""
@@ -134,7 +138,10 @@ class Job:
         return [self.reports("result", rank)[-1]["result"] for rank in range(self._world)]
 
     def story(self) -> str:
-        """The end of every log, for the message of a failure."""
+        """The end of every log, for the message of a failure; ranks that still run say where they are."""
+        for pid in self._live_ranks():
+            os.kill(pid, signal.SIGUSR2)
+        time.sleep(0.3)
         parts = []
         for path in self._logs:
             if path.exists():

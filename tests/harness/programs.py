@@ -36,7 +36,10 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, ra
 def raw(tensor: Tensor) -> bytes:
     """All elements in row-major order, bit for bit."""
     whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-    return whole.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    flat = whole.detach().cpu().reshape(-1)
+    if flat.stride() != (1,):  # of one element or none, which counts as contiguous
+        flat = flat.as_strided(flat.shape, (1,)) if flat.numel() < 2 else flat.contiguous()
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:

@@ -8,9 +8,11 @@ folder/rank-<r>.jsonl, which the test reads while the rank runs.
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -50,6 +52,7 @@ class Rank:
 
 def main() -> None:
     """Load the test module, run its function, report what it returns."""
+    faulthandler.register(signal.SIGUSR2)  # `Job.story` asks where the ranks are
     job = json.loads(sys.argv[1])
     spec = importlib.util.spec_from_file_location(Path(job["file"]).stem, job["file"])
     assert spec is not None
@@ -58,6 +61,7 @@ def main() -> None:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     rank = Rank(Path(job["folder"]))
+    rank.report("begun")
     import torch
 
     torch.set_num_threads(1)

@@ -123,7 +123,11 @@ def test_what_the_store_says_reaches_the_save(driver):
 def test_a_stop_reaches_the_job(running):
     running.tell(pb.StopRequested(job="job", reason="SIGTERM"))
     running.tell(progressed("n0", 5))
-    assert kinds(running.core.tick(0.1)) == ["n0: stop_at", "n1: stop_at"]
+    running.now = 1.0
+    running.tell(progressed("n0", 5))
+    assert kinds(running.core.tick(1.1)) == ["n0: stop_at", "n1: stop_at"]
+    running.tell(pb.Skipped(job="job", attempt=1, epoch=1, step=7, rank=0, why="too late"))
+    assert "n0: stop_at" in kinds(running.core.tick(1.3))
 
 
 def test_going_back_takes_another_epoch(running):

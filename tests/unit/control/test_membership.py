@@ -229,21 +229,23 @@ class TestAgreement:
 class TestPace:
     def test_saves_are_ordered_by_time_at_a_step_nobody_has_reached(self, full):
         full.every_seconds = 10.0
-        full.progressed(progressed("n0", 100), 5.0)
-        full.progressed(progressed("n1", 103), 5.1)
+        full.progressed(progressed("n0", 1000), 4.0)
+        full.progressed(progressed("n0", 1100), 9.0)
+        full.progressed(progressed("n1", 1103), 9.1)
         assert kinds(full.order_saves(9.9)) == []
         decision = full.order_saves(10.0)
         assert kinds(decision) == ["n0: save_at", "n1: save_at"]
         speed = 100 / 5.0
         _, order = orders(decision, "save_at")[0]
-        assert (order.attempt, order.step) == (1, 103 + 2 + speed * LEAD_SECONDS)
-        assert decision.reasons == ["job job: save at step 125"]
+        assert (order.attempt, order.step) == (1, 1103 + 2 + speed * LEAD_SECONDS)
+        assert decision.reasons == ["job job: save at step 1125"]
         assert kinds(full.order_saves(19.9)) == []
         assert kinds(full.order_saves(20.0)) == ["n0: save_at", "n1: save_at"]
 
     @pytest.mark.parametrize("lack", ["every_seconds", "epoch", "progress", "ranks"])
     def test_nothing_is_ordered_without(self, full, lack):
         full.every_seconds = 10.0
+        full.progressed(progressed("n0", 100), 4.0)
         full.progressed(progressed("n0", 100), 5.0)
         full.order_saves(0.0)
         if lack == "ranks":
@@ -256,17 +258,34 @@ class TestPace:
         full.stop_wanted = "SIGTERM"
         assert kinds(full.order_saves(0.0)) == []
         full.progressed(progressed("n0", 7), 0.5)
-        decision = full.order_saves(1.0)
+        assert kinds(full.order_saves(1.0)) == [], "the pace is not known yet"
+        full.progressed(progressed("n0", 7), 0.5 + LEAD_SECONDS)
+        decision = full.order_saves(2.0)
         assert kinds(decision) == ["n0: stop_at", "n1: stop_at"]
         _, order = orders(decision, "stop_at")[0]
         assert (order.step, order.reason) == (9, "SIGTERM")
         assert decision.reasons == ["job job: stop at step 9: SIGTERM"]
-        assert kinds(full.order_saves(2.0)) == []
+        assert kinds(full.order_saves(3.0)) == []
+
+    def test_a_stop_that_came_too_late_is_ordered_again(self, full):
+        full.stop_wanted = "SIGTERM"
+        full.progressed(progressed("n0", 7), 0.5)
+        full.progressed(progressed("n0", 7), 0.5 + LEAD_SECONDS)
+        full.order_saves(2.0)
+        full.missed(8)
+        assert kinds(full.order_saves(3.0)) == []
+        full.progressed(progressed("n0", 20), 3.0)
+        full.missed(9)
+        full.missed(9)
+        ((_, order), _) = orders(full.order_saves(3.0), "stop_at")
+        assert (order.step, order.reason) == (31, "SIGTERM")
+        assert kinds(full.order_saves(4.0)) == []
 
     def test_speed_is_sampled_and_never_negative(self, full):
-        full.progressed(progressed("n0", 10), LEAD_SECONDS / 2)
-        assert full.steps_per_second == 0.0
-        full.progressed(progressed("n0", 30), LEAD_SECONDS)
+        full.progressed(progressed("n0", 1000), 0.0)  # where a restore has brought it is no speed
+        full.progressed(progressed("n0", 1010), LEAD_SECONDS / 2)
+        assert full.steps_per_second is None
+        full.progressed(progressed("n0", 1030), LEAD_SECONDS)
         assert full.steps_per_second == 30.0
         full.progressed(progressed("n0", 5), 2 * LEAD_SECONDS)
         assert full.steps_per_second == 0.0
