@@ -428,6 +428,20 @@ def runtime_dir(environ: Mapping[str, str], *, uid: int | None = None, root: Pat
     return directory
 
 
+def private_directory(path: Path) -> Path:
+    """Make a directory that only this user can enter, or check that it is one.
+
+    Raises:
+        ConfigError: it cannot be made, belongs to another user, is open to others, or is a link.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make {path}: {error.strerror}", hint=_OTHER_PLACE) from error
+    _check_owner(path, {os.geteuid()}, private=True)
+    return path
+
+
 _OTHER_PLACE = "set agent.socket_dir or RUNTIME_DIRECTORY to a directory of your own"
 
 

@@ -48,17 +48,24 @@ class Arenas:
             self._local.spawn(self._populate(session, arena, fd))
 
     def _make(self, reg: Registration, nbytes: int) -> tuple[Arena, int]:
-        """A new arena; for its sake, snapshots in memory go whose arenas are too small to be used again."""
-        try:
-            return self._local.pool.make(reg.job, reg.rank, nbytes)
-        except ArenaExhausted:
-            small = [a for a in self._local.pool.of(reg.job, reg.rank) if a.state is State.KEPT and a.capacity < nbytes]
-            if not small:
-                raise
-        for arena in small:
-            self._local.dropped(self._local.jobs[reg.job], arena.label)
-            self._local.pool.remove(arena)
-        return self._local.pool.make(reg.job, reg.rank, nbytes)
+        """A new arena; for its sake, snapshots in memory go whose arenas nobody will use again."""
+        pool, live = self._local.pool, {(s.reg.job, s.reg.rank) for s in self._local.sessions.values()}
+        # Own ones that are too small, then those of ranks that are gone; what live ranks keep is left to them.
+        kept = [a for a in pool.arenas.values() if a.state in (State.KEPT, State.FREE)]
+        small = [a for a in kept if (a.job, a.rank) == (reg.job, reg.rank) and a.capacity < nbytes]
+        orphaned = sorted((a for a in kept if (a.job, a.rank) not in live), key=lambda a: a.step)
+        spare = iter([*small, *orphaned])
+        while True:
+            try:
+                return pool.make(reg.job, reg.rank, nbytes)
+            except ArenaExhausted:
+                arena = next(spare, None)
+                if arena is None:
+                    raise
+            job = self._local.jobs.get(arena.job)
+            if job is not None:
+                self._local.dropped(job, arena.label)
+            pool.remove(arena)
 
     async def _populate(self, session: Session, arena: Arena, fd: int) -> None:
         try:
@@ -85,15 +92,13 @@ class Arenas:
         attempt = job.attempt(reg.attempt)
         deadline = time.monotonic() + timeout
         error: CkptsvcError = ArenaExhausted("no arena became free in time")
-        for arena in self._local.pool.of(reg.job, reg.rank):
-            if arena.state is State.FILLING and arena.step >= 0:
-                self._local.pool.release(arena)  # of a snapshot that the rank has given up: it takes one at a time
+        self.give_back(session)  # of a snapshot that the rank has given up: it takes one at a time
         try:
             while True:
                 epoch = _epoch(attempt)
                 if epoch:
                     try:
-                        arena, evicted = self._local.pool.acquire(reg.job, reg.rank, nbytes, step)
+                        arena, evicted = self._local.pool.acquire(reg.job, reg.rank, nbytes, step, session.token)
                     except ArenaExhausted as full:
                         error = full
                         if not session.preparing:
@@ -113,9 +118,15 @@ class Arenas:
         """A rank cannot take this snapshot."""
         session = self._local.session(token)
         arena = self._local.pool.arenas.get(slot)
-        if arena and arena.state is State.FILLING and (arena.job, arena.rank) == (session.reg.job, session.reg.rank):
+        if arena and arena.state is State.FILLING and arena.holder == token:
             self._local.pool.release(arena)
         self._skip(self._local.jobs[session.reg.job], session.reg, step, reason)
+
+    def give_back(self, session: Session) -> None:
+        """Free what a session was filling; it does not write there any more."""
+        for arena in self._local.pool.of(session.reg.job, session.reg.rank):
+            if arena.state is State.FILLING and arena.holder == session.token:
+                self._local.pool.release(arena)
 
     def fd(self, token: str, slot: str) -> tuple[int, int]:
         """A new descriptor of an arena of this rank's job (the identity socket passes and closes it)."""

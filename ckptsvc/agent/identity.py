@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 from collections.abc import Coroutine
@@ -40,8 +41,14 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidInput(f"rank {self.rank} of {self.world_size} is impossible")
         if not self.job or len(self.job) > 256 or not self.store or len(self.store) > 4096:
             raise InvalidInput("a job needs a name of at most 256 and a store of at most 4096 characters")
-        if self.attempt < 0 or self.epoch < 0 or self.keep < 0 or self.extent < 4096 or self.extent > 64 << 20:
-            raise InvalidInput("attempt, epoch, keep or extent is out of range")
+        if len(self.coordinator) > 300:
+            raise InvalidInput("an address has at most 300 characters")
+        # What goes into a report must fit its fields (coordinator.proto).
+        numbers = (self.attempt, self.epoch, self.keep, self.every_steps)
+        if not all(0 <= number < 1 << 31 for number in numbers) or not 0 <= self.every_seconds < math.inf:
+            raise InvalidInput("attempt, epoch, keep, every_steps or every_seconds is out of range")
+        if not 4096 <= self.extent <= 64 << 20:
+            raise InvalidInput(f"an extent of {self.extent} bytes is impossible")
 
 
 class MapRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,8 +126,9 @@ class IdentityServer:
                     answer, fd, token = self._answer(data, pid, token)
                 except CkptsvcError as error:
                     answer = {"ok": False, "code": error.code, "what": error.what, "hint": error.hint}
-                except OSError as error:
-                    answer = {"ok": False, "code": "internal", "what": str(error), "hint": ""}
+                except Exception as error:
+                    log.exception("a message of process %d failed", pid)
+                    answer = {"ok": False, "code": "internal", "what": f"{type(error).__name__}: {error}", "hint": ""}
                 try:
                     send_answer(sock, answer, fd)
                 finally:
@@ -142,7 +150,7 @@ class IdentityServer:
                 wanted = msgspec.json.decode(data, type=MapRequest)
             else:
                 raise InvalidInput(f"{op!r} is not understood here")
-        except (msgspec.MsgspecError, UnicodeError) as error:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise InvalidInput(f"malformed message: {error}") from None
         if op == "register":
             registration.check()

@@ -20,6 +20,10 @@ COORDINATOR_KEY = "ckptsvc-coordinator"
 """Metadata of the Launch call: the address of the job's coordinator; absent or "" for this agent."""
 
 
+MAX_NPROC = 4096
+"""Ranks that one launcher may start on its node."""
+
+
 @dataclass(slots=True)
 class Launcher:
     """One `ckptsvc run`."""
@@ -50,7 +54,8 @@ class Launches:
     ) -> AsyncIterator[agent_pb2.LaunchResponse]:
         """One Launch call, from hello to the end of the job."""
         hello = (await anext(aiter(requests))).hello
-        if not hello.job or hello.nproc < 1 or hello.min_nodes < 1 or hello.max_nodes < hello.min_nodes:
+        nproc = 1 <= hello.nproc <= MAX_NPROC
+        if not hello.job or not nproc or hello.min_nodes < 1 or hello.max_nodes < hello.min_nodes:
             raise InvalidInput("the first message of a launcher must be a hello with a job, nproc and nodes")
         if hello.job in self._by_job:
             raise InvalidInput(f"job {hello.job} is already launched on this node")

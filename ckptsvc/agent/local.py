@@ -34,7 +34,7 @@ class Local:
         last_active: when there was last something to do (CLOCK_MONOTONIC).
     """
 
-    def __init__(self, name: str, pool: ArenaPool, metrics: Metrics, shell: CoordinatorShell) -> None:
+    def __init__(self, name: str, pool: ArenaPool, metrics: Metrics, shell: CoordinatorShell, secret: str) -> None:
         self.name, self.pool, self.metrics = name, pool, metrics
         self.sessions: dict[str, Session] = {}
         self.jobs: dict[str, LocalJob] = {}
@@ -42,7 +42,7 @@ class Local:
         self.launchers: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.launched: Callable[[str], bool] = lambda job: False
         self.last_active = time.monotonic()
-        self._shell = shell
+        self._shell, self._secret = shell, secret
         self._uplinks: dict[str, Uplink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -66,11 +66,15 @@ class Local:
         """The way to a coordinator; "" is the one in this process."""
         if coordinator not in self._uplinks:
             self._uplinks[coordinator] = (
-                RemoteUplink(self.name, coordinator, self._obey, lambda: self.resync(coordinator))
+                RemoteUplink(self.name, coordinator, self._obey, lambda: self.resync(coordinator), self._secret)
                 if coordinator
                 else LocalUplink(self.name, self._shell, self._obey)
             )
         return self._uplinks[coordinator]
+
+    def coordinates(self, job: str) -> bool:
+        """Whether the coordinator in this process knows the job."""
+        return job in self._shell.core.jobs
 
     def report(self, job: LocalJob, report: pb.Report) -> None:
         """Tell the job's coordinator."""

@@ -19,12 +19,17 @@ from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
 from ckptsvc.agent.workers import Workers
-from ckptsvc.errors import BY_CODE, InvalidInput
+from ckptsvc.control.restart import launched_as
+from ckptsvc.errors import BY_CODE, Fenced, InvalidInput
 from ckptsvc.pipeline.arena import State
+from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, log
 
 logger = logging.getLogger("ckptsvc.agent")
+
+OVERDUE = 1.5
+"""Times `save_timeout` after which an agent stops waiting for the coordinator to end a save."""
 
 PROGRESS_EVERY = 0.25
 """Seconds between looks at the heartbeat pages."""
@@ -38,17 +43,19 @@ class Node:
         workers: the I/O workers.
         slots: arenas for each rank.
         linger: seconds for which the memory of a job whose ranks died is kept.
+        save_timeout: seconds after which the coordinator gives a save up.
 
     Attributes:
         arenas, saves: the parts that ranks call through the servicer.
         launch_order: what to do with an order for a launcher.
     """
 
-    def __init__(self, local: Local, workers: Workers, *, slots: int, linger: float) -> None:
+    def __init__(self, local: Local, workers: Workers, *, slots: int, linger: float, save_timeout: float) -> None:
         self.arenas = Arenas(local, slots)
         self.saves = Saves(local, workers)
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
-        self._local, self._workers, self._linger = local, workers, linger
+        self._local, self._workers = local, workers
+        self._linger, self._save_timeout = linger, save_timeout
         local.on_order = self.on_order
 
     def register(self, registration: Registration, pid: int) -> tuple[str, str, int]:
@@ -64,6 +71,11 @@ class Node:
                         f"rank {registration.rank} of job {registration.job} is registered: process {old.pid}"
                     )
                 self._forget(token)
+        for other in self._local.sessions.values():
+            if other.reg.job == registration.job and other.reg.attempt < registration.attempt:
+                over = self._local.jobs[registration.job].attempt(other.reg.attempt)
+                over.refused = Fenced(f"attempt {other.reg.attempt} is over; attempt {registration.attempt} runs")
+                over.wake()
         session = Session.open(registration, pid)
         self._local.sessions[session.token] = session
         job = self._local.job(registration.job, registration.coordinator, registration.store)
@@ -74,7 +86,7 @@ class Node:
         self._local.metrics.sessions.set(len(self._local.sessions))
         log(logger, logging.INFO, Event.RANK_REGISTERED, "rank %d registered, process %d", registration.rank, pid,
             job=registration.job, attempt=registration.attempt, rank=registration.rank)  # fmt: skip
-        self._local.report(job, reports.joined(self._local.name, registration, attempt.epoch))
+        self._local.report(job, reports.joined(self._local.name, registration, registration.epoch))
         return session.token, self._local.name, session.page_fd_copy()
 
     def unregister(self, token: str) -> None:
@@ -84,7 +96,7 @@ class Node:
             return
         if session.pidfd >= 0 and not session.left and not _exited(session.pidfd):
             # A killed process closes its sockets a moment before its end can be seen.
-            asyncio.get_running_loop().call_later(2.0, self._gone, token, session.left, "closed its connection")
+            asyncio.get_running_loop().call_later(2.0, self._closed, token)
         else:
             self._gone(token, session.left, "ended")
 
@@ -97,17 +109,26 @@ class Node:
     def _exited(self, token: str) -> None:
         self._gone(token, False, "process ended")
 
+    def _closed(self, token: str) -> None:
+        session = self._local.sessions.get(token)
+        if session is not None:
+            alive = session.pidfd >= 0 and not _exited(session.pidfd)
+            self._gone(token, session.left or alive, "closed its connection" if alive else "ended")
+
     def _gone(self, token: str, in_order: bool, detail: str) -> None:
-        session = self._forget(token)
+        session = self._local.sessions.get(token)
         if session is None:
             return
+        if in_order and session.pidfd >= 0 and not _exited(session.pidfd):
+            # It may still be copying into what it was filling: nobody else may have that.
+            for arena in self._local.pool.of(session.reg.job, session.reg.rank):
+                if arena.holder == token:
+                    self._local.pool.remove(arena)
+        self._forget(token)
         reg = session.reg
         job = self._local.jobs[reg.job]
         job.died = job.died or not in_order
         job.idle_since = self._local.last_active = time.monotonic()
-        for arena in self._local.pool.of(reg.job, reg.rank):
-            if arena.state is State.FILLING and arena.step >= 0:
-                self._local.pool.release(arena)
         event = Event.RANK_LEFT if in_order else Event.RANK_DIED
         log(logger, logging.INFO, event, "rank %d %s", reg.rank, "left" if in_order else "died",
             job=reg.job, attempt=reg.attempt, rank=reg.rank)  # fmt: skip
@@ -121,6 +142,7 @@ class Node:
         session = self._local.sessions.pop(token, None)
         if session is None:
             return None
+        self.arenas.give_back(session)
         if session.pidfd >= 0:
             asyncio.get_running_loop().remove_reader(session.pidfd)
         session.close()
@@ -131,11 +153,11 @@ class Node:
         """See Arenas.fd (identity socket)."""
         return self.arenas.fd(token, slot)
 
-    async def prepare(self, token: str, digest: str, generation: int, timeout: float) -> tuple[list[int], bool]:
+    async def prepare(self, token: str, digest: str, generation: int, timeout: float) -> tuple[list[int], bool, int]:
         """Wait until the attempt is fenced and every rank has announced.
 
         Returns:
-            (ranks with the same digest, whether every rank has answered).
+            (ranks with the same digest, whether every rank has answered, the epoch or 0).
         """
         session = self._local.session(token)
         session.announced = (generation, digest)
@@ -149,9 +171,9 @@ class Node:
             if generation in attempt.groups and (attempt.epoch or attempt.epoch_error):
                 for group in attempt.groups[generation]:
                     if session.reg.rank in group:
-                        return group, True
+                        return group, True, attempt.epoch
             await wait_for(attempt.changed, deadline - time.monotonic())
-        return [session.reg.rank], False
+        return [session.reg.rank], False, attempt.epoch
 
     async def rewind(self, token: str, count: int, timeout: float) -> int:
         """The attempt has gone back to an earlier checkpoint; returns its new epoch, 0 if there is none in time."""
@@ -191,6 +213,7 @@ class Node:
         if kind == "epoch_allotted" and effect.rewinds < attempt.rewinds:
             return  # of before the attempt went back
         if kind == "epoch_allotted":
+            attempt.rewinds = max(attempt.rewinds, effect.rewinds)  # another node's rank was faster than ours
             attempt.epoch = effect.epoch
             attempt.epoch_error = None if effect.epoch else BY_CODE[effect.code](effect.why)
         elif kind == "job_refused":
@@ -204,8 +227,27 @@ class Node:
         while True:
             await asyncio.sleep(PROGRESS_EVERY)
             self._report_progress()
+            self._give_up_overdue()
             for job in list(self._local.jobs.values()):
-                await self._retire(job)
+                self._retire(job)
+            for name in self._workers.jobs():
+                # Of a job that this agent coordinates and has no ranks of.
+                if name not in self._local.jobs and not self._local.coordinates(name):
+                    self._local.spawn(self._workers.close(name))
+
+    def _give_up_overdue(self) -> None:
+        """Free arenas whose save nobody ends: their coordinator is gone for good, or does not know them."""
+        for arena in list(self._local.pool.arenas.values()):
+            label = arena.label
+            if label is None or arena.state is not State.STAGED:
+                continue
+            if time.monotonic() - arena.since > OVERDUE * self._save_timeout:
+                why = f"nobody has ended this save in {OVERDUE * self._save_timeout:g} s"
+                failed = agent_pb2.OUTCOME_FAILED
+                outcome = agent_pb2.SaveOutcome(
+                    epoch=label.epoch, step=label.step, outcome=failed, code="save-failed", reason=why
+                )
+                self.saves.ended(self._local.jobs[label.job], outcome)
 
     def _report_progress(self) -> None:
         steps: dict[tuple[str, int], list[int]] = {}
@@ -222,11 +264,11 @@ class Node:
             )
             self._local.report(self._local.jobs[name], pb.Report(progressed=progressed))
 
-    async def _retire(self, job: LocalJob) -> None:
+    def _retire(self, job: LocalJob) -> None:
         """Free the memory of a job without ranks: at once if it ended in good order, else after `linger` seconds."""
         if any(s.reg.job == job.name for s in self._local.sessions.values()):
             return
-        if self._local.launched(job.name):
+        if self._local.launched(launched_as(job.name)):
             return  # the next attempt restores from here
         arenas = [a for a in self._local.pool.arenas.values() if a.job == job.name]
         if any(a.state is State.STAGED for a in arenas):
@@ -239,7 +281,7 @@ class Node:
         self._local.pool.drop(job.name)
         self._local.metrics.forget(job.name)
         del self._local.jobs[job.name]
-        await self._workers.close(job.name)
+        self._local.spawn(self._workers.close(job.name))
 
     @property
     def idle(self) -> bool:

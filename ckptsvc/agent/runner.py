@@ -99,6 +99,9 @@ class CoordinatorShell:
 
     async def _commit(self, effect: Commit) -> CommitDone:
         key = (effect.job, effect.epoch, effect.step)
+        if len({s.extent for s in effect.shards}) > 1:
+            why = "the ranks use different values of save.extent"
+            return CommitDone(effect.job, effect.epoch, effect.step, "config", why)
         info = {
             "step": effect.step,
             "epoch": effect.epoch,

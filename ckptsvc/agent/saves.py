@@ -35,12 +35,7 @@ class Saves:
         session = self._local.session(token)
         reg = session.reg
         arena = self._local.pool.arenas.get(slot)
-        if arena is None or (arena.job, arena.rank, arena.state, arena.step) != (
-            reg.job,
-            reg.rank,
-            State.FILLING,
-            step,
-        ):
+        if arena is None or (arena.holder, arena.state, arena.step) != (token, State.FILLING, step):
             raise InvalidInput(f"arena {slot!r} was not acquired for step {step}")
         label = Label(
             job=reg.job,
@@ -188,14 +183,15 @@ class Saves:
             ):
                 continue
             job.results.pop((*key, label.rank), None)
-            if key in job.complete or committed:
+            if (key in job.complete and outcome.code != "layout") or committed:
                 self._local.pool.keep(arena)
             else:
                 self._local.pool.release(arena)
                 self._local.dropped(job, label)
             self._local.arena_changed(label.job, label.rank)
         for session in self._local.sessions.values():
-            if session.reg.job == job.name:
+            reg = session.reg
+            if reg.job == job.name and job.attempt(reg.attempt).epoch == outcome.epoch:
                 session.page.put("committed" if committed else "failed", outcome.step)
 
     def _count(self, job: LocalJob, outcome: agent_pb2.SaveOutcome, committed: bool) -> None:

@@ -34,11 +34,12 @@ from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import Settings, load, parse_duration
+from ckptsvc.config import Settings, load, parse_duration, private_directory, runtime_dir
 from ckptsvc.errors import EXIT_STATUS, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS
 from ckptsvc.rpc.dial import sockets
+from ckptsvc.rpc.secret import shared_secret
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.telemetry import Event, Metrics, log, setup_logging
 
@@ -94,18 +95,18 @@ class Agent:
             RunBusy: another agent serves this directory.
         """
         directory = self._options.directory
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        private_directory(directory)
+        base = self._options.settings.agent.socket_dir
+        self.secret = shared_secret(private_directory(Path(base)) if base else runtime_dir(os.environ))
         lock = os.open(directory / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(lock)
-            raise RunBusy(f"an agent already serves {directory}") from None
+        await _own(lock, directory)
         left = self.pool.open()
         settings = self._options.settings
-        self.local = Local(self.node_name, self.pool, self.metrics, self.shell)
+        self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.secret)
         linger = 600.0 if self._options.linger is None else self._options.linger
-        self.node = Node(self.local, self.workers, slots=settings.arena.slots, linger=linger)
+        self.node = Node(
+            self.local, self.workers, slots=settings.arena.slots, linger=linger, save_timeout=settings.save.timeout
+        )
         self.launches = Launches(self.local)
         self.node.launch_order = self.launches.order
         loop = asyncio.get_running_loop()
@@ -145,7 +146,7 @@ class Agent:
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
         between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE, ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 4000), ("grpc.so_reuseport", 0)])  # fmt: skip
-        coordinator_pb2_grpc_add(CoordinatorServicer(self.shell), between)
+        coordinator_pb2_grpc_add(CoordinatorServicer(self.shell, self.node_name, self.secret), between)
         for server, names in (
             (local, [agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name]),
             (between, [coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name]),
@@ -158,7 +159,7 @@ class Agent:
         if not settings.listen.host.startswith("127.") and settings.listen.host not in ("::1", "localhost"):
             raise ConfigError(
                 f"agent.listen is {settings.listen}, which is not loopback",
-                hint="ports without authentication listen on loopback only; mutual TLS comes with the network release",
+                hint="agents of several hosts need mutual TLS, which this version does not have",
             )
         port = between.add_insecure_port(str(settings.listen))
         self.address = f"{settings.listen.host}:{port}"
@@ -188,6 +189,19 @@ class Agent:
 
     def _ready_text(self) -> str:
         return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n"
+
+
+async def _own(lock: int, directory: Path) -> None:
+    """Take the agent's lock. Somebody who only looks whether an agent lives holds it for an instant."""
+    for _ in range(100):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            await asyncio.sleep(0.02)
+        else:
+            return
+    os.close(lock)
+    raise RunBusy(f"an agent already serves {directory}")
 
 
 def agent_pb2_grpc_add(servicer: AgentServicer, server: Any) -> None:

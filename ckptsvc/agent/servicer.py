@@ -16,6 +16,7 @@ from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.rpc.channel import TOKEN_KEY, trailers_of
+from ckptsvc.rpc.secret import check_secret
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -39,8 +40,7 @@ def _errors(handler: Handler) -> Handler:
         try:
             return await handler(self, request, context)
         except CkptsvcError as error:
-            status, trailers = trailers_of(error)
-            await context.abort(status, str(error), trailers)
+            await context.abort(*trailers_of(error))
 
     return guarded
 
@@ -69,8 +69,10 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         if request.generation < 0 or len(request.plain_digest) > MAX_DIGEST:
             raise InvalidInput("an announcement has a digest and a generation of at least 0")
         timeout = _remaining(context, PREPARE_TIMEOUT)
-        ranks, complete = await self._node.prepare(_token(context), request.plain_digest, request.generation, timeout)
-        return agent_pb2.PrepareResponse(same_plain=ranks, complete=complete)
+        ranks, complete, epoch = await self._node.prepare(
+            _token(context), request.plain_digest, request.generation, timeout
+        )
+        return agent_pb2.PrepareResponse(same_plain=ranks, complete=complete, epoch=epoch)
 
     @_errors
     async def Rewind(self, request: agent_pb2.RewindRequest, context: Any) -> agent_pb2.RewindResponse:
@@ -143,22 +145,25 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
             async for response in self._launches.serve(request_iterator, context):
                 yield response
         except CkptsvcError as error:
-            status, trailers = trailers_of(error)
-            await context.abort(status, str(error), trailers)
+            await context.abort(*trailers_of(error))
 
 
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
-    """For the agents of other nodes."""
+    """For the agents of other nodes, that is: for whoever knows the secret."""
 
-    def __init__(self, shell: CoordinatorShell) -> None:
-        self._shell = shell
+    def __init__(self, shell: CoordinatorShell, node: str, secret: str) -> None:
+        self._shell, self._node, self._secret = shell, node, secret
 
     async def Attend(self, request_iterator: AsyncIterator[pb.Report], context: Any) -> AsyncIterator[pb.Order]:
         """See coordinator.proto."""
-        first = await anext(aiter(request_iterator))
-        node = first.agent_hello.node
-        if not node:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first report must be a hello with a node")
+        try:
+            check_secret(context.invocation_metadata(), self._secret)
+            first = await anext(aiter(request_iterator))
+            node = first.agent_hello.node
+            if not node or node == self._node:
+                raise InvalidInput(f"the first report must be a hello of another node than {self._node}")
+        except CkptsvcError as error:
+            await context.abort(*trailers_of(error))
         orders: asyncio.Queue[pb.Order] = asyncio.Queue()
         deliver = orders.put_nowait
         self._shell.attend(node, deliver)
@@ -184,4 +189,5 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     @_errors
     async def ListComplete(self, request: pb.ListCompleteRequest, context: Any) -> agent_pb2.ListSnapshotsResponse:
         """See coordinator.proto."""
+        check_secret(context.invocation_metadata(), self._secret)
         return agent_pb2.ListSnapshotsResponse(snapshots=self._shell.list_complete(request.job))

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import ckptsvc
+from ckptsvc.control.restart import launched_as
 from ckptsvc.rpc.v1 import agent_pb2
 
 if TYPE_CHECKING:
@@ -90,8 +91,8 @@ def _coordinated(agent: Agent) -> list[dict[str, Any]]:
             "nodes": job.nodes,
             "running_saves": sorted(save.step for save in job.saves.open.values()),
             "in_memory": [step for _, step in job.saves.snapshots()],
-            "restarts": core.launched[job.name].restarts if job.name in core.launched else 0,
-            "incidents": core.launched[job.name].incidents if job.name in core.launched else [],
+            "restarts": attempts.restarts if (attempts := core.launched.get(launched_as(job.name))) else 0,
+            "incidents": attempts.incidents if attempts else [],
         }
         for job in core.jobs.values()
     ]

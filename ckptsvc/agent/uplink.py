@@ -17,6 +17,7 @@ import grpc.aio
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.errors import AgentUnavailable
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, error_of
+from ckptsvc.rpc.secret import SECRET_KEY
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -72,7 +73,9 @@ class RemoteUplink:
         address: str,
         on_order: Callable[[pb.Order], None],
         resync: Callable[[], Iterable[pb.Report]],
+        secret: str,
     ) -> None:
+        self._metadata = ((SECRET_KEY, secret),)
         self._node, self._address, self._on_order, self._resync = node, address, on_order, resync
         self._queue: asyncio.Queue[pb.Report] | None = None
         self._channel = grpc.aio.insecure_channel(address, options=[*OPTIONS, *KEEPALIVE])
@@ -87,7 +90,7 @@ class RemoteUplink:
     async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job."""
         try:
-            answer = await self._stub.ListComplete(pb.ListCompleteRequest(job=job), timeout=10)
+            answer = await self._stub.ListComplete(pb.ListCompleteRequest(job=job), timeout=10, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error) from None
         return list(answer.snapshots)
@@ -110,6 +113,8 @@ class RemoteUplink:
                     what = error_of(error)
                     log.warning("coordinator %s: %s", self._address, AgentUnavailable(what.what).what)
                 silent = True
+            except Exception:
+                log.exception("the connection to coordinator %s ended", self._address)
             self._queue = None
             await asyncio.sleep(RECONNECT)
 
@@ -118,7 +123,7 @@ class RemoteUplink:
         self._queue.put_nowait(pb.Report(agent_hello=pb.AgentHello(node=self._node)))
         for report in self._resync():
             self._queue.put_nowait(report)
-        call = self._stub.Attend(self._reports(self._queue))
+        call = self._stub.Attend(self._reports(self._queue), metadata=self._metadata)
         async for order in call:
             self._on_order(order)
 

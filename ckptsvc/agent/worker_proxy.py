@@ -11,6 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,9 @@ log = logging.getLogger("ckptsvc.agent")
 _FRAME = struct.Struct("<I")
 _RESTARTS = 3
 """How often one request survives the death of the worker."""
+
+_END_PATIENCE = 2.0
+"""Seconds to wait for a killed worker to end."""
 
 Note = Callable[[dict[str, Any]], None]
 
@@ -77,7 +81,10 @@ class WorkerProxy:
             self._writer.close()
         if self._process:
             self._process.kill()
-            await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+            # A process that hangs in a dead file system does not end of SIGKILL: do not wait for it.
+            deadline = time.monotonic() + _END_PATIENCE
+            while self._process.poll() is None and time.monotonic() < deadline:
+                await asyncio.sleep(0.02)
 
     async def _ensure(self) -> asyncio.StreamWriter:
         async with self._starting:
@@ -85,10 +92,15 @@ class WorkerProxy:
                 return self._writer
             ours, theirs = socket.socketpair()
             command = [sys.executable, "-m", "ckptsvc.agent.worker", str(theirs.fileno())]
-            self._process = subprocess.Popen(  # noqa: ASYNC220  exec of a known file: bounded and short
-                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ
-            )
-            theirs.close()
+            try:
+                self._process = subprocess.Popen(  # noqa: ASYNC220  exec of a known file: bounded and short
+                    command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ
+                )
+            except OSError as error:
+                ours.close()
+                raise StoreUnavailable(f"no I/O worker could be started: {error}") from error
+            finally:
+                theirs.close()
             reader, self._writer = await asyncio.open_connection(sock=ours)
             self._reader_task = asyncio.create_task(self._read(reader, self._process))
             return self._writer

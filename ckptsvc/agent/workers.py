@@ -17,6 +17,10 @@ class Workers:
             self._by_job[job] = WorkerProxy(job)
         return self._by_job[job]
 
+    def jobs(self) -> list[str]:
+        """Jobs that have a worker."""
+        return list(self._by_job)
+
     async def close(self, job: str | None = None) -> None:
         """End the worker of one job, or all."""
         for name in [job] if job else list(self._by_job):

@@ -15,6 +15,7 @@ from ckptsvc.client.reading import newest
 from ckptsvc.client.restore import restore, store_image
 from ckptsvc.client.state import StateTree
 from ckptsvc.errors import SaveFailed
+from ckptsvc.pipeline.retain import expire
 from ckptsvc.storage import connect
 
 
@@ -58,7 +59,7 @@ class Ckptsvc:
 
     def __init__(self, tree: Tree, store: str, agent: int) -> None:
         self._tree, self._store, self._agent = tree, store, agent
-        self._run = ckptsvc.attach(tree, store=store, every="off", keep=1, resume=False)
+        self._run = ckptsvc.attach(tree, store=store, every="off", keep=0, resume=False)
 
     def save(self) -> None:
         """See System."""
@@ -71,7 +72,12 @@ class Ckptsvc:
         self._run.wait()
 
     def discard_older(self) -> None:
-        """See System; the agent has done it (`keep=1`)."""
+        """See System. The agent would do it after each commit (`keep=1`); no peer does."""
+        store = connect(self._store)
+        try:
+            expire(store, 1)
+        finally:
+            store.close()
 
     def load(self) -> None:
         """See System; from memory, if the agent still has it."""

@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from ckptsvc.client.group import Group
-from ckptsvc.config import Settings, runtime_dir
+from ckptsvc.config import Settings, private_directory, runtime_dir
 from ckptsvc.errors import ConfigError
 from ckptsvc.launch import LOCAL_JOB, Placement, detect
 from ckptsvc.rpc.dial import is_alive
@@ -47,8 +47,9 @@ def agent_directory(place: Placement, settings: Settings) -> tuple[Path, bool]:
     """(directory of the agent to use, whether it is private to this job and started when needed)."""
     given = os.environ.get("CKPTSVC_SOCKET")
     if given:
-        return Path(given), False
-    shared = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
+        return private_directory(Path(given)), False
+    base = settings.agent.socket_dir
+    shared = private_directory(Path(base)) if base else runtime_dir(os.environ)
     if is_alive(shared):
         return shared, False
     return shared / f"job-{xxhash.xxh3_64_hexdigest(place.job.encode())}", True
@@ -59,7 +60,8 @@ def registration(group: Group, place: Placement, settings: Settings, url: str, c
     every = settings.save.every
     return {
         "op": "register",
-        "job": place.job,
+        # A scheduler's job may train several runs, one after the other or at once: each is a job of its own here.
+        "job": f"{place.job}@{xxhash.xxh3_64_hexdigest(url.encode())[:8]}",
         "store": url,
         "attempt": place.attempt,
         "rank": group.rank,

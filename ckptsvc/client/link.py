@@ -95,6 +95,9 @@ class AgentLink:
         except BaseException:
             identity.close()
             raise
+        if fd < 0:
+            identity.close()
+            raise AgentUnavailable("the agent sent no heartbeat page: out of descriptors?")
         memory = mmap.mmap(fd, PAGE_BYTES)
         os.close(fd)
         page = Page(memoryview(memory))
@@ -138,10 +141,11 @@ class AgentLink:
         """See agent.proto: (ranks with the same plain tensors, whether all have answered)."""
         request = agent_pb2.PrepareRequest(plain_digest=digest, generation=generation)
         answer = self.call("Prepare", request, timeout)
+        self.registration["epoch"] = answer.epoch  # a new agent, or coordinator, learns it from us
         return tuple(answer.same_plain), answer.complete
 
     def rewind(self, count: int, timeout: float) -> None:
-        """The state has gone back to an earlier checkpoint, for the count-th time."""
+        """What is saved from now on belongs to a new epoch, for the count-th time in this attempt."""
         self.registration["epoch"] = self.call("Rewind", agent_pb2.RewindRequest(count=count), timeout).epoch
 
     def provide(self, nbytes: int, timeout: float) -> set[str]:
@@ -160,7 +164,7 @@ class AgentLink:
         """A free arena, waited for at most `patience` seconds: (slot, epoch)."""
         request = agent_pb2.AcquireRequest(step=step, bytes=nbytes, patience=patience)
         answer = self.call("Acquire", request, patience + CALL_TIMEOUT)
-        self.registration["epoch"] = answer.epoch  # a new agent, or coordinator, learns it from us
+        self.registration["epoch"] = answer.epoch
         return answer.slot, answer.epoch
 
     def submit(self, slot: str, step: int, nbytes: int, aliases: dict[str, str]) -> None:
@@ -203,6 +207,8 @@ class AgentLink:
                 if identity is None:
                     raise AgentUnavailable("not connected to the agent")
                 answer, fd = identity.call({"op": "map", "slot": slot})
+                if fd < 0:
+                    raise AgentUnavailable("the agent sent no descriptor of the arena: out of descriptors?")
                 try:
                     access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
                     memory = mmap.mmap(fd, answer["capacity"], mmap.MAP_SHARED, access)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ckptsvc.control.effects import CommitDone, Decision, EpochDone, LookupDone, Send
 from ckptsvc.control.membership import Job
-from ckptsvc.control.restart import Attempts, Phase
+from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.control.save import Saves
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -114,8 +114,9 @@ class Coordinator:
     def _on_rank_left(self, event: pb.RankLeft, now: float) -> Decision:
         job = self.jobs.get(event.job)
         decision = job.leave(event, now) if job else Decision()
-        if event.died and event.job in self.launched:
-            decision.add(self.launched[event.job].rank_exited(event.attempt, event.rank, event.node, None, now))
+        attempts = self.launched.get(launched_as(event.job))
+        if event.died and attempts is not None:
+            attempts.suspect(event.attempt, event.rank, event.node, now)
         return decision
 
     def _on_announced(self, event: pb.Announced, now: float) -> Decision:
@@ -181,7 +182,7 @@ class Coordinator:
         return attempts.node_left(event.node, event.detail, now) if attempts else Decision()
 
     def _on_stop_requested(self, event: pb.StopRequested, now: float) -> Decision:
-        job = self.jobs.get(event.job)
-        if job:
-            job.stop_wanted = event.reason
+        for job in self.jobs.values():
+            if event.job in (job.name, launched_as(job.name)):
+                job.stop_wanted = event.reason
         return Decision()

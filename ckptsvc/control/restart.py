@@ -30,6 +30,10 @@ INTERRUPTED = 85
 """Exit status of ranks that stopped because they were asked to (see errors.EXIT_STATUS)."""
 
 
+EXIT_PATIENCE = 1.0
+"""Seconds a launcher has to say how a rank ended whose process is known to be gone."""
+
+
 class Phase(enum.Enum):
     """Where the job is."""
 
@@ -69,6 +73,7 @@ class Attempts:
     running: dict[int, str] = field(default_factory=dict)  # rank -> node
     hosts: set[str] = field(default_factory=set)  # nodes with ranks of the attempt
     statuses: dict[int, int] = field(default_factory=dict)
+    suspects: dict[int, tuple[float, str]] = field(default_factory=dict)  # rank -> since when, node
     outcome: tuple[int, str] = (0, "")  # status and reason, once ENDED
     predecessor: tuple[int, str] | None = None  # outcome of the last job of this name
     last_failure: str = ""
@@ -149,6 +154,11 @@ class Attempts:
         how = "died" if status is None else describe_status(status)
         return self._fail(f"rank {rank} on {node} {how}", now)
 
+    def suspect(self, attempt: int, rank: int, node: str, now: float) -> None:
+        """A rank's process has ended; its launcher is about to say how."""
+        if attempt == self.attempt and self.phase is Phase.RUNNING and rank in self.running:
+            self.suspects.setdefault(rank, (now, node))
+
     def node_left(self, name: str, detail: str, now: float) -> Decision:
         """A launcher is gone."""
         if self.nodes.pop(name, None) is None or self.phase is Phase.ENDED:
@@ -161,6 +171,11 @@ class Attempts:
     def tick(self, now: float) -> Decision:
         """Start after the last call; give up nodes that do not come back, and the job when there are not enough."""
         decision = Decision()
+        for rank, (since, where) in list(self.suspects.items()):
+            if rank in self.statuses or now - since > EXIT_PATIENCE:
+                del self.suspects[rank]
+                if rank not in self.statuses:
+                    decision.add(self.rank_exited(self.attempt, rank, where, None, now))
         for node in list(self.nodes.values()):
             if node.away_since is not None and now - node.away_since > NODE_PATIENCE:
                 decision.add(self.node_left(node.name, f"its agent is away for {NODE_PATIENCE:g} s", now))
@@ -195,7 +210,7 @@ class Attempts:
         world = sum(n.nproc for n in ordered)
         self.attempt += 1
         self.phase, self.since = Phase.RUNNING, now
-        self.running, self.hosts, self.statuses = {}, set(self.nodes), {}
+        self.running, self.hosts, self.statuses, self.suspects = {}, set(self.nodes), {}, {}
         decision = Decision(
             [], [f"job {self.job}: attempt {self.attempt} starts: {world} ranks on {len(ordered)} nodes"]
         )
@@ -244,6 +259,11 @@ class Attempts:
     def _end_node(self, node: str, status: int, why: str) -> Decision:
         end = agent_pb2.JobEnd(status=status, reason=why)
         return Decision([Send(node, pb.Order(job=self.job, end=end))], [why])
+
+
+def launched_as(job: str) -> str:
+    """The launcher's name of a job that ranks registered as "<name>@<digest of the run>"."""
+    return job.rpartition("@")[0] or job
 
 
 def describe_status(status: int) -> str:

@@ -241,6 +241,10 @@ class Saves:
         for key, save in list(self.open.items()):
             quiet = now - save.changed > QUIET_BEFORE_LOOKUP
             if save.committing:
+                if now - save.changed > self.timeout:
+                    # The store hangs. Whether the record is there, the next attempt will see.
+                    why = f"the commit has not returned for {self.timeout:g} s"
+                    decision.add(self._end(key, agent_pb2.OUTCOME_FAILED, "store-unavailable", why, now))
                 continue
             if save.failure:
                 if now - save.failed_at > LOOKUP_PATIENCE:

@@ -14,12 +14,14 @@ import fcntl
 import mmap
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
+from ckptsvc.config import private_directory
 from ckptsvc.errors import ArenaExhausted, InvalidInput, RunBusy
 
 HUGE_PAGE = 2 << 20
@@ -64,6 +66,8 @@ class Arena:
     state: State = State.FREE
     step: int = -1
     label: Label | None = None
+    holder: str = ""  # who fills it
+    since: float = 0.0  # when it was staged, CLOCK_MONOTONIC
 
 
 @dataclass(slots=True)
@@ -85,8 +89,10 @@ class ArenaPool:
 
         Raises:
             RunBusy: another live agent owns the directory.
+            ConfigError: the directory is not this user's alone.
         """
-        self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # In /dev/shm anybody may have made it before us, with snapshots of his own in it.
+        private_directory(self.root)
         self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -102,7 +108,7 @@ class ArenaPool:
                 continue
             arena = Arena(path.stem, path, path.stat().st_size, label.job, label.rank)
             arena.state = State.KEPT if label.kept else State.STAGED
-            arena.step, arena.label = label.step, label
+            arena.step, arena.label, arena.since = label.step, label, time.monotonic()
             self.arenas[arena.name] = arena
             found.append(arena)
         for path in self.root.iterdir():  # labels without an arena, and torn ones
@@ -111,9 +117,9 @@ class ArenaPool:
         return found
 
     def close(self, remove: bool) -> None:
-        """Give the directory up; with `remove`, and everything in it."""
-        if remove:
-            for arena in list(self.arenas.values()):
+        """Give the directory up; with `remove`, and everything in it, without it, and what holds no snapshot."""
+        for arena in list(self.arenas.values()):
+            if remove or arena.label is None:
                 self.remove(arena)
         if self._lock >= 0:
             if remove:
@@ -159,8 +165,10 @@ class ArenaPool:
         self.arenas[name] = arena
         return arena, fd
 
-    def acquire(self, job: str, rank: int, nbytes: int, step: int) -> tuple[Arena, Label | None]:
+    def acquire(self, job: str, rank: int, nbytes: int, step: int, holder: str) -> tuple[Arena, Label | None]:
         """A free arena for a snapshot; if there is none, the oldest one that is only kept as memory tier.
+
+        It is `holder`'s until it is staged or released: nobody else may fill it.
 
         Returns:
             the arena, and the label of the snapshot that had to go for it.
@@ -176,14 +184,14 @@ class ArenaPool:
         arena = min(free, key=lambda a: a.step)
         evicted = arena.label
         self.release(arena)
-        arena.state, arena.step = State.FILLING, step
+        arena.state, arena.step, arena.holder = State.FILLING, step, holder
         return arena, evicted
 
     def stage(self, arena: Arena, label: Label) -> None:
         """The arena holds a whole snapshot now; remember that beyond this process."""
-        if label.nbytes > arena.capacity:
+        if not 0 < label.nbytes <= arena.capacity:
             raise InvalidInput(f"a snapshot of {label.nbytes} bytes cannot be in an arena of {arena.capacity}")
-        arena.label, arena.state = label, State.STAGED
+        arena.label, arena.state, arena.holder, arena.since = label, State.STAGED, "", time.monotonic()
         _write_label(arena.path, label)
 
     def keep(self, arena: Arena) -> None:
@@ -197,7 +205,7 @@ class ArenaPool:
         """Forget what the arena holds; it can be filled again."""
         with contextlib.suppress(FileNotFoundError):
             arena.path.with_suffix(".json").unlink()
-        arena.label, arena.state, arena.step = None, State.FREE, -1
+        arena.label, arena.state, arena.step, arena.holder = None, State.FREE, -1, ""
 
     def drop(self, job: str, rank: int | None = None) -> None:
         """Remove a job's arenas (of one rank), except those that are still being saved."""

@@ -62,6 +62,14 @@ def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecor
     ref = Ref(info.epoch, info.step)
     earlier = read_commit(store, ref)
     if earlier is None:
+        # A shard that only its writer can see (a store that is a local directory on every node) is no shard.
+        there = set(store.children(ref.name))
+        unseen = [shard.name for shard in shards if shard.name not in there]
+        if unseen:
+            raise SaveFailed(
+                f"{len(unseen)} of {len(shards)} shards are not in {store.url}/{ref.name}, for example {unseen[0]}",
+                hint="does every node see the same store?",
+            )
         index = Index.build(info, shards)
         index.check_cover()
         image = index.encode()

@@ -23,14 +23,19 @@ OPTIONS = [
 KEEPALIVE = [("grpc.keepalive_time_ms", 5000), ("grpc.keepalive_timeout_ms", 5000)]
 """For streams between agents: a peer that is cut off is noticed in ten seconds."""
 
+MAX_WHAT = 800
+"""Characters of an error's message that travel."""
+
 ERROR_KEY = "ckptsvc-error-bin"
 TOKEN_KEY = "ckptsvc-token"
 
 
-def trailers_of(error: CkptsvcError) -> tuple[grpc.StatusCode, tuple[tuple[str, bytes], ...]]:
-    """The status and trailing metadata that carry an error."""
-    body = json.dumps({"code": error.code, "what": error.what, "hint": error.hint}).encode()
-    return grpc.StatusCode[GRPC_STATUS[error.code]], ((ERROR_KEY, body),)
+def trailers_of(error: CkptsvcError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:
+    """The status, its details and the trailing metadata that carry an error: the arguments of `context.abort`."""
+    # gRPC drops a call whose metadata exceed 8 KiB: a message that long is cut.
+    body = {"code": error.code, "what": error.what[:MAX_WHAT], "hint": error.hint[: MAX_WHAT // 2]}
+    trailers = ((ERROR_KEY, json.dumps(body, ensure_ascii=False).encode("utf-8", "replace")),)
+    return grpc.StatusCode[GRPC_STATUS[error.code]], error.what[: MAX_WHAT // 8], trailers
 
 
 def error_of(failure: grpc.RpcError) -> CkptsvcError:

@@ -66,6 +66,10 @@ class IdentityClient:
         except OSError as error:
             self._sock.close()
             raise AgentUnavailable(f"no agent answers on {path}: {error.strerror or error}") from error
+        _, uid, _ = peer_of(self._sock)
+        if uid not in (os.geteuid(), 0):
+            self._sock.close()
+            raise AgentUnavailable(f"the process that listens on {path} belongs to user {uid}")
 
     def call(self, message: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Send one message; returns the answer and the descriptor that came with it (the caller closes it), or -1.

@@ -30,13 +30,13 @@ class Memory(ArenaPool):
     """The arenas, without files: what a killed agent leaves is what has a label."""
 
     def stage(self, arena: Arena, label: Label) -> None:
-        arena.label, arena.state = label, State.STAGED
+        arena.label, arena.state, arena.holder = label, State.STAGED, ""
 
     def keep(self, arena: Arena) -> None:
         arena.state = State.KEPT
 
     def release(self, arena: Arena) -> None:
-        arena.label, arena.state, arena.step = None, State.FREE, -1
+        arena.label, arena.state, arena.step, arena.holder = None, State.FREE, -1, ""
 
     def provide(self, job: str, rank: int) -> None:
         for slot in range(SLOTS - len(self.of(job, rank))):
@@ -83,7 +83,7 @@ class Machine:
     def __init__(self, world: World, name: str, folder: Path) -> None:
         self._world, self.name = world, name
         self.pool = Memory(folder, 1 << 40)
-        self.local = Local(name, self.pool, METRICS, None)  # type: ignore[arg-type]
+        self.local = Local(name, self.pool, METRICS, None, "")  # type: ignore[arg-type]
         self.ranks: dict[int, Rank] = {}  # of the launched job
         self.agent_alive = False
         self._incarnation = 0
@@ -106,7 +106,7 @@ class Machine:
         for arena in list(self.pool.arenas.values()):
             if arena.label is None:
                 del self.pool.arenas[arena.name]
-        self.local = Local(self.name, self.pool, METRICS, None)  # type: ignore[arg-type]
+        self.local = Local(self.name, self.pool, METRICS, None, "")  # type: ignore[arg-type]
         self.local._uplinks[""] = self.line
         self.node = Node(self.local, None, slots=SLOTS, linger=1e9)  # type: ignore[arg-type]
         self.launches = Launches(self.local)
@@ -167,7 +167,7 @@ class Machine:
         try:
             if attempt.refused or not attempt.epoch:
                 raise ArenaExhausted(str(attempt.refused or "no epoch"))
-            arena, evicted = self.pool.acquire(rank.job, rank.number, 1, step)
+            arena, evicted = self.pool.acquire(rank.job, rank.number, 1, step, rank.token)
         except ArenaExhausted as error:
             self.node.arenas._skip(job, session.reg, step, str(error))
             return

@@ -28,12 +28,14 @@ class PrepareRequest(_message.Message):
     def __init__(self, plain_digest: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class PrepareResponse(_message.Message):
-    __slots__ = ("same_plain", "complete")
+    __slots__ = ("same_plain", "complete", "epoch")
     SAME_PLAIN_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     same_plain: _containers.RepeatedScalarFieldContainer[int]
     complete: bool
-    def __init__(self, same_plain: _Optional[_Iterable[int]] = ..., complete: bool = ...) -> None: ...
+    epoch: int
+    def __init__(self, same_plain: _Optional[_Iterable[int]] = ..., complete: bool = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class RewindRequest(_message.Message):
     __slots__ = ("count",)

@@ -45,8 +45,13 @@ def made(pool, rank=4, nbytes=1000):
     return arena
 
 
+def take(pool, step=30, job="job", rank=4, nbytes=1000):
+    """As a rank does for a snapshot."""
+    return pool.acquire(job, rank, nbytes, step, "token")
+
+
 def staged(pool, step=30):
-    arena, _ = pool.acquire("job", 4, 1000, step)
+    arena, _ = take(pool, step)
     pool.stage(arena, label(step=step))
     return arena
 
@@ -109,7 +114,7 @@ class TestMaking:
 class TestAcquiring:
     def test_a_free_arena_is_taken(self, pool):
         arena = made(pool)
-        taken, evicted = pool.acquire("job", 4, 1000, 30)
+        taken, evicted = take(pool, 30)
         assert (taken, evicted) == (arena, None)
         assert (taken.state, taken.step) == (State.FILLING, 30)
 
@@ -117,21 +122,21 @@ class TestAcquiring:
     def test_but_not_one_of_somebody_else_or_too_small(self, pool, job, rank, nbytes):
         made(pool)
         with pytest.raises(ArenaExhausted, match="no free arena"):
-            pool.acquire(job, rank, nbytes, 30)
+            take(pool, 30, job, rank, nbytes)
 
     def test_what_is_being_filled_or_saved_is_not_taken(self, pool):
         made(pool)
         made(pool)
         staged(pool)
-        pool.acquire("job", 4, 1000, 31)
+        take(pool, 31)
         with pytest.raises(ArenaExhausted, match="for rank 4: 1 are still being saved"):
-            pool.acquire("job", 4, 1000, 32)
+            take(pool, 32)
 
     def test_the_oldest_of_the_kept_ones_goes(self, pool):
         for step in (30, 20, 40):
             made(pool)
             pool.keep(staged(pool, step))
-        arena, evicted = pool.acquire("job", 4, 1000, 50)
+        arena, evicted = take(pool, 50)
         assert (evicted.step, arena.step) == (20, 50)
         assert sorted(a.step for a in pool.arenas.values()) == [30, 40, 50]
 
@@ -139,7 +144,7 @@ class TestAcquiring:
         made(pool)
         pool.keep(staged(pool, 30))
         free = made(pool)
-        assert pool.acquire("job", 4, 1000, 50) == (free, None)
+        assert take(pool, 50) == (free, None)
 
     def test_a_snapshot_larger_than_its_arena_cannot_be(self, pool):
         arena = made(pool)
@@ -163,12 +168,17 @@ class TestLettingGo:
             [saving.path.name, saving.path.with_suffix(".json").name, "lock"]
         )
 
-    def test_close_leaves_everything_or_nothing(self, tmp_path):
+    def test_close_leaves_the_snapshots_or_nothing(self, tmp_path):
         pool = ArenaPool(tmp_path / "arenas", 100 * MiB)
         pool.open()
-        made(pool)
+        for _ in range(3):
+            made(pool)
+        kept = staged(pool)
+        take(pool, 31)
         pool.close(remove=False)
-        assert len(list(pool.root.iterdir())) == 2
+        assert sorted(p.name for p in pool.root.iterdir()) == sorted(
+            [f"{kept.name}.arena", f"{kept.name}.json", "lock"]
+        )
         pool.open()
         made(pool)
         pool.close(remove=True)
@@ -191,18 +201,18 @@ class TestRecovery:
 
     def test_while_a_rank_copies(self, pool):
         made(pool)
-        pool.acquire("job", 4, 1000, 30)
+        take(pool, 30)
         assert reopened(pool) == []
 
     def test_while_a_rank_copies_over_a_kept_snapshot(self, pool):
         made(pool)
         pool.keep(staged(pool))
-        pool.acquire("job", 4, 1000, 31)
+        take(pool, 31)
         assert reopened(pool) == []
 
     def test_while_a_label_is_written(self, pool):
         made(pool)
-        arena, _ = pool.acquire("job", 4, 1000, 30)
+        arena, _ = take(pool, 30)
         arena.path.with_suffix(".new").write_bytes(msgspec.json.encode(label())[:-20])
         assert reopened(pool) == []
         assert [p.name for p in pool.root.iterdir()] == ["lock"]

@@ -20,9 +20,9 @@ class Failing(grpc.GenericRpcHandler):
         def fail(request, context):
             if self.error is None:
                 raise RuntimeError("a bug")
-            status, trailers = trailers_of(self.error)
+            status, details, trailers = trailers_of(self.error)
             context.set_trailing_metadata(trailers)
-            context.abort(status, str(self.error))
+            context.abort(status, details)
 
         return grpc.unary_unary_rpc_method_handler(fail)
 
@@ -61,9 +61,10 @@ def test_every_error_arrives_as_itself(failing, code):
 
 @pytest.mark.parametrize("code", ["damaged", "internal"])
 def test_an_error_with_a_very_long_message_arrives(failing, code):
-    received = error_of(failure_of(failing, BY_CODE[code]("w" * 100_000, hint="h" * 100_000)))
-    assert type(received) is BY_CODE[code]
-    assert received.what.startswith("w" * 500)
+    for letter in ("w", "\0", "ü", "𝄞", "\ud800"):
+        received = error_of(failure_of(failing, BY_CODE[code](letter * 100_000, hint=letter * 100_000)))
+        assert type(received) is BY_CODE[code]
+        assert len(received.what) >= 500
 
 
 def test_a_bug_in_the_servicer_is_an_error_too(failing):
@@ -98,16 +99,9 @@ class Ended(grpc.RpcError):
         return self._trailers
 
 
-@pytest.mark.parametrize(
-    ("status", "code"),
-    [
-        ("UNAVAILABLE", "agent-unavailable"),
-        ("CANCELLED", "agent-unavailable"),
-        ("DEADLINE_EXCEEDED", "agent-unavailable"),
-    ],
-)
-def test_a_lost_connection_is_an_agent_that_is_not_there(status, code):
-    assert error_of(Ended(grpc.StatusCode[status])).code == code
+@pytest.mark.parametrize("status", ["UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED"])
+def test_a_lost_connection_is_an_agent_that_is_not_there(status):
+    assert error_of(Ended(grpc.StatusCode[status])).code == "agent-unavailable"
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"{}", b'{"code": "damaged"}', b"\xff"])
