@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch.distributed as dist
+
 import ckptsvc
 from ckptsvc.cli.bench_state import Tree
 from ckptsvc.client.group import the_group
@@ -73,6 +75,8 @@ class Ckptsvc:
 
     def discard_older(self) -> None:
         """See System. The agent would do it after each commit (`keep=1`); no peer does."""
+        if dist.is_initialized() and dist.get_rank() > 0:
+            return
         store = connect(self._store)
         try:
             expire(store, 1)

@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from ckptsvc.client.group import Group
+from ckptsvc.client.group import Group, together
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.restore import Image, memory_image, store_image
-from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError, Damaged, NotFound
+from ckptsvc.errors import BY_CODE, CkptsvcError, NotFound
 from ckptsvc.format.commit import CommitRecord
 from ckptsvc.launch import Placement
 from ckptsvc.pipeline import catalog
@@ -55,19 +55,14 @@ class Candidates:
         """
         try:
             self._snapshots = self._link.snapshots(SNAPSHOT_TIMEOUT)
-        except AgentUnavailable:
+        except CkptsvcError:
             self._snapshots = []
-        message, failure = b"", None
-        if self._group.rank == 0:
-            try:
-                message = msgspec.json.encode({"found": self._look()})
-            except CkptsvcError as error:
-                failure = error
-                message = msgspec.json.encode({"code": error.code, "what": error.what})
-        answer = msgspec.json.decode(self._group.broadcast(message))
-        if failure or "found" not in answer:
-            raise failure or Damaged(f"rank 0 cannot list the checkpoints: {answer['what']}")
-        found = [Candidate(*entry) for entry in answer["found"]]
+        message = b""
+        with together(self._group):
+            self._connected()
+            if self._group.rank == 0:
+                message = msgspec.json.encode(self._look())
+        found = [Candidate(*entry) for entry in msgspec.json.decode(self._group.broadcast(message))]
         return [c for c in found if step is None or c.step == step]
 
     def open(self, candidate: Candidate) -> Image:

@@ -5,12 +5,16 @@ Used at attach and restore only, never in a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from ckptsvc.errors import BY_CODE, CkptsvcError, Damaged
 
 
 class Group(Protocol):
@@ -127,3 +131,27 @@ def gather_rows(group: Group, rows: np.ndarray[Any, np.dtype[np.int64]]) -> Sequ
     """Everybody's table of int64 rows of equal width, by rank."""
     width = rows.shape[1]
     return [np.frombuffer(data, np.int64).reshape(-1, width) for data in group.all_gather(rows.tobytes())]
+
+
+@contextlib.contextmanager
+def together(group: Group) -> Iterator[None]:
+    """A step that every rank takes on its own, and that all pass or all fail: with the lowest failing rank's error.
+
+    Without this a rank that fails would leave, and the others wait for it in the next collective.
+    """
+    failure: CkptsvcError | None = None
+    try:
+        yield
+    except CkptsvcError as error:
+        failure = error
+    except Exception as error:  # noqa: BLE001  the others wait, whatever it was
+        failure = Damaged(f"{type(error).__name__}: {error}")
+    if group.size == 1:
+        if failure is not None:
+            raise failure
+        return
+    told = [failure.code, failure.what, failure.hint] if failure else []
+    for rank, data in enumerate(group.all_gather(msgspec.json.encode(told))):
+        if data != b"[]":
+            code, what, hint = msgspec.json.decode(data, type=tuple[str, str, str])
+            raise BY_CODE.get(code, CkptsvcError)(what if rank == group.rank else f"rank {rank}: {what}", hint=hint)

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from ckptsvc.client.exchange import Readable, exchange
-from ckptsvc.client.group import Group
+from ckptsvc.client.group import Group, together
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.parts import LocalPart
 from ckptsvc.client.stage import storable
 from ckptsvc.client.state import StateTree
-from ckptsvc.errors import CkptsvcError, Damaged
+from ckptsvc.errors import Damaged
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import shard_name
 from ckptsvc.format.index import Index, IndexInfo
@@ -105,7 +105,7 @@ def memory_image(snapshot: agent_pb2.Snapshot | None, link: AgentLink, group: Gr
             view = link.arena(shard.slot, writable=False).view
             arenas[shard.rank] = view[: shard.bytes]
             told.append(_describe(shard, view))
-    except CkptsvcError as error:
+    except Exception as error:  # noqa: BLE001
         # The others wait below; without our shards all of us find the snapshot incomplete.
         log.warning("rank %d cannot read a snapshot in memory: %s", group.rank, error)
     index = _gathered_index(told, snapshot, group, job, attempt)
@@ -174,40 +174,37 @@ def restore(image: Image, tree: StateTree, group: Group) -> dict[str, Any]:
         Damaged, StoreError: this or another rank could not read what it needs; the state is partly overwritten.
         LayoutError: the checkpoint does not fit the state; nothing was changed.
     """
-    document = _document(image, group)
-    parts = tree.targets(StoredNames(image.index), document).parts
-    wants = [Want(p.meta.name, p.meta.dtype, p.meta.shape, p.region) for p in parts]
-    _read(image, wants, [_Target(p) for p in parts], group)
-    return tree.load(document)
+    data, name = _document(image, group)
+    with together(group):
+        document = decode(data, name)
+        parts = tree.targets(StoredNames(image.index), document).parts
+        wants = [Want(p.meta.name, p.meta.dtype, p.meta.shape, p.region) for p in parts]
+        targets = [_Target(p) for p in parts]
+    _read(image, wants, targets, group)
+    with together(group):
+        values = tree.load(document)
+    return values
 
 
-def _document(image: Image, group: Group) -> Any:
+def _document(image: Image, group: Group) -> tuple[bytes, str]:
     """The objects document this rank goes by: its own where the world has the same size, else that of rank % world."""
     name = objects_name(group.rank % image.index.info.world_size)
-    meta = image.index.meta(name)
+    with together(group):
+        meta = image.index.meta(name)
     data = np.empty(meta.shape, np.uint8)
     _read(image, [Want(name, meta.dtype, meta.shape, Box.full(meta.shape))], [_Array(data)], group)
-    return decode(data.tobytes(), name)
+    return data.tobytes(), name
 
 
 def _read(image: Image, wants: Sequence[Want], targets: Sequence[_Target | _Array], group: Group) -> None:
     def sink(target: int, place: View, source: NDArray[Any]) -> None:
         targets[target].put(place, source)
 
-    failure: Exception | None = None
-    try:
+    with together(group):
         windows = plan_windows(image.index, wants)
-    except Exception as error:  # noqa: BLE001  the others wait in the exchange: all must learn of it
-        failure, windows = error, {}
-    if not group.all_true(failure is None):
-        raise failure or Damaged("another rank cannot plan its part of the restore; its log says why")
     extent = image.index.info.extent
-    try:
+    with together(group):
         exchange(group, windows, image.readable, image.source, extent, sink, readers=image.readers)
-    except Exception as error:  # noqa: BLE001  as above
-        failure = error
-    if not group.all_true(failure is None):
-        raise failure or Damaged("another rank could not read its part of the checkpoint; its log says why")
 
 
 class _Array:

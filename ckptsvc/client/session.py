@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptsvc.client.candidates import Candidate, Candidates
-from ckptsvc.client.group import the_group
+from ckptsvc.client.group import the_group, together
 from ckptsvc.client.joining import agent_directory, coordinator_of, placement_of, registration
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.restore import restore
@@ -35,9 +35,11 @@ from ckptsvc.errors import (
     Fenced,
     IncompatibleVersion,
     InvalidInput,
+    LayoutError,
     NoCheckpoint,
     SaveFailed,
     StoreError,
+    UnsupportedObject,
 )
 from ckptsvc.format.objects import encode
 from ckptsvc.rpc.dial import ensure_agent
@@ -169,6 +171,9 @@ class Session:
         limit = self.settings.save.timeout if timeout is None else timeout
         try:
             self._link.connect()
+            if self._snapshots.last_tried == self.steps_done:
+                # Saved, or tried, at this step before: the state may be another one now, and is saved as such.
+                self._new_epoch()
             self._snapshots.take(self.steps_done, limit)
         except (InvalidInput, Fenced):
             raise
@@ -213,9 +218,7 @@ class Session:
         if found is None:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise NoCheckpoint(f"{self._url} has {what}")
-        # From here on steps come that this epoch may hold already: they are saved in a new one.
-        self._rewinds += 1
-        self._link.rewind(self._rewinds, ATTACH_TIMEOUT)
+        self._try(self._new_epoch)  # steps come again that this one may hold already
         self._beat()
         return found
 
@@ -275,6 +278,11 @@ class Session:
             arguments = ["--linger", PRIVATE_LINGER, "--name", self._place.node]
             ensure_agent(self._link.directory, arguments)
 
+    def _new_epoch(self) -> None:
+        """Begin another epoch; every rank calls this at the same step."""
+        self._rewinds += 1
+        self._link.rewind(self._rewinds, ATTACH_TIMEOUT)
+
     def _beat(self) -> Page:
         page = self._link.page
         page.put("step", self.steps_done)
@@ -326,6 +334,11 @@ class Session:
                 self._report_skip(error)
             else:
                 log.warning("rank %d: %s", self._group.rank, error)
+        except Exception as error:
+            # A state_dict that fails, no descriptors, no memory: none of it is worth a training.
+            log.exception("rank %d: unexpected", self._group.rank)
+            if count:
+                self._report_skip(CkptsvcError(f"{type(error).__name__}: {error}"))
 
     def _report_skip(self, error: CkptsvcError) -> None:
         self.skipped += 1
@@ -345,7 +358,7 @@ class Session:
                 self._start_agent()
                 self._link.connect()
                 log.warning("rank %d: connected to the agent again", self._group.rank)
-            except CkptsvcError as error:
+            except (CkptsvcError, OSError) as error:
                 log.warning("rank %d: no agent: %s", self._group.rank, error)
                 self._closed.wait(RECONNECT_EVERY)
             if self._closed.is_set():
@@ -376,15 +389,17 @@ class Session:
         return None
 
     def _restore_one(self, candidates: Candidates, candidate: Candidate) -> dict[str, Any]:
-        failure: CkptsvcError | None = None
-        image = None
-        try:
+        """All ranks restore it, or all raise the same error.
+
+        Raises:
+            Damaged, IncompatibleVersion, StoreError: another candidate may do.
+            LayoutError, UnsupportedObject: it does not fit the state; nor would another.
+        """
+        with together(self._group):
             image = candidates.open(candidate)
-        except (Damaged, IncompatibleVersion, StoreError) as error:
-            failure = error
-        except (NoCheckpoint, AgentUnavailable) as error:
-            failure = Damaged(str(error))
-        if not self._group.all_true(failure is None):
-            raise failure or Damaged("another rank cannot open it")
-        assert image is not None
-        return restore(image, self._tree, self._group)
+        try:
+            return restore(image, self._tree, self._group)
+        except (LayoutError, UnsupportedObject) as error:
+            if candidate.tier == "memory":
+                raise Damaged(str(error)) from error  # the store has an older one, perhaps of before a change
+            raise

@@ -18,7 +18,7 @@ from ckptsvc.client.link import AgentLink
 from ckptsvc.client.parts import Capture
 from ckptsvc.client.stage import StagePlan
 from ckptsvc.client.state import StateTree
-from ckptsvc.errors import CkptsvcError, Fenced, InvalidInput, SaveFailed
+from ckptsvc.errors import CkptsvcError, Fenced, SaveFailed
 from ckptsvc.format.objects import encode
 from ckptsvc.format.shard import ShardInfo
 from ckptsvc.launch import Placement
@@ -48,6 +48,7 @@ class Snapshots:
     Attributes:
         arranged: whether the preparations for the first snapshot have begun.
         last_step: step of the last snapshot that was taken; -1 before the first.
+        last_tried: step of the last one that was tried, the same on all ranks.
         last_blocked: seconds it held the loop up.
         overlap: copy parameters and optimizer state beside the training; `fence` is called before they change.
     """
@@ -62,6 +63,7 @@ class Snapshots:
         on_failure: Callable[[CkptsvcError], None],
     ) -> None:
         self.last_step = -1
+        self.last_tried = -1
         self.last_blocked = 0.0
         self.overlap = False
         self._tree, self._link, self._group, self._place, self._url = tree, link, group, place, url
@@ -110,12 +112,15 @@ class Snapshots:
     def take(self, step: int, patience: float) -> None:
         """Take a snapshot; when this returns the agent has it (with overlap: will have it, before the next `fence`).
 
+        A step is tried once in an epoch: before it is tried again, all ranks must begin another (see Session.save).
+
         Raises:
             InvalidInput: the state cannot be stored.
             CkptsvcError: there is no agent, no arena within `patience` seconds, or no epoch to save in.
         """
         self.fence()
         began = time.perf_counter()
+        self.last_tried = step
         slot = ""
         try:
             capture = self._tree.capture()
@@ -134,16 +139,20 @@ class Snapshots:
             arena = self._link.arena(slot)
             failpoint("before_copy")
             nbytes, finish = plan.write(capture, arena.view, slot, info, objects, overlap=self.overlap)
-        except InvalidInput as error:
-            # Not a fault of the agent's: tell it, so that the other ranks do not wait for this one.
-            self._abandon(slot, step, str(error))
+        except Exception as error:
+            # Whatever it was: the other ranks must not wait for this one.
+            self._abandon(slot, step, str(error) or type(error).__name__)
             raise
 
         def hand_over() -> None:
-            finish()
-            failpoint("before_submit")
-            self._link.submit(slot, step, nbytes, capture.aliases)
-            failpoint("after_submit")
+            try:
+                finish()
+                failpoint("before_submit")
+                self._link.submit(slot, step, nbytes, capture.aliases)
+                failpoint("after_submit")
+            except Exception as error:
+                self._abandon(slot, step, str(error) or type(error).__name__)
+                raise
 
         if self.overlap:
             self._copying = threading.Thread(target=self._beside, args=(hand_over,), name="ckptsvc-copy", daemon=True)
@@ -186,6 +195,8 @@ class Snapshots:
             action()
         except CkptsvcError as error:
             self._on_failure(error)
+        except Exception as error:  # noqa: BLE001  no failure of a copy may end the training
+            self._on_failure(CkptsvcError(f"{type(error).__name__}: {error}"))
 
     def _abandon(self, slot: str, step: int, why: str) -> None:
         try:

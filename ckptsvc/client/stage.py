@@ -93,6 +93,7 @@ class StagePlan:
     _live: list[Tensor] = field(default_factory=list)
     _addresses: list[int] = field(default_factory=list)
     _sources_of: tuple[LocalPart, ...] = ()
+    _arenas: dict[str, memoryview] = field(default_factory=dict)
 
     @staticmethod
     def make(capture: Capture, rank: int, same_plain: tuple[int, ...]) -> StagePlan:
@@ -119,21 +120,31 @@ class StagePlan:
         targets = self._targets.get(slot)
         if targets is None:
             targets = self._targets[slot] = self._views(capture, arena)
+            self._arenas[slot] = arena
         arena[: self.template.data_start] = self.template.header(info, len(objects))
         offset = self.template.objects_offset
         arena[offset : offset + len(objects)] = objects
         if not overlap:
             _copy(targets, sources, arena)
             return total, _nothing
+        on_gpu = {s.device for s in self._live if s.is_cuda}
+        ready = [(device, torch.cuda.current_stream(device).record_event()) for device in on_gpu]
         late = [capture.parts[c.part].splittable for c in self.chosen]
         now = [not is_late for is_late in late]
         _copy(list(compress(targets, now)), list(compress(sources, now)), arena)
-        return total, lambda: _copy(list(compress(targets, late)), list(compress(sources, late)), arena)
+
+        def finish() -> None:
+            for device, event in ready:
+                torch.cuda.current_stream(device).wait_event(event)  # the training's kernels so far, on any stream
+            _copy(list(compress(targets, late)), list(compress(sources, late)), arena)
+
+        return total, finish
 
     def forget(self, but: Collection[str]) -> None:
         """Drop the views of all arenas but these, so that they can be unmapped."""
-        for slot in [s for s in self._targets if s not in but]:
+        for slot in [s for s in self._arenas if s not in but]:
             self._targets.pop(slot, None)
+            _unpin(self._arenas.pop(slot))
 
     def _pieces(self, capture: Capture) -> list[Piece]:
         known = self._sources_of
@@ -184,6 +195,15 @@ def _copy(targets: list[Piece], sources: list[Piece], arena: memoryview) -> None
 
 
 _pinned: set[int] = set()
+"""Addresses of the arenas whose pages are locked."""
+
+
+def _unpin(arena: memoryview) -> None:
+    """Undo `_pin` while the arena is still mapped: another one may come to lie at the same address."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(arena))
+    if address in _pinned:
+        _pinned.remove(address)
+        torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _pin(arena: memoryview) -> None:

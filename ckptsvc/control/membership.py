@@ -63,8 +63,9 @@ class Job:
         if event.attempt < self.attempt:
             why = f"attempt {event.attempt} of job {self.name} is over; attempt {self.attempt} runs"
             return Decision([self._refuse(event, "fenced", why)], [why])
-        # A rank that is known and brings no epoch is another process: a launcher that does not count its restarts.
-        anew = event.rank in self.ranks and self.epoch and not event.epoch
+        # A rank that is known and brings no epoch is another process: a launcher that does not count its restarts. Not
+        # so where the agent was lost meanwhile: it may have gone before the rank had heard of the epoch.
+        anew = event.rank in self.ranks and self.epoch and not event.epoch and event.node not in self.away
         if event.attempt > self.attempt or event.world_size != self.world_size or not self.ranks or anew:
             self._begin(event, now)
             decision.reasons.append(f"job {self.name}: attempt {event.attempt} with {event.world_size} ranks")

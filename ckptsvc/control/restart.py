@@ -106,7 +106,7 @@ class Attempts:
             stale = self._stop(self.attempt, "a later attempt has begun", self.hosts)
             self.attempt, self.phase = event.attempt, Phase.RUNNING
             self.restarts = max(self.restarts, event.attempt - 1)
-            self.running, self.hosts, self.statuses = here, {event.node}, {}
+            self.running, self.hosts, self.statuses, self.suspects = here, {event.node}, {}, {}
             return stale
         self.running.update(here)
         self.hosts.add(event.node)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ckptsvc.errors import Damaged, IncompatibleVersion, InvalidInput, NoCheckpoint, NotFound, StoreUnavailable
+from ckptsvc.errors import (
+    Damaged,
+    IncompatibleVersion,
+    InvalidInput,
+    NoCheckpoint,
+    NotFound,
+    StoreError,
+    StoreUnavailable,
+)
 from ckptsvc.format.checksum import digest128
 from ckptsvc.format.commit import (
     COMMIT,
@@ -114,7 +122,7 @@ def decode_checkpoint(store: Store, ref: Ref, commit: CommitRecord, image: bytes
     return Checkpoint(store, ref, commit, index)
 
 
-Refused = Damaged | IncompatibleVersion
+Refused = Damaged | IncompatibleVersion | StoreError
 """Why a commit record that is there cannot be used."""
 
 
@@ -136,7 +144,7 @@ def find(store: Store, step: int | None = None, name: str | None = None) -> list
             continue
         try:
             commit = read_commit(store, ref)
-        except (Damaged, IncompatibleVersion) as error:
+        except (Damaged, IncompatibleVersion, StoreError) as error:
             found.append((ref, error))
             continue
         if commit is not None:

@@ -57,6 +57,7 @@ class Rank:
     started: float
     status: int | None = None
     token: str = ""
+    epoch: int = 0  # of the attempt, as far as this process knows: a new agent learns it from here
     attached: bool = False
     last_order: int = -1
 
@@ -108,7 +109,7 @@ class Machine:
                 del self.pool.arenas[arena.name]
         self.local = Local(self.name, self.pool, METRICS, None, "")  # type: ignore[arg-type]
         self.local._uplinks[""] = self.line
-        self.node = Node(self.local, None, slots=SLOTS, linger=1e9)  # type: ignore[arg-type]
+        self.node = Node(self.local, None, slots=SLOTS, linger=1e9, save_timeout=1e9)  # type: ignore[arg-type]
         self.launches = Launches(self.local)
         self.node.launch_order = self.launches.order
         for arena in self.pool.arenas.values():
@@ -147,6 +148,7 @@ class Machine:
             attempt=rank.attempt,
             rank=rank.number,
             world_size=rank.world_size,
+            epoch=rank.epoch,
             every_seconds=self._world.schedule.every_seconds,
         )
         rank.token, _, fd = self.node.register(registration, 0)
@@ -172,6 +174,7 @@ class Machine:
             self.node.arenas._skip(job, session.reg, step, str(error))
             return
         self.local.dropped(job, evicted)
+        rank.epoch = attempt.epoch
         label = Label(
             job=rank.job,
             store=STORE,
@@ -320,7 +323,7 @@ class Machine:
                 self._exit(rank, 11)
                 return
             if 0 in state.groups and (state.epoch or state.epoch_error):
-                rank.attached = True
+                rank.attached, rank.epoch = True, state.epoch
                 return
         if self._world.now - rank.started > 120:
             self._exit(rank, 20)

@@ -21,7 +21,7 @@ from told import (
 from ckptsvc.control.coordinator import FORGET_AFTER, Coordinator
 from ckptsvc.control.effects import CommitDone, LookupDone
 from ckptsvc.control.membership import AGENT_PATIENCE
-from ckptsvc.control.restart import NODE_PATIENCE
+from ckptsvc.control.restart import EXIT_PATIENCE, NODE_PATIENCE
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 FIELDS = {type(getattr(pb.Report(), f.name)): f.name for f in pb.Report.DESCRIPTOR.fields}
@@ -130,6 +130,18 @@ def test_a_stop_reaches_the_job(running):
     assert "n0: stop_at" in kinds(running.core.tick(1.3))
 
 
+def test_a_stop_reaches_the_jobs_that_a_launcher_has_started_under_its_name(driver):
+    for job in ("job@1", "other@1"):
+        driver.tell(joined(0, job=job, world_size=1, store=f"file:///{job}"))
+        driver.tell(progressed("n0", 5, job=job))
+    driver.tell(pb.StopRequested(job="job", reason="SIGTERM"))
+    assert [order.job for order in (e.order for e in driver.core.tick(0.1).effects)] == ["job@1"]
+
+
+def test_a_skip_of_an_older_attempt_does_not_concern_the_pace_of_this_one(running):
+    assert "n0: save_ended" in kinds(running.tell(skipped(0, attempt=0, epoch=0)))
+
+
 def test_going_back_takes_another_epoch(running):
     running.now = 1.0
     decision = running.tell(rewound(1))
@@ -149,7 +161,7 @@ class TestTwoJobsOfOneRun:
         assert kinds(running.tell(joined(0, job="other", store="file:///other"))) == ["AllotEpoch"]
 
     def test_the_first_may_register_again(self, running):
-        assert kinds(running.tell(joined(0))) == ["n0: epoch_allotted"]
+        assert kinds(running.tell(joined(0, epoch=1))) == ["n0: epoch_allotted"]
 
     def test_the_second_comes_in_when_the_ranks_are_gone(self, running):
         for rank in (0, 1):
@@ -233,11 +245,17 @@ class TestLaunchedJobs:
         exited = pb.RankExited(job="job", node="b", attempt=1, rank=2, status=1)
         assert kinds(driver.tell(exited)) == ["a: stop", "b: stop"]
 
-    def test_a_rank_that_an_agent_sees_die_stops_the_attempt_at_once(self, driver):
+    def test_a_rank_that_an_agent_sees_die_stops_the_attempt_unless_its_launcher_knows_better(self, driver):
         launch(driver)
         for rank in range(4):
-            driver.tell(joined(rank, world_size=4, node="ab"[rank // 2]))
-        assert kinds(driver.tell(left(3, node="b"))) == ["a: stop", "b: stop"]
+            driver.tell(joined(rank, job="job@1234", world_size=4, node="ab"[rank // 2]))
+        driver.tell(left(2, job="job@1234", node="b"))
+        driver.tell(left(3, job="job@1234", node="b"))
+        driver.tell(pb.RankExited(job="job", node="b", attempt=1, rank=2, status=0))
+        assert kinds(driver.core.tick(EXIT_PATIENCE)) == []
+        decision = driver.core.tick(EXIT_PATIENCE + 0.1)
+        assert kinds(decision) == ["a: stop", "b: stop"]
+        assert driver.core.launched["job"].last_failure == "rank 3 on b died"
 
     def test_a_rank_that_leaves_in_good_order_does_not(self, driver):
         launch(driver)

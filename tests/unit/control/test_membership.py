@@ -38,8 +38,10 @@ class TestJoining:
         assert job.join(joined(1), 1.0).reasons == []
         assert (job.joined_at, job.nodes) == (0.0, ["n0", "n1"])
 
-    def test_a_rank_that_comes_after_the_epoch_hears_it(self, full):
-        ((node, allotted),) = orders(full.join(joined(1), 1.0), "epoch_allotted")
+    def test_a_rank_that_comes_after_the_epoch_hears_it(self, job):
+        job.join(joined(0), 0.0)
+        job.epoch_done(epoch_done(4))
+        ((node, allotted),) = orders(job.join(joined(1), 1.0), "epoch_allotted")
         assert (node, allotted.attempt, allotted.epoch) == ("n1", 1, 4)
 
     def test_an_epoch_that_an_earlier_coordinator_gave_is_kept(self, job):
@@ -69,6 +71,16 @@ class TestJoining:
         full.join(joined(0, attempt=2), 9.0)
         assert (full.epoch, full.announced, full.progress, full.highest, full.stop_wanted) == (0, {}, {}, 0, "")
         assert (full.saves.attempt, full.saves.attempt_began) == (2, 9.0)
+
+    def test_a_known_rank_without_an_epoch_is_another_process(self, full):
+        """As with a launcher that does not count its restarts."""
+        full.join(joined(1), 1.0)
+        assert (list(full.ranks), full.epoch, full.joined_at) == ([1], 0, 1.0)
+
+    def test_unless_its_agent_was_lost_before_it_could_hear_of_the_epoch(self, full):
+        full.agent_lost("n1", 0.5)
+        assert kinds(full.join(joined(1), 1.0)) == ["n1: epoch_allotted"]
+        assert (list(full.ranks), full.epoch) == ([0, 1], 4)
 
     def test_another_world_size_is_another_attempt(self, full):
         full.join(joined(0, world_size=3), 1.0)
@@ -114,7 +126,7 @@ class TestAgentsThatGo:
 
     def test_a_rank_that_registers_again_stays(self, full):
         full.agent_lost("n1", 10.0)
-        full.join(joined(1), 20.0)
+        full.join(joined(1, epoch=4), 20.0)
         assert full.tick(1000.0).reasons == []
         assert list(full.ranks) == [0, 1]
 

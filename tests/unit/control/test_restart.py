@@ -2,6 +2,7 @@ import pytest
 from told import kinds, node_joined, node_ready, orders
 
 from ckptsvc.control.restart import (
+    EXIT_PATIENCE,
     INTERRUPTED,
     JOIN_PATIENCE,
     LAST_CALL,
@@ -200,6 +201,27 @@ class TestFailure:
     def test_a_node_that_leaves_twice_leaves_once(self, gathered):
         gathered.node_left("b", "gone", 7.0)
         assert gathered.node_left("b", "gone", 7.0).reasons == []
+
+
+class TestSuspects:
+    """An agent sees a process end before the launcher says how."""
+
+    def test_the_launcher_knows_better(self, gathered):
+        gathered.suspect(1, 0, "a", 5.0)
+        gathered.rank_exited(1, 0, "a", 0, 5.5)
+        assert kinds(gathered.tick(100.0)) == []
+
+    def test_but_not_for_long(self, gathered):
+        gathered.suspect(1, 0, "a", 5.0)
+        gathered.suspect(1, 0, "a", 5.9)
+        assert kinds(gathered.tick(5.0 + EXIT_PATIENCE)) == []
+        assert kinds(gathered.tick(5.1 + EXIT_PATIENCE)) == ["a: stop", "b: stop"]
+        assert gathered.last_failure == "rank 0 on a died"
+
+    @pytest.mark.parametrize(("attempt", "rank"), [(0, 0), (2, 0), (1, 4)])
+    def test_somebody_else_is_not_one(self, gathered, attempt, rank):
+        gathered.suspect(attempt, rank, "a", 5.0)
+        assert kinds(gathered.tick(100.0)) == []
 
 
 class TestEnd:

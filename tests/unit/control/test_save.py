@@ -143,7 +143,7 @@ class TestFailure:
             saves.shard_failed(shard_failed(0), 3.0),
             saves.skipped(skipped(0), 3.0),
             saves.rank_gone(0, "died", 3.0),
-            saves.tick(1000.0),
+            saves.tick(102.0),
         ):
             assert kinds(decision) == []
         assert outcome_of(saves.commit_done(CommitDone("job", *KEY), 9.0)).outcome == agent_pb2.OUTCOME_COMMITTED
@@ -301,6 +301,13 @@ class TestSavesOfBeforeOurTime:
         assert kinds(saves.lookup_done(LookupDone("job", *KEY, True), 1.0)) == []
         commit(saves)
         assert kinds(saves.lookup_done(LookupDone("job", *KEY, True), 1.0)) == []
+
+    def test_a_commit_that_never_returns_is_given_up(self, saves):
+        commit(saves)
+        assert kinds(saves.tick(102.0)) == []
+        outcome = outcome_of(saves.tick(102.1))
+        assert (outcome.code, outcome.reason) == ("store-unavailable", "the commit has not returned for 100 s")
+        assert kinds(saves.commit_done(CommitDone("job", *KEY), 200.0)) == []
 
 
 class TestMemory:
