@@ -83,7 +83,7 @@ class WorkerProxy:
             self._process.kill()
             # A process that hangs in a dead file system does not end of SIGKILL: do not wait for it.
             deadline = time.monotonic() + _END_PATIENCE
-            while self._process.poll() is None and time.monotonic() < deadline:
+            while self._process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110  a process has no event
                 await asyncio.sleep(0.02)
 
     async def _ensure(self) -> asyncio.StreamWriter:

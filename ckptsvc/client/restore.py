@@ -182,8 +182,7 @@ def restore(image: Image, tree: StateTree, group: Group) -> dict[str, Any]:
         targets = [_Target(p) for p in parts]
     _read(image, wants, targets, group)
     with together(group):
-        values = tree.load(document)
-    return values
+        return tree.load(document)
 
 
 def _document(image: Image, group: Group) -> tuple[bytes, str]:

@@ -1,0 +1,1 @@
+"""Thin adapters of the session for training frameworks stand here."""

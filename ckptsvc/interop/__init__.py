@@ -1,0 +1,1 @@
+"""Other systems' checkpoints, in and out: importers and exporters stand here."""
