@@ -100,6 +100,7 @@ class Agent:
         self.secret = shared_secret(private_directory(Path(base)) if base else runtime_dir(os.environ))
         lock = os.open(directory / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         await _own(lock, directory)
+        (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
         left = self.pool.open()
         settings = self._options.settings
         self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.secret)

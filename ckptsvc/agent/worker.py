@@ -127,6 +127,8 @@ class Worker:
 def serve(sock: socket.socket) -> None:
     """Answer requests until the agent closes its end."""
     worker = Worker(load(os.environ).store.retries)
+    # A thread that computes soon lets go one that has a block to write: by default it takes 5 ms, at every call.
+    sys.setswitchinterval(0.0005)
     sending = threading.Lock()
 
     def send(message: dict[str, Any]) -> None:

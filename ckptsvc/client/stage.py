@@ -90,8 +90,6 @@ class StagePlan:
     chosen: list[Chosen]
     _targets: dict[str, list[Piece]] = field(default_factory=dict)
     _sources: list[Piece] = field(default_factory=list)
-    _live: list[Tensor] = field(default_factory=list)
-    _addresses: list[int] = field(default_factory=list)
     _sources_of: tuple[LocalPart, ...] = ()
     _arenas: dict[str, memoryview] = field(default_factory=dict)
 
@@ -127,7 +125,7 @@ class StagePlan:
         if not overlap:
             _copy(targets, sources, arena)
             return total, _nothing
-        on_gpu = {s.device for s in self._live if s.is_cuda}
+        on_gpu = {s.device for s in sources if isinstance(s, Tensor) and s.is_cuda}
         ready = [(device, torch.cuda.current_stream(device).record_event()) for device in on_gpu]
         late = [capture.parts[c.part].splittable for c in self.chosen]
         now = [not is_late for is_late in late]
@@ -148,14 +146,11 @@ class StagePlan:
 
     def _pieces(self, capture: Capture) -> list[Piece]:
         known = self._sources_of
-        same = len(known) == len(capture.parts) and all(map(is_, known, capture.parts))
-        if not same or list(map(Tensor.data_ptr, self._live)) != self._addresses:
+        # The same parts are the same memory: that is what a capture looks for before it gives them out again.
+        if len(known) != len(capture.parts) or not all(map(is_, known, capture.parts)):
             tensors = [capture.parts[c.part].tensor for c in self.chosen]
-            self._live = [
-                storable(t if c.index is None else t[c.index]) for t, c in zip(tensors, self.chosen, strict=True)
-            ]
-            self._addresses = list(map(Tensor.data_ptr, self._live))
-            self._sources = [bytes_of(tensor) or tensor for tensor in self._live]
+            pieces = [storable(t if c.index is None else t[c.index]) for t, c in zip(tensors, self.chosen, strict=True)]
+            self._sources = [bytes_of(piece) or piece for piece in pieces]
             self._sources_of = capture.parts
             self._targets.clear()  # which of them are bytes follows the sources
         return self._sources

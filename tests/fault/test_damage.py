@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 from harness.damage import Damage, checkpoints, damaged, newer_record, steps
 from harness.job import Launch
+from harness.programs import adam, network, save_three, state_digest
 from harness.rank import Rank
 
+import ckptsvc
 from ckptsvc.errors import CkptsvcError, Damaged, IncompatibleVersion
 from ckptsvc.pipeline.catalog import find, open_checkpoint
 from ckptsvc.pipeline.verify import verify_checkpoint
@@ -40,32 +43,8 @@ DAMAGES = [
 ]
 
 
-def save_three(rank: Rank, store: str) -> list[dict[str, str]]:
-    """Saves steps 1, 2 and 3; returns what the state was at each."""
-    import ckptsvc
-    from harness.programs import adam, network, state_digest, train_step
-
-    if rank.world > 1:
-        rank.join()
-    model = network()
-    optimizer = adam(model)
-    run = ckptsvc.attach({"model": model, "optimizer": optimizer}, store=store, every="off")
-    states = []
-    for step in range(3):
-        train_step(model, optimizer, step)
-        run.step()
-        run.save(wait=True)
-        states.append(state_digest(model, optimizer))
-    run.close()
-    return states
-
-
 def restore_over(rank: Rank, store: str, damages: list[list[Any]]) -> list[dict[str, Any]]:
     """Restores once for each damage; returns what came back, and what was said."""
-    import ckptsvc
-    import torch.distributed as dist
-    from harness.programs import adam, network, state_digest
-
     if rank.world > 1:
         rank.join()
     model = network(seed=1)
@@ -171,9 +150,6 @@ def test_verify_names_file_tensor_and_bytes(run_of_three: tuple[Path, list[dict[
 
 def refuse(rank: Rank, store: str) -> str:
     """Attaches to a run that has checkpoints of which none is good."""
-    import ckptsvc
-    from harness.programs import adam, network
-
     model = network()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -5,19 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from harness.damage import steps
 from harness.job import Launch
 from harness.rank import Rank
 from harness.runtime import Runtime, tmpfs
 
+import ckptsvc
 from ckptsvc.errors import CkptsvcError
 
 
 def train_with_little_memory(rank: Rank, store: str) -> dict[str, Any]:
     """Needs 12 MB of arena at first, and next to none after step 2."""
-    import ckptsvc
-    import torch
-
     tree = {"tensor": torch.zeros(3_000_000)}
     found: dict[str, Any] = {}
     with warnings.catch_warnings(record=True) as said:

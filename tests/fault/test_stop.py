@@ -1,23 +1,21 @@
 """A job that is asked to stop saves first: its ranks at the same step, and `ckptsvc run` ends with status 85."""
 
 import signal
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from harness.damage import steps
 from harness.job import Launch
 from harness.rank import Rank
 
+import ckptsvc
 from ckptsvc.errors import EXIT_STATUS
 
 
 def train_for_ever(rank: Rank, store: str) -> None:
     """Steps at its own pace until `step` ends the process."""
-    import time
-
-    import ckptsvc
-    import torch
-
     if rank.world > 1:
         rank.join()
     tensor = torch.zeros(100)

@@ -12,25 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
-from harness.damage import checkpoints, steps
+import torch
+from harness.damage import assert_intact, steps
 from harness.job import Job, Launch
+from harness.programs import adam, network, save_three, state_digest
 from harness.rank import Rank
 from harness.runtime import Runtime, eventually, tmpfs
 
+import ckptsvc
 from ckptsvc.errors import CkptsvcError
-from ckptsvc.pipeline.catalog import Ref, find, open_checkpoint
-from ckptsvc.pipeline.verify import verify_checkpoint
-from ckptsvc.storage import connect
-
-
-def assert_intact(store: Path) -> list[int]:
-    """Every committed checkpoint verifies; returns their steps, newest first."""
-    opened = connect(str(store))
-    for ref, commit in find(opened):
-        assert not isinstance(commit, Exception), f"{ref}: {commit}"
-        assert verify_checkpoint(open_checkpoint(opened, ref, commit)) == []
-    return steps(store)
 
 
 def train_on_orders(rank: Rank, store: str, elements: int) -> list[str]:
@@ -38,9 +28,6 @@ def train_on_orders(rank: Rank, store: str, elements: int) -> list[str]:
 
     The order for step n is `go(n)`; after `go("end")` the next one ends the training.
     """
-    import ckptsvc
-    import torch
-
     tensor = torch.zeros(elements)
     run = ckptsvc.attach({"tensor": tensor}, store=store, every="off")
     said = []
@@ -176,9 +163,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def save_with_faults(rank: Rank, path: str) -> dict[str, Any]:
     """Saves once for each call of a save and each kind of fault in it; says how each save ended."""
-    import ckptsvc
-    import torch
-
     store = FaultyStore(Path(path))
     tensor = torch.zeros(1000)
     run = ckptsvc.attach({"tensor": tensor}, store=store.url, every="off", keep=2)
@@ -239,9 +223,6 @@ def test_an_error_at_any_call_of_a_save_costs_at_most_that_save(launch: Launch, 
 
 def restore_with_faults(rank: Rank, path: str) -> dict[str, Any]:
     """Restores once for each call of a restore and each kind of fault in it."""
-    import ckptsvc
-    from harness.programs import adam, network, state_digest
-
     store = FaultyStore(Path(path))
     model = network(seed=1)
     optimizer = adam(model)
@@ -272,24 +253,6 @@ def restore_with_faults(rank: Rank, path: str) -> dict[str, Any]:
     assert run.restore() == 3
     run.close()
     return {"calls": calls, "outcomes": outcomes}
-
-
-def save_three(rank: Rank, store: str) -> list[dict[str, str]]:
-    """Saves steps 1, 2 and 3; returns what the state was at each."""
-    import ckptsvc
-    from harness.programs import adam, network, state_digest, train_step
-
-    model = network()
-    optimizer = adam(model)
-    run = ckptsvc.attach({"model": model, "optimizer": optimizer}, store=store, every="off")
-    states = []
-    for step in range(3):
-        train_step(model, optimizer, step)
-        run.step()
-        run.save(wait=True)
-        states.append(state_digest(model, optimizer))
-    run.close()
-    return states
 
 
 def test_an_error_at_any_call_of_a_restore_is_passed_over_or_said(launch: Launch, tmp_path: Path) -> None:
@@ -339,9 +302,6 @@ def test_a_store_that_hangs_holds_up_neither_the_agent_nor_the_training(
 
 def train_beside_a_hang(rank: Rank, url: str) -> dict[str, Any]:
     """Saves at every step, of which three come while the store hangs."""
-    import ckptsvc
-    import torch
-
     tensor = torch.zeros(1000)
     run = ckptsvc.attach({"tensor": tensor}, store=url, every=1)
     with warnings.catch_warnings(record=True) as said:

@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ckptsvc.pipeline.catalog import find, open_checkpoint
+from ckptsvc.pipeline.verify import verify_checkpoint
+from ckptsvc.storage import connect
+
 
 class Damage(NamedTuple):
     """What is done to which file of a run.
@@ -38,6 +42,15 @@ def checkpoints(store: Path) -> list[Path]:
 def steps(store: Path) -> list[int]:
     """Steps that are committed, newest first."""
     return [int(folder.name.split(".")[0].removeprefix("step-")) for folder in checkpoints(store)]
+
+
+def assert_intact(store: Path) -> list[int]:
+    """Every committed checkpoint verifies; returns their steps, newest first."""
+    opened = connect(str(store))
+    for ref, commit in find(opened):
+        assert not isinstance(commit, Exception), f"{ref}: {commit}"
+        assert verify_checkpoint(open_checkpoint(opened, ref, commit)) == []
+    return steps(store)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,9 @@
 """The jobs of a test: N ranks that run one function of the test module, under one of the launchers.
 
-    with launch.plain(2, train, "argument") as job:          # torchrun's variables set by hand, gloo
-        job.wait_for("saved", step=3)
-        job.kill(1)
-    results = launch.plain(2, train, "argument").results()
+with launch.plain(2, train, "argument") as job:          # torchrun's variables set by hand, gloo
+    job.wait_for("saved", step=3)
+    job.kill(1)
+results = launch.plain(2, train, "argument").results()
 """
 
 from __future__ import annotations

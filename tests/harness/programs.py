@@ -7,14 +7,23 @@ from typing import Any
 
 import torch
 import xxhash
+from harness.rank import Rank
 from torch import Tensor, nn
+
+import ckptsvc
 
 
 def network(seed: int = 0) -> nn.Module:
     """A small network with odd sizes, a buffer that changes, and dropout (which draws from the global generator)."""
     torch.manual_seed(seed)
     return nn.Sequential(
-        nn.Linear(7, 13), nn.BatchNorm1d(13), nn.ReLU(), nn.Dropout(0.25), nn.Linear(13, 13), nn.ReLU(), nn.Linear(13, 3)
+        nn.Linear(7, 13),
+        nn.BatchNorm1d(13),
+        nn.ReLU(),
+        nn.Dropout(0.25),
+        nn.Linear(13, 13),
+        nn.ReLU(),
+        nn.Linear(13, 3),
     )
 
 
@@ -68,3 +77,20 @@ def state_digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
 def differences(left: dict[str, Any], right: dict[str, Any], ignore: Iterable[str] = ()) -> list[str]:
     """Names whose values differ, or that only one side has."""
     return sorted(n for n in left.keys() | right.keys() if left.get(n) != right.get(n) and n not in set(ignore))
+
+
+def save_three(rank: Rank, store: str) -> list[dict[str, str]]:
+    """Saves steps 1, 2 and 3; returns what the state was at each."""
+    if rank.world > 1:
+        rank.join()
+    model = network()
+    optimizer = adam(model)
+    run = ckptsvc.attach({"model": model, "optimizer": optimizer}, store=store, every="off")
+    states = []
+    for step in range(3):
+        train_step(model, optimizer, step)
+        run.step()
+        run.save(wait=True)
+        states.append(state_digest(model, optimizer))
+    run.close()
+    return states

@@ -5,19 +5,18 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness.damage import steps
 from harness.job import Launch
 from harness.rank import Rank
 from harness.runtime import eventually
 
+import ckptsvc
 from ckptsvc.errors import CkptsvcError
 
 
 def save_and_go_back(rank: Rank, store: str) -> dict[str, Any]:
     """Saves at 2 and 4 by hand, goes back to 2 and on to 3, saves there; keeps the values of every stop."""
-    import ckptsvc
-    import torch
-
     tensor = torch.zeros(5)
     tree = {"tensor": tensor, "note": "start", "nested": {"list": [1, 2.5, None, True, "ü", b"\x00"], "pair": (1, 2)}}
     found: dict[str, Any] = {"errors": []}
@@ -76,9 +75,6 @@ def test_saving_and_going_back_by_hand(launch: Launch, tmp_path: Path) -> None:
 
 def train_by_the_clock(rank: Rank, store: str, seconds: float) -> dict[str, Any]:
     """Saves every second, keeps two; the ranks go at different speeds."""
-    import ckptsvc
-    import torch
-
     if rank.world > 1:
         rank.join()
     tensor = torch.zeros(5)

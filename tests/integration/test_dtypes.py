@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from harness.damage import checkpoints
 from harness.job import Launch
+from harness.programs import raw
 from harness.rank import Rank
 from safetensors import safe_open
 
+import ckptsvc
 from ckptsvc.types import DTYPES
 
 
@@ -22,7 +25,9 @@ def every_kind(seed: int) -> dict[str, Any]:
         """Random bits, so that every not-a-number, infinity and subnormal comes up."""
         tensor = torch.empty(shape, dtype=dtype)
         count = tensor.numel() * tensor.element_size()
-        noise = torch.randint(0, 256 if dtype is not torch.bool else 2, (count,), generator=generator, dtype=torch.uint8)
+        noise = torch.randint(
+            0, 256 if dtype is not torch.bool else 2, (count,), generator=generator, dtype=torch.uint8
+        )
         return noise.view(dtype).reshape(shape)
 
     tree: dict[str, Any] = {name: filled(getattr(torch, name), 3, 5) for name in DTYPES}
@@ -45,9 +50,6 @@ def every_kind(seed: int) -> dict[str, Any]:
 
 def bits(tensor: torch.Tensor) -> str:
     """Dtype, shape and every bit."""
-    import xxhash
-    from harness.programs import raw
-
     return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(raw(tensor))}"
 
 
@@ -63,8 +65,6 @@ class Tied(torch.nn.Module):
 
 def save_and_restore(rank: Rank, store: str) -> dict[str, Any]:
     """Saves, overwrites everything, restores; then loads without live objects."""
-    import ckptsvc
-
     torch.manual_seed(0)
     tree = every_kind(1) | {"tied": Tied()}
     with ckptsvc.attach(tree, store=store, every="off") as run:

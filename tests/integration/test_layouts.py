@@ -1,4 +1,4 @@
-"""One training that changes its layout at every stop: what is restored is, bit for bit, what was gathered before the save.
+"""One training that changes its layout at every stop: what is restored is bit for bit what was gathered before.
 
 The truth is gathered with DTensor.full_tensor(), which knows nothing of ckptsvc. No dimension divides evenly by 3 or 4
 everywhere: there are uneven and empty shards.
@@ -7,19 +7,20 @@ everywhere: there are uneven and empty shards.
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness.job import Launch
-from harness.programs import differences
+from harness.programs import differences, digest, state_digest, train_step
 from harness.rank import Rank
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import ckptsvc
 
 
 def build(layout: str) -> tuple[Any, Any, int]:
     """The model in a layout, its optimizer, and which share of the batch this rank trains on."""
-    import torch
-    from torch import nn
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
     torch.manual_seed(len(layout))
     model = nn.Sequential(nn.Linear(7, 12), nn.ReLU(), nn.Linear(12, 5), nn.LayerNorm(5), nn.Linear(5, 2))
     model.register_buffer("seen", torch.zeros(3))
@@ -43,9 +44,6 @@ def build(layout: str) -> tuple[Any, Any, int]:
 
 def go_on(rank: Rank, store: str, layout: str, steps: int) -> dict[str, Any]:
     """Restores what is there, trains some steps, saves; returns the whole state at both ends."""
-    import ckptsvc
-    from harness.programs import state_digest, train_step
-
     if rank.world > 1:
         rank.join()
     model, optimizer, data = build(layout)
@@ -62,9 +60,6 @@ def go_on(rank: Rank, store: str, layout: str, steps: int) -> dict[str, Any]:
 
 def load_whole(rank: Rank, store: str, steps: list[int]) -> list[dict[str, str]]:
     """What `ckptsvc.load` gives for each step, with no process group and no model."""
-    import ckptsvc
-    import torch
-    from harness.programs import digest
 
     def flat(tree: Any, path: str) -> dict[str, torch.Tensor]:
         if isinstance(tree, torch.Tensor):

@@ -3,10 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from harness.damage import steps
 from harness.job import Launch
 from harness.rank import Rank
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+import ckptsvc
 
 
 class Numbers(Dataset[int]):
@@ -21,13 +25,7 @@ class Numbers(Dataset[int]):
 
 def train(rank: Rank, store: str, batches: int) -> dict[str, Any]:
     """Reads shuffled batches through forked workers; saves at every step. The loader's position is in the state."""
-    import ckptsvc
-    import torch
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    loader = StatefulDataLoader(
-        Numbers(), batch_size=2, shuffle=True, num_workers=2, multiprocessing_context="fork"
-    )
+    loader = StatefulDataLoader(Numbers(), batch_size=2, shuffle=True, num_workers=2, multiprocessing_context="fork")
     tensor = torch.zeros(3)
     seen = []
     with ckptsvc.attach({"loader": loader, "tensor": tensor}, store=store, every=1) as run:
@@ -43,10 +41,6 @@ def train(rank: Rank, store: str, batches: int) -> dict[str, Any]:
 
 def plain_loader(rank: Rank, store: str) -> dict[str, Any]:
     """A plain DataLoader whose workers are forked anew for every epoch, in a fresh interpreter."""
-    import ckptsvc
-    import torch
-    from torch.utils.data import DataLoader
-
     loader = DataLoader(Numbers(), batch_size=8, num_workers=2, multiprocessing_context="fork")
     tensor = torch.zeros(3)
     count = 0

@@ -1,19 +1,17 @@
 """`python train.py`: one process, a private agent, and no more than the two calls."""
 
-import warnings
 from pathlib import Path
 from typing import Any
 
-import pytest
+import torch
 from harness.job import Launch
 from harness.programs import adam, differences, network, state_digest, train_step
 from harness.rank import Rank
-from harness.runtime import Runtime
+
+import ckptsvc
 
 
 def train(rank: Rank, store: str, until: int) -> dict[str, Any]:
-    import ckptsvc
-
     model = network()
     optimizer = adam(model)
     scheduler = torch_scheduler(optimizer)
@@ -40,8 +38,6 @@ def train(rank: Rank, store: str, until: int) -> dict[str, Any]:
 
 
 def torch_scheduler(optimizer: Any) -> Any:
-    import torch
-
     return torch.optim.lr_scheduler.StepLR(optimizer, 4)
 
 

@@ -1,29 +1,32 @@
 """Jobs of several ranks under the launchers people use: DDP, generators of each rank, a rank that is killed."""
 
 import os
+import random
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from harness.damage import checkpoints, steps
+import torch
+from harness.damage import checkpoints
 from harness.job import Launch
+from harness.programs import adam, network, state_digest, train_step
 from harness.rank import Rank
+from harness.runtime import Runtime
 from safetensors import safe_open
+from torch.nn.parallel import DistributedDataParallel
+
+import ckptsvc
 
 STEPS = 9
 
 
-def train(rank: Rank, store: str, until: int, kill_at: int = 0) -> dict[str, Any]:
-    """DDP with dropout; saves every 3 steps. Rank 1 kills itself in the first attempt after step `kill_at`."""
-    import random
+def train(rank: Rank, store: str, until: int, held_at: int = 0, killed_at: int = 0) -> dict[str, Any]:
+    """DDP with dropout; saves every 3 steps.
 
-    import ckptsvc
-    import numpy as np
-    import torch
-    from harness.programs import adam, network, state_digest, train_step
-    from torch.nn.parallel import DistributedDataParallel
-
+    In the first attempt all wait before step `held_at`; in the second, rank 1 kills itself after step `killed_at`.
+    """
     rank.join()
     torch.manual_seed(rank.number)  # the ranks draw different numbers
     random.seed(rank.number)
@@ -35,17 +38,19 @@ def train(rank: Rank, store: str, until: int, kill_at: int = 0) -> dict[str, Any
     optimizer = adam(ddp)
     run = ckptsvc.attach({"model": ddp, "optimizer": optimizer}, store=store, every=3)
     rank.report("attached", step=run.steps_done, came_from=run.restored_from)
-    draws = []
+    draws, losses = [], []
     for step in range(run.steps_done, until):
-        train_step(ddp, optimizer, step, rank.number)
+        losses.append(train_step(ddp, optimizer, step, rank.number))
         draws.append([torch.rand(()).item(), random.random(), float(np.random.rand())])
-        rank.report("trained", step=step + 1, draws=draws[-1])
+        if (step + 1, rank.attempt) == (held_at, 1):
+            rank.report("held")
+            rank.until("on")
         run.step()
-        if step + 1 == kill_at and rank.number == 1 and rank.attempt == 1:
+        if (step + 1, rank.attempt, rank.number) == (killed_at, 2, 1):
             os.kill(os.getpid(), signal.SIGKILL)
     run.wait()
     run.close()
-    return {"state": state_digest(model, optimizer), "draws": draws, "from": run.restored_from}
+    return {"state": state_digest(model, optimizer), "draws": draws, "losses": losses, "from": run.restored_from}
 
 
 @pytest.fixture(scope="module")
@@ -62,20 +67,32 @@ def uninterrupted(launch: Launch, tmp_path: Path, truth: dict[str, Any]) -> list
     return ranks
 
 
-def test_a_killed_rank_costs_nothing_that_was_staged(launch: Launch, tmp_path: Path, truth: dict[str, Any]) -> None:
+def test_killed_ranks_cost_nothing_that_was_staged(
+    launch: Launch, runtime: Runtime, tmp_path: Path, truth: dict[str, Any]
+) -> None:
     store = tmp_path / "run"
-    job = launch.service(2, train, str(store), STEPS, 7)
-    ranks = job.results(90)
+    with launch.service(2, train, str(store), STEPS, 6, 7) as job:
+        # The first that comes to hand over its snapshot of step 6 is killed there: nobody's is of use.
+        for rank in (0, 1):
+            job.wait_for("held", rank)
+        runtime.arm("before_submit")
+        job.go("on")
+        os.kill(runtime.reached("before_submit"), signal.SIGKILL)
+        ranks = job.results(90)
     attached = [(line["attempt"], line["step"], line["came_from"]) for line in job.reports("attached", 0)]
-    assert attached == [(1, 0, None), (2, 6, "memory")]
+    assert attached == [(1, 0, None), (2, 3, "memory"), (3, 6, "memory")]
     whole = uninterrupted(launch, tmp_path, truth)
     for rank, (found, expected) in enumerate(zip(ranks, whole, strict=True)):
         assert found["state"] == expected["state"], rank
         assert found["draws"] == expected["draws"][6:], rank
+        assert found["losses"] == expected["losses"][6:], rank
     assert ranks[0]["draws"] != ranks[1]["draws"]
     assert "was killed by signal 9" in job.output()
-    # Attempt 1 committed 3 and 6, attempt 2 committed 9 in a later epoch.
-    assert steps(store) == [9, 6, 3]
+    assert [folder.name for folder in checkpoints(store)] == [
+        "step-000000000009.e00003",
+        "step-000000000006.e00002",
+        "step-000000000003.e00001",
+    ]
 
 
 def test_the_same_under_torchrun_from_the_store(launch: Launch, tmp_path: Path, truth: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """A driver for tests: `faulty+file:///path` is the directory /path behind `Faulty`, with a plan that tests change.
 
-    /path.plan     JSON: the faults (storage.wrappers.Fault); read again whenever the file changes
-    /path.calls    one line for every call: process id, operation, key
-    /path.release  once it is there, calls that hang go on
+/path.plan     JSON: the faults (storage.wrappers.Fault); read again whenever the file changes
+/path.calls    one line for every call: process id, operation, key
+/path.release  once it is there, calls that hang go on
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@ import contextlib
 import os
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 import pytest
@@ -34,12 +35,14 @@ class Rank:
         self.identity.close()
 
 
-class Agent(NamedTuple):
-    """A running agent."""
+@dataclass
+class Agent:
+    """A running agent; the ranks that are still registered at the end are closed then."""
 
     process: "subprocess.Popen[bytes]"
     directory: Path
     channel: grpc.Channel
+    ranks: list[Rank] = field(default_factory=list)
 
     @property
     def identity_path(self) -> str:
@@ -66,7 +69,13 @@ class Agent(NamedTuple):
             identity.close()
             raise
         os.close(fd)
-        return Rank(self, identity, answer["token"])
+        rank = Rank(self, identity, answer["token"])
+        self.ranks.append(rank)
+        return rank
+
+    def close(self) -> None:
+        for rank in self.ranks:
+            rank.close()
 
 
 def registration(**changes: Any) -> dict[str, Any]:
@@ -89,10 +98,16 @@ def start(runtime):
             stack.callback(process.wait, 10)
             stack.callback(process.terminate)
             ready = directory / "ready"
-            eventually(lambda: process.poll() is not None or ready.exists(), "the agent to serve")
+
+            def serves() -> bool:
+                return ready.exists() and ready.read_text().startswith(f"{process.pid}\n")
+
+            eventually(lambda: process.poll() is not None or serves(), "the agent to serve")
             assert process.poll() is None, (directory / "agent.log").read_text()
             channel = stack.enter_context(grpc.insecure_channel(f"unix:{sockets(directory)[0]}", options=OPTIONS))
-            return Agent(process, directory, channel)
+            agent = Agent(process, directory, channel)
+            stack.callback(agent.close)
+            return agent
 
         yield begin
 

@@ -133,9 +133,14 @@ def test_a_stop_reaches_the_job(running):
 def test_a_stop_reaches_the_jobs_that_a_launcher_has_started_under_its_name(driver):
     for job in ("job@1", "other@1"):
         driver.tell(joined(0, job=job, world_size=1, store=f"file:///{job}"))
-        driver.tell(progressed("n0", 5, job=job))
+    for driver.now in (0.0, 2.0):  # its pace takes two samples
+        for job in ("job@1", "other@1"):
+            driver.tell(progressed("n0", 5, job=job))
     driver.tell(pb.StopRequested(job="job", reason="SIGTERM"))
-    assert [order.job for order in (e.order for e in driver.core.tick(0.1).effects)] == ["job@1"]
+    decision = driver.core.tick(2.1)
+    assert [(effect.order.job, kind) for effect, kind in zip(decision.effects, kinds(decision), strict=True)] == [
+        ("job@1", "n0: stop_at")
+    ]
 
 
 def test_a_skip_of_an_older_attempt_does_not_concern_the_pace_of_this_one(running):

@@ -1,0 +1,151 @@
+"""`ckptsvc run` with ranks that are shell scripts: attempts, restarts, and agents that die under it."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness.runtime import eventually
+
+
+class Run:
+    """One `ckptsvc run`, and what its ranks leave behind in `notes`: a file "ATTEMPT-RANK" with the rank's process id."""
+
+    def __init__(self, runtime, folder, script, *options):
+        self.notes = folder / "notes"
+        self.notes.mkdir(exist_ok=True)
+        path = folder / "rank.sh"
+        path.write_text(f'echo $$ > "{self.notes}/new-$CKPTSVC_ATTEMPT-$RANK"\n'
+            f'mv "{self.notes}/new-$CKPTSVC_ATTEMPT-$RANK" "{self.notes}/$CKPTSVC_ATTEMPT-$RANK"\n{script}\n')  # fmt: skip
+        command = [sys.executable, "-m", "ckptsvc.cli.main", "run", *options, "--no-python", "sh", str(path)]
+        self.log = folder / f"run-{len(list(folder.glob('run-*')))}.log"
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(command, env=runtime.environ, stdout=log, stderr=log)
+
+    def pid(self, attempt, rank):
+        """The process of a rank, once it runs."""
+        path = self.notes / f"{attempt}-{rank}"
+        eventually(path.exists, f"rank {rank} of attempt {attempt}: {self.log.read_text()}", 20)
+        return int(path.read_text())
+
+    def end(self, timeout=30):
+        """The exit status."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it does not end:\n{self.log.read_text()}") from None
+
+    def attempts(self):
+        return sorted({path.name.split("-")[0] for path in self.notes.glob("[0-9]*")})
+
+
+@pytest.fixture
+def run(runtime, tmp_path):
+    """Starts runs; what is left of them is ended."""
+    started = []
+
+    def begin(script, *options):
+        started.append(Run(runtime, tmp_path, script, *options))
+        return started[-1]
+
+    yield begin
+    for each in started:
+        if each.process.poll() is None:
+            each.process.send_signal(signal.SIGINT)
+            each.process.wait(20)
+
+
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def kill(pid):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+FAIL_ONCE = '[ "$CKPTSVC_ATTEMPT" = 1 ] && [ "$RANK" = 0 ] && exit 3; [ "$CKPTSVC_ATTEMPT" = 1 ] && sleep 60; exit 0'
+WAIT_ONCE = '[ "$CKPTSVC_ATTEMPT" = 1 ] && exec sleep 60; exit 0'
+
+
+class TestOneNode:
+    def test_all_ranks_end_well(self, run):
+        job = run("exit 0", "--nproc-per-node", "3")
+        assert job.end() == 0
+        assert job.attempts() == ["1"]
+
+    def test_a_rank_that_fails_restarts_all(self, run):
+        job = run(FAIL_ONCE, "--nproc-per-node", "2")
+        assert job.end() == 0
+        assert job.attempts() == ["1", "2"]
+        assert "rank 0 exited with status 3" in job.log.read_text()
+
+    def test_no_restarts_left(self, run):
+        job = run("exit 7", "--max-restarts", "2")
+        assert job.end() == 1
+        assert job.attempts() == ["1", "2", "3"]
+        assert "no restarts left of 2" in job.log.read_text()
+
+    def test_interrupted_from_the_keyboard(self, run):
+        job = run("exec sleep 60")
+        pid = job.pid(1, 0)
+        job.process.send_signal(signal.SIGINT)
+        assert job.end() == 130
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+    def test_a_program_that_is_not_there(self, run, tmp_path):
+        job = run("exec /nonexistent", "--max-restarts", "1")
+        assert job.end() == 1
+        assert "exited with status 127" in job.log.read_text()
+
+
+class TestAgentsThatDie:
+    def test_the_ranks_go_on(self, run, runtime):
+        job = run('while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.05; done')
+        job.pid(1, 0)
+        runtime.kill_agents()
+        eventually(lambda: "lost the agent" in job.log.read_text(), "the launcher to notice")
+        eventually(runtime.agents, "another agent")
+        (job.notes.parent / "go").touch()
+        assert job.end() == 0
+        assert job.attempts() == ["1"]
+
+    def test_a_rank_that_dies_while_there_is_no_agent_is_reported_to_the_next_one(self, run, runtime):
+        job = run(WAIT_ONCE)
+        pid = job.pid(1, 0)
+        os.kill(job.process.pid, signal.SIGSTOP)  # so that it does not start another one too soon
+        runtime.kill_agents()
+        kill(pid)
+        os.kill(job.process.pid, signal.SIGCONT)
+        assert job.end() == 0
+        assert job.attempts() == ["1", "2"]
+
+    @pytest.mark.parametrize("which", [0, 1])
+    def test_on_two_nodes(self, run, runtime, which):
+        """The coordinator is node 0's agent: without it a new one must make out where the job is."""
+        options = ("--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "pair")
+        jobs = [run(WAIT_ONCE, *options, "--node-rank", str(n), "--node", f"n{n}") for n in (0, 1)]
+        pids = [jobs[0].pid(1, rank) for rank in (0, 1)]
+        os.kill(jobs[which].process.pid, signal.SIGSTOP)
+        (agent,) = [a for a in runtime.agents() if f"--name n{which}" in a.command]
+        kill(agent.pid)
+        kill(pids[which])
+        eventually(lambda: not Path(f"/proc/{agent.pid}/fd").exists() or not alive(agent.pid), "the agent to be gone")
+        os.kill(jobs[which].process.pid, signal.SIGCONT)
+        assert [job.end() for job in jobs] == [0, 0]
+        assert jobs[0].attempts() == ["1", "2"]
+
+
+def alive(pid):
+    """Whether it runs (and is not a zombie)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
