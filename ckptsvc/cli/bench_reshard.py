@@ -180,7 +180,7 @@ def read_checkpoint(url: str, metas: Sequence[TensorMeta], layout: Layout, group
     store = Measured(connect(url), observe)
     image = store_image(newest(store))
     windows = plan_windows(image.index, wants)
-    exchange(group, windows, image.readable, image.source, EXTENT, array_sink(arrays, wants), readers=image.readers)
+    exchange(group, windows, image.readable, image.source, EXTENT, array_sink(arrays, wants))
     seconds = time.perf_counter() - began
     store.close()
     for (meta, region), array in zip([r for r in regions if not r[1].is_empty], arrays, strict=True):

@@ -19,7 +19,7 @@ from ckptsvc.cli.demo_facts import Check, Facts, Incident, Run, Save
 from ckptsvc.cli.demo_processes import Child, Children, DemoFailed, Events, wait_until
 from ckptsvc.cli.demo_report import seconds, size
 from ckptsvc.cli.demo_story import Story
-from ckptsvc.config import ArenaSettings, runtime_dir
+from ckptsvc.config import ArenaSettings, private_directory, runtime_dir
 from ckptsvc.format.commit import COMMIT, EPOCHS
 from ckptsvc.pipeline.catalog import list_refs, read_commit
 from ckptsvc.storage import Store, connect
@@ -52,7 +52,7 @@ class Demo:
         self._logs = directory / "logs"
         self._logs.mkdir()
         # Paths of unix sockets are short, arenas are in memory: neither lives in `directory`.
-        self._sockets = runtime_dir(os.environ) / f"demo-{os.getpid()}"
+        self._sockets = private_directory(runtime_dir(os.environ) / f"demo-{os.getpid()}")
         self._arenas = Path(ArenaSettings().dir) / f"ckptsvc-demo-{os.getpid()}"
         self._coordinator = f"127.0.0.1:{_free_port()}"
         self._phases: list[tuple[str, float]] = []

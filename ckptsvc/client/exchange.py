@@ -93,8 +93,6 @@ def exchange(
     source: Source,
     extent: int,
     sink: Sink,
-    *,
-    readers: int = 1,
 ) -> int:
     """Fill every rank's targets; all ranks call this together.
 
@@ -114,7 +112,7 @@ def exchange(
     ) and (not any(r == group.rank for tasks in rounds for task in tasks for r, _ in task.wanters)):
         # Nothing to pass on: read at full speed.
         ordered = [windows[key] for key in sorted(windows)]
-        return read_windows(ordered, source, extent, sink, readers=readers)
+        return read_windows(ordered, source, extent, sink)
     return _Rounds(group, windows, source, extent, sink).run(rounds)
 
 

@@ -43,7 +43,6 @@ class Image:
     index: Index
     source: Source
     readable: Readable
-    readers: int = 1
 
 
 class StoredNames(Mapping[str, TensorMeta]):
@@ -71,8 +70,7 @@ class StoredNames(Mapping[str, TensorMeta]):
 
 def store_image(checkpoint: Checkpoint) -> Image:
     """A committed checkpoint in a store that every rank reaches."""
-    local = checkpoint.store.capabilities().local
-    return Image(checkpoint.index, StoreSource(checkpoint), Readable(True), 1 if local else 4)
+    return Image(checkpoint.index, StoreSource(checkpoint), Readable(True))
 
 
 class _Told(msgspec.Struct):
@@ -203,7 +201,7 @@ def _read(image: Image, wants: Sequence[Want], targets: Sequence[_Target | _Arra
         windows = plan_windows(image.index, wants)
     extent = image.index.info.extent
     with together(group):
-        exchange(group, windows, image.readable, image.source, extent, sink, readers=image.readers)
+        exchange(group, windows, image.readable, image.source, extent, sink)
 
 
 class _Array:

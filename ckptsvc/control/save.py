@@ -94,6 +94,8 @@ class Saves:
         self.nodes.add(event.node)
         self._hold(key, event.rank, event.node)
         decision = self._complete(event)
+        if not event.again:
+            decision.add(self._overtaken(event, now))
         if event.ended:
             return decision  # reported again by an agent that reconnected: memory tier only
         if key in self.ended:
@@ -196,6 +198,15 @@ class Saves:
         """Whether a rank is known to have staged, before or after an end of the save that we know nothing of."""
         save = self.open.get(key)
         return (save is not None and rank in save.staged) or rank in self.held.get(key, ())
+
+    def _overtaken(self, event: pb.Staged, now: float) -> Decision:
+        """A rank stages in order: saves before this one that still wait for it (it had no agent then) wait in vain."""
+        decision = Decision()
+        for key, save in list(self.open.items()):
+            passed = key < (event.epoch, event.step) and save.attempt == event.attempt
+            if passed and not self._has_staged(key, event.rank):
+                decision.add(self._lost_rank(key, event.rank, f"went on to step {event.step}", now))
+        return decision
 
     def _lost_rank(self, key: Key, rank: int, how: str, now: float) -> Decision:
         why = f"rank {rank} {how} before it staged"

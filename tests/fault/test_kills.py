@@ -280,3 +280,30 @@ def test_the_agent_of_a_launched_job_is_killed(launch: Launch, runtime: Runtime,
         job.results()
     assert "lost the agent" in job.output()
     assert [line["attempt"] for line in job.reports("attached", 0)] == [1]
+
+
+def test_an_agent_that_stands_still_holds_the_training_up_once(
+    launch: Launch, runtime: Runtime, tmp_path: Path
+) -> None:
+    store = tmp_path / "run"
+    with launch.plain(1, train, str(store)) as job:
+        job.go("1")
+        await_step(runtime, store, 1)
+        (agent,) = runtime.agents()
+        os.kill(agent.pid, signal.SIGSTOP)
+        waits = []
+        for step in (2, 3, 4):
+            began = time.monotonic()
+            job.go(str(step))
+            line = job.wait_for("stepped", step=step)
+            waits.append(time.monotonic() - began)
+        assert line["skipped"] == 3
+        assert waits[0] < 8  # save.deadline and the time an answer may take
+        assert max(waits[1:]) < 2
+        os.kill(agent.pid, signal.SIGCONT)
+        step = go_on_until_saved(job, runtime, store, 4)
+        assert runtime.agents() == [agent]
+        assert_good(store)
+        job.go("end")
+        job.go(str(step + 1))
+        job.results()

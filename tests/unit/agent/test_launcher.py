@@ -13,14 +13,14 @@ from harness.runtime import eventually
 
 
 class Run:
-    """One `ckptsvc run`, and what its ranks leave behind in `notes`: a file "ATTEMPT-RANK" with the rank's process id."""
+    """One `ckptsvc run`. Every rank leaves a file "ATTEMPT-RANK" with its process id in `notes`."""
 
     def __init__(self, runtime, folder, script, *options):
         self.notes = folder / "notes"
         self.notes.mkdir(exist_ok=True)
         path = folder / "rank.sh"
-        path.write_text(f'echo $$ > "{self.notes}/new-$CKPTSVC_ATTEMPT-$RANK"\n'
-            f'mv "{self.notes}/new-$CKPTSVC_ATTEMPT-$RANK" "{self.notes}/$CKPTSVC_ATTEMPT-$RANK"\n{script}\n')  # fmt: skip
+        note = f'"{self.notes}/$CKPTSVC_ATTEMPT-$RANK"'
+        path.write_text(f"echo $$ > {note}.new; mv {note}.new {note}\n{script}\n")
         command = [sys.executable, "-m", "ckptsvc.cli.main", "run", *options, "--no-python", "sh", str(path)]
         self.log = folder / f"run-{len(list(folder.glob('run-*')))}.log"
         with open(self.log, "wb") as log:
@@ -37,10 +37,11 @@ class Run:
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"it does not end:\n{self.log.read_text()}") from None
+            logs = "\n".join(path.read_text() for path in self.log.parent.glob("run-*.log"))
+            raise AssertionError(f"it does not end:\n{logs}") from None
 
     def attempts(self):
-        return sorted({path.name.split("-")[0] for path in self.notes.glob("[0-9]*")})
+        return sorted({path.name.split("-")[0] for path in self.notes.glob("*[0-9]")})
 
 
 @pytest.fixture
@@ -70,8 +71,8 @@ def kill(pid):
         os.kill(pid, signal.SIGKILL)
 
 
-FAIL_ONCE = '[ "$CKPTSVC_ATTEMPT" = 1 ] && [ "$RANK" = 0 ] && exit 3; [ "$CKPTSVC_ATTEMPT" = 1 ] && sleep 60; exit 0'
-WAIT_ONCE = '[ "$CKPTSVC_ATTEMPT" = 1 ] && exec sleep 60; exit 0'
+FAIL_ONCE = 'case $CKPTSVC_ATTEMPT-$RANK in 1-0) exit 3;; 1-*) exec sleep 60;; esac'
+WAIT_ONCE = 'case $CKPTSVC_ATTEMPT in 1) exec sleep 60;; esac'
 
 
 class TestOneNode:

@@ -67,6 +67,38 @@ class TestStaging:
         assert not saves.open
 
 
+class TestOvertaking:
+    """A rank had no agent when it should have staged; the others' snapshots must not wait for it for ever."""
+
+    def test_a_rank_that_stages_a_later_step_ends_the_saves_that_wait_for_it(self, saves):
+        saves.staged(staged(0, step=10), 0.0)
+        decision = saves.staged(staged(1, step=20), 1.0)
+        outcome = outcome_of(decision)
+        assert (outcome.step, outcome.outcome) == (10, agent_pb2.OUTCOME_FAILED)
+        assert outcome.reason == "rank 1 went on to step 20 before it staged"
+        assert list(saves.open) == [(1, 20)]
+
+    def test_one_that_an_earlier_coordinator_may_have_committed_is_looked_up_first(self, saves):
+        saves.staged(staged(0, step=10, again=True), 0.0)
+        decision = saves.staged(staged(1, step=20), 1.0)
+        assert decision.effects == [Lookup("job", 1, 10, "file:///run")]
+        assert outcome_of(saves.lookup_done(LookupDone("job", 1, 10, False), 2.0)).outcome == agent_pb2.OUTCOME_FAILED
+
+    def test_what_is_said_again_comes_in_any_order(self, saves):
+        saves.staged(staged(0, step=10), 0.0)
+        assert kinds(saves.staged(staged(1, step=20, again=True), 1.0)) == []
+        assert kinds(saves.staged(staged(1, step=10, again=True), 1.0)) == [
+            "n0: snapshot_complete",
+            "n1: snapshot_complete",
+        ]
+
+    def test_a_save_that_has_its_snapshot_goes_on(self, saves):
+        stage_all(saves, step=10)
+        assert kinds(saves.staged(staged(0, step=20), 1.0)) == []
+        assert kinds(saves.staged(staged(1, step=20), 1.0)) == ["n0: snapshot_complete", "n1: snapshot_complete"]
+        assert list(saves.open) == [(1, 10), (1, 20)]
+
+
 class TestCommit:
     def test_is_ordered_when_every_shard_is_durable_and_not_before(self, saves):
         stage_all(saves)
