@@ -6,10 +6,13 @@ import importlib.util
 import os
 import secrets
 import shutil
+import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import click
 import msgspec
@@ -75,6 +78,7 @@ def command(
     nbytes = int(gib * 2**30)
     if workload != "reshard":
         _check_memory(nbytes)
+    signal.signal(signal.SIGTERM, _terminated)
     bench = Bench(canonical(store), nbytes, tensors, repeat, peers, ranks)
     about = facts(bench.directory or os.getcwd())
     findings = bench.run(WORKLOADS if workload == "all" else (workload,))
@@ -83,6 +87,11 @@ def command(
         emit({"facts": about, "command": _spelled(workload, ranks, gib, store, vs, repeat), **findings.document()})
     else:
         show(Screen(), about, findings.rows, findings.unavailable, findings.notes, findings.warm_up)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM ends the benchmark as Ctrl-C does: ranks, agent and files go first."""
+    sys.exit(128 + number)
 
 
 @dataclass

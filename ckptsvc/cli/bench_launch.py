@@ -40,7 +40,8 @@ def agent() -> Iterator[tuple[Path, int]]:
     Raises:
         AgentUnavailable: it did not start.
     """
-    directory = Path(tempfile.mkdtemp(prefix="ckptsvc-bench-"))  # mode 0700; short, as socket paths must be
+    # Mode 0700. Not in $TMPDIR, which schedulers make long: the path of a socket has 107 bytes at most.
+    directory = Path(tempfile.mkdtemp(prefix="ckptsvc-bench-", dir="/tmp"))
     try:
         ensure_agent(directory, ["--name", "bench", "--linger", "120s"])
         pid = int((directory / "ready").read_text(encoding="utf-8").split()[0])

@@ -91,6 +91,8 @@ class StagePlan:
     _targets: dict[str, list[Piece]] = field(default_factory=dict)
     _sources: list[Piece] = field(default_factory=list)
     _sources_of: tuple[LocalPart, ...] = ()
+    _live: list[Tensor] = field(default_factory=list)
+    _addresses: list[int] = field(default_factory=list)
     _arenas: dict[str, memoryview] = field(default_factory=dict)
 
     @staticmethod
@@ -125,7 +127,7 @@ class StagePlan:
         if not overlap:
             _copy(targets, sources, arena)
             return total, _nothing
-        on_gpu = {s.device for s in sources if isinstance(s, Tensor) and s.is_cuda}
+        on_gpu = {s.device for s in self._live if s.is_cuda}
         ready = [(device, torch.cuda.current_stream(device).record_event()) for device in on_gpu]
         late = [capture.parts[c.part].splittable for c in self.chosen]
         now = [not is_late for is_late in late]
@@ -146,11 +148,15 @@ class StagePlan:
 
     def _pieces(self, capture: Capture) -> list[Piece]:
         known = self._sources_of
-        # The same parts are the same memory: that is what a capture looks for before it gives them out again.
-        if len(known) != len(capture.parts) or not all(map(is_, known, capture.parts)):
+        same = len(known) == len(capture.parts) and all(map(is_, known, capture.parts))
+        # A capture sees to it that equal parts are equal memory; bytes of freed memory must not be staged even so.
+        if not same or list(map(Tensor.data_ptr, self._live)) != self._addresses:
             tensors = [capture.parts[c.part].tensor for c in self.chosen]
-            pieces = [storable(t if c.index is None else t[c.index]) for t, c in zip(tensors, self.chosen, strict=True)]
-            self._sources = [bytes_of(piece) or piece for piece in pieces]
+            self._live = [
+                storable(t if c.index is None else t[c.index]) for t, c in zip(tensors, self.chosen, strict=True)
+            ]
+            self._addresses = list(map(Tensor.data_ptr, self._live))
+            self._sources = [bytes_of(tensor) or tensor for tensor in self._live]
             self._sources_of = capture.parts
             self._targets.clear()  # which of them are bytes follows the sources
         return self._sources

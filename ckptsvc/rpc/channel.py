@@ -47,7 +47,9 @@ def error_of(failure: grpc.RpcError) -> CkptsvcError:
                 return BY_CODE.get(body["code"], CkptsvcError)(str(body["what"]), hint=str(body.get("hint", "")))
             except (ValueError, KeyError, TypeError):
                 break
-    if failure.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+    # grpc.aio: the connection broke under a read or a write.
+    broken = failure.code() is grpc.StatusCode.INTERNAL and failure.details() == "Internal error from Core"
+    if broken or failure.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
         return AgentUnavailable("the agent does not answer", hint="is it running? see `ckptsvc status`")
     if failure.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return AgentUnavailable("the agent did not answer in time")

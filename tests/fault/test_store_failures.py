@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from harness.damage import assert_intact, steps
 from harness.job import Job, Launch
@@ -270,6 +271,25 @@ def test_an_error_at_any_call_of_a_restore_is_passed_over_or_said(launch: Launch
         else:
             assert "injected" in restored, outcome
     assert {o["restored"] for o in found["outcomes"]} >= {2, 3}
+
+
+def attach_and_look(rank: Rank, url: str) -> list[Any]:
+    """Restores what can be restored: the step, and the state."""
+    rank.join()
+    model = network(seed=1)
+    optimizer = adam(model)
+    with ckptsvc.attach({"model": model, "optimizer": optimizer}, store=url, every="off") as run:
+        return [run.steps_done, state_digest(model, optimizer)]
+
+
+@pytest.mark.parametrize("fault", [{"op": "read_into", "nth": 2}, {"op": "size"}], ids=["shards", "index"])
+def test_ranks_pass_over_what_one_of_them_cannot_read(launch: Launch, tmp_path: Path, fault: dict[str, Any]) -> None:
+    store = FaultyStore(tmp_path / "run")
+    states, _ = launch.plain(2, save_three, str(store.path)).results()
+    store.plan({**fault, "key": "step-000000000003*", "error": "store", "retryable": False, "times": 0})
+    job = launch.plain(2, attach_and_look, store.url)
+    assert job.results() == [[2, states[1]]] * 2
+    assert "cannot restore step 3" in job.output()
 
 
 # ---- silence

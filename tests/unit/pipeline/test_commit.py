@@ -78,6 +78,14 @@ class TestCommit:
             commit_checkpoint(store, run.info(), shards[:1], "me")
         assert read_commit(store, REF) is None
 
+    def test_shards_that_only_their_writer_sees_are_refused(self, store, written):
+        """As with a local directory on every node."""
+        run, shards = written
+        elsewhere = memory_store()
+        with pytest.raises(SaveFailed, match=r"2 of 2 shards are not in .* for example r00000-.*does every node see"):
+            commit_checkpoint(elsewhere, run.info(), shards, "me")
+        assert list(elsewhere.list()) == []
+
     def test_of_shards_that_disagree_is_refused(self, store, written):
         run, shards = written
         other = small_run()
@@ -104,9 +112,10 @@ class TestFence:
         take_epoch(store, "job", 2, "me", "")
         commit_checkpoint(store, run.info(), shards, "me")
 
-    def test_a_job_before_us_does_not(self, store, written):
+    def test_a_job_before_us_does_not(self, store):
         fence(store)
-        run, shards = written
+        run = small_run()
+        shards = [run.write(store, rank, epoch=2) for rank in range(2)]
         commit_checkpoint(store, run.info(epoch=2), shards, "me")
 
     @pytest.mark.parametrize("text", [b"{}", b"torn"])

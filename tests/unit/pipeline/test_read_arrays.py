@@ -62,5 +62,5 @@ def test_after_an_error_nothing_more_is_read(checkpoint: Checkpoint, error: Base
     ordered = [windows[key] for key in sorted(windows)] * 10  # the same again and again: only how many matters
     source = Stops(checkpoint, error)
     with pytest.raises(type(error)):
-        read_windows(ordered, source, EXTENT, lambda *_: None, buffers=2)
+        read_windows(ordered, source, EXTENT, lambda *_: None, readers=1)
     assert source.reads <= 4 < len(ordered)

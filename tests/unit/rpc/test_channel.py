@@ -86,14 +86,14 @@ def test_nobody_there(tmp_path):
 class Ended(grpc.RpcError):
     """A call that has ended in some way."""
 
-    def __init__(self, status, trailers=()):
-        self._status, self._trailers = status, trailers
+    def __init__(self, status, trailers=(), details="details"):
+        self._status, self._trailers, self._details = status, trailers, details
 
     def code(self):
         return self._status
 
     def details(self):
-        return "details"
+        return self._details
 
     def trailing_metadata(self):
         return self._trailers
@@ -102,6 +102,12 @@ class Ended(grpc.RpcError):
 @pytest.mark.parametrize("status", ["UNAVAILABLE", "CANCELLED", "DEADLINE_EXCEEDED"])
 def test_a_lost_connection_is_an_agent_that_is_not_there(status):
     assert error_of(Ended(grpc.StatusCode[status])).code == "agent-unavailable"
+
+
+def test_and_so_is_what_grpc_says_when_it_breaks_under_a_stream():
+    """Seen when an agent is killed while its launcher reads from it."""
+    failure = Ended(grpc.StatusCode.INTERNAL, details="Internal error from Core")
+    assert isinstance(error_of(failure), AgentUnavailable)
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b"{}", b'{"code": "damaged"}', b"\xff"])
