@@ -72,6 +72,11 @@ class Local:
             )
         return self._uplinks[coordinator]
 
+    def saving(self, job: str) -> bool:
+        """Whether the coordinator in this process has saves of the job in progress: it needs the job's worker."""
+        known = self._shell.core.jobs.get(job)
+        return known is not None and bool(known.saves.open)
+
     def coordinates(self, job: str) -> bool:
         """Whether the coordinator in this process knows the job."""
         return job in self._shell.core.jobs

@@ -270,6 +270,8 @@ class Node:
             return
         if self._local.launched(launched_as(job.name)):
             return  # the next attempt restores from here
+        if self._local.saving(job.name):
+            return
         arenas = [a for a in self._local.pool.arenas.values() if a.job == job.name]
         if any(a.state is State.STAGED for a in arenas):
             self._local.last_active = time.monotonic()

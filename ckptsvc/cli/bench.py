@@ -33,8 +33,11 @@ RESHARD_RANKS = 4
 RESHARD_SHARE = 8
 """The reshard workload counts bytes and takes this part of the size asked for."""
 
-_COPIES = 6
-"""Copies of the state in memory at the same time: live, two arenas, the raw limits' two, a peer's."""
+_COPIES = 5
+"""Copies of the state in memory at the same time: live, two arenas, the raw limits' one and a half."""
+
+_STAGED = 2
+"""Copies that a peer makes that saves in the background."""
 
 
 @click.command()
@@ -77,7 +80,7 @@ def command(
         raise ConfigError("the benchmark needs PyTorch, which is not installed", hint="pip install ckptsvc[torch]")
     nbytes = int(gib * 2**30)
     if workload != "reshard":
-        _check_memory(nbytes)
+        _check_memory(nbytes, peers)
     signal.signal(signal.SIGTERM, _terminated)
     bench = Bench(canonical(store), nbytes, tensors, repeat, peers, ranks)
     about = facts(bench.directory or os.getcwd())
@@ -196,13 +199,14 @@ class Bench:
         store.close()
 
 
-def _check_memory(nbytes: int) -> None:
-    needed, there = _COPIES * nbytes, available_memory()
+def _check_memory(nbytes: int, peers: Sequence[str]) -> None:
+    copies = _COPIES + _STAGED * sum("async" in name for name in peers)
+    needed, there = copies * nbytes, available_memory()
     if needed > there:
         raise ConfigError(
             f"{nbytes / 2**30:g} GiB of state need about {needed / 2**30:.0f} GiB of memory to be measured; there are"
             f" {there / 2**30:.1f}",
-            hint=f"pass --gib {there / _COPIES / 2**30:.1g}",
+            hint=f"pass --gib {there / copies / 2**30:.1g}",
         )
 
 

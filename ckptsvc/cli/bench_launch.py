@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from ckptsvc.cli.bench_spec import Results, Spec
+from ckptsvc.config import load
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.dial import ensure_agent, is_alive
 
@@ -41,7 +42,8 @@ def agent() -> Iterator[tuple[Path, int]]:
         AgentUnavailable: it did not start.
     """
     # Mode 0700. Not in $TMPDIR, which schedulers make long: the path of a socket has 107 bytes at most.
-    directory = Path(tempfile.mkdtemp(prefix="ckptsvc-bench-", dir="/tmp"))
+    near = load(os.environ).agent.socket_dir or "/tmp"
+    directory = Path(tempfile.mkdtemp(prefix="ckptsvc-bench-", dir=near))
     try:
         ensure_agent(directory, ["--name", "bench", "--linger", "120s"])
         pid = int((directory / "ready").read_text(encoding="utf-8").split()[0])

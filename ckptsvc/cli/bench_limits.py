@@ -27,7 +27,7 @@ THREADS = 4
 BLOCK = 8 << 20
 PAGE = mmap.PAGESIZE
 
-_SOURCE_LIMIT = 1 << 30  # bytes copied from, again and again: more than caches hold, less than the state
+_SOURCE_LIMIT = 1 << 29  # bytes copied from, again and again: more than caches hold, less than the state
 
 
 class Scratch:

@@ -36,12 +36,12 @@ def parameter_sizes(nbytes: int) -> list[int]:
     """Elements of each parameter of a large state of about `nbytes` bytes: a few large ones, many small ones."""
     blocks = max(1, round(nbytes / BLOCK_BYTES))
     elements = max(nbytes // blocks // _PER_ELEMENT, PARAMETERS)
-    smallest = min(SMALLEST, max(1, elements // (4 * PARAMETERS)))
+    smallest = min(SMALLEST, max(8, elements // (4 * PARAMETERS)))
     largest = max(min(LARGEST, elements // 4), smallest)
 
     def sizes(bend: float) -> list[int]:
         steps = [(i / (PARAMETERS - 1)) ** bend for i in range(PARAMETERS)]
-        return [round(smallest * (largest / smallest) ** step) for step in steps]
+        return [round(smallest * (largest / smallest) ** step / 8) * 8 for step in steps]  # as real ones are: not odd
 
     low, high = 0.02, 50.0  # the larger the bend, the fewer are large
     for _ in range(60):

@@ -259,7 +259,9 @@ class Saves:
                 continue
             if save.failure:
                 if now - save.failed_at > LOOKUP_PATIENCE:
-                    decision.add(self._end(key, *save.failure, now))
+                    outcome, _, why = save.failure
+                    why += "; the store does not say whether it was committed before"
+                    decision.add(self._end(key, outcome, "store-unavailable", why, now))
                 elif quiet:
                     decision.effects.append(self._look_up(save, now))
             elif now - save.opened > self.timeout:

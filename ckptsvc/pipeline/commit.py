@@ -62,14 +62,7 @@ def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecor
     ref = Ref(info.epoch, info.step)
     earlier = read_commit(store, ref)
     if earlier is None:
-        # A shard that only its writer can see (a store that is a local directory on every node) is no shard.
-        there = set(store.children(ref.name))
-        unseen = [shard.name for shard in shards if shard.name not in there]
-        if unseen:
-            raise SaveFailed(
-                f"{len(unseen)} of {len(shards)} shards are not in {store.url}/{ref.name}, for example {unseen[0]}",
-                hint="does every node see the same store?",
-            )
+        _check_there(store, ref, shards)
         index = Index.build(info, shards)
         index.check_cover()
         image = index.encode()
@@ -90,20 +83,36 @@ def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecor
             world_size=info.world_size,
             created=now_iso(),
         )
-        try:
-            if store.put_if_absent(f"{ref.name}/{COMMIT}", record.encode()):
-                return record
-        except StoreError:
-            # Maybe only the answer was lost.
-            found = read_commit(store, ref)
-            if found is None or found.writer != writer:
-                raise
-            return found
-        earlier = read_commit(store, ref)
+        earlier = _put(store, ref, record)
     if earlier is None or earlier.job != info.job:
         other = earlier.job if earlier else "somebody who removed it again"
         raise SaveFailed(f"{ref.name} was committed by {other}")
     return earlier
+
+
+def _check_there(store: Store, ref: Ref, shards: Sequence[ShardRecord]) -> None:
+    """Raise SaveFailed for a shard that only its writer can see: the store is a local directory on every node."""
+    there = set(store.children(ref.name))
+    unseen = [shard.name for shard in shards if shard.name not in there]
+    if unseen:
+        raise SaveFailed(
+            f"{len(unseen)} of {len(shards)} shards are not in {store.url}/{ref.name}, for example {unseen[0]}",
+            hint="does every node see the same store?",
+        )
+
+
+def _put(store: Store, ref: Ref, record: CommitRecord) -> CommitRecord | None:
+    """Write the record if there is none; returns the one that is there then."""
+    try:
+        if store.put_if_absent(f"{ref.name}/{COMMIT}", record.encode()):
+            return record
+    except StoreError:
+        # Maybe only the answer was lost.
+        found = read_commit(store, ref)
+        if found is None or found.writer != record.writer:
+            raise
+        return found
+    return read_commit(store, ref)
 
 
 def _write_aligned(store: Store, key: str, data: bytes) -> None:

@@ -25,8 +25,17 @@ class Violation(AssertionError):
 
     def explain(self, world: World) -> None:
         schedule = world.schedule
-        lines = [f"{self.args[0]}", f"at {world.now:.2f} s of {schedule}", "what happened last:", *world.trace]
-        self.args = ("\n".join(lines[:3] + lines[-80:]),)
+        lines = [
+            f"{self.args[0]}, at {world.now:.2f} s",
+            f"Schedule.draw({schedule.seed}), perhaps with fewer faults",
+            f"{schedule.nodes} nodes x {schedule.nproc} ranks, {schedule.steps} steps",
+            f"a save every {schedule.every_steps} steps and every {schedule.every_seconds:g} s (0: never)",
+            "faults:",
+            *map(str, schedule.faults),
+            "what happened last:",
+            *list(world.trace)[-60:],
+        ]
+        self.args = ("\n".join(lines),)
 
 
 def require(condition: object, what: str) -> None:

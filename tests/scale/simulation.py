@@ -15,11 +15,9 @@ from __future__ import annotations
 import heapq
 import itertools
 import random
-import tempfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from check import Checks, Violation
@@ -96,10 +94,9 @@ class Schedule:
 
     def run(self) -> World:
         """Run it to its end, or raise Violation."""
-        with tempfile.TemporaryDirectory(prefix="sim-", dir="/dev/shm") as folder:
-            world = World(self, Path(folder))
-            world.run()
-            return world
+        world = World(self)
+        world.run()
+        return world
 
     def shrink(self) -> Schedule:
         """A schedule of as few faults as possible that still fails."""
@@ -292,7 +289,7 @@ class Brain:
 class World:
     """Everything there is, and the time."""
 
-    def __init__(self, schedule: Schedule, folder: Path) -> None:
+    def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
         self.now = 0.0
         self.events = 0
@@ -306,7 +303,7 @@ class World:
         self.healed_at = max((f.at + f.seconds for f in schedule.faults), default=0.0)
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
-        self.machines = {f"n{i}": Machine(self, f"n{i}", folder) for i in range(schedule.nodes)}
+        self.machines = {f"n{i}": Machine(self, f"n{i}") for i in range(schedule.nodes)}
         for machine in self.machines.values():
             machine.line = Line(self, machine)
 
@@ -341,8 +338,9 @@ class World:
                 machine.kill_agent()
 
     def _strike(self, fault: Fault) -> None:
-        self.note(f"FAULT {fault.kind}" + (f" for {fault.seconds:.1f} s" if fault.seconds else ""))
         machine = list(self.machines.values())[fault.where % len(self.machines)]
+        lasting = f" for {fault.seconds:.1f} s" if fault.seconds else ""
+        self.note(f"FAULT {fault.kind} ({machine.name}){lasting}")
         if fault.kind in ("kill rank", "kill rank and agent"):
             machine.kill_a_rank(fault.where)
         if fault.kind in ("kill agent", "kill rank and agent"):

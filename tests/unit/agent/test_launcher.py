@@ -71,8 +71,8 @@ def kill(pid):
         os.kill(pid, signal.SIGKILL)
 
 
-FAIL_ONCE = 'case $CKPTSVC_ATTEMPT-$RANK in 1-0) exit 3;; 1-*) exec sleep 60;; esac'
-WAIT_ONCE = 'case $CKPTSVC_ATTEMPT in 1) exec sleep 60;; esac'
+FAIL_ONCE = "case $CKPTSVC_ATTEMPT-$RANK in 1-0) exit 3;; 1-*) exec sleep 60;; esac"
+WAIT_ONCE = "case $CKPTSVC_ATTEMPT in 1) exec sleep 60;; esac"
 
 
 class TestOneNode:

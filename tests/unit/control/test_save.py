@@ -310,11 +310,13 @@ class TestSavesOfBeforeOurTime:
         decide = old.shard_failed if event == shard_failed(0) else old.skipped
         assert ("Lookup" in kinds(decide(event, 1.0))) == (event == shard_failed(0))  # a rank that skipped: no commit
 
-    def test_a_store_that_cannot_say_is_asked_again_and_then_believed_to_have_nothing(self, old):
+    def test_a_store_that_cannot_say_is_asked_again_and_then_that_is_the_outcome(self, old):
         old.rank_gone(1, "died", 1.0)
         assert kinds(old.tick(1.1 + QUIET_BEFORE_LOOKUP)) == ["Lookup"]
         assert kinds(old.tick(1.2 + QUIET_BEFORE_LOOKUP)) == []
-        assert outcome_of(old.tick(1.1 + LOOKUP_PATIENCE)).reason == "rank 1 died before it staged"
+        outcome = outcome_of(old.tick(1.1 + LOOKUP_PATIENCE))
+        assert (outcome.outcome, outcome.code) == (agent_pb2.OUTCOME_FAILED, "store-unavailable")
+        assert outcome.reason.startswith("rank 1 died before it staged; the store does not say")
 
     def test_is_not_committed_once_it_has_failed(self, old):
         old.rank_gone(1, "died", 1.0)
