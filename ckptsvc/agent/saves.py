@@ -171,6 +171,8 @@ class Saves:
         """The coordinator says how a save ended: keep the snapshot as memory tier, or let it go."""
         key = (outcome.epoch, outcome.step)
         committed = outcome.outcome == agent_pb2.OUTCOME_COMMITTED
+        if committed:
+            job.newest = max(job.newest, key)
         if key not in job.outcomes:
             self._count(job, outcome, committed)
         job.record(outcome)
@@ -192,11 +194,14 @@ class Saves:
         for session in self._local.sessions.values():
             reg = session.reg
             if reg.job == job.name and job.attempt(reg.attempt).epoch == outcome.epoch:
-                session.page.put("committed" if committed else "failed", outcome.step)
+                if committed:
+                    session.page.put("committed", job.newest[1])
+                else:
+                    session.page.put("failed", outcome.step)
 
     def _count(self, job: LocalJob, outcome: agent_pb2.SaveOutcome, committed: bool) -> None:
         if committed:
-            self._local.metrics.committed(job.name, outcome.step, time.time())
+            self._local.metrics.committed(job.name, job.newest[1], time.time())
             self._local.metrics.save_duration.labels(Phase.COMMIT).observe(outcome.seconds)
             log(logger, logging.INFO, Event.SAVE_COMMITTED, "step %d committed, %d bytes in %.2f s", outcome.step,
                 outcome.bytes, outcome.seconds, job=job.name, step=outcome.step, epoch=outcome.epoch)  # fmt: skip

@@ -101,6 +101,7 @@ class LocalJob:
     skips: dict[Key, pb.Report] = field(default_factory=dict)  # Skipped; of saves that have not ended yet
     digests: dict[str, asyncio.Future[bytes]] = field(default_factory=dict)  # by arena
     complete: set[Key] = field(default_factory=set)
+    newest: Key = (0, -1)  # of those that are known to be committed: saves may end in another order than they began
     idle_since: float = 0.0
     died: bool = False
 
