@@ -206,13 +206,9 @@ def _local_ranks(
         )
     local_size = _tasks_on_node(size_variable, environ[size_variable], node_rank or 0)
     if local_rank >= local_size:
-        raise ConfigError(
-            f"{rank_variable} is {local_rank}, but {size_variable} says {local_size} ranks on the node"
-        )
+        raise ConfigError(f"{rank_variable} is {local_rank}, but {size_variable} says {local_size} ranks on the node")
     if local_size > world_size:
-        raise ConfigError(
-            f"{size_variable} says {local_size} ranks on the node, but the world size is {world_size}"
-        )
+        raise ConfigError(f"{size_variable} says {local_size} ranks on the node, but the world size is {world_size}")
     return local_rank, local_size, node_rank
 
 

@@ -7,6 +7,7 @@ notes and one answer out. It ends when its agent does.
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import socket
@@ -129,6 +130,8 @@ def serve(sock: socket.socket) -> None:
     worker = Worker(load(os.environ).store.retries)
     # A thread that computes soon lets go one that has a block to write: by default it takes 5 ms, at every call.
     sys.setswitchinterval(0.0005)
+    # The table of a shard is 100,000 objects without cycles: looking through them again and again doubles the time.
+    gc.set_threshold(200_000, 20, 20)
     sending = threading.Lock()
 
     def send(message: dict[str, Any]) -> None:

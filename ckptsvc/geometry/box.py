@@ -258,9 +258,7 @@ def cut(box: Box, max_elements: int) -> Iterator[Box]:
     for index in product(*map(range, box.origin[:d], box.stop[:d])):
         for first in range(0, box.shape[d], step):
             extent = min(step, box.shape[d] - first)
-            yield Box(
-                (*index, box.origin[d] + first, *inner_origin), (*(1 for _ in index), extent, *inner_shape)
-            )
+            yield Box((*index, box.origin[d] + first, *inner_origin), (*(1 for _ in index), extent, *inner_shape))
 
 
 def _strides(shape: Sequence[int]) -> list[int]:

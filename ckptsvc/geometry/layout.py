@@ -77,15 +77,11 @@ def local_box(global_shape: Ints, mesh_shape: Ints, coordinate: Ints, placements
     """
     intervals = _intervals(global_shape, mesh_shape, coordinate, placements)
     if any(len(parts) > 1 for parts in intervals):
-        raise LayoutError(
-            f"the part of {list(global_shape)} at mesh coordinate {tuple(coordinate)} is not one box"
-        )
+        raise LayoutError(f"the part of {list(global_shape)} at mesh coordinate {tuple(coordinate)} is not one box")
     return _box([parts[0] if parts else (n, n) for parts, n in zip(intervals, global_shape, strict=True)])
 
 
-def local_boxes(
-    global_shape: Ints, mesh_shape: Ints, coordinate: Ints, placements: Placements
-) -> list[Piece]:
+def local_boxes(global_shape: Ints, mesh_shape: Ints, coordinate: Ints, placements: Placements) -> list[Piece]:
     """The boxes that the rank at `coordinate` holds, each with its place in the local tensor; no empty ones.
 
     Several boxes come only from `StridedShard`; they follow each other in the local tensor along the sharded
@@ -112,12 +108,8 @@ def nested_box(global_shape: Ints, mesh_shape: Ints, coordinate: Ints, placement
     """
     _check(global_shape, mesh_shape, coordinate, placements)
     for i, placement in enumerate(placements):
-        if isinstance(placement, StridedShard) and placement.split_factor != _shards_after(
-            i, mesh_shape, placements
-        ):
-            raise LayoutError(
-                f"{placement} in mesh dimension {i} does not stand for shards to the right of it"
-            )
+        if isinstance(placement, StridedShard) and placement.split_factor != _shards_after(i, mesh_shape, placements):
+            raise LayoutError(f"{placement} in mesh dimension {i} does not stand for shards to the right of it")
     order = sorted(range(len(placements)), key=lambda i: isinstance(placements[i], StridedShard))
     plain = [Shard(p.dim) if isinstance(p, StridedShard) else p for p in placements]
     return local_box(
@@ -171,9 +163,7 @@ def holders(mesh_shape: Ints, placements: Placements) -> list[list[Shape]]:
     _check_mesh(mesh_shape, placements)
     groups: dict[Shape, list[Shape]] = {}
     for coordinate in product(*map(range, mesh_shape)):
-        key = tuple(
-            -1 if isinstance(p, Replicate) else c for c, p in zip(coordinate, placements, strict=True)
-        )
+        key = tuple(-1 if isinstance(p, Replicate) else c for c, p in zip(coordinate, placements, strict=True))
         groups.setdefault(key, []).append(coordinate)
     return list(groups.values())
 
@@ -226,9 +216,7 @@ def split_replicated(items: Sequence[tuple[Box, int]], holders: int) -> list[lis
         shares[i].append((holder, items[i][0]))
         # an empty item counts as a byte, so that thousands of them do not all go to one holder
         heapq.heapreplace(loads, (load + max(nbytes[i], 1), holder))
-    bounds = _fill(
-        [load for load, _ in sorted(loads, key=lambda entry: entry[1])], sum(nbytes[i] for i in large)
-    )
+    bounds = _fill([load for load, _ in sorted(loads, key=lambda entry: entry[1])], sum(nbytes[i] for i in large))
     fine = sum(nbytes) // (holders * BALANCE)
     holder = position = 0
     for i in large:
@@ -283,9 +271,7 @@ def _box(intervals: Sequence[_Interval]) -> Box:
     return Box(tuple(low for low, _ in intervals), tuple(high - low for low, high in intervals))
 
 
-def _intervals(
-    global_shape: Ints, mesh_shape: Ints, coordinate: Ints, placements: Placements
-) -> list[list[_Interval]]:
+def _intervals(global_shape: Ints, mesh_shape: Ints, coordinate: Ints, placements: Placements) -> list[list[_Interval]]:
     """The intervals of global indices that the rank holds in each tensor dimension, in local order."""
     _check(global_shape, mesh_shape, coordinate, placements)
     held = [[(0, n)] if n else [] for n in global_shape]
@@ -354,8 +340,6 @@ def _check_mesh(mesh_shape: Ints, placements: Placements) -> None:
 
 
 def _check_coordinate(mesh_shape: Ints, coordinate: Ints) -> None:
-    inside = len(coordinate) == len(mesh_shape) and all(
-        0 <= c < n for c, n in zip(coordinate, mesh_shape, strict=True)
-    )
+    inside = len(coordinate) == len(mesh_shape) and all(0 <= c < n for c, n in zip(coordinate, mesh_shape, strict=True))
     if not inside:
         raise LayoutError(f"there is no coordinate {tuple(coordinate)} in a mesh of shape {list(mesh_shape)}")

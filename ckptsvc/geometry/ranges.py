@@ -121,9 +121,7 @@ def plan_ranges(
     found = np.diff(np.concatenate(([0], np.cumsum(length)))[np.concatenate(([0], ends))])
     if (found != wanted_length).any():
         i = int(np.argmax(found != wanted_length))
-        raise LayoutError(
-            f"{name(i)}: {wanted_length[i] - found[i]} of {wanted_length[i]} elements are not stored"
-        )
+        raise LayoutError(f"{name(i)}: {wanted_length[i] - found[i]} of {wanted_length[i]} elements are not stored")
     stored = order[hit]
     return RangeCopies(stored, wanted, low - stored_start[stored], low - wanted_start[wanted], length)
 
@@ -176,9 +174,7 @@ def coalesce(shard: Column, offset: Column, nbytes: Column, *, gap: int = 0) -> 
     new = np.concatenate(([True], (starts + lift)[1:] > reach[:-1] + gap))
     first = np.flatnonzero(new)
     last = np.concatenate((first[1:], [len(order)]))
-    return Runs(
-        order, np.concatenate((first, last[-1:])), shards[first], starts[first], (reach - lift)[last - 1]
-    )
+    return Runs(order, np.concatenate((first, last[-1:])), shards[first], starts[first], (reach - lift)[last - 1])
 
 
 def _disjoint(start: Column, length: Column) -> tuple[Column, Column, Column]:

@@ -129,9 +129,7 @@ def plan(
             search = _Search([piece.region for piece in stored], shape)
         claims, missing = search.cover(region)
         if missing is not None:
-            raise LayoutError(
-                f"{_named(name)} of shape {list(shape)}: {missing} is wanted, and is not stored"
-            )
+            raise LayoutError(f"{_named(name)} of shape {list(shape)}: {missing} is wanted, and is not stored")
         copies.extend(Copy(s.region, s.view(box), t, target.view(box)) for s, target, box in claims)
     return copies
 
@@ -276,8 +274,7 @@ def _check_inside(what: str, regions: Iterable[Region], shape: Shape, name: str)
 def _check_stored(piece: StoredRegion, itemsize: int, shape: Shape, name: str) -> None:
     if not fits(piece.region, shape) or piece.region.size * itemsize != piece.nbytes:
         raise LayoutError(
-            f"{_named(name)} of shape {list(shape)}: "
-            f"stored {piece.region} does not fit, or is not {piece.nbytes} bytes"
+            f"{_named(name)} of shape {list(shape)}: stored {piece.region} does not fit, or is not {piece.nbytes} bytes"
         )
 
 

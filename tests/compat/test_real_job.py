@@ -22,7 +22,8 @@ def train(rank: Rank, store: str) -> dict[str, Any]:
     model = network()
     fully_shard(model)
     optimizer = adam(model)
-    with ckptsvc.attach({"model": model, "optimizer": optimizer, "note": [1, "two", 3.0]}, store=store, every="off") as run:
+    tree = {"model": model, "optimizer": optimizer, "note": [1, "two", 3.0]}
+    with ckptsvc.attach(tree, store=store, every="off") as run:
         for step in range(3):
             train_step(model, optimizer, step, rank.number)
             run.step()

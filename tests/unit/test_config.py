@@ -40,9 +40,7 @@ def test_defaults_need_nothing() -> None:
 def test_later_sources_win_and_say_so(tmp_path: Path) -> None:
     first = write(tmp_path / "a.toml", "[save]\nkeep = 4\nthreads = 5\ntimeout = '20min'\nevery = 7\n")
     second = write(tmp_path / "b.toml", "[save]\nthreads = 6\ntimeout = 60\nevery = 8\n")
-    settings = load(
-        {"CKPTSVC_SAVE_TIMEOUT": "90s", "CKPTSVC_SAVE_EVERY": "9"}, {"save.every": "10"}, [first, second]
-    )
+    settings = load({"CKPTSVC_SAVE_TIMEOUT": "90s", "CKPTSVC_SAVE_EVERY": "9"}, {"save.every": "10"}, [first, second])
     save = settings.save
     assert (save.keep, save.threads, save.timeout, save.every) == (4, 6, 90.0, Every(10, 0.0))
     origins = [settings.origin[f"save.{key}"] for key in ("keep", "threads", "timeout", "every", "extent")]
@@ -85,9 +83,7 @@ def test_every_setting_has_its_variable() -> None:
         "store.retries": "0",
         "store.timeout": "500ms",
     }
-    settings = load(
-        {f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[]
-    )
+    settings = load({f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[])
     assert set(settings.origin) == set(values)
     assert "default" not in settings.origin.values()
     assert settings.agent == config.AgentSettings(
@@ -287,17 +283,13 @@ def test_addresses_go_there_and_back(text: str) -> None:
     assert str(config.parse_address(text)) == text
 
 
-@pytest.mark.parametrize(
-    "wrong", ["", "host", ":80", "host:", "host:65536", "::1:80", "a b:1", "host:1:2", 80, None]
-)
+@pytest.mark.parametrize("wrong", ["", "host", ":80", "host:", "host:65536", "::1:80", "a b:1", "host:1:2", 80, None])
 def test_not_addresses(wrong: object) -> None:
     with pytest.raises(ConfigError):
         config.parse_address(wrong)
 
 
-SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.lists(st.integers())
-)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.lists(st.integers())
 
 
 @given(st.sampled_from(sorted(config._FIELDS)), SCALARS)

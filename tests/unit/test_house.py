@@ -45,9 +45,7 @@ def name_of(path: Path) -> str:
 
 def module_of(path: Path) -> str:
     parts = (
-        path.relative_to(ROOT / "storage_drivers" if "storage_drivers" in path.parts else ROOT)
-        .with_suffix("")
-        .parts
+        path.relative_to(ROOT / "storage_drivers" if "storage_drivers" in path.parts else ROOT).with_suffix("").parts
     )
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -120,9 +118,7 @@ def says(keywords: list[ast.keyword], name: str, *, value: object) -> bool:
 )
 def test_the_scanner_knows_pickle_when_it_sees_it(text: str) -> None:
     assert list(unpicklings(text))
-    assert not list(
-        unpicklings("torch.load(f, weights_only=True)\nnp.load(f)\njson.load(f)\nimport picklejar")
-    )
+    assert not list(unpicklings("torch.load(f, weights_only=True)\nnp.load(f)\njson.load(f)\nimport picklejar"))
 
 
 def test_no_pickle_anywhere() -> None:

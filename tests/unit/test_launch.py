@@ -104,9 +104,7 @@ def test_deepspeed_names_of_the_local_size_and_the_node() -> None:
 
 
 def test_kubernetes_operators_start_one_rank_a_pod() -> None:
-    assert place({"RANK": "2", "WORLD_SIZE": "4"}) == Placement(
-        "local", 0, 2, 4, 0, 1, "host", 2, None, "torchrun"
-    )
+    assert place({"RANK": "2", "WORLD_SIZE": "4"}) == Placement("local", 0, 2, 4, 0, 1, "host", 2, None, "torchrun")
 
 
 def test_slurm_step() -> None:
@@ -160,9 +158,7 @@ def test_open_mpi_under_slurm_is_not_the_step_of_its_daemons() -> None:
     assert (placement.source, placement.rank, placement.world_size, placement.job) == ("openmpi", 3, 4, "1")
 
 
-@pytest.mark.parametrize(
-    "local", [("PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"), ("MPI_LOCALRANKID", "MPI_LOCALNRANKS")]
-)
+@pytest.mark.parametrize("local", [("PMI_LOCAL_RANK", "PMI_LOCAL_SIZE"), ("MPI_LOCALRANKID", "MPI_LOCALNRANKS")])
 def test_pmi(local: tuple[str, str]) -> None:
     environ = {"PMI_RANK": "5", "PMI_SIZE": "6", local[0]: "2", local[1]: "3"}
     assert place(environ) == Placement("local", 0, 5, 6, 2, 3, "host", 1, None, "pmi")
@@ -223,9 +219,7 @@ def test_a_host_without_a_usable_name_is_refused_with_the_way_out() -> None:
     assert detect({"CKPTSVC_NODE": "a"}, "").node == "a"
 
 
-VARIABLES = sorted(
-    {*TORCHRUN, *SLURM_STEP, *PALS, *OPEN_MPI, "CKPTSVC_JOB", "CKPTSVC_ATTEMPT", "SLURM_JOB_END_TIME"}
-)
+VARIABLES = sorted({*TORCHRUN, *SLURM_STEP, *PALS, *OPEN_MPI, "CKPTSVC_JOB", "CKPTSVC_ATTEMPT", "SLURM_JOB_END_TIME"})
 VALUES = ["", "0", "1", "2", "5", "-1", "x", "2(x2),1", "3,", "none"]
 
 

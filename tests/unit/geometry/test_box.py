@@ -119,9 +119,7 @@ def test_fits(region, shape, inside):
 def test_is_whole(data, shape):
     region = data.draw(st.one_of(boxes_in(shape), ranges_in(shape), st.just(Box.full(shape))))
     array = numbered(shape)
-    content = (
-        array[region.slices()] if isinstance(region, Box) else array.reshape(-1)[region.start : region.stop]
-    )
+    content = array[region.slices()] if isinstance(region, Box) else array.reshape(-1)[region.start : region.stop]
     if math.prod(shape):
         assert is_whole(region, shape) == (content.size == array.size)
 

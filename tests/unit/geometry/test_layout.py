@@ -294,11 +294,7 @@ def loads_of(items, shares, number):
 )
 def test_split_replicated_balances_within_one_percent(shapes, number):
     # enough rows that one is under a percent of a holder's share; small tensors to go with them
-    items = (
-        [(Box.full(shape), 4) for shape in shapes]
-        + [(Box.full((7,)), 4)] * 50
-        + [(Box.full((9000, 4000)), 4)]
-    )
+    items = [(Box.full(shape), 4) for shape in shapes] + [(Box.full((7,)), 4)] * 50 + [(Box.full((9000, 4000)), 4)]
     loads = loads_of(items, split_replicated(items, number), number)
     assert max(loads) <= 1.01 * sum(loads) / number
     assert min(loads) >= 0.99 * sum(loads) / number

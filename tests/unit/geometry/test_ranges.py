@@ -111,9 +111,7 @@ def test_touching_are_those_that_intersect(data, shape, number):
     wanted = [data.draw(boxes_in(shape)) for _ in range(data.draw(st.integers(0, 3)))]
     expected = [i for i, box in enumerate(boxes) if any(box.intersect(w) is not None for w in wanted)]
     assert (
-        touching(
-            dense([b.origin for b in boxes], shape), dense([b.shape for b in boxes], shape), wanted
-        ).tolist()
+        touching(dense([b.origin for b in boxes], shape), dense([b.shape for b in boxes], shape), wanted).tolist()
         == expected
     )
 
@@ -138,9 +136,7 @@ def test_coalesce_covers_every_range_with_the_fewest_runs(table, gap):
         for row in rows:
             used[offset[row] : offset[row] + nbytes[row] + gap] = True
         assert used[start:stop].all()
-    for (a, _, a_stop), (b, b_start, _) in itertools.pairwise(
-        zip(runs.shard, runs.start, runs.stop, strict=True)
-    ):
+    for (a, _, a_stop), (b, b_start, _) in itertools.pairwise(zip(runs.shard, runs.start, runs.stop, strict=True)):
         assert a < b or b_start > a_stop + gap
 
 

@@ -53,11 +53,7 @@ def partitions(draw, shape):
             {
                 0,
                 size,
-                *draw(
-                    st.lists(
-                        st.integers(0, size), min_size=draw(st.integers(0, 5)), max_size=5, unique=size > 5
-                    )
-                ),
+                *draw(st.lists(st.integers(0, size), min_size=draw(st.integers(0, 5)), max_size=5, unique=size > 5)),
             }
         )
         regions = [FlatRange(a, b - a) for a, b in itertools.pairwise(bounds)]
@@ -71,9 +67,7 @@ def partitions(draw, shape):
 
 def content(array, region):
     """The elements of a region in the order of its data."""
-    part = (
-        array[region.slices()] if isinstance(region, Box) else array.reshape(-1)[region.start : region.stop]
-    )
+    part = array[region.slices()] if isinstance(region, Box) else array.reshape(-1)[region.start : region.stop]
     return part.reshape(-1)
 
 
@@ -215,9 +209,7 @@ def test_a_hole_is_named_with_the_tensor():
         plan([], [Box((), ())], ITEMSIZE, ())
 
 
-@pytest.mark.parametrize(
-    "region", [Box((0,), (4,)), Box((0, 0), (5, 4)), Box((0, -1), (4, 4)), FlatRange(10, 7)]
-)
+@pytest.mark.parametrize("region", [Box((0,), (4,)), Box((0, 0), (5, 4)), Box((0, -1), (4, 4)), FlatRange(10, 7)])
 def test_regions_outside_the_tensor_are_refused(region):
     with pytest.raises(LayoutError, match=r"wanted .* is not inside"):
         plan(store([Box.full((4, 4))]), [region], ITEMSIZE, (4, 4))
