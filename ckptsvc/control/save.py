@@ -76,6 +76,7 @@ class Saves:
     attempt: int = 0
     attempt_began: float = 0.0
     nodes: set[str] = field(default_factory=set)
+    latest: dict[int, Key] = field(default_factory=dict)  # rank of the attempt -> its newest snapshot
     gone: set[int] = field(default_factory=set)  # ranks of the attempt that will stage nothing more
     open: dict[Key, Save] = field(default_factory=dict)
     held: dict[Key, dict[int, str]] = field(default_factory=dict)  # rank -> node
@@ -86,7 +87,7 @@ class Saves:
 
     def begin(self, attempt: int, now: float) -> None:
         """Ranks of a new attempt have come; those of older ones are gone."""
-        self.attempt, self.attempt_began, self.gone = attempt, now, set()
+        self.attempt, self.attempt_began, self.gone, self.latest = attempt, now, set(), {}
 
     def staged(self, event: pb.Staged, now: float) -> Decision:
         """A rank's snapshot is whole in its arena."""
@@ -96,12 +97,15 @@ class Saves:
         decision = self._complete(event)
         if not event.again:
             decision.add(self._overtaken(event, now))
+            if event.attempt == self.attempt:
+                self.latest[event.rank] = max(key, self.latest.get(event.rank, key))
         if event.ended:
             return decision  # reported again by an agent that reconnected: memory tier only
         if key in self.ended:
             decision.effects.append(self._tell(event.node, save_ended=pb.SaveEnded(outcome=self.ended[key])))
             return decision
         save = self.open.get(key)
+        opened = save is None
         if save is None:
             save = Save(event.epoch, event.step, event.attempt, event.world_size, event.store, now, now)
             self.open[key] = save
@@ -113,6 +117,10 @@ class Saves:
             lost = [rank for rank in self.gone if not self._has_staged(key, rank)]
             if lost:
                 return decision.add(self._lost_rank(key, min(lost), "was gone", now))
+            ahead = [r for r, new in self.latest.items() if new > key and r not in self.held[key]] if opened else []
+            if ahead:  # this rank had to wait for an arena meanwhile
+                how = f"had gone on to step {self.latest[min(ahead)][1]}"
+                return decision.add(self._lost_rank(key, min(ahead), how, now))
         return decision.add(self._commit(save))
 
     def _complete(self, event: pb.Staged) -> Decision:

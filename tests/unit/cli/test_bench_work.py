@@ -69,6 +69,7 @@ def test_the_time_a_loop_is_blocked_is_lost() -> None:
     assert found["lost"] > 0.15, "the loop stood still for 0.3 s"
 
 
+@pytest.mark.slow  # it compares times
 def test_a_loop_that_goes_on_at_its_speed_loses_less_than_one_that_is_held_up() -> None:
     loop = ComputeLoop()
     free = measure_overlap(Pretended(finish=0.3), loop, base=0.3)["lost"]

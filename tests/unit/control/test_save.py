@@ -389,3 +389,11 @@ class TestMemory:
         assert saves.snapshots() == [KEY]
         saves.node_gone("n7")
         assert saves.snapshots() == []
+
+
+def test_a_rank_that_comes_late_to_a_step_the_others_have_passed_does_not_hold_its_arena_for_it(saves):
+    """Rank 0 had no agent at step 10; rank 1 waited for an arena and staged it when rank 0 was at step 20 already."""
+    saves.staged(staged(0, step=20), 0.0)
+    decision = saves.staged(staged(1, step=10), 1.0)
+    assert "rank 0 had gone on to step 20" in outcome_of(decision).reason
+    assert KEY not in saves.open
