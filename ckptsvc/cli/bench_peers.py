@@ -141,6 +141,7 @@ class DcpAsyncTuned(DcpAsync):
         """See System."""
         if self._stager is not None:
             self._stager.close()
+        self._stager = self._pending = None
 
 
 class PerRankFile(Peer):

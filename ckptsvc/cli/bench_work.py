@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -268,8 +269,13 @@ def _guarded(results: Results, system: System, action: Callable[[], None]) -> bo
         if isinstance(system, Ckptsvc):
             raise
         results.drop(system.name, f"failed: {type(error).__name__}: {str(error)[:200]}")
-        return False
-    return True
+    else:
+        return True
+    # What failed for want of memory or descriptors must not keep what it has.
+    with suppress(Exception):
+        system.close()
+    gc.collect()
+    return False
 
 
 def _folder(spec: Spec, name: str) -> Path:
