@@ -11,19 +11,29 @@ from ckptsvc.agent import reports
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
+from ckptsvc.agent.worker_proxy import WorkerProxy
+from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.pipeline.arena import Arena, State, populate
 from ckptsvc.telemetry import Event, Skip, log
 
 logger = logging.getLogger("ckptsvc.agent")
 
+UNMAP_PATIENCE = 1.0
+"""Seconds a new arena waits for the memory of removed ones."""
+
+MAP_PATIENCE = 10.0
+"""Seconds an arena waits for the I/O worker to map it; it can do without."""
+
 
 class Arenas:
     """Hands out the arenas of one agent; `slots` is their number for each rank."""
 
-    def __init__(self, local: Local, slots: int) -> None:
-        self._local, self._slots = local, slots
+    def __init__(self, local: Local, workers: Workers, slots: int) -> None:
+        self._local, self._workers, self._slots = local, workers, slots
         self._populating = asyncio.Semaphore(2)
+        self._unmapping: set[asyncio.Task[None]] = set()
+        local.pool.on_removed = self._removed
 
     async def provide(self, token: str, nbytes: int, timeout: float) -> list[str]:
         """Set up arenas of that size; returns those that are there when all are, or when the time is over."""
@@ -70,7 +80,10 @@ class Arenas:
     async def _populate(self, session: Session, arena: Arena, fd: int) -> None:
         try:
             async with self._populating:
+                if self._unmapping:  # what was removed for this one still has its memory
+                    await asyncio.wait(list(self._unmapping), timeout=UNMAP_PATIENCE)
                 await asyncio.get_running_loop().run_in_executor(None, populate, fd, arena.capacity)
+            await self._map(arena)
             self._local.pool.release(arena)
         except ArenaExhausted as error:
             log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "%s", error, job=arena.job, rank=arena.rank)
@@ -79,6 +92,25 @@ class Arenas:
             os.close(fd)
             session.preparing -= 1
             self._local.arena_changed(arena.job, arena.rank)
+
+    async def _map(self, arena: Arena) -> None:
+        try:
+            async with asyncio.timeout(MAP_PATIENCE):
+                await self._workers.of(arena.job).call("map", {"path": str(arena.path)})
+        except (CkptsvcError, TimeoutError) as error:
+            logger.info("arena %s will be mapped by its first save: %s", arena.name, error)
+
+    def _removed(self, arena: Arena) -> None:
+        if arena.job in self._workers.jobs():
+            task = asyncio.ensure_future(self._unmap(self._workers.of(arena.job), arena))
+            self._unmapping.add(task)
+            task.add_done_callback(self._unmapping.discard)
+
+    async def _unmap(self, worker: WorkerProxy, arena: Arena) -> None:
+        try:
+            await worker.call("unmap", {"path": str(arena.path)})
+        except CkptsvcError as error:
+            logger.debug("the worker of job %s did not unmap an arena: %s", arena.job, error)
 
     async def acquire(self, token: str, step: int, nbytes: int, timeout: float) -> tuple[Arena, int]:
         """An arena for a snapshot, and the epoch to label it with; on failure the save is skipped on every rank.

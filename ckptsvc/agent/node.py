@@ -51,7 +51,7 @@ class Node:
     """
 
     def __init__(self, local: Local, workers: Workers, *, slots: int, linger: float, save_timeout: float) -> None:
-        self.arenas = Arenas(local, slots)
+        self.arenas = Arenas(local, workers, slots)
         self.saves = Saves(local, workers)
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
         self._local, self._workers = local, workers

@@ -28,7 +28,7 @@ from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import CommitRecord
 from ckptsvc.format.index import IndexInfo
 from ckptsvc.format.merge import ShardRecord
-from ckptsvc.pipeline.arena import mapped
+from ckptsvc.pipeline.arena import Mappings
 from ckptsvc.pipeline.catalog import Ref, read_commit, take_epoch
 from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
 from ckptsvc.pipeline.failpoint import failpoint
@@ -59,6 +59,7 @@ class Worker:
         self._retries = retries
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
+        self._mappings = Mappings()
         self._digesting = ThreadPoolExecutor(2, thread_name_prefix="ckptsvc-digest")
 
     def store(self, url: str) -> Store:
@@ -71,7 +72,7 @@ class Worker:
     def do_write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Write the shard in an arena; notes its digests as soon as they are known."""
         failpoint("before_shard")
-        with mapped(args["path"], args["nbytes"]) as image:
+        with self._mappings.pages(args["path"], args["nbytes"]) as image:
             written = write_shard(
                 self.store(args["store"]),
                 image,
@@ -93,8 +94,18 @@ class Worker:
 
     def do_digest(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Checksums of a snapshot in memory."""
-        with mapped(args["path"], args["nbytes"]) as image:
+        with self._mappings.pages(args["path"], args["nbytes"]) as image:
             return {"digests": extent_digests(image[: args["nbytes"]], args["extent"]).tobytes()}
+
+    def do_map(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Map a new arena, beside the training."""
+        self._mappings.touch(args["path"])
+        return {}
+
+    def do_unmap(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Let go of an arena that has been removed."""
+        self._mappings.forget(args["path"])
+        return {}
 
     def do_epoch(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Take the next epoch of the run."""
@@ -167,7 +178,11 @@ def serve(sock: socket.socket) -> None:
             body = _receive(sock, FRAME.unpack(head)[0])
             if body is None:
                 os._exit(0)
-            pool.submit(execute, decoder.decode(body))
+            request = decoder.decode(body)
+            if request.op == "unmap":  # it must not wait for threads that a store may hold up
+                execute(request)
+            else:
+                pool.submit(execute, request)
 
 
 def _receive(sock: socket.socket, nbytes: int) -> bytearray | None:

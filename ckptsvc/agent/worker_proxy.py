@@ -46,6 +46,7 @@ class WorkerProxy:
         self._pending: dict[int, tuple[asyncio.Future[dict[str, Any]], Note | None]] = {}
         self._ids = itertools.count(1)
         self._starting = asyncio.Lock()
+        self._closed = False
 
     async def call(self, op: str, args: dict[str, Any], on_note: Note | None = None) -> dict[str, Any]:
         """Run one operation in the worker.
@@ -54,7 +55,7 @@ class WorkerProxy:
 
         Raises:
             CkptsvcError: what the operation raised.
-            StoreUnavailable: the worker died again and again.
+            StoreUnavailable: the worker died again and again, or has been closed.
         """
         for _ in range(_RESTARTS):
             writer = await self._ensure()
@@ -73,12 +74,16 @@ class WorkerProxy:
 
     async def close(self) -> None:
         """End the worker; what it is doing is lost."""
+        self._closed = True
         if self._reader_task:
             self._reader_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._reader_task
         if self._writer:
             self._writer.close()
+        for future, _ in list(self._pending.values()):
+            if not future.done():
+                future.set_exception(WorkerDied())
         if self._process:
             self._process.kill()
             # A process that hangs in a dead file system does not end of SIGKILL: do not wait for it.
@@ -88,6 +93,8 @@ class WorkerProxy:
 
     async def _ensure(self) -> asyncio.StreamWriter:
         async with self._starting:
+            if self._closed:
+                raise StoreUnavailable(f"the I/O worker of job {self.job} has been closed")
             if self._writer is not None:
                 return self._writer
             ours, theirs = socket.socketpair()

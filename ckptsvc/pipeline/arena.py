@@ -14,8 +14,9 @@ import fcntl
 import mmap
 import os
 import secrets
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,10 +78,12 @@ class ArenaPool:
     Args:
         root: directory of this agent; created with mode 0700.
         limit: bytes of shared memory all arenas together may take.
+        on_removed: told of every arena that is removed: who maps it must let go, or its memory stays.
     """
 
     root: Path
     limit: int
+    on_removed: Callable[[Arena], None] = lambda arena: None
     arenas: dict[str, Arena] = field(default_factory=dict)
     _lock: int = -1
 
@@ -219,6 +222,7 @@ class ArenaPool:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
         self.arenas.pop(arena.name, None)
+        self.on_removed(arena)
 
 
 def populate(fd: int, capacity: int) -> None:
@@ -236,24 +240,78 @@ def populate(fd: int, capacity: int) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def mapped(path: Path | str, nbytes: int) -> Iterator[memoryview]:
-    """An arena's whole pages that hold the first `nbytes` bytes, read-only."""
+@dataclass(slots=True)
+class _Mapping:
+    memory: mmap.mmap
+    users: int = 0
+    forgotten: bool = False
+
+
+class Mappings:
+    """Arenas of this process's agent, read-only, mapped once and kept.
+
+    Direct I/O takes every page of a new mapping as a fault: that costs half as much again as writing them does, at
+    each save. A kept mapping keeps the memory of an arena that is removed, so whoever removes one must tell.
+    """
+
+    def __init__(self) -> None:
+        self._maps: dict[str, _Mapping] = {}
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def pages(self, path: str, nbytes: int) -> Iterator[memoryview]:
+        """An arena's whole pages that hold the first `nbytes` bytes.
+
+        Raises:
+            InvalidInput: it is smaller.
+            OSError: it is not there.
+        """
+        with self._lock:
+            mapping = self._maps.get(path)
+            if mapping is None:
+                mapping = self._maps[path] = _Mapping(_map(path))
+            mapping.users += 1
+        try:
+            size = len(mapping.memory)
+            if not 0 < nbytes <= size:
+                raise InvalidInput(f"{path} has {size} bytes; {nbytes} were asked for")
+            with (
+                memoryview(mapping.memory) as whole,
+                whole[: min(size, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)] as view,
+            ):
+                yield view
+        finally:
+            with self._lock:
+                mapping.users -= 1
+                self._close(mapping)
+
+    def touch(self, path: str) -> None:
+        """Map all of an arena now, so that its first save finds it mapped."""
+        with self.pages(path, 1), self._lock, contextlib.suppress(OSError):  # a kernel before 5.14
+            self._maps[path].memory.madvise(_MADV_POPULATE_READ)
+
+    def forget(self, path: str) -> None:
+        """The arena has been removed: let its memory go, as soon as nobody reads it any more."""
+        with self._lock:
+            mapping = self._maps.pop(path, None)
+            if mapping is not None:
+                mapping.forgotten = True
+                self._close(mapping)
+
+    def _close(self, mapping: _Mapping) -> None:
+        if mapping.forgotten and not mapping.users:
+            mapping.memory.close()
+
+
+_MADV_POPULATE_READ = 22
+
+
+def _map(path: str) -> mmap.mmap:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        size = os.fstat(fd).st_size
-        pages = min(size, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
-        if nbytes <= 0 or nbytes > size:
-            raise InvalidInput(f"{path} has {size} bytes; {nbytes} were asked for")
-        memory = mmap.mmap(fd, pages, mmap.MAP_SHARED, mmap.PROT_READ)
+        return mmap.mmap(fd, 0, mmap.MAP_SHARED, mmap.PROT_READ)
     finally:
         os.close(fd)
-    view = memoryview(memory)
-    try:
-        yield view
-    finally:
-        view.release()
-        memory.close()
 
 
 def _read_label(path: Path) -> Label | None:

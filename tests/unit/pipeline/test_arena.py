@@ -1,12 +1,13 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import msgspec
 import pytest
 
 from ckptsvc.errors import ArenaExhausted, InvalidInput, RunBusy
-from ckptsvc.pipeline.arena import HUGE_PAGE, ArenaPool, Label, State, mapped, populate
+from ckptsvc.pipeline.arena import HUGE_PAGE, ArenaPool, Label, Mappings, State, populate
 
 MiB = 1 << 20
 
@@ -284,16 +285,45 @@ class TestOwnership:
         pool.close(remove=True)
 
 
-class TestMapping:
-    def test_shows_whole_pages(self, pool):
+class TestMappings:
+    @pytest.fixture
+    def mappings(self):
+        return Mappings()
+
+    def test_show_whole_pages(self, pool, mappings):
         arena = made(pool)
         with open(arena.path, "r+b") as file:
             file.write(b"abc")
-        with mapped(arena.path, 3) as image:
+        with mappings.pages(str(arena.path), 3) as image:
             assert (len(image), bytes(image[:4]), image.readonly) == (4096, b"abc\0", True)
 
     @pytest.mark.parametrize("nbytes", [-1, 0, HUGE_PAGE + 1])
-    def test_of_bytes_that_are_not_there_is_refused(self, pool, nbytes):
+    def test_of_bytes_that_are_not_there_is_refused(self, pool, mappings, nbytes):
         arena = made(pool)
-        with pytest.raises(InvalidInput, match=f"{nbytes} were asked for"), mapped(arena.path, nbytes):
+        with pytest.raises(InvalidInput, match=f"{nbytes} were asked for"), mappings.pages(str(arena.path), nbytes):
             pass
+
+    def test_of_a_file_that_is_not_there_is_refused(self, pool, mappings):
+        with pytest.raises(FileNotFoundError), mappings.pages(str(pool.root / "x.arena"), 3):
+            pass
+
+    def test_are_kept_until_they_are_forgotten(self, pool, mappings):
+        arena = made(pool)
+        mappings.touch(str(arena.path))
+        pool.remove(arena)
+        assert mapped_files(pool.root) == 1
+        mappings.forget(str(arena.path))
+        assert mapped_files(pool.root) == 0
+
+    def test_one_that_is_forgotten_while_it_is_read_goes_afterwards(self, pool, mappings):
+        arena = made(pool)
+        with mappings.pages(str(arena.path), 3) as image:
+            pool.remove(arena)
+            mappings.forget(str(arena.path))
+            assert bytes(image[:1]) == b"\0"
+        assert mapped_files(pool.root) == 0
+
+
+def mapped_files(folder: Path) -> int:
+    """How many files below a folder this process maps."""
+    return Path("/proc/self/maps").read_text().count(f"{folder}/")
