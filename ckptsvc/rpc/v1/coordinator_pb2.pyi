@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Report(_message.Message):
-    __slots__ = ("agent_hello", "rank_joined", "rank_left", "announced", "progressed", "staged", "durable", "shard_failed", "skipped", "dropped", "node_joined", "node_ready", "rank_exited", "node_left", "stop_requested", "rewound")
+    __slots__ = ("agent_hello", "rank_joined", "rank_left", "announced", "progressed", "staged", "durable", "shard_failed", "skipped", "dropped", "node_joined", "node_ready", "rank_exited", "node_left", "stop_requested", "rewound", "stalled", "moved", "examined")
     AGENT_HELLO_FIELD_NUMBER: _ClassVar[int]
     RANK_JOINED_FIELD_NUMBER: _ClassVar[int]
     RANK_LEFT_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,9 @@ class Report(_message.Message):
     NODE_LEFT_FIELD_NUMBER: _ClassVar[int]
     STOP_REQUESTED_FIELD_NUMBER: _ClassVar[int]
     REWOUND_FIELD_NUMBER: _ClassVar[int]
+    STALLED_FIELD_NUMBER: _ClassVar[int]
+    MOVED_FIELD_NUMBER: _ClassVar[int]
+    EXAMINED_FIELD_NUMBER: _ClassVar[int]
     agent_hello: AgentHello
     rank_joined: RankJoined
     rank_left: RankLeft
@@ -40,7 +43,10 @@ class Report(_message.Message):
     node_left: NodeLeft
     stop_requested: StopRequested
     rewound: Rewound
-    def __init__(self, agent_hello: _Optional[_Union[AgentHello, _Mapping]] = ..., rank_joined: _Optional[_Union[RankJoined, _Mapping]] = ..., rank_left: _Optional[_Union[RankLeft, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., progressed: _Optional[_Union[Progressed, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., shard_failed: _Optional[_Union[ShardFailed, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ..., node_joined: _Optional[_Union[NodeJoined, _Mapping]] = ..., node_ready: _Optional[_Union[NodeReady, _Mapping]] = ..., rank_exited: _Optional[_Union[RankExited, _Mapping]] = ..., node_left: _Optional[_Union[NodeLeft, _Mapping]] = ..., stop_requested: _Optional[_Union[StopRequested, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ...) -> None: ...
+    stalled: Stalled
+    moved: Moved
+    examined: Examined
+    def __init__(self, agent_hello: _Optional[_Union[AgentHello, _Mapping]] = ..., rank_joined: _Optional[_Union[RankJoined, _Mapping]] = ..., rank_left: _Optional[_Union[RankLeft, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., progressed: _Optional[_Union[Progressed, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., shard_failed: _Optional[_Union[ShardFailed, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ..., node_joined: _Optional[_Union[NodeJoined, _Mapping]] = ..., node_ready: _Optional[_Union[NodeReady, _Mapping]] = ..., rank_exited: _Optional[_Union[RankExited, _Mapping]] = ..., node_left: _Optional[_Union[NodeLeft, _Mapping]] = ..., stop_requested: _Optional[_Union[StopRequested, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., stalled: _Optional[_Union[Stalled, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., examined: _Optional[_Union[Examined, _Mapping]] = ...) -> None: ...
 
 class AgentHello(_message.Message):
     __slots__ = ("node",)
@@ -295,8 +301,90 @@ class StopRequested(_message.Message):
     reason: str
     def __init__(self, job: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class Stalled(_message.Message):
+    __slots__ = ("job", "node", "attempt", "rank", "phase", "step", "seconds", "threshold")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    node: str
+    attempt: int
+    rank: int
+    phase: str
+    step: int
+    seconds: float
+    threshold: float
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., seconds: _Optional[float] = ..., threshold: _Optional[float] = ...) -> None: ...
+
+class Moved(_message.Message):
+    __slots__ = ("job", "attempt", "rank")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    attempt: int
+    rank: int
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
+
+class Examined(_message.Message):
+    __slots__ = ("job", "attempt", "incident", "node", "ranks", "nics")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    INCIDENT_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    NICS_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    attempt: int
+    incident: str
+    node: str
+    ranks: _containers.RepeatedCompositeFieldContainer[RankEvidence]
+    nics: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., incident: _Optional[str] = ..., node: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankEvidence, _Mapping]]] = ..., nics: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class RankEvidence(_message.Message):
+    __slots__ = ("rank", "pid", "phase", "step", "stalled", "state", "cpu", "waits_in", "answers", "enqueued", "completed", "collective", "stack", "native_stack", "log_tail", "notes")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    PHASE_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    STALLED_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    CPU_FIELD_NUMBER: _ClassVar[int]
+    WAITS_IN_FIELD_NUMBER: _ClassVar[int]
+    ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    ENQUEUED_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_FIELD_NUMBER: _ClassVar[int]
+    STACK_FIELD_NUMBER: _ClassVar[int]
+    NATIVE_STACK_FIELD_NUMBER: _ClassVar[int]
+    LOG_TAIL_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    pid: int
+    phase: str
+    step: int
+    stalled: float
+    state: str
+    cpu: float
+    waits_in: str
+    answers: bool
+    enqueued: int
+    completed: int
+    collective: str
+    stack: str
+    native_stack: str
+    log_tail: str
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., stalled: _Optional[float] = ..., state: _Optional[str] = ..., cpu: _Optional[float] = ..., waits_in: _Optional[str] = ..., answers: bool = ..., enqueued: _Optional[int] = ..., completed: _Optional[int] = ..., collective: _Optional[str] = ..., stack: _Optional[str] = ..., native_stack: _Optional[str] = ..., log_tail: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class Order(_message.Message):
-    __slots__ = ("job", "epoch_allotted", "job_refused", "holders", "save_at", "stop_at", "save_ended", "snapshot_complete", "start", "stop", "end")
+    __slots__ = ("job", "epoch_allotted", "job_refused", "holders", "save_at", "stop_at", "save_ended", "snapshot_complete", "start", "stop", "end", "examine", "kill", "incident")
     JOB_FIELD_NUMBER: _ClassVar[int]
     EPOCH_ALLOTTED_FIELD_NUMBER: _ClassVar[int]
     JOB_REFUSED_FIELD_NUMBER: _ClassVar[int]
@@ -308,6 +396,9 @@ class Order(_message.Message):
     START_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    EXAMINE_FIELD_NUMBER: _ClassVar[int]
+    KILL_FIELD_NUMBER: _ClassVar[int]
+    INCIDENT_FIELD_NUMBER: _ClassVar[int]
     job: str
     epoch_allotted: EpochAllotted
     job_refused: JobRefused
@@ -319,7 +410,66 @@ class Order(_message.Message):
     start: _agent_pb2.StartRanks
     stop: _agent_pb2.StopRanks
     end: _agent_pb2.JobEnd
-    def __init__(self, job: _Optional[str] = ..., epoch_allotted: _Optional[_Union[EpochAllotted, _Mapping]] = ..., job_refused: _Optional[_Union[JobRefused, _Mapping]] = ..., holders: _Optional[_Union[Holders, _Mapping]] = ..., save_at: _Optional[_Union[SaveAt, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., save_ended: _Optional[_Union[SaveEnded, _Mapping]] = ..., snapshot_complete: _Optional[_Union[SnapshotComplete, _Mapping]] = ..., start: _Optional[_Union[_agent_pb2.StartRanks, _Mapping]] = ..., stop: _Optional[_Union[_agent_pb2.StopRanks, _Mapping]] = ..., end: _Optional[_Union[_agent_pb2.JobEnd, _Mapping]] = ...) -> None: ...
+    examine: Examine
+    kill: Kill
+    incident: Incident
+    def __init__(self, job: _Optional[str] = ..., epoch_allotted: _Optional[_Union[EpochAllotted, _Mapping]] = ..., job_refused: _Optional[_Union[JobRefused, _Mapping]] = ..., holders: _Optional[_Union[Holders, _Mapping]] = ..., save_at: _Optional[_Union[SaveAt, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., save_ended: _Optional[_Union[SaveEnded, _Mapping]] = ..., snapshot_complete: _Optional[_Union[SnapshotComplete, _Mapping]] = ..., start: _Optional[_Union[_agent_pb2.StartRanks, _Mapping]] = ..., stop: _Optional[_Union[_agent_pb2.StopRanks, _Mapping]] = ..., end: _Optional[_Union[_agent_pb2.JobEnd, _Mapping]] = ..., examine: _Optional[_Union[Examine, _Mapping]] = ..., kill: _Optional[_Union[Kill, _Mapping]] = ..., incident: _Optional[_Union[Incident, _Mapping]] = ...) -> None: ...
+
+class Examine(_message.Message):
+    __slots__ = ("attempt", "incident", "ranks", "seconds")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    INCIDENT_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    attempt: int
+    incident: str
+    ranks: _containers.RepeatedScalarFieldContainer[int]
+    seconds: float
+    def __init__(self, attempt: _Optional[int] = ..., incident: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Kill(_message.Message):
+    __slots__ = ("attempt", "rank", "reason")
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    attempt: int
+    rank: int
+    reason: str
+    def __init__(self, attempt: _Optional[int] = ..., rank: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class Incident(_message.Message):
+    __slots__ = ("id", "job", "attempt", "kind", "opened", "sentence", "rank", "node", "confidence", "signals", "actions", "ranks", "nics", "step", "detected")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    OPENED_FIELD_NUMBER: _ClassVar[int]
+    SENTENCE_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    SIGNALS_FIELD_NUMBER: _ClassVar[int]
+    ACTIONS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    NICS_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    DETECTED_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    job: str
+    attempt: int
+    kind: str
+    opened: str
+    sentence: str
+    rank: int
+    node: str
+    confidence: float
+    signals: _containers.RepeatedScalarFieldContainer[str]
+    actions: _containers.RepeatedScalarFieldContainer[str]
+    ranks: _containers.RepeatedCompositeFieldContainer[RankEvidence]
+    nics: _containers.RepeatedScalarFieldContainer[str]
+    step: int
+    detected: float
+    def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ..., opened: _Optional[str] = ..., sentence: _Optional[str] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., confidence: _Optional[float] = ..., signals: _Optional[_Iterable[str]] = ..., actions: _Optional[_Iterable[str]] = ..., ranks: _Optional[_Iterable[_Union[RankEvidence, _Mapping]]] = ..., nics: _Optional[_Iterable[str]] = ..., step: _Optional[int] = ..., detected: _Optional[float] = ...) -> None: ...
 
 class EpochAllotted(_message.Message):
     __slots__ = ("attempt", "epoch", "code", "why", "rewinds")
