@@ -19,7 +19,7 @@ import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple, NoReturn, get_args
+from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_origin
 
 import msgspec
 
@@ -247,6 +247,29 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Annotated[float, parse_duration] = 60.0
 
 
+class HealthSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[health]: when a rank hangs, and what is done about it.
+
+    Attributes:
+        enabled: watch for ranks that make no progress.
+        automatic: in which jobs the rank that is to blame is killed: "launched" (by `ckptsvc run`, which starts it
+            again), "always", or "never": then it is only reported.
+        floor: time without progress that is never a stall.
+        factor: a stall is longer than so many times the 99th percentile of the job's own steps (of its own evaluations,
+            and so on, by phase).
+        startup: how long a phase that the job has little experience with may be without progress.
+        confirm: how long a rank that is to blame, and whose process is neither stopped nor gone, must stand still
+            before it is killed. Work that takes longer than this and is no step should be declared (`Session.phase`).
+    """
+
+    enabled: bool = True
+    automatic: Literal["launched", "always", "never"] = "launched"
+    floor: Annotated[float, parse_duration] = 4.0
+    factor: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 3.0
+    startup: Annotated[float, parse_duration] = 600.0
+    confirm: Annotated[float, parse_duration] = 60.0
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All settings, validated.
 
@@ -259,6 +282,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     arena: ArenaSettings = ArenaSettings()
     save: SaveSettings = SaveSettings()
     store: StoreSettings = StoreSettings()
+    health: HealthSettings = HealthSettings()
     origin: dict[str, str] = {}
 
 
@@ -375,7 +399,8 @@ def _parse(key: str, value: object, origin: str) -> object:
     except ConfigError as error:
         raise ConfigError(f"{key} ({origin}): {error.what}", hint=error.hint) from None
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{key} ({origin}) is {value!r}: {error}") from None
+        hint = f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
+        raise ConfigError(f"{key} ({origin}) is {value!r}: {error}", hint=hint) from None
 
 
 def _check(settings: Settings) -> None:
@@ -384,7 +409,7 @@ def _check(settings: Settings) -> None:
     def refuse(key: str, problem: str) -> NoReturn:
         raise ConfigError(f"{key} ({settings.origin[key]}) {problem}")
 
-    agent, arena, save = settings.agent, settings.arena, settings.save
+    agent, arena, save, health = settings.agent, settings.arena, settings.save, settings.health
     if agent.socket_dir and not os.path.isabs(agent.socket_dir):
         refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
     if not os.path.isabs(arena.dir):
@@ -393,6 +418,9 @@ def _check(settings: Settings) -> None:
         refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
     if save.deadline >= save.timeout:
         refuse("save.deadline", f"is {save.deadline:g} s, not less than save.timeout, {save.timeout:g} s")
+    for key in ("floor", "startup", "confirm"):
+        if getattr(health, key) == 0:
+            refuse(f"health.{key}", 'is 0; to switch the watch off, set health.enabled to "false"')
 
 
 def runtime_dir(environ: Mapping[str, str], *, uid: int | None = None, root: Path = Path("/")) -> Path:

@@ -48,12 +48,14 @@ class Node:
     Attributes:
         arenas, saves: the parts that ranks call through the servicer.
         launch_order: what to do with an order for a launcher.
+        watch_order: what to do with an order about ranks that hang.
     """
 
     def __init__(self, local: Local, workers: Workers, *, slots: int, linger: float, save_timeout: float) -> None:
         self.arenas = Arenas(local, workers, slots)
         self.saves = Saves(local, workers)
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
+        self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self._local, self._workers = local, workers
         self._linger, self._save_timeout = linger, save_timeout
         local.on_order = self.on_order
@@ -196,6 +198,9 @@ class Node:
             return
         job = self._local.jobs.get(order.job)
         if job is None or kind is None:
+            return
+        if kind in ("examine", "kill"):
+            self.watch_order(job, order)
             return
         effect = getattr(order, kind)
         if kind in ("save_at", "stop_at"):

@@ -33,8 +33,11 @@ from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
+from ckptsvc.agent.watch import Watch
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import Settings, load, parse_duration, private_directory, runtime_dir
+from ckptsvc.config import HealthSettings, Settings, load, parse_duration, private_directory, runtime_dir
+from ckptsvc.control.health import Policy
+from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import EXIT_STATUS, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS
@@ -76,7 +79,8 @@ class Agent:
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
         self.workers = Workers()
-        self.shell = CoordinatorShell(self.workers, settings.save.timeout)
+        policy = Policy(settings.health.automatic, settings.health.confirm)
+        self.shell = CoordinatorShell(self.workers, settings.save.timeout, policy)
         arenas = Path(settings.arena.dir)
         # Agents with different directories may share a machine (two "nodes" of a test): their arenas must not meet.
         tag = hashlib.sha256(str(options.directory).encode()).hexdigest()[:8]
@@ -110,13 +114,16 @@ class Agent:
         )
         self.launches = Launches(self.local)
         self.node.launch_order = self.launches.order
+        self.watch = Watch(self.local, _limits(settings.health), enabled=settings.health.enabled)
+        self.node.watch_order = self.watch.order
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             self.node.saves.recover(left)
-            tasks = [asyncio.ensure_future(c) for c in (self.shell.run(), self.node.watch(), self._until_idle())]
+            running = (self.shell.run(), self.node.watch(), self.watch.run(), self._until_idle())
+            tasks = [asyncio.ensure_future(c) for c in running]
             (directory / "ready").write_text(self._ready_text())
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
                 self.node_name, directory, self.address, node=self.node_name)  # fmt: skip
@@ -190,6 +197,10 @@ class Agent:
 
     def _ready_text(self) -> str:
         return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n"
+
+
+def _limits(settings: HealthSettings) -> Limits:
+    return Limits(settings.floor, settings.factor, settings.startup)
 
 
 async def _own(lock: int, directory: Path) -> None:

@@ -1,0 +1,342 @@
+"""Who is to blame when a job stands still: evidence about its ranks -> a verdict, with its reasons.
+
+Each observer below looks at one independent kind of evidence and says which ranks it speaks against. The rank that the
+weightiest kinds speak against is named. That all ranks stand still says nothing about who holds them up: what counts is
+what sets one rank apart from those that wait for it.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+
+BUSY, IDLE = 0.8, 0.2
+"""Shares of a core from which on, and up to which, a thread counts as working and as idle."""
+
+
+class Kind(enum.Enum):
+    """What a signal is about. Signals of one kind are not independent of each other."""
+
+    PROCESS = "process"
+    INTERPRETER = "interpreter"
+    COLLECTIVE = "collective"
+    STACK = "stack"
+    WORK = "work"
+    STEPS = "steps"
+    NETWORK = "network"
+    NODE = "node"
+
+
+class Signal(NamedTuple):
+    """One observation that speaks against a rank."""
+
+    kind: Kind
+    weight: float
+    what: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """A job that stands still, as far as it could be seen.
+
+    Attributes:
+        nodes: rank -> node, of every rank of the attempt.
+        ranks: what was found out about them.
+        silent: nodes that have not answered.
+        nics: node -> a sentence for each of its network cards that is not well.
+    """
+
+    nodes: Mapping[int, str]
+    ranks: Mapping[int, pb.RankEvidence]
+    silent: Collection[str] = ()
+    nics: Mapping[str, Iterable[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Who it was.
+
+    Attributes:
+        rank: to blame; -1: nobody could be named.
+        node: where it is; "" if nobody was named.
+        sentence: for a person.
+        confidence: 0 to 1.
+        signals: what says so, one sentence each.
+        kinds: how many independent kinds of evidence set this rank apart.
+        overdue: it has itself been without progress for longer than its phase allows.
+        broken: its process cannot go on by itself.
+    """
+
+    rank: int = -1
+    node: str = ""
+    sentence: str = ""
+    confidence: float = 0.0
+    signals: tuple[str, ...] = ()
+    kinds: frozenset[Kind] = frozenset()
+    overdue: bool = False
+    broken: bool = False
+
+
+def blame(scene: Scene) -> Verdict:
+    """The verdict on a scene."""
+    if _suspended(scene):
+        stopped = sum(e.state == "T" for e in scene.ranks.values())
+        return Verdict(sentence=f"{stopped} of {len(scene.nodes)} ranks are stopped: somebody has suspended the job")
+    against: dict[int, dict[Kind, Signal]] = {}
+    for observe in _OBSERVERS:
+        for rank, signal in observe(scene):
+            known = against.setdefault(rank, {}).setdefault(signal.kind, signal)
+            if known.weight < signal.weight:
+                against[rank][signal.kind] = signal
+    if not against:
+        return Verdict(sentence=_nobody(scene))
+    weights = {rank: sum(s.weight for s in signals.values()) for rank, signals in against.items()}
+    most = max(weights.values())
+    suspects = sorted(rank for rank, weight in weights.items() if weight == most)
+    return _verdict(scene, suspects, against[suspects[0]])
+
+
+def _verdict(scene: Scene, suspects: list[int], signals: Mapping[Kind, Signal]) -> Verdict:
+    first, nodes = suspects[0], {scene.nodes[rank] for rank in suspects}
+    evidence = scene.ranks.get(first)
+    broken = evidence is not None and evidence.state in _BROKEN
+    overdue = evidence is not None and 0 < evidence.threshold < evidence.stalled
+    # What speaks against all ranks of a node names the node.
+    of_node = len(nodes) == 1 and len(suspects) > 1 and signals.keys() <= {Kind.NODE, Kind.NETWORK}
+    confidence = 0.95 if broken else {1: 0.5, 2: 0.8}.get(len(signals), 0.9)
+    if not broken and not of_node:
+        confidence /= len(suspects)
+    what = [signal.what for signal in sorted(signals.values(), key=lambda signal: -signal.weight)]
+    if evidence is not None and evidence.threshold and not of_node:
+        what.append(
+            f"no progress in {evidence.phase or 'no phase'} for {evidence.stalled:.1f} s,"
+            f" where {evidence.threshold:.1f} s are allowed"
+        )
+    who = f"rank {first} on {scene.nodes[first]}" if not of_node else f"node {scene.nodes[first]}"
+    if len(suspects) > 1 and not of_node:
+        who += f" (or one of ranks {', '.join(map(str, suspects[1:9]))})"
+    if evidence is not None and evidence.threshold and not overdue:
+        sentence = f"{who} is what the others wait for, still within its time: {'; '.join(what)}"
+    else:
+        sentence = f"{who} hung: {'; '.join(what)} ({confidence:.0%} sure)"
+    return Verdict(
+        rank=-1 if of_node else first,
+        node=scene.nodes[first],
+        sentence=sentence,
+        confidence=confidence,
+        signals=tuple(what),
+        kinds=frozenset(signals) if len(suspects) == 1 or broken else frozenset(),
+        overdue=overdue,
+        broken=broken,
+    )
+
+
+def _nobody(scene: Scene) -> str:
+    waiting = {r for r, e in scene.ranks.items() if waits(e)}
+    if scene.ranks and len(waiting) == len(scene.ranks):
+        one = scene.ranks[min(waiting)]
+        return f"nobody can be named: all {len(waiting)} ranks wait {_in(one)}: perhaps the network"
+    return f"nobody can be named: nothing sets one of {len(scene.ranks)} ranks apart from the others"
+
+
+# ---- what a rank is doing ----------------------------------------------------------------------------------------
+
+_BROKEN = ("T", "Z", "X")
+_WAITS_IN_TORCH = re.compile(
+    r"\b(all_?reduce|all_?gather|reduce_scatter|broadcast|barrier|all_to_all|gather|scatter|reduce|recv|irecv|send"
+    r"|synchronize|monitored_barrier)\w*"
+)
+_BACKWARD = "_engine_run_backward"
+
+
+def waits(evidence: pb.RankEvidence) -> bool:
+    """Whether the rank waits for others: by its own record of collectives, by its stack, or because it is idle."""
+    if evidence.state in _BROKEN:
+        return False
+    if _counts(evidence):
+        return evidence.enqueued > evidence.completed
+    if evidence.stack:
+        return _stack_waits(evidence)
+    return evidence.state == "S" and evidence.cpu <= IDLE
+
+
+def functions(stack: str) -> tuple[str, ...]:
+    """The functions of a stack, outermost first: its lines without files and line numbers."""
+    return tuple(match[0] for line in stack.splitlines() if (match := re.match(r"\s*[\w.<>]+", line)))
+
+
+def _counts(evidence: pb.RankEvidence) -> bool:
+    return evidence.enqueued > 0 or evidence.completed > 0
+
+
+def _stack_waits(evidence: pb.RankEvidence) -> bool:
+    lines = evidence.stack.splitlines()[-4:]
+    if any(_WAITS_IN_TORCH.match(line.strip()) for line in lines):
+        return True
+    return any(_BACKWARD in line for line in lines) and evidence.cpu <= IDLE
+
+
+def _in(evidence: pb.RankEvidence) -> str:
+    if evidence.collective and evidence.enqueued > 0:
+        return f"in {evidence.collective} (number {evidence.enqueued})"
+    return f"in {evidence.collective}" if evidence.collective else "for others"
+
+
+def _suspended(scene: Scene) -> bool:
+    """Most of the job is stopped: a scheduler, or a person at a terminal, has done that. It is no fault."""
+    stopped = sum(e.state == "T" for e in scene.ranks.values())
+    return 2 * stopped > len(scene.nodes)
+
+
+# ---- observers: each yields (rank, signal) -----------------------------------------------------------------------
+
+Found = Iterable[tuple[int, Signal]]
+
+
+def _process(scene: Scene) -> Found:
+    """The kernel's word about the process."""
+    said = {
+        "T": (4.0, "its process is stopped (state T)"),
+        "Z": (4.0, "its process is a zombie (state Z)"),
+        "X": (4.0, "its process is gone"),
+    }
+    for rank, e in scene.ranks.items():
+        if e.state in said:
+            yield rank, Signal(Kind.PROCESS, *said[e.state])
+        elif e.state == "D":
+            where = f" in {e.waits_in}" if e.waits_in else ""
+            yield rank, Signal(Kind.PROCESS, 2.0, f"its process sleeps{where} and cannot be interrupted (state D)")
+
+
+def _interpreter(scene: Scene) -> Found:
+    """Threads of other ranks answer, this one's do not get the interpreter lock."""
+    if not any(e.answers for e in scene.ranks.values()):
+        return  # nobody was asked
+    for rank, e in scene.ranks.items():
+        if not e.answers and e.state in ("R", "S"):
+            how = "computes" if e.cpu >= BUSY else "sleeps"
+            yield rank, Signal(Kind.INTERPRETER, 2.0, f"it {how} without ever letting go of the interpreter lock")
+
+
+def _collectives(scene: Scene) -> Found:
+    """The lowest sequence number; at the same number, the one that started something else."""
+    known = {r: e for r, e in scene.ranks.items() if _counts(e)}
+    flying = [e.enqueued for e in known.values() if e.enqueued > e.completed]
+    if not flying:
+        return
+    number = max(flying, key=lambda n: (flying.count(n), n))
+    waiting = {r: e for r, e in known.items() if e.enqueued > e.completed and e.enqueued == number}
+    behind = {r: e for r, e in known.items() if e.enqueued < number}
+    where = f"{len(waiting)} wait {_in(next(iter(waiting.values())))}"
+    if behind:
+        lowest = min(e.enqueued for e in behind.values())
+        for rank, e in behind.items():
+            if e.enqueued == lowest:
+                yield rank, Signal(Kind.COLLECTIVE, 2.0, f"{where}, which it has not begun: its last is {e.enqueued}")
+        return
+    yield from _mismatch(waiting, number)
+    unknown = [r for r, e in scene.ranks.items() if r not in known]
+    if len(unknown) <= len(waiting):
+        for rank in unknown:
+            yield rank, Signal(Kind.COLLECTIVE, 1.0, f"{where}, which it is not known to have begun")
+
+
+def _mismatch(waiting: Mapping[int, pb.RankEvidence], number: int) -> Found:
+    operations = Counter(_operation(e.collective) for e in waiting.values() if e.collective)
+    if len(operations) < 2:
+        return
+    usual, count = operations.most_common(1)[0]
+    for rank, e in waiting.items():
+        own = _operation(e.collective)
+        if e.collective and (own != usual or operations[own] * 2 == len(waiting)):
+            yield (
+                rank,
+                Signal(Kind.COLLECTIVE, 2.0, f"it started {own} as number {number}, where {count} started {usual}"),
+            )
+
+
+def _operation(collective: str) -> str:
+    """What must be the same on all ranks: the operation, and for a reduction what is reduced."""
+    return collective if collective.startswith(("all_reduce", "allreduce")) else collective.partition(" of ")[0]
+
+
+def _stacks(scene: Scene) -> Found:
+    """Most wait in a collective, and this one is somewhere else."""
+    known = {r: e for r, e in scene.ranks.items() if e.stack}
+    waiting = [r for r, e in known.items() if _stack_waits(e)]
+    elsewhere = {r: e for r, e in known.items() if r not in waiting}
+    if waiting and len(elsewhere) <= len(waiting):
+        there = _innermost(known[waiting[0]])
+        for rank, e in elsewhere.items():
+            yield rank, Signal(Kind.STACK, 2.0, f"it is in {_innermost(e)}, while {len(waiting)} wait in {there}")
+        return
+    groups = Counter(functions(e.stack) for e in known.values())
+    if not groups:
+        return
+    usual, count = groups.most_common(1)[0]
+    if len(groups) > 1 and 2 * count > len(known):
+        for rank, e in known.items():
+            if functions(e.stack) != usual:
+                yield rank, Signal(Kind.STACK, 1.0, f"it is in {_innermost(e)}, while {count} are in {usual[-1]}")
+
+
+def _innermost(evidence: pb.RankEvidence) -> str:
+    return evidence.stack.rstrip().splitlines()[-1].strip()
+
+
+def _work(scene: Scene) -> Found:
+    """Where neither collectives nor stacks are known: all others sleep, and this one does not."""
+    if any(_counts(e) or e.stack for e in scene.ranks.values()):
+        return
+    awake = [r for r, e in scene.ranks.items() if e.state and not waits(e)]
+    asleep = len(scene.ranks) - len(awake)
+    if 0 < len(awake) <= asleep:
+        for rank in awake:
+            what = "computes" if scene.ranks[rank].state == "R" else "does not"
+            yield rank, Signal(Kind.WORK, 1.0, f"{asleep} sleep without work, and it {what}")
+
+
+def _steps(scene: Scene) -> Found:
+    """It has done fewer steps."""
+    steps = {r: e.step for r, e in scene.ranks.items()}
+    if not steps:
+        return
+    usual, count = Counter(steps.values()).most_common(1)[0]
+    lowest = min(steps.values())
+    behind = [r for r, step in steps.items() if step == lowest]
+    ahead = len(steps) - len(behind)
+    if len(behind) <= ahead:
+        for rank in behind:
+            yield rank, Signal(Kind.STEPS, 1.0, f"it has done {lowest} steps, {count} have done {usual}")
+
+
+def _network(scene: Scene) -> Found:
+    """A network card of its node is not well."""
+    for rank, node in scene.nodes.items():
+        for sentence in scene.nics.get(node, ()):
+            yield rank, Signal(Kind.NETWORK, 1.5, sentence)
+
+
+def _node(scene: Scene) -> Found:
+    """Nothing is heard of its node."""
+    for rank, node in scene.nodes.items():
+        if node in scene.silent:
+            yield rank, Signal(Kind.NODE, 1.0, f"node {node} does not answer")
+
+
+_OBSERVERS: tuple[Callable[[Scene], Found], ...] = (
+    _process,
+    _interpreter,
+    _collectives,
+    _stacks,
+    _work,
+    _steps,
+    _network,
+    _node,
+)

@@ -1,0 +1,294 @@
+"""Hangs: a rank is reported as stalled -> evidence from all nodes -> a verdict -> SIGKILL, or another look.
+
+open --all nodes answer, or the deadline--> verdict --sure--> killed
+                                            verdict --not sure--> (a pause) --> open
+any --every stalled rank moves--> closed: it went on by itself
+
+A rank is killed only when it is itself overdue and two independent signals say that it is the one:
+- its process is stopped or gone: at once;
+- it runs, or sleeps, elsewhere than where the others wait for it: when it has been seen to stand still for `confirm`
+  seconds. Work that takes long and was not declared as a phase looks the same at first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ckptsvc.control.blame import Scene, Verdict, blame, functions
+from ckptsvc.control.effects import Decision, Send
+from ckptsvc.control.incidents import Incidents, record, standing
+from ckptsvc.control.membership import Job
+from ckptsvc.control.restart import Attempts, Phase, launched_as
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+
+EXAMINE_SECONDS = 0.8
+"""Seconds a node has to look at its ranks."""
+
+ANSWER_PATIENCE = 3.0
+"""Seconds after which a node that has not answered counts as silent."""
+
+LOOK_AGAIN = 2.0
+LOOK_AGAIN_MOST = 15.0
+"""Seconds between two examinations of one incident: doubled from the first to the last."""
+
+ROUNDS = 3
+"""Examinations in a row that must name the same rank, if it is not stopped or gone."""
+
+UNSEEN = 5.0
+"""Times `confirm` for a rank whose stack nobody can see: whether it stands still is not known."""
+
+KILL_PATIENCE = 5.0
+"""Seconds in which a rank that was to be killed must have ended; then the whole attempt is stopped."""
+
+PAUSE = 2.0
+"""Seconds between two ticks from which on the coordinator itself was away: answers may wait unread."""
+
+KEPT_RANKS = 32
+"""Ranks whose evidence is kept in an incident."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What is done about a rank that hangs.
+
+    Attributes:
+        automatic: "launched": it is killed if `ckptsvc run` will start it again; "always"; "never": only reported.
+        confirm: seconds for which a rank that runs must have stood still.
+    """
+
+    automatic: str = "launched"
+    confirm: float = 60.0
+
+
+@dataclass(slots=True)
+class Suspect:
+    """The rank that was named last."""
+
+    rank: int = -1
+    rounds: int = 0  # in a row
+    stack: tuple[str, ...] = ()
+    moved_at: float = 0.0  # how long it had been without progress when its stack was last seen to change
+
+
+@dataclass(slots=True)
+class Case:
+    """One incident that is not closed."""
+
+    job: str
+    incident: pb.Incident
+    opened: float
+    stalled: dict[int, pb.Stalled] = field(default_factory=dict)
+    round: int = 0
+    awaited: set[str] = field(default_factory=set)
+    silent: set[str] = field(default_factory=set)
+    answers: dict[str, pb.Examined] = field(default_factory=dict)
+    until: float = 0.0  # open: the deadline for answers; else: when to look again
+    open: bool = True
+    suspect: Suspect = field(default_factory=Suspect)
+    killed_at: float | None = None
+
+
+@dataclass(slots=True)
+class Health:
+    """The hangs of all jobs; `jobs` and `launched` are the coordinator's own."""
+
+    jobs: Mapping[str, Job]
+    launched: Mapping[str, Attempts]
+    incidents: Incidents
+    policy: Policy = Policy()
+    cases: dict[str, Case] = field(default_factory=dict)
+    _harmless: dict[str, tuple[int, float]] = field(default_factory=dict)  # job -> attempt, longest stall that ended
+    _ticked: float | None = None
+
+    def stalled(self, event: pb.Stalled, now: float) -> Decision:
+        """A rank has been without progress for longer than is normal in its job."""
+        job = self.jobs.get(event.job)
+        if job is None or event.attempt != job.attempt or event.rank not in job.ranks:
+            return Decision()
+        case = self.cases.get(event.job)
+        if case is not None and case.incident.attempt == event.attempt:
+            case.stalled[event.rank] = event
+            return Decision()
+        incident = self.incidents.begin(event.job, event.attempt, "hung")
+        incident.step = max(event.step, job.highest)
+        case = self.cases[event.job] = Case(event.job, incident, now, {event.rank: event})
+        reason = (
+            f"job {event.job}: rank {event.rank} on {event.node} has made no progress in {event.phase or 'no phase'}"
+            f" for {event.seconds:.1f} s ({event.threshold:.1f} s are allowed)"
+        )
+        return Decision([], [reason]).add(self._examine(case, job, now))
+
+    def moved(self, event: pb.Moved, now: float) -> Decision:
+        """A stalled rank makes progress again."""
+        case = self.cases.get(event.job)
+        if case is None or case.incident.attempt != event.attempt or event.rank not in case.stalled:
+            return Decision()
+        stalled = case.stalled.pop(event.rank)
+        if case.stalled or case.killed_at is not None:
+            return Decision()
+        seconds = stalled.seconds + now - case.opened
+        _, longest = self._harmless.get(case.job, (0, 0.0))
+        self._harmless[case.job] = (event.attempt, max(longest, seconds))
+        case.incident.kind = "slow"
+        return self._close(case, f"went on by itself after {seconds:.1f} s")
+
+    def examined(self, event: pb.Examined, now: float) -> Decision:
+        """A node has looked at its ranks."""
+        case, job = self.cases.get(event.job), self.jobs.get(event.job)
+        if case is None or job is None or (event.incident, event.round) != (case.incident.id, case.round):
+            return Decision()
+        if event.node not in case.awaited:
+            return Decision()
+        case.awaited.discard(event.node)
+        case.answers[event.node] = event
+        return self._conclude(case, job, now) if not case.awaited else Decision()
+
+    def agent_lost(self, node: str, now: float) -> Decision:
+        """An agent is gone. What it has reported counts no more: it will say it again when it is back."""
+        decision = Decision()
+        for case in list(self.cases.values()):
+            for rank in [rank for rank, event in case.stalled.items() if event.node == node]:
+                del case.stalled[rank]
+            if not case.stalled and case.killed_at is None:
+                decision.add(self._close(case, f"the agent of {node} is gone, which had reported it"))
+        return decision
+
+    def tick(self, now: float) -> Decision:
+        """Deadlines, and what has become void."""
+        away = now - self._ticked if self._ticked is not None else 0.0
+        self._ticked = now
+        decision = Decision()
+        for case in list(self.cases.values()):
+            job = self.jobs.get(case.job)
+            if job is None or job.attempt != case.incident.attempt or not job.ranks:
+                decision.add(self._close(case, "" if case.killed_at is not None else "the attempt has ended"))
+            elif case.killed_at is not None:
+                decision.add(self._follow_up(case, now))
+            elif away > PAUSE:
+                case.until += away
+            elif now >= case.until:
+                case.silent |= case.awaited
+                decision.add(self._conclude(case, job, now) if case.open else self._examine(case, job, now))
+        for name in [name for name in self._harmless if name not in self.jobs]:
+            del self._harmless[name]
+        return decision
+
+    # ---- examining ---------------------------------------------------------------------------------------------------
+
+    def _examine(self, case: Case, job: Job, now: float) -> Decision:
+        case.round += 1
+        case.open, case.until, case.answers = True, now + ANSWER_PATIENCE, {}
+        case.silent = job.unreachable
+        case.awaited = set(job.nodes) - case.silent
+        order = pb.Examine(
+            attempt=case.incident.attempt, incident=case.incident.id, seconds=EXAMINE_SECONDS, round=case.round
+        )
+        return Decision([Send(n, pb.Order(job=case.job, examine=order)) for n in sorted(case.awaited)])
+
+    def _conclude(self, case: Case, job: Job, now: float) -> Decision:
+        ranks = {e.rank: e for a in case.answers.values() for e in a.ranks if job.ranks.get(e.rank) == a.node}
+        nics = {node: tuple(answer.nics) for node, answer in case.answers.items()}
+        verdict = blame(Scene(job.ranks, ranks, case.silent, nics))
+        case.open, case.awaited = False, set()
+        news = self._take_in(case, verdict, ranks, now)
+        seen = ranks.get(verdict.rank)
+        if seen is not None and self._is_sure(case, verdict, seen):
+            return self._kill(case, verdict, now)
+        pause = min(LOOK_AGAIN * 2 ** min(case.round - 1, 8), LOOK_AGAIN_MOST)
+        if seen is not None and len(verdict.kinds) > 1 and case.suspect.rounds >= ROUNDS - 1:
+            left = self._patience(case) - (seen.stalled - case.suspect.moved_at)
+            pause = min(pause, max(left, LOOK_AGAIN))
+        case.until = now + pause
+        return record(case.incident) if news else Decision()
+
+    def _take_in(self, case: Case, verdict: Verdict, ranks: Mapping[int, pb.RankEvidence], now: float) -> bool:
+        """Note a verdict; returns whether it says something new."""
+        incident, suspect = case.incident, case.suspect
+        news = case.round == 1 or (verdict.rank, verdict.node) != (incident.rank, incident.node)
+        if verdict.rank != suspect.rank:
+            suspect = case.suspect = Suspect(verdict.rank)
+        suspect.rounds += 1
+        seen = ranks.get(verdict.rank)
+        if seen is not None:
+            stack = functions(seen.stack)
+            if suspect.stack and stack != suspect.stack:
+                suspect.moved_at = seen.stalled
+            suspect.stack = stack
+        incident.rank, incident.node, incident.sentence = verdict.rank, verdict.node, verdict.sentence
+        incident.confidence = verdict.confidence
+        incident.signals[:] = verdict.signals
+        chosen = sorted(ranks, key=lambda r: (r != verdict.rank, r not in case.stalled, r))[:KEPT_RANKS]
+        del incident.ranks[:]
+        incident.ranks.extend(ranks[r] for r in sorted(chosen))
+        incident.nics[:] = [sentence for answer in case.answers.values() for sentence in answer.nics]
+        if not incident.detected:
+            first = max((event.seconds for event in case.stalled.values()), default=0.0)
+            incident.detected = first + now - case.opened
+        return news
+
+    # ---- acting ------------------------------------------------------------------------------------------------------
+
+    def _is_sure(self, case: Case, verdict: Verdict, seen: pb.RankEvidence) -> bool:
+        """Whether the rank may be killed: it is overdue, and two signals that are independent say so."""
+        if not verdict.overdue or not self._may_kill(case):
+            return False
+        if verdict.broken:
+            return True
+        stood = seen.stalled - case.suspect.moved_at
+        return len(verdict.kinds) > 1 and case.suspect.rounds >= ROUNDS and stood >= self._patience(case)
+
+    def _patience(self, case: Case) -> float:
+        attempt, harmless = self._harmless.get(case.job, (0, 0.0))
+        if attempt != case.incident.attempt:
+            harmless = 0.0
+        return max(self.policy.confirm, 2 * harmless) * (1.0 if case.suspect.stack else UNSEEN)
+
+    def _may_kill(self, case: Case) -> bool:
+        if self.policy.automatic == "always":
+            return True
+        attempts = self._attempts(case)
+        return self.policy.automatic == "launched" and attempts is not None
+
+    def _attempts(self, case: Case) -> Attempts | None:
+        """The launched job, if it is this very attempt that runs."""
+        attempts = self.launched.get(launched_as(case.job))
+        wanted = (case.incident.attempt, Phase.RUNNING)
+        return attempts if attempts is not None and standing(attempts) == wanted else None
+
+    def _kill(self, case: Case, verdict: Verdict, now: float) -> Decision:
+        case.killed_at = now
+        incident = case.incident
+        incident.actions.append(f"SIGKILL to rank {verdict.rank} on {verdict.node}")
+        attempts = self._attempts(case)
+        if attempts is not None:
+            attempts.accuse(incident.attempt, verdict.sentence)
+        self.incidents.fatal(incident)
+        kill = pb.Kill(attempt=incident.attempt, rank=verdict.rank, reason=verdict.sentence)
+        return Decision([Send(verdict.node, pb.Order(job=case.job, kill=kill))]).add(record(incident))
+
+    def _follow_up(self, case: Case, now: float) -> Decision:
+        """The rank should be gone by now. If it was on its way again, its agent has let it live."""
+        attempts = self._attempts(case)
+        if case.killed_at is None or now - case.killed_at < KILL_PATIENCE:
+            return Decision()
+        if not case.stalled:
+            self.incidents.pardon(case.job)
+            if attempts is not None:
+                attempts.accuse(0, "")
+            return self._close(case, "it had gone on by itself, and lives")
+        if attempts is None:
+            return Decision()
+        before = standing(attempts)
+        decision = attempts.give_up(case.incident.attempt, now)
+        return decision.add(self.incidents.failed(attempts, before, "hung", case.incident.rank, case.incident.node))
+
+    def _close(self, case: Case, how: str) -> Decision:
+        """Nothing more will be found out; an incident that nobody has heard of yet was none."""
+        del self.cases[case.job]
+        if not how:
+            return Decision()
+        if not case.incident.sentence:
+            return Decision([], [f"job {case.job}: {how}"])
+        case.incident.actions.append(how)
+        return record(case.incident)
