@@ -267,7 +267,7 @@ class HealthSettings(msgspec.Struct, frozen=True, kw_only=True):
     floor: Annotated[float, parse_duration] = 4.0
     factor: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 3.0
     startup: Annotated[float, parse_duration] = 600.0
-    confirm: Annotated[float, parse_duration] = 60.0
+    confirm: Annotated[float, parse_duration] = 120.0
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,9 @@ WATCHED = 0.3
 MAX_THREADS = 512
 """Threads of a process that are looked at."""
 
+MAX_CHILDREN = 64
+"""Children of a process that are looked at."""
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -40,6 +43,32 @@ def process_state(pid: int) -> str:
     if pid <= 0:
         return ""
     return _stat(Path(f"/proc/{pid}/stat"))[0]
+
+
+def activity(pid: int) -> tuple[int, float]:
+    """(bytes read and written by a process and its children, seconds of processor time its children have used)."""
+    children = _children(pid)
+    io = sum(_io_bytes(each) for each in (pid, *children))
+    ticks = sum(_stat(Path(f"/proc/{child}/stat"))[1] for child in children)
+    return io, ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in _threads(pid):
+        try:
+            found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+        except (OSError, ValueError):  # it is gone, or the kernel was built without
+            continue
+    return found[:MAX_CHILDREN]
+
+
+def _io_bytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()[:2]
+        return sum(int(line.partition(": ")[2]) for line in lines)
+    except (OSError, ValueError):
+        return 0
 
 
 def _evidence(target: Target, before: dict[int, int], seconds: float) -> pb.RankEvidence:

@@ -16,7 +16,7 @@ from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import LocalJob, Session
 from ckptsvc.control.stalls import Limits, Sight, Stalls
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
-from ckptsvc.telemetry import Event, log
+from ckptsvc.telemetry import Event, Fields, log
 
 logger = logging.getLogger("ckptsvc.agent")
 
@@ -94,10 +94,11 @@ class Watch:
         evidence = await self._collect(job, order.attempt, chosen, seconds)
         stalls = self._stalls.get((job.name, order.attempt))
         sessions = self._sessions(job, order.attempt)
+        evidence = [one for one in evidence if one.rank in sessions]
         for one in evidence:
-            session = sessions.get(one.rank)
-            if session is not None:
-                one.phase, one.step = session.page.phase, session.page.get("step")
+            page = sessions[one.rank].page
+            one.phase, one.step = page.phase, page.get("step")
+            one.io_bytes, one.children_cpu = examine.activity(one.pid)
             if stalls is not None:
                 one.stalled, one.threshold = stalls.quiet(one.rank), stalls.allowed(one.rank)
         examined = pb.Examined(
@@ -143,11 +144,11 @@ class Watch:
 
     def _say(self, report: pb.Report) -> None:
         event = report.stalled if report.HasField("stalled") else report.moved
-        about = {"job": event.job, "attempt": event.attempt, "rank": event.rank}
+        about = Fields(job=event.job, attempt=event.attempt, rank=event.rank)
         if isinstance(event, pb.Stalled):
             log(logger, logging.WARNING, Event.RANK_STALLED,
-                "rank %d has made no progress in %s after step %d for %.1f s (%.1f s are allowed)",
-                event.rank, event.phase or "no phase", event.step, event.seconds, event.threshold, **about)  # fmt: skip
+                "rank %d has made no progress for %.1f s in phase %s after step %d (%.1f s are allowed)",
+                event.rank, event.seconds, event.phase or "unknown", event.step, event.threshold, **about)  # fmt: skip
         else:
             log(logger, logging.INFO, Event.RANK_MOVED, "rank %d makes progress again", event.rank, **about)
 

@@ -115,7 +115,7 @@ def _verdict(scene: Scene, suspects: list[int], signals: Mapping[Kind, Signal]) 
     what = [signal.what for signal in sorted(signals.values(), key=lambda signal: -signal.weight)]
     if evidence is not None and evidence.threshold and not of_node:
         what.append(
-            f"no progress in {evidence.phase or 'no phase'} for {evidence.stalled:.1f} s,"
+            f"no progress for {evidence.stalled:.1f} s in phase {evidence.phase or 'unknown'},"
             f" where {evidence.threshold:.1f} s are allowed"
         )
     who = f"rank {first} on {scene.nodes[first]}" if not of_node else f"node {scene.nodes[first]}"
@@ -298,8 +298,8 @@ def _work(scene: Scene) -> Found:
     asleep = len(scene.ranks) - len(awake)
     if 0 < len(awake) <= asleep:
         for rank in awake:
-            what = "computes" if scene.ranks[rank].state == "R" else "does not"
-            yield rank, Signal(Kind.WORK, 1.0, f"{asleep} sleep without work, and it {what}")
+            what = "it computes" if scene.ranks[rank].state == "R" else "it is not one of those that wait"
+            yield rank, Signal(Kind.WORK, 1.0, f"{what}, while {asleep} sleep without work")
 
 
 def _steps(scene: Scene) -> Found:

@@ -7,7 +7,8 @@ any --every stalled rank moves--> closed: it went on by itself
 A rank is killed only when it is itself overdue and two independent signals say that it is the one:
 - its process is stopped or gone: at once;
 - it runs, or sleeps, elsewhere than where the others wait for it: when it has been seen to stand still for `confirm`
-  seconds. Work that takes long and was not declared as a phase looks the same at first.
+  seconds, in the same functions, reading and writing nothing. Long work that nobody has declared as a phase (one rank
+  writes a file) looks the same at first.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ KILL_PATIENCE = 5.0
 PAUSE = 2.0
 """Seconds between two ticks from which on the coordinator itself was away: answers may wait unread."""
 
+MOVES_BYTES = 256 << 10
+MOVES_CPU = 0.1
+"""Bytes a second, and share of a core of its children, of a rank that works unseen: it writes a file, its data loaders
+compute. Loggers and monitors beside it use less."""
+
 KEPT_RANKS = 32
 """Ranks whose evidence is kept in an incident."""
 
@@ -58,7 +64,7 @@ class Policy:
     """
 
     automatic: str = "launched"
-    confirm: float = 60.0
+    confirm: float = 120.0
 
 
 @dataclass(slots=True)
@@ -68,7 +74,20 @@ class Suspect:
     rank: int = -1
     rounds: int = 0  # in a row
     stack: tuple[str, ...] = ()
-    moved_at: float = 0.0  # how long it had been without progress when its stack was last seen to change
+    last: pb.RankEvidence | None = None
+    moved_at: float = 0.0  # how long it had been without progress when it was last seen to do something
+
+    def look(self, seen: pb.RankEvidence) -> None:
+        """Whether it has done something since it was last examined, if only where no step shows it."""
+        last, self.last = self.last, seen
+        stack = functions(seen.stack)
+        if last is not None:
+            seconds = max(seen.stalled - last.stalled, 1.0)
+            moves = seen.io_bytes - last.io_bytes > seconds * MOVES_BYTES
+            moves = moves or seen.children_cpu - last.children_cpu > seconds * MOVES_CPU
+            if moves or (self.stack and stack != self.stack):
+                self.moved_at = seen.stalled
+        self.stack = stack
 
 
 @dataclass(slots=True)
@@ -114,8 +133,8 @@ class Health:
         incident.step = max(event.step, job.highest)
         case = self.cases[event.job] = Case(event.job, incident, now, {event.rank: event})
         reason = (
-            f"job {event.job}: rank {event.rank} on {event.node} has made no progress in {event.phase or 'no phase'}"
-            f" for {event.seconds:.1f} s ({event.threshold:.1f} s are allowed)"
+            f"job {event.job}: rank {event.rank} on {event.node} has made no progress for {event.seconds:.1f} s"
+            f" in phase {event.phase or 'unknown'} ({event.threshold:.1f} s are allowed)"
         )
         return Decision([], [reason]).add(self._examine(case, job, now))
 
@@ -211,10 +230,7 @@ class Health:
         suspect.rounds += 1
         seen = ranks.get(verdict.rank)
         if seen is not None:
-            stack = functions(seen.stack)
-            if suspect.stack and stack != suspect.stack:
-                suspect.moved_at = seen.stalled
-            suspect.stack = stack
+            suspect.look(seen)
         incident.rank, incident.node, incident.sentence = verdict.rank, verdict.node, verdict.sentence
         incident.confidence = verdict.confidence
         incident.signals[:] = verdict.signals

@@ -350,7 +350,7 @@ class Examined(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., incident: _Optional[str] = ..., node: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankEvidence, _Mapping]]] = ..., nics: _Optional[_Iterable[str]] = ..., round: _Optional[int] = ...) -> None: ...
 
 class RankEvidence(_message.Message):
-    __slots__ = ("rank", "pid", "phase", "step", "stalled", "state", "cpu", "waits_in", "answers", "enqueued", "completed", "collective", "stack", "native_stack", "log_tail", "notes", "threshold")
+    __slots__ = ("rank", "pid", "phase", "step", "stalled", "state", "cpu", "waits_in", "answers", "enqueued", "completed", "collective", "stack", "native_stack", "log_tail", "notes", "threshold", "io_bytes", "children_cpu")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -368,6 +368,8 @@ class RankEvidence(_message.Message):
     LOG_TAIL_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    IO_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHILDREN_CPU_FIELD_NUMBER: _ClassVar[int]
     rank: int
     pid: int
     phase: str
@@ -385,7 +387,9 @@ class RankEvidence(_message.Message):
     log_tail: str
     notes: _containers.RepeatedScalarFieldContainer[str]
     threshold: float
-    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., stalled: _Optional[float] = ..., state: _Optional[str] = ..., cpu: _Optional[float] = ..., waits_in: _Optional[str] = ..., answers: bool = ..., enqueued: _Optional[int] = ..., completed: _Optional[int] = ..., collective: _Optional[str] = ..., stack: _Optional[str] = ..., native_stack: _Optional[str] = ..., log_tail: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., threshold: _Optional[float] = ...) -> None: ...
+    io_bytes: int
+    children_cpu: float
+    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., stalled: _Optional[float] = ..., state: _Optional[str] = ..., cpu: _Optional[float] = ..., waits_in: _Optional[str] = ..., answers: bool = ..., enqueued: _Optional[int] = ..., completed: _Optional[int] = ..., collective: _Optional[str] = ..., stack: _Optional[str] = ..., native_stack: _Optional[str] = ..., log_tail: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., threshold: _Optional[float] = ..., io_bytes: _Optional[int] = ..., children_cpu: _Optional[float] = ...) -> None: ...
 
 class Order(_message.Message):
     __slots__ = ("job", "epoch_allotted", "job_refused", "holders", "save_at", "stop_at", "save_ended", "snapshot_complete", "start", "stop", "end", "examine", "kill", "incident")
