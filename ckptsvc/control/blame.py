@@ -94,7 +94,7 @@ def blame(scene: Scene) -> Verdict:
             known = against.setdefault(rank, {}).setdefault(signal.kind, signal)
             if known.weight < signal.weight:
                 against[rank][signal.kind] = signal
-    if not against:
+    if not against or (len(scene.silent) > 1 and {kind for found in against.values() for kind in found} == {Kind.NODE}):
         return Verdict(sentence=_nobody(scene))
     weights = {rank: sum(s.weight for s in signals.values()) for rank, signals in against.items()}
     most = max(weights.values())
@@ -138,6 +138,8 @@ def _verdict(scene: Scene, suspects: list[int], signals: Mapping[Kind, Signal]) 
 
 
 def _nobody(scene: Scene) -> str:
+    if scene.silent:
+        return f"nobody can be named: nodes {', '.join(sorted(scene.silent))} do not answer"
     waiting = {r for r, e in scene.ranks.items() if waits(e)}
     if scene.ranks and len(waiting) == len(scene.ranks):
         one = scene.ranks[min(waiting)]
@@ -161,14 +163,14 @@ def waits(evidence: pb.RankEvidence) -> bool:
         return False
     if _counts(evidence):
         return evidence.enqueued > evidence.completed
-    if evidence.stack:
+    if functions(evidence.stack):
         return _stack_waits(evidence)
     return evidence.state == "S" and evidence.cpu <= IDLE
 
 
 def functions(stack: str) -> tuple[str, ...]:
     """The functions of a stack, outermost first: its lines without files and line numbers."""
-    return tuple(match[0] for line in stack.splitlines() if (match := re.match(r"\s*[\w.<>]+", line)))
+    return tuple(match[1] for line in stack.splitlines() if (match := re.match(r"\s*([\w.<>]+)", line)))
 
 
 def _counts(evidence: pb.RankEvidence) -> bool:
@@ -176,10 +178,8 @@ def _counts(evidence: pb.RankEvidence) -> bool:
 
 
 def _stack_waits(evidence: pb.RankEvidence) -> bool:
-    lines = evidence.stack.splitlines()[-4:]
-    if any(_WAITS_IN_TORCH.match(line.strip()) for line in lines):
-        return True
-    return any(_BACKWARD in line for line in lines) and evidence.cpu <= IDLE
+    inner = functions(evidence.stack)[-4:]
+    return any(map(_WAITS_IN_TORCH.match, inner)) or (_BACKWARD in inner and evidence.cpu <= IDLE)
 
 
 def _in(evidence: pb.RankEvidence) -> str:
@@ -241,7 +241,7 @@ def _collectives(scene: Scene) -> Found:
                 yield rank, Signal(Kind.COLLECTIVE, 2.0, f"{where}, which it has not begun: its last is {e.enqueued}")
         return
     yield from _mismatch(waiting, number)
-    unknown = [r for r, e in scene.ranks.items() if r not in known]
+    unknown = [r for r, e in scene.ranks.items() if r not in known and e.state and not waits(e)]
     if len(unknown) <= len(waiting):
         for rank in unknown:
             yield rank, Signal(Kind.COLLECTIVE, 1.0, f"{where}, which it is not known to have begun")
@@ -268,26 +268,28 @@ def _operation(collective: str) -> str:
 
 def _stacks(scene: Scene) -> Found:
     """Most wait in a collective, and this one is somewhere else."""
-    known = {r: e for r, e in scene.ranks.items() if e.stack}
-    waiting = [r for r, e in known.items() if _stack_waits(e)]
-    elsewhere = {r: e for r, e in known.items() if r not in waiting}
-    if waiting and len(elsewhere) <= len(waiting):
-        there = _innermost(known[waiting[0]])
-        for rank, e in elsewhere.items():
-            yield rank, Signal(Kind.STACK, 2.0, f"it is in {_innermost(e)}, while {len(waiting)} wait in {there}")
+    known = {r: functions(e.stack) for r, e in scene.ranks.items() if functions(e.stack)}
+    waiting = [r for r in known if _stack_waits(scene.ranks[r])]
+    elsewhere = [r for r in known if r not in waiting]
+    if waiting and 0 < len(elsewhere) <= len(waiting):
+        there = _innermost(scene.ranks[waiting[0]])
+        for rank in elsewhere:
+            here = _innermost(scene.ranks[rank])
+            yield rank, Signal(Kind.STACK, 2.0, f"it is in {here}, while {len(waiting)} wait in {there}")
         return
-    groups = Counter(functions(e.stack) for e in known.values())
-    if not groups:
+    groups = Counter(known.values())
+    if len(groups) < 2:
         return
     usual, count = groups.most_common(1)[0]
-    if len(groups) > 1 and 2 * count > len(known):
-        for rank, e in known.items():
-            if functions(e.stack) != usual:
-                yield rank, Signal(Kind.STACK, 1.0, f"it is in {_innermost(e)}, while {count} are in {usual[-1]}")
+    if 2 * count > len(known):
+        for rank, stack in known.items():
+            if stack != usual:
+                here = _innermost(scene.ranks[rank])
+                yield rank, Signal(Kind.STACK, 1.0, f"it is in {here}, while {count} are in {usual[-1]}")
 
 
 def _innermost(evidence: pb.RankEvidence) -> str:
-    return evidence.stack.rstrip().splitlines()[-1].strip()
+    return evidence.stack.split("\n")[-1].strip() or functions(evidence.stack)[-1]
 
 
 def _work(scene: Scene) -> Found:

@@ -88,10 +88,10 @@ class Coordinator:
 
     def _tick_launched(self, attempts: Attempts, now: float) -> Decision:
         before, nodes = standing(attempts), list(attempts.nodes)
-        rank, (_, where) = next(iter(attempts.suspects.items()), (-1, (now, "")))
+        suspects = [(rank, where) for rank, (_, where) in attempts.suspects.items() if rank not in attempts.statuses]
         decision = attempts.tick(now)
-        if rank >= 0:
-            return decision.add(self.incidents.failed(attempts, before, "died", rank, where))
+        if suspects:
+            return decision.add(self.incidents.failed(attempts, before, "died", *suspects[0]))
         lost = next((node for node in nodes if node not in attempts.nodes), "")
         return decision.add(self.incidents.failed(attempts, before, "node-lost", node=lost))
 

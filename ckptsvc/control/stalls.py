@@ -164,7 +164,7 @@ class Stalls:
 
     def _learn(self, known: _Rank, sight: Sight) -> None:
         before = known.sight
-        count = max(sight.step - before.step, 1)
+        count = min(max(sight.step - before.step, 1), int(RECENT))
         if sight.phases != before.phases:
             # The gap in which the phase ended; if others came and went since the last look, it was shorter than that.
             self._add(known, before.phase, sight.since - before.at, 1)

@@ -1,18 +1,15 @@
 """Ranks that hang, in real processes: seen, the right one named, killed where that is sure, and stepping again."""
 
-import json
 import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
-from harness.job import Job, Launch
+from harness.job import Launch
 from harness.rank import Rank
-from harness.runtime import Runtime, eventually
+from harness.runtime import Runtime
 
 import ckptsvc
 
@@ -75,7 +72,9 @@ FAULTS = {f.__name__: f for f in (loop_with_the_interpreter_lock, wait_for_nothi
 
 
 def test_a_stopped_rank(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
-    with launch.service(2, train, str(tmp_path / "run"), {"1": "be_stopped", "2": "loop_with_the_interpreter_lock"}, **QUICK) as job:
+    with launch.service(
+        2, train, str(tmp_path / "run"), {"1": "be_stopped", "2": "loop_with_the_interpreter_lock"}, **QUICK
+    ) as job:
         job.wait_for("fault", 1, fault="be_stopped")
         t = time.time()
         job.wait_for("stepped", 1, attempt=2)

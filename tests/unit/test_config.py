@@ -82,6 +82,12 @@ def test_every_setting_has_its_variable() -> None:
         "store.url": "memory://x",
         "store.retries": "0",
         "store.timeout": "500ms",
+        "health.enabled": "false",
+        "health.automatic": "never",
+        "health.floor": "2s",
+        "health.factor": "4",
+        "health.startup": "20min",
+        "health.confirm": "5min",
     }
     settings = load({f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[])
     assert set(settings.origin) == set(values)
@@ -98,6 +104,9 @@ def test_every_setting_has_its_variable() -> None:
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0
     )
     assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
+    assert settings.health == config.HealthSettings(
+        enabled=False, automatic="never", floor=2.0, factor=4.0, startup=1200.0, confirm=300.0
+    )
 
 
 def test_an_argument_that_was_not_given_changes_nothing() -> None:
@@ -138,6 +147,9 @@ def test_every_field_is_described() -> None:
         ("[arena]\ndir = 'here'", ["arena.dir", "absolute"]),
         ("[arena]\nlimit = '150%'", ["arena.limit", "50%"]),
         ("[store]\nurl = 3", ["store.url"]),
+        ("[health]\nautomatic = 'yes'", ["health.automatic", "'yes'", "one of launched, always, never"]),
+        ("[health]\nfloor = 0", ["health.floor", "health.enabled"]),
+        ("[health]\nfactor = 0.5", ["health.factor", ">= 1"]),
         ("[origin]\nx = 'y'", ["origin"]),
     ],
 )
