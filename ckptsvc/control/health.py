@@ -76,9 +76,13 @@ class Suspect:
     stack: tuple[str, ...] = ()
     last: pb.RankEvidence | None = None
     moved_at: float = 0.0  # how long it had been without progress when it was last seen to do something
+    stood: float = 0.0  # seconds for which it has stood still where it should not
 
-    def look(self, seen: pb.RankEvidence) -> None:
-        """Whether it has done something since it was last examined, if only where no step shows it."""
+    def look(self, seen: pb.RankEvidence, strayed: bool) -> None:
+        """Whether it has done something since it was last examined, if only where no step shows it.
+
+        `strayed`: it is overdue, and not where the others wait for it.
+        """
         last, self.last = self.last, seen
         stack = functions(seen.stack)
         if last is not None:
@@ -88,6 +92,7 @@ class Suspect:
             if moves or (self.stack and stack != self.stack):
                 self.moved_at = seen.stalled
         self.stack = stack
+        self.stood = seen.stalled - self.moved_at if strayed else 0.0
 
 
 @dataclass(slots=True)
@@ -117,7 +122,7 @@ class Health:
     incidents: Incidents
     policy: Policy = Policy()
     cases: dict[str, Case] = field(default_factory=dict)
-    _harmless: dict[str, tuple[int, float]] = field(default_factory=dict)  # job -> attempt, longest stall that ended
+    _harmless: dict[str, tuple[int, float]] = field(default_factory=dict)  # job -> attempt, longest stand that ended
     _ticked: float | None = None
 
     def stalled(self, event: pb.Stalled, now: float) -> Decision:
@@ -147,8 +152,7 @@ class Health:
         if case.stalled or case.killed_at is not None:
             return Decision()
         seconds = stalled.seconds + now - case.opened
-        _, longest = self._harmless.get(case.job, (0, 0.0))
-        self._harmless[case.job] = (event.attempt, max(longest, seconds))
+        self._harmless[case.job] = (event.attempt, max(self._longest(case), case.suspect.stood))
         case.incident.kind = "slow"
         return self._close(case, f"went on by itself after {seconds:.1f} s")
 
@@ -211,13 +215,11 @@ class Health:
         verdict = blame(Scene(job.ranks, ranks, case.silent, nics))
         case.open, case.awaited = False, set()
         news = self._take_in(case, verdict, ranks, now)
-        seen = ranks.get(verdict.rank)
-        if seen is not None and self._is_sure(case, verdict, seen):
+        if self._is_sure(case, verdict):
             return self._kill(case, verdict, now)
         pause = min(LOOK_AGAIN * 2 ** min(case.round - 1, 8), LOOK_AGAIN_MOST)
-        if seen is not None and len(verdict.kinds) > 1 and case.suspect.rounds >= ROUNDS - 1:
-            left = self._patience(case) - (seen.stalled - case.suspect.moved_at)
-            pause = min(pause, max(left, LOOK_AGAIN))
+        if case.suspect.stood:
+            pause = min(pause, max(self._patience(case) - case.suspect.stood, LOOK_AGAIN))
         case.until = now + pause
         return record(case.incident) if news else Decision()
 
@@ -230,7 +232,7 @@ class Health:
         suspect.rounds += 1
         seen = ranks.get(verdict.rank)
         if seen is not None:
-            suspect.look(seen)
+            suspect.look(seen, verdict.overdue and len(verdict.kinds) > 1)
         incident.rank, incident.node, incident.sentence = verdict.rank, verdict.node, verdict.sentence
         incident.confidence = verdict.confidence
         incident.signals[:] = verdict.signals
@@ -245,20 +247,22 @@ class Health:
 
     # ---- acting ------------------------------------------------------------------------------------------------------
 
-    def _is_sure(self, case: Case, verdict: Verdict, seen: pb.RankEvidence) -> bool:
+    def _is_sure(self, case: Case, verdict: Verdict) -> bool:
         """Whether the rank may be killed: it is overdue, and two signals that are independent say so."""
         if not verdict.overdue or not self._may_kill(case):
             return False
         if verdict.broken:
             return True
-        stood = seen.stalled - case.suspect.moved_at
-        return len(verdict.kinds) > 1 and case.suspect.rounds >= ROUNDS and stood >= self._patience(case)
+        # `stood` is 0 as long as there is one signal only.
+        return case.suspect.rounds >= ROUNDS and case.suspect.stood >= self._patience(case)
 
     def _patience(self, case: Case) -> float:
-        attempt, harmless = self._harmless.get(case.job, (0, 0.0))
-        if attempt != case.incident.attempt:
-            harmless = 0.0
-        return max(self.policy.confirm, 2 * harmless) * (1.0 if case.suspect.stack else UNSEEN)
+        """Seconds for which the suspect must stand still: longer than any did in this attempt that went on."""
+        return max(self.policy.confirm, 2 * self._longest(case)) * (1.0 if case.suspect.stack else UNSEEN)
+
+    def _longest(self, case: Case) -> float:
+        attempt, longest = self._harmless.get(case.job, (0, 0.0))
+        return longest if attempt == case.incident.attempt else 0.0
 
     def _may_kill(self, case: Case) -> bool:
         if self.policy.automatic == "always":
