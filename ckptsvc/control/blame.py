@@ -143,7 +143,7 @@ def _nobody(scene: Scene) -> str:
     waiting = {r for r, e in scene.ranks.items() if waits(e)}
     if scene.ranks and len(waiting) == len(scene.ranks):
         one = scene.ranks[min(waiting)]
-        return f"nobody can be named: all {len(waiting)} ranks wait {_in(one)}: perhaps the network"
+        return f"nobody can be named: all of {len(waiting)} ranks wait {_in(one)}: perhaps the network"
     return f"nobody can be named: nothing sets one of {len(scene.ranks)} ranks apart from the others"
 
 
@@ -301,7 +301,7 @@ def _work(scene: Scene) -> Found:
     if 0 < len(awake) <= asleep:
         for rank in awake:
             what = "it computes" if scene.ranks[rank].state == "R" else "it is not one of those that wait"
-            yield rank, Signal(Kind.WORK, 1.0, f"{what}, while {asleep} sleep without work")
+            yield rank, Signal(Kind.WORK, 1.0, f"{what}, while {asleep} of the others sleep")
 
 
 def _steps(scene: Scene) -> Found:
@@ -309,13 +309,13 @@ def _steps(scene: Scene) -> Found:
     steps = {r: e.step for r, e in scene.ranks.items()}
     if not steps:
         return
-    usual, count = Counter(steps.values()).most_common(1)[0]
     lowest = min(steps.values())
-    behind = [r for r, step in steps.items() if step == lowest]
-    ahead = len(steps) - len(behind)
-    if len(behind) <= ahead:
+    behind = [rank for rank, step in steps.items() if step == lowest]
+    ahead = [step for step in steps.values() if step > lowest]
+    if 0 < len(behind) <= len(ahead):
+        usual = Counter(ahead).most_common(1)[0][0]
         for rank in behind:
-            yield rank, Signal(Kind.STEPS, 1.0, f"it has done {lowest} steps, {count} have done {usual}")
+            yield rank, Signal(Kind.STEPS, 1.0, f"it has done {lowest} steps, the others {usual}")
 
 
 def _network(scene: Scene) -> Found:

@@ -29,7 +29,7 @@ EXAMINE_SECONDS = 0.8
 ANSWER_PATIENCE = 3.0
 """Seconds after which a node that has not answered counts as silent."""
 
-LOOK_AGAIN = 2.0
+LOOK_AGAIN = 1.0
 LOOK_AGAIN_MOST = 15.0
 """Seconds between two examinations of one incident: doubled from the first to the last."""
 

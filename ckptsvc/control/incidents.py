@@ -79,6 +79,5 @@ def record(incident: pb.Incident) -> Decision:
     """Keep the incident as it is now."""
     kept = pb.Incident()
     kept.CopyFrom(incident)
-    where = f" of attempt {kept.attempt}" if kept.attempt else ""
     said = "; ".join((kept.sentence, *kept.actions))
-    return Decision([Record(kept)], [f"job {kept.job}: incident {kept.id}{where}: {said}"])
+    return Decision([Record(kept)], [f"job {kept.job}: incident {kept.id}: {said}"])

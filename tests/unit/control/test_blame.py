@@ -56,7 +56,9 @@ class TestNobody:
     def test_all_wait_in_the_same_collective(self, stage):
         verdict = blame(stage.scene())
         assert (verdict.rank, verdict.node, verdict.confidence) == (-1, "", 0.0)
-        assert f"all {stage.world} ranks wait in all_reduce of [1048576] float32 in group default" in verdict.sentence
+        assert (
+            f"all of {stage.world} ranks wait in all_reduce of [1048576] float32 in group default" in verdict.sentence
+        )
         assert "perhaps the network" in verdict.sentence
 
     def test_all_compute(self, stage):

@@ -348,8 +348,8 @@ class TestExamining:
             if any("examine" in sent for sent in driver.sent):
                 times.append(driver.now)
         gaps = [round(b - a) for a, b in itertools.pairwise(times)]
-        assert gaps[:3] == [4, 8, 15]
-        assert set(gaps[3:]) == {15}
+        assert gaps[:4] == [2, 4, 8, 15]
+        assert set(gaps[4:]) == {15}
 
     def test_a_coordinator_that_was_stopped_waits_for_what_it_has_not_read(self):
         driver = make("stopped")
