@@ -122,13 +122,17 @@ class Watch:
             notes = [f"not examined: {type(error).__name__}: {error}"]
             return [pb.RankEvidence(rank=t.rank, pid=t.pid, enqueued=-1, completed=-1, notes=notes) for t in targets]
 
+    def hangs(self, job: str, attempt: int, rank: int) -> bool:
+        """Whether a rank was without progress for too long when last looked at."""
+        stalls = self._stalls.get((job, attempt))
+        return stalls is not None and stalls.quiet(rank) > stalls.allowed(rank)
+
     def _kill(self, job: LocalJob, order: pb.Kill) -> None:
         self.look(time.monotonic())
         session = self._sessions(job, order.attempt).get(order.rank)
-        stalls = self._stalls.get((job.name, order.attempt))
-        if session is None or stalls is None:
+        if session is None:
             return
-        if stalls.quiet(order.rank) <= stalls.allowed(order.rank):
+        if not self.hangs(job.name, order.attempt, order.rank):
             log(logger, logging.WARNING, Event.RANK_MOVED, "rank %d was to be killed and is on its way again: it lives",
                 order.rank, job=job.name, attempt=order.attempt, rank=order.rank)  # fmt: skip
             return

@@ -69,7 +69,7 @@ class Verdict:
         confidence: 0 to 1.
         signals: what says so, one sentence each.
         kinds: how many independent kinds of evidence set this rank apart.
-        overdue: it has itself been without progress for longer than its phase allows.
+        overdue: the rank has itself been without progress for longer than its phase allows.
         broken: its process cannot go on by itself.
     """
 
@@ -132,7 +132,7 @@ def _verdict(scene: Scene, suspects: list[int], signals: Mapping[Kind, Signal]) 
         confidence=confidence,
         signals=tuple(what),
         kinds=frozenset(signals) if len(suspects) == 1 or broken else frozenset(),
-        overdue=overdue,
+        overdue=overdue and not of_node,
         broken=broken,
     )
 

@@ -74,7 +74,10 @@ class Coordinator:
         """Whatever time alone decides; call it a few times a second."""
         decision = Decision()
         for job in self.jobs.values():
+            known = dict(job.ranks)
             decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
+            for rank in known.keys() - job.ranks.keys():
+                self.health.missing(job, rank, known[rank])
         for attempts in self.launched.values():
             decision.add(self._tick_launched(attempts, now))
         decision.add(self.health.tick(now))

@@ -4,6 +4,8 @@ open --all nodes answer, or the deadline--> verdict --sure--> killed
                                             verdict --not sure--> (a pause) --> open
 any --every stalled rank moves--> closed: it went on by itself
 
+A rank that has not come back to its agent, while others stand still, ends the attempt too: nobody can examine it.
+
 A rank is killed only when it is itself overdue and two independent signals say that it is the one:
 - its process is stopped or gone: at once;
 - it runs, or sleeps, elsewhere than where the others wait for it: when it has been seen to stand still for `confirm`
@@ -16,10 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ckptsvc.control.blame import Scene, Verdict, blame, functions
+from ckptsvc.control.blame import Kind, Scene, Verdict, blame, functions
 from ckptsvc.control.effects import Decision, Send
 from ckptsvc.control.incidents import Incidents, record, standing
-from ckptsvc.control.membership import Job
+from ckptsvc.control.membership import AGENT_PATIENCE, Job
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -73,6 +75,7 @@ class Suspect:
 
     rank: int = -1
     rounds: int = 0  # in a row
+    overdue: bool = False
     stack: tuple[str, ...] = ()
     last: pb.RankEvidence | None = None
     moved_at: float = 0.0  # how long it had been without progress when it was last seen to do something
@@ -123,7 +126,13 @@ class Health:
     policy: Policy = Policy()
     cases: dict[str, Case] = field(default_factory=dict)
     _harmless: dict[str, tuple[int, float]] = field(default_factory=dict)  # job -> attempt, longest stand that ended
+    _missing: dict[str, tuple[int, dict[int, str]]] = field(default_factory=dict)  # job -> attempt, rank -> node
     _ticked: float | None = None
+
+    def missing(self, job: Job, rank: int, node: str) -> None:
+        """The agent of a rank was lost, and the rank has not come back to it, nor to a new one."""
+        attempt, ranks = self._missing.get(job.name, (job.attempt, {}))
+        self._missing[job.name] = (job.attempt, {**(ranks if attempt == job.attempt else {}), rank: node})
 
     def stalled(self, event: pb.Stalled, now: float) -> Decision:
         """A rank has been without progress for longer than is normal in its job."""
@@ -193,8 +202,9 @@ class Health:
             elif now >= case.until:
                 case.silent |= case.awaited
                 decision.add(self._conclude(case, job, now) if case.open else self._examine(case, job, now))
-        for name in [name for name in self._harmless if name not in self.jobs]:
-            del self._harmless[name]
+        for known in (self._harmless, self._missing):
+            for name in [name for name in known if name not in self.jobs]:
+                del known[name]
         return decision
 
     # ---- examining ---------------------------------------------------------------------------------------------------
@@ -212,7 +222,7 @@ class Health:
     def _conclude(self, case: Case, job: Job, now: float) -> Decision:
         ranks = {e.rank: e for a in case.answers.values() for e in a.ranks if job.ranks.get(e.rank) == a.node}
         nics = {node: tuple(answer.nics) for node, answer in case.answers.items()}
-        verdict = blame(Scene(job.ranks, ranks, case.silent, nics))
+        verdict = self._verdict_on_missing(case, job) or blame(Scene(job.ranks, ranks, case.silent, nics))
         case.open, case.awaited = False, set()
         news = self._take_in(case, verdict, ranks, now)
         if self._is_sure(case, verdict):
@@ -227,9 +237,10 @@ class Health:
         """Note a verdict; returns whether it says something new."""
         incident, suspect = case.incident, case.suspect
         news = case.round == 1 or (verdict.rank, verdict.node) != (incident.rank, incident.node)
+        news = news or verdict.overdue != suspect.overdue
         if verdict.rank != suspect.rank:
             suspect = case.suspect = Suspect(verdict.rank)
-        suspect.rounds += 1
+        suspect.rounds, suspect.overdue = suspect.rounds + 1, verdict.overdue
         seen = ranks.get(verdict.rank)
         if seen is not None:
             suspect.look(seen, verdict.overdue and len(verdict.kinds) > 1)
@@ -244,6 +255,20 @@ class Health:
             first = max((event.seconds for event in case.stalled.values()), default=0.0)
             incident.detected = first + now - case.opened
         return news
+
+    def _verdict_on_missing(self, case: Case, job: Job) -> Verdict | None:
+        attempts = self._attempts(case)
+        attempt, ranks = self._missing.get(case.job, (0, {}))
+        if attempts is None or attempt != case.incident.attempt:
+            return None
+        for rank, node in ranks.items():
+            launcher = attempts.nodes.get(node)
+            there = launcher is not None and launcher.away_since is None
+            if there and rank not in job.ranks and rank in attempts.running and rank not in attempts.statuses:
+                what = f"it has not come back to its agent for {AGENT_PATIENCE:g} s"
+                sentence = f"rank {rank} on {node} hung: {what}, and {len(case.stalled)} of the others stand still"
+                return Verdict(rank, node, sentence, 0.8, (what,), frozenset({Kind.NODE}), overdue=True, broken=True)
+        return None
 
     # ---- acting ------------------------------------------------------------------------------------------------------
 

@@ -134,7 +134,7 @@ def test_a_new_agent_takes_the_watch_over(launch: Launch, runtime: Runtime, tmp_
         job.results()
 
 
-@pytest.mark.parametrize("automatic", ["never", "always"])
+@pytest.mark.parametrize("automatic", [pytest.param("never", marks=pytest.mark.slow), "always"])
 def test_a_job_without_a_launcher(launch: Launch, runtime: Runtime, tmp_path: Path, automatic: str) -> None:
     settings = QUICK | {"CKPTSVC_HEALTH_AUTOMATIC": automatic}
     with launch.plain(2, train, {"0": "stop"}, str(tmp_path / "run"), **settings) as job:

@@ -8,6 +8,7 @@ from told import incidents, joined, kinds, left, node_joined, node_ready, orders
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import Decision
 from ckptsvc.control.health import ANSWER_PATIENCE, KILL_PATIENCE, UNSEEN, Policy
+from ckptsvc.control.membership import AGENT_PATIENCE
 from ckptsvc.control.restart import Phase
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -193,6 +194,43 @@ class TestKilling:
         decision = driver.stalled().add(driver.wait(100))
         assert bool(orders(decision, "kill")) is killed
         assert driver.incident.rank == driver.stage.culprit
+
+
+class TestRanksThatDoNotComeBack:
+    """A rank was stopped, and its agent killed: the new agent knows nothing of it, and cannot examine it."""
+
+    def make(self):
+        driver = make("stopped", seed=2)
+        missing, node = driver.stage.culprit, driver.stage.node
+        driver.wait(1)
+        driver._obey(driver.core.agent_lost(node, driver.now))
+        driver.wait(1)
+        driver.tell(node_joined(node, attempt=1, first_rank=0, nproc=driver.stage.per_node, node_rank=int(node[1:])))
+        for rank, where in driver.stage.nodes.items():
+            if where == node and rank != missing:
+                driver.tell(joined(rank, node=node, world_size=driver.stage.world, epoch=1))
+        del driver.stage.ranks[missing]
+        return driver, missing, node
+
+    def test_the_attempt_is_ended_when_the_others_stand_still(self):
+        driver, missing, node = self.make()
+        driver.wait(AGENT_PATIENCE + 2)
+        decision = driver.stalled(next(iter(driver.stage.ranks)))
+        ((_, kill),) = orders(decision, "kill")
+        assert kill.rank == missing
+        assert orders(driver.wait(KILL_PATIENCE + 1), "stop") != []
+        assert f"rank {missing} on {node} hung: it has not come back to its agent" in driver.attempts.last_failure
+
+    def test_not_as_long_as_they_step(self):
+        driver, *_ = self.make()
+        assert kinds(driver.wait(AGENT_PATIENCE + 600)) == []
+
+    def test_nor_if_it_has_ended_in_good_order(self):
+        driver, missing, node = self.make()
+        driver.tell(pb.RankExited(job="job", node=node, attempt=1, rank=missing, status=0))
+        driver.wait(AGENT_PATIENCE + 2)
+        decision = driver.stalled(next(iter(driver.stage.ranks))).add(driver.wait(600))
+        assert orders(decision, "kill") == []
 
 
 class TestWorkUnseen:
