@@ -260,6 +260,7 @@ class HealthSettings(msgspec.Struct, frozen=True, kw_only=True):
         startup: how long a phase that the job has little experience with may be without progress.
         confirm: how long a rank that is to blame, and whose process is neither stopped nor gone, must stand still
             before it is killed. Work that takes longer than this and is no step should be declared (`Session.phase`).
+        give_up: how long all ranks must stand still until they are started anew, though nobody can be blamed.
     """
 
     enabled: bool = True
@@ -268,6 +269,7 @@ class HealthSettings(msgspec.Struct, frozen=True, kw_only=True):
     factor: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 3.0
     startup: Annotated[float, parse_duration] = 600.0
     confirm: Annotated[float, parse_duration] = 120.0
+    give_up: Annotated[float, parse_duration] = 1800.0
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
@@ -418,7 +420,7 @@ def _check(settings: Settings) -> None:
         refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
     if save.deadline >= save.timeout:
         refuse("save.deadline", f"is {save.deadline:g} s, not less than save.timeout, {save.timeout:g} s")
-    for key in ("floor", "startup", "confirm"):
+    for key in ("floor", "startup", "confirm", "give_up"):
         if getattr(health, key) == 0:
             refuse(f"health.{key}", 'is 0; to switch the watch off, set health.enabled to "false"')
 

@@ -79,7 +79,8 @@ class Agent:
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
         self.workers = Workers()
-        policy = Policy(settings.health.automatic, settings.health.confirm)
+        health = settings.health
+        policy = Policy(health.automatic, health.confirm, health.give_up)
         self.shell = CoordinatorShell(self.workers, settings.save.timeout, policy)
         arenas = Path(settings.arena.dir)
         # Agents with different directories may share a machine (two "nodes" of a test): their arenas must not meet.

@@ -4,7 +4,8 @@ open --all nodes answer, or the deadline--> verdict --sure--> killed
                                             verdict --not sure--> (a pause) --> open
 any --every stalled rank moves--> closed: it went on by itself
 
-A rank that has not come back to its agent, while others stand still, ends the attempt too: nobody can examine it.
+Two more ends for an attempt: a rank has not come back to its agent, so that nobody can examine it, while others stand
+still; or all ranks have stood still for `give_up` seconds, and nobody can be named.
 
 A rank is killed only when it is itself overdue and two independent signals say that it is the one:
 - its process is stopped or gone: at once;
@@ -63,39 +64,37 @@ class Policy:
     Attributes:
         automatic: "launched": it is killed if `ckptsvc run` will start it again; "always"; "never": only reported.
         confirm: seconds for which a rank that runs must have stood still.
+        give_up: seconds for which all ranks must have stood still until the attempt is ended, whoever is to blame.
     """
 
     automatic: str = "launched"
     confirm: float = 120.0
+    give_up: float = 1800.0
 
 
 @dataclass(slots=True)
-class Suspect:
-    """The rank that was named last."""
+class Track:
+    """One rank, over the examinations of an incident."""
 
-    rank: int = -1
-    rounds: int = 0  # in a row
-    overdue: bool = False
-    stack: tuple[str, ...] = ()
     last: pb.RankEvidence | None = None
     moved_at: float = 0.0  # how long it had been without progress when it was last seen to do something
-    stood: float = 0.0  # seconds for which it has stood still where it should not
 
-    def look(self, seen: pb.RankEvidence, strayed: bool) -> None:
-        """Whether it has done something since it was last examined, if only where no step shows it.
+    @property
+    def stood(self) -> float:
+        """Seconds for which it has stood still: in the same functions, reading and writing nothing."""
+        return self.last.stalled - self.moved_at if self.last is not None else 0.0
 
-        `strayed`: it is overdue, and not where the others wait for it.
-        """
+    def look(self, seen: pb.RankEvidence) -> None:
+        """Whether it has done something since it was last examined, if only where no step shows it."""
         last, self.last = self.last, seen
-        stack = functions(seen.stack)
-        if last is not None:
-            seconds = max(seen.stalled - last.stalled, 1.0)
-            moves = seen.io_bytes - last.io_bytes > seconds * MOVES_BYTES
-            moves = moves or seen.children_cpu - last.children_cpu > seconds * MOVES_CPU
-            if moves or (self.stack and stack != self.stack):
-                self.moved_at = seen.stalled
-        self.stack = stack
-        self.stood = seen.stalled - self.moved_at if strayed else 0.0
+        if last is None:
+            return
+        seconds = max(seen.stalled - last.stalled, 1.0)
+        moves = seen.io_bytes - last.io_bytes > seconds * MOVES_BYTES
+        moves = moves or seen.children_cpu - last.children_cpu > seconds * MOVES_CPU
+        before, now = functions(last.stack), functions(seen.stack)
+        if moves or (before and now and before != now) or seen.stalled < last.stalled:
+            self.moved_at = seen.stalled
 
 
 @dataclass(slots=True)
@@ -112,7 +111,9 @@ class Case:
     answers: dict[str, pb.Examined] = field(default_factory=dict)
     until: float = 0.0  # open: the deadline for answers; else: when to look again
     open: bool = True
-    suspect: Suspect = field(default_factory=Suspect)
+    verdict: Verdict = field(default_factory=Verdict)
+    named: int = 0  # verdicts in a row that have named the same rank
+    tracks: dict[int, Track] = field(default_factory=dict)
     killed_at: float | None = None
 
 
@@ -161,7 +162,7 @@ class Health:
         if case.stalled or case.killed_at is not None:
             return Decision()
         seconds = stalled.seconds + now - case.opened
-        self._harmless[case.job] = (event.attempt, max(self._longest(case), case.suspect.stood))
+        self._harmless[case.job] = (event.attempt, max(self._longest(case), self._strayed(case)))
         case.incident.kind = "slow"
         return self._close(case, f"went on by itself after {seconds:.1f} s")
 
@@ -225,25 +226,25 @@ class Health:
         verdict = self._verdict_on_missing(case, job) or blame(Scene(job.ranks, ranks, case.silent, nics))
         case.open, case.awaited = False, set()
         news = self._take_in(case, verdict, ranks, now)
-        if self._is_sure(case, verdict):
-            return self._kill(case, verdict, now)
+        if self._is_sure(case):
+            return self._kill(case, now)
+        attempts = self._attempts(case)
+        if attempts is not None and self._is_dead(case, job, ranks):
+            return self._give_up(case, attempts, now)
         pause = min(LOOK_AGAIN * 2 ** min(case.round - 1, 8), LOOK_AGAIN_MOST)
-        if case.suspect.stood:
-            pause = min(pause, max(self._patience(case) - case.suspect.stood, LOOK_AGAIN))
+        if strayed := self._strayed(case):
+            pause = min(pause, max(self._patience(case) - strayed, LOOK_AGAIN))
         case.until = now + pause
         return record(case.incident) if news else Decision()
 
     def _take_in(self, case: Case, verdict: Verdict, ranks: Mapping[int, pb.RankEvidence], now: float) -> bool:
         """Note a verdict; returns whether it says something new."""
-        incident, suspect = case.incident, case.suspect
-        news = case.round == 1 or (verdict.rank, verdict.node) != (incident.rank, incident.node)
-        news = news or verdict.overdue != suspect.overdue
-        if verdict.rank != suspect.rank:
-            suspect = case.suspect = Suspect(verdict.rank)
-        suspect.rounds, suspect.overdue = suspect.rounds + 1, verdict.overdue
-        seen = ranks.get(verdict.rank)
-        if seen is not None:
-            suspect.look(seen, verdict.overdue and len(verdict.kinds) > 1)
+        incident, before = case.incident, case.verdict
+        news = (verdict.rank, verdict.node, verdict.overdue) != (before.rank, before.node, before.overdue)
+        case.named = case.named + 1 if verdict.rank == before.rank else 1
+        case.verdict = verdict
+        for rank, seen in ranks.items():
+            case.tracks.setdefault(rank, Track()).look(seen)
         incident.rank, incident.node, incident.sentence = verdict.rank, verdict.node, verdict.sentence
         incident.confidence = verdict.confidence
         incident.signals[:] = verdict.signals
@@ -254,7 +255,7 @@ class Health:
         if not incident.detected:
             first = max((event.seconds for event in case.stalled.values()), default=0.0)
             incident.detected = first + now - case.opened
-        return news
+        return news or case.round == 1
 
     def _verdict_on_missing(self, case: Case, job: Job) -> Verdict | None:
         attempts = self._attempts(case)
@@ -272,18 +273,29 @@ class Health:
 
     # ---- acting ------------------------------------------------------------------------------------------------------
 
-    def _is_sure(self, case: Case, verdict: Verdict) -> bool:
+    def _is_sure(self, case: Case) -> bool:
         """Whether the rank may be killed: it is overdue, and two signals that are independent say so."""
-        if not verdict.overdue or not self._may_kill(case):
+        if not case.verdict.overdue or not self._may_kill(case):
             return False
-        if verdict.broken:
-            return True
-        # `stood` is 0 as long as there is one signal only.
-        return case.suspect.rounds >= ROUNDS and case.suspect.stood >= self._patience(case)
+        return case.verdict.broken or (case.named >= ROUNDS and self._strayed(case) >= self._patience(case))
+
+    def _is_dead(self, case: Case, job: Job, ranks: Mapping[int, pb.RankEvidence]) -> bool:
+        """Whether nothing at all has happened for so long that the attempt is given up, though nobody is named."""
+        if self.policy.automatic == "never" or ranks.keys() != job.ranks.keys():
+            return False
+        overdue = all(0 < e.threshold < e.stalled and e.state not in ("T", "t") for e in ranks.values())
+        return overdue and min(case.tracks[rank].stood for rank in ranks) > self.policy.give_up
+
+    def _strayed(self, case: Case) -> float:
+        """Seconds for which the suspect has stood still where it should not; 0 as long as there is one signal only."""
+        track = case.tracks.get(case.verdict.rank)
+        return track.stood if track and case.verdict.overdue and len(case.verdict.kinds) > 1 else 0.0
 
     def _patience(self, case: Case) -> float:
         """Seconds for which the suspect must stand still: longer than any did in this attempt that went on."""
-        return max(self.policy.confirm, 2 * self._longest(case)) * (1.0 if case.suspect.stack else UNSEEN)
+        track = case.tracks.get(case.verdict.rank, Track())
+        unseen = track.last is None or not functions(track.last.stack)
+        return max(self.policy.confirm, 2 * self._longest(case)) * (UNSEEN if unseen else 1.0)
 
     def _longest(self, case: Case) -> float:
         attempt, longest = self._harmless.get(case.job, (0, 0.0))
@@ -301,9 +313,9 @@ class Health:
         wanted = (case.incident.attempt, Phase.RUNNING)
         return attempts if attempts is not None and standing(attempts) == wanted else None
 
-    def _kill(self, case: Case, verdict: Verdict, now: float) -> Decision:
+    def _kill(self, case: Case, now: float) -> Decision:
         case.killed_at = now
-        incident = case.incident
+        incident, verdict = case.incident, case.verdict
         incident.actions.append(f"SIGKILL to rank {verdict.rank} on {verdict.node}")
         attempts = self._attempts(case)
         if attempts is not None:
@@ -324,9 +336,17 @@ class Health:
             return self._close(case, "it had gone on by itself, and lives")
         if attempts is None:
             return Decision()
+        return self._give_up(case, attempts, now)
+
+    def _give_up(self, case: Case, attempts: Attempts, now: float) -> Decision:
+        """Stop the whole attempt."""
+        if case.killed_at is None:
+            case.killed_at = now
+            attempts.accuse(case.incident.attempt, case.verdict.sentence)
+            self.incidents.fatal(case.incident)
         before = standing(attempts)
         decision = attempts.give_up(case.incident.attempt, now)
-        return decision.add(self.incidents.failed(attempts, before, "hung", case.incident.rank, case.incident.node))
+        return decision.add(self.incidents.failed(attempts, before, "hung"))
 
     def _close(self, case: Case, how: str) -> Decision:
         """Nothing more will be found out; an incident that nobody has heard of yet was none."""

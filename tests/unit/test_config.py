@@ -88,6 +88,7 @@ def test_every_setting_has_its_variable() -> None:
         "health.factor": "4",
         "health.startup": "20min",
         "health.confirm": "5min",
+        "health.give_up": "1h",
     }
     settings = load({f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[])
     assert set(settings.origin) == set(values)
@@ -105,7 +106,7 @@ def test_every_setting_has_its_variable() -> None:
     )
     assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
     assert settings.health == config.HealthSettings(
-        enabled=False, automatic="never", floor=2.0, factor=4.0, startup=1200.0, confirm=300.0
+        enabled=False, automatic="never", floor=2.0, factor=4.0, startup=1200.0, confirm=300.0, give_up=3600.0
     )
 
 
