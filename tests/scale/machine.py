@@ -100,7 +100,7 @@ class Machine:
         self._launched = self._connected = False
         self._status: int | None = None
         self._lost = False
-        self.agent_stopped_until = 0.0
+        self.agent_stopped_until = self._said_until = 0.0
 
     @property
     def launcher_waits(self) -> bool:
@@ -153,7 +153,10 @@ class Machine:
         launcher = self.launches._by_job.get(JOB)
         while launcher is not None and not launcher.orders.empty():
             response = launcher.orders.get_nowait()
-            self._world.later(self._world.rng.uniform(0, 0.1), self._launcher_obeys, self._incarnation, response)
+            # A stream: what was said first arrives first.
+            self._said_until = max(self._world.now + self._world.rng.uniform(0, 0.1), self._said_until)
+            delay = self._said_until - self._world.now
+            self._world.later(delay, self._launcher_obeys, self._incarnation, response)
 
     def _obey_late(self, incarnation: int, order: pb.Order) -> None:
         if self._is(incarnation):
