@@ -20,7 +20,7 @@ class Pretended:
 
     def __init__(self, save: float = 0.0, finish: float = 0.0, burn: float = 0.0, fails: str = "") -> None:
         self.times, self.burn, self.fails = (save, finish), burn, fails
-        self.saves = self.discarded = 0
+        self.saves = self.discarded = self.updates = 0
         self.closed = False
 
     def save(self) -> None:
@@ -34,6 +34,9 @@ class Pretended:
         if self.burn:
             code = f"import os\nwhile sum(os.times()[:2]) < {self.burn}: pass"
             subprocess.run([sys.executable, "-c", code], check=True)
+
+    def before_update(self) -> None:
+        self.updates += 1
 
     def discard_older(self) -> None:
         self.discarded += 1
