@@ -14,7 +14,7 @@ from ckptsvc.agent.sessions import Attempt, LocalJob, Session
 from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied
-from ckptsvc.pipeline.arena import Arena, State, populate
+from ckptsvc.pipeline.arena import TAIL, Arena, State, populate
 from ckptsvc.telemetry import Event, Skip, log
 
 logger = logging.getLogger("ckptsvc.agent")
@@ -161,13 +161,13 @@ class Arenas:
                 self._local.pool.release(arena)
 
     def fd(self, token: str, slot: str) -> tuple[int, int]:
-        """A new descriptor of an arena of this rank's job (the identity socket passes and closes it)."""
+        """A new descriptor of an arena of this rank's job, which the caller closes, and the size of the file."""
         session = self._local.session(token)
         arena = self._local.pool.arenas.get(slot)
         if arena is None or arena.job != session.reg.job:
             raise InvalidInput(f"there is no arena {slot!r} of job {session.reg.job}")
         mode = os.O_RDWR if arena.rank == session.reg.rank else os.O_RDONLY
-        return os.open(arena.path, mode | os.O_CLOEXEC), arena.capacity
+        return os.open(arena.path, mode | os.O_CLOEXEC), arena.capacity + TAIL
 
     def _skip(self, job: LocalJob, reg: Registration, step: int, why: str) -> None:
         epoch = job.attempt(reg.attempt).epoch

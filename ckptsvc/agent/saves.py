@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, NamedTuple
 
 from ckptsvc.agent import reports
+from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import LocalJob
+from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.pipeline.arena import Arena, Label, State
@@ -20,8 +24,19 @@ from ckptsvc.telemetry import Event, Outcome, Phase, log
 
 logger = logging.getLogger("ckptsvc.agent")
 
+EARLY_BYTES = 64 << 20
+"""Snapshots of so many bytes are written while they are copied: of smaller ones the copy takes no time."""
+
 DIGEST_TIMEOUT = 60.0
 """Seconds a restore from memory waits for the checksums of a snapshot that was staged just now."""
+
+
+class _Early(NamedTuple):
+    """A shard that is being written while its rank still copies; `fill` is the number by which it can be given up."""
+
+    fill: int
+    nbytes: int
+    written: asyncio.Task[dict[str, Any]]
 
 
 class Saves:
@@ -29,6 +44,33 @@ class Saves:
 
     def __init__(self, local: Local, workers: Workers) -> None:
         self._local, self._workers = local, workers
+        self._early: dict[str, _Early] = {}  # arena -> the writing of what a rank copies into it
+        self._fills = itertools.count(1)
+        local.pool.on_given_up = self._give_up
+
+    def expect(self, token: str, arena: Arena, epoch: int, nbytes: int) -> None:
+        """A rank begins to copy into an arena: a large snapshot is written from its first byte on, beside the copy."""
+        if nbytes < EARLY_BYTES:
+            return
+        reg = self._local.session(token).reg
+        job, fill = self._local.jobs[reg.job], next(self._fills)
+        job.digests[arena.name] = asyncio.get_running_loop().create_future()
+        call = self._write(job, arena, _what(reg, epoch, arena.step, nbytes, arena, fill))
+        early = self._early[arena.name] = _Early(fill, nbytes, asyncio.ensure_future(call))
+        early.written.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody need ask
+
+    def _give_up(self, arena: Arena) -> None:
+        early = self._early.pop(arena.name, None)
+        if early is not None:
+            early.written.cancel()
+            if arena.job in self._workers.jobs():
+                self._local.spawn(self._cancel(self._workers.of(arena.job), early.fill))
+
+    async def _cancel(self, worker: WorkerProxy, fill: int) -> None:
+        try:
+            await worker.call("cancel", {"fill": fill})
+        except CkptsvcError as error:
+            logger.debug("a snapshot that was given up is still being written: %s", error)
 
     def submit(self, token: str, slot: str, step: int, nbytes: int, aliases: dict[str, str]) -> None:
         """The arena holds a whole shard image: it is ours now."""
@@ -73,33 +115,37 @@ class Saves:
 
     def _begin_save(self, arena: Arena, label: Label, *, again: bool = False) -> None:
         job = self._local.jobs[label.job]
-        job.digests[arena.name] = asyncio.get_running_loop().create_future()
+        if arena.name in self._early and self._early[arena.name].nbytes != label.nbytes:
+            self._give_up(arena)
+        early = self._early.pop(arena.name, None)
+        if early is None:
+            job.digests[arena.name] = asyncio.get_running_loop().create_future()
+            written = self._write(job, arena, _what(label, label.epoch, label.step, label.nbytes, arena, 0))
+        else:
+            written = _result(early.written)
         self._local.report(job, reports.staged(self._local.name, label, again=again))
-        self._local.spawn(self._save(job, arena, label))
+        self._local.spawn(self._save(job, label, written))
 
-    async def _save(self, job: LocalJob, arena: Arena, label: Label) -> None:
-        started = time.monotonic()
+    async def _write(self, job: LocalJob, arena: Arena, args: dict[str, Any]) -> dict[str, Any]:
         future = job.digests[arena.name]
 
         def on_note(note: dict[str, Any]) -> None:
             if "digests" in note and not future.done():
                 future.set_result(note["digests"])
 
-        args = {
-            "path": str(arena.path),
-            "nbytes": label.nbytes,
-            "store": label.store,
-            "extent": label.extent,
-            "epoch": label.epoch,
-            "step": label.step,
-            "rank": label.rank,
-        }
         try:
-            done = await self._workers.of(label.job).call("write", args, on_note)
+            return await self._workers.of(job.name).call("write", args, on_note)
         except CkptsvcError as error:
             if not future.done():
                 future.set_exception(error)
                 future.exception()  # nobody need ask
+            raise
+
+    async def _save(self, job: LocalJob, label: Label, written: Awaitable[dict[str, Any]]) -> None:
+        started = time.monotonic()
+        try:
+            done = await written
+        except CkptsvcError as error:
             log(logger, logging.ERROR, Event.SAVE_FAILED, "shard not written: %s", error,
                 job=label.job, rank=label.rank, step=label.step)  # fmt: skip
             self._local.metrics.store_errors.labels(_scheme(label.store), error.code).inc()
@@ -210,6 +256,24 @@ class Saves:
         self._local.metrics.saves.labels(Outcome.FENCED if fenced else Outcome.FAILED).inc()
         log(logger, logging.ERROR, Event.SAVE_FAILED, "step %d not saved: %s", outcome.step, outcome.reason,
             job=job.name, step=outcome.step, epoch=outcome.epoch)  # fmt: skip
+
+
+def _what(of: Label | Registration, epoch: int, step: int, nbytes: int, arena: Arena, fill: int) -> dict[str, Any]:
+    """The arguments of the worker's `write`."""
+    return {
+        "path": str(arena.path),
+        "nbytes": nbytes,
+        "store": of.store,
+        "extent": of.extent,
+        "epoch": epoch,
+        "step": step,
+        "rank": of.rank,
+        "fill": fill,
+    }
+
+
+async def _result(task: asyncio.Task[dict[str, Any]]) -> dict[str, Any]:
+    return await task
 
 
 def _scheme(store: str) -> str:

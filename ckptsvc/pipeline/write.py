@@ -13,7 +13,7 @@ from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import checkpoint_name, shard_name
 from ckptsvc.format.shard import ShardInfo, decode_header, header_length
 from ckptsvc.pipeline.failpoint import failpoint
-from ckptsvc.storage import Store
+from ckptsvc.storage import Progress, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,24 +38,28 @@ def write_shard(
     rank: int,
     pool: Executor,
     on_digests: Callable[[Digests], None],
+    ready: Progress = lambda nbytes: None,
 ) -> Written:
     """Write the shard image in the first `nbytes` of `image` (page-aligned, whole pages) and return its table.
 
     Checksums and table are made beside the write (the first at 30 GB/s against 2, the second 10 us a tensor: both are
     done before it). The checksums are handed out through `on_digests` as soon as they are known: with them the snapshot
-    can be restored from memory.
+    can be restored from memory. `ready` returns when so many bytes of the image are final (see `Store.write`).
 
     Raises:
         Damaged: the image has no valid header.
         StoreError: as the store raises.
     """
+    ready(8)
     prefix = 8 + header_length(bytes(image[:8]))
 
     def describe() -> tuple[Columns, ShardInfo]:
+        ready(prefix)
         table = decode_header(bytes(image[:prefix]), nbytes)
         return Columns.from_table(table), table.info
 
     def digest() -> Digests:
+        ready(nbytes)  # not piece by piece: the rank that copies needs the cores more
         found = extent_digests(image[:nbytes], extent)
         on_digests(found)
         return found
@@ -64,7 +68,7 @@ def write_shard(
     name = shard_name(rank, secrets.token_hex(4))
     key = f"{checkpoint_name(step, epoch)}/{name}"
     try:
-        store.write(key, image, nbytes, progress=lambda _: failpoint("in_shard"))
+        store.write(key, image, nbytes, ready=ready, progress=lambda _: failpoint("in_shard"))
     finally:
         for beside in (digests, description):
             beside.exception()  # they look at the caller's memory until they have ended

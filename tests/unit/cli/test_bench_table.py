@@ -100,7 +100,10 @@ def test_slowdown_is_in_percent() -> None:
     rows = by_what(rows_of("overlap", [Results(nbytes=2 * GIB, samples=samples)]))
     assert (rows["slowdown of the loop"].ours.median, rows["slowdown of the loop"].met) == (8.0, False)
     assert (rows["training time lost in all"].ours.median, rows["training time lost in all"].met) == (0.05, True)
-    assert (rows["overlap: loop blocked"].ratio.median, rows["overlap: loop blocked"].met) == (pytest.approx(0.05), True)
+    assert (rows["overlap: loop blocked"].ratio.median, rows["overlap: loop blocked"].met) == (
+        pytest.approx(0.05),
+        True,
+    )
     assert rows["overlap: time lost in all"].ours.median == pytest.approx(0.01)
 
 
