@@ -242,9 +242,9 @@ class StoreTests:
 
         def ready(nbytes: int) -> None:
             if nbytes > 16 * MiB:
-                raise InterruptedError
+                raise ArithmeticError
 
-        with pages_with(content_of(24 * MiB)) as data, pytest.raises(InterruptedError):
+        with pages_with(content_of(24 * MiB)) as data, pytest.raises(ArithmeticError):
             store.write("a", data, 24 * MiB, ready=ready)
         assert list(store.list()) == []
 
