@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from typing import Any, NamedTuple
 
 from ckptsvc.agent import reports
@@ -15,7 +15,7 @@ from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
-from ckptsvc.errors import CkptsvcError, InvalidInput
+from ckptsvc.errors import CkptsvcError, InvalidInput, SaveFailed
 from ckptsvc.pipeline.arena import Arena, Label, State
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.rpc.v1 import agent_pb2
@@ -54,16 +54,24 @@ class Saves:
             return
         reg = self._local.session(token).reg
         job, fill = self._local.jobs[reg.job], next(self._fills)
-        job.digests[arena.name] = asyncio.get_running_loop().create_future()
-        call = self._write(job, arena, _what(reg, epoch, arena.step, nbytes, arena, fill))
-        early = self._early[arena.name] = _Early(fill, nbytes, asyncio.ensure_future(call))
-        early.written.add_done_callback(lambda task: task.cancelled() or task.exception())  # nobody need ask
+        task = asyncio.ensure_future(self._write(job, arena, _what(reg, epoch, arena.step, nbytes, arena, fill)))
+        early = self._early[arena.name] = _Early(fill, nbytes, task)
+
+        def ended(task: asyncio.Task[dict[str, Any]]) -> None:
+            if not task.cancelled():
+                task.exception()  # nobody need ask
+            if self._early.get(arena.name) is early and arena.state is not State.FILLING:
+                del self._early[arena.name]
+
+        task.add_done_callback(ended)
 
     def _give_up(self, arena: Arena) -> None:
         early = self._early.pop(arena.name, None)
         if early is not None:
+            if early.written.done():
+                return
             early.written.cancel()
-            if arena.job in self._workers.jobs():
+            if arena.job in self._workers.jobs() and self._workers.of(arena.job).running:
                 self._local.spawn(self._cancel(self._workers.of(arena.job), early.fill))
 
     async def _cancel(self, worker: WorkerProxy, fill: int) -> None:
@@ -79,12 +87,15 @@ class Saves:
         arena = self._local.pool.arenas.get(slot)
         if arena is None or (arena.holder, arena.state, arena.step) != (token, State.FILLING, step):
             raise InvalidInput(f"arena {slot!r} was not acquired for step {step}")
+        epoch = self._local.jobs[reg.job].attempt(reg.attempt).epoch
+        if epoch != arena.epoch:
+            raise SaveFailed(f"another rank has begun a new epoch; this snapshot is of epoch {arena.epoch}")
         label = Label(
             job=reg.job,
             store=reg.store,
             coordinator=reg.coordinator,
             attempt=reg.attempt,
-            epoch=self._local.jobs[reg.job].attempt(reg.attempt).epoch,
+            epoch=epoch,
             step=step,
             rank=reg.rank,
             world_size=reg.world_size,
@@ -117,27 +128,34 @@ class Saves:
         job = self._local.jobs[label.job]
         if arena.name in self._early and self._early[arena.name].nbytes != label.nbytes:
             self._give_up(arena)
-        early = self._early.pop(arena.name, None)
+        early = self._early.get(arena.name)  # until it has ended: the arena may be let go before
         if early is None:
-            job.digests[arena.name] = asyncio.get_running_loop().create_future()
-            written = self._write(job, arena, _what(label, label.epoch, label.step, label.nbytes, arena, 0))
+            written: Awaitable[dict[str, Any]] = self._write(
+                job, arena, _what(label, label.epoch, label.step, label.nbytes, arena, 0)
+            )
         else:
-            written = _result(early.written)
+            written = early.written
+            if early.written.done():
+                del self._early[arena.name]
         self._local.report(job, reports.staged(self._local.name, label, again=again))
         self._local.spawn(self._save(job, label, written))
 
-    async def _write(self, job: LocalJob, arena: Arena, args: dict[str, Any]) -> dict[str, Any]:
-        future = job.digests[arena.name]
+    def _write(self, job: LocalJob, arena: Arena, args: dict[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Have the shard written; its checksums are known from `job.digests` before that."""
+        digests = job.digests[arena.name] = asyncio.get_running_loop().create_future()
+        return self._written(job.name, args, digests)
 
+    async def _written(self, job: str, args: dict[str, Any], future: asyncio.Future[bytes]) -> dict[str, Any]:
         def on_note(note: dict[str, Any]) -> None:
             if "digests" in note and not future.done():
                 future.set_result(note["digests"])
 
         try:
-            return await self._workers.of(job.name).call("write", args, on_note)
-        except CkptsvcError as error:
+            return await self._workers.of(job).call("write", args, on_note)
+        except BaseException as error:
             if not future.done():
-                future.set_exception(error)
+                why = error if isinstance(error, CkptsvcError) else SaveFailed("the snapshot was given up")
+                future.set_exception(why)
                 future.exception()  # nobody need ask
             raise
 
@@ -270,10 +288,6 @@ def _what(of: Label | Registration, epoch: int, step: int, nbytes: int, arena: A
         "rank": of.rank,
         "fill": fill,
     }
-
-
-async def _result(task: asyncio.Task[dict[str, Any]]) -> dict[str, Any]:
-    return await task
 
 
 def _scheme(store: str) -> str:

@@ -117,7 +117,8 @@ class Agent:
             await self._listen(stack)
             self.node.saves.recover(left)
             tasks = [asyncio.ensure_future(c) for c in (self.shell.run(), self.node.watch(), self._until_idle())]
-            (directory / "ready").write_text(self._ready_text())
+            (directory / "ready.new").write_text(self._ready_text())
+            (directory / "ready.new").rename(directory / "ready")
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
                 self.node_name, directory, self.address, node=self.node_name)  # fmt: skip
             await self._stopping.wait()

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
@@ -38,6 +38,9 @@ from ckptsvc.storage import Progress, Store, connect
 from ckptsvc.storage.wrappers import Retrying
 
 FRAME = struct.Struct("<I")
+THREADS = 16
+"""Requests that are executed at a time."""
+
 MAX_FRAME = 1 << 30
 """Largest frame in bytes."""
 
@@ -64,7 +67,7 @@ class Worker:
         self._lock = threading.Lock()
         self._mappings = Mappings()
         self._fills: dict[int, threading.Event] = {}  # snapshots that are written while they are copied in -> given up
-        self._digesting = ThreadPoolExecutor(2, thread_name_prefix="ckptsvc-digest")
+        self._digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
 
     def store(self, url: str) -> Store:
         """The store of that URL, connected once, with retries."""
@@ -72,6 +75,11 @@ class Worker:
             if url not in self._stores:
                 self._stores[url] = Retrying(connect(url), attempts=self._retries + 1)
             return self._stores[url]
+
+    def end(self) -> NoReturn:
+        """End this process, whatever its threads are doing."""
+        self._mappings.close()
+        os._exit(0)
 
     def do_write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Write the shard in an arena; notes its digests as soon as they are known."""
@@ -206,14 +214,14 @@ def serve(sock: socket.socket) -> None:
             )
 
     decoder = msgspec.msgpack.Decoder(Request)
-    with ThreadPoolExecutor(16, thread_name_prefix="ckptsvc-io") as pool:
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="ckptsvc-io") as pool:
         while True:
             head = _receive(sock, FRAME.size)
             if head is None:
-                os._exit(0)  # the agent is gone: a thread that hangs in the store must not keep this process
+                worker.end()  # the agent is gone: a thread that hangs in the store must not keep this process
             body = _receive(sock, FRAME.unpack(head)[0])
             if body is None:
-                os._exit(0)
+                worker.end()
             request = decoder.decode(body)
             worker.expect(request)
             if request.op in ("unmap", "cancel"):  # they must not wait for threads that a store may hold up

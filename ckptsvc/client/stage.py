@@ -14,10 +14,11 @@ from torch import Tensor
 
 from ckptsvc.client.memcopy import bytes_of, copy_bytes
 from ckptsvc.client.parts import Capture, LocalPart
+from ckptsvc.errors import ArenaExhausted
 from ckptsvc.format.shard import Part, ShardInfo, ShardTemplate
 from ckptsvc.geometry.box import Box, FlatRange
 from ckptsvc.geometry.layout import split_replicated
-from ckptsvc.pipeline.arena import filled_word
+from ckptsvc.pipeline.arena import TAIL, filled_word
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.types import DTYPES
 
@@ -122,6 +123,8 @@ class StagePlan:
             and backward; it must have returned before an optimizer changes them.
         """
         total = self.template.total(len(objects))
+        if total > len(arena) - TAIL:
+            raise ArenaExhausted(f"an arena of {len(arena)} bytes cannot hold a snapshot of {total}")
         sources = self._pieces(capture)
         targets = self._targets.get(slot)
         if targets is None:

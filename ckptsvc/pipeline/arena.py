@@ -63,7 +63,10 @@ class Label(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class Arena:
-    """One arena; `label` is set while it is STAGED or KEPT. `capacity` is what a snapshot may take."""
+    """One arena; `label` is set while it is STAGED or KEPT, `epoch` from when it is acquired on.
+
+    `capacity` is what a snapshot may take.
+    """
 
     name: str
     path: Path
@@ -72,6 +75,7 @@ class Arena:
     rank: int
     state: State = State.FREE
     step: int = -1
+    epoch: int = 0
     label: Label | None = None
     holder: str = ""  # who fills it
     since: float = 0.0  # when it was staged, CLOCK_MONOTONIC
@@ -85,7 +89,7 @@ class ArenaPool:
         root: directory of this agent; created with mode 0700.
         limit: bytes of shared memory all arenas together may take.
         on_removed: told of every arena that is removed: who maps it must let go, or its memory stays.
-        on_given_up: told of an arena that was being filled and whose snapshot will not come.
+        on_given_up: told of an arena whose snapshot nobody wants any more, whether it is complete or not.
     """
 
     root: Path
@@ -195,7 +199,11 @@ class ArenaPool:
         arena = min(free, key=lambda a: a.step)
         evicted = arena.label
         self.release(arena)
-        _write_filled(arena, 0)
+        try:
+            self._set_filled(arena, 0)
+        except OSError as error:  # somebody has tidied up in /dev/shm
+            self.remove(arena)
+            raise ArenaExhausted(f"the arena of rank {rank} is gone: {error}") from error
         arena.state, arena.step, arena.holder = State.FILLING, step, holder
         return arena, evicted
 
@@ -203,8 +211,16 @@ class ArenaPool:
         """The arena holds a whole snapshot now; remember that beyond this process."""
         if not 0 < label.nbytes <= arena.capacity:
             raise InvalidInput(f"a snapshot of {label.nbytes} bytes cannot be in an arena of {arena.capacity}")
+        self._set_filled(arena, label.nbytes)
         arena.label, arena.state, arena.holder, arena.since = label, State.STAGED, "", time.monotonic()
         _write_label(arena.path, label)
+
+    def _set_filled(self, arena: Arena, nbytes: int) -> None:
+        fd = os.open(arena.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, struct.pack("q", nbytes), arena.capacity + TAIL - 8)
+        finally:
+            os.close(fd)
 
     def keep(self, arena: Arena) -> None:
         """The save has ended; the snapshot stays as the memory tier."""
@@ -217,8 +233,7 @@ class ArenaPool:
         """Forget what the arena holds; it can be filled again."""
         with contextlib.suppress(FileNotFoundError):
             arena.path.with_suffix(".json").unlink()
-        if arena.state is State.FILLING:
-            self.on_given_up(arena)
+        self.on_given_up(arena)
         arena.label, arena.state, arena.step, arena.holder = None, State.FREE, -1, ""
 
     def drop(self, job: str, rank: int | None = None) -> None:
@@ -233,8 +248,7 @@ class ArenaPool:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
         self.arenas.pop(arena.name, None)
-        if arena.state is State.FILLING:
-            self.on_given_up(arena)
+        self.on_given_up(arena)
         self.on_removed(arena)
 
 
@@ -244,14 +258,6 @@ def filled_word(arena: memoryview) -> memoryview:
     The rank that copies writes it, in growing steps; the worker that writes the shard reads it.
     """
     return arena[-8:].cast("q")
-
-
-def _write_filled(arena: Arena, nbytes: int) -> None:
-    fd = os.open(arena.path, os.O_WRONLY | os.O_CLOEXEC)
-    try:
-        os.pwrite(fd, struct.pack("q", nbytes), arena.capacity + TAIL - 8)
-    finally:
-        os.close(fd)
 
 
 def populate(fd: int, capacity: int) -> None:
@@ -321,8 +327,12 @@ class Mappings:
 
     def touch(self, path: str) -> None:
         """Map all of an arena now, so that its first save finds it mapped."""
-        with self.pages(path, 1), self._lock, contextlib.suppress(OSError):  # a kernel before 5.14
-            self._maps[path].memory.madvise(_MADV_POPULATE_READ)
+        with self.pages(path, 1):
+            memory = self._maps[path].memory
+            for start in range(0, len(memory), _TOUCHED_AT_ONCE):  # it holds the interpreter lock
+                with contextlib.suppress(OSError):  # a kernel before 5.14
+                    memory.madvise(_MADV_POPULATE_READ, start, min(_TOUCHED_AT_ONCE, len(memory) - start))
+                time.sleep(0)
 
     def forget(self, path: str) -> None:
         """The arena has been removed: let its memory go, as soon as nobody reads it any more."""
@@ -332,12 +342,18 @@ class Mappings:
                 mapping.forgotten = True
                 self._close(mapping)
 
+    def close(self) -> None:
+        """Forget all: a process that cannot end for a hanging store must not keep the memory."""
+        for path in list(self._maps):
+            self.forget(path)
+
     def _close(self, mapping: _Mapping) -> None:
         if mapping.forgotten and not mapping.users:
             mapping.memory.close()
 
 
 _MADV_POPULATE_READ = 22
+_TOUCHED_AT_ONCE = 16 << 20
 
 
 def _map(path: str) -> mmap.mmap:
