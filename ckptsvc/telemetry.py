@@ -85,7 +85,7 @@ class NicSignal(StrEnum):
 
 
 class NicTrouble(StrEnum):
-    """What is wrong with a network card."""
+    """What is wrong with a network card; what names a culprit best comes first."""
 
     TIMEOUTS = "timeouts"
     FAILURES = "failures"

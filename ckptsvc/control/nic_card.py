@@ -37,8 +37,11 @@ UNANSWERED = 3.0
 
 RATES = frozenset({Signal.SENT, Signal.RECEIVED, Signal.WAITS, Signal.MARKS})
 SHARES = frozenset({Signal.PAUSED_TX, Signal.PAUSED_RX, Signal.STALLED})
+COUNTS = frozenset(Signal) - RATES - SHARES
 STEADY = frozenset({Signal.UNCORRECTED, Signal.REPLAYS})
-"""Counted only when they rise in two readings of the window: a link may have one burst of errors, and repairs it."""
+"""Counted only when they rise in `STEADILY` readings of the window: a link may have a burst of errors and repair it."""
+
+STEADILY = 3
 
 _OF_HANDLER = frozenset(counter.file for counter in HANDLER)
 
@@ -137,7 +140,7 @@ class Card:
         for signal in Signal:
             value = self._value(signal, now)
             if value:
-                setattr(reading, signal.replace("-", "_"), value if signal in RATES | SHARES else round(value))
+                setattr(reading, signal.replace("-", "_"), round(value) if signal in COUNTS else value)
         for signal in (Signal.SENT, Signal.RECEIVED):
             if not reading.HasField(signal.value) and self._recent(signal, now):
                 setattr(reading, signal.value, 0.0)  # known to be nothing
@@ -160,7 +163,7 @@ class Card:
         window = FLAP_WINDOW if signal is Signal.FLAPS else WINDOW
         while past and now - past[0][0] >= window:
             past.popleft()
-        if signal in STEADY and len(past) < 2:
+        if signal in STEADY and len(past) < STEADILY:
             return 0.0
         return sum(amount for _, amount in past)
 

@@ -29,7 +29,7 @@ SAMPLE = 128
 """Nodes that the medians are taken from: evenly spread over all, for which a sample of so many is as good."""
 
 CONFIRM = {Trouble.TIMEOUTS: 0.5, Trouble.FAILURES: 0.5}
-CONFIRM_OTHERS = 1.5
+CONFIRM_OTHERS = 2.5
 """Seconds for which a card must be in trouble before it is named: by then the others have told whether they are too.
 
 Agents read their cards at each full second of the wall clock, so what happens to all is told by all at once; the longer
@@ -54,7 +54,8 @@ class JobNics:
     _open: dict[_Key, Finding] = field(default_factory=dict)
     _seen: dict[_Key, float] = field(default_factory=dict)  # when there last were signs of each that is open
     _suspected: dict[_Key, float] = field(default_factory=dict)  # since when there have been signs
-    _medians: tuple[float, Medians] = (-math.inf, Medians(()))
+    _medians: Medians = field(default_factory=lambda: Medians(()))
+    _medians_of: tuple[float, int] = (-math.inf, 0)  # made when, of how many nodes
     _ticked: float = -math.inf
 
     def take(self, event: pb.NicSummary, now: float) -> Decision:
@@ -90,7 +91,9 @@ class JobNics:
 
     def findings(self) -> list[Finding]:
         """The cards in trouble, worst first."""
-        return sorted(self._open.values(), key=lambda f: (-SEVERITIES.index(f.severity), f.since, f.node, f.nic))
+        kinds = list(Trouble)
+        rank = SEVERITIES.index
+        return sorted(self._open.values(), key=lambda f: (-rank(f.severity), kinds.index(f.kind), f.node, f.nic))
 
     def _judge(self, event: pb.NicSummary, now: float) -> Decision:
         decision = Decision()
@@ -111,11 +114,13 @@ class JobNics:
         return decision
 
     def _normal(self, now: float) -> Medians:
-        if now - self._medians[0] >= MEDIANS_FOR:
+        at, count = self._medians_of
+        if now - at >= MEDIANS_FOR or count != len(self._told):
             nodes = list(self._told.values())
             sample = nodes[:: max(1, len(nodes) // SAMPLE)]
-            self._medians = (now, Medians([nic for _, event in sample for nic in event.nics]))
-        return self._medians[1]
+            self._medians = Medians([nic for _, event in sample for nic in event.nics])
+            self._medians_of = (now, len(nodes))
+        return self._medians
 
 
 def _patience(key: _Key) -> float:

@@ -196,11 +196,19 @@ def is_news(told: pb.NicReading | None, now: pb.NicReading) -> bool:
     """Whether a card's coordinator must hear of `now` at once, if it has last heard `told`."""
     if told is None or any(getattr(told, name) != getattr(now, name) for name in _EXACT):
         return True
+    troubled = False
     for name, level in LEVELS.items():
-        before, after = sorted((getattr(told, name), getattr(now, name)))
-        if after * 2 >= level.floor and after > 2 * before:
+        before, after = getattr(told, name), getattr(now, name)
+        if max(before, after) * 2 >= level.floor and _has_moved(before, after):
             return True
+        troubled = troubled or after >= level.floor
+    if troubled and _has_moved(told.sent + told.received, now.sent + now.received):
+        return True
     for name, limits in (("idle", (LONG_BUSY, SILENT)), ("unanswered", (NO_ANSWER,))):
         if any((getattr(told, name) < limit) != (getattr(now, name) < limit) for limit in limits):
             return True
     return False
+
+
+def _has_moved(before: float, after: float) -> bool:
+    return max(before, after) > 2 * min(before, after)

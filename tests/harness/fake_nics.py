@@ -39,7 +39,7 @@ HANDLER_FILES = (
 )
 
 WRAP = 1 << 56
-_DECIDING = {counter.file for counter in CASSINI}
+_DECIDING = [c.file.removeprefix("telemetry/") for c in CASSINI if c.file.startswith("telemetry/")]
 
 
 class Cassini:
@@ -91,13 +91,14 @@ class Cassini:
         return {file: f"{n - (1 << 32) if n >= 1 << 31 else n}\n" for file, n in self.handler.items()}
 
     def values(self, clock: float) -> dict[str, Value]:
-        """What a probe makes of them."""
-        handler = self.handler_texts()
-        texts = self.texts(clock) | {counter.file: handler[counter.file] for counter in HANDLER}
-        return {file: parse(text.encode()) for file, text in texts.items()}
+        """What a probe makes of the files that are read (without printing and reading them: it is done very often)."""
+        stamp = round(clock * 1e9)
+        found = {f"telemetry/{item}": Value(number, stamp) for item, number in self._deciding()}
+        found |= {f"link_restarts/time_{slot}": Value(at) for slot, at in enumerate(self.restarts)}
+        return found | {counter.file: Value(self.handler[counter.file]) for counter in HANDLER}
 
     def _deciding(self) -> Iterable[tuple[str, int]]:
-        return ((item, n) for item, n in self.items.items() if f"telemetry/{item}" in _DECIDING)
+        return ((item, self.items[item]) for item in _DECIDING)
 
     # ---- as files ----------------------------------------------------------------------------------------------------
 
