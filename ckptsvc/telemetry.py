@@ -184,8 +184,8 @@ class Metrics:
         self.nic_events = Counter(
             "ckptsvc_nic_events_total", "Signs of trouble a card has counted.", ["nic", "signal"], registry=registry
         )
-        self.nic_held = Gauge(
-            "ckptsvc_nic_held_back_ratio", "Share of time a card could not send.", ["nic", "signal"], registry=registry
+        self.nic_held = Counter(
+            "ckptsvc_nic_held_back_seconds_total", "Time a card had to wait.", ["nic", "signal"], registry=registry
         )
         self.nic_link_up = Gauge("ckptsvc_nic_link_up", "Whether the link is up.", ["nic"], registry=registry)
         self.nic_findings = Gauge(

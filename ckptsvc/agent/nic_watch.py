@@ -129,7 +129,7 @@ class NicWatch:
                     if found.done():
                         self._found(found.result(), now)
                         found = None
-                if self._watched:
+                if self.cards:
                     await self._round()
                 self._count()
                 await asyncio.sleep(_until_full_second(time.time()))
@@ -137,6 +137,7 @@ class NicWatch:
             for hand in (search, *(watched.hand for watched in self._watched.values())):
                 if hand:
                     hand.close()
+            self._watched.clear()
 
     def _found(self, places: list[Place], now: float) -> None:
         """Begin to watch what is new; let go of what has gone."""
@@ -163,20 +164,23 @@ class NicWatch:
         """Read every card once, and tell what is to be told."""
         began = time.monotonic()
         answers = {watched.hand.ask(): watched for watched in self._watched.values()}
-        done, late = await asyncio.wait(answers, timeout=DEADLINE)
+        if answers:  # none: all cards have gone
+            await asyncio.wait(answers, timeout=DEADLINE)
         now = time.monotonic()
-        for answer in done:
-            self._take(answers[answer], answer.result(), now)
-        for answer in late:
-            watched = answers[answer]
-            watched.late += 1
+        for answer, watched in answers.items():
+            if answer.done():
+                self._take(watched, answer.result(), now)
+            else:
+                watched.late += 1
             if watched.place.is_handler and watched.late * EVERY >= UNANSWERED:
                 self.cards[watched.place.nic].see_handler(False)  # it is there, and does nothing
-        if not late:
+        if not any(watched.late for watched in answers.values()):
             self._local.metrics.nic_read_seconds.set(now - began)
         self._follow_attempts()
         self.readings = [card.reading(now) for card in self.cards.values()]
-        self._expose()
+        for reading in self.readings:
+            up = bool(reading.link) and not reading.link_down
+            self._local.metrics.nic_link_up.labels(reading.nic).set(float(up))
         self._own.take(pb.NicSummary(node=self._local.name, nics=self.readings), now)
         self._own.tick(now)
         self._tell()
@@ -189,7 +193,9 @@ class NicWatch:
                 metrics.nic_sent.labels(card.nic).inc(amount)
             elif signal is NicSignal.RECEIVED:
                 metrics.nic_received.labels(card.nic).inc(amount)
-            elif signal not in SHARES:
+            elif signal in SHARES:
+                metrics.nic_held.labels(card.nic, signal).inc(amount)
+            else:
                 metrics.nic_events.labels(card.nic, signal).inc(amount)
         if place.link:
             card.see_link(reading.link)
@@ -218,7 +224,7 @@ class NicWatch:
 
     def _tell(self) -> None:
         """A summary to the coordinator of every job with ranks here, when there is news or it is this node's turn."""
-        turn = round(time.time()) % round(TELL_EVERY) == self._slot  # spreads the nodes of a job over ten seconds
+        turn = self._is_our_turn()
         for (job, attempt), told in self._told.items():
             if turn or any(is_news(told.get(reading.nic), reading) for reading in self.readings):
                 summary = pb.NicSummary(job=job, node=self._local.name, attempt=attempt, nics=self.readings)
@@ -226,12 +232,9 @@ class NicWatch:
                 told.clear()
                 told.update((reading.nic, reading) for reading in self.readings)
 
-    def _expose(self) -> None:
-        metrics = self._local.metrics
-        for reading in self.readings:
-            for signal in SHARES:
-                metrics.nic_held.labels(reading.nic, signal).set(getattr(reading, signal.replace("-", "_")))
-            metrics.nic_link_up.labels(reading.nic).set(float(bool(reading.link) and not reading.link_down))
+    def _is_our_turn(self) -> bool:
+        """Every ten seconds, at another second on each node."""
+        return round(time.time()) % round(TELL_EVERY) == self._slot
 
     def _count(self) -> None:
         """The findings in the jobs that this agent coordinates."""

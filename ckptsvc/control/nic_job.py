@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from itertools import repeat
 
 from ckptsvc.control.effects import Decision
-from ckptsvc.control.nics import SEVERITIES, Finding, Medians, is_plausible, judge
+from ckptsvc.control.nics import SEVERITIES, Finding, Medians, has_signs, is_plausible, judge
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import NicTrouble as Trouble
 
@@ -36,7 +37,10 @@ Agents read their cards at each full second of the wall clock, so what happens t
 time is for clocks that are not set.
 """
 
-_Key = tuple[str, str, Trouble]  # node, card, kind
+AT_ONCE = 500
+"""Nodes that one tick looks at again, so that trouble everywhere does not keep a coordinator from its other work."""
+
+_Key = tuple[str, Trouble]  # card, kind
 
 
 @dataclass(slots=True)
@@ -50,10 +54,10 @@ class JobNics:
 
     job: str
     attempt: int = 0
-    _told: dict[str, tuple[float, pb.NicSummary]] = field(default_factory=dict)
-    _open: dict[_Key, Finding] = field(default_factory=dict)
-    _seen: dict[_Key, float] = field(default_factory=dict)  # when there last were signs of each that is open
-    _suspected: dict[_Key, float] = field(default_factory=dict)  # since when there have been signs
+    _told: dict[str, tuple[float, pb.NicSummary]] = field(default_factory=dict)  # by node: when, what
+    _suspected: dict[str, dict[_Key, float]] = field(default_factory=dict)  # by node: since when there are signs
+    _open: dict[str, dict[_Key, Finding]] = field(default_factory=dict)  # by node
+    _seen: dict[tuple[str, _Key], float] = field(default_factory=dict)  # when there last were signs of what is open
     _medians: Medians = field(default_factory=lambda: Medians(()))
     _medians_of: tuple[float, int] = (-math.inf, 0)  # made when, of how many nodes
     _ticked: float = -math.inf
@@ -65,52 +69,54 @@ class JobNics:
             return Decision()
         if event.attempt > self.attempt:
             self.attempt = event.attempt
-            for state in (self._told, self._open, self._seen, self._suspected):
+            for state in (self._told, self._suspected, self._open, self._seen):
                 state.clear()
         self._told[event.node] = (now, event)
         return self._judge(event, now)
 
     def tick(self, now: float) -> Decision:
         """Name those whose signs have lasted; look again at those that are named; forget what is over."""
-        decision = Decision()
-        again = {key[0] for key, since in self._suspected.items() if now - since >= _patience(key)}
+        again = [node for node, signs in self._suspected.items() if any(map(_is_ripe, signs.items(), repeat(now)))]
         if now - self._ticked >= 1.0:
             self._ticked = now
-            for node, (at, _) in list(self._told.items()):
-                if now - at > STALE:
-                    del self._told[node]
-                    self._suspected = {key: since for key, since in self._suspected.items() if key[0] != node}
-            again |= {key[0] for key in self._open}
-        for node in sorted(again & self._told.keys()):
-            decision.add(self._judge(self._told[node][1], now))
-        for key in [key for key, seen in self._seen.items() if now - seen > HOLD]:
-            over = self._open.pop(key)
-            del self._seen[key]
-            decision.reasons.append(f"job {self.job}: {over.nic} on {over.node} is well again ({over.kind})")
+            for node in [node for node, (at, _) in self._told.items() if now - at > STALE]:
+                del self._told[node]
+                self._suspected.pop(node, None)
+            again += self._open
+        decision = Decision()
+        for node in list(dict.fromkeys(again))[:AT_ONCE]:
+            if node in self._told:
+                decision.add(self._judge(self._told[node][1], now))
+        for (node, key), seen in list(self._seen.items()):
+            if now - seen > HOLD:
+                over = self._open[node].pop(key)
+                del self._seen[node, key]
+                decision.reasons.append(f"job {self.job}: {over.nic} on {node} is well again ({over.kind})")
+        self._open = {node: open_ for node, open_ in self._open.items() if open_}
         return decision
 
     def findings(self) -> list[Finding]:
         """The cards in trouble, worst first."""
-        kinds = list(Trouble)
-        rank = SEVERITIES.index
-        return sorted(self._open.values(), key=lambda f: (-rank(f.severity), kinds.index(f.kind), f.node, f.nic))
+        kinds, rank = list(Trouble), SEVERITIES.index
+        found = [finding for open_ in self._open.values() for finding in open_.values()]
+        return sorted(found, key=lambda f: (-rank(f.severity), kinds.index(f.kind), f.node, f.nic))
 
     def _judge(self, event: pb.NicSummary, now: float) -> Decision:
         decision = Decision()
-        medians = self._normal(now)
-        for nic in event.nics:
-            keys = {kind: (event.node, nic.nic, kind) for kind in Trouble}
-            found = {f.kind: f for f in judge(event.node, nic, medians, [k for k in Trouble if keys[k] in self._open])}
-            for kind, key in keys.items():
-                if kind not in found:
-                    self._suspected.pop(key, None)
-                elif key in self._open:
-                    self._open[key] = replace(found[kind], since=self._open[key].since)
-                    self._seen[key] = now
-                elif now - self._suspected.setdefault(key, now) >= _patience(key):
-                    self._open[key] = replace(found[kind], since=self._suspected.pop(key))
-                    self._seen[key] = now
-                    decision.reasons.append(f"job {self.job}: {found[kind].sentence}")
+        before = self._suspected.pop(event.node, {})
+        open_ = self._open.get(event.node, {})
+        for nic in filter(has_signs, event.nics):
+            known = [kind for name, kind in open_ if name == nic.nic]
+            for finding in judge(event.node, nic, self._normal(now), known):
+                key = (nic.nic, finding.kind)
+                since = open_[key].since if key in open_ else before.get(key, now)
+                if key not in open_ and not _is_ripe((key, since), now):
+                    self._suspected.setdefault(event.node, {})[key] = since
+                    continue
+                if key not in open_:
+                    decision.reasons.append(f"job {self.job}: {finding.sentence}")
+                self._open.setdefault(event.node, open_)[key] = replace(finding, since=since)
+                self._seen[event.node, key] = now
         return decision
 
     def _normal(self, now: float) -> Medians:
@@ -123,5 +129,6 @@ class JobNics:
         return self._medians
 
 
-def _patience(key: _Key) -> float:
-    return CONFIRM.get(key[2], CONFIRM_OTHERS)
+def _is_ripe(suspicion: tuple[_Key, float], now: float) -> bool:
+    (_, kind), since = suspicion
+    return now - since >= CONFIRM.get(kind, CONFIRM_OTHERS)

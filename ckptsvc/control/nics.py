@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -68,6 +69,10 @@ LEVELS: dict[str, Level] = {
         "(median {median:.0f})"),
 }  # fmt: skip
 """Every number that can name a card; a field that is not here is told and shown, and decides nothing."""
+
+_levels_of = attrgetter(*LEVELS)
+_floors = tuple(level.floor for level in LEVELS.values())
+_reals_of = attrgetter(*(f.name for f in pb.NicReading.DESCRIPTOR.fields if f.cpp_type == f.CPPTYPE_DOUBLE))
 
 _EXACT = ("timeouts", "failures", "uncorrected", "flaps", "link", "link_down", "handler_absent", "gone")
 """Fields whose every change is told at once; the others' when they double or halve."""
@@ -136,6 +141,14 @@ def judge(node: str, nic: pb.NicReading, job: Medians, known: Collection[Trouble
     return list(found.values())
 
 
+def has_signs(nic: pb.NicReading) -> bool:
+    """Whether there is anything to judge: seldom, and a coordinator of ten thousand nodes asks very often."""
+    # 2: what is known to be in trouble is kept at half of the threshold.
+    if any(value * 2 >= floor for value, floor in zip(_levels_of(nic), _floors, strict=True)):
+        return True
+    return nic.link_down or nic.handler_absent or nic.gone or nic.unanswered >= NO_ANSWER or nic.idle >= SILENT
+
+
 _Sign = tuple[Trouble, str, str, dict[str, float]]
 
 
@@ -188,8 +201,8 @@ def numbers_of(nic: pb.NicReading) -> dict[str, float]:
 
 def is_plausible(nic: pb.NicReading) -> bool:
     """Whether the numbers that have come over the wire are numbers, and the names are short."""
-    numbers = numbers_of(nic).values()
-    return all(math.isfinite(n) and n >= 0 for n in numbers) and 0 < len(nic.nic) <= 64 and len(nic.link) <= 64
+    numbers = all(0 <= number < math.inf for number in _reals_of(nic))  # not so for NaN
+    return numbers and 0 < len(nic.nic) <= 64 and len(nic.link) <= 64
 
 
 def is_news(told: pb.NicReading | None, now: pb.NicReading) -> bool:

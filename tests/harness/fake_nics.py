@@ -49,10 +49,11 @@ class Cassini:
         name: "cxi0" and so on.
         version: 1 or 2.
         start: what every counter says at first.
+        whole: write every item of the card, not only those that are read.
     """
 
-    def __init__(self, name: str = "cxi0", version: int = 1, start: int = 0) -> None:
-        self.name, self.version = name, version
+    def __init__(self, name: str = "cxi0", version: int = 1, start: int = 0, whole: bool = False) -> None:
+        self.name, self.version, self._whole = name, version, whole
         self.items = {n: start for n in NAMES if version == 2 or not ONLY_CASSINI_2.fullmatch(n)}
         self.handler = dict.fromkeys(HANDLER_FILES, 0)
         self.restarts = [0] * 10
@@ -136,7 +137,7 @@ class Cassini:
         for folder in ("telemetry", "link_restarts", Path(self._link_file).parent, "properties", "fru", "uc"):
             (device / folder).mkdir(parents=True)
         stamp = f"{int(clock)}.{int(clock % 1 * 1e9):09d}"
-        for item, number in self.items.items():
+        for item, number in self.items.items() if self._whole else self._deciding():
             put(device / "telemetry" / item, f"{number}@{stamp}\n", mode=0o444)
         for entry in NOT_ITEMS:
             put(device / "telemetry" / entry, "", mode=0o200)
