@@ -1,4 +1,8 @@
-"""The network cards of one job: what its nodes have told of them last, and which are in trouble."""
+"""The network cards of one job: what its nodes have told of them last, and which are in trouble.
+
+From a packet that is lost to the name of the card: 1.07 s until it times out, at most 1 s to the next reading, 0.5 s
+(`CONFIRM`) in which the others may tell that they have the same, 0.2 s to the coordinator's next tick.
+"""
 
 from __future__ import annotations
 

@@ -139,6 +139,8 @@ def test_every_field_is_described() -> None:
         ("[agent]\nlisten = 'off'", ["agent.listen", "127.0.0.1:0"]),
         ("[agent]\nsocket_dir = 'here'", ["agent.socket_dir", "absolute"]),
         ("[arena]\ndir = 'here'", ["arena.dir", "absolute"]),
+        ("[nics]\nroot = 'here'", ["nics.root", "absolute"]),
+        ("[nics]\nenabled = 'perhaps'", ["nics.enabled", "perhaps"]),
         ("[arena]\nlimit = '150%'", ["arena.limit", "50%"]),
         ("[store]\nurl = 3", ["store.url"]),
         ("[origin]\nx = 'y'", ["origin"]),
