@@ -247,6 +247,18 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Annotated[float, parse_duration] = 60.0
 
 
+class NicsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[nics]: the watch over the node's network cards.
+
+    Attributes:
+        enabled: read their counters once a second; a node without such cards has nothing to read.
+        root: directory that stands for "/" when /sys and /run are looked up (containers, tests).
+    """
+
+    enabled: bool = True
+    root: str = "/"
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All settings, validated.
 
@@ -259,6 +271,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     arena: ArenaSettings = ArenaSettings()
     save: SaveSettings = SaveSettings()
     store: StoreSettings = StoreSettings()
+    nics: NicsSettings = NicsSettings()
     origin: dict[str, str] = {}
 
 
@@ -389,6 +402,8 @@ def _check(settings: Settings) -> None:
         refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
     if not os.path.isabs(arena.dir):
         refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
+    if not os.path.isabs(settings.nics.root):
+        refuse("nics.root", f"is {settings.nics.root!r}, which is not an absolute path")
     if save.extent == 0 or save.extent % PAGE:
         refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
     if save.deadline >= save.timeout:

@@ -82,6 +82,8 @@ def test_every_setting_has_its_variable() -> None:
         "store.url": "memory://x",
         "store.retries": "0",
         "store.timeout": "500ms",
+        "nics.enabled": "false",
+        "nics.root": "/host",
     }
     settings = load({f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[])
     assert set(settings.origin) == set(values)
@@ -98,6 +100,7 @@ def test_every_setting_has_its_variable() -> None:
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0
     )
     assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
+    assert settings.nics == config.NicsSettings(enabled=False, root="/host")
 
 
 def test_an_argument_that_was_not_given_changes_nothing() -> None:
@@ -136,6 +139,8 @@ def test_every_field_is_described() -> None:
         ("[agent]\nlisten = 'off'", ["agent.listen", "127.0.0.1:0"]),
         ("[agent]\nsocket_dir = 'here'", ["agent.socket_dir", "absolute"]),
         ("[arena]\ndir = 'here'", ["arena.dir", "absolute"]),
+        ("[nics]\nroot = 'here'", ["nics.root", "absolute"]),
+        ("[nics]\nenabled = 'perhaps'", ["nics.enabled", "perhaps"]),
         ("[arena]\nlimit = '150%'", ["arena.limit", "50%"]),
         ("[store]\nurl = 3", ["store.url"]),
         ("[origin]\nx = 'y'", ["origin"]),
