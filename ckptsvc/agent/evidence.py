@@ -21,7 +21,7 @@ from typing import Any
 
 from ckptsvc.agent import spy
 from ckptsvc.agent.aside import aside
-from ckptsvc.agent.logtail import clean, tail
+from ckptsvc.agent.logtail import clean, one_line, tail
 from ckptsvc.agent.procfs import Process, look
 from ckptsvc.agent.sessions import Session
 from ckptsvc.agent.witness import Witness
@@ -106,7 +106,7 @@ async def _cards(nics: Callable[[], list[str]] | None, seconds: float) -> list[s
     if nics is None:
         return []
     try:
-        return [clean(sentence) for sentence in await aside(nics, seconds)]
+        return [one_line(sentence) for sentence in await aside(nics, seconds)]
     except TimeoutError:
         return [f"the network cards did not say how they are within {seconds:g} s"]
     except Exception as error:  # noqa: BLE001  the ranks' evidence must not be lost for it
@@ -150,7 +150,7 @@ class _Examination:
         return None
 
     def _note(self, text: str) -> None:
-        text = clean(text)
+        text = one_line(text)
         if text not in self.found.notes:
             self.found.notes.append(text)
 

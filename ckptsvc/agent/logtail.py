@@ -42,5 +42,10 @@ def clean(text: str) -> str:
     return "\n".join(_printable(line.expandtabs())[:MAX_LINE].rstrip() for line in lines).strip("\n")
 
 
+def one_line(text: str) -> str:
+    """The same in a single line."""
+    return " ".join(clean(text).split())
+
+
 def _printable(line: str) -> str:
     return line if line.isprintable() else "".join(c for c in line if c.isprintable())
