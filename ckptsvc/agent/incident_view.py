@@ -221,4 +221,3 @@ def _unknown(incident: pb.Incident) -> list[str]:
 
 def _lines(text: str) -> list[str]:
     return clean(text).splitlines() if text else []
-

@@ -40,11 +40,11 @@ class Process:
     notes: list[str] = field(default_factory=list)
 
 
-def has_ended(pidfd: int) -> bool:
-    """Whether the process of a descriptor has ended."""
+def has_ended(pidfd: int, seconds: float = 0.0) -> bool:
+    """Whether the process of a descriptor has ended, or does so within some seconds."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))
+    return bool(poll.poll(1000 * seconds))
 
 
 def look(pid: int, pidfd: int, window: float) -> Process:

@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import shutil
 import signal
+import subprocess
 import sys
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -25,6 +28,7 @@ MAX_OUTPUT = 8 << 20
 TRIES = 3
 """What is read of a running process may contradict itself."""
 
+_END = 1.0  # seconds that a program may take to end when it is killed
 _NATIVE_NAME = 160
 
 
@@ -62,11 +66,12 @@ async def dump(pid: int, pidfd: int, seconds: float, *, native: bool = False) ->
         return Dump([], ["py-spy is not installed on this node"])
     arguments = [program, "dump", "--json", "--native" if native else "--nonblocking", "--pid", str(pid)]
     why = ""
-    deadline = asyncio.get_running_loop().time() + seconds
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + seconds
     for _ in range(TRIES):
+        left = max(deadline - loop.time(), 0.0)
         try:
-            async with asyncio.timeout_at(deadline):
-                output = await _run(arguments)
+            output = await aside(partial(_run, arguments, left), left + _END)
         except TimeoutError:
             why = f"py-spy had not finished after {seconds:.1f} s"
             if native:
@@ -83,42 +88,36 @@ async def dump(pid: int, pidfd: int, seconds: float, *, native: bool = False) ->
     return Dump([], [why])
 
 
-async def _run(arguments: list[str]) -> bytes:
+def _run(arguments: list[str], seconds: float) -> bytes:
     """What a program writes.
 
     Raises:
+        TimeoutError: it had not finished after so many seconds, and was ended.
         OSError: it cannot be started.
         ValueError: it failed; the message is what it says about that.
     """
-    pipe = asyncio.subprocess.PIPE
-    nothing = asyncio.subprocess.DEVNULL
-    process = await asyncio.create_subprocess_exec(
-        *arguments, stdin=nothing, stdout=pipe, stderr=pipe, env={"PATH": os.defpath}
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    try:
-        output, complaint = await asyncio.gather(_all(process.stdout), _all(process.stderr))
-        if await process.wait() != 0:
-            said = [line.strip() for line in complaint.decode("utf-8", "replace").splitlines() if line.strip()]
-            causes = [line for line in said[:4] if not line.startswith(("Caused by", "Stack backtrace"))]
-            raise ValueError("; ".join(causes) or "failed")
-        return output
-    finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(process.wait(), 1.0)
-
-
-async def _all(stream: asyncio.StreamReader) -> bytes:
-    data = bytearray()
-    while chunk := await stream.read(1 << 16):
-        data += chunk
-        if len(data) > MAX_OUTPUT:
+    with open(os.memfd_create("output"), "rb") as output, open(os.memfd_create("complaint"), "rb") as complaint:
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=output, stderr=complaint, env={"PATH": os.defpath}
+        )
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (MAX_OUTPUT, MAX_OUTPUT))
+        pidfd = os.pidfd_open(process.pid)
+        try:
+            if not has_ended(pidfd, seconds):
+                raise TimeoutError
+        finally:
+            os.close(pidfd)
+            process.kill()
+            status = process.wait()
+        if status == -signal.SIGXFSZ:
             raise ValueError(f"it says more than {MAX_OUTPUT} bytes")
-    return bytes(data)
+        if status == 0:
+            return os.pread(output.fileno(), MAX_OUTPUT, 0)
+        said = [
+            line.strip() for line in os.pread(complaint.fileno(), 1 << 16, 0).decode("utf-8", "replace").splitlines()
+        ]
+        causes = [line for line in said[:4] if line and not line.startswith(("Caused by", "Stack backtrace"))]
+        raise ValueError("; ".join(causes) or "failed")
 
 
 async def _let_go(pid: int, pidfd: int) -> None:
