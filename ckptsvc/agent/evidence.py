@@ -209,7 +209,7 @@ class _Examination:
             return
         patience = self._seconds / 2
         try:
-            testimony = await witness.ask("stacks", patience)
+            answer = await witness.ask("stacks", patience)
         except TimeoutError:
             self._note(f"no thread of the process answered within {patience:g} s")
             return
@@ -217,7 +217,7 @@ class _Examination:
             self._note(f"the process was asked in vain: {error}")
             return
         found.answers = True
-        self._keep(spy.Dump(testimony.stacks, [testimony.note] if testimony.note else []))
+        self._keep(spy.Dump(answer.stacks, [answer.note] if answer.note else []))
         try:
             recorded = await witness.ask("collectives", self._left() * 0.9)
         except (TimeoutError, OSError, ValueError) as error:

@@ -244,6 +244,7 @@ def decode(data: bytes) -> pb.Incident:
         if written != f"{FORMAT}{VERSION}":
             raise IncompatibleVersion(f"written as {written[:64]}; this version reads {FORMAT}{VERSION}")
         incident = json_format.ParseDict(document["incident"], pb.Incident(), ignore_unknown_fields=True)
+        name_of(incident)
     except (ValueError, TypeError, KeyError, RecursionError, json_format.ParseError) as error:
         raise Damaged(f"this is no incident: {type(error).__name__}") from None
     numbers = [incident.confidence, incident.detected]

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from ckptsvc.rpc.identity import MAX_PACKET
-from ckptsvc.rpc.testimony import Question, Testimony
+from ckptsvc.rpc.testimony import Answer, Question
 
 
 class Witness:
@@ -26,7 +26,7 @@ class Witness:
         self._asked = 0
         self._closed = asyncio.Event()
 
-    async def ask(self, what: Literal["stacks", "collectives"], seconds: float) -> Testimony:
+    async def ask(self, what: Literal["stacks", "collectives"], seconds: float) -> Answer:
         """Ask "stacks" or "collectives".
 
         Raises:
@@ -45,7 +45,7 @@ class Witness:
                 if not packet:
                     self.close()
                     raise ConnectionError("the connection has ended")
-                answer = msgspec.json.decode(packet, type=Testimony)
+                answer = msgspec.json.decode(packet, type=Answer)
                 if answer.id == self._asked:  # else a late one
                     return answer
 

@@ -17,7 +17,7 @@ import msgspec
 from ckptsvc.client import flight
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.identity import MAX_PACKET, IdentityClient
-from ckptsvc.rpc.testimony import MAX_THREADS, WAITING_THREADS, Question, Stack, Testimony, cut, frame_line
+from ckptsvc.rpc.testimony import MAX_THREADS, WAITING_THREADS, Answer, Question, Stack, cut, frame_line
 
 log = logging.getLogger("ckptsvc")
 
@@ -52,19 +52,19 @@ def answer(packet: bytes) -> bytes:
         question = msgspec.json.decode(packet, type=Question)
         number = question.id
         if question.what == "stacks":
-            return _encoded(Testimony(number, stacks=_stacks()))
+            return _encoded(Answer(number, stacks=_stacks()))
         groups = flight.progress(flight.recorded())
         note = "" if groups else "torch's flight recorder has recorded nothing in this process"
-        return _encoded(Testimony(number, groups=groups, note=note))
+        return _encoded(Answer(number, groups=groups, note=note))
     except Exception as error:  # noqa: BLE001  the agent is told, and the training must not end of it
-        return _encoded(Testimony(number, note=f"{type(error).__name__}: {error}"[:1000]))
+        return _encoded(Answer(number, note=_plain(f"{type(error).__name__}: {error}"[:1000])))
 
 
-def _encoded(testimony: Testimony) -> bytes:
+def _encoded(whole: Answer) -> bytes:
     """As many stacks and groups as fit into a packet; the first ones matter most."""
-    stacks, groups = testimony.stacks, testimony.groups
+    stacks, groups = whole.stacks, whole.groups
     while True:
-        packet = msgspec.json.encode(Testimony(testimony.id, stacks, groups, testimony.note))
+        packet = msgspec.json.encode(Answer(whole.id, stacks, groups, whole.note))
         if len(packet) <= MAX_PACKET:
             return packet
         if len(stacks) == 1:

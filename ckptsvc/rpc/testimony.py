@@ -57,7 +57,7 @@ class Group(msgspec.Struct, frozen=True):
     collective: _Line
 
 
-class Testimony(msgspec.Struct, frozen=True):
+class Answer(msgspec.Struct, frozen=True):
     """The answer. The group that the process waits in, or used last, comes first."""
 
     id: int
