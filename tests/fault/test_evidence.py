@@ -16,10 +16,12 @@ import torch.distributed as dist
 from harness.job import Job, Launch
 from harness.rank import Rank
 from harness.runtime import Runtime
+from harness.stored import cli
 
 import ckptsvc
 from ckptsvc.agent import spy
 from ckptsvc.agent.evidence import Target, collect, examine
+from ckptsvc.agent.incidents import IncidentLog
 from ckptsvc.agent.server import Agent, Options
 from ckptsvc.config import load
 from ckptsvc.control.collectives import odd_ones
@@ -113,7 +115,7 @@ def lines(found: pb.RankEvidence) -> set[str]:
     return {line.rpartition(" ")[2] for line in found.stack.splitlines()}
 
 
-def test_what_each_rank_is_stuck_in_is_seen_from_outside(attached: Any) -> None:
+def test_what_each_rank_is_stuck_in_is_seen_from_outside_and_reported(attached: Any, tmp_path: Path) -> None:
     async def scenario(agent: Agent, job: Job) -> None:
         found = await evidence(agent, job)
         assert [each.rank for each in found] == [0, 1, 2, 3]
@@ -146,6 +148,16 @@ def test_what_each_rank_is_stuck_in_is_seen_from_outside(attached: Any) -> None:
 
         assert (stopped.state, stopped.answers, stopped.cpu) == ("T", False, 0)
         assert "stop" in stopped.waits_in
+
+        incident = pb.Incident(
+            id="1-1", job="job", attempt=1, kind="hung", opened="2026-01-01T00:00:00Z", rank=SLEEPS, node="n",
+            sentence="Rank 1 on node n is to blame.", ranks=found,
+        )  # fmt: skip
+        assert await IncidentLog(tmp_path / "incidents").record(incident)
+        _, report, _ = cli("incidents", "last", "--dir", tmp_path / "incidents")
+        assert report.startswith("Rank 1 on node n is to blame.\n")
+        assert "rank 1 (to blame)" in report
+        assert "rank 0 in all_reduce of [16, 4] float32 in group default (gloo)" in report
 
     attached(scenario)
 

@@ -14,6 +14,7 @@ import pytest
 from ckptsvc.agent.aside import MAX_THREADS, aside
 from ckptsvc.agent.witness import Witness
 from ckptsvc.client import witness as client
+from ckptsvc.client.link import AgentLink
 from ckptsvc.errors import AgentUnavailable, InvalidInput
 from ckptsvc.rpc.identity import IdentityClient
 from ckptsvc.rpc.testimony import Answer
@@ -128,15 +129,40 @@ def test_the_end_of_the_session_ends_a_question() -> None:
     connected(scenario)
 
 
+def witnesses() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "ckptsvc-witness"]
+
+
+def registration() -> dict[str, Any]:
+    return {"op": "register", "job": "job", "store": "memory://x", "attempt": 0, "rank": 0, "world_size": 1}
+
+
 class TestTheConnection:
     def test_is_kept_until_the_session_ends(self, agent):
         rank = agent.register()
         client.testify(agent.identity_path, rank.token)
-        mine = [thread for thread in threading.enumerate() if thread.name == "ckptsvc-witness"]
-        assert len(mine) == 1
+        (mine,) = witnesses()
         rank.close()
-        mine[0].join(20.0)
-        assert not mine[0].is_alive()
+        mine.join(20.0)
+        assert not mine.is_alive()
+
+    def test_is_made_again_with_a_new_agent(self, start):
+        first = start()
+        link = AgentLink(first.directory, registration())
+        link.connect()
+        (old,) = witnesses()
+        first.process.kill()
+        first.process.wait()
+        old.join(20.0)
+        link.disconnect()
+        start()
+        link.connect()
+        (new,) = witnesses()
+        assert new is not old
+        link.leave()
+        link.disconnect()
+        new.join(20.0)
+        assert not new.is_alive()
 
     def test_of_an_unknown_session_is_refused(self, agent):
         connection = IdentityClient(agent.identity_path)
