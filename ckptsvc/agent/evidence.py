@@ -12,6 +12,7 @@ arguments, no values of variables: a report is for showing around.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Target:
     Attributes:
         rank, pid: which.
         pidfd: a descriptor of its process; -1 where there is none (another pid namespace).
-        page: its heartbeat page.
+        page: its heartbeat page; None once the process has ended: then only its log is left.
         witness: the way to ask it; None if it offered none.
         log: file with its output; None if nobody keeps it.
         phase: what it has declared to be doing.
@@ -58,7 +59,7 @@ class Target:
     rank: int
     pid: int
     pidfd: int
-    page: Page
+    page: Page | None
     witness: Witness | None = None
     log: Path | None = None
     phase: str = ""
@@ -67,6 +68,11 @@ class Target:
     def of(session: Session, *, log: Path | None = None, phase: str = "") -> Target:
         """The rank of a session."""
         return Target(session.reg.rank, session.pid, session.pidfd, session.page, session.witness, log, phase)
+
+    @staticmethod
+    def gone(rank: int, pid: int, *, log: Path | None = None) -> Target:
+        """A rank that has ended and has no session any more."""
+        return Target(rank, pid, -1, None, log=log)
 
 
 async def collect(targets: Sequence[Target], seconds: float) -> list[pb.RankEvidence]:
@@ -120,14 +126,32 @@ class _Examination:
         self._target, self._seconds, self._spies = target, seconds, spies
         self._deadline = asyncio.get_running_loop().time() + seconds
         self._watched = asyncio.Event()
-        step, at = target.page.get("step"), target.page.get("at")
-        self.found = pb.RankEvidence(
-            rank=target.rank, pid=target.pid, phase=target.phase, step=step, enqueued=-1, completed=-1,
-            stalled=max(time.monotonic() - at / 1e9, 0.0) if at else 0.0,
-        )  # fmt: skip
+        self._pidfd = -1
+        self.found = pb.RankEvidence(rank=target.rank, pid=target.pid, phase=target.phase, enqueued=-1, completed=-1)
+        if target.page is not None:
+            at = target.page.get("at")
+            self.found.step = target.page.get("step")
+            self.found.stalled = max(time.monotonic() - at / 1e9, 0.0) if at else 0.0
 
     async def run(self) -> pb.RankEvidence:
         """All parts beside each other, until the deadline."""
+        if self._target.page is None:
+            self.found.state = "X"
+            await self._attempt("the log", self._read_log())
+            return self.found
+        try:
+            # Our own: the session closes its descriptor when the process ends, and its number may be used again.
+            self._pidfd = os.dup(self._target.pidfd) if self._target.pidfd >= 0 else -1
+        except OSError as error:
+            self._note(f"the process: {error.strerror}")
+        try:
+            await self._examine()
+        finally:
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+        return self.found
+
+    async def _examine(self) -> None:
         process = await self._attempt("the process", self._look(0.0, self._seconds / 4))
         parts = [self._attempt("the log", self._read_log())]
         if process is None or process.state != "X":
@@ -136,7 +160,6 @@ class _Examination:
                 self._attempt("the stacks", self._find_stacks(process)),
             ]
         await asyncio.gather(*parts)
-        return self.found
 
     async def _attempt(self, what: str, part: Coroutine[Any, Any, Any]) -> Any:
         """One part of the examination; what it leaves out is noted."""
@@ -165,10 +188,11 @@ class _Examination:
 
     async def _look(self, window: float, seconds: float) -> Process | None:
         target, found = self._target, self.found
-        if target.pidfd < 0:
-            self._note("the process: it belongs to another pid namespace")
+        if self._pidfd < 0:
+            if target.pidfd < 0:
+                self._note("the process: it belongs to another pid namespace")
             return None
-        process = await aside(partial(look, target.pid, target.pidfd, window), seconds)
+        process = await aside(partial(look, target.pid, self._pidfd, window), seconds)
         found.state, found.threads, found.resident = process.state, process.threads, process.resident
         found.cpu, found.waits_in = process.cpu, process.waits_in
         for note in process.notes:
@@ -235,11 +259,11 @@ class _Examination:
             found.enqueued, found.completed, found.collective = first.enqueued, first.completed, first.collective
 
     async def _spy(self, *, native: bool) -> spy.Dump:
-        if self._target.pidfd < 0:
+        if self._pidfd < 0:
             return spy.Dump([], [])
         async with self._spies:
             # A reserve, so that what py-spy has found, or that it was too slow, still comes into the report.
-            return await spy.dump(self._target.pid, self._target.pidfd, self._left() * 0.8, native=native)
+            return await spy.dump(self._target.pid, self._pidfd, self._left() * 0.8, native=native)
 
     def _keep(self, dump: spy.Dump) -> None:
         for note in dump.notes:

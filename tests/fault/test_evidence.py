@@ -164,15 +164,18 @@ def test_what_each_rank_is_stuck_in_is_seen_from_outside_and_reported(attached: 
 
 def test_a_rank_that_has_died_is_said_to_be_gone(attached: Any) -> None:
     async def scenario(agent: Agent, job: Job) -> None:
-        before = targets(agent, job)
-        pidfd = os.dup(before[SLEEPS].pidfd)  # the agent closes its own when it sees the end
+        before = targets(agent, job)[SLEEPS]
+        pidfd = os.dup(before.pidfd)  # the agent closes its own when it sees the end
         job.kill(SLEEPS)
         await asyncio.to_thread(job.processes[SLEEPS].wait)
-        target = dataclasses.replace(before[SLEEPS], pidfd=pidfd)
-        (gone,) = await collect([target], SECONDS)
+        found = await collect(
+            [dataclasses.replace(before, pidfd=pidfd), Target.gone(SLEEPS, before.pid, log=before.log)], SECONDS
+        )
         os.close(pidfd)
-        assert (gone.state, gone.answers, gone.stack, gone.enqueued) == ("X", False, "", -1)
-        assert gone.log_tail == "epoch 1: 100%"
+        for gone in found:
+            assert (gone.rank, gone.pid, gone.state) == (SLEEPS, before.pid, "X")
+            assert (gone.answers, gone.stack, gone.enqueued) == (False, "", -1)
+            assert gone.log_tail == "epoch 1: 100%"
 
     attached(scenario)
 
