@@ -231,6 +231,7 @@ class _Examination:
         if witness is None:
             self._note("no thread of the process takes questions")
             return
+        found.asked = True
         patience = self._seconds / 2
         try:
             answer = await witness.ask("stacks", patience)

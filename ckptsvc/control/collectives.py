@@ -41,7 +41,8 @@ def odd_ones(ranks: Iterable[pb.RankEvidence]) -> list[Odd]:
     groups: dict[str, dict[int, pb.GroupProgress]] = {}
     for evidence in ranks:
         for group in evidence.groups:
-            groups.setdefault(group.group, {})[evidence.rank] = group
+            if group.enqueued >= 0:  # else it has only sent and received there
+                groups.setdefault(group.group, {})[evidence.rank] = group
     found: dict[int, Odd] = {}
     for members in groups.values():
         for odd in (*_late(members), *_astray(members)):

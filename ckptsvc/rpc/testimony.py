@@ -68,7 +68,7 @@ class Answer(msgspec.Struct, frozen=True):
 
 def frame_line(filename: str, line: int, function: str) -> str:
     """One frame for people: the same for the same place on every rank, whoever has looked."""
-    return f"{_INSTALLED.sub('', filename)}:{line} {function}"[:1000]
+    return f"{function[:300]} ({_INSTALLED.sub('', filename)[-600:]}:{line})"
 
 
 def cut(frames: list[str]) -> list[str]:

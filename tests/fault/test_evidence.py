@@ -112,7 +112,7 @@ async def evidence(agent: Agent, job: Job) -> list[pb.RankEvidence]:
 
 def lines(found: pb.RankEvidence) -> set[str]:
     """The functions on a rank's main stack."""
-    return {line.rpartition(" ")[2] for line in found.stack.splitlines()}
+    return {line.partition(" ")[0] for line in found.stack.splitlines()}
 
 
 def test_what_each_rank_is_stuck_in_is_seen_from_outside_and_reported(attached: Any, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_what_each_rank_is_stuck_in_is_seen_from_outside_and_reported(attached: 
 
         assert (waits.state, waits.answers, waits.enqueued, waits.completed) == ("S", True, 6, 5)
         assert waits.collective == "all_reduce of [16, 4] float32 in group default (gloo)"
-        assert waits.stack.splitlines()[-1].startswith("torch/distributed/distributed_c10d.py:")
+        assert waits.stack.splitlines()[-1].startswith("all_reduce (torch/distributed/distributed_c10d.py:")
         assert "all_reduce" in lines(waits)
         groups = {group.group: (group.enqueued, group.completed, group.collective) for group in waits.groups}
         assert groups["default (gloo)"] == (6, 5, waits.collective)
@@ -138,15 +138,15 @@ def test_what_each_rank_is_stuck_in_is_seen_from_outside_and_reported(attached: 
         assert (sleeps.state, sleeps.answers, sleeps.collective) == ("S", True, "")
         assert ("default (gloo)", 5, 5) in [(g.group, g.enqueued, g.completed) for g in sleeps.groups]
         assert [(odd.rank, odd.lacks) for odd in odd_ones(found)] == [(SLEEPS, 1)]
-        assert sleeps.stack.splitlines()[-1].endswith(" oversleep")
+        assert sleeps.stack.splitlines()[-1].startswith("oversleep (")
         assert sleeps.waits_in
         assert sleeps.cpu < 0.5
 
-        assert (spins.state, spins.answers, spins.enqueued) == ("R", False, -1)
+        assert (spins.state, spins.asked, spins.answers, spins.enqueued) == ("R", True, False, -1)
         assert spins.cpu > 0
         assert "no thread of the process answered within 2 s" in spins.notes
 
-        assert (stopped.state, stopped.answers, stopped.cpu) == ("T", False, 0)
+        assert (stopped.state, stopped.asked, stopped.answers, stopped.cpu) == ("T", False, False, 0)
         assert "stop" in stopped.waits_in
 
         incident = pb.Incident(

@@ -60,7 +60,7 @@ def test_a_process_tells_its_stacks_and_ends_when_the_agent_hangs_up() -> None:
     assert [stack.main for stack in stacks].count(True) == 1
     assert stacks[0].main
     assert stacks[0].thread == "MainThread"
-    assert any(line.endswith(" test_a_process_tells_its_stacks_and_ends_when_the_agent_hangs_up")
+    assert any(line.startswith("test_a_process_tells_its_stacks_and_ends_when_the_agent_hangs_up (")
         for line in stacks[0].frames)  # fmt: skip
 
 

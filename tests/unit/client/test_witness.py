@@ -101,7 +101,7 @@ class TestStacks:
         thread.join()
         (reader,) = [stack for stack in stacks if stack.thread == "reader"]
         assert not reader.main
-        assert reader.frames[-2].endswith(" Event.wait")
+        assert reader.frames[-2].startswith("Event.wait (threading.py:")
 
     def test_of_endless_stacks_the_packet_has_the_innermost_frames(self, monkeypatch):
         go = threading.Event()
@@ -139,7 +139,7 @@ class TestStacks:
         stacks = ask("stacks").stacks
         go.set()
         thread.join()
-        assert any(line == "/data/?.py:1 <module>" for stack in stacks for line in stack.frames)
+        assert any(line == "<module> (/data/?.py:1)" for stack in stacks for line in stack.frames)
 
 
 def test_a_question_that_is_none_gets_an_answer_that_says_so():
@@ -152,11 +152,11 @@ def test_a_question_that_is_none_gets_an_answer_that_says_so():
 @pytest.mark.parametrize(
     ("filename", "line"),
     [
-        ("/v/lib/python3.11/site-packages/torch/nn/modules/module.py", "torch/nn/modules/module.py:3 f"),
-        ("/usr/lib/python3/dist-packages/numpy/core.py", "numpy/core.py:3 f"),
-        ("/usr/lib/python3.12/threading.py", "threading.py:3 f"),
-        ("/home/ada/train.py", "/home/ada/train.py:3 f"),
-        ("<string>", "<string>:3 f"),
+        ("/v/lib/python3.11/site-packages/torch/nn/modules/module.py", "f (torch/nn/modules/module.py:3)"),
+        ("/usr/lib/python3/dist-packages/numpy/core.py", "f (numpy/core.py:3)"),
+        ("/usr/lib/python3.12/threading.py", "f (threading.py:3)"),
+        ("/home/ada/train.py", "f (/home/ada/train.py:3)"),
+        ("<string>", "f (<string>:3)"),
     ],
 )
 def test_a_frame_reads_the_same_on_every_machine(filename, line):

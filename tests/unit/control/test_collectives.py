@@ -42,6 +42,7 @@ def test_nobody_is_odd_where_all_wait_or_none_does_or_nothing_is_known() -> None
 
 
 def test_numbers_of_different_groups_are_not_compared() -> None:
+    assert odd_ones([waits(0, 5), rank(1, default=(-1, -1, "recv"))]) == []
     assert odd_ones([waits(0, 600), rank(1, default=(600, 599, ALL_REDUCE), small=(1, 1, ""))]) == []
 
 
