@@ -36,6 +36,9 @@ WATCH = 0.3
 PATIENCE = 0.25
 """Seconds after which a process that has not answered is looked at from outside, too."""
 
+DEFAULT_SECONDS, MAX_SECONDS = 3.0, 60.0
+"""For an order that says nothing sensible, and the most that one may ask for."""
+
 SPIES = 4
 """Processes that py-spy looks at at the same time; with native stacks it takes a second and 330 MB for each."""
 
@@ -95,11 +98,12 @@ async def examine(
     """
     here = {target.rank: target for target in targets}
     wanted = list(order.ranks) or sorted(here)
+    seconds = order.seconds if 0 < order.seconds <= MAX_SECONDS else DEFAULT_SECONDS
     found, cards = await asyncio.gather(
-        collect([here[rank] for rank in wanted if rank in here], order.seconds), _cards(nics, order.seconds)
+        collect([here[rank] for rank in wanted if rank in here], seconds), _cards(nics, seconds)
     )
     unknown = [
-        pb.RankEvidence(rank=rank, state="X", enqueued=-1, completed=-1, notes=["this node has no such rank"])
+        pb.RankEvidence(rank=rank, enqueued=-1, completed=-1, notes=["this node knows no such rank"])
         for rank in wanted
         if rank not in here
     ]
@@ -231,17 +235,17 @@ class _Examination:
         if witness is None:
             self._note("no thread of the process takes questions")
             return
-        found.asked = True
         patience = self._seconds / 2
         try:
             answer = await witness.ask("stacks", patience)
         except TimeoutError:
+            found.asked = True
             self._note(f"no thread of the process answered within {patience:g} s")
             return
         except (OSError, ValueError) as error:
             self._note(f"the process was asked in vain: {error}")
             return
-        found.answers = True
+        found.asked = found.answers = True
         self._keep(spy.Dump(answer.stacks, [answer.note] if answer.note else []))
         try:
             recorded = await witness.ask("collectives", self._left() * 0.9)

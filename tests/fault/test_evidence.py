@@ -218,13 +218,17 @@ def test_an_order_is_carried_out_in_time_whatever_hangs_and_without_py_spy(
         assert (found.job, found.attempt, found.incident, found.node) == ("job", 1, "1-1", "node")
         sleeps, spins, stopped, unknown = found.ranks
         assert [each.rank for each in found.ranks] == list(order.ranks)
-        assert [each.state for each in found.ranks] == ["S", "R", "T", "X"]
+        assert [each.state for each in found.ranks] == ["S", "R", "T", ""]
         assert lines(sleeps) >= {"main", "stuck"}  # it speaks for itself
         for silent in (spins, stopped):
             assert silent.stack == ""
             assert {"py-spy is not installed on this node", f"the log: {pipe} is not a file"} <= set(silent.notes)
-        assert unknown.notes == ["this node has no such rank"]
+        assert unknown.notes == ["this node knows no such rank"]
         assert found.nics == ["the network cards did not say how they are within 2 s"]
+        for seconds in (0.0, -1.0, float("nan"), 1e300):
+            order = pb.Examine(attempt=1, incident="1-1", ranks=[STOPPED], seconds=seconds)
+            (again,) = (await examine(order, "job", "node", ranks, lambda: ["cxi0 is down\x1b[0m"])).ranks
+            assert again.state == "T"
 
     attached(scenario)
 
