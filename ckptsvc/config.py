@@ -190,6 +190,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
         metrics_listen: where Prometheus and browsers reach this one, or "off".
         name: name of the node; "" means the one its scheduler or the host gives it.
         coordinator: the agent that decides, or "off": the agents elect one.
+        incidents_dir: where incidents are kept; "" means ckptsvc/incidents in $XDG_STATE_HOME (~/.local/state).
     """
 
     socket_dir: str = ""
@@ -197,6 +198,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     metrics_listen: Annotated[Address | None, parse_address_or_off] = Address("127.0.0.1", 0)
     name: str = ""
     coordinator: Annotated[Address | None, parse_address_or_off] = None
+    incidents_dir: str = ""
 
 
 class ArenaSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -400,6 +402,8 @@ def _check(settings: Settings) -> None:
     agent, arena, save = settings.agent, settings.arena, settings.save
     if agent.socket_dir and not os.path.isabs(agent.socket_dir):
         refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
+    if agent.incidents_dir and not os.path.isabs(agent.incidents_dir):
+        refuse("agent.incidents_dir", f"is {agent.incidents_dir!r}, which is not an absolute path")
     if not os.path.isabs(arena.dir):
         refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
     if not os.path.isabs(settings.nics.root):

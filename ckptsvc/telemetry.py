@@ -127,6 +127,7 @@ class Event(StrEnum):
     JOB_ENDED = "job-ended"
     NIC_FOUND = "nic-found"
     NIC_UNREADABLE = "nic-unreadable"
+    INCIDENT_KEPT = "incident-kept"
 
 
 class Metrics:

@@ -70,6 +70,7 @@ def test_every_setting_has_its_variable() -> None:
         "agent.metrics_listen": "off",
         "agent.name": "n1",
         "agent.coordinator": "[::1]:9",
+        "agent.incidents_dir": "/var/lib/ckptsvc/incidents",
         "arena.dir": "/mnt/shm",
         "arena.limit": "25%",
         "arena.slots": "3",
@@ -94,6 +95,7 @@ def test_every_setting_has_its_variable() -> None:
         metrics_listen=None,
         name="n1",
         coordinator=Address("::1", 9),
+        incidents_dir="/var/lib/ckptsvc/incidents",
     )
     assert settings.arena == config.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
     assert settings.save == config.SaveSettings(
