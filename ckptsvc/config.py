@@ -12,18 +12,28 @@ setting that is silently ignored is found out on the day the checkpoint it was a
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Annotated, Literal, NoReturn, get_args, get_origin
 
 import msgspec
 
 from ckptsvc.errors import ConfigError
+from ckptsvc.quantities import (
+    Address,
+    Every,
+    Limit,
+    parse_address,
+    parse_address_or_off,
+    parse_duration,
+    parse_every,
+    parse_limit,
+    parse_size,
+)
 
 SYSTEM_FILE = Path("/etc/ckptsvc/config.toml")
 
@@ -40,145 +50,8 @@ OTHER_VARIABLES: dict[str, str] = {
 
 PAGE = 4096
 
-_SIZE_UNITS = {
-    "": 1,
-    "b": 1,
-    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", 1)},
-    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgtp", 1)},
-}
-_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
-_SIZE = re.compile(rf"({_NUMBER}) *([A-Za-z]*)")
-_DURATION_PART = re.compile(rf"({_NUMBER}) *([a-z]+)")
-_PERCENT = re.compile(rf"({_NUMBER}) *%")
-_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]+)):([0-9]{1,5})")
 # Kubernetes puts such variables into every pod of a namespace that has a service called "ckptsvc...".
 _KUBERNETES_LINK = re.compile(r"CKPTSVC_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_\w+)?)")
-
-
-class Address(NamedTuple):
-    """A TCP address; port 0 lets the kernel choose one."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-class Every(NamedTuple):
-    """How often to save: `steps` or `seconds` is set, the other is 0."""
-
-    steps: int
-    seconds: float
-
-
-class Limit(NamedTuple):
-    """An amount of memory: `nbytes`, or `share` (0 to 1) of a whole, is set; the other is 0."""
-
-    nbytes: int
-    share: float
-
-    def of(self, total: int) -> int:
-        """The limit in bytes where the whole is `total` bytes."""
-        return self.nbytes or int(total * self.share)
-
-
-def parse_size(value: object) -> int:
-    """Bytes in a size: 4096, "512MiB", "8 GiB", "1.5TB" (KB is 1000 bytes, KiB is 1024).
-
-    Raises:
-        ConfigError: not a size, or not a whole number of bytes.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    nbytes = math.nan
-    if match := _match(_SIZE, value):
-        nbytes = float(match[1]) * _SIZE_UNITS.get(match[2].lower(), math.nan)
-    if not nbytes.is_integer():
-        _refuse(value, "a size", '4096, "512MiB" or "8GiB"')
-    return int(nbytes)
-
-
-def parse_duration(value: object) -> float:
-    """Seconds in a duration: 90, 0.5, "90", "90s", "10min", "1h30min" (units ms, s, min, h, d).
-
-    Raises:
-        ConfigError: not a duration.
-    """
-    seconds = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value)
-    elif match := _match(re.compile(_NUMBER), value):
-        seconds = float(match[0])
-    elif _match(re.compile(f"(?:{_DURATION_PART.pattern} *)+"), value):
-        parts = _DURATION_PART.findall(str(value))
-        seconds = sum(float(number) * _DURATION_UNITS.get(unit, math.nan) for number, unit in parts)
-    if not (math.isfinite(seconds) and seconds >= 0):
-        _refuse(value, "a duration", '30, "90s", "10min" or "1h30min"')
-    return seconds
-
-
-def parse_every(value: object) -> Every | None:
-    """How often to save: a number of steps, a duration with its unit, or None for "off" (only when asked).
-
-    Raises:
-        ConfigError: none of these, or zero.
-    """
-    if value == "off":
-        return None
-    every = Every(0, 0.0)
-    if isinstance(value, int) and not isinstance(value, bool):
-        every = Every(value, 0.0)
-    elif match := _match(re.compile("[0-9]+"), value):
-        every = Every(int(match[0]), 0.0)
-    elif isinstance(value, str):
-        every = Every(0, parse_duration(value))
-    if every.steps <= 0 and every.seconds <= 0:
-        _refuse(value, "an interval", '500 (steps), "10min" or "off"')
-    return every
-
-
-def parse_limit(value: object) -> Limit:
-    """An amount of memory: a size, or a share such as "50%".
-
-    Raises:
-        ConfigError: neither, zero, or more than 100 %.
-    """
-    match = _match(_PERCENT, value)
-    limit = Limit(0, float(match[1]) / 100) if match else Limit(parse_size(value), 0.0)
-    if not any(limit) or limit.share > 1:
-        _refuse(value, "a limit", '"50%" or "8GiB"')
-    return limit
-
-
-def parse_address(value: object) -> Address:
-    """A TCP address: "host:port", "10.0.0.1:7070", "[::1]:0".
-
-    Raises:
-        ConfigError: not an address.
-    """
-    match = _match(_ADDRESS, value)
-    if match is None or int(match[3]) > 65535:
-        _refuse(value, "an address", '"127.0.0.1:0" or "[::1]:7070"')
-    return Address(match[1] or match[2], int(match[3]))
-
-
-def parse_address_or_off(value: object) -> Address | None:
-    """A TCP address, or None for "off".
-
-    Raises:
-        ConfigError: neither.
-    """
-    return None if value == "off" else parse_address(value)
-
-
-def _match(pattern: re.Pattern[str], value: object) -> re.Match[str] | None:
-    return pattern.fullmatch(value.strip()) if isinstance(value, str) else None
-
-
-def _refuse(value: object, kind: str, examples: str) -> NoReturn:
-    raise ConfigError(f"{value!r} is not {kind}", hint=f"for example {examples}")
 
 
 class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -190,6 +63,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
         metrics_listen: where Prometheus and browsers reach this one, or "off".
         name: name of the node; "" means the one its scheduler or the host gives it.
         coordinator: the agent that decides, or "off": the agents elect one.
+        incidents_dir: where incidents are kept; "" means ckptsvc/incidents in $XDG_STATE_HOME (~/.local/state).
     """
 
     socket_dir: str = ""
@@ -197,6 +71,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     metrics_listen: Annotated[Address | None, parse_address_or_off] = Address("127.0.0.1", 0)
     name: str = ""
     coordinator: Annotated[Address | None, parse_address_or_off] = None
+    incidents_dir: str = ""
 
 
 class ArenaSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -272,6 +147,18 @@ class HealthSettings(msgspec.Struct, frozen=True, kw_only=True):
     give_up: Annotated[float, parse_duration] = 1800.0
 
 
+class NicsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[nics]: the watch over the node's network cards.
+
+    Attributes:
+        enabled: read their counters once a second; a node without such cards has nothing to read.
+        root: directory that stands for "/" when /sys and /run are looked up (containers, tests).
+    """
+
+    enabled: bool = True
+    root: str = "/"
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All settings, validated.
 
@@ -285,6 +172,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     save: SaveSettings = SaveSettings()
     store: StoreSettings = StoreSettings()
     health: HealthSettings = HealthSettings()
+    nics: NicsSettings = NicsSettings()
     origin: dict[str, str] = {}
 
 
@@ -414,8 +302,12 @@ def _check(settings: Settings) -> None:
     agent, arena, save, health = settings.agent, settings.arena, settings.save, settings.health
     if agent.socket_dir and not os.path.isabs(agent.socket_dir):
         refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
+    if agent.incidents_dir and not os.path.isabs(agent.incidents_dir):
+        refuse("agent.incidents_dir", f"is {agent.incidents_dir!r}, which is not an absolute path")
     if not os.path.isabs(arena.dir):
         refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
+    if not os.path.isabs(settings.nics.root):
+        refuse("nics.root", f"is {settings.nics.root!r}, which is not an absolute path")
     if save.extent == 0 or save.extent % PAGE:
         refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
     if save.deadline >= save.timeout:

@@ -29,17 +29,19 @@ from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.local import Local
+from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
 from ckptsvc.agent.watch import Watch
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import HealthSettings, Settings, load, parse_duration, private_directory, runtime_dir
+from ckptsvc.config import HealthSettings, Settings, load, private_directory, runtime_dir
 from ckptsvc.control.health import Policy
 from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import EXIT_STATUS, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
+from ckptsvc.quantities import parse_duration
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS
 from ckptsvc.rpc.dial import sockets
 from ckptsvc.rpc.secret import shared_secret
@@ -114,6 +116,7 @@ class Agent:
             self.local, self.workers, slots=settings.arena.slots, linger=linger, save_timeout=settings.save.timeout
         )
         self.launches = Launches(self.local)
+        self.nics = NicWatch(self.local, settings.nics, self.shell.core)
         self.node.launch_order = self.launches.order
         self.watch = Watch(self.local, _limits(settings.health), enabled=settings.health.enabled)
         self.node.watch_order = self.watch.order
@@ -123,9 +126,10 @@ class Agent:
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             self.node.saves.recover(left)
-            running = (self.shell.run(), self.node.watch(), self.watch.run(), self._until_idle())
-            tasks = [asyncio.ensure_future(c) for c in running]
-            (directory / "ready").write_text(self._ready_text())
+            lasting = (self.shell.run(), self.node.watch(), self.watch.run(), self.nics.run(), self._until_idle())
+            tasks = [asyncio.ensure_future(c) for c in lasting]
+            (directory / "ready.new").write_text(self._ready_text())
+            (directory / "ready.new").rename(directory / "ready")
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
                 self.node_name, directory, self.address, node=self.node_name)  # fmt: skip
             await self._stopping.wait()

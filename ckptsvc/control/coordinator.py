@@ -8,6 +8,8 @@ from ckptsvc.control.effects import CommitDone, Decision, EpochDone, LookupDone,
 from ckptsvc.control.health import Health, Policy
 from ckptsvc.control.incidents import Incidents, standing
 from ckptsvc.control.membership import Job
+from ckptsvc.control.nic_job import JobNics
+from ckptsvc.control.nics import Finding
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.control.save import Saves
 from ckptsvc.rpc.v1 import agent_pb2
@@ -30,6 +32,7 @@ class Coordinator:
     mark: str = ""
     jobs: dict[str, Job] = field(default_factory=dict)
     launched: dict[str, Attempts] = field(default_factory=dict)
+    nics: dict[str, JobNics] = field(default_factory=dict)
     incidents: Incidents = field(init=False)
     health: Health = field(init=False)
 
@@ -80,6 +83,8 @@ class Coordinator:
                 self.health.missing(job, rank, known[rank])
         for attempts in self.launched.values():
             decision.add(self._tick_launched(attempts, now))
+        for nics in self.nics.values():
+            decision.add(nics.tick(now))
         decision.add(self.health.tick(now))
         for name, job in list(self.jobs.items()):
             if job.ranks or job.saves.open or job.saves.held:
@@ -87,6 +92,7 @@ class Coordinator:
             elif now - job.busy_at > FORGET_AFTER:
                 del self.jobs[name]
                 self.incidents.forget(name)
+                self.nics.pop(name, None)
         return decision.add(self._epochs(now))
 
     def _tick_launched(self, attempts: Attempts, now: float) -> Decision:
@@ -112,6 +118,11 @@ class Coordinator:
             )
             for epoch, step in known.saves.snapshots()
         ]
+
+    def nic_findings(self, job: str) -> list[Finding]:
+        """The network cards of a job that are in trouble now, worst first."""
+        known, nics = self.jobs.get(job), self.nics.get(job)
+        return nics.findings() if known and nics and nics.attempt >= known.attempt else []
 
     def _epochs(self, now: float) -> Decision:
         decision = Decision()
@@ -232,3 +243,9 @@ class Coordinator:
             if event.job in (job.name, launched_as(job.name)):
                 job.stop_wanted = event.reason
         return Decision()
+
+    def _on_nic_summary(self, event: pb.NicSummary, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        if job is None or event.attempt < job.attempt:
+            return Decision()
+        return self.nics.setdefault(event.job, JobNics(event.job)).take(event, now)
