@@ -27,6 +27,7 @@ from grpc_reflection.v1alpha import reflection
 import ckptsvc
 from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
+from ckptsvc.agent.incidents import IncidentLog, incidents_directory
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.nic_watch import NicWatch
@@ -118,7 +119,9 @@ class Agent:
         self.launches = Launches(self.local)
         self.nics = NicWatch(self.local, settings.nics, self.shell.core)
         self.node.launch_order = self.launches.order
-        self.watch = Watch(self.local, _limits(settings.health), enabled=settings.health.enabled)
+        enabled = settings.health.enabled
+        self.watch = Watch(self.local, _limits(settings.health), enabled=enabled, nics=self.nics.sentences)
+        self._keep_incidents()
         self.node.watch_order = self.watch.order
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -151,6 +154,19 @@ class Agent:
             node=self.node_name,
         )
         os.close(lock)
+
+    def _keep_incidents(self) -> None:
+        """Incidents of the jobs that this agent coordinates become files (`ckptsvc incidents`)."""
+        try:
+            kept = IncidentLog(incidents_directory(self._options.settings, os.environ))
+        except ConfigError as error:
+            logger.warning("incidents are not kept: %s", error)
+            return
+
+        async def keep(incident: coordinator_pb2.Incident) -> None:
+            await kept.record(incident)
+
+        self.shell.on_incident = lambda incident: self.local.spawn(keep(incident))
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._options.settings.agent

@@ -6,12 +6,17 @@ What is normal and what is not is decided in control.stalls; who is to blame, by
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
-from ckptsvc.agent import examine
+from ckptsvc.agent import evidence, procfs
+from ckptsvc.agent.aside import aside
+from ckptsvc.agent.evidence import Target
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import LocalJob, Session
 from ckptsvc.control.stalls import Limits, Sight, Stalls
@@ -23,8 +28,8 @@ logger = logging.getLogger("ckptsvc.agent")
 LOOK_EVERY = 0.25
 """Seconds between looks at the pages."""
 
-EXAMINE_MOST = 10.0
-"""Seconds that an examination may take, whatever the order says."""
+ACTIVITY_MOST = 0.5
+"""Seconds to find out what a rank reads and writes."""
 
 Key = tuple[str, int]
 """(job, attempt)."""
@@ -37,10 +42,17 @@ class Watch:
         local: the agent's state.
         limits: what is normal.
         enabled: False: nobody is ever reported; orders are obeyed all the same.
+        nics: finds one sentence for each network card that is not well.
+
+    Attributes:
+        log_of: the file with a rank's output, if somebody keeps it.
     """
 
-    def __init__(self, local: Local, limits: Limits, *, enabled: bool) -> None:
-        self._local, self._limits, self._enabled = local, limits, enabled
+    def __init__(
+        self, local: Local, limits: Limits, *, enabled: bool, nics: Callable[[], list[str]] | None = None
+    ) -> None:
+        self._local, self._limits, self._enabled, self._nics = local, limits, enabled, nics
+        self.log_of: Callable[[Session], Path | None] = lambda session: None
         self._stalls: dict[Key, Stalls] = {}
         local.stalled = self.resync
 
@@ -64,7 +76,7 @@ class Watch:
                 stalls = Stalls(job, self._local.name, attempt, self._limits, LOOK_EVERY)
                 self._stalls[job, attempt] = stalls
             suspicious = [r for r in stalls.suspicious() if r in sessions]
-            stopped = [r for r in suspicious if examine.process_state(sessions[r].pid) == "T"]
+            stopped = [r for r in suspicious if procfs.state(sessions[r].pid) == "T"]
             found = stalls.look({r: _sight(s) for r, s in sessions.items()}, now, stopped)
             for report in found if self._enabled else ():
                 self._say(report)
@@ -85,42 +97,21 @@ class Watch:
             self._kill(job, order.kill)
 
     async def _examine(self, job: LocalJob, order: pb.Examine) -> None:
-        chosen = [
-            session.reg.rank
-            for session in self._sessions(job, order.attempt).values()
-            if not order.ranks or session.reg.rank in order.ranks
-        ]
-        seconds = min(max(order.seconds, 0.1), EXAMINE_MOST)
-        evidence = await self._collect(job, order.attempt, chosen, seconds)
-        stalls = self._stalls.get((job.name, order.attempt))
         sessions = self._sessions(job, order.attempt)
-        evidence = [one for one in evidence if one.rank in sessions]
-        for one in evidence:
-            page = sessions[one.rank].page
-            one.phase, one.step = page.phase, page.get("step")
-            one.io_bytes, one.children_cpu = examine.activity(one.pid)
-            if stalls is not None:
-                one.stalled, one.threshold = stalls.quiet(one.rank), stalls.allowed(one.rank)
-        examined = pb.Examined(
-            job=job.name,
-            attempt=order.attempt,
-            incident=order.incident,
-            round=order.round,
-            node=self._local.name,
-            ranks=evidence,
-        )
-        self._local.report(job, pb.Report(examined=examined))
-
-    async def _collect(self, job: LocalJob, attempt: int, ranks: list[int], seconds: float) -> list[pb.RankEvidence]:
-        sessions = self._sessions(job, attempt)
-        targets = [examine.Target(rank, sessions[rank].pid) for rank in ranks]
+        targets = [Target.of(s, log=self.log_of(s), phase=s.page.phase) for s in sessions.values()]
         try:
-            return await asyncio.wait_for(examine.collect(targets, seconds), seconds + 1.0)
-        except Exception as error:
-            # No evidence is an answer too: the others' is not to wait for it.
+            examined = await evidence.examine(order, job.name, self._local.name, targets, self._nics)
+        except Exception:
+            # No evidence is an answer too: the coordinator must not wait for it.
             logger.exception("the ranks of %s could not be examined", job.name)
-            notes = [f"not examined: {type(error).__name__}: {error}"]
-            return [pb.RankEvidence(rank=t.rank, pid=t.pid, enqueued=-1, completed=-1, notes=notes) for t in targets]
+            examined = pb.Examined(job=job.name, attempt=order.attempt, incident=order.incident, node=self._local.name)
+        examined.round = order.round
+        stalls = self._stalls.get((job.name, order.attempt))
+        for one in examined.ranks:
+            if stalls is not None and one.rank in sessions:
+                one.stalled, one.threshold = stalls.quiet(one.rank), stalls.allowed(one.rank)
+        await asyncio.gather(*map(_note_activity, examined.ranks))
+        self._local.report(job, pb.Report(examined=examined))
 
     def hangs(self, job: str, attempt: int, rank: int) -> bool:
         """Whether a rank was without progress for too long when last looked at."""
@@ -132,7 +123,8 @@ class Watch:
         session = self._sessions(job, order.attempt).get(order.rank)
         if session is None:
             return
-        if not self.hangs(job.name, order.attempt, order.rank):
+        still = not order.state or procfs.state(session.pid) == order.state
+        if not still or not self.hangs(job.name, order.attempt, order.rank):
             log(logger, logging.WARNING, Event.RANK_MOVED, "rank %d was to be killed and is on its way again: it lives",
                 order.rank, job=job.name, attempt=order.attempt, rank=order.rank)  # fmt: skip
             return
@@ -162,6 +154,12 @@ class Watch:
             for session in self._local.sessions.values()
             if (session.reg.job, session.reg.attempt) == (job.name, attempt)
         }
+
+
+async def _note_activity(evidence: pb.RankEvidence) -> None:
+    with contextlib.suppress(TimeoutError):  # then nothing is known of it
+        look = partial(procfs.activity, evidence.pid)
+        evidence.io_bytes, evidence.children_cpu = await aside(look, ACTIVITY_MOST)
 
 
 def _sight(session: Session) -> Sight:

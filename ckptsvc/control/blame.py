@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ckptsvc.control.collectives import odd_ones
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 BUSY, IDLE = 0.8, 0.2
@@ -70,7 +71,7 @@ class Verdict:
         signals: what says so, one sentence each.
         kinds: how many independent kinds of evidence set this rank apart.
         overdue: the rank has itself been without progress for longer than its phase allows.
-        broken: its process cannot go on by itself.
+        broken: its process is stopped or gone, or not to be reached: it cannot go on by itself.
     """
 
     rank: int = -1
@@ -154,27 +155,24 @@ _WAITS_IN_TORCH = re.compile(
     r"\b(all_?reduce|all_?gather|reduce_scatter|broadcast|barrier|all_to_all|gather|scatter|reduce|recv|irecv|send"
     r"|synchronize|monitored_barrier)\w*"
 )
+_FUNCTION = re.compile(r"\s*(?:[\w<>]+\.)*([\w<>]+|\.+)")
 _BACKWARD = "_engine_run_backward"
 
 
 def waits(evidence: pb.RankEvidence) -> bool:
-    """Whether the rank waits for others: by its own record of collectives, by its stack, or because it is idle."""
+    """Whether the rank waits for others: by its flight recorder, by its stack, or because it is idle."""
     if evidence.state in _BROKEN:
         return False
-    if _counts(evidence):
-        return evidence.enqueued > evidence.completed
+    if evidence.groups:
+        return any(group.collective for group in evidence.groups)
     if functions(evidence.stack):
         return _stack_waits(evidence)
     return evidence.state == "S" and evidence.cpu <= IDLE
 
 
 def functions(stack: str) -> tuple[str, ...]:
-    """The functions of a stack, outermost first: its lines without files and line numbers."""
-    return tuple(match[1] for line in stack.splitlines() if (match := re.match(r"\s*([\w.<>]+)", line)))
-
-
-def _counts(evidence: pb.RankEvidence) -> bool:
-    return evidence.enqueued > 0 or evidence.completed > 0
+    """The functions of a stack, outermost first, without their classes: not everybody who looks can tell those."""
+    return tuple(match[1] for line in stack.splitlines() if (match := _FUNCTION.match(line)))
 
 
 def _stack_waits(evidence: pb.RankEvidence) -> bool:
@@ -183,9 +181,7 @@ def _stack_waits(evidence: pb.RankEvidence) -> bool:
 
 
 def _in(evidence: pb.RankEvidence) -> str:
-    if evidence.collective and evidence.enqueued > 0:
-        return f"in {evidence.collective} (number {evidence.enqueued})"
-    return f"in {evidence.collective}" if evidence.collective else "for others"
+    return f"in {evidence.collective} (number {evidence.enqueued})" if evidence.collective else "for others"
 
 
 def _suspended(scene: Scene) -> bool:
@@ -215,55 +211,28 @@ def _process(scene: Scene) -> Found:
 
 
 def _interpreter(scene: Scene) -> Found:
-    """Threads of other ranks answer, this one's do not get the interpreter lock."""
-    if not any(e.answers for e in scene.ranks.values()):
-        return  # nobody was asked
+    """Its threads do not get the interpreter lock, not even the one that only answers questions."""
     for rank, e in scene.ranks.items():
-        if not e.answers and e.state in ("R", "S"):
-            how = "computes" if e.cpu >= BUSY else "sleeps"
+        if e.asked and not e.answers and e.state in ("R", "S"):
+            how = "computes" if e.cpu >= BUSY else "sleeps" if e.cpu <= IDLE else "goes on"
             yield rank, Signal(Kind.INTERPRETER, 2.0, f"it {how} without ever letting go of the interpreter lock")
 
 
 def _collectives(scene: Scene) -> Found:
-    """The lowest sequence number; at the same number, the one that started something else."""
-    known = {r: e for r, e in scene.ranks.items() if _counts(e)}
-    flying = [e.enqueued for e in known.values() if e.enqueued > e.completed]
-    if not flying:
+    """It has not started the collective that the others wait in, or has started another."""
+    odd = odd_ones(scene.ranks.values())
+    for one in odd:
+        if one.lacks == odd[0].lacks:
+            yield one.rank, Signal(Kind.COLLECTIVE, 2.0, one.reason)
+    known = [e for e in scene.ranks.values() if e.groups]
+    waiting = [e for e in known if waits(e)]
+    if odd or not waiting or len(waiting) < len(known):
         return
-    number = max(flying, key=lambda n: (flying.count(n), n))
-    waiting = {r: e for r, e in known.items() if e.enqueued > e.completed and e.enqueued == number}
-    behind = {r: e for r, e in known.items() if e.enqueued < number}
-    where = f"{len(waiting)} wait {_in(next(iter(waiting.values())))}"
-    if behind:
-        lowest = min(e.enqueued for e in behind.values())
-        for rank, e in behind.items():
-            if e.enqueued == lowest:
-                yield rank, Signal(Kind.COLLECTIVE, 2.0, f"{where}, which it has not begun: its last is {e.enqueued}")
-        return
-    yield from _mismatch(waiting, number)
-    unknown = [r for r, e in scene.ranks.items() if r not in known and e.state and not waits(e)]
+    unknown = [e for e in scene.ranks.values() if not e.groups and e.state and not waits(e)]
     if len(unknown) <= len(waiting):
-        for rank in unknown:
-            yield rank, Signal(Kind.COLLECTIVE, 1.0, f"{where}, which it is not known to have begun")
-
-
-def _mismatch(waiting: Mapping[int, pb.RankEvidence], number: int) -> Found:
-    operations = Counter(_operation(e.collective) for e in waiting.values() if e.collective)
-    if len(operations) < 2:
-        return
-    usual, count = operations.most_common(1)[0]
-    for rank, e in waiting.items():
-        own = _operation(e.collective)
-        if e.collective and (own != usual or operations[own] * 2 == len(waiting)):
-            yield (
-                rank,
-                Signal(Kind.COLLECTIVE, 2.0, f"it started {own} as number {number}, where {count} started {usual}"),
-            )
-
-
-def _operation(collective: str) -> str:
-    """What must be the same on all ranks: the operation, and for a reduction what is reduced."""
-    return collective if collective.startswith(("all_reduce", "allreduce")) else collective.partition(" of ")[0]
+        where = f"{len(waiting)} of the others wait {_in(waiting[0])}"
+        for e in unknown:
+            yield e.rank, Signal(Kind.COLLECTIVE, 1.0, f"{where}, which it is not known to have started")
 
 
 def _stacks(scene: Scene) -> Found:
@@ -294,7 +263,7 @@ def _innermost(evidence: pb.RankEvidence) -> str:
 
 def _work(scene: Scene) -> Found:
     """Where neither collectives nor stacks are known: all others sleep, and this one does not."""
-    if any(_counts(e) or e.stack for e in scene.ranks.values()):
+    if any(e.groups or e.stack for e in scene.ranks.values()):
         return
     awake = [r for r, e in scene.ranks.items() if e.state and not waits(e)]
     asleep = len(scene.ranks) - len(awake)

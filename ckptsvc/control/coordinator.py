@@ -38,7 +38,7 @@ class Coordinator:
 
     def __post_init__(self) -> None:
         self.incidents = Incidents(self.mark)
-        self.health = Health(self.jobs, self.launched, self.incidents, self.policy)
+        self.health = Health(self.jobs, self.launched, self.incidents, self.nics, self.policy)
 
     def handle(self, node: str, report: pb.Report, now: float) -> Decision:
         """One report from the agent of `node`."""

@@ -23,10 +23,12 @@ from ckptsvc.control.blame import Kind, Scene, Verdict, blame, functions
 from ckptsvc.control.effects import Decision, Send
 from ckptsvc.control.incidents import Incidents, record, standing
 from ckptsvc.control.membership import AGENT_PATIENCE, Job
+from ckptsvc.control.nic_job import JobNics
+from ckptsvc.control.nics import INFO
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
-EXAMINE_SECONDS = 0.8
+EXAMINE_SECONDS = 1.0
 """Seconds a node has to look at its ranks."""
 
 ANSWER_PATIENCE = 3.0
@@ -42,8 +44,8 @@ ROUNDS = 3
 UNSEEN = 5.0
 """Times `confirm` for a rank whose stack nobody can see: whether it stands still is not known."""
 
-KILL_PATIENCE = 5.0
-"""Seconds in which a rank that was to be killed must have ended; then the whole attempt is stopped."""
+KILL_PATIENCE = 3.0
+"""Seconds in which a rank that was to be killed must have ended; then it is examined again."""
 
 PAUSE = 2.0
 """Seconds between two ticks from which on the coordinator itself was away: answers may wait unread."""
@@ -114,7 +116,8 @@ class Case:
     verdict: Verdict = field(default_factory=Verdict)
     named: int = 0  # verdicts in a row that have named the same rank
     tracks: dict[int, Track] = field(default_factory=dict)
-    killed_at: float | None = None
+    killed_at: float | None = None  # a rank, or the attempt, is being ended
+    tried: bool = False  # to kill the rank
 
 
 @dataclass(slots=True)
@@ -124,6 +127,7 @@ class Health:
     jobs: Mapping[str, Job]
     launched: Mapping[str, Attempts]
     incidents: Incidents
+    nics: Mapping[str, JobNics] = field(default_factory=dict)
     policy: Policy = Policy()
     cases: dict[str, Case] = field(default_factory=dict)
     _harmless: dict[str, tuple[int, float]] = field(default_factory=dict)  # job -> attempt, longest stand that ended
@@ -197,7 +201,7 @@ class Health:
             if job is None or job.attempt != case.incident.attempt or not job.ranks:
                 decision.add(self._close(case, "" if case.killed_at is not None else "the attempt has ended"))
             elif case.killed_at is not None:
-                decision.add(self._follow_up(case, now))
+                decision.add(self._follow_up(case, job, now))
             elif away > PAUSE:
                 case.until += away
             elif now >= case.until:
@@ -222,13 +226,17 @@ class Health:
 
     def _conclude(self, case: Case, job: Job, now: float) -> Decision:
         ranks = {e.rank: e for a in case.answers.values() for e in a.ranks if job.ranks.get(e.rank) == a.node}
-        nics = {node: tuple(answer.nics) for node, answer in case.answers.items()}
+        nics = self._nics(case, job)
         verdict = self._verdict_on_missing(case, job) or blame(Scene(job.ranks, ranks, case.silent, nics))
         case.open, case.awaited = False, set()
         news = self._take_in(case, verdict, ranks, now)
-        if self._is_sure(case):
-            return self._kill(case, now)
+        case.incident.nics[:] = [sentence for sentences in nics.values() for sentence in sentences]
         attempts = self._attempts(case)
+        if self._is_sure(case):
+            if not case.tried and case.verdict.rank in job.ranks:
+                return self._kill(case, ranks, now)
+            if attempts is not None:
+                return self._give_up(case, attempts, now)
         if attempts is not None and self._is_dead(case, job, ranks):
             return self._give_up(case, attempts, now)
         pause = min(LOOK_AGAIN * 2 ** min(case.round - 1, 8), LOOK_AGAIN_MOST)
@@ -251,11 +259,22 @@ class Health:
         chosen = sorted(ranks, key=lambda r: (r != verdict.rank, r not in case.stalled, r))[:KEPT_RANKS]
         del incident.ranks[:]
         incident.ranks.extend(ranks[r] for r in sorted(chosen))
-        incident.nics[:] = [sentence for answer in case.answers.values() for sentence in answer.nics]
         if not incident.detected:
             first = max((event.seconds for event in case.stalled.values()), default=0.0)
             incident.detected = first + now - case.opened
         return news or case.round == 1
+
+    def _nics(self, case: Case, job: Job) -> dict[str, list[str]]:
+        """What is wrong with the nodes' network cards: compared with the whole job's, and as each node sees it."""
+        found: dict[str, list[str]] = {}
+        if job.name in self.nics:
+            for finding in self.nics[job.name].findings():
+                if finding.severity != INFO:
+                    found.setdefault(finding.node, []).append(finding.sentence)
+        for node, answer in case.answers.items():
+            if node not in found and answer.nics:
+                found[node] = list(answer.nics)
+        return found
 
     def _verdict_on_missing(self, case: Case, job: Job) -> Verdict | None:
         attempts = self._attempts(case)
@@ -313,37 +332,40 @@ class Health:
         wanted = (case.incident.attempt, Phase.RUNNING)
         return attempts if attempts is not None and standing(attempts) == wanted else None
 
-    def _kill(self, case: Case, now: float) -> Decision:
-        case.killed_at = now
-        incident, verdict = case.incident, case.verdict
-        incident.actions.append(f"SIGKILL to rank {verdict.rank} on {verdict.node}")
+    def _kill(self, case: Case, ranks: Mapping[int, pb.RankEvidence], now: float) -> Decision:
+        verdict = case.verdict
+        case.killed_at, case.tried = now, True
+        case.incident.actions.append(f"SIGKILL to rank {verdict.rank} on {verdict.node}")
+        self._accuse(case)
+        kill = pb.Kill(attempt=case.incident.attempt, rank=verdict.rank, reason=verdict.sentence)
+        kill.state = ranks[verdict.rank].state if verdict.broken else ""
+        return Decision([Send(verdict.node, pb.Order(job=case.job, kill=kill))]).add(record(case.incident))
+
+    def _accuse(self, case: Case) -> None:
+        """Whatever rank ends first from now on, this is why."""
         attempts = self._attempts(case)
         if attempts is not None:
-            attempts.accuse(incident.attempt, verdict.sentence)
-        self.incidents.fatal(incident)
-        kill = pb.Kill(attempt=incident.attempt, rank=verdict.rank, reason=verdict.sentence)
-        return Decision([Send(verdict.node, pb.Order(job=case.job, kill=kill))]).add(record(incident))
+            attempts.accuse(case.incident.attempt, case.verdict.sentence)
+        self.incidents.fatal(case.incident)
 
-    def _follow_up(self, case: Case, now: float) -> Decision:
+    def _follow_up(self, case: Case, job: Job, now: float) -> Decision:
         """The rank should be gone by now. If it was on its way again, its agent has let it live."""
+        if case.killed_at is None or now - case.killed_at < KILL_PATIENCE or case.verdict.rank not in job.ranks:
+            return Decision()
+        case.killed_at = None
+        self.incidents.pardon(case.job)
         attempts = self._attempts(case)
-        if case.killed_at is None or now - case.killed_at < KILL_PATIENCE:
-            return Decision()
+        if attempts is not None:
+            attempts.accuse(0, "")
         if not case.stalled:
-            self.incidents.pardon(case.job)
-            if attempts is not None:
-                attempts.accuse(0, "")
             return self._close(case, "it had gone on by itself, and lives")
-        if attempts is None:
-            return Decision()
-        return self._give_up(case, attempts, now)
+        case.incident.actions.append("it has not ended")
+        return self._examine(case, job, now)
 
     def _give_up(self, case: Case, attempts: Attempts, now: float) -> Decision:
-        """Stop the whole attempt."""
-        if case.killed_at is None:
-            case.killed_at = now
-            attempts.accuse(case.incident.attempt, case.verdict.sentence)
-            self.incidents.fatal(case.incident)
+        """Stop the whole attempt: the rank that is to blame cannot be killed, or there is none."""
+        case.killed_at = now
+        self._accuse(case)
         before = standing(attempts)
         decision = attempts.give_up(case.incident.attempt, now)
         return decision.add(self.incidents.failed(attempts, before, "hung"))

@@ -109,7 +109,7 @@ class Checks:
     def killing(self, rank: Rank) -> None:
         """An agent obeys the order to kill a rank."""
         require(rank.hangs, f"rank {rank.number} of attempt {rank.attempt} is killed, and does not hang")
-        for_long = self._world.now - rank.hangs_since > self._world.brain.core.policy.confirm
+        for_long = self._world.now - rank.stepped_at > self._world.brain.core.policy.confirm
         require(rank.hangs == "T" or for_long, f"rank {rank.number} is killed, and may be at work")
 
     def always(self) -> None:

@@ -24,8 +24,8 @@ WORLD = NODES * PER_NODE
 ANSWER = 0.8
 """Seconds an examination takes."""
 
-COLLECTIVE = {"collective": "all_reduce of [9] float32 in group default", "stack": "main\ntrain\nall_reduce"}
-WAITS = {"state": "S", "cpu": 0.01, "answers": True, **COLLECTIVE}
+COLLECTIVE = "all_reduce of [9] float32 in group default (gloo)"
+WAITS = {"state": "S", "cpu": 0.01, "answers": True, "stack": "main\ntrain\nall_reduce"}
 
 STANDS_STILL = 100.0
 """Most seconds that a healthy rank spends in one function without reading or writing: below Policy.confirm."""
@@ -105,7 +105,7 @@ class Job:
         if kind == "agent":
             return
         if kind != "everybody":
-            self.pausing[rank] = dict(seen)
+            self.pausing[rank] = seen
         if kind == "evaluation":
             self._beat(rank, "evaluation")
         self.wait(seconds)
@@ -140,13 +140,12 @@ class Job:
         for rank, sight in self.sights[node].items():
             watch = self.watches[node]
             seen = self.pausing.get(rank)
-            number = self.step + (seen is None)
-            fields = {"enqueued": number, "completed": self.step, **(WAITS if seen is None else seen)}
+            fields = {"asked": True, **(WAITS if seen is None else seen)}
             if seen is not None and "state" in seen and "stack" not in seen:
                 fields["stack"] = f"main\nevaluate\nlayer{self.rng.randrange(50)}"
             if fields.get("stack") == "main\nsave\nwrite":
                 fields["io_bytes"] = int(self.now * (5 << 20))
-            answer.ranks.add(
+            evidence = answer.ranks.add(
                 rank=rank,
                 phase=sight.phase,
                 step=sight.step,
@@ -154,6 +153,10 @@ class Job:
                 threshold=watch.allowed(rank),
                 **fields,
             )
+            if evidence.answers:
+                waits = seen is None or seen is WAITS
+                number, name = self.step + waits, COLLECTIVE if waits else ""
+                evidence.groups.add(group="default", enqueued=number, completed=self.step, collective=name)
         self._tell(node, pb.Report(examined=answer))
 
     def _tell(self, node: str, report: pb.Report) -> None:

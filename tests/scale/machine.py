@@ -23,7 +23,7 @@ from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Metrics
 
 if TYPE_CHECKING:
-    from simulation import Line, World
+    from simulation import Line, Session, World
 
 JOB, THIEF, STORE = "job", "thief", "file:///run"
 SLOTS = 2
@@ -69,7 +69,7 @@ class Rank:
     epoch: int = 0  # of the attempt, as far as this process knows: a new agent learns it from here
     attached: bool = False
     last_order: int = -1
-    hangs_since: float = 0.0
+    stepped_at: float = 0.0
     hangs: str = ""  # what is seen of it: "T": it is stopped; "elsewhere": it sleeps where it should not
 
     @property
@@ -148,7 +148,8 @@ class Machine:
     def obey(self, order: pb.Order) -> None:
         """An order of the coordinator has arrived."""
         if self._world.now < self.agent_stopped_until:
-            self._world.later(self.agent_stopped_until - self._world.now, self._obey_late, self._incarnation, order)
+            wait = self.agent_stopped_until - self._world.now
+            self._world.later(wait, self._obey_late, self._incarnation, self.line.session, order)
             return
         if order.WhichOneof("effect") == "save_ended" and order.job in self.local.jobs:
             self._world.checks.told(order.job, order.save_ended.outcome)
@@ -161,8 +162,8 @@ class Machine:
             delay = self._said_until - self._world.now
             self._world.later(delay, self._launcher_obeys, self._incarnation, response)
 
-    def _obey_late(self, incarnation: int, order: pb.Order) -> None:
-        if self._is(incarnation):
+    def _obey_late(self, incarnation: int, session: Session, order: pb.Order) -> None:
+        if self._is(incarnation) and not session.broken:  # else the coordinator may have gone on without this node
             self.obey(order)
 
     # ---- the watch (mirrors agent.watch where it takes time) ---------------------------------------------------------
@@ -179,7 +180,8 @@ class Machine:
             return
         self.watch.look(self._world.now)
         rank = self.ranks.get(order.kill.rank)
-        if rank is not None and self.watch.hangs(job.name, order.kill.attempt, rank.number):
+        still = rank is not None and order.kill.state in ("", rank.hangs)
+        if rank is not None and still and self.watch.hangs(job.name, order.kill.attempt, rank.number):
             self._world.checks.killing(rank)
             self._exit(rank, -9)
 
@@ -194,11 +196,12 @@ class Machine:
             rank = self.ranks.get(session.reg.rank)
             if rank is None or stalls is None or (session.reg.job, session.reg.attempt) != (job.name, order.attempt):
                 continue
-            evidence = examined.ranks.add(rank=rank.number, state="S", enqueued=2, completed=1, step=1)
+            evidence = examined.ranks.add(rank=rank.number, state="S", stack="all_reduce", step=1)
             evidence.stalled, evidence.threshold = stalls.quiet(rank.number), stalls.allowed(rank.number)
             if rank.hangs:
-                evidence.enqueued = 1
-                evidence.state, evidence.stack = ("T", "") if rank.hangs == "T" else ("S", "main\nelsewhere")
+                evidence.state, evidence.stack = ("T", "") if rank.hangs == "T" else ("S", "elsewhere")
+            late = bool(rank.hangs)
+            evidence.groups.add(group="g", enqueued=2 - late, completed=1, collective="" if late else "all_reduce")
         self.line.report(pb.Report(examined=examined))
 
     def _register_again(self, incarnation: int, rank: Rank) -> None:
@@ -431,6 +434,7 @@ class Machine:
         return max(newest, max(self._world.store.commits, default=(0, 0)))[1]
 
     def _step(self, rank: Rank, step: int) -> None:
+        rank.stepped_at = self._world.now
         due = step % self._world.schedule.every_steps == 0
         session = self.local.sessions.get(rank.token) if self.agent_alive else None
         if session is not None:
@@ -476,7 +480,7 @@ class Machine:
             others = [r for m in self._world.machines.values() for r in m.ranks.values() if r.hangs == "T"]
             if 2 * (len(others) + 1) > rank.world_size:
                 seconds = seconds or 20.0  # a job of which most ranks are stopped counts as suspended, and is let alone
-            rank.hangs, rank.hangs_since = how, self._world.now
+            rank.hangs = how
             if seconds:
                 self._world.later(seconds, self._go_on, rank)
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from ckptsvc.control.blame import Scene
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
-REDUCE = "all_reduce of [1048576] float32 in group default"
+GROUP = "default (gloo)"
+REDUCE = f"all_reduce of [1048576] float32 in group {GROUP}"
 TRAINING = "main (train.py:10)\ntrain_step (train.py:42)\n"
 WAITING = TRAINING + "all_reduce (torch/distributed/distributed_c10d.py:3252)"
 COMPUTING = TRAINING + "forward (model.py:77)\nlinear (torch/nn/functional.py:2000)"
@@ -42,14 +43,14 @@ class Stage:
                 state="S",
                 cpu=rng.uniform(0, 0.05),
                 waits_in="futex_wait_queue",
+                asked=True,
                 answers=True,
-                enqueued=self.number,
-                completed=self.number - 1,
-                collective=REDUCE,
                 stack=WAITING,
             )
             for rank in range(self.world)
         }
+        for evidence in self.ranks.values():
+            in_collective(evidence, self.number, REDUCE)
 
     @property
     def node(self) -> str:
@@ -62,22 +63,26 @@ class Stage:
 
     def not_there(self, **fields: object) -> None:
         """The culprit has not begun the collective that the others wait in."""
-        self.change(enqueued=self.number - 1, completed=self.number - 1, collective="", **fields)
+        in_collective(self.ranks[self.culprit], self.number - 1, "")
+        self.change(**fields)
 
     def unseen(self, *what: str) -> None:
-        """Some things could not be found out, about the culprit or about everybody."""
-        blank = {"enqueued": -1, "completed": -1, "collective": "", "stack": "", "answers": False}
+        """Some things could not be found out, about anybody."""
         for evidence in self.ranks.values():
-            for name in what:
-                setattr(evidence, name, blank[name])
+            if "collective" in what:
+                forget_collectives(evidence)
+            if "stack" in what:
+                evidence.stack = ""
+            if "answers" in what:
+                evidence.asked = evidence.answers = False
 
     def blur(self) -> None:
         """As it is in life: here a rank without a flight recorder, there one whose stack was not to be had."""
         if self.rng.random() < 0.3:
-            self.unseen(*self.rng.choice([("stack",), ("enqueued", "completed", "collective"), ("answers",)]))
+            self.unseen(self.rng.choice(["stack", "collective", "answers"]))
         for rank, evidence in self.ranks.items():
             if rank != self.culprit and self.rng.random() < 0.1:
-                evidence.enqueued = evidence.completed = -1
+                forget_collectives(evidence)
             if rank != self.culprit and self.rng.random() < 0.1:
                 evidence.stack = ""
 
@@ -85,19 +90,38 @@ class Stage:
         return Scene(self.nodes, self.ranks, self.silent, self.nics)
 
 
+def in_collective(evidence: pb.RankEvidence, number: int, collective: str) -> None:
+    """It has begun so many; the last one is not over if it has a name."""
+    forget_collectives(evidence)
+    completed = number - bool(collective)
+    evidence.enqueued, evidence.completed, evidence.collective = number, completed, collective
+    evidence.groups.add(group=GROUP, enqueued=number, completed=completed, collective=collective)
+
+
+def forget_collectives(evidence: pb.RankEvidence) -> None:
+    """Its flight recorder could not be read."""
+    evidence.enqueued = evidence.completed = -1
+    evidence.collective = ""
+    del evidence.groups[:]
+
+
+def out_of_touch(stage: Stage, **fields: object) -> None:
+    """The culprit answers nothing."""
+    forget_collectives(stage.ranks[stage.culprit])
+    stage.change(answers=False, **fields)
+
+
 def stopped(stage: Stage) -> None:
-    stage.change(state="T", answers=False, enqueued=-1, completed=-1, collective="")
+    out_of_touch(stage, state="T", asked=False)
     stage.change(stack=stage.rng.choice(["", WAITING, COMPUTING]))
 
 
 def zombie(stage: Stage) -> None:
-    stage.change(state="Z", answers=False, enqueued=-1, completed=-1, collective="", stack="")
+    out_of_touch(stage, state="Z", stack="")
 
 
 def loop_with_the_interpreter_lock(stage: Stage) -> None:
-    stage.not_there(state="R", cpu=1.0, answers=False, stack=TRAINING + "spin (train.py:50)", waits_in="")
-    if stage.rng.random() < 0.5:
-        stage.change(enqueued=-1, completed=-1)  # the recorder is asked through a thread of the process
+    out_of_touch(stage, state="R", cpu=1.0, stack=TRAINING + "spin (train.py:50)", waits_in="")
 
 
 def loop_without_the_interpreter_lock(stage: Stage) -> None:
@@ -113,21 +137,21 @@ def missed_collective(stage: Stage) -> None:
     if stage.rng.random() < 0.5:
         stage.not_there(stack=TRAINING + "sleep (train.py:51)")
     else:
-        stage.change(enqueued=stage.number - 1, completed=stage.number - 2, collective="barrier in group default")
+        in_collective(stage.ranks[stage.culprit], stage.number - 1, f"barrier in group {GROUP}")
         stage.change(stack=TRAINING + "barrier (torch/distributed/distributed_c10d.py:4100)")
 
 
 def mismatched_collective(stage: Stage) -> None:
-    stage.change(collective="all_gather of [1048576] float32 in group default")
+    in_collective(stage.ranks[stage.culprit], stage.number, f"all_gather of [1048576] float32 in group {GROUP}")
     stage.change(stack=TRAINING + "all_gather (torch/distributed/distributed_c10d.py:4200)")
 
 
 def mismatched_size(stage: Stage) -> None:
-    stage.change(collective="all_reduce of [7] float32 in group default")
+    in_collective(stage.ranks[stage.culprit], stage.number, f"all_reduce of [7] float32 in group {GROUP}")
 
 
 def dead_file_system(stage: Stage) -> None:
-    stage.not_there(state="D", waits_in="cl_sync_io_wait", stack=TRAINING + "read (train.py:44)", answers=False)
+    out_of_touch(stage, state="D", waits_in="cl_sync_io_wait", stack=TRAINING + "read (train.py:44)")
 
 
 def hang_in_an_evaluation(stage: Stage) -> None:

@@ -2,7 +2,19 @@ import random
 from collections import Counter
 
 import pytest
-from scenes import COMPUTING, EVALUATING, FAULTS, LOADING, OF_NODES, TRAINING, WAITING, Stage, draw, stage_of
+from scenes import (
+    COMPUTING,
+    EVALUATING,
+    FAULTS,
+    LOADING,
+    OF_NODES,
+    TRAINING,
+    WAITING,
+    Stage,
+    draw,
+    in_collective,
+    stage_of,
+)
 
 from ckptsvc.control.blame import Kind, Scene, blame, functions, waits
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -63,7 +75,7 @@ class TestNobody:
 
     def test_all_compute(self, stage):
         for evidence in stage.ranks.values():
-            evidence.enqueued = evidence.completed
+            in_collective(evidence, stage.number, "")
             evidence.state, evidence.cpu, evidence.stack = "R", 1.0, COMPUTING
         verdict = blame(stage.scene())
         assert (verdict.rank, verdict.kinds) == (-1, frozenset())
@@ -109,7 +121,7 @@ class TestInnocence:
         stage = Stage(rng)
         while stage.world != 2:
             stage = Stage(rng)
-        stage.change(collective="barrier in group default")
+        in_collective(stage.ranks[1], stage.number, "barrier in group default (gloo)")
         verdict = blame(stage.scene())
         assert verdict.kinds == frozenset()
         assert verdict.confidence == 0.25
@@ -117,7 +129,7 @@ class TestInnocence:
 
     def test_one_signal_of_many_ranks_names_none_for_sure(self, stage):
         for rank in range(stage.world // 2):
-            stage.ranks[rank].enqueued = stage.ranks[rank].completed
+            in_collective(stage.ranks[rank], stage.number - 1, "")
         assert blame(stage.scene()).kinds == frozenset()
 
     def test_a_silent_agent_does_not_make_its_ranks_guilty(self, stage):
@@ -143,35 +155,40 @@ class TestSignals:
         stage.not_there()
         verdict = blame(stage.scene())
         assert (verdict.rank, verdict.kinds) == (stage.culprit, {Kind.COLLECTIVE})
-        assert f"(number {stage.number}), which it has not begun: its last is {stage.number - 1}" in verdict.sentence
+        assert f"it has not started collective {stage.number}, and ranks " in verdict.sentence
 
     def test_who_holds_up_those_that_hold_up_others(self, stage):
         """The lowest is the cause, those between wait for it."""
         one, other = 0, 1
         stage.unseen("stack", "answers")
         for rank, number in ((one, stage.number - 2), (other, stage.number - 1)):
-            stage.ranks[rank].enqueued = stage.ranks[rank].completed = number
+            in_collective(stage.ranks[rank], number, "")
         assert blame(stage.scene()).rank == one
 
     def test_an_operation_of_another_kind(self):
         stage = draw("mismatched collective", random.Random(11))
         verdict = blame(stage.scene())
-        assert f"it started all_gather as number {stage.number}, where" in verdict.sentence
+        assert "it is in all_gather of [1048576] float32" in verdict.sentence
+        assert "under the same number" in verdict.sentence
 
     def test_steps_that_were_not_done(self, stage):
-        stage.unseen("stack", "answers", "enqueued", "completed", "collective")
+        stage.unseen("stack", "answers", "collective")
         stage.change(step=stage.step - 1, state="R", cpu=1.0)
         verdict = blame(stage.scene())
         assert (verdict.rank, verdict.kinds) == (stage.culprit, {Kind.STEPS, Kind.WORK})
         assert f"it has done {stage.step - 1} steps" in verdict.sentence
 
     def test_a_stack_of_its_own_where_none_is_known_to_wait(self, stage):
-        stage.unseen("enqueued", "completed", "collective")
+        stage.unseen("collective")
         for evidence in stage.ranks.values():
             evidence.stack, evidence.cpu = COMPUTING, 1.0
         stage.change(stack=LOADING)
         verdict = blame(stage.scene())
         assert (verdict.rank, verdict.kinds) == (stage.culprit, {Kind.STACK})
+
+    def test_one_that_was_not_asked_is_not_accused_of_not_answering(self, stage):
+        stage.change(asked=False, answers=False)
+        assert blame(stage.scene()).rank == -1
 
     def test_where_no_rank_was_asked_none_is_accused_of_not_answering(self, stage):
         stage.unseen("answers")
@@ -182,7 +199,9 @@ class TestReading:
     def test_functions_of_a_stack(self):
         assert functions(WAITING) == ("main", "train_step", "all_reduce")
         assert functions(WAITING.replace("3252", "9")) == functions(WAITING)
-        assert functions("  <module> (a.py:1)\n    A.f (b.py:2)") == ("<module>", "A.f")
+        assert functions("  <module> (a.py:1)\n    A.f (b.py:2)") == ("<module>", "f")
+        assert functions("f.<locals>.<lambda> (a.py:1)\nA.B._c (a.py:2)") == ("<lambda>", "_c")
+        assert functions("... 7 outer frames\nf (a.py:1)") == ("...", "f")
         assert functions("") == functions("\n\n") == ()
 
     @pytest.mark.parametrize(
@@ -201,7 +220,9 @@ class TestReading:
     def test_without_stack_and_recorder_one_that_sleeps_waits(self):
         assert waits(pb.RankEvidence(state="S", enqueued=-1, completed=-1))
         assert not waits(pb.RankEvidence(state="R", cpu=1, enqueued=-1, completed=-1))
-        assert not waits(pb.RankEvidence(state="T", enqueued=5, completed=4))
+        stopped = pb.RankEvidence(state="T")
+        in_collective(stopped, 5, "barrier")
+        assert not waits(stopped)
 
 
 @pytest.mark.parametrize("seed", range(100))
@@ -221,6 +242,10 @@ def test_any_evidence_gives_a_verdict_that_names_a_rank_of_the_job(seed):
             completed=rng.choice([-1, 0, 7, 8, 9]),
             collective=rng.choice(text),
             stack=rng.choice(text),
+            groups=[
+                pb.GroupProgress(group=g, enqueued=rng.choice([-1, 0, 7]), completed=7, collective=rng.choice(text))
+                for g in "ab"[: rng.randrange(3)]
+            ],
         )
         for r in range(rng.randint(0, 5))
     }

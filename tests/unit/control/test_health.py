@@ -99,7 +99,7 @@ class TestKilling:
         culprit, node = driver.stage.culprit, driver.stage.node
         decision = driver.stalled()
         ((where, kill),) = orders(decision, "kill")
-        assert (where, kill.rank, kill.attempt) == (node, culprit, 1)
+        assert (where, kill.rank, kill.attempt, kill.state) == (node, culprit, 1, "T")
         assert kill.reason == driver.incident.sentence
         incident = driver.incident
         assert (incident.id, incident.kind, incident.job, incident.attempt) == ("1-1-m", "hung", "job", 1)
@@ -174,6 +174,16 @@ class TestKilling:
         assert driver.attempts.last_failure == driver.incident.sentence
         assert driver.incident.actions[-1] == "restart 1 of 2"
 
+    def test_nobody_else_is_blamed_when_it_does_not_die_and_is_no_longer_what_it_was(self):
+        """It was continued in time: its agent has let it live, and there is more to find out."""
+        driver = make("stopped")
+        driver.stalled()
+        driver.stage.change(state="S")
+        assert orders(driver.wait(KILL_PATIENCE + 1), "stop") == []
+        driver.moved()
+        driver.tell(pb.RankExited(job="job", node="n0", attempt=1, rank=0, status=3))
+        assert driver.attempts.last_failure == "rank 0 on n0 exited with status 3"
+
     def test_one_that_was_on_its_way_again_lives(self):
         driver = make("stopped")
         driver.stalled()
@@ -216,9 +226,9 @@ class TestRanksThatDoNotComeBack:
         driver, missing, node = self.make()
         driver.wait(AGENT_PATIENCE + 2)
         decision = driver.stalled(next(iter(driver.stage.ranks)))
-        ((_, kill),) = orders(decision, "kill")
-        assert kill.rank == missing
-        assert orders(driver.wait(KILL_PATIENCE + 1), "stop") != []
+        assert orders(decision, "kill") == []
+        assert orders(decision, "stop") != []
+        assert driver.incident.actions == ["restart 1 of 2"]
         assert f"rank {missing} on {node} hung: it has not come back to its agent" in driver.attempts.last_failure
 
     def test_not_as_long_as_they_step(self):
