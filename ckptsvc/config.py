@@ -29,9 +29,10 @@ SYSTEM_FILE = Path("/etc/ckptsvc/config.toml")
 
 OTHER_VARIABLES: dict[str, str] = {
     "CKPTSVC_CONFIG": "one more settings file; it must exist",
-    "CKPTSVC_JOB": "id of the job (launch.py)",
-    "CKPTSVC_ATTEMPT": "number of this incarnation of the job's ranks (launch.py)",
-    "CKPTSVC_NODE": "name of this node (launch.py)",
+    "CKPTSVC_JOB": "id of the job (launch/)",
+    "CKPTSVC_ATTEMPT": "number of this incarnation of the job's ranks (launch/)",
+    "CKPTSVC_NODE": "name of this node (launch/)",
+    "CKPTSVC_DEADLINE": "when the scheduler will end the job, in unix seconds (launch/)",
     "CKPTSVC_SOCKET": "directory of the agent to use (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_COORDINATOR": "address of the job's coordinator (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_FAILPOINT": "directory of armed failpoints (tests; pipeline/failpoint.py)",
@@ -173,6 +174,27 @@ def parse_address_or_off(value: object) -> Address | None:
     return None if value == "off" else parse_address(value)
 
 
+def parse_duration_or_off(value: object) -> float | None:
+    """Seconds in a duration, or None for "off".
+
+    Raises:
+        ConfigError: neither.
+    """
+    return None if value == "off" else parse_duration(value)
+
+
+def parse_switch(value: object) -> bool:
+    """True for "on", False for "off"; TOML's own true and false too.
+
+    Raises:
+        ConfigError: neither.
+    """
+    known = {"on": True, "off": False, True: True, False: False}
+    if not isinstance(value, str | bool) or value not in known:
+        _refuse(value, "a switch", '"on" or "off"')
+    return known[value]
+
+
 def _match(pattern: re.Pattern[str], value: object) -> re.Match[str] | None:
     return pattern.fullmatch(value.strip()) if isinstance(value, str) else None
 
@@ -233,6 +255,19 @@ class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Annotated[float, parse_duration] = 1800.0
 
 
+class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[scheduler]: what is done because of, or asked of, Slurm or PBS.
+
+    Attributes:
+        margin: seconds to spare between the last save and the end of the job's time, for which a job saves and stops by
+            itself where that time is known; "off": only when it is told to.
+        drain: whether the scheduler is asked to give a bad node to no further job ("on" needs an operator's rights).
+    """
+
+    margin: Annotated[float | None, parse_duration_or_off] = 30.0
+    drain: Annotated[bool, parse_switch] = False
+
+
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     """[store]: where checkpoints are kept.
 
@@ -258,6 +293,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     agent: AgentSettings = AgentSettings()
     arena: ArenaSettings = ArenaSettings()
     save: SaveSettings = SaveSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
     store: StoreSettings = StoreSettings()
     origin: dict[str, str] = {}
 

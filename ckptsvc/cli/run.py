@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import secrets
 import socket
 import sys
 from pathlib import Path
@@ -12,13 +11,15 @@ from pathlib import Path
 import click
 
 from ckptsvc.agent.launcher import Launch, Launcher
-from ckptsvc.config import load, runtime_dir
+from ckptsvc.cli.placing import Nodes, parse_nodes, placed
+from ckptsvc.config import load, parse_address, runtime_dir
 from ckptsvc.errors import ConfigError
 from ckptsvc.rpc.dial import is_alive
+from ckptsvc.rpc.secret import require_loopback
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("--nnodes", default="1", metavar="N|MIN:MAX", help="Nodes of the job.")
+@click.option("--nnodes", metavar="N|MIN:MAX", help="Nodes of the job; default: those that Slurm or PBS gave, or 1.")
 @click.option("--nproc-per-node", "--nproc_per_node", "nproc", default="1", metavar="N|auto|gpu|cpu",
     help="Ranks on this node.")  # fmt: skip
 @click.option("--node-rank", "--node_rank", type=int, default=-1, help="Position of this node; default: as they come.")
@@ -33,62 +34,54 @@ from ckptsvc.rpc.dial import is_alive
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as for python -m.")
 @click.option("--no-python", "--no_python", is_flag=True, help="SCRIPT is a program, not Python.")
 @click.option("--stop-grace", type=float, default=60.0, show_default=True,
-    help="Seconds for a last save after SIGTERM.")  # fmt: skip
+    help="Seconds for a last save after SIGTERM; a second SIGTERM ends at once.")  # fmt: skip
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
-    nnodes: str, nproc: str, node_rank: int, job: str | None, coordinator: str | None, max_restarts: int,
+    nnodes: str | None, nproc: str, node_rank: int, job: str | None, coordinator: str | None, max_restarts: int,
     standalone: bool, node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool,
     stop_grace: float, script: str, arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
 
-    Run it once on every node, by hand, ssh, srun or mpiexec, where you would run torchrun.
+    Run it once on every node, by hand, ssh, srun or mpiexec, where you would run torchrun. Under Slurm and PBS it
+    finds out by itself which nodes the job has.
     """
-    low, high = _nodes(nnodes)
+    low, high = parse_nodes("1" if standalone and nnodes is None else nnodes)
     if standalone and high > 1:
         raise ConfigError("--standalone means one node", hint="drop it, or --nnodes")
-    if high > 1 and (not coordinator or not job):
-        raise ConfigError("a job of several nodes needs --rdzv-endpoint HOST:PORT and --rdzv-id NAME")
     settings = load(os.environ)
-    name = node or settings.agent.name or socket.gethostname()
+    given = Nodes(low, high, node_rank, job or "", coordinator or "", node or "", address)
+    nodes = placed(given, os.environ, socket.gethostname())
+    name = nodes.node or settings.agent.name or socket.gethostname()
     directory = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
-    if node:
-        directory = directory / f"node-{node}"
-    leads = high == 1 or node_rank == 0
+    if nodes.node:
+        directory = directory / f"node-{nodes.node}"
+    leads = nodes.high == 1 or nodes.node_rank == 0
+    if nodes.coordinator:
+        require_loopback(parse_address(nodes.coordinator).host, f"the coordinator's address is {nodes.coordinator}")
     agent = ["--name", name]
     if not is_alive(directory):
         agent += ["--linger", "30s"]  # an agent that we start is ours: it goes when it is done
-        if leads and coordinator:
-            agent += ["--listen", coordinator]
+        if leads and nodes.coordinator:
+            agent += ["--listen", nodes.coordinator]
     launch = Launch(
         command=_command(script, arguments, module, no_python),
-        job=job or f"run-{os.getpid()}-{secrets.token_hex(3)}",
+        job=nodes.job,
         node=name,
-        node_rank=node_rank if high > 1 else 0,
-        min_nodes=low,
-        max_nodes=high,
+        node_rank=nodes.node_rank,
+        min_nodes=nodes.low,
+        max_nodes=nodes.high,
         nproc=_nproc(nproc),
         max_restarts=max_restarts,
-        address=address or ("127.0.0.1" if high == 1 or _is_loopback(coordinator) else socket.gethostname()),
-        coordinator="" if leads else coordinator or "",
+        address=nodes.address,
+        coordinator="" if leads else nodes.coordinator,
         directory=directory,
         agent_arguments=agent,
         log_dir=log_dir,
         stop_grace=stop_grace,
     )
     return asyncio.run(Launcher(launch, os.environ).run())
-
-
-def _nodes(text: str) -> tuple[int, int]:
-    low, _, high = text.partition(":")
-    try:
-        bounds = int(low), int(high or low)
-    except ValueError:
-        raise ConfigError(f"--nnodes {text!r} is not a number", hint="for example 4, or 2:4") from None
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise ConfigError(f"--nnodes {text} is impossible")
-    return bounds
 
 
 def _nproc(text: str) -> int:
@@ -109,8 +102,3 @@ def _command(script: str, arguments: tuple[str, ...], module: bool, no_python: b
     if no_python:
         return [script, *arguments]
     return [sys.executable, "-u", *(["-m"] if module else []), script, *arguments]
-
-
-def _is_loopback(coordinator: str | None) -> bool:
-    host = (coordinator or "").rpartition(":")[0]
-    return host.startswith("127.") or host in ("localhost", "[::1]")

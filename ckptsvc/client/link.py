@@ -101,7 +101,7 @@ class AgentLink:
         memory = mmap.mmap(fd, PAGE_BYTES)
         os.close(fd)
         page = Page(memoryview(memory))
-        for word in ("step", "at"):
+        for word in ("step", "at", "signal"):
             page.put(word, self.page.get(word))
         self.page = page
         self.node = answer["node"]

@@ -4,7 +4,8 @@ grpcio gives no peer credentials on unix sockets, so a training process first co
 reads SO_PEERCRED). One packet is one JSON message; descriptors travel beside the answer. The connection stays open for
 the life of the session.
 
-    register  {op, job, store, attempt, rank, world_size, epoch, every_steps, every_seconds, keep, extent, coordinator}
+    register  {op, job, store, attempt, rank, world_size, epoch, every_steps, every_seconds, keep, extent, coordinator,
+               ends}
               -> {ok, token, node} + descriptor of the heartbeat page
     map       {op, slot} -> {ok, capacity} + descriptor of the arena
 """
@@ -26,13 +27,13 @@ from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError
 MAX_PACKET = 64 << 10
 """Bytes in one message."""
 
-PAGE = struct.Struct("<qQqqqq")
+PAGE = struct.Struct("<qQqqqqq")
 """The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds (written by the rank); step to save at, step to stop at,
-last committed step, last step whose save failed (written by the agent). -1 means none. The words are aligned: each is
-read and written whole."""
+last committed step, last step whose save failed (written by the agent). -1 means none. Then the number of the signal by
+which the rank was asked to stop, or 0 (written by the rank). The words are aligned: each is read and written whole."""
 
 PAGE_BYTES = 4096
-_FIELDS = {"step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40}
+_FIELDS = {"step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40, "signal": 48}
 
 
 class Page:
@@ -44,7 +45,7 @@ class Page:
     @staticmethod
     def blank() -> bytes:
         """The page before anything has happened."""
-        return PAGE.pack(0, 0, -1, -1, -1, -1)
+        return PAGE.pack(0, 0, -1, -1, -1, -1, 0)
 
     def get(self, name: str) -> int:
         """Read one word."""
