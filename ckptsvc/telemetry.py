@@ -91,6 +91,7 @@ class Event(StrEnum):
     JOB_STARTED = "job-started"
     JOB_RESTARTED = "job-restarted"
     JOB_ENDED = "job-ended"
+    NODE_DRAINED = "node-drained"
 
 
 class Metrics:

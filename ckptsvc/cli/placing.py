@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import xxhash
+
 from ckptsvc.errors import ConfigError
 from ckptsvc.launch.allocation import Allocation, allocated
 from ckptsvc.rpc.secret import is_loopback
@@ -30,6 +32,7 @@ class Nodes:
         coordinator: HOST:PORT of the coordinator; "": nothing was said.
         node: name of this node where it is not its host's; "": it is.
         address: where other nodes reach this one; "": nothing was said.
+        folder: of this node's agent, in the directory of the user's agents; "": that directory itself.
     """
 
     low: int = 0
@@ -39,6 +42,7 @@ class Nodes:
     coordinator: str = ""
     node: str = ""
     address: str = ""
+    folder: str = ""
 
 
 def placed(given: Nodes, environ: Mapping[str, str], hostname: str) -> Nodes:
@@ -50,24 +54,34 @@ def placed(given: Nodes, environ: Mapping[str, str], hostname: str) -> Nodes:
     complete = given.high == 1 or (given.high > 1 and given.job and given.coordinator and given.node_rank >= 0)
     found = None if complete else allocated(environ, hostname, lambda path: Path(path).read_text("ascii"))
     low, high = (given.low, given.high) if given.high else (len(found.nodes),) * 2 if found else (1, 1)
+    folder = f"node-{given.node}" if given.node else ""
     if high == 1:
         job = given.job or f"{found.job if found else 'run'}-{os.getpid()}-{secrets.token_hex(3)}"
-        return Nodes(1, 1, 0, job, given.coordinator, given.node, given.address or "127.0.0.1")
+        return Nodes(1, 1, 0, job, given.coordinator, given.node, given.address or "127.0.0.1", folder)
     if found is None:
         if not (given.coordinator and given.job):
             raise ConfigError("a job of several nodes needs --rdzv-endpoint HOST:PORT and --rdzv-id NAME")
-        address = "127.0.0.1" if _points_here(given.coordinator) else hostname
-        return Nodes(low, high, given.node_rank, given.job, given.coordinator, given.node, given.address or address)
+        address = given.address or ("127.0.0.1" if _points_here(given.coordinator) else hostname)
+        return Nodes(low, high, given.node_rank, given.job, given.coordinator, given.node, address, folder)
+    return _from_scheduler(given, Nodes(low, high), found, hostname)
+
+
+def _from_scheduler(given: Nodes, counts: Nodes, found: Allocation, hostname: str) -> Nodes:
     here = on_one_host(found)
+    job = given.job or found.job
     coordinator = given.coordinator or f"{'127.0.0.1' if here else found.nodes[0]}:{found.port}"
+    node = given.node or ("" if _same_host(found.node, hostname) else found.node)
+    # An agent of its own: what an earlier job on this node has left for a while listens on another port.
+    folder = f"job-{xxhash.xxh3_64_hexdigest(job.encode())}" + (f"-{node}" if node else "")
     return Nodes(
-        low,
-        high,
+        counts.low,
+        counts.high,
         given.node_rank if given.node_rank >= 0 else found.node_rank,
-        given.job or found.job,
+        job,
         coordinator,
-        given.node or ("" if _same_host(found.node, hostname) else found.node),
+        node,
         given.address or ("127.0.0.1" if here or _points_here(coordinator) else found.node),
+        folder,
     )
 
 

@@ -35,12 +35,14 @@ from ckptsvc.rpc.secret import require_loopback
 @click.option("--no-python", "--no_python", is_flag=True, help="SCRIPT is a program, not Python.")
 @click.option("--stop-grace", type=float, default=60.0, show_default=True,
     help="Seconds for a last save after SIGTERM; a second SIGTERM ends at once.")  # fmt: skip
+@click.option("--status-file", type=click.Path(path_type=Path),
+    help="Append exit status and name of this node here at the end, for a job script behind srun.")  # fmt: skip
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
     nnodes: str | None, nproc: str, node_rank: int, job: str | None, coordinator: str | None, max_restarts: int,
     standalone: bool, node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool,
-    stop_grace: float, script: str, arguments: tuple[str, ...],
+    stop_grace: float, status_file: Path | None, script: str, arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
 
@@ -55,8 +57,8 @@ def command(
     nodes = placed(given, os.environ, socket.gethostname())
     name = nodes.node or settings.agent.name or socket.gethostname()
     directory = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
-    if nodes.node:
-        directory = directory / f"node-{nodes.node}"
+    if nodes.folder:
+        directory = directory / nodes.folder
     leads = nodes.high == 1 or nodes.node_rank == 0
     if nodes.coordinator:
         require_loopback(parse_address(nodes.coordinator).host, f"the coordinator's address is {nodes.coordinator}")
@@ -81,7 +83,18 @@ def command(
         log_dir=log_dir,
         stop_grace=stop_grace,
     )
-    return asyncio.run(Launcher(launch, os.environ).run())
+    status = asyncio.run(Launcher(launch, os.environ).run())
+    if status_file is not None:
+        _note(status_file, f"{status} {name}\n")
+    return status
+
+
+def _note(path: Path, line: str) -> None:
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        print(f"ckptsvc run: {path} cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def _nproc(text: str) -> int:
