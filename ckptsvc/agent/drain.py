@@ -103,8 +103,9 @@ async def _run(command: list[str], environ: Mapping[str, str]) -> str:
         return f"has not answered in {TIMEOUT:g} s"
     finally:
         if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, TimeoutError):
                 process.kill()
+                await asyncio.wait_for(process.communicate(), 1.0)
     if process.returncode == 0:
         return ""
     said = " ".join(output.decode(errors="replace").split())[:MAX_OUTPUT]

@@ -79,6 +79,8 @@ def test_every_setting_has_its_variable() -> None:
         "save.threads": "8",
         "save.deadline": "0",
         "save.timeout": "1h",
+        "scheduler.margin": "off",
+        "scheduler.drain": "on",
         "store.url": "memory://x",
         "store.retries": "0",
         "store.timeout": "500ms",
@@ -97,6 +99,7 @@ def test_every_setting_has_its_variable() -> None:
     assert settings.save == config.SaveSettings(
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0
     )
+    assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
     assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
 
 
@@ -137,6 +140,9 @@ def test_every_field_is_described() -> None:
         ("[agent]\nsocket_dir = 'here'", ["agent.socket_dir", "absolute"]),
         ("[arena]\ndir = 'here'", ["arena.dir", "absolute"]),
         ("[arena]\nlimit = '150%'", ["arena.limit", "50%"]),
+        ("[scheduler]\nmargin = 'soon'", ["scheduler.margin", "90s"]),
+        ("[scheduler]\ndrain = 'yes'", ["scheduler.drain", '"on" or "off"']),
+        ("[scheduler]\ndrain = 1", ["scheduler.drain"]),
         ("[store]\nurl = 3", ["store.url"]),
         ("[origin]\nx = 'y'", ["origin"]),
     ],
