@@ -3,6 +3,7 @@
 Needs Slurm's daemons and root (`make test-slurm` installs and runs); everywhere else it is skipped.
 """
 
+import asyncio
 import contextlib
 import os
 import re
@@ -16,7 +17,14 @@ import pytest
 from harness.runtime import Runtime, eventually
 from harness.slurm import Slurm, missing
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.skipif(bool(missing()), reason=missing())]
+from ckptsvc.agent.drain import drain
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.slurm,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(bool(missing()), reason=missing()),
+]
 
 TEMPLATE = Path(__file__).parents[2] / "deploy" / "slurm" / "ckptsvc.sbatch"
 TRAIN = Path(__file__).with_name("train.py")
@@ -138,12 +146,26 @@ def test_a_job_stops_by_itself_before_its_time_is_over(slurm: Slurm, tmp_path: P
 
 def test_an_element_of_an_array_is_requeued_alone(slurm: Slurm, tmp_path: Path) -> None:
     options = ("--nodes=1", "--array=0-1", "--time=10")
-    job = Job(slurm, tmp_path, *options, arguments=(f"{tmp_path}/$SLURM_ARRAY_TASK_ID", "1000000", "0.05"), RANKS="1")
-    job.said(r"done step=20", 2)
+    store = f"{tmp_path}/run-$SLURM_ARRAY_TASK_ID"
+    job = Job(slurm, tmp_path, *options, arguments=(store, "1000000", "0.05"), RANKS="1")
+    job.said(r"done step=20 ", 2)
+    # Slurm gives the array's own number to its last element.
     slurm.run("scancel", "--batch", "--signal=USR1", f"{job.number}_1")
-    job.said(r"attached step=[1-9]\d* world=1")
+    (again,) = job.said(r"attached step=(?P<step>[1-9]\d*) world=1 .*from=store")
+    assert int(again["step"]) >= 20
     assert slurm.job(f"{job.number}_1")["Restarts"] == "1"
     assert slurm.job(f"{job.number}_0")["Restarts"] == "0"
+
+
+def test_a_bad_node_is_drained(slurm: Slurm) -> None:
+    environ = slurm.environ | {"SLURM_JOB_ID": "1"}
+    outcome = asyncio.run(drain("n3", "two uncorrected errors, card 1", enabled=True, environ=environ))
+    assert outcome.done, outcome.detail
+    words = slurm.run("sinfo", "--noheader", "--nodes=n3", "--format=%T %E")
+    assert words.strip() == "drained ckptsvc: two uncorrected errors, card 1"
+    outcome = asyncio.run(drain("n9", "not there", enabled=True, environ=environ))
+    assert not outcome.done
+    assert "Invalid node name" in outcome.detail
 
 
 def test_a_job_that_is_cancelled_stays_cancelled(slurm: Slurm, tmp_path: Path) -> None:

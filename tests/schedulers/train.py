@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 import ckptsvc
 
-store, steps, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+store, steps, pause = os.path.expandvars(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 dist.init_process_group("gloo")
 value = torch.zeros(1000)
 run = ckptsvc.attach({"value": value}, store=store, every="3s")
