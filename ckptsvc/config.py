@@ -175,24 +175,8 @@ def parse_address_or_off(value: object) -> Address | None:
 
 
 def parse_duration_or_off(value: object) -> float | None:
-    """Seconds in a duration, or None for "off".
-
-    Raises:
-        ConfigError: neither.
-    """
+    """Seconds in a duration, or None for "off"; else ConfigError."""
     return None if value == "off" else parse_duration(value)
-
-
-def parse_switch(value: object) -> bool:
-    """True for "on", False for "off"; TOML's own true and false too.
-
-    Raises:
-        ConfigError: neither.
-    """
-    known = {"on": True, "off": False, True: True, False: False}
-    if not isinstance(value, str | bool) or value not in known:
-        _refuse(value, "a switch", '"on" or "off"')
-    return known[value]
 
 
 def _match(pattern: re.Pattern[str], value: object) -> re.Match[str] | None:
@@ -212,6 +196,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
         metrics_listen: where Prometheus and browsers reach this one, or "off".
         name: name of the node; "" means the one its scheduler or the host gives it.
         coordinator: the agent that decides, or "off": the agents elect one.
+        incidents_dir: where incidents are kept; "" means ckptsvc/incidents in $XDG_STATE_HOME (~/.local/state).
     """
 
     socket_dir: str = ""
@@ -219,6 +204,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     metrics_listen: Annotated[Address | None, parse_address_or_off] = Address("127.0.0.1", 0)
     name: str = ""
     coordinator: Annotated[Address | None, parse_address_or_off] = None
+    incidents_dir: str = ""
 
 
 class ArenaSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -259,13 +245,12 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """[scheduler]: what is done because of, or asked of, Slurm or PBS.
 
     Attributes:
-        margin: seconds to spare between the last save and the end of the job's time, for which a job saves and stops by
-            itself where that time is known; "off": only when it is told to.
-        drain: whether the scheduler is asked to give a bad node to no further job ("on" needs an operator's rights).
+        margin: a job saves and stops by itself so long before the end of its time, where that is known, or "off".
+        drain: ask the scheduler to give a bad node to no further job; that needs an operator's rights.
     """
 
     margin: Annotated[float | None, parse_duration_or_off] = 30.0
-    drain: Annotated[bool, parse_switch] = False
+    drain: bool = False
 
 
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -282,6 +267,18 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Annotated[float, parse_duration] = 60.0
 
 
+class NicsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[nics]: the watch over the node's network cards.
+
+    Attributes:
+        enabled: read their counters once a second; a node without such cards has nothing to read.
+        root: directory that stands for "/" when /sys and /run are looked up (containers, tests).
+    """
+
+    enabled: bool = True
+    root: str = "/"
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All settings, validated.
 
@@ -295,6 +292,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     save: SaveSettings = SaveSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     store: StoreSettings = StoreSettings()
+    nics: NicsSettings = NicsSettings()
     origin: dict[str, str] = {}
 
 
@@ -423,8 +421,12 @@ def _check(settings: Settings) -> None:
     agent, arena, save = settings.agent, settings.arena, settings.save
     if agent.socket_dir and not os.path.isabs(agent.socket_dir):
         refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
+    if agent.incidents_dir and not os.path.isabs(agent.incidents_dir):
+        refuse("agent.incidents_dir", f"is {agent.incidents_dir!r}, which is not an absolute path")
     if not os.path.isabs(arena.dir):
         refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
+    if not os.path.isabs(settings.nics.root):
+        refuse("nics.root", f"is {settings.nics.root!r}, which is not an absolute path")
     if save.extent == 0 or save.extent % PAGE:
         refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
     if save.deadline >= save.timeout:

@@ -58,7 +58,7 @@ async def drain(node: str, reason: str, *, enabled: bool, environ: Mapping[str, 
 
 async def _drain(node: str, reason: str, enabled: bool, environ: Mapping[str, str]) -> Drained:
     if not enabled:
-        return Drained(False, f"node {node} is not drained: scheduler.drain is off; its fault: {reason}")
+        return Drained(False, f"node {node} is not drained: scheduler.drain is not set; its fault: {reason}")
     if _HOST.fullmatch(node) is None:
         return Drained(False, f"{node[:80]!r} is not the name of a node; nothing is drained")
     name = _command(environ)

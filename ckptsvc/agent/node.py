@@ -19,6 +19,7 @@ from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
 from ckptsvc.agent.stops import Stops
+from ckptsvc.agent.witness import Witness
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import BY_CODE, Fenced, InvalidInput
@@ -164,6 +165,15 @@ class Node:
     def arena_fd(self, token: str, slot: str) -> tuple[int, int]:
         """See Arenas.fd (identity socket)."""
         return self.arenas.fd(token, slot)
+
+    def hear(self, token: str, pid: int, witness: Witness) -> None:
+        """Keep the way to ask a rank's process where it is (identity socket)."""
+        session = self._local.session(token)
+        if session.pid != pid:
+            raise InvalidInput(f"process {pid} cannot answer for process {session.pid}")
+        if session.witness is not None:
+            session.witness.close()
+        session.witness = witness
 
     async def prepare(self, token: str, digest: str, generation: int, timeout: float) -> tuple[list[int], bool, int]:
         """Wait until the attempt is fenced and every rank has announced.

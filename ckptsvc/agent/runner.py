@@ -123,6 +123,9 @@ class CoordinatorShell:
             await self._workers.of(effect.job).call("commit", args, self._warn)
         except CkptsvcError as error:
             return CommitDone(effect.job, effect.epoch, effect.step, error.code, str(error))
+        except Exception as error:  # an unforeseen one must not keep the save waiting for its timeout
+            log.exception("step %d: the commit failed", effect.step)
+            return CommitDone(effect.job, effect.epoch, effect.step, "internal", f"{type(error).__name__}: {error}")
         finally:
             self._writers.pop(key, None)
         return CommitDone(effect.job, effect.epoch, effect.step)

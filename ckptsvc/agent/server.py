@@ -29,6 +29,7 @@ from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.local import Local
+from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
@@ -118,6 +119,7 @@ class Agent:
             margin=settings.scheduler.margin,
         )
         self.launches = Launches(self.local)
+        self.nics = NicWatch(self.local, settings.nics, self.shell.core)
         self.node.launch_order = self.launches.order
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._stopping.set)
@@ -126,8 +128,10 @@ class Agent:
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             self.node.saves.recover(left)
-            tasks = [asyncio.ensure_future(c) for c in (self.shell.run(), self.node.watch(), self._until_idle())]
-            (directory / "ready").write_text(self._ready_text())
+            lasting = (self.shell.run(), self.node.watch(), self.nics.run(), self._until_idle())
+            tasks = [asyncio.ensure_future(c) for c in lasting]
+            (directory / "ready.new").write_text(self._ready_text())
+            (directory / "ready.new").rename(directory / "ready")
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
                 self.node_name, directory, self.address, node=self.node_name)  # fmt: skip
             await self._stopping.wait()

@@ -94,7 +94,9 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         if not 0 < request.bytes <= MAX_IMAGE or request.step < 0:
             raise InvalidInput(f"a snapshot of {request.bytes} bytes at step {request.step} is impossible")
         timeout = _remaining(context, request.patience)
-        arena, epoch = await self._node.arenas.acquire(_token(context), request.step, request.bytes, timeout)
+        token = _token(context)
+        arena, epoch = await self._node.arenas.acquire(token, request.step, request.bytes, timeout)
+        self._node.saves.expect(token, arena, epoch, request.bytes)
         return agent_pb2.AcquireResponse(slot=arena.name, capacity=arena.capacity, epoch=epoch)
 
     @_errors

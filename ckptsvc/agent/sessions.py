@@ -11,6 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from ckptsvc.agent.identity import Registration
+from ckptsvc.agent.witness import Witness
 from ckptsvc.control.deadline import Pace
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.identity import PAGE_BYTES, Page
@@ -39,6 +40,7 @@ class Session:
     announced: tuple[int, str] | None = None  # generation, digest
     preparing: int = 0
     left: bool = False
+    witness: Witness | None = None
 
     @staticmethod
     def open(reg: Registration, pid: int) -> Session:
@@ -63,6 +65,8 @@ class Session:
 
     def close(self) -> None:
         """Give the descriptors back."""
+        if self.witness is not None:
+            self.witness.close()
         for fd in (self.page_fd, self.pidfd):
             if fd >= 0:
                 os.close(fd)

@@ -31,6 +31,17 @@ def status_of(agent: Agent) -> dict[str, Any]:
         "arena_limit": agent.pool.limit,
         "saves": _saves(agent),
         "coordinates": _coordinated(agent),
+        "nics": [
+            {
+                "nic": reading.nic,
+                "family": reading.family,
+                "link": reading.link,
+                "sent": reading.sent,
+                "received": reading.received,
+                "findings": [f.sentence for f in agent.nics.findings() if f.nic == reading.nic],
+            }
+            for reading in agent.nics.readings
+        ],
     }
 
 
@@ -93,6 +104,7 @@ def _coordinated(agent: Agent) -> list[dict[str, Any]]:
             "in_memory": [step for _, step in job.saves.snapshots()],
             "restarts": attempts.restarts if (attempts := core.launched.get(launched_as(job.name))) else 0,
             "incidents": attempts.incidents if attempts else [],
+            "nics": [finding.sentence for finding in core.nic_findings(job.name)],
         }
         for job in core.jobs.values()
     ]

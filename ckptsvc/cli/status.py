@@ -55,9 +55,12 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
         "bytes", "seconds"}],
       "coordinates": [{"job", "attempt", "epoch", "world_size",
         "live_ranks", "nodes", "running_saves", "in_memory", "restarts",
-        "incidents"}]}}]}
+        "incidents", "nics"}],
+      "nics": [{"nic", "family", "link", "sent", "received", "findings"}]}}]}
     error is {"code", "what"} where there is no status, else null. Sizes in
     bytes, ages in seconds, times in Unix seconds; a step of -1 is none.
+    "nics" are the network cards (bytes per second) and sentences about those
+    in trouble: by their own counters, and in "coordinates" against the job's.
     """  # noqa: D301  \b is click's
     where = directory or agent_directory()
     while True:
@@ -169,6 +172,8 @@ def _describe(screen: Screen, status: Status, job: str) -> Iterator[str]:
                 yield "    " + screen.paint(plural(own["restarts"], "restart"), "doubt")
             for incident in own["incidents"]:
                 yield f"      {printable(incident)}"
+            for trouble in own.get("nics", ()):  # an agent of an earlier version has none
+                yield "    " + screen.paint(printable(trouble), "doubt")
 
 
 def _show_ranks(screen: Screen, ranks: Sequence[Status]) -> None:

@@ -18,7 +18,7 @@ from ckptsvc.client.link import AgentLink
 from ckptsvc.client.parts import LocalPart
 from ckptsvc.client.stage import storable
 from ckptsvc.client.state import StateTree
-from ckptsvc.errors import Damaged
+from ckptsvc.errors import Damaged, LayoutError
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import shard_name
 from ckptsvc.format.index import Index, IndexInfo
@@ -52,10 +52,10 @@ class StoredNames(Mapping[str, TensorMeta]):
         self._index = index
 
     def __getitem__(self, name: str) -> TensorMeta:
-        row = int(self._index.find([name])[0])
-        if row < 0:
-            raise KeyError(name)
-        return self._index.meta_at(row)
+        try:
+            return self._index.meta(name)
+        except LayoutError:
+            raise KeyError(name) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._index

@@ -97,7 +97,7 @@ def attach(
         RunBusy: another live job writes to this run.
         UnsupportedObject: something in `state` cannot be stored; says where.
         LayoutError: the checkpoint does not fit `state`.
-        NoCheckpoint, Damaged: there are checkpoints, and none that could be restored.
+        Damaged, IncompatibleVersion: there are checkpoints, and none could be restored; all are of a newer version.
         StoreError: the store cannot be read.
         AgentUnavailable: no agent could be reached or started.
     """
@@ -387,11 +387,13 @@ class Session:
         """Try the candidates, newest first, until one restores on every rank; None if there are none."""
         candidates = Candidates(self._url, self.settings.store.retries, self._link, self._group, self._place)
         tried: list[str] = []
+        newer = True  # every one of them was written by a newer version
         for candidate in candidates.find(step):
             try:
                 values = self._restore_one(candidates, candidate)
             except (Damaged, IncompatibleVersion, StoreError) as error:
                 tried.append(f"{candidate}: {error}")
+                newer = newer and isinstance(error, IncompatibleVersion)
                 log.warning("rank %d: cannot restore %s: %s; trying an older one", self._group.rank, candidate, error)
                 if self._group.rank == 0:
                     warnings.warn(f"ckptsvc: cannot restore {candidate}: {error}", RuntimeWarning, stacklevel=4)
@@ -402,7 +404,8 @@ class Session:
             log.info("rank %d: restored %s", self._group.rank, candidate)
             return candidate.step
         if tried:
-            raise Damaged(f"none of {len(tried)} checkpoints could be restored; the newest: {tried[0]}")
+            kind = IncompatibleVersion if newer else Damaged
+            raise kind(f"none of {len(tried)} checkpoints could be restored; the newest: {tried[0]}")
         return None
 
     def _restore_one(self, candidates: Candidates, candidate: Candidate) -> dict[str, Any]:

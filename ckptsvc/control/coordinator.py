@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from ckptsvc.control.effects import CommitDone, Decision, EpochDone, LookupDone, Send
 from ckptsvc.control.membership import Job
+from ckptsvc.control.nic_job import JobNics
+from ckptsvc.control.nics import Finding
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.control.save import Saves
 from ckptsvc.rpc.v1 import agent_pb2
@@ -25,6 +27,7 @@ class Coordinator:
     save_timeout: float = 1800.0
     jobs: dict[str, Job] = field(default_factory=dict)
     launched: dict[str, Attempts] = field(default_factory=dict)
+    nics: dict[str, JobNics] = field(default_factory=dict)
 
     def handle(self, node: str, report: pb.Report, now: float) -> Decision:
         """One report from the agent of `node`."""
@@ -66,11 +69,14 @@ class Coordinator:
             decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
         for attempts in self.launched.values():
             decision.add(attempts.tick(now))
+        for nics in self.nics.values():
+            decision.add(nics.tick(now))
         for name, job in list(self.jobs.items()):
             if job.ranks or job.saves.open or job.saves.held:
                 job.busy_at = now
             elif now - job.busy_at > FORGET_AFTER:
                 del self.jobs[name]
+                self.nics.pop(name, None)
         return decision.add(self._epochs(now))
 
     def snapshots(self, job: str) -> list[agent_pb2.Snapshot]:
@@ -87,6 +93,11 @@ class Coordinator:
             )
             for epoch, step in known.saves.snapshots()
         ]
+
+    def nic_findings(self, job: str) -> list[Finding]:
+        """The network cards of a job that are in trouble now, worst first."""
+        known, nics = self.jobs.get(job), self.nics.get(job)
+        return nics.findings() if known and nics and nics.attempt >= known.attempt else []
 
     def _epochs(self, now: float) -> Decision:
         decision = Decision()
@@ -201,3 +212,9 @@ class Coordinator:
         words = [f"step {s} is committed in {j.store}" for j in self.jobs.values() if launched_as(j.name) == launched
             and (s := j.saves.committed_step) is not None]  # fmt: skip
         return ", ".join(words)
+
+    def _on_nic_summary(self, event: pb.NicSummary, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        if job is None or event.attempt < job.attempt:
+            return Decision()
+        return self.nics.setdefault(event.job, JobNics(event.job)).take(event, now)

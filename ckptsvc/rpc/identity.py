@@ -8,6 +8,10 @@ the life of the session.
                ends}
               -> {ok, token, node} + descriptor of the heartbeat page
     map       {op, slot} -> {ok, capacity} + descriptor of the arena
+
+A second connection of the same process turns round after its one message: from then on the agent asks (rpc.testimony).
+
+    witness   {op, token} -> {ok}
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -57,7 +62,11 @@ class Page:
 
 
 class IdentityClient:
-    """The training process's end."""
+    """The training process's end.
+
+    Attributes:
+        peer: process id of the agent; 0 where it is of another pid namespace.
+    """
 
     def __init__(self, path: str, timeout: float = 10.0) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -67,7 +76,7 @@ class IdentityClient:
         except OSError as error:
             self._sock.close()
             raise AgentUnavailable(f"no agent answers on {path}: {error.strerror or error}") from error
-        _, uid, _ = peer_of(self._sock)
+        self.peer, uid, _ = peer_of(self._sock)
         if uid not in (os.geteuid(), 0):
             self._sock.close()
             raise AgentUnavailable(f"the process that listens on {path} belongs to user {uid}")
@@ -94,6 +103,19 @@ class IdentityClient:
             error_type = BY_CODE.get(answer.get("code", ""), CkptsvcError)
             raise error_type(answer.get("what", "refused"), hint=answer.get("hint", ""))
         return answer, fd
+
+    def serve(self, answer: Callable[[bytes], bytes]) -> None:
+        """Answer what the agent asks, until it hangs up."""
+        self._sock.settimeout(None)
+        with self._sock:
+            while True:
+                try:
+                    question = self._sock.recv(MAX_PACKET)
+                    if not question:
+                        return
+                    self._sock.send(answer(question))
+                except OSError:
+                    return
 
     def wait_closed(self) -> None:
         """Block until the connection has ended, from either side."""

@@ -32,6 +32,9 @@ class Memory(ArenaPool):
     def stage(self, arena: Arena, label: Label) -> None:
         arena.label, arena.state, arena.holder = label, State.STAGED, ""
 
+    def _set_filled(self, arena: Arena, nbytes: int) -> None:
+        """There is no file."""
+
     def keep(self, arena: Arena) -> None:
         arena.state = State.KEPT
 
@@ -171,7 +174,7 @@ class Machine:
                 raise ArenaExhausted(str(attempt.refused or "no epoch"))
             arena, evicted = self.pool.acquire(rank.job, rank.number, 1, step, rank.token)
         except ArenaExhausted as error:
-            self.node.arenas._skip(job, session.reg, step, str(error))
+            self.node.arenas._skip(job, session.reg, attempt.epoch, step, str(error))
             return
         self.local.dropped(job, evicted)
         rank.epoch = attempt.epoch

@@ -70,6 +70,7 @@ def test_every_setting_has_its_variable() -> None:
         "agent.metrics_listen": "off",
         "agent.name": "n1",
         "agent.coordinator": "[::1]:9",
+        "agent.incidents_dir": "/var/lib/ckptsvc/incidents",
         "arena.dir": "/mnt/shm",
         "arena.limit": "25%",
         "arena.slots": "3",
@@ -80,10 +81,12 @@ def test_every_setting_has_its_variable() -> None:
         "save.deadline": "0",
         "save.timeout": "1h",
         "scheduler.margin": "off",
-        "scheduler.drain": "on",
+        "scheduler.drain": "true",
         "store.url": "memory://x",
         "store.retries": "0",
         "store.timeout": "500ms",
+        "nics.enabled": "false",
+        "nics.root": "/host",
     }
     settings = load({f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[])
     assert set(settings.origin) == set(values)
@@ -94,6 +97,7 @@ def test_every_setting_has_its_variable() -> None:
         metrics_listen=None,
         name="n1",
         coordinator=Address("::1", 9),
+        incidents_dir="/var/lib/ckptsvc/incidents",
     )
     assert settings.arena == config.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
     assert settings.save == config.SaveSettings(
@@ -101,6 +105,7 @@ def test_every_setting_has_its_variable() -> None:
     )
     assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
     assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
+    assert settings.nics == config.NicsSettings(enabled=False, root="/host")
 
 
 def test_an_argument_that_was_not_given_changes_nothing() -> None:
@@ -139,10 +144,11 @@ def test_every_field_is_described() -> None:
         ("[agent]\nlisten = 'off'", ["agent.listen", "127.0.0.1:0"]),
         ("[agent]\nsocket_dir = 'here'", ["agent.socket_dir", "absolute"]),
         ("[arena]\ndir = 'here'", ["arena.dir", "absolute"]),
+        ("[nics]\nroot = 'here'", ["nics.root", "absolute"]),
+        ("[nics]\nenabled = 'perhaps'", ["nics.enabled", "perhaps"]),
         ("[arena]\nlimit = '150%'", ["arena.limit", "50%"]),
         ("[scheduler]\nmargin = 'soon'", ["scheduler.margin", "90s"]),
-        ("[scheduler]\ndrain = 'yes'", ["scheduler.drain", '"on" or "off"']),
-        ("[scheduler]\ndrain = 1", ["scheduler.drain"]),
+        ("[scheduler]\ndrain = 'maybe'", ["scheduler.drain", "'maybe'"]),
         ("[store]\nurl = 3", ["store.url"]),
         ("[origin]\nx = 'y'", ["origin"]),
     ],

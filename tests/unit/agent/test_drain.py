@@ -52,7 +52,7 @@ def test_an_agent_outside_any_job_uses_what_is_installed(commands: Path) -> None
 
 def test_off_by_default_nothing_is_run(commands: Path) -> None:
     outcome = asked(commands, SLURM, on=False)
-    assert outcome == Drained(False, "node n1 is not drained: scheduler.drain is off; its fault: a reason")
+    assert outcome == Drained(False, "node n1 is not drained: scheduler.drain is not set; its fault: a reason")
     assert not list(commands.glob("*.said"))
 
 

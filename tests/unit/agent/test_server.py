@@ -177,6 +177,17 @@ class TestRefusals:
         acquire(rank, 11, patience=5.0)
         rank.close()
 
+    def test_a_submit_after_another_rank_has_begun_a_new_epoch(self, agent):
+        """Its shard may lie in the old epoch's folder already."""
+        rank = attached(agent)
+        slot = acquire(rank, 10).slot
+        assert rank.call("Rewind", agent_pb2.RewindRequest(count=1)).epoch == 2
+        with pytest.raises(CkptsvcError, match="another rank has begun a new epoch"):
+            rank.call("Submit", agent_pb2.SubmitRequest(slot=slot, step=10, bytes=SIZE))
+        rank.call("Abandon", agent_pb2.AbandonRequest(slot=slot, step=10, reason="refused"))
+        assert acquire(rank, 10, patience=5.0).epoch == 2, "the save of the new epoch is not the one that was given up"
+        rank.close()
+
     def test_a_store_that_gives_no_epoch_turns_saves_off(self, agent):
         rank = agent.register(store="nonsense://x")
         assert rank.call("Prepare", agent_pb2.PrepareRequest(plain_digest="d")).complete
