@@ -13,6 +13,9 @@ from ckptsvc.errors import EXIT_STATUS
 yaml = pytest.importorskip("yaml", reason="run make install")
 models = pytest.importorskip("kubeflow_trainer_api.models", reason="run make install")
 
+NO_PROGRESS = 86
+"""Exit status of a job whose attempts fail one after the other."""
+
 MANIFEST = Path(__file__).parents[2] / "deploy" / "kubernetes" / "jobset.yaml"
 
 
@@ -65,7 +68,7 @@ def test_exit_statuses_decide_as_documented(manifest: dict[str, Any]) -> None:
         if "onExitCodes" in rule
         for status in rule["onExitCodes"]["values"]
     }
-    hopeless = {EXIT_STATUS[code] for code in ("config", "incompatible-version", "layout")}
+    hopeless = {EXIT_STATUS[code] for code in ("config", "incompatible-version", "layout")} | {NO_PROGRESS}
     assert by_status == {EXIT_STATUS["interrupted"]: "Ignore", **dict.fromkeys(hopeless, "FailJob")}
     assert pod_of(manifest)["restartPolicy"] == "Never", "what a pod failure policy needs"
 
