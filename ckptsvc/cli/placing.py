@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from ckptsvc.errors import ConfigError
 from ckptsvc.launch.allocation import Allocation, allocated
 from ckptsvc.rpc.secret import is_loopback
@@ -71,8 +69,6 @@ def _from_scheduler(given: Nodes, counts: Nodes, found: Allocation, hostname: st
     job = given.job or found.job
     coordinator = given.coordinator or f"{'127.0.0.1' if here else found.nodes[0]}:{found.port}"
     node = given.node or ("" if _same_host(found.node, hostname) else found.node)
-    # An agent of its own: what an earlier job on this node has left for a while listens on another port.
-    folder = f"job-{xxhash.xxh3_64_hexdigest(job.encode())}" + (f"-{node}" if node else "")
     return Nodes(
         counts.low,
         counts.high,
@@ -81,7 +77,7 @@ def _from_scheduler(given: Nodes, counts: Nodes, found: Allocation, hostname: st
         coordinator,
         node,
         given.address or ("127.0.0.1" if here or _points_here(coordinator) else found.node),
-        folder,
+        f"node-{node}" if node else "",
     )
 
 

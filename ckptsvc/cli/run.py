@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 import click
+import xxhash
 
 from ckptsvc.agent.launcher import Launch, Launcher
 from ckptsvc.cli.placing import Nodes, parse_nodes, placed
 from ckptsvc.config import load, parse_address, runtime_dir
 from ckptsvc.errors import ConfigError
-from ckptsvc.rpc.dial import is_alive
+from ckptsvc.rpc.dial import address_of, is_alive
 from ckptsvc.rpc.secret import require_loopback
 
 
@@ -56,10 +57,9 @@ def command(
     given = Nodes(low, high, node_rank, job or "", coordinator or "", node or "", address)
     nodes = placed(given, os.environ, socket.gethostname())
     name = nodes.node or settings.agent.name or socket.gethostname()
-    directory = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
-    if nodes.folder:
-        directory = directory / nodes.folder
     leads = nodes.high == 1 or nodes.node_rank == 0
+    base = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
+    directory = _agent_directory(base, nodes, leads)
     if nodes.coordinator:
         require_loopback(parse_address(nodes.coordinator).host, f"the coordinator's address is {nodes.coordinator}")
     agent = ["--name", name]
@@ -87,6 +87,18 @@ def command(
     if status_file is not None:
         _note(status_file, f"{status} {name}\n")
     return status
+
+
+def _agent_directory(base: Path, nodes: Nodes, leads: bool) -> Path:
+    """The node's own, so that what a killed agent has left in memory is found by the next one.
+
+    The agent that leads must listen where the others look for it: if the one that is there, perhaps of a job that has
+    just ended, listens elsewhere, the job gets another one.
+    """
+    directory = base / nodes.folder
+    if leads and nodes.coordinator and is_alive(directory) and address_of(directory) != nodes.coordinator:
+        return directory / f"job-{xxhash.xxh3_64_hexdigest(nodes.job.encode())}"
+    return directory
 
 
 def _note(path: Path, line: str) -> None:

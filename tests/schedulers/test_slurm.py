@@ -112,6 +112,8 @@ def test_a_job_that_loses_a_node_goes_on_and_ends_well(slurm: Slurm, runtime: Ru
     job = Job(slurm, tmp_path, "--nodes=3", arguments=(f"{tmp_path}/run", "250", "0.05"), NODES="1:3", RANKS="1")
     job.said(r"attached step=0 world=3")
     job.said(r"done step=60")
+    eventually(lambda: list(tmp_path.glob("run/step-*/COMMIT")), "the first checkpoint")
+    runtime.leaves_snapshots = True  # in the memory of the node that is lost
     victims = processes_of(runtime, "n2")
     assert len(victims) >= 4, "launcher, rank, agent and slurmstepd"
     for pid in [slurm.slurmd("n2"), *victims]:

@@ -209,6 +209,17 @@ class TestAgentsThatDie:
         assert jobs[0].attempts() == ["1", "2"]
 
 
+def test_a_job_that_leads_is_not_misled_by_an_agent_that_listens_elsewhere(run, runtime):
+    """The agent of an earlier job on this node is still there for a while."""
+    earlier = runtime.start_agent()
+    options = ("--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "pair")
+    jobs = [run("exit 0", *options, "--node-rank", str(n), *(["--node", "b"] if n else [])) for n in (0, 1)]
+    assert [job.end() for job in jobs] == [0, 0]
+    assert len(runtime.agents()) == 3
+    earlier.terminate()
+    assert earlier.wait(10) == 0
+
+
 def alive(pid):
     """Whether it runs (and is not a zombie)."""
     try:
