@@ -9,10 +9,10 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ckptsvc.errors import ConfigError
 from ckptsvc.launch.allocation import Allocation, allocated
+from ckptsvc.launch.hostlist import MAX_TEXT
 from ckptsvc.rpc.secret import is_loopback
 
 SCONTROL_TIMEOUT = 10.0
@@ -50,7 +50,7 @@ def placed(given: Nodes, environ: Mapping[str, str], hostname: str) -> Nodes:
         ConfigError: something is missing that nobody says, or the scheduler's variables contradict each other.
     """
     complete = given.high == 1 or (given.high > 1 and given.job and given.coordinator and given.node_rank >= 0)
-    found = None if complete else allocated(environ, hostname, lambda path: Path(path).read_text("ascii"))
+    found = None if complete else allocated(environ, hostname, _text)
     low, high = (given.low, given.high) if given.high else (len(found.nodes),) * 2 if found else (1, 1)
     folder = f"node-{given.node}" if given.node else ""
     if high == 1:
@@ -62,6 +62,11 @@ def placed(given: Nodes, environ: Mapping[str, str], hostname: str) -> Nodes:
         address = given.address or ("127.0.0.1" if _points_here(given.coordinator) else hostname)
         return Nodes(low, high, given.node_rank, given.job, given.coordinator, given.node, address, folder)
     return _from_scheduler(given, Nodes(low, high), found, hostname)
+
+
+def _text(path: str) -> str:
+    with open(path, encoding="ascii") as file:
+        return file.read(MAX_TEXT + 1)
 
 
 def _from_scheduler(given: Nodes, counts: Nodes, found: Allocation, hostname: str) -> Nodes:

@@ -36,7 +36,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.%n.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.%n.log
-ProctrackType=proctrack/{proctrack}
+ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
@@ -76,7 +76,7 @@ class Slurm:
         environ: for the commands that talk to it, and for jobs.
     """
 
-    def __init__(self, folder: Path, environ: dict[str, str], nodes: int, proctrack: str = "linuxproc") -> None:
+    def __init__(self, folder: Path, environ: dict[str, str], nodes: int) -> None:
         self._folder, self._count = folder, nodes
         for name in ("state", "spool", "munge"):
             (folder / name).mkdir(parents=True)
@@ -89,9 +89,7 @@ class Slurm:
         lines = [NODE.format(number=n, host=host, port=numbers[n]) for n in range(1, nodes + 1)]
         self.configuration = folder / "slurm.conf"
         self.configuration.write_text(
-            CONFIGURATION.format(
-                host=host, folder=folder, port=numbers[0], proctrack=proctrack, nodes="\n".join(lines), count=nodes
-            )
+            CONFIGURATION.format(host=host, folder=folder, port=numbers[0], nodes="\n".join(lines), count=nodes)
         )
         self.environ = environ | {"SLURM_CONF": str(self.configuration), "PATH": PATH}
         self._daemons: list[subprocess.Popen[bytes]] = []
