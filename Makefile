@@ -36,8 +36,8 @@ test-slow: install ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 test-slurm: install ## the batch template under a real Slurm (Debian, root: installs it)
-	@command -v slurmctld slurmd munged sbatch > /dev/null || \
-	{ apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends slurm-wlm munge; }
+	@for program in slurmctld slurmd munged sbatch; do command -v $$program > /dev/null || absent=1; done; \
+	if [ -n "$$absent" ]; then apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; fi
 	$(BIN)/python -m pytest -m slurm $(ARGS)
 
 lint: install ## ruff: rules and format
