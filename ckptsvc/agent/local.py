@@ -30,6 +30,7 @@ class Local:
     Attributes:
         on_order: what to do with a coordinator's order.
         launchers: reports about the launchers of a coordinator's jobs.
+        stalled: reports about the stalled ranks of a coordinator's jobs.
         launched: whether a launcher of that job is connected.
         last_active: when there was last something to do (CLOCK_MONOTONIC).
     """
@@ -40,6 +41,7 @@ class Local:
         self.jobs: dict[str, LocalJob] = {}
         self.on_order: Callable[[pb.Order], None] = lambda order: None
         self.launchers: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
+        self.stalled: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.launched: Callable[[str], bool] = lambda job: False
         self.last_active = time.monotonic()
         self._shell, self._secret = shell, secret
@@ -111,6 +113,7 @@ class Local:
             if job.coordinator == coordinator:
                 yield from job.results.values()
                 yield from job.skips.values()
+        yield from self.stalled(coordinator)
 
     def arena_changed(self, job: str, rank: int) -> None:
         """Wake the rank that waits for an arena, and count again."""

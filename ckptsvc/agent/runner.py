@@ -6,11 +6,23 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.coordinator import Coordinator
-from ckptsvc.control.effects import AllotEpoch, Commit, CommitDone, Decision, EpochDone, Lookup, LookupDone, Send
+from ckptsvc.control.effects import (
+    AllotEpoch,
+    Commit,
+    CommitDone,
+    Decision,
+    EpochDone,
+    Lookup,
+    LookupDone,
+    Record,
+    Send,
+)
+from ckptsvc.control.health import Policy
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -20,14 +32,24 @@ log = logging.getLogger("ckptsvc.coordinator")
 TICK = 0.2
 """Seconds between the core's ticks."""
 
+KEPT_INCIDENTS = 256
+"""Incidents kept in memory, of all jobs together."""
+
 Deliver = Callable[[pb.Order], None]
 
 
 class CoordinatorShell:
-    """Runs in every agent; idle where no agent attends."""
+    """Runs in every agent; idle where no agent attends.
 
-    def __init__(self, workers: Workers, save_timeout: float) -> None:
-        self.core = Coordinator(save_timeout=save_timeout)
+    Attributes:
+        incidents: the latest, by job and id, oldest first.
+        on_incident: called with every incident, and again whenever there is more to say of it.
+    """
+
+    def __init__(self, workers: Workers, save_timeout: float, policy: Policy) -> None:
+        self.core = Coordinator(save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2))
+        self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
+        self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
         self._workers = workers
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -73,10 +95,21 @@ class CoordinatorShell:
                 deliver = self._peers.get(effect.node)
                 if deliver:  # an agent that is away reports everything when it is back, and hears it then
                     deliver(effect.order)
+            elif isinstance(effect, Record):
+                self._record(effect.incident)
             else:
                 task = asyncio.ensure_future(self._do(effect))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
+
+    def _record(self, incident: pb.Incident) -> None:
+        key = (incident.job, incident.id)
+        known = self.incidents.get(key)
+        incident.opened = known.opened if known else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.incidents[key] = incident
+        while len(self.incidents) > KEPT_INCIDENTS:
+            self.incidents.popitem(last=False)
+        self.on_incident(incident)
 
     async def _do(self, effect: AllotEpoch | Commit | Lookup) -> None:
         if isinstance(effect, AllotEpoch):

@@ -27,6 +27,7 @@ from grpc_reflection.v1alpha import reflection
 import ckptsvc
 from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
+from ckptsvc.agent.incidents import IncidentLog, incidents_directory
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.nic_watch import NicWatch
@@ -34,10 +35,14 @@ from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
+from ckptsvc.agent.watch import Watch
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import Settings, load, parse_duration, private_directory, runtime_dir
-from ckptsvc.errors import EXIT_STATUS, CkptsvcError, RunBusy
+from ckptsvc.config import HealthSettings, Settings, load, private_directory, runtime_dir
+from ckptsvc.control.health import Policy
+from ckptsvc.control.stalls import Limits
+from ckptsvc.errors import EXIT_STATUS, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
+from ckptsvc.quantities import parse_duration
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS
 from ckptsvc.rpc.dial import sockets
 from ckptsvc.rpc.secret import require_loopback, shared_secret
@@ -81,7 +86,9 @@ class Agent:
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
         self.workers = Workers()
-        self.shell = CoordinatorShell(self.workers, settings.save.timeout)
+        health = settings.health
+        policy = Policy(health.automatic, health.confirm, health.give_up)
+        self.shell = CoordinatorShell(self.workers, settings.save.timeout, policy)
         arenas = Path(settings.arena.dir)
         # Agents with different directories may share a machine (two "nodes" of a test): their arenas must not meet.
         tag = hashlib.sha256(str(options.directory).encode()).hexdigest()[:8]
@@ -107,20 +114,7 @@ class Agent:
         await _own(lock, directory)
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
         left = self.pool.open()
-        settings = self._options.settings
-        self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.secret)
-        linger = 600.0 if self._options.linger is None else self._options.linger
-        self.node = Node(
-            self.local,
-            self.workers,
-            slots=settings.arena.slots,
-            linger=linger,
-            save_timeout=settings.save.timeout,
-            margin=settings.scheduler.margin,
-        )
-        self.launches = Launches(self.local)
-        self.nics = NicWatch(self.local, settings.nics, self.shell.core)
-        self.node.launch_order = self.launches.order
+        self._build()
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._stopping.set)
         loop.add_signal_handler(signal.SIGTERM, self._terminated)
@@ -128,7 +122,7 @@ class Agent:
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             self.node.saves.recover(left)
-            lasting = (self.shell.run(), self.node.watch(), self.nics.run(), self._until_idle())
+            lasting = (self.shell.run(), self.node.watch(), self.watch.run(), self.nics.run(), self._until_idle())
             tasks = [asyncio.ensure_future(c) for c in lasting]
             (directory / "ready.new").write_text(self._ready_text())
             (directory / "ready.new").rename(directory / "ready")
@@ -144,15 +138,29 @@ class Agent:
         await self.shell.stop()
         await self.workers.close()
         self.pool.close(remove=idle)
-        log(
-            logger,
-            logging.INFO,
-            Event.AGENT_STOPPED,
-            "agent of %s stopped",
-            self.node_name,
-            node=self.node_name,
-        )
+        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
         os.close(lock)
+
+    def _build(self) -> None:
+        """The parts of the agent, in the order in which they know each other."""
+        settings = self._options.settings
+        self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.secret)
+        linger = 600.0 if self._options.linger is None else self._options.linger
+        self.node = Node(
+            self.local,
+            self.workers,
+            slots=settings.arena.slots,
+            linger=linger,
+            save_timeout=settings.save.timeout,
+            margin=settings.scheduler.margin,
+        )
+        self.launches = Launches(self.local)
+        self.nics = NicWatch(self.local, settings.nics, self.shell.core)
+        self.node.launch_order = self.launches.order
+        enabled = settings.health.enabled
+        self.watch = Watch(self.local, _limits(settings.health), enabled=enabled, nics=self.nics.sentences)
+        self._keep_incidents()
+        self.node.watch_order = self.watch.order
 
     def _terminated(self) -> None:
         """Stop; but an agent that a job has started, when its ranks are there, lets them save first.
@@ -163,6 +171,19 @@ class Agent:
             self._stopping.set()
         self._patient = True
         asyncio.get_running_loop().call_later(LAST_SAVE, self._stopping.set)
+
+    def _keep_incidents(self) -> None:
+        """Incidents of the jobs that this agent coordinates become files (`ckptsvc incidents`)."""
+        try:
+            kept = IncidentLog(incidents_directory(self._options.settings, os.environ))
+        except ConfigError as error:
+            logger.warning("incidents are not kept: %s", error)
+            return
+
+        async def keep(incident: coordinator_pb2.Incident) -> None:
+            await kept.record(incident)
+
+        self.shell.on_incident = lambda incident: self.local.spawn(keep(incident))
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._options.settings.agent
@@ -210,6 +231,10 @@ class Agent:
 
     def _ready_text(self) -> str:
         return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n"
+
+
+def _limits(settings: HealthSettings) -> Limits:
+    return Limits(settings.floor, settings.factor, settings.startup)
 
 
 async def _own(lock: int, directory: Path) -> None:

@@ -13,8 +13,9 @@ import xxhash
 
 from ckptsvc.agent.launcher import Launch, Launcher
 from ckptsvc.cli.placing import Nodes, parse_nodes, placed
-from ckptsvc.config import load, parse_address, runtime_dir
+from ckptsvc.config import load, runtime_dir
 from ckptsvc.errors import ConfigError
+from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.dial import address_of, is_alive
 from ckptsvc.rpc.secret import require_loopback
 

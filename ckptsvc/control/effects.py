@@ -53,7 +53,14 @@ class Lookup:
     store: str
 
 
-Effect = Send | AllotEpoch | Commit | Lookup
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Keep an incident, in place of what was kept under its id before."""
+
+    incident: pb.Incident
+
+
+Effect = Send | AllotEpoch | Commit | Lookup | Record
 
 
 @dataclass(slots=True)

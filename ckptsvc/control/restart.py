@@ -79,6 +79,7 @@ class Attempts:
     last_failure: str = ""
     stop_wanted: str = ""  # why the job was asked to stop
     saved: str = ""  # what is known of its newest checkpoint
+    accused: tuple[int, str] = (0, "")  # attempt in which a rank is being killed because it hangs, and why
     incidents: list[str] = field(default_factory=list)
 
     def joined(self, event: pb.NodeJoined, now: float) -> Decision:
@@ -153,8 +154,21 @@ class Attempts:
             if len(self.statuses) < len(self.running) or self._is_partial:
                 return Decision()
             return self._finish()
+        accused, sentence = self.accused
+        if accused == attempt:  # the others may end before the rank that held them up
+            return self._fail(sentence, now)
         how = "died" if status is None else describe_status(status)
         return self._fail(f"rank {rank} on {node} {how}", now)
+
+    def accuse(self, attempt: int, sentence: str) -> None:
+        """A rank of this attempt is about to be killed: the sentence is why the attempt fails. 0: it was let live."""
+        self.accused = (attempt, sentence)
+
+    def give_up(self, attempt: int, now: float) -> Decision:
+        """The rank that was accused is still there: stop the whole attempt."""
+        if attempt != self.attempt or self.phase is not Phase.RUNNING:
+            return Decision()
+        return self._fail(self.accused[1], now)
 
     def suspect(self, attempt: int, rank: int, node: str, now: float) -> None:
         """A rank's process has ended; its launcher is about to say how."""
