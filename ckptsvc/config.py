@@ -34,6 +34,7 @@ OTHER_VARIABLES: dict[str, str] = {
     "CKPTSVC_NODE": "name of this node (launch.py)",
     "CKPTSVC_SOCKET": "directory of the agent to use (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_COORDINATOR": "address of the job's coordinator (set by `ckptsvc run` for its ranks)",
+    "CKPTSVC_WARM": "what a warm interpreter is to do (set by `ckptsvc run` for its own; agent/warm)",
     "CKPTSVC_FAILPOINT": "directory of armed failpoints (tests; pipeline/failpoint.py)",
 }
 """Every variable CKPTSVC_* that has a meaning and is not a setting."""
@@ -173,6 +174,21 @@ def parse_address_or_off(value: object) -> Address | None:
     return None if value == "off" else parse_address(value)
 
 
+def parse_names(value: object) -> tuple[str, ...]:
+    """Names of Python modules: "torch, torch.optim", or a list of them.
+
+    Raises:
+        ConfigError: one of them cannot be a module's name.
+    """
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        _refuse(value, "a list of modules", '"torch,transformers"')
+    found = tuple(name.strip() for name in names if name.strip())
+    if not all(part.isidentifier() for name in found for part in name.split(".")):
+        _refuse(value, "a list of modules", '"torch,transformers"')
+    return found
+
+
 def _match(pattern: re.Pattern[str], value: object) -> re.Match[str] | None:
     return pattern.fullmatch(value.strip()) if isinstance(value, str) else None
 
@@ -233,6 +249,26 @@ class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Annotated[float, parse_duration] = 1800.0
 
 
+class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[launch]: how `ckptsvc run` starts ranks.
+
+    Attributes:
+        standby: keep one warm interpreter on each node, from which all its ranks are forked, at the start and at every
+            restart. Only for commands that are a Python script or module.
+        preload: what it imports, comma-separated; it is of no use without the first.
+        standby_memory: the most memory it may take; with more, ranks are started without it.
+        preflight: check a node before it takes part in a job.
+        state: directory in which the list of nodes that have failed is kept from job to job, best on a file system that
+            all nodes share; "" means $XDG_STATE_HOME/ckptsvc or ~/.local/state/ckptsvc.
+    """
+
+    standby: bool = True
+    preload: Annotated[tuple[str, ...], parse_names] = ("torch", "torch._dynamo", "ckptsvc.client.session")
+    standby_memory: Annotated[int, parse_size] = 2 << 30
+    preflight: bool = True
+    state: str = ""
+
+
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     """[store]: where checkpoints are kept.
 
@@ -259,6 +295,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     arena: ArenaSettings = ArenaSettings()
     save: SaveSettings = SaveSettings()
     store: StoreSettings = StoreSettings()
+    launch: LaunchSettings = LaunchSettings()
     origin: dict[str, str] = {}
 
 
@@ -387,6 +424,8 @@ def _check(settings: Settings) -> None:
     agent, arena, save = settings.agent, settings.arena, settings.save
     if agent.socket_dir and not os.path.isabs(agent.socket_dir):
         refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
+    if settings.launch.state and not os.path.isabs(settings.launch.state):
+        refuse("launch.state", f"is {settings.launch.state!r}, which is not an absolute path")
     if not os.path.isabs(arena.dir):
         refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
     if save.extent == 0 or save.extent % PAGE:

@@ -8,11 +8,13 @@ import secrets
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
 from ckptsvc.agent.launcher import Launch, Launcher
-from ckptsvc.config import load, runtime_dir
+from ckptsvc.agent.standby import Standby, place_of, reason_against
+from ckptsvc.config import LaunchSettings, load, runtime_dir
 from ckptsvc.errors import ConfigError
 from ckptsvc.rpc.dial import is_alive
 
@@ -32,6 +34,9 @@ from ckptsvc.rpc.dial import is_alive
 @click.option("--log-dir", "--log_dir", type=click.Path(path_type=Path), help="Keep each rank's output here.")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as for python -m.")
 @click.option("--no-python", "--no_python", is_flag=True, help="SCRIPT is a program, not Python.")
+@click.option("--standby/--no-standby", default=None,
+    help="Fork ranks from a warm interpreter that has torch imported; default: yes, for Python.")  # fmt: skip
+@click.option("--preload", metavar="MODULE,...", help="What the warm interpreter imports.")
 @click.option("--stop-grace", type=float, default=60.0, show_default=True,
     help="Seconds for a last save after SIGTERM.")  # fmt: skip
 @click.argument("script")
@@ -39,7 +44,7 @@ from ckptsvc.rpc.dial import is_alive
 def command(
     nnodes: str, nproc: str, node_rank: int, job: str | None, coordinator: str | None, max_restarts: int,
     standalone: bool, node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool,
-    stop_grace: float, script: str, arguments: tuple[str, ...],
+    standby: bool | None, preload: str | None, stop_grace: float, script: str, arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
 
@@ -50,7 +55,7 @@ def command(
         raise ConfigError("--standalone means one node", hint="drop it, or --nnodes")
     if high > 1 and (not coordinator or not job):
         raise ConfigError("a job of several nodes needs --rdzv-endpoint HOST:PORT and --rdzv-id NAME")
-    settings = load(os.environ)
+    settings = load(os.environ, {"launch.standby": standby, "launch.preload": preload})
     name = node or settings.agent.name or socket.gethostname()
     directory = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
     if node:
@@ -75,6 +80,7 @@ def command(
         directory=directory,
         agent_arguments=agent,
         log_dir=log_dir,
+        warm=None if no_python else _warm(settings.launch, script, module),
         stop_grace=stop_grace,
     )
     return asyncio.run(Launcher(launch, os.environ).run())
@@ -109,6 +115,18 @@ def _command(script: str, arguments: tuple[str, ...], module: bool, no_python: b
     if no_python:
         return [script, *arguments]
     return [sys.executable, "-u", *(["-m"] if module else []), script, *arguments]
+
+
+def _warm(settings: LaunchSettings, script: str, module: bool) -> dict[str, Any] | None:
+    """What a warm interpreter is told; None where there is to be none."""
+    if not settings.standby or not settings.preload:
+        return None
+    file, first = place_of(script, module=module)
+    why = reason_against(file)
+    if why:
+        click.echo(f"ckptsvc run: no standby: {why}", err=True)
+        return None
+    return Standby(settings.preload, settings.standby_memory).spec(first)
 
 
 def _is_loopback(coordinator: str | None) -> bool:

@@ -79,6 +79,11 @@ def test_every_setting_has_its_variable() -> None:
         "save.threads": "8",
         "save.deadline": "0",
         "save.timeout": "1h",
+        "launch.standby": "false",
+        "launch.preload": "torch, transformers.models",
+        "launch.standby_memory": "1GiB",
+        "launch.preflight": "false",
+        "launch.state": "/shared/state",
         "store.url": "memory://x",
         "store.retries": "0",
         "store.timeout": "500ms",
@@ -98,6 +103,23 @@ def test_every_setting_has_its_variable() -> None:
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0
     )
     assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
+    assert settings.launch == config.LaunchSettings(
+        standby=False,
+        preload=("torch", "transformers.models"),
+        standby_memory=1024 * MIB,
+        preflight=False,
+        state="/shared/state",
+    )
+
+
+@pytest.mark.parametrize("value", ["torch;os", "1torch", "a..b", "../x"])
+def test_names_of_modules_are_names(value: str) -> None:
+    with pytest.raises(ConfigError, match="a list of modules"):
+        load({"CKPTSVC_LAUNCH_PRELOAD": value}, files=[])
+
+
+def test_no_module_need_be_preloaded() -> None:
+    assert load({}, {"launch.preload": []}, []).launch.preload == ()
 
 
 def test_an_argument_that_was_not_given_changes_nothing() -> None:
