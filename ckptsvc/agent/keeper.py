@@ -12,8 +12,8 @@
             {event: warm, ready, ...}        the warm interpreter is ready (mib, seconds), or will not be (why)
 
 It is the parent of all ranks and, as a subreaper (prctl(2)), becomes the parent of whatever outlives a rank: no tree of
-processes gets away, however deep. When the launcher is gone it kills them all; when it is killed itself, the kernel kills
-the ranks (PR_SET_PDEATHSIG). Each rank leads a session of its own: no terminal and no other rank's signal reaches it.
+processes gets away, however deep. When the launcher is gone, it kills them all; when it is killed itself, the kernel
+kills the ranks (PR_SET_PDEATHSIG). Each rank leads a session of its own, out of reach of the terminal's signals.
 
 One thread and the standard library only: forking is safe, and it takes 10 MiB.
 """

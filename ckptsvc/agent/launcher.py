@@ -18,7 +18,9 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from ckptsvc.agent.doorbell import hang_up
 from ckptsvc.agent.launches import COORDINATOR_KEY
+from ckptsvc.agent.preflight import reason_against
 from ckptsvc.agent.ranks import Rank, Ranks
 from ckptsvc.control.restart import describe_status
 from ckptsvc.errors import AgentUnavailable, NodeUnfit
@@ -51,6 +53,9 @@ class Launch:
         agent_arguments: for the agent, if it has to be started.
         log_dir: where the ranks' output is kept; None: only on the terminal.
         warm: what a warm interpreter that ranks are forked from is told (see agent.standby); None: there is none.
+        crash_loop: failed attempts in a row without progress that end the job; 0: they never do.
+        preflight: where arenas are made, and other directories that are written to, to be checked before this node
+            takes part in the job; None: nothing is checked.
         stop_grace: seconds ranks get to save and stop when this launcher gets SIGTERM.
     """
 
@@ -68,6 +73,8 @@ class Launch:
     agent_arguments: Sequence[str]
     log_dir: Path | None
     warm: dict[str, Any] | None = None
+    crash_loop: int = 0
+    preflight: tuple[str, list[str]] | None = None
     stop_grace: float = 60.0
 
 
@@ -82,7 +89,9 @@ class Launcher:
             given.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
         self._ranks = Ranks(launch.command, given, launch.warm, launch.log_dir, self._ended, self._say)
         self._attempt = 0
-        self._first_rank = 0
+        self._first_rank = self._world = 0
+        self._doorbell = 0
+        self._unfit = ""
         self._status: int | None = None
         self._interrupted = asyncio.Event()
         self._port: socket.socket | None = None
@@ -94,6 +103,7 @@ class Launcher:
         for number in (signal.SIGTERM, signal.SIGUSR1):
             loop.add_signal_handler(number, self._ask_to_stop, number)
         await self._ranks.open()
+        door, self._doorbell = await hang_up(self._launch.address)
         serving = asyncio.ensure_future(self._serve())
         interrupted = asyncio.ensure_future(self._interrupted.wait())
         try:
@@ -107,6 +117,7 @@ class Launcher:
                 task.cancel()
             await asyncio.gather(serving, interrupted, return_exceptions=True)
             await self._ranks.close()
+            door.close()
 
     def _ask_to_stop(self, number: int) -> None:
         self._say(f"signal {signal.Signals(number).name}: asking the job to save and stop")
@@ -117,6 +128,8 @@ class Launcher:
 
     async def _serve(self) -> int:
         without_agent = 0.0
+        if self._launch.preflight is not None:
+            self._unfit = await reason_against(*self._launch.preflight, self._launch.address)
         while self._status is None:
             began = time.monotonic()
             try:
@@ -177,6 +190,10 @@ class Launcher:
             address=launch.address,
             attempt=self._attempt if self._ranks.live else 0,
             first_rank=self._first_rank,
+            world_size=self._world,
+            doorbell=self._doorbell,
+            unfit=self._unfit,
+            crash_loop=launch.crash_loop,
         )
         yield agent_pb2.LaunchRequest(hello=hello)
         while True:
@@ -196,7 +213,7 @@ class Launcher:
 
     async def _start(self, order: agent_pb2.StartRanks) -> None:
         await self._ranks.stop(0.0)
-        self._attempt, self._first_rank = order.attempt, order.first_rank
+        self._attempt, self._first_rank, self._world = order.attempt, order.first_rank, order.world_size
         last = order.first_rank + self._launch.nproc - 1
         self._say(f"attempt {order.attempt}: ranks {order.first_rank} to {last} of {order.world_size}")
         variables = {order.first_rank + local: self._variables(order, local) for local in range(self._launch.nproc)}
@@ -205,8 +222,9 @@ class Launcher:
     async def _stop(self, grace: float) -> None:
         left = await self._ranks.stop(grace)
         if left:
-            pids = ", ".join(map(str, left))
-            raise NodeUnfit(f"processes {pids} do not end of SIGKILL: a device or a file system hangs")
+            why = f"processes {', '.join(map(str, left))} do not end of SIGKILL: a device or a file system hangs"
+            self._reports.put_nowait(agent_pb2.LaunchRequest(leaving=agent_pb2.Leaving(reason=why)))
+            raise NodeUnfit(why)
         self._ready()
 
     def _variables(self, order: agent_pb2.StartRanks, local: int) -> dict[str, str]:

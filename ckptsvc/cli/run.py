@@ -7,6 +7,7 @@ import os
 import secrets
 import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import click
 
 from ckptsvc.agent.launcher import Launch, Launcher
 from ckptsvc.agent.standby import Standby, place_of, reason_against
-from ckptsvc.config import LaunchSettings, load, runtime_dir
+from ckptsvc.config import LaunchSettings, Settings, load, runtime_dir
 from ckptsvc.errors import ConfigError
 from ckptsvc.rpc.dial import is_alive
 
@@ -37,6 +38,9 @@ from ckptsvc.rpc.dial import is_alive
 @click.option("--standby/--no-standby", default=None,
     help="Fork ranks from a warm interpreter that has torch imported; default: yes, for Python.")  # fmt: skip
 @click.option("--preload", metavar="MODULE,...", help="What the warm interpreter imports.")
+@click.option("--preflight/--no-preflight", default=None, help="Check this node before it takes part; default: yes.")
+@click.option("--crash-loop", "--crash_loop", type=click.IntRange(0), metavar="N",
+    help="Failed attempts in a row without progress that end the job; 0: never; default 3.")  # fmt: skip
 @click.option("--stop-grace", type=float, default=60.0, show_default=True,
     help="Seconds for a last save after SIGTERM.")  # fmt: skip
 @click.argument("script")
@@ -44,7 +48,8 @@ from ckptsvc.rpc.dial import is_alive
 def command(
     nnodes: str, nproc: str, node_rank: int, job: str | None, coordinator: str | None, max_restarts: int,
     standalone: bool, node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool,
-    standby: bool | None, preload: str | None, stop_grace: float, script: str, arguments: tuple[str, ...],
+    standby: bool | None, preload: str | None, preflight: bool | None, crash_loop: int | None, stop_grace: float,
+    script: str, arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
 
@@ -55,7 +60,8 @@ def command(
         raise ConfigError("--standalone means one node", hint="drop it, or --nnodes")
     if high > 1 and (not coordinator or not job):
         raise ConfigError("a job of several nodes needs --rdzv-endpoint HOST:PORT and --rdzv-id NAME")
-    settings = load(os.environ, {"launch.standby": standby, "launch.preload": preload})
+    flags = {"standby": standby, "preload": preload, "preflight": preflight, "crash_loop": crash_loop}
+    settings = load(os.environ, {f"launch.{key}": value for key, value in flags.items()})
     name = node or settings.agent.name or socket.gethostname()
     directory = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
     if node:
@@ -80,6 +86,8 @@ def command(
         directory=directory,
         agent_arguments=agent,
         log_dir=log_dir,
+        preflight=(settings.arena.dir, _written_to(settings, log_dir)) if settings.launch.preflight else None,
+        crash_loop=settings.launch.crash_loop,
         warm=None if no_python else _warm(settings.launch, script, module),
         stop_grace=stop_grace,
     )
@@ -115,6 +123,18 @@ def _command(script: str, arguments: tuple[str, ...], module: bool, no_python: b
     if no_python:
         return [script, *arguments]
     return [sys.executable, "-u", *(["-m"] if module else []), script, *arguments]
+
+
+def _written_to(settings: Settings, log_dir: Path | None) -> list[str]:
+    """Directories that a job writes to on this node, as far as they are known and there."""
+    found = [tempfile.gettempdir()]
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        found.append(str(log_dir))
+    store = settings.store.url.removeprefix("file://")
+    if store.startswith("/"):
+        found.append(str(next(folder for folder in (Path(store), *Path(store).parents) if folder.is_dir())))
+    return found
 
 
 def _warm(settings: LaunchSettings, script: str, module: bool) -> dict[str, Any] | None:

@@ -83,6 +83,7 @@ def test_every_setting_has_its_variable() -> None:
         "launch.preload": "torch, transformers.models",
         "launch.standby_memory": "1GiB",
         "launch.preflight": "false",
+        "launch.crash_loop": "0",
         "launch.state": "/shared/state",
         "store.url": "memory://x",
         "store.retries": "0",
@@ -108,6 +109,7 @@ def test_every_setting_has_its_variable() -> None:
         preload=("torch", "transformers.models"),
         standby_memory=1024 * MIB,
         preflight=False,
+        crash_loop=0,
         state="/shared/state",
     )
 

@@ -88,10 +88,23 @@ class TestOneNode:
         assert "rank 0 exited with status 3" in job.log.read_text()
 
     def test_no_restarts_left(self, run):
-        job = run("exit 7", "--max-restarts", "2")
+        job = run("exit 7", "--max-restarts", "1")
         assert job.end() == 1
+        assert job.attempts() == ["1", "2"]
+        assert "no restarts left of 1" in job.log.read_text()
+
+    def test_a_crash_loop_has_an_exit_status_of_its_own(self, run):
+        job = run("exit 7", "--max-restarts", "100", "--nproc-per-node", "2")
+        assert job.end() == 86
         assert job.attempts() == ["1", "2", "3"]
-        assert "no restarts left of 2" in job.log.read_text()
+        assert (
+            "3 attempts in a row have failed, and none has come to a first checkpoint; each time" in job.log.read_text()
+        )
+
+    def test_or_goes_on(self, run):
+        job = run("exit 7", "--max-restarts", "5", "--crash-loop", "0")
+        assert job.end() == 1
+        assert len(job.attempts()) == 6
 
     def test_interrupted_from_the_keyboard(self, run):
         job = run("exec sleep 60")
