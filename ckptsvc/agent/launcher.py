@@ -83,6 +83,7 @@ class Launcher:
 
     def __init__(self, launch: Launch, environ: Mapping[str, str]) -> None:
         self._launch = launch
+        self._since = time.monotonic()
         self._reports: asyncio.Queue[agent_pb2.LaunchRequest] = asyncio.Queue()
         given = dict(environ)
         if launch.nproc > 1:
@@ -194,6 +195,7 @@ class Launcher:
             doorbell=self._doorbell,
             unfit=self._unfit,
             crash_loop=launch.crash_loop,
+            uptime=time.monotonic() - self._since,
         )
         yield agent_pb2.LaunchRequest(hello=hello)
         while True:

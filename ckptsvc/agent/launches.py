@@ -34,6 +34,7 @@ class Launcher:
     orders: asyncio.Queue[agent_pb2.LaunchResponse] = field(default_factory=asyncio.Queue)
     ready: agent_pb2.LauncherReady | None = None
     leaving: str = "its launcher is gone"
+    since: float = field(default_factory=time.monotonic)
     exits: dict[int, pb.Report] = field(default_factory=dict)  # by rank of the attempt that runs here
 
 
@@ -116,6 +117,7 @@ class Launches:
             launcher.exits.clear()
             launcher.hello.attempt = order.start.attempt
             launcher.hello.first_rank = order.start.first_rank
+            launcher.hello.world_size = order.start.world_size
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(start=order.start))
         elif kind == "stop":
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(stop=order.stop))
@@ -146,6 +148,7 @@ class Launches:
             unfit=hello.unfit,
             clock=time.time(),
             crash_loop=hello.crash_loop,
+            uptime=hello.uptime + time.monotonic() - launcher.since,
         )
         yield pb.Report(node_joined=joined)
         if launcher.ready is not None:

@@ -196,7 +196,9 @@ class Coordinator:
     def _on_node_joined(self, event: pb.NodeJoined, now: float) -> Decision:
         attempts = self.launched.get(event.job)
         decision = Decision()
-        if attempts is None or (attempts.phase is Phase.ENDED and not event.attempt):
+        # A launcher that was there before a job of this name ended belongs to that one, and has missed its end.
+        later = attempts and attempts.phase is Phase.ENDED and now - event.uptime > attempts.ended
+        if attempts is None or (later and not event.attempt):
             before = attempts.outcome if attempts else None
             attempts = Attempts(
                 event.job,

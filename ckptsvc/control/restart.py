@@ -97,6 +97,7 @@ class Attempts:
     statuses: dict[int, int] = field(default_factory=dict)
     suspects: dict[int, tuple[float, str]] = field(default_factory=dict)  # rank -> since when, node
     outcome: tuple[int, str] = (0, "")  # status and reason, once ENDED
+    ended: float = 0.0  # when
     predecessor: tuple[int, str] | None = None  # outcome of the last job of this name
     last_failure: str = ""
     incidents: list[str] = field(default_factory=list)
@@ -197,7 +198,7 @@ class Attempts:
             self.statuses[rank] = status or 0
             if len(self.statuses) < len(self.running) or self._is_partial:
                 return Decision()
-            return self._finish()
+            return self._finish(now)
         how = "died" if status is None else describe_status(status)
         self._strike(node, FAILED if status is not None and status > 0 else DIED, f"rank {rank} {how}", now)
         return self._fail(f"rank {rank} on {node} {how}", now, self._crash(rank, node, how, now))
@@ -242,14 +243,14 @@ class Attempts:
                 decision.add(self.node_left(node.name, f"its agent is away for {now - node.away_since:.0f} s", now))
         if self.phase is Phase.RUNNING and self._is_partial and now - self.since > NODE_PATIENCE:
             finished = len(self.statuses) == len(self.running)
-            decision.add(self._finish() if finished else self._fail("not all nodes have come back", now))
+            decision.add(self._finish(now) if finished else self._fail("not all nodes have come back", now))
         elif self.phase is Phase.GATHERING or self.phase is Phase.STOPPING:
             there = f"only {len(self.nodes)} of {self.min_nodes} nodes"
             why, patience = f"{there} have come", JOIN_PATIENCE
             if self.restarts:
                 why, patience = f"{there} are left: {self.last_failure}", NODE_PATIENCE
             if len(self.nodes) < self.min_nodes and now - self.since > patience:
-                return decision.add(self._end(1, why))
+                return decision.add(self._end(1, why, now))
             decision.add(self._start_if_ready(now))
         return decision
 
@@ -312,9 +313,9 @@ class Attempts:
             first += node.nproc
         return decision
 
-    def _finish(self) -> Decision:
+    def _finish(self, now: float) -> Decision:
         worst = max(self.statuses.values())
-        return self._end(worst, "stopped on request, saved" if worst else "all ranks have ended")
+        return self._end(worst, "stopped on request, saved" if worst else "all ranks have ended", now)
 
     def _fail(self, why: str, now: float, crash: Crash | None = None) -> Decision:
         """The attempt has failed; `crash` says how, if the program did and not a node."""
@@ -323,9 +324,9 @@ class Attempts:
         self.since = now
         looping = self.loop.crashed(crash, self.reached()[0]) if crash else ""
         if looping:
-            return self._end(EXIT_STATUS["crash-loop"], f"{why}; {looping}")
+            return self._end(EXIT_STATUS["crash-loop"], f"{why}; {looping}", now)
         if self.restarts >= self.max_restarts:
-            return self._end(1, f"{why}; no restarts left of {self.max_restarts}")
+            return self._end(1, f"{why}; no restarts left of {self.max_restarts}", now)
         self.restarts += 1
         self.phase = Phase.STOPPING
         reason = f"job {self.job}: {why}; restart {self.restarts} of {self.max_restarts}"
@@ -335,8 +336,8 @@ class Attempts:
         stop = agent_pb2.StopRanks(attempt=attempt, grace=GRACE, reason=why)
         return Decision([Send(node, pb.Order(job=self.job, stop=stop)) for node in sorted(nodes)])
 
-    def _end(self, status: int, why: str) -> Decision:
-        self.phase, self.outcome = Phase.ENDED, (status, why)
+    def _end(self, status: int, why: str, now: float) -> Decision:
+        self.phase, self.outcome, self.ended = Phase.ENDED, (status, why), now
         end = agent_pb2.JobEnd(status=status, reason=why)
         effects = [Send(n, pb.Order(job=self.job, end=end)) for n in sorted(self.nodes)]
         return Decision(list(effects), [f"job {self.job} ends with {status}: {why}"])

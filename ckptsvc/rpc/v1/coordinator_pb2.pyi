@@ -224,7 +224,7 @@ class Dropped(_message.Message):
     def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class NodeJoined(_message.Message):
-    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "doorbell", "world_size", "unfit", "clock", "crash_loop")
+    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "doorbell", "world_size", "unfit", "clock", "crash_loop", "uptime")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     NODE_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -240,6 +240,7 @@ class NodeJoined(_message.Message):
     UNFIT_FIELD_NUMBER: _ClassVar[int]
     CLOCK_FIELD_NUMBER: _ClassVar[int]
     CRASH_LOOP_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     node_rank: int
@@ -255,7 +256,8 @@ class NodeJoined(_message.Message):
     unfit: str
     clock: float
     crash_loop: int
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., doorbell: _Optional[int] = ..., world_size: _Optional[int] = ..., unfit: _Optional[str] = ..., clock: _Optional[float] = ..., crash_loop: _Optional[int] = ...) -> None: ...
+    uptime: float
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., doorbell: _Optional[int] = ..., world_size: _Optional[int] = ..., unfit: _Optional[str] = ..., clock: _Optional[float] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ...) -> None: ...
 
 class NodeReady(_message.Message):
     __slots__ = ("job", "node", "attempt", "port")
