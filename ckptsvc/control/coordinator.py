@@ -197,7 +197,7 @@ class Coordinator:
         attempts = self.launched.get(event.job)
         decision = Decision()
         # A launcher that was there before a job of this name ended belongs to that one, and has missed its end.
-        later = attempts and attempts.phase is Phase.ENDED and now - event.uptime > attempts.ended
+        later = attempts and attempts.phase is Phase.ENDED and now - event.uptime >= attempts.ended
         if attempts is None or (later and not event.attempt):
             before = attempts.outcome if attempts else None
             attempts = Attempts(

@@ -336,6 +336,14 @@ class TestLaunchedJobs:
         end(driver)
         assert kinds(driver.tell(node_joined("b", attempt=1, first_rank=2))) == ["b: end"]
 
+    def test_and_so_does_one_without_ranks_that_was_there_before(self, driver):
+        launch(driver)
+        driver.now = 10.0
+        end(driver)
+        driver.now = 20.0
+        assert kinds(driver.tell(node_joined("c", uptime=11.0))) == ["c: end"]
+        assert kinds(driver.tell(node_joined("c", uptime=9.0))) == ["ReadNodes"]
+
     def test_and_from_the_next_one(self, driver):
         launch(driver)
         end(driver)
