@@ -93,6 +93,7 @@ class Launcher:
         self._first_rank = self._world = 0
         self._doorbell = 0
         self._unfit = ""
+        self._leaving = False
         self._status: int | None = None
         self._interrupted = asyncio.Event()
         self._port: socket.socket | None = None
@@ -111,6 +112,7 @@ class Launcher:
             await asyncio.wait((serving, interrupted), return_when=asyncio.FIRST_COMPLETED)
             if serving.done():
                 return serving.result()
+            self._leave("ckptsvc run was told to end")
             await self._ranks.stop(5.0)
             return 130
         finally:
@@ -165,7 +167,7 @@ class Launcher:
         async with grpc.aio.insecure_channel(f"unix:{path}", options=OPTIONS) as channel:
             call = agent_pb2_grpc.AgentServiceStub(channel).Launch(self._requests(self._reports), metadata=metadata)
             async for response in call:
-                kind = response.WhichOneof("order")
+                kind = "" if self._leaving else response.WhichOneof("order")
                 if kind == "start":
                     await self._start(response.start)
                 elif kind == "stop" and response.stop.attempt == self._attempt:
@@ -225,9 +227,14 @@ class Launcher:
         left = await self._ranks.stop(grace)
         if left:
             why = f"processes {', '.join(map(str, left))} do not end of SIGKILL: a device or a file system hangs"
-            self._reports.put_nowait(agent_pb2.LaunchRequest(leaving=agent_pb2.Leaving(reason=why)))
+            self._leave(why)
             raise NodeUnfit(why)
         self._ready()
+
+    def _leave(self, why: str) -> None:
+        """Say that this launcher ends, and why; how its ranks end is nobody's concern any more."""
+        self._leaving = True
+        self._reports.put_nowait(agent_pb2.LaunchRequest(leaving=agent_pb2.Leaving(reason=why)))
 
     def _variables(self, order: agent_pb2.StartRanks, local: int) -> dict[str, str]:
         launch, rank = self._launch, order.first_rank + local
@@ -257,7 +264,8 @@ class Launcher:
         assert rank.status is not None
         if rank.status != 0:
             self._say(f"rank {rank.number} {describe_status(rank.status)}")
-        self._report_end(rank, rank.status)
+        if not self._leaving:
+            self._report_end(rank, rank.status)
 
     def _report_end(self, rank: Rank, status: int) -> None:
         exited = agent_pb2.RankExit(attempt=self._attempt, rank=rank.number, status=status, monotonic=rank.ended_at)

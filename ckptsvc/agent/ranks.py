@@ -61,6 +61,7 @@ class Ranks:
         self._command, self._environ, self._warm = list(command), dict(environ), warm
         self._log_dir, self._ended, self._say = log_dir, ended, say
         self.live: dict[int, Rank] = {}
+        self._changing = asyncio.Lock()
         self._changed = asyncio.Event()
         self._swept: asyncio.Future[list[int]] | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -102,8 +103,12 @@ class Ranks:
 
     async def start(self, attempt: int, variables: Mapping[int, Mapping[str, str]]) -> None:
         """Start ranks, each with variables of its own. There is none of an earlier attempt (see `stop`)."""
-        if self._sock is None:
-            await self.open()
+        async with self._changing:
+            if self._sock is None:
+                await self.open()
+            await self._start(attempt, variables)
+
+    async def _start(self, attempt: int, variables: Mapping[int, Mapping[str, str]]) -> None:
         for number, own in variables.items():
             kept = self._log_dir / f"attempt_{attempt}" / f"rank_{number}.log" if self._log_dir else None
             reading, writing = pipe()
@@ -115,6 +120,10 @@ class Ranks:
 
         SIGTERM comes `grace` seconds before SIGKILL; with 0, not at all.
         """
+        async with self._changing:
+            return await self._stop(grace)
+
+    async def _stop(self, grace: float) -> list[int]:
         deadline = time.monotonic() + grace
         for rank in self.live.values():
             if rank.status is None and grace > 0:

@@ -17,7 +17,7 @@ FORGOTTEN = 0.05
 """A node with less than this is as good as new (three failures ten hours ago, or one three hours ago)."""
 
 LOST, DIED, FAILED = 1.0, 1.0, 0.5
-"""Weight of a node that is gone, of a rank killed by a signal, and of a rank that ends with an error of its own."""
+"""Weight of a node that is gone, of a rank killed by a signal, and of one that ends with an error or is told to end."""
 
 
 @dataclass(frozen=True, slots=True)

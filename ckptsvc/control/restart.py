@@ -49,7 +49,7 @@ NODE_PATIENCE = 60.0
 AWAY_PATIENCE = 10.0
 """Seconds a restart waits for a node whose agent is away although there are enough others."""
 
-RING_EVERY = 1.0
+RING_EVERY = 0.4
 """Seconds between looks after the launcher of a node whose agent is away."""
 
 EXIT_PATIENCE = 1.0
@@ -57,6 +57,9 @@ EXIT_PATIENCE = 1.0
 
 INTERRUPTED = EXIT_STATUS["interrupted"]
 """Exit status of ranks that stopped because they were asked to."""
+
+SIGTERM = 15
+"""Its number everywhere (signal(7)): a process that dies of it was told to by somebody."""
 
 SHOWN = 200
 """Characters of a reason given by a node that are repeated."""
@@ -200,8 +203,12 @@ class Attempts:
                 return Decision()
             return self._finish(now)
         how = "died" if status is None else describe_status(status)
-        self._strike(node, FAILED if status is not None and status > 0 else DIED, f"rank {rank} {how}", now)
-        return self._fail(f"rank {rank} on {node} {how}", now, self._crash(rank, node, how, now))
+        failed = f"rank {rank} on {node} {how}"
+        if any(self.nodes[n].away_since is not None for n in self.hosts & self.nodes.keys() if n != node):
+            return self._fail(failed, now)  # it may well be that node's fault: its agent is out of reach
+        by_itself = status is not None and (status > 0 or status == -SIGTERM)
+        self._strike(node, FAILED if by_itself else DIED, f"rank {rank} {how}", now)
+        return self._fail(failed, now, self._crash(rank, node, how, now))
 
     def _strike(self, node: str, weight: float, why: str, now: float) -> None:
         if self.max_nodes > 1:  # else there is no choice, and most failures are of programs that are being written
@@ -220,8 +227,9 @@ class Attempts:
         if self.nodes.pop(name, None) is None or self.phase is Phase.ENDED:
             return Decision()
         gone = f"node {name} is gone ({detail[:SHOWN]})"
-        if self.phase is Phase.RUNNING and name in self.hosts:
+        if name in self.hosts:
             self._strike(name, LOST, detail[:SHOWN], now)
+        if self.phase is Phase.RUNNING and name in self.hosts:
             return self._fail(gone, now)
         self.since = now
         return Decision([], [f"job {self.job}: {gone}"]).add(self._start_if_ready(now))

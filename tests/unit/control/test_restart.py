@@ -358,6 +358,14 @@ class TestExclusion:
         three.rank_exited(1, 3, "b", 1, 1.0)
         assert not three.exclusion.excluded("b", 1.0)
 
+    def test_who_fails_after_another_node_has_gone_is_not_to_blame(self, three):
+        three.agent_lost("a", 1.0)
+        assert kinds(three.rank_exited(1, 3, "b", 1, 1.1)) == ["a: stop", "b: stop", "c: stop"]
+        assert three.exclusion.score("b", 1.1) < 2.0
+        assert three.loop.crashes == []
+        three.node_left("a", "neither its agent nor its host answers", 3.0)
+        assert three.exclusion.score("a", 3.0) == 1.0
+
     def test_a_job_of_one_node_strikes_nobody(self):
         attempts = make(1, 1)
         start(attempts, 0, 0.0, nodes=("a",))
