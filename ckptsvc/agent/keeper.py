@@ -280,7 +280,9 @@ def _parent_of(pid: int) -> int:
 
 def main() -> NoReturn:
     """Serve the launcher at the other end of the descriptor that was given."""
-    Keeper(socket.socket(fileno=int(sys.argv[1]))).serve()
+    launcher = socket.socket(fileno=int(sys.argv[1]))
+    launcher.set_inheritable(False)  # a rank that had it would keep the launcher from seeing that the keeper is dead
+    Keeper(launcher).serve()
     sys.exit(0)
 
 

@@ -14,7 +14,7 @@ PIPE_BYTES = 1 << 20
 """How far a rank may write ahead of this process (if the kernel allows that much): a print must not stop a training."""
 
 CHUNK = 1 << 16
-"""Longest piece of a line that is shown as one line."""
+"""Longest line in bytes that is shown as one; a longer one is shown as several, and kept as it is."""
 
 
 def pipe() -> tuple[int, int]:
@@ -45,12 +45,14 @@ async def copy(reading: int, name: str, kept: Path | None) -> None:
             file = stack.enter_context(open(kept, "ab", buffering=0))  # noqa: ASYNC230  once, and local
         while True:
             try:
-                line = await reader.readline()
-            except ValueError:  # longer than the reader's buffer
-                line = await reader.read(CHUNK)
+                line = await reader.readuntil(b"\n")
+            except asyncio.LimitOverrunError as error:
+                line = await reader.readexactly(error.consumed)
+            except asyncio.IncompleteReadError as error:
+                line = error.partial
             if not line:
                 return
             if file is not None:
                 file.write(line)
-            sys.stdout.buffer.write(prefix + line)
+            sys.stdout.buffer.write(prefix + line.removesuffix(b"\n") + b"\n")
             sys.stdout.buffer.flush()

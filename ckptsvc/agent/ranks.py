@@ -90,16 +90,16 @@ class Ranks:
 
     async def close(self) -> None:
         """End the keeper; whatever is left below it is killed."""
-        if self._sock is None or self._process is None:
-            return
         for task in (self._listening, self._copying):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await task
-        self._sock.close()
-        await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
-        self._sock = None
+        if self._sock is not None:
+            self._sock.close()
+            self._sock = None
+        if self._process is not None:
+            await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
 
     async def start(self, attempt: int, variables: Mapping[int, Mapping[str, str]]) -> None:
         """Start ranks, each with variables of its own. There is none of an earlier attempt (see `stop`)."""
@@ -146,6 +146,8 @@ class Ranks:
         return left
 
     async def _sweep(self) -> list[int]:
+        if self._sock is None:
+            return []  # the keeper is dead, and the ranks with it
         self._swept = asyncio.get_running_loop().create_future()
         await self._send({"op": "sweep"})
         try:
