@@ -1,6 +1,6 @@
 """The keeper: the small process between `ckptsvc run` and its ranks.
 
-    python -m ckptsvc.agent.keeper FD        FD: a SOCK_SEQPACKET socket to the launcher; one message is one JSON object
+    python -I -S keeper.py FD        FD: a SOCK_SEQPACKET socket to the launcher; one message is one JSON object
 
     open    {op, command, warm}              what to run; `warm` is for the warm interpreter (see agent.warm) or null
     start   {op, rank, variables} + output   a rank with these variables added to its environment
@@ -106,16 +106,20 @@ class Keeper:
 
     def _obey(self) -> bool:
         try:
-            data, fds, _, _ = socket.recv_fds(self._launcher, MAX_MESSAGE, 2, socket.MSG_CMSG_CLOEXEC)
+            data, fds, _, _ = socket.recv_fds(self._launcher, MAX_MESSAGE, 1)
         except ConnectionError:
             return False
         if not data:
             return False
+        for fd in fds:
+            os.set_inheritable(fd, False)
         order = json.loads(data)
         if order["op"] == "open":
             self._command = order["command"]
             if order["warm"]:
                 self._start_warm(order["warm"], fds[0])
+            else:
+                os.close(fds[0])
         elif order["op"] == "start":
             start = Start(order["rank"], order["variables"], fds[0], time.monotonic())
             if self._warm is None:

@@ -1,6 +1,6 @@
 """Is this node fit to take part in a job? A few checks, in a process of their own, in a few seconds.
 
-    python -m ckptsvc.agent.preflight '{"arenas": ..., "room": [...], "address": ...}'
+    python -I -S preflight.py '{"arenas": ..., "room": [...], "address": ...}'
 
 It prints the name of every check before it makes it, and what is wrong, if anything, after it. Whatever hangs (a dead
 file system, a name server) is thus named, and killed by who waits.
@@ -115,7 +115,7 @@ async def reason_against(arenas: str, directories: list[str], address: str, time
     """
     given = json.dumps({"arenas": arenas, "directories": directories, "address": address})
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "ckptsvc.agent.preflight", given,
+        sys.executable, "-I", "-S", __file__, given,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     assert process.stdout is not None

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ckptsvc.agent import keeper
 from ckptsvc.agent.keeper import MAX_MESSAGE, SWEEP_PATIENCE
 from ckptsvc.agent.output import copy, pipe
 
@@ -75,7 +76,8 @@ class Ranks:
             self._process.wait()  # it has died
         self._sock, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(  # noqa: ASYNC220  exec of a known file: bounded and short
-            [sys.executable, "-m", "ckptsvc.agent.keeper", str(theirs.fileno())],
+            # By its file, and without what a user's environment may do to an interpreter.
+            [sys.executable, "-I", "-S", keeper.__file__, str(theirs.fileno())],
             pass_fds=(theirs.fileno(),),
             stdin=subprocess.DEVNULL,
             env=self._environ,

@@ -58,7 +58,7 @@ def serve(spec: dict[str, Any]) -> None:
     gc.freeze()  # so that the collector does not touch, and copy, the pages that ranks share
     keeper.send(json.dumps({"ready": True, "mib": private_mib()}).encode())
     while True:
-        data, fds, _, _ = socket.recv_fds(keeper, MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
+        data, fds, _, _ = socket.recv_fds(keeper, MAX_MESSAGE, 1)
         if not data:
             os._exit(0)  # the keeper is gone
         request = json.loads(data)
