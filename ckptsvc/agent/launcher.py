@@ -145,6 +145,8 @@ class Launcher:
                 error = error_of(failure) if isinstance(failure, grpc.RpcError) else failure
                 if not isinstance(error, AgentUnavailable):
                     raise error from None
+                if self._unfit:
+                    raise NodeUnfit(self._unfit) from None
                 self._say(f"lost the agent ({error.what}); the ranks go on")
             if self._status is None:
                 await asyncio.sleep(RECONNECT)

@@ -132,8 +132,9 @@ async def reason_against(arenas: str, directories: list[str], address: str, time
     except TimeoutError:
         wrong.append(f"{current}: no answer in {timeout:g} s")
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()  # one that hangs in a dead file system does not end: it is not waited for
+        with contextlib.suppress(ProcessLookupError, TimeoutError):
+            process.kill()
+            await asyncio.wait_for(process.wait(), 1.0)  # one that hangs in a dead file system does not end
     return "; ".join(wrong)
 
 

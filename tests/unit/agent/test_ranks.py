@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from harness.runtime import eventually
+from harness.shell_run import alive
 
 from ckptsvc.agent import keeper
 from ckptsvc.agent.keeper import children_of
@@ -58,13 +59,6 @@ async def there(path):
     while not (path.exists() and path.read_text().strip()):
         await asyncio.sleep(0.01)
     return int(path.read_text())
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 class TestOneRank:

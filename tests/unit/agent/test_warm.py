@@ -246,7 +246,7 @@ def test_a_warm_interpreter_that_dies_is_done_without(folder):
             await ranks.open()
             while not said:
                 await asyncio.sleep(0.01)
-            (warm,) = [pid for pid in children(ranks._process.pid)]
+            (warm,) = children(ranks._process.pid)
             os.kill(warm, 9)
             while len(said) < 2:
                 await asyncio.sleep(0.01)
