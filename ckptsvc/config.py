@@ -33,6 +33,7 @@ from ckptsvc.quantities import (
     parse_duration_or_off,
     parse_every,
     parse_limit,
+    parse_names,
     parse_size,
 )
 
@@ -46,6 +47,7 @@ OTHER_VARIABLES: dict[str, str] = {
     "CKPTSVC_DEADLINE": "when the scheduler will end the job, in unix seconds (launch/)",
     "CKPTSVC_SOCKET": "directory of the agent to use (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_COORDINATOR": "address of the job's coordinator (set by `ckptsvc run` for its ranks)",
+    "CKPTSVC_WARM": "what a warm interpreter is to do (set by `ckptsvc run` for its own; agent/warm)",
     "CKPTSVC_FAILPOINT": "directory of armed failpoints (tests; pipeline/failpoint.py)",
 }
 """Every variable CKPTSVC_* that has a meaning and is not a setting."""
@@ -122,6 +124,28 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     drain: bool = False
 
 
+class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[launch]: how `ckptsvc run` starts ranks.
+
+    Attributes:
+        standby: keep one warm interpreter on each node, from which all its ranks are forked, at the start and at every
+            restart. Only for commands that are a Python script or module.
+        preload: what it imports, comma-separated; it is of no use without the first.
+        standby_memory: the most memory it may take; with more, ranks are started without it.
+        preflight: check a node before it takes part in a job.
+        crash_loop: failed attempts in a row without a newer step to restore that end a job; 0: they never do.
+        state: directory in which the list of nodes that have failed is kept from job to job, best on a file system that
+            all nodes share; "" means $XDG_STATE_HOME/ckptsvc or ~/.local/state/ckptsvc.
+    """
+
+    standby: bool = True
+    preload: Annotated[tuple[str, ...], parse_names] = ("torch", "torch._dynamo", "ckptsvc.client.session")
+    standby_memory: Annotated[int, parse_size] = 2 << 30
+    preflight: bool = True
+    crash_loop: Annotated[int, msgspec.Meta(ge=0)] = 3
+    state: str = ""
+
+
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     """[store]: where checkpoints are kept.
 
@@ -188,6 +212,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     store: StoreSettings = StoreSettings()
     health: HealthSettings = HealthSettings()
     nics: NicsSettings = NicsSettings()
+    launch: LaunchSettings = LaunchSettings()
     origin: dict[str, str] = {}
 
 
@@ -319,6 +344,8 @@ def _check(settings: Settings) -> None:
         refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
     if agent.incidents_dir and not os.path.isabs(agent.incidents_dir):
         refuse("agent.incidents_dir", f"is {agent.incidents_dir!r}, which is not an absolute path")
+    if settings.launch.state and not os.path.isabs(settings.launch.state):
+        refuse("launch.state", f"is {settings.launch.state!r}, which is not an absolute path")
     if not os.path.isabs(arena.dir):
         refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
     if not os.path.isabs(settings.nics.root):

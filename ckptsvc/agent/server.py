@@ -25,6 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
+from ckptsvc.agent import nodelist
 from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
 from ckptsvc.agent.incidents import IncidentLog, incidents_directory
@@ -43,7 +44,7 @@ from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import EXIT_STATUS, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import parse_duration
-from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS
+from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, PING_SPACING
 from ckptsvc.rpc.dial import sockets
 from ckptsvc.rpc.secret import require_loopback, shared_secret
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
@@ -88,7 +89,8 @@ class Agent:
         self.workers = Workers()
         health = settings.health
         policy = Policy(health.automatic, health.confirm, health.give_up)
-        self.shell = CoordinatorShell(self.workers, settings.save.timeout, policy)
+        listed = nodelist.directory_of(os.environ, settings.launch)
+        self.shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed)
         arenas = Path(settings.arena.dir)
         # Agents with different directories may share a machine (two "nodes" of a test): their arenas must not meet.
         tag = hashlib.sha256(str(options.directory).encode()).hexdigest()[:8]
@@ -190,8 +192,8 @@ class Agent:
         grpc_path, identity_path = sockets(self._options.directory)
         local = grpc.aio.server(options=OPTIONS)
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
-        between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE, ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_ping_interval_without_data_ms", 4000), ("grpc.so_reuseport", 0)])  # fmt: skip
+        between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE,
+            ("grpc.http2.min_ping_interval_without_data_ms", PING_SPACING), ("grpc.so_reuseport", 0)])  # fmt: skip
         coordinator_pb2_grpc_add(CoordinatorServicer(self.shell, self.node_name, self.secret), between)
         for server, names in (
             (local, [agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name]),

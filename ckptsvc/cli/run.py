@@ -6,14 +6,17 @@ import asyncio
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import xxhash
 
 from ckptsvc.agent.launcher import Launch, Launcher
+from ckptsvc.agent.standby import Standby, place_of, reason_against
 from ckptsvc.cli.placing import Nodes, parse_nodes, placed
-from ckptsvc.config import load, runtime_dir
+from ckptsvc.config import LaunchSettings, Settings, load, runtime_dir
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.dial import address_of, is_alive
@@ -35,6 +38,12 @@ from ckptsvc.rpc.secret import require_loopback
 @click.option("--log-dir", "--log_dir", type=click.Path(path_type=Path), help="Keep each rank's output here.")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as for python -m.")
 @click.option("--no-python", "--no_python", is_flag=True, help="SCRIPT is a program, not Python.")
+@click.option("--standby/--no-standby", default=None,
+    help="Fork ranks from a warm interpreter that has torch imported; default: yes, for Python.")  # fmt: skip
+@click.option("--preload", metavar="MODULE,...", help="What the warm interpreter imports.")
+@click.option("--preflight/--no-preflight", default=None, help="Check this node before it takes part; default: yes.")
+@click.option("--crash-loop", "--crash_loop", type=click.IntRange(0), metavar="N",
+    help="Failed attempts in a row without progress that end the job; 0: never; default 3.")  # fmt: skip
 @click.option("--stop-grace", type=float, default=60.0, show_default=True,
     help="Seconds for a last save after SIGTERM; a second SIGTERM ends at once.")  # fmt: skip
 @click.option("--status-file", type=click.Path(path_type=Path),
@@ -44,7 +53,8 @@ from ckptsvc.rpc.secret import require_loopback
 def command(
     nnodes: str | None, nproc: str, node_rank: int, job: str | None, coordinator: str | None, max_restarts: int,
     standalone: bool, node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool,
-    stop_grace: float, status_file: Path | None, script: str, arguments: tuple[str, ...],
+    standby: bool | None, preload: str | None, preflight: bool | None, crash_loop: int | None, stop_grace: float,
+    status_file: Path | None, script: str, arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
 
@@ -54,7 +64,8 @@ def command(
     low, high = parse_nodes("1" if standalone and nnodes is None else nnodes)
     if standalone and high > 1:
         raise ConfigError("--standalone means one node", hint="drop it, or --nnodes")
-    settings = load(os.environ)
+    flags = {"standby": standby, "preload": preload, "preflight": preflight, "crash_loop": crash_loop}
+    settings = load(os.environ, {f"launch.{key}": value for key, value in flags.items()})
     given = Nodes(low, high, node_rank, job or "", coordinator or "", node or "", address)
     nodes = placed(given, os.environ, socket.gethostname())
     name = nodes.node or settings.agent.name or socket.gethostname()
@@ -82,6 +93,9 @@ def command(
         directory=directory,
         agent_arguments=agent,
         log_dir=log_dir,
+        preflight=(settings.arena.dir, _written_to(settings, log_dir)) if settings.launch.preflight else None,
+        crash_loop=settings.launch.crash_loop,
+        warm=None if no_python else _warm(settings.launch, script, module),
         stop_grace=stop_grace,
     )
     status = asyncio.run(Launcher(launch, os.environ).run())
@@ -128,3 +142,27 @@ def _command(script: str, arguments: tuple[str, ...], module: bool, no_python: b
     if no_python:
         return [script, *arguments]
     return [sys.executable, "-u", *(["-m"] if module else []), script, *arguments]
+
+
+def _written_to(settings: Settings, log_dir: Path | None) -> list[str]:
+    """Directories that a job writes to on this node, as far as they are known and there."""
+    found = [tempfile.gettempdir()]
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        found.append(str(log_dir))
+    store = settings.store.url.removeprefix("file://")
+    if store.startswith("/"):
+        found.append(str(next(folder for folder in (Path(store), *Path(store).parents) if folder.is_dir())))
+    return found
+
+
+def _warm(settings: LaunchSettings, script: str, module: bool) -> dict[str, Any] | None:
+    """What a warm interpreter is told; None where there is to be none."""
+    if not settings.standby or not settings.preload:
+        return None
+    file, first = place_of(script, module=module)
+    why = reason_against(file)
+    if why:
+        click.echo(f"ckptsvc run: no standby: {why}", err=True)
+        return None
+    return Standby(settings.preload, settings.standby_memory).spec(first)

@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ckptsvc.control.effects import CommitDone, Decision, EpochDone, LookupDone, Send
+from ckptsvc.control.crashloop import CrashLoop
+from ckptsvc.control.effects import (
+    CommitDone,
+    Decision,
+    EpochDone,
+    KeepNodes,
+    LookupDone,
+    NodesRead,
+    Probed,
+    ReadNodes,
+    Send,
+)
+from ckptsvc.control.exclusion import Exclusion, Strikes
 from ckptsvc.control.health import Health, Policy
 from ckptsvc.control.incidents import Incidents, standing
 from ckptsvc.control.membership import Job
@@ -33,6 +45,7 @@ class Coordinator:
     jobs: dict[str, Job] = field(default_factory=dict)
     launched: dict[str, Attempts] = field(default_factory=dict)
     nics: dict[str, JobNics] = field(default_factory=dict)
+    exclusion: Exclusion = field(default_factory=Exclusion)
     incidents: Incidents = field(init=False)
     health: Health = field(init=False)
 
@@ -54,9 +67,26 @@ class Coordinator:
         for job in self.jobs.values():
             job.saves.node_gone(node)
             job.agent_lost(node, now)
+        decision = Decision([], [f"agent of {node} disconnected"])
         for attempts in self.launched.values():
-            attempts.agent_lost(node, now)
-        return Decision([], [f"agent of {node} disconnected"]).add(self.health.agent_lost(node, now))
+            decision.add(attempts.agent_lost(node, now))
+        return decision.add(self.health.agent_lost(node, now))
+
+    def probed(self, event: Probed, now: float) -> Decision:
+        """Answer to `Probe`."""
+        attempts = self.launched.get(event.job)
+        return attempts.probed(event, now) if attempts else Decision()
+
+    def nodes_read(self, event: NodesRead, now: float) -> Decision:
+        """Answer to `ReadNodes`."""
+        self.exclusion.known = True
+        found = {node: Strikes(score, now - age, why) for node, (score, age, why) in event.strikes.items()}
+        self.exclusion.merge(found, now)
+        bad = [f"{node} ({found[node].why})" for node in sorted(found) if self.exclusion.excluded(node, now)]
+        decision = Decision([], [f"nodes that have failed too often: {', '.join(bad)}"] if bad else [])
+        for attempts in self.launched.values():
+            decision.add(attempts.tick(now))
+        return decision
 
     def epoch_done(self, event: EpochDone, now: float) -> Decision:
         """Answer to `AllotEpoch`."""
@@ -93,7 +123,12 @@ class Coordinator:
                 del self.jobs[name]
                 self.incidents.forget(name)
                 self.nics.pop(name, None)
-        return decision.add(self._epochs(now))
+        return decision.add(self._epochs(now)).add(self._keep_nodes(now))
+
+    def _keep_nodes(self, now: float) -> Decision:
+        if not self.exclusion.changed or not self.exclusion.known:
+            return Decision()
+        return Decision([KeepNodes({n: (s.score, now - s.at, s.why) for n, s in self.exclusion.listed(now).items()})])
 
     def _tick_launched(self, attempts: Attempts, now: float) -> Decision:
         before, nodes = standing(attempts), list(attempts.nodes)
@@ -203,12 +238,33 @@ class Coordinator:
 
     def _on_node_joined(self, event: pb.NodeJoined, now: float) -> Decision:
         attempts = self.launched.get(event.job)
-        if attempts is None or (attempts.phase is Phase.ENDED and not event.attempt):
+        decision = Decision()
+        # A launcher that was there before a job of this name ended belongs to that one, and has missed its end.
+        later = attempts and attempts.phase is Phase.ENDED and now - event.uptime >= attempts.ended
+        if attempts is None or (later and not event.attempt):
             before = attempts.outcome if attempts else None
-            attempts = Attempts(event.job, event.min_nodes, event.max_nodes, event.max_restarts, since=now)
-            attempts.predecessor = before
+            attempts = Attempts(
+                event.job,
+                event.min_nodes,
+                event.max_nodes,
+                event.max_restarts,
+                CrashLoop(event.crash_loop),
+                self.exclusion,
+                lambda: self._reached(event.job),
+                since=now,
+                predecessor=before,
+            )
             self.launched[event.job] = attempts
-        return attempts.joined(event, now)
+            if event.max_nodes > 1:
+                self.exclusion.known = False
+                decision.effects.append(ReadNodes())
+        return decision.add(attempts.joined(event, now))
+
+    def _reached(self, launched: str) -> tuple[int, int | None]:
+        """How far a launched job is: the newest step that could be restored, and the steps done if anybody told."""
+        jobs = [job for job in self.jobs.values() if launched_as(job.name) == launched]
+        told = [job.highest for job in jobs if job.progress]
+        return max((job.saves.newest for job in jobs), default=-1), max(told, default=None)
 
     def _on_node_ready(self, event: pb.NodeReady, now: float) -> Decision:
         attempts = self.launched.get(event.job)
