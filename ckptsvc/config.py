@@ -30,8 +30,10 @@ from ckptsvc.quantities import (
     parse_address,
     parse_address_or_off,
     parse_duration,
+    parse_duration_or_off,
     parse_every,
     parse_limit,
+    parse_names,
     parse_size,
 )
 
@@ -39,11 +41,13 @@ SYSTEM_FILE = Path("/etc/ckptsvc/config.toml")
 
 OTHER_VARIABLES: dict[str, str] = {
     "CKPTSVC_CONFIG": "one more settings file; it must exist",
-    "CKPTSVC_JOB": "id of the job (launch.py)",
-    "CKPTSVC_ATTEMPT": "number of this incarnation of the job's ranks (launch.py)",
-    "CKPTSVC_NODE": "name of this node (launch.py)",
+    "CKPTSVC_JOB": "id of the job (launch/)",
+    "CKPTSVC_ATTEMPT": "number of this incarnation of the job's ranks (launch/)",
+    "CKPTSVC_NODE": "name of this node (launch/)",
+    "CKPTSVC_DEADLINE": "when the scheduler will end the job, in unix seconds (launch/)",
     "CKPTSVC_SOCKET": "directory of the agent to use (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_COORDINATOR": "address of the job's coordinator (set by `ckptsvc run` for its ranks)",
+    "CKPTSVC_WARM": "what a warm interpreter is to do (set by `ckptsvc run` for its own; agent/warm)",
     "CKPTSVC_FAILPOINT": "directory of armed failpoints (tests; pipeline/failpoint.py)",
 }
 """Every variable CKPTSVC_* that has a meaning and is not a setting."""
@@ -108,6 +112,40 @@ class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Annotated[float, parse_duration] = 1800.0
 
 
+class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[scheduler]: what is done because of, or asked of, Slurm or PBS.
+
+    Attributes:
+        margin: a job saves and stops by itself so long before the end of its time, where that is known, or "off".
+        drain: ask the scheduler to give a bad node to no further job; that needs an operator's rights.
+    """
+
+    margin: Annotated[float | None, parse_duration_or_off] = 30.0
+    drain: bool = False
+
+
+class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[launch]: how `ckptsvc run` starts ranks.
+
+    Attributes:
+        standby: keep one warm interpreter on each node, from which all its ranks are forked, at the start and at every
+            restart. Only for commands that are a Python script or module.
+        preload: what it imports, comma-separated; it is of no use without the first.
+        standby_memory: the most memory it may take; with more, ranks are started without it.
+        preflight: check a node before it takes part in a job.
+        crash_loop: failed attempts in a row without a newer step to restore that end a job; 0: they never do.
+        state: directory in which the list of nodes that have failed is kept from job to job, best on a file system that
+            all nodes share; "" means $XDG_STATE_HOME/ckptsvc or ~/.local/state/ckptsvc.
+    """
+
+    standby: bool = True
+    preload: Annotated[tuple[str, ...], parse_names] = ("torch", "torch._dynamo", "ckptsvc.client.session")
+    standby_memory: Annotated[int, parse_size] = 2 << 30
+    preflight: bool = True
+    crash_loop: Annotated[int, msgspec.Meta(ge=0)] = 3
+    state: str = ""
+
+
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     """[store]: where checkpoints are kept.
 
@@ -170,9 +208,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     agent: AgentSettings = AgentSettings()
     arena: ArenaSettings = ArenaSettings()
     save: SaveSettings = SaveSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
     store: StoreSettings = StoreSettings()
     health: HealthSettings = HealthSettings()
     nics: NicsSettings = NicsSettings()
+    launch: LaunchSettings = LaunchSettings()
     origin: dict[str, str] = {}
 
 
@@ -304,6 +344,8 @@ def _check(settings: Settings) -> None:
         refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
     if agent.incidents_dir and not os.path.isabs(agent.incidents_dir):
         refuse("agent.incidents_dir", f"is {agent.incidents_dir!r}, which is not an absolute path")
+    if settings.launch.state and not os.path.isabs(settings.launch.state):
+        refuse("launch.state", f"is {settings.launch.state!r}, which is not an absolute path")
     if not os.path.isabs(arena.dir):
         refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
     if not os.path.isabs(settings.nics.root):

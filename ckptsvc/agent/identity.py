@@ -21,7 +21,11 @@ log = logging.getLogger("ckptsvc.agent")
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a rank says of itself. `coordinator` is "" for this very agent."""
+    """What a rank says of itself.
+
+    `coordinator` is "" for this very agent; `ends` is when the scheduler ends the job, in seconds of CLOCK_MONOTONIC,
+    or 0 where that is not known.
+    """
 
     op: str
     job: str
@@ -35,6 +39,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     keep: int = 0
     extent: int = 1 << 20
     coordinator: str = ""
+    ends: float = 0.0
 
     def check(self) -> None:
         """Raise InvalidInput where the numbers cannot be."""
@@ -48,6 +53,8 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         numbers = (self.attempt, self.epoch, self.keep, self.every_steps)
         if not all(0 <= number < 1 << 31 for number in numbers) or not 0 <= self.every_seconds < math.inf:
             raise InvalidInput("attempt, epoch, keep, every_steps or every_seconds is out of range")
+        if not 0 <= self.ends < math.inf:
+            raise InvalidInput("the time at which the job ends is out of range")
         if not 4096 <= self.extent <= 64 << 20:
             raise InvalidInput(f"an extent of {self.extent} bytes is impossible")
 

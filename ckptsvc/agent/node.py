@@ -18,6 +18,7 @@ from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
+from ckptsvc.agent.stops import Stops
 from ckptsvc.agent.witness import Witness
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.restart import launched_as
@@ -45,6 +46,7 @@ class Node:
         slots: arenas for each rank.
         linger: seconds for which the memory of a job whose ranks died is kept.
         save_timeout: seconds after which the coordinator gives a save up.
+        margin: seconds to spare at the end of a job's time; None: jobs are not stopped before it.
 
     Attributes:
         arenas, saves: the parts that ranks call through the servicer.
@@ -52,12 +54,22 @@ class Node:
         watch_order: what to do with an order about ranks that hang.
     """
 
-    def __init__(self, local: Local, workers: Workers, *, slots: int, linger: float, save_timeout: float) -> None:
+    def __init__(
+        self,
+        local: Local,
+        workers: Workers,
+        *,
+        slots: int,
+        linger: float,
+        save_timeout: float,
+        margin: float | None = None,
+    ) -> None:
         self.arenas = Arenas(local, workers, slots)
         self.saves = Saves(local, workers)
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
         self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self._local, self._workers = local, workers
+        self._stops = Stops(local, margin)
         self._linger, self._save_timeout = linger, save_timeout
         local.on_order = self.on_order
 
@@ -242,6 +254,7 @@ class Node:
         while True:
             await asyncio.sleep(PROGRESS_EVERY)
             self._report_progress()
+            self._stops.look()
             self._give_up_overdue()
             for job in list(self._local.jobs.values()):
                 self._retire(job)

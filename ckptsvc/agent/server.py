@@ -25,6 +25,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
+from ckptsvc.agent import nodelist
 from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
 from ckptsvc.agent.incidents import IncidentLog, incidents_directory
@@ -43,9 +44,9 @@ from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import EXIT_STATUS, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import parse_duration
-from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS
+from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, PING_SPACING
 from ckptsvc.rpc.dial import sockets
-from ckptsvc.rpc.secret import shared_secret
+from ckptsvc.rpc.secret import require_loopback, shared_secret
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.telemetry import Event, Metrics, log, setup_logging
 
@@ -53,6 +54,9 @@ logger = logging.getLogger("ckptsvc.agent")
 
 GRACE = 2.0
 """Seconds that calls in flight get when the agent stops."""
+
+LAST_SAVE = 60.0
+"""Seconds that the ranks get for a last save when a private agent is told to stop; told again, it stops at once."""
 
 
 @dataclass(slots=True)
@@ -78,13 +82,15 @@ class Agent:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._stopping = asyncio.Event()
+        self._patient = False  # told to stop, and waiting for the last save
         settings = options.settings
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
         self.workers = Workers()
         health = settings.health
         policy = Policy(health.automatic, health.confirm, health.give_up)
-        self.shell = CoordinatorShell(self.workers, settings.save.timeout, policy)
+        listed = nodelist.directory_of(os.environ, settings.launch)
+        self.shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed)
         arenas = Path(settings.arena.dir)
         # Agents with different directories may share a machine (two "nodes" of a test): their arenas must not meet.
         tag = hashlib.sha256(str(options.directory).encode()).hexdigest()[:8]
@@ -110,22 +116,11 @@ class Agent:
         await _own(lock, directory)
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
         left = self.pool.open()
-        settings = self._options.settings
-        self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.secret)
-        linger = 600.0 if self._options.linger is None else self._options.linger
-        self.node = Node(
-            self.local, self.workers, slots=settings.arena.slots, linger=linger, save_timeout=settings.save.timeout
-        )
-        self.launches = Launches(self.local)
-        self.nics = NicWatch(self.local, settings.nics, self.shell.core)
-        self.node.launch_order = self.launches.order
-        enabled = settings.health.enabled
-        self.watch = Watch(self.local, _limits(settings.health), enabled=enabled, nics=self.nics.sentences)
-        self._keep_incidents()
-        self.node.watch_order = self.watch.order
+        self._build()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(signal.SIGINT, self._stopping.set)
+        loop.add_signal_handler(signal.SIGTERM, self._terminated)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             self.node.saves.recover(left)
@@ -145,15 +140,39 @@ class Agent:
         await self.shell.stop()
         await self.workers.close()
         self.pool.close(remove=idle)
-        log(
-            logger,
-            logging.INFO,
-            Event.AGENT_STOPPED,
-            "agent of %s stopped",
-            self.node_name,
-            node=self.node_name,
-        )
+        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
         os.close(lock)
+
+    def _build(self) -> None:
+        """The parts of the agent, in the order in which they know each other."""
+        settings = self._options.settings
+        self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.secret)
+        linger = 600.0 if self._options.linger is None else self._options.linger
+        self.node = Node(
+            self.local,
+            self.workers,
+            slots=settings.arena.slots,
+            linger=linger,
+            save_timeout=settings.save.timeout,
+            margin=settings.scheduler.margin,
+        )
+        self.launches = Launches(self.local)
+        self.nics = NicWatch(self.local, settings.nics, self.shell.core)
+        self.node.launch_order = self.launches.order
+        enabled = settings.health.enabled
+        self.watch = Watch(self.local, _limits(settings.health), enabled=enabled, nics=self.nics.sentences)
+        self._keep_incidents()
+        self.node.watch_order = self.watch.order
+
+    def _terminated(self) -> None:
+        """Stop; but an agent that a job has started, when its ranks are there, lets them save first.
+
+        The scheduler that ends a job may send SIGTERM to all of its processes at once.
+        """
+        if self._options.linger is None or self._patient or not self.local.sessions:
+            self._stopping.set()
+        self._patient = True
+        asyncio.get_running_loop().call_later(LAST_SAVE, self._stopping.set)
 
     def _keep_incidents(self) -> None:
         """Incidents of the jobs that this agent coordinates become files (`ckptsvc incidents`)."""
@@ -173,8 +192,8 @@ class Agent:
         grpc_path, identity_path = sockets(self._options.directory)
         local = grpc.aio.server(options=OPTIONS)
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
-        between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE, ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_ping_interval_without_data_ms", 4000), ("grpc.so_reuseport", 0)])  # fmt: skip
+        between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE,
+            ("grpc.http2.min_ping_interval_without_data_ms", PING_SPACING), ("grpc.so_reuseport", 0)])  # fmt: skip
         coordinator_pb2_grpc_add(CoordinatorServicer(self.shell, self.node_name, self.secret), between)
         for server, names in (
             (local, [agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name]),
@@ -185,11 +204,7 @@ class Agent:
             for name in (*names, ""):
                 await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
             reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        if not settings.listen.host.startswith("127.") and settings.listen.host not in ("::1", "localhost"):
-            raise ConfigError(
-                f"agent.listen is {settings.listen}, which is not loopback",
-                hint="agents of several hosts need mutual TLS, which this version does not have",
-            )
+        require_loopback(settings.listen.host, f"agent.listen is {settings.listen}")
         port = between.add_insecure_port(str(settings.listen))
         self.address = f"{settings.listen.host}:{port}"
         with contextlib.suppress(FileNotFoundError):
@@ -213,7 +228,7 @@ class Agent:
             await asyncio.sleep(0.2)
             if not self.node.idle or not self.launches.idle:
                 self.local.last_active = time.monotonic()
-            elif linger is not None and time.monotonic() - self.local.last_active > linger:
+            elif self._patient or (linger is not None and time.monotonic() - self.local.last_active > linger):
                 self._stopping.set()
 
     def _ready_text(self) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.witness import Witness
+from ckptsvc.control.deadline import Pace
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.identity import PAGE_BYTES, Page
 from ckptsvc.rpc.v1 import agent_pb2
@@ -108,6 +109,7 @@ class LocalJob:
     newest: Key = (0, -1)  # of those that are known to be committed: saves may end in another order than they began
     idle_since: float = 0.0
     died: bool = False
+    pace: Pace = field(default_factory=Pace)
 
     def attempt(self, number: int) -> Attempt:
         """The attempt of that number."""

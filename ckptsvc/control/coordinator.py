@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ckptsvc.control.effects import CommitDone, Decision, EpochDone, LookupDone, Send
+from ckptsvc.control.crashloop import CrashLoop
+from ckptsvc.control.effects import (
+    CommitDone,
+    Decision,
+    EpochDone,
+    KeepNodes,
+    LookupDone,
+    NodesRead,
+    Probed,
+    ReadNodes,
+    Send,
+)
+from ckptsvc.control.exclusion import Exclusion, Strikes
 from ckptsvc.control.health import Health, Policy
 from ckptsvc.control.incidents import Incidents, standing
 from ckptsvc.control.membership import Job
@@ -33,6 +45,7 @@ class Coordinator:
     jobs: dict[str, Job] = field(default_factory=dict)
     launched: dict[str, Attempts] = field(default_factory=dict)
     nics: dict[str, JobNics] = field(default_factory=dict)
+    exclusion: Exclusion = field(default_factory=Exclusion)
     incidents: Incidents = field(init=False)
     health: Health = field(init=False)
 
@@ -54,9 +67,26 @@ class Coordinator:
         for job in self.jobs.values():
             job.saves.node_gone(node)
             job.agent_lost(node, now)
+        decision = Decision([], [f"agent of {node} disconnected"])
         for attempts in self.launched.values():
-            attempts.agent_lost(node, now)
-        return Decision([], [f"agent of {node} disconnected"]).add(self.health.agent_lost(node, now))
+            decision.add(attempts.agent_lost(node, now))
+        return decision.add(self.health.agent_lost(node, now))
+
+    def probed(self, event: Probed, now: float) -> Decision:
+        """Answer to `Probe`."""
+        attempts = self.launched.get(event.job)
+        return attempts.probed(event, now) if attempts else Decision()
+
+    def nodes_read(self, event: NodesRead, now: float) -> Decision:
+        """Answer to `ReadNodes`."""
+        self.exclusion.known = True
+        found = {node: Strikes(score, now - age, why) for node, (score, age, why) in event.strikes.items()}
+        self.exclusion.merge(found, now)
+        bad = [f"{node} ({found[node].why})" for node in sorted(found) if self.exclusion.excluded(node, now)]
+        decision = Decision([], [f"nodes that have failed too often: {', '.join(bad)}"] if bad else [])
+        for attempts in self.launched.values():
+            decision.add(attempts.tick(now))
+        return decision
 
     def epoch_done(self, event: EpochDone, now: float) -> Decision:
         """Answer to `AllotEpoch`."""
@@ -93,7 +123,12 @@ class Coordinator:
                 del self.jobs[name]
                 self.incidents.forget(name)
                 self.nics.pop(name, None)
-        return decision.add(self._epochs(now))
+        return decision.add(self._epochs(now)).add(self._keep_nodes(now))
+
+    def _keep_nodes(self, now: float) -> Decision:
+        if not self.exclusion.changed or not self.exclusion.known:
+            return Decision()
+        return Decision([KeepNodes({n: (s.score, now - s.at, s.why) for n, s in self.exclusion.listed(now).items()})])
 
     def _tick_launched(self, attempts: Attempts, now: float) -> Decision:
         before, nodes = standing(attempts), list(attempts.nodes)
@@ -145,7 +180,12 @@ class Coordinator:
                 why = f"job {other.name} with {len(other.ranks)} live ranks on {where} writes to this run"
                 refused = pb.JobRefused(attempt=event.attempt, code="run-busy", why=why)
                 return Decision([Send(event.node, pb.Order(job=event.job, job_refused=refused))], [why])
-        return self._job(event.job, event.store, now).join(event, now)
+        job = self._job(event.job, event.store, now)
+        decision = job.join(event, now)
+        attempts = self.launched.get(launched_as(event.job))
+        if attempts is not None and attempts.stop_wanted:
+            job.want_stop(attempts.stop_wanted)  # asked before there were ranks
+        return decision
 
     def _on_rank_left(self, event: pb.RankLeft, now: float) -> Decision:
         job = self.jobs.get(event.job)
@@ -198,12 +238,33 @@ class Coordinator:
 
     def _on_node_joined(self, event: pb.NodeJoined, now: float) -> Decision:
         attempts = self.launched.get(event.job)
-        if attempts is None or (attempts.phase is Phase.ENDED and not event.attempt):
+        decision = Decision()
+        # A launcher that was there before a job of this name ended belongs to that one, and has missed its end.
+        later = attempts and attempts.phase is Phase.ENDED and now - event.uptime >= attempts.ended
+        if attempts is None or (later and not event.attempt):
             before = attempts.outcome if attempts else None
-            attempts = Attempts(event.job, event.min_nodes, event.max_nodes, event.max_restarts, since=now)
-            attempts.predecessor = before
+            attempts = Attempts(
+                event.job,
+                event.min_nodes,
+                event.max_nodes,
+                event.max_restarts,
+                CrashLoop(event.crash_loop),
+                self.exclusion,
+                lambda: self._reached(event.job),
+                since=now,
+                predecessor=before,
+            )
             self.launched[event.job] = attempts
-        return attempts.joined(event, now)
+            if event.max_nodes > 1:
+                self.exclusion.known = False
+                decision.effects.append(ReadNodes())
+        return decision.add(attempts.joined(event, now))
+
+    def _reached(self, launched: str) -> tuple[int, int | None]:
+        """How far a launched job is: the newest step that could be restored, and the steps done if anybody told."""
+        jobs = [job for job in self.jobs.values() if launched_as(job.name) == launched]
+        told = [job.highest for job in jobs if job.progress]
+        return max((job.saves.newest for job in jobs), default=-1), max(told, default=None)
 
     def _on_node_ready(self, event: pb.NodeReady, now: float) -> Decision:
         attempts = self.launched.get(event.job)
@@ -216,6 +277,7 @@ class Coordinator:
         attempts = self.launched.get(event.job)
         if attempts is None:
             return Decision()
+        attempts.saved = self._saved(event.job)
         before = standing(attempts)
         decision = attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now)
         return decision.add(self.incidents.failed(attempts, before, "died", event.rank, event.node))
@@ -241,8 +303,17 @@ class Coordinator:
     def _on_stop_requested(self, event: pb.StopRequested, now: float) -> Decision:
         for job in self.jobs.values():
             if event.job in (job.name, launched_as(job.name)):
-                job.stop_wanted = event.reason
+                job.want_stop(event.reason)
+        attempts = self.launched.get(launched_as(event.job))
+        if attempts is not None:
+            attempts.stop_wanted = attempts.stop_wanted or event.reason
         return Decision()
+
+    def _saved(self, launched: str) -> str:
+        """What is committed of a launched job's runs, as words."""
+        words = [f"step {s} is committed in {j.store}" for j in self.jobs.values() if launched_as(j.name) == launched
+            and (s := j.saves.committed_step) is not None]  # fmt: skip
+        return ", ".join(words)
 
     def _on_nic_summary(self, event: pb.NicSummary, now: float) -> Decision:
         job = self.jobs.get(event.job)

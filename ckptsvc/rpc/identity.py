@@ -4,7 +4,8 @@ grpcio gives no peer credentials on unix sockets, so a training process first co
 reads SO_PEERCRED). One packet is one JSON message; descriptors travel beside the answer. The connection stays open for
 the life of the session.
 
-    register  {op, job, store, attempt, rank, world_size, epoch, every_steps, every_seconds, keep, extent, coordinator}
+    register  {op, job, store, attempt, rank, world_size, epoch, every_steps, every_seconds, keep, extent, coordinator,
+               ends}
               -> {ok, token, node} + descriptor of the heartbeat page
     map       {op, slot} -> {ok, capacity} + descriptor of the arena
 
@@ -31,10 +32,11 @@ from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError
 MAX_PACKET = 64 << 10
 """Bytes in one message."""
 
-PAGE = struct.Struct("<qQqqqqqqq32s")
+PAGE = struct.Struct("<qQqqqqqqqq32s")
 """The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds of the last sign of life (written by the rank); step to
 save at, step to stop at, last committed step, last step whose save failed (written by the agent; -1 means none); how
-many phases the rank has gone through, when the present one began, how far it is, and its name (written by the rank).
+many phases the rank has gone through, when the present one began, how far it is, the number of the signal by which it
+was asked to stop (or 0), and the phase's name (written by the rank).
 The words are aligned: each is read and written whole. A phase's number is written last: with it, its name is there."""
 
 PAGE_BYTES = 4096
@@ -43,9 +45,9 @@ PHASE_BYTES = 32
 
 _FIELDS = {
     "step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40,
-    "phases": 48, "since": 56, "progress": 64,
+    "phases": 48, "since": 56, "progress": 64, "signal": 72,
 }  # fmt: skip
-_AT, _PHASES, _SINCE, _PROGRESS, _NAME = 1, 6, 7, 8, 72
+_AT, _PHASES, _SINCE, _PROGRESS, _NAME = 1, 6, 7, 8, 80
 
 
 class Page:
@@ -58,7 +60,7 @@ class Page:
     @staticmethod
     def blank() -> bytes:
         """The page before anything has happened."""
-        return PAGE.pack(0, 0, -1, -1, -1, -1, 0, 0, 0, b"")
+        return PAGE.pack(0, 0, -1, -1, -1, -1, 0, 0, 0, 0, b"")
 
     def get(self, name: str) -> int:
         """Read one word."""
@@ -89,6 +91,7 @@ class Page:
 
     def carry(self, older: Page) -> None:
         """Take over what the rank has written to another page, unless this one is further."""
+        self.put("signal", self.get("signal") or older.get("signal"))
         if (older.get("phases"), older.get("at")) > (self.get("phases"), self.get("at")):
             self._name[:] = older._name
             for word in ("step", "at", "since", "progress", "phases"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from ckptsvc.agent.local import Local
 from ckptsvc.agent.node import Node
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.watch import Watch
+from ckptsvc.control.effects import Answer
 from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import ArenaExhausted
 from ckptsvc.pipeline.arena import Arena, ArenaPool, Label, State
@@ -99,11 +101,25 @@ class Machine:
         self.ranks: dict[int, Rank] = {}  # of the launched job
         self.agent_alive = False
         self._incarnation = 0
-        self._attempt = self._first_rank = 0
+        self._attempt = self._first_rank = self._world_size = 0
         self._launched = self._connected = False
+        self._since = 0.0
         self._status: int | None = None
         self._lost = False
         self.agent_stopped_until = self._said_until = 0.0
+
+    def everything(self) -> Iterator[pb.Report]:
+        """What the agent tells a coordinator that it has connected to."""
+        launcher = self.launches._by_job.get(JOB)
+        if launcher is not None:
+            launcher.hello.uptime = self._world.now - self._since  # the agent adds the time on the wall since the hello
+        yield from self.local.resync("")
+
+    def answer(self, now: float) -> Answer:
+        """What the doorbell of `ckptsvc run` says to the coordinator."""
+        if now < self.line.cut_until:
+            return Answer.SILENT
+        return Answer.GONE if self._lost or self._status is not None or not self._launched else Answer.UP
 
     @property
     def launcher_waits(self) -> bool:
@@ -298,7 +314,7 @@ class Machine:
     # ---- `ckptsvc run` (mirrors agent.launcher and Launches.serve) ---------------------------------------------------
 
     def start_launcher(self) -> None:
-        self._launched = True
+        self._launched, self._since = True, self._world.now
         self._connect_launcher(self._incarnation)
 
     def _connect_launcher(self, incarnation: int) -> None:
@@ -310,13 +326,16 @@ class Machine:
             job=JOB,
             node=self.name,
             node_rank=-1,
-            min_nodes=schedule.nodes,
-            max_nodes=schedule.nodes,
+            min_nodes=schedule.least,
+            max_nodes=schedule.most,
             nproc=schedule.nproc,
             max_restarts=30,
             address=self.name,
             attempt=self._attempt if self.ranks else 0,
             first_rank=self._first_rank,
+            world_size=self._world_size,
+            doorbell=1,
+            uptime=self._world.now - self._since,
         )
         launcher = self.launches._by_job[JOB] = Launcher(hello, "")
         for report in self.launches._reports_of(launcher):
@@ -367,10 +386,11 @@ class Machine:
 
     def _start_ranks(self, order: agent_pb2.StartRanks) -> None:
         world = self._world
-        self._attempt, self._first_rank = order.attempt, order.first_rank
+        self._attempt, self._first_rank, self._world_size = order.attempt, order.first_rank, order.world_size
         self.ranks.clear()
         attempt = world.attempts.get(order.attempt)
-        if attempt is None:
+        # A coordinator that knows of nothing may count to this number again after a node that was away for long.
+        if attempt is None or not any(rank.alive for _, rank in attempt.ranks.values()):
             attempt = world.attempts[order.attempt] = Attempt(order.attempt, order.world_size)
             world.later(1.0, self._train, attempt)
         for number in range(order.first_rank, order.first_rank + world.schedule.nproc):

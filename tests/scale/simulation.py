@@ -30,17 +30,26 @@ from ckptsvc.control.effects import (
     CommitDone,
     Decision,
     EpochDone,
+    KeepNodes,
     Lookup,
     LookupDone,
+    NodesRead,
+    Probe,
+    Probed,
+    ReadNodes,
     Record,
     Send,
 )
 from ckptsvc.control.health import Policy
+from ckptsvc.control.restart import AWAY_PATIENCE
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 TICK = 0.5
 SAVE_TIMEOUT = 60.0
 POLICY = Policy(confirm=60.0, give_up=200.0)
+HEALED = 5.0
+"""Virtual seconds after which a node that was out of reach certainly has heard what it missed."""
+
 PATIENCE = 900.0
 """Virtual seconds after the last fault in which everything must have come to an end."""
 
@@ -81,6 +90,8 @@ class Schedule:
 
     seed: int
     nodes: int
+    least: int
+    most: int
     nproc: int
     steps: int
     every_steps: int
@@ -99,9 +110,13 @@ class Schedule:
             elif kind in ("stop rank", "rank elsewhere") and rng.random() < 0.5:
                 seconds = 0.0  # for ever
             faults.append(Fault(rng.uniform(0, 60), kind, rng.randrange(100), seconds))
+        nodes = rng.randint(1, 3)
+        most = rng.choice([nodes, rng.randint(1, nodes)])  # others are spares
         return Schedule(
             seed=seed,
-            nodes=rng.randint(1, 3),
+            nodes=nodes,
+            least=rng.choice([most, rng.randint(1, most)]),
+            most=most,
             nproc=rng.randint(1, 2),
             steps=rng.randint(20, 40),
             every_steps=rng.randint(2, 7),
@@ -181,6 +196,21 @@ class Line:
         self._world, self._machine = world, machine
         self.session: Session | None = None
         self.cut_until = 0.0
+        self._was_cut = False
+        self._lost_at = 0.0
+        self._excused_until = 0.0
+
+    @property
+    def excused(self) -> bool:
+        """Whether nobody can expect the node to do what it is told: it is, or was just now, out of reach for long."""
+        if self.session is None:
+            return self._was_cut or self._world.now - self._lost_at >= AWAY_PATIENCE
+        return self._world.now < self._excused_until
+
+    def cut(self, seconds: float, notice: float) -> None:
+        """Neither agent nor launcher can be reached for so long."""
+        self.cut_until, self._was_cut = self._world.now + seconds, True
+        self.break_(notice)
 
     def report(self, report: pb.Report) -> None:
         """As RemoteUplink: dropped while there is no connection."""
@@ -199,16 +229,18 @@ class Line:
         if world.now < self.cut_until or not world.brain.alive:
             world.later(0.3, self.connect)
             return
-        self.session = Session(world.now)
+        if self.excused:
+            self._excused_until = world.now + HEALED
+        self.session, self._was_cut = Session(world.now), False
         self.report(pb.Report(agent_hello=pb.AgentHello(node=self._machine.name)))
-        for report in self._machine.local.resync(""):
+        for report in self._machine.everything():
             self.report(report)
 
     def break_(self, notice: float) -> None:
         """What is under way is lost; the coordinator notices after `notice` seconds, unless a new one comes first."""
         session, self.session = self.session, None
         if session is not None:
-            session.broken = True
+            session.broken, self._lost_at = True, self._world.now
             self._world.later(notice, self._world.brain.depart, self._machine.name, session)
             self._world.later(0.3, self.connect)
 
@@ -284,8 +316,12 @@ class Brain:
             elif effect.node in self.peers:
                 self._world.machines[effect.node].line.deliver(self.peers[effect.node], effect.order)
 
-    def _do(self, life: int, effect: AllotEpoch | Commit | Lookup) -> None:
+    def _do(self, life: int, effect: AllotEpoch | Commit | Lookup | Probe | ReadNodes | KeepNodes) -> None:
         """The worker does it; if the coordinator died meanwhile, it may have been done all the same."""
+        if isinstance(effect, Probe | ReadNodes | KeepNodes):
+            if life == self.life and self.alive:
+                self._look(effect)
+            return
         store, orphaned = self._world.store, life != self.life or not self.alive
         if orphaned and self._world.rng.random() < 0.5:
             return
@@ -303,6 +339,15 @@ class Brain:
             self._execute(self.core.commit_done(answer, self._world.now))
         else:
             self._execute(self.core.lookup_done(answer, self._world.now))
+
+    def _look(self, effect: Probe | ReadNodes | KeepNodes) -> None:
+        if isinstance(effect, Probe):
+            machine = self._world.machines[effect.node]
+            answer = machine.answer(self._world.now)
+            self._world.note(f"{effect.node}: {answer.value}")
+            self._execute(self.core.probed(Probed(effect.job, effect.node, answer), self._world.now))
+        elif isinstance(effect, ReadNodes):
+            self._execute(self.core.nodes_read(NodesRead({}), self._world.now))
 
 
 class World:
@@ -373,8 +418,7 @@ class World:
         elif fault.kind == "break line":
             machine.line.break_(self.rng.uniform(0, 10))
         elif fault.kind == "cut off":
-            machine.line.cut_until = self.now + fault.seconds
-            machine.line.break_(self.rng.uniform(0, 10))
+            machine.line.cut(fault.seconds, self.rng.uniform(0, 10))
         elif fault.kind == "store outage":
             self.store.down_until = self.now + fault.seconds
         elif fault.kind == "stop rank":

@@ -81,6 +81,14 @@ def test_every_setting_has_its_variable() -> None:
         "save.threads": "8",
         "save.deadline": "0",
         "save.timeout": "1h",
+        "scheduler.margin": "off",
+        "scheduler.drain": "true",
+        "launch.standby": "false",
+        "launch.preload": "torch, transformers.models",
+        "launch.standby_memory": "1GiB",
+        "launch.preflight": "false",
+        "launch.crash_loop": "0",
+        "launch.state": "/shared/state",
         "store.url": "memory://x",
         "store.retries": "0",
         "store.timeout": "500ms",
@@ -109,11 +117,30 @@ def test_every_setting_has_its_variable() -> None:
     assert settings.save == config.SaveSettings(
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0
     )
+    assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
     assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
     assert settings.health == config.HealthSettings(
         enabled=False, automatic="never", floor=2.0, factor=4.0, startup=1200.0, confirm=300.0, give_up=3600.0
     )
     assert settings.nics == config.NicsSettings(enabled=False, root="/host")
+    assert settings.launch == config.LaunchSettings(
+        standby=False,
+        preload=("torch", "transformers.models"),
+        standby_memory=1024 * MIB,
+        preflight=False,
+        crash_loop=0,
+        state="/shared/state",
+    )
+
+
+@pytest.mark.parametrize("value", ["torch;os", "1torch", "a..b", "../x"])
+def test_names_of_modules_are_names(value: str) -> None:
+    with pytest.raises(ConfigError, match="a list of modules"):
+        load({"CKPTSVC_LAUNCH_PRELOAD": value}, files=[])
+
+
+def test_no_module_need_be_preloaded() -> None:
+    assert load({}, {"launch.preload": []}, []).launch.preload == ()
 
 
 def test_an_argument_that_was_not_given_changes_nothing() -> None:
@@ -155,6 +182,8 @@ def test_every_field_is_described() -> None:
         ("[nics]\nroot = 'here'", ["nics.root", "absolute"]),
         ("[nics]\nenabled = 'perhaps'", ["nics.enabled", "perhaps"]),
         ("[arena]\nlimit = '150%'", ["arena.limit", "50%"]),
+        ("[scheduler]\nmargin = 'soon'", ["scheduler.margin", "90s"]),
+        ("[scheduler]\ndrain = 'maybe'", ["scheduler.drain", "'maybe'"]),
         ("[store]\nurl = 3", ["store.url"]),
         ("[health]\nautomatic = 'yes'", ["health.automatic", "'yes'", "one of launched, always, never"]),
         ("[health]\nfloor = 0", ["health.floor", "health.enabled"]),

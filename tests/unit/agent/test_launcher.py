@@ -1,47 +1,14 @@
 """`ckptsvc run` with ranks that are shell scripts: attempts, restarts, and agents that die under it."""
 
-import contextlib
 import os
 import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from harness.job import free_port
 from harness.runtime import eventually
-
-
-class Run:
-    """One `ckptsvc run`. Every rank leaves a file "ATTEMPT-RANK" with its process id in `notes`."""
-
-    def __init__(self, runtime, folder, script, *options):
-        self.notes = folder / "notes"
-        self.notes.mkdir(exist_ok=True)
-        path = folder / "rank.sh"
-        note = f'"{self.notes}/$CKPTSVC_ATTEMPT-$RANK"'
-        path.write_text(f"echo $$ > {note}.new; mv {note}.new {note}\n{script}\n")
-        command = [sys.executable, "-m", "ckptsvc.cli.main", "run", *options, "--no-python", "sh", str(path)]
-        self.log = folder / f"run-{len(list(folder.glob('run-*')))}.log"
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, env=runtime.environ, stdout=log, stderr=log)
-
-    def pid(self, attempt, rank):
-        """The process of a rank, once it runs."""
-        path = self.notes / f"{attempt}-{rank}"
-        eventually(path.exists, f"rank {rank} of attempt {attempt}: {self.log.read_text()}", 20)
-        return int(path.read_text())
-
-    def end(self, timeout=30):
-        """The exit status."""
-        try:
-            return self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            logs = "\n".join(path.read_text() for path in self.log.parent.glob("run-*.log"))
-            raise AssertionError(f"it does not end:\n{logs}") from None
-
-    def attempts(self):
-        return sorted({path.name.split("-")[0] for path in self.notes.glob("*[0-9]")})
+from harness.shell_run import Run, alive, kill
 
 
 @pytest.fixture
@@ -58,17 +25,6 @@ def run(runtime, tmp_path):
         if each.process.poll() is None:
             each.process.send_signal(signal.SIGINT)
             each.process.wait(20)
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def kill(pid):
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 FAIL_ONCE = "case $CKPTSVC_ATTEMPT-$RANK in 1-0) exit 3;; 1-*) exec sleep 60;; esac"
@@ -88,10 +44,23 @@ class TestOneNode:
         assert "rank 0 exited with status 3" in job.log.read_text()
 
     def test_no_restarts_left(self, run):
-        job = run("exit 7", "--max-restarts", "2")
+        job = run("exit 7", "--max-restarts", "1")
         assert job.end() == 1
+        assert job.attempts() == ["1", "2"]
+        assert "no restarts left of 1" in job.log.read_text()
+
+    def test_a_crash_loop_has_an_exit_status_of_its_own(self, run):
+        job = run("exit 7", "--max-restarts", "100", "--nproc-per-node", "2")
+        assert job.end() == 86
         assert job.attempts() == ["1", "2", "3"]
-        assert "no restarts left of 2" in job.log.read_text()
+        assert (
+            "3 attempts in a row have failed, and none has come to a first checkpoint; each time" in job.log.read_text()
+        )
+
+    def test_or_goes_on(self, run):
+        job = run("exit 7", "--max-restarts", "5", "--crash-loop", "0")
+        assert job.end() == 1
+        assert len(job.attempts()) == 6
 
     def test_interrupted_from_the_keyboard(self, run):
         job = run("exec sleep 60")
@@ -105,6 +74,66 @@ class TestOneNode:
         job = run("exec /nonexistent", "--max-restarts", "1")
         assert job.end() == 1
         assert "exited with status 127" in job.log.read_text()
+
+
+class TestStop:
+    """The wish to stop, with ranks that know nothing of it; ranks that save are in tests/fault/test_stop.py."""
+
+    def test_what_does_not_stop_in_time_is_ended_and_can_be_continued(self, run):
+        job = run("exec sleep 60", "--stop-grace", "0.5")
+        pid = job.pid(1, 0)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end() == 85
+        assert "no last save within 0.5 s" in job.log.read_text()
+        assert not alive(pid)
+
+    def test_a_second_sigterm_ends_at_once(self, run):
+        job = run("exec sleep 60", "--stop-grace", "600")
+        job.pid(1, 0)
+        job.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "SIGTERM: asking the job" in job.log.read_text(), "the first one to be seen")
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end() == 85
+        assert "SIGTERM: ending now" in job.log.read_text()
+
+    def test_sigusr1_has_no_time_limit_and_may_come_before_sigterm(self, run):
+        job = run("exec sleep 60", "--stop-grace", "0.5")
+        job.pid(1, 0)
+        for _ in range(2):
+            job.process.send_signal(signal.SIGUSR1)
+        with pytest.raises(subprocess.TimeoutExpired):
+            job.process.wait(2.0)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end() == 85
+
+    def test_while_nothing_runs_there_is_nothing_to_wait_for(self, run):
+        options = ("--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "pair")
+        job = run("exit 0", *options, "--node-rank", "0", "--stop-grace", "600")
+        eventually(job.handles_signals, "the launcher to handle signals")
+        job.process.send_signal(signal.SIGUSR1)
+        assert job.end() == 85
+        assert job.attempts() == []
+
+    def test_a_rank_that_fails_after_the_wish_to_stop_is_not_started_again(self, run):
+        job = run('while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.05; done; exit 3')
+        job.pid(1, 0)
+        job.process.send_signal(signal.SIGUSR1)
+        eventually(lambda: "asking the job" in job.log.read_text(), "the signal to be seen")
+        (job.notes.parent / "go").touch()
+        assert job.end() == 85
+        assert job.attempts() == ["1"]
+        assert "SIGUSR1 to ckptsvc run" in job.log.read_text()
+
+    def test_a_job_script_can_read_how_each_node_ended(self, run, tmp_path):
+        note = tmp_path / "status"
+        assert run("exit 0", "--status-file", str(note), "--node", "a").end() == 0
+        assert run("exit 7", "--status-file", str(note), "--node", "b", "--max-restarts", "0").end() == 1
+        assert note.read_text() == "0 a\n1 b\n"
+
+    def test_a_status_file_that_cannot_be_written_changes_nothing(self, run, tmp_path):
+        job = run("exit 0", "--status-file", str(tmp_path / "none" / "status"))
+        assert job.end() == 0
+        assert "cannot be written" in job.log.read_text()
 
 
 class TestAgentsThatDie:
@@ -144,9 +173,12 @@ class TestAgentsThatDie:
         assert jobs[0].attempts() == ["1", "2"]
 
 
-def alive(pid):
-    """Whether it runs (and is not a zombie)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+def test_a_job_that_leads_is_not_misled_by_an_agent_that_listens_elsewhere(run, runtime):
+    """The agent of an earlier job on this node is still there for a while."""
+    earlier = runtime.start_agent()
+    options = ("--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "pair")
+    jobs = [run("exit 0", *options, "--node-rank", str(n), *(["--node", "b"] if n else [])) for n in (0, 1)]
+    assert [job.end() for job in jobs] == [0, 0]
+    assert len(runtime.agents()) == 3
+    earlier.terminate()
+    assert earlier.wait(10) == 0

@@ -6,7 +6,7 @@ from scenes import COMPUTING, FAULTS, stage_of
 from told import incidents, joined, kinds, left, node_joined, node_ready, orders
 
 from ckptsvc.control.coordinator import Coordinator
-from ckptsvc.control.effects import Decision
+from ckptsvc.control.effects import Decision, NodesRead, ReadNodes
 from ckptsvc.control.health import ANSWER_PATIENCE, KILL_PATIENCE, UNSEEN, Policy
 from ckptsvc.control.membership import AGENT_PATIENCE
 from ckptsvc.control.restart import Phase
@@ -82,6 +82,8 @@ class Driver:
         self.reasons += decision.reasons
         self.records += incidents(decision)
         self.sent += kinds(decision)
+        if any(isinstance(effect, ReadNodes) for effect in decision.effects):
+            decision.add(self._obey(self.core.nodes_read(NodesRead({}), self.now)))
         if self.answers:
             for node, order in orders(decision, "examine"):
                 if node not in self.stage.silent:
