@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import grpc.aio
 
-from ckptsvc.agent.local import Local
+from ckptsvc.agent.local import Local, way_to
 from ckptsvc.errors import InvalidInput
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -29,7 +29,7 @@ class Launcher:
     """One `ckptsvc run`."""
 
     hello: agent_pb2.LauncherHello
-    coordinator: str
+    way: str  # to its coordinator
     orders: asyncio.Queue[agent_pb2.LaunchResponse] = field(default_factory=asyncio.Queue)
     ready: agent_pb2.LauncherReady | None = None
     exits: dict[int, pb.Report] = field(default_factory=dict)  # by rank of the attempt that runs here
@@ -60,9 +60,9 @@ class Launches:
         if hello.job in self._by_job:
             raise InvalidInput(f"job {hello.job} is already launched on this node")
         metadata = dict(context.invocation_metadata() or ())
-        launcher = Launcher(hello, str(metadata.get(COORDINATOR_KEY, "")))
+        launcher = Launcher(hello, way_to(str(metadata.get(COORDINATOR_KEY, "")), hello.job))
+        uplink = self._local.uplink(launcher.way)
         self._by_job[hello.job] = launcher
-        uplink = self._local.uplink(launcher.coordinator)
         for report in self._reports_of(launcher):
             uplink.report(report)
         reading = asyncio.ensure_future(self._read(requests, launcher))
@@ -81,7 +81,7 @@ class Launches:
 
     async def _read(self, requests: AsyncIterator[agent_pb2.LaunchRequest], launcher: Launcher) -> None:
         job, node = launcher.hello.job, self._local.name
-        uplink = self._local.uplink(launcher.coordinator)
+        uplink = self._local.uplink(launcher.way)
         async for request in requests:
             kind = request.WhichOneof("report")
             if kind == "ready":
@@ -117,10 +117,10 @@ class Launches:
         elif kind == "end":
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(end=order.end))
 
-    def resync(self, coordinator: str) -> Iterator[pb.Report]:
+    def resync(self, way: str) -> Iterator[pb.Report]:
         """What a coordinator that connects anew must hear of the launchers."""
         for launcher in self._by_job.values():
-            if launcher.coordinator == coordinator:
+            if launcher.way == way:
                 yield from self._reports_of(launcher)
 
     def _reports_of(self, launcher: Launcher) -> Iterator[pb.Report]:

@@ -10,7 +10,17 @@ from collections.abc import Callable
 
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.coordinator import Coordinator
-from ckptsvc.control.effects import AllotEpoch, Commit, CommitDone, Decision, EpochDone, Lookup, LookupDone, Send
+from ckptsvc.control.effects import (
+    AllotEpoch,
+    Commit,
+    CommitDone,
+    Decision,
+    Effect,
+    EpochDone,
+    Lookup,
+    LookupDone,
+    Send,
+)
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -24,11 +34,25 @@ Deliver = Callable[[pb.Order], None]
 
 
 class CoordinatorShell:
-    """Runs in every agent; idle where no agent attends."""
+    """Runs in every agent, idle where no agent attends; and once for each job that has elected this agent.
 
-    def __init__(self, workers: Workers, save_timeout: float) -> None:
+    Args:
+        workers: the I/O workers.
+        save_timeout: seconds after which a save that has not committed is given up.
+        term: of an elected coordinator, 0 of any other; every order carries it.
+        may_act: whether it may still decide; asked before every effect.
+
+    Attributes:
+        dropped: effects that came too late.
+        ended: set when it has stopped.
+    """
+
+    def __init__(
+        self, workers: Workers, save_timeout: float, term: int = 0, may_act: Callable[[], bool] = lambda: True
+    ) -> None:
         self.core = Coordinator(save_timeout=save_timeout)
-        self._workers = workers
+        self.term, self.dropped, self.ended = term, 0, asyncio.Event()
+        self._workers, self._may_act = workers, may_act
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: dict[tuple[str, int, int], str] = {}
@@ -61,6 +85,7 @@ class CoordinatorShell:
 
     async def stop(self) -> None:
         """Cancel what is running."""
+        self.ended.set()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -69,7 +94,10 @@ class CoordinatorShell:
         for reason in decision.reasons:
             log.info(reason, extra={"event": "decision"})
         for effect in decision.effects:
-            if isinstance(effect, Send):
+            if not self._may_act():
+                self._drop(effect)
+            elif isinstance(effect, Send):
+                effect.order.term = self.term
                 deliver = self._peers.get(effect.node)
                 if deliver:  # an agent that is away reports everything when it is back, and hears it then
                     deliver(effect.order)
@@ -79,7 +107,9 @@ class CoordinatorShell:
                 task.add_done_callback(self._tasks.discard)
 
     async def _do(self, effect: AllotEpoch | Commit | Lookup) -> None:
-        if isinstance(effect, AllotEpoch):
+        if not self._may_act():
+            self._drop(effect)
+        elif isinstance(effect, AllotEpoch):
             done = await self._allot(effect)
             self._execute(self.core.epoch_done(done, time.monotonic()))
         elif isinstance(effect, Commit):
@@ -88,6 +118,10 @@ class CoordinatorShell:
             found = await self._lookup(effect)
             if found:
                 self._execute(self.core.lookup_done(found, time.monotonic()))
+
+    def _drop(self, effect: Effect) -> None:
+        self.dropped += 1
+        log.warning("term %d: not done, the lease may have ended: %s", self.term, type(effect).__name__)
 
     async def _allot(self, effect: AllotEpoch) -> EpochDone:
         args = {"store": effect.store, "job": effect.job, "attempt": effect.attempt}

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
+from ckptsvc.agent.coordination import Elections, login_of
 from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
 from ckptsvc.agent.launches import Launches
@@ -36,10 +38,11 @@ from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
 from ckptsvc.agent.workers import Workers
 from ckptsvc.config import Settings, load, parse_duration, private_directory, runtime_dir
-from ckptsvc.errors import EXIT_STATUS, CkptsvcError, ConfigError, RunBusy
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS
 from ckptsvc.rpc.dial import sockets
+from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.secret import shared_secret
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.telemetry import Event, Metrics, log, setup_logging
@@ -77,7 +80,10 @@ class Agent:
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
         self.workers = Workers()
-        self.shell = CoordinatorShell(self.workers, settings.save.timeout)
+        self.shell = self._new_shell(0, lambda: True)
+        where = settings.agent.coordination
+        self._etcd = (url := parse_url(where), login_of(url, settings.etcd)) if where else None
+        self.elections: Elections | None = None
         arenas = Path(settings.arena.dir)
         # Agents with different directories may share a machine (two "nodes" of a test): their arenas must not meet.
         tag = hashlib.sha256(str(options.directory).encode()).hexdigest()[:8]
@@ -110,13 +116,15 @@ class Agent:
             self.local, self.workers, slots=settings.arena.slots, linger=linger, save_timeout=settings.save.timeout
         )
         self.launches = Launches(self.local)
-        self.nics = NicWatch(self.local, settings.nics, self.shell.core)
+        self.nics = NicWatch(self.local, settings.nics)
         self.node.launch_order = self.launches.order
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
+            if self._etcd:
+                self.elections = Elections(*self._etcd, settings.etcd.ttl, self.local, self.address, self._new_shell)
             self.node.saves.recover(left)
             lasting = (self.shell.run(), self.node.watch(), self.nics.run(), self._until_idle())
             tasks = [asyncio.ensure_future(c) for c in lasting]
@@ -132,17 +140,23 @@ class Agent:
         idle = self.node.idle
         await self.node.stop()
         await self.shell.stop()
+        if self.elections:
+            await self.elections.close()
         await self.workers.close()
         self.pool.close(remove=idle)
-        log(
-            logger,
-            logging.INFO,
-            Event.AGENT_STOPPED,
-            "agent of %s stopped",
-            self.node_name,
-            node=self.node_name,
-        )
+        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
         os.close(lock)
+
+    def _new_shell(self, term: int, may_act: Callable[[], bool]) -> CoordinatorShell:
+        return CoordinatorShell(self.workers, self._options.settings.save.timeout, term, may_act)
+
+    def _shell_of(self, job: str, term: int) -> CoordinatorShell:
+        """The coordinator that another agent wants: the one of all jobs, or (with a term) an elected one."""
+        if not term:
+            return self.shell
+        if self.elections is None:
+            raise AgentUnavailable("this agent takes no part in elections")
+        return self.elections.shell_of(job, term)
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._options.settings.agent
@@ -151,7 +165,7 @@ class Agent:
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
         between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE, ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.min_ping_interval_without_data_ms", 4000), ("grpc.so_reuseport", 0)])  # fmt: skip
-        coordinator_pb2_grpc_add(CoordinatorServicer(self.shell, self.node_name, self.secret), between)
+        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name, self.secret), between)
         for server, names in (
             (local, [agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name]),
             (between, [coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name]),
@@ -235,6 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--listen")
     parser.add_argument("--name")
     parser.add_argument("--metrics-listen")
+    parser.add_argument("--coordination")
     parser.add_argument("--linger")
     parser.add_argument("--json-log", action="store_true")
     args = parser.parse_args(arguments)
@@ -243,6 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
             "agent.listen": args.listen,
             "agent.name": args.name,
             "agent.metrics_listen": args.metrics_listen,
+            "agent.coordination": args.coordination,
         }
         settings = load(os.environ, overrides)
         setup_logging(sys.stderr, json=args.json_log)

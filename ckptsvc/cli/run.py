@@ -11,10 +11,12 @@ from pathlib import Path
 
 import click
 
+from ckptsvc.agent.coordination import login_of
 from ckptsvc.agent.launcher import Launch, Launcher
-from ckptsvc.config import load, runtime_dir
+from ckptsvc.config import Settings, load, runtime_dir
 from ckptsvc.errors import ConfigError
 from ckptsvc.rpc.dial import is_alive
+from ckptsvc.rpc.etcd import check_reachable, parse_url
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -25,6 +27,8 @@ from ckptsvc.rpc.dial import is_alive
 @click.option("--rdzv-id", "--rdzv_id", "job", help="Name of the job, the same on all nodes.")
 @click.option("--rdzv-endpoint", "--rdzv_endpoint", "--coordinator", "coordinator", metavar="HOST:PORT",
     help="Where the coordinator listens: the agent of node rank 0.")  # fmt: skip
+@click.option("--coordination", metavar="etcd://HOST:PORT,...",
+    help="Elect the coordinator there, instead of --rdzv-endpoint.")  # fmt: skip
 @click.option("--max-restarts", "--max_restarts", type=click.IntRange(0), default=3, show_default=True)
 @click.option("--standalone", is_flag=True, help="One node, nothing to agree with others.")
 @click.option("--node", help="Name of this node; default: its host name.")
@@ -37,9 +41,9 @@ from ckptsvc.rpc.dial import is_alive
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
-    nnodes: str, nproc: str, node_rank: int, job: str | None, coordinator: str | None, max_restarts: int,
-    standalone: bool, node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool,
-    stop_grace: float, script: str, arguments: tuple[str, ...],
+    nnodes: str, nproc: str, node_rank: int, job: str | None, coordinator: str | None,
+    coordination: str | None, max_restarts: int, standalone: bool, node: str | None, address: str,
+    log_dir: Path | None, module: bool, no_python: bool, stop_grace: float, script: str, arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
 
@@ -48,9 +52,14 @@ def command(
     low, high = _nodes(nnodes)
     if standalone and high > 1:
         raise ConfigError("--standalone means one node", hint="drop it, or --nnodes")
-    if high > 1 and (not coordinator or not job):
-        raise ConfigError("a job of several nodes needs --rdzv-endpoint HOST:PORT and --rdzv-id NAME")
-    settings = load(os.environ)
+    if coordinator and coordination:
+        raise ConfigError("--rdzv-endpoint and --coordination exclude each other")
+    settings = load(os.environ, {"agent.coordination": coordination})
+    elected = _elected(settings) if high > 1 and not coordinator else ""
+    if high > 1 and (not (coordinator or elected) or not job):
+        raise ConfigError(
+            "a job of several nodes needs --rdzv-id NAME, and --rdzv-endpoint HOST:PORT or --coordination"
+        )
     name = node or settings.agent.name or socket.gethostname()
     directory = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
     if node:
@@ -61,6 +70,8 @@ def command(
         agent += ["--linger", "30s"]  # an agent that we start is ours: it goes when it is done
         if leads and coordinator:
             agent += ["--listen", coordinator]
+        if elected:
+            agent += ["--coordination", elected]
     launch = Launch(
         command=_command(script, arguments, module, no_python),
         job=job or f"run-{os.getpid()}-{secrets.token_hex(3)}",
@@ -71,13 +82,22 @@ def command(
         nproc=_nproc(nproc),
         max_restarts=max_restarts,
         address=address or ("127.0.0.1" if high == 1 or _is_loopback(coordinator) else socket.gethostname()),
-        coordinator="" if leads else coordinator or "",
+        coordinator=elected or ("" if leads else coordinator or ""),
         directory=directory,
         agent_arguments=agent,
         log_dir=log_dir,
         stop_grace=stop_grace,
     )
     return asyncio.run(Launcher(launch, os.environ).run())
+
+
+def _elected(settings: Settings) -> str:
+    """Where the job's coordinator is elected, "" if it is not; fails now if nobody answers there."""
+    if not settings.agent.coordination:
+        return ""
+    url = parse_url(settings.agent.coordination)
+    asyncio.run(check_reachable(url, login_of(url, settings.etcd)))
+    return str(url)
 
 
 def _nodes(text: str) -> tuple[int, int]:
