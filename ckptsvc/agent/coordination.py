@@ -242,7 +242,8 @@ class ElectedUplink:
     async def _look(self) -> None:
         """Read the key, do what follows from it, and wait until it changes."""
         found = await self._all.etcd.get(self._key)
-        if self._do(self._election.seen(_holder_of(self._key, found), clock())):
+        stand = self._do(self._election.seen(_holder_of(self._key, found), clock()))
+        if stand and self._local.concerns(self.way):
             await self._campaign()
         else:
             await self._all.etcd.changed(self._key, found.revision, LOOK_EVERY)
@@ -283,7 +284,7 @@ class ElectedUplink:
             await asyncio.sleep(wait)
 
     def _do(self, verdict: Verdict) -> bool:
-        """Take the steps; returns whether to campaign."""
+        """Take the steps; returns whether to stand for election."""
         for reason in verdict.reasons:
             log(logger, logging.INFO, Event.COORDINATOR_CHOSEN, reason, job=self.job)
         campaign = False

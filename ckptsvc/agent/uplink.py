@@ -78,7 +78,7 @@ class RemoteUplink:
     ) -> None:
         self._metadata = ((SECRET_KEY, secret),)
         self._hello, self._address, self._on_order, self._resync = hello, address, on_order, resync
-        self._queue: asyncio.Queue[pb.Report] | None = None
+        self._queue: asyncio.Queue[pb.Report | None] | None = None
         self._channel = grpc.aio.insecure_channel(address, options=[*OPTIONS, *KEEPALIVE])
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
         self._task = asyncio.ensure_future(self._run())
@@ -121,15 +121,18 @@ class RemoteUplink:
             await asyncio.sleep(RECONNECT)
 
     async def _attend(self) -> None:
-        self._queue = asyncio.Queue()
-        self._queue.put_nowait(pb.Report(agent_hello=self._hello))
+        queue = self._queue = asyncio.Queue()
+        queue.put_nowait(pb.Report(agent_hello=self._hello))
         for report in self._resync():
-            self._queue.put_nowait(report)
-        call = self._stub.Attend(self._reports(self._queue), metadata=self._metadata)
-        async for order in call:
-            self._on_order(order)
+            queue.put_nowait(report)
+        call = self._stub.Attend(self._reports(queue), metadata=self._metadata)
+        try:
+            async for order in call:
+                self._on_order(order)
+        finally:
+            queue.put_nowait(None)  # grpc does not end who waits for the next report of a call that has ended
 
     @staticmethod
-    async def _reports(reports: asyncio.Queue[pb.Report]) -> AsyncIterator[pb.Report]:
-        while True:
-            yield await reports.get()
+    async def _reports(reports: asyncio.Queue[pb.Report | None]) -> AsyncIterator[pb.Report]:
+        while (report := await reports.get()) is not None:
+            yield report

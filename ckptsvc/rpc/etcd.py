@@ -153,18 +153,26 @@ class Etcd:
         )
         # hasleader: a server that is cut off from the others ends the call instead of keeping silent.
         wanted = pb.EtcdWatch(create=pb.EtcdWatchCreate(key=key.encode(), start_revision=after + 1))
-        call = watch(_one(wanted), timeout=timeout, metadata=(*self._metadata(), ("hasleader", "true")))
+        ended = asyncio.Event()
+        call = watch(_one(wanted, ended), metadata=(*self._metadata(), ("hasleader", "true")))
+        answer = None
         try:
-            async for answer in call:
-                if answer.events or answer.canceled:
-                    return True
+            async with asyncio.timeout(timeout):  # not a deadline of the call: etcd ends that as a failure of its own
+                async for answer in call:
+                    if answer.events:
+                        return True
+                    if answer.canceled:
+                        break
+                why = answer.cancel_reason if answer else "the call has ended"
+                raise CoordinationUnavailable(f"etcd at {self.url} does not say when {key} changes: {why}")
+        except TimeoutError:
+            return False
         except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED:
-                self._next()
-                raise _unavailable(self.url, error) from None
+            self._next()
+            raise _unavailable(self.url, error) from None
         finally:
+            ended.set()
             call.cancel()
-        return False
 
     async def grant(self, ttl: float) -> Granted:
         """A new lease."""
@@ -228,10 +236,12 @@ class Etcd:
         method = kind(path, type(request).SerializeToString, answer.FromString)
         if not stream:
             return await method(request, timeout=CALL_TIMEOUT, metadata=self._metadata())
-        call = method(_one(request), timeout=CALL_TIMEOUT, metadata=self._metadata())
+        ended = asyncio.Event()
+        call = method(_one(request, ended), timeout=CALL_TIMEOUT, metadata=self._metadata())
         try:
             first = await call.read()
         finally:
+            ended.set()
             call.cancel()
         if first is grpc.aio.EOF:
             raise _unavailable(self.url, None)
@@ -262,10 +272,10 @@ async def check_reachable(url: EtcdUrl, login: Login) -> None:
             await etcd.close()
 
 
-async def _one(request: Any) -> AsyncIterator[Any]:
+async def _one(request: Any, ended: asyncio.Event) -> AsyncIterator[Any]:
     """One message of a stream that stays open: etcd ends a call when its caller has finished sending."""
     yield request
-    await asyncio.Event().wait()
+    await ended.wait()
 
 
 def _channel(server: str, login: Login) -> grpc.aio.Channel:

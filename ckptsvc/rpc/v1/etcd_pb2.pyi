@@ -136,14 +136,14 @@ class EtcdEvent(_message.Message):
     def __init__(self, kv: _Optional[_Union[EtcdKeyValue, _Mapping]] = ...) -> None: ...
 
 class EtcdWatchAnswer(_message.Message):
-    __slots__ = ("created", "canceled", "events")
-    CREATED_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("canceled", "cancel_reason", "events")
     CANCELED_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_REASON_FIELD_NUMBER: _ClassVar[int]
     EVENTS_FIELD_NUMBER: _ClassVar[int]
-    created: bool
     canceled: bool
+    cancel_reason: str
     events: _containers.RepeatedCompositeFieldContainer[EtcdEvent]
-    def __init__(self, created: bool = ..., canceled: bool = ..., events: _Optional[_Iterable[_Union[EtcdEvent, _Mapping]]] = ...) -> None: ...
+    def __init__(self, canceled: bool = ..., cancel_reason: _Optional[str] = ..., events: _Optional[_Iterable[_Union[EtcdEvent, _Mapping]]] = ...) -> None: ...
 
 class EtcdLogin(_message.Message):
     __slots__ = ("name", "password")
