@@ -207,9 +207,11 @@ class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         ttl: how long a coordinator's lease lives without it (whole seconds; etcd may make it longer).
-        user, password_file: whom to log in as; the file is readable by its owner alone.
+        user: whom to log in as.
+        password_file: with what; readable by its owner alone.
         ca_file: certificates (PEM) of those who sign etcd's; "" means a connection that is not encrypted.
-        cert_file, key_file: our own certificate and its key, where etcd wants one.
+        cert_file: our own certificate, where etcd wants one.
+        key_file: its key; readable by its owner alone.
     """
 
     ttl: Annotated[float, parse_duration] = 3.0

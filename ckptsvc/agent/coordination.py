@@ -7,6 +7,8 @@ what an agent believes is always what a quorum has said, never what a watch brou
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import logging
 import os
 import random
@@ -50,11 +52,12 @@ MAX_VALUE = 4096
 
 
 class _Value(msgspec.Struct, frozen=True):
-    """What the key holds, as JSON."""
+    """What the key holds, as JSON; `proof` shows that the writer knows the secret of the user's agents."""
 
     node: str
     address: str
     mark: str
+    proof: str
 
 
 def clock() -> float:
@@ -108,16 +111,17 @@ class Elections:
         login: how to log in there.
         ttl: seconds a coordinator's lease lives.
         local: the agent's state.
+        secret: what the user's agents know each other by.
         address: where other agents reach this one.
         new_shell: makes the coordinator of a term; its second argument says whether it may still decide.
     """
 
     def __init__(
-        self, url: EtcdUrl, login: Login, ttl: float, local: Local, address: str,
+        self, url: EtcdUrl, login: Login, ttl: float, local: Local, secret: str, address: str,
         new_shell: Callable[[int, Callable[[], bool]], CoordinatorShell],
     ) -> None:  # fmt: skip
         self.url, self.ttl, self.local, self.address, self.new_shell = url, ttl, local, address, new_shell
-        self.etcd = Etcd(url, login)
+        self.secret, self.etcd = secret, Etcd(url, login)
         self.mark = secrets.token_hex(8)
         self._by_job: dict[str, ElectedUplink] = {}
         local.elect, local.leading = self.uplink, self.shells
@@ -242,7 +246,7 @@ class ElectedUplink:
     async def _look(self) -> None:
         """Read the key, do what follows from it, and wait until it changes."""
         found = await self._all.etcd.get(self._key)
-        stand = self._do(self._election.seen(_holder_of(self._key, found), clock()))
+        stand = self._do(self._election.seen(holder_of(self._key, found, self._all.secret), clock()))
         if stand and self._local.concerns(self.way):
             await self._campaign()
         else:
@@ -255,7 +259,7 @@ class ElectedUplink:
             return  # another was faster
         asked_at = clock()
         granted = await etcd.grant(here.ttl)
-        value = msgspec.json.encode(_Value(self._local.name, here.address, here.mark))
+        value = value_of(self._key, self._local.name, here.address, here.mark, granted.lease, here.secret)
         term = 0
         try:
             term = await etcd.create(self._key, value, granted.lease)
@@ -347,11 +351,21 @@ class ElectedUplink:
         logger.warning("job %s: refused an order of term %d; term %d runs", self.job, order.term, self._election.term)
 
 
-def _holder_of(key: str, found: Found) -> Holder | None:
-    """Who holds the key. What it says is checked: whoever may write to etcd must not lead agents astray.
+def value_of(key: str, node: str, address: str, mark: str, lease: int, secret: str) -> bytes:
+    """What a coordinator writes into its key."""
+    return msgspec.json.encode(_Value(node, address, mark, _proof(key, node, address, mark, lease, secret)))
+
+
+def _proof(key: str, node: str, address: str, mark: str, lease: int, secret: str) -> str:
+    text = "\n".join((key, node, address, mark, str(lease)))
+    return hmac.new(secret.encode(), text.encode(), hashlib.sha256).hexdigest()
+
+
+def holder_of(key: str, found: Found, secret: str) -> Holder | None:
+    """Who holds the key. Agents send their secret to whom it names, so it must have been written by one who knows it.
 
     Raises:
-        CoordinationUnavailable: it makes no sense, or names a place that agents do not listen at.
+        CoordinationUnavailable: it makes no sense, is not one of ours, or names a place that agents do not listen at.
     """
     if found.value is None:
         return None
@@ -362,7 +376,11 @@ def _holder_of(key: str, found: Found) -> Holder | None:
         raise CoordinationUnavailable(
             f"{key} in etcd does not name a coordinator", hint="is the prefix ours?"
         ) from None
-    # Agents listen on loopback only (agent.listen), and would send their secret there.
+    proof = _proof(key, value.node, value.address, value.mark, found.lease, secret)
+    if not hmac.compare_digest(proof.encode(), value.proof.encode("utf-8", "replace")):
+        raise CoordinationUnavailable(f"{key} in etcd was not written by an agent of ours",
+            hint="it may be another user's, or of another host: see the secret in agent.socket_dir")  # fmt: skip
+    # Agents listen on loopback only (agent.listen).
     if not address.host.startswith("127.") and address.host not in ("::1", "localhost"):
         raise CoordinationUnavailable(f"{key} in etcd names {address}, which is not loopback")
     return Holder(found.created, value.node[:256], str(address), value.mark, found.lease)

@@ -124,7 +124,9 @@ class Agent:
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             if self._etcd:
-                self.elections = Elections(*self._etcd, settings.etcd.ttl, self.local, self.address, self._new_shell)
+                self.elections = Elections(
+                    *self._etcd, settings.etcd.ttl, self.local, self.secret, self.address, self._new_shell
+                )
             self.node.saves.recover(left)
             lasting = (self.shell.run(), self.node.watch(), self.nics.run(), self._until_idle())
             tasks = [asyncio.ensure_future(c) for c in lasting]

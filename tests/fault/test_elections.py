@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -68,6 +69,13 @@ class Nodes:
         if what == signal.SIGKILL:
             self.agents.pop(number).wait()
 
+    def stop(self) -> None:
+        for agent in self.agents.values():
+            agent.send_signal(signal.SIGCONT)
+            agent.terminate()
+        for agent in self.agents.values():
+            agent.wait(PATIENCE)
+
     def elections(self, number: int) -> list[dict]:
         try:
             return self.runtime.status(self.directory(number), timeout=2.0)["elections"]
@@ -90,8 +98,10 @@ class Nodes:
 
 
 @pytest.fixture
-def nodes(runtime: Runtime, etcd: EtcdServer) -> Nodes:
-    return Nodes(runtime, etcd)
+def nodes(runtime: Runtime, etcd: EtcdServer) -> Iterator[Nodes]:
+    found = Nodes(runtime, etcd)
+    yield found
+    found.stop()
 
 
 def training(launch: Launch, nodes: Nodes, store: Path) -> Job:
@@ -129,6 +139,7 @@ def pid_alive(pid: int) -> bool:
 # ---- the coordinator
 
 
+@pytest.mark.slow
 def test_an_idle_coordinator_is_killed_and_another_takes_over(
     launch: Launch, nodes: Nodes, runtime: Runtime, tmp_path: Path
 ) -> None:
@@ -201,6 +212,7 @@ exit 9
 """
 
 
+@pytest.mark.slow
 def test_a_coordinator_killed_in_mid_restart_leaves_the_restart_to_the_next(
     runtime: Runtime, etcd: EtcdServer, tmp_path: Path
 ) -> None:
@@ -232,20 +244,13 @@ def test_a_coordinator_killed_in_mid_restart_leaves_the_restart_to_the_next(
             launcher.wait()
     began = sorted(line.rsplit(" ", 1)[0] for line in notes.read_text().splitlines())
     assert began == [f"{attempt} {rank}" for attempt in (1, 2) for rank in range(NODES)]
-    (second,) = {e["coordinator"] for n in range(NODES) for e in last_elections(runtime, n)} or {f"not n{leader}"}
-    assert second != f"n{leader}"
-
-
-def last_elections(runtime: Runtime, number: int) -> list[dict]:
-    try:
-        return runtime.status(runtime.sockets / f"node-n{number}")["elections"]
-    except grpc.RpcError:
-        return []
+    assert runtime.log().count("this agent coordinates") == 2
 
 
 # ---- etcd
 
 
+@pytest.mark.slow
 def test_training_and_snapshots_go_on_while_etcd_is_away(
     launch: Launch, nodes: Nodes, runtime: Runtime, etcd: EtcdServer, tmp_path: Path
 ) -> None:
@@ -275,6 +280,7 @@ def test_training_and_snapshots_go_on_while_etcd_is_away(
     assert_intact(store)
 
 
+@pytest.mark.slow
 def test_etcd_that_comes_back_at_once_costs_nothing(
     launch: Launch, nodes: Nodes, runtime: Runtime, etcd: EtcdServer, tmp_path: Path
 ) -> None:
@@ -293,9 +299,11 @@ def test_etcd_that_comes_back_at_once_costs_nothing(
 # ---- what should not be
 
 
-def test_an_agent_serves_whatever_etcd_says(runtime: Runtime, etcd: EtcdServer, launch: Launch, tmp_path: Path) -> None:
-    """Nonsense in the key, then one that would lead the agents' secret away, then none."""
-    nodes, store = Nodes(runtime, etcd), tmp_path / "run"
+@pytest.mark.slow
+def test_nonsense_in_etcd_is_said_and_waited_out(
+    nodes: Nodes, runtime: Runtime, etcd: EtcdServer, launch: Launch, tmp_path: Path
+) -> None:
+    store = tmp_path / "run"
 
     async def put(key: str, value: bytes, seconds: float) -> int:
         client = Etcd(parse_url(etcd.url), Login())
@@ -349,15 +357,19 @@ def test_run_says_when_etcd_refuses_the_password(runtime: Runtime, etcd: EtcdSer
 def test_an_agent_that_is_told_of_no_etcd_refuses_who_wants_elections(runtime: Runtime, etcd: EtcdServer) -> None:
     directory = runtime.sockets / "node-n0"
     directory.mkdir(mode=0o700)
-    runtime.start_agent("--name", "n0", directory=directory)
+    agent = runtime.start_agent("--name", "n0", directory=directory)
     ended = run_once(runtime, etcd.url)
+    agent.terminate()
+    agent.wait(PATIENCE)
     assert ended.returncode == 2
     assert "this agent knows no etcd" in ended.stderr
 
 
 def test_a_private_agent_starts_with_an_etcd_that_is_away(runtime: Runtime) -> None:
-    runtime.start_agent("--coordination", f"etcd://127.0.0.1:{free_port()}")
+    agent = runtime.start_agent("--coordination", f"etcd://127.0.0.1:{free_port()}")
     assert runtime.status(runtime.sockets)["elections"] == []
+    agent.terminate()
+    assert agent.wait(PATIENCE) == 0
 
 
 def run_once(runtime: Runtime, url: str, **environ: str) -> subprocess.CompletedProcess[str]:

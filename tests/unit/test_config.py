@@ -70,6 +70,7 @@ def test_every_setting_has_its_variable() -> None:
         "agent.metrics_listen": "off",
         "agent.name": "n1",
         "agent.coordinator": "[::1]:9",
+        "agent.coordination": "etcd://a:1",
         "arena.dir": "/mnt/shm",
         "arena.limit": "25%",
         "arena.slots": "3",
@@ -84,6 +85,12 @@ def test_every_setting_has_its_variable() -> None:
         "store.timeout": "500ms",
         "nics.enabled": "false",
         "nics.root": "/host",
+        "etcd.ttl": "5s",
+        "etcd.user": "root",
+        "etcd.password_file": "/p",
+        "etcd.ca_file": "/ca",
+        "etcd.cert_file": "/cert",
+        "etcd.key_file": "/key",
     }
     settings = load({f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[])
     assert set(settings.origin) == set(values)
@@ -94,6 +101,7 @@ def test_every_setting_has_its_variable() -> None:
         metrics_listen=None,
         name="n1",
         coordinator=Address("::1", 9),
+        coordination="etcd://a:1",
     )
     assert settings.arena == config.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
     assert settings.save == config.SaveSettings(
@@ -140,6 +148,7 @@ def test_every_field_is_described() -> None:
         ("[agent]\nsocket_dir = 'here'", ["agent.socket_dir", "absolute"]),
         ("[arena]\ndir = 'here'", ["arena.dir", "absolute"]),
         ("[nics]\nroot = 'here'", ["nics.root", "absolute"]),
+        ("[etcd]\nttl = '1s'", ["etcd.ttl", "2 to 60"]),
         ("[nics]\nenabled = 'perhaps'", ["nics.enabled", "perhaps"]),
         ("[arena]\nlimit = '150%'", ["arena.limit", "50%"]),
         ("[store]\nurl = 3", ["store.url"]),
