@@ -124,7 +124,7 @@ class EtcdServer:
 
 
 def make_certificates(folder: Path) -> None:
-    """An authority, and what it signed for a server on loopback and for a client; the test is skipped without openssl."""
+    """An authority, and what it signed for a server on loopback and a client; the test is skipped without openssl."""
     if shutil.which("openssl") is None:
         pytest.skip("there is no openssl here")
     new = ["openssl", "req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes", "-days", "2"]
