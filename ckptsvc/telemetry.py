@@ -126,8 +126,10 @@ class Event(StrEnum):
     JOB_STARTED = "job-started"
     JOB_RESTARTED = "job-restarted"
     JOB_ENDED = "job-ended"
+    NODE_DRAINED = "node-drained"
     NIC_FOUND = "nic-found"
     NIC_UNREADABLE = "nic-unreadable"
+    INCIDENT_KEPT = "incident-kept"
 
 
 class Metrics:

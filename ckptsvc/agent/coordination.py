@@ -29,6 +29,7 @@ from ckptsvc.config import EtcdSettings, parse_address
 from ckptsvc.control.election import CANDIDATES_WAIT, RENEWALS, Campaign, Election, Follow, Holder, Lead, Verdict
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, CoordinationUnavailable
 from ckptsvc.rpc.etcd import Etcd, EtcdUrl, Found, Login, parse_url
+from ckptsvc.rpc.secret import is_loopback
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, log
@@ -381,6 +382,6 @@ def holder_of(key: str, found: Found, secret: str) -> Holder | None:
         raise CoordinationUnavailable(f"{key} in etcd was not written by an agent of ours",
             hint="it may be another user's, or of another host: see the secret in agent.socket_dir")  # fmt: skip
     # Agents listen on loopback only (agent.listen).
-    if not address.host.startswith("127.") and address.host not in ("::1", "localhost"):
+    if not is_loopback(address.host):
         raise CoordinationUnavailable(f"{key} in etcd names {address}, which is not loopback")
     return Holder(found.created, value.node[:256], str(address), value.mark, found.lease)

@@ -21,7 +21,7 @@ import grpc.aio
 
 from ckptsvc.agent.launches import COORDINATOR_KEY
 from ckptsvc.control.restart import describe_status
-from ckptsvc.errors import AgentUnavailable
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable
 from ckptsvc.rpc.channel import OPTIONS, error_of
 from ckptsvc.rpc.dial import ensure_agent, sockets
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
@@ -88,6 +88,8 @@ class Launcher:
         self._first_rank = 0
         self._status: int | None = None
         self._interrupted = asyncio.Event()
+        self._stop_wanted = ""  # why the job was asked to stop
+        self._terminated = False
         self._port: socket.socket | None = None
         self._background: set[asyncio.Task[None]] = set()
 
@@ -105,16 +107,33 @@ class Launcher:
             serving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
-            return 130
+            return EXIT_STATUS["interrupted"] if self._stop_wanted else 130
         interrupted.cancel()
         return serving.result()
 
     def _ask_to_stop(self, number: int) -> None:
-        self._say(f"signal {signal.Signals(number).name}: asking the job to save and stop")
-        wanted = agent_pb2.StopWanted(reason=f"{signal.Signals(number).name} to ckptsvc run on {self._launch.node}")
-        self._reports.put_nowait(agent_pb2.LaunchRequest(stop_wanted=wanted))
+        name = signal.Signals(number).name
+        hurried = number == signal.SIGTERM and self._terminated
+        self._stop_wanted = self._stop_wanted or f"{name} to ckptsvc run on {self._launch.node}"
         if number == signal.SIGTERM:
-            asyncio.get_running_loop().call_later(self._launch.stop_grace, self._interrupted.set)
+            self._terminated = True
+            asyncio.get_running_loop().call_later(self._launch.stop_grace, self._out_of_time)
+        if hurried or not self._ranks:
+            self._say(f"signal {name}: ending now; the job resumes from its newest checkpoint")
+            self._interrupted.set()
+            return
+        self._say(f"signal {name}: asking the job to save and stop")
+        self._report_stop_wanted()
+
+    def _out_of_time(self) -> None:
+        if self._status is None:
+            grace = f"{self._launch.stop_grace:g} s"
+            self._say(f"no last save within {grace}; ending: the job resumes from its newest checkpoint")
+            self._interrupted.set()
+
+    def _report_stop_wanted(self) -> None:
+        wanted = agent_pb2.StopWanted(reason=self._stop_wanted)
+        self._reports.put_nowait(agent_pb2.LaunchRequest(stop_wanted=wanted))
 
     async def _serve(self) -> int:
         without_agent = 0.0
@@ -148,6 +167,8 @@ class Launcher:
         for one in self._ranks.values():
             if one.process.returncode is not None:
                 self._exited(one, self._attempt)  # maybe while there was no agent to tell
+        if self._stop_wanted:
+            self._report_stop_wanted()  # the agent we have lost may not have passed it on
         metadata = ((COORDINATOR_KEY, self._launch.coordinator),)
         async with grpc.aio.insecure_channel(f"unix:{path}", options=OPTIONS) as channel:
             call = agent_pb2_grpc.AgentServiceStub(channel).Launch(self._requests(self._reports), metadata=metadata)

@@ -253,6 +253,8 @@ class Saves:
             ):
                 continue
             job.results.pop((*key, label.rank), None)
+            if committed:
+                job.pace.saves.append(time.monotonic() - arena.since)
             if (key in job.complete and outcome.code != "layout") or committed:
                 self._local.pool.keep(arena)
             else:

@@ -38,12 +38,12 @@ from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
 from ckptsvc.agent.workers import Workers
 from ckptsvc.config import Settings, load, parse_duration, private_directory, runtime_dir
-from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS
 from ckptsvc.rpc.dial import sockets
 from ckptsvc.rpc.etcd import parse_url
-from ckptsvc.rpc.secret import shared_secret
+from ckptsvc.rpc.secret import require_loopback, shared_secret
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.telemetry import Event, Metrics, log, setup_logging
 
@@ -51,6 +51,9 @@ logger = logging.getLogger("ckptsvc.agent")
 
 GRACE = 2.0
 """Seconds that calls in flight get when the agent stops."""
+
+LAST_SAVE = 60.0
+"""Seconds that the ranks get for a last save when a private agent is told to stop; told again, it stops at once."""
 
 
 @dataclass(slots=True)
@@ -76,6 +79,7 @@ class Agent:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._stopping = asyncio.Event()
+        self._patient = False  # told to stop, and waiting for the last save
         settings = options.settings
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
@@ -113,14 +117,20 @@ class Agent:
         self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.secret)
         linger = 600.0 if self._options.linger is None else self._options.linger
         self.node = Node(
-            self.local, self.workers, slots=settings.arena.slots, linger=linger, save_timeout=settings.save.timeout
+            self.local,
+            self.workers,
+            slots=settings.arena.slots,
+            linger=linger,
+            save_timeout=settings.save.timeout,
+            margin=settings.scheduler.margin,
         )
         self.launches = Launches(self.local)
         self.nics = NicWatch(self.local, settings.nics)
         self.node.launch_order = self.launches.order
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(signal.SIGINT, self._stopping.set)
+        loop.add_signal_handler(signal.SIGTERM, self._terminated)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             if self._etcd:
@@ -160,6 +170,16 @@ class Agent:
             raise AgentUnavailable("this agent takes no part in elections")
         return self.elections.shell_of(job, term)
 
+    def _terminated(self) -> None:
+        """Stop; but an agent that a job has started, when its ranks are there, lets them save first.
+
+        The scheduler that ends a job may send SIGTERM to all of its processes at once.
+        """
+        if self._options.linger is None or self._patient or not self.local.sessions:
+            self._stopping.set()
+        self._patient = True
+        asyncio.get_running_loop().call_later(LAST_SAVE, self._stopping.set)
+
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._options.settings.agent
         grpc_path, identity_path = sockets(self._options.directory)
@@ -177,11 +197,7 @@ class Agent:
             for name in (*names, ""):
                 await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
             reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        if not settings.listen.host.startswith("127.") and settings.listen.host not in ("::1", "localhost"):
-            raise ConfigError(
-                f"agent.listen is {settings.listen}, which is not loopback",
-                hint="agents of several hosts need mutual TLS, which this version does not have",
-            )
+        require_loopback(settings.listen.host, f"agent.listen is {settings.listen}")
         port = between.add_insecure_port(str(settings.listen))
         self.address = f"{settings.listen.host}:{port}"
         with contextlib.suppress(FileNotFoundError):
@@ -205,7 +221,7 @@ class Agent:
             await asyncio.sleep(0.2)
             if not self.node.idle or not self.launches.idle:
                 self.local.last_active = time.monotonic()
-            elif linger is not None and time.monotonic() - self.local.last_active > linger:
+            elif self._patient or (linger is not None and time.monotonic() - self.local.last_active > linger):
                 self._stopping.set()
 
     def _ready_text(self) -> str:

@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "start the ranks of a job on this node, and restart them when one dies",
     "agent": "run the agent of this node",
     "status": "show what the agent of this node is doing",
+    "incidents": "show what went wrong with jobs, and who was to blame",
     "ls": "list the checkpoints of a run",
     "inspect": "show what a checkpoint holds",
     "verify": "re-read a checkpoint and check every byte",

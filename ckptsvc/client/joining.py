@@ -6,6 +6,7 @@ import dataclasses
 import os
 import secrets
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -74,4 +75,11 @@ def registration(group: Group, place: Placement, settings: Settings, url: str, c
         "keep": settings.save.keep,
         "extent": settings.save.extent,
         "coordinator": coordinator,
+        "ends": _ends(place),
     }
+
+
+def _ends(place: Placement) -> float:
+    """When the job's time is over, in seconds of CLOCK_MONOTONIC; 0 if nobody knows, or if it is over already."""
+    left = 0.0 if place.deadline is None else place.deadline - time.time()
+    return time.monotonic() + left if left > 0 else 0.0  # asked once: a clock that is set later stops no job

@@ -17,6 +17,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 import grpc
 
+from ckptsvc.client.witness import testify
 from ckptsvc.errors import AgentUnavailable
 from ckptsvc.rpc.channel import OPTIONS, TOKEN_KEY, error_of
 from ckptsvc.rpc.dial import sockets
@@ -101,7 +102,7 @@ class AgentLink:
         memory = mmap.mmap(fd, PAGE_BYTES)
         os.close(fd)
         page = Page(memoryview(memory))
-        for word in ("step", "at"):
+        for word in ("step", "at", "signal"):
             page.put(word, self.page.get(word))
         self.page = page
         self.node = answer["node"]
@@ -109,6 +110,7 @@ class AgentLink:
         self._channel = grpc.insecure_channel(f"unix:{grpc_path}", options=OPTIONS)
         self._stub = agent_pb2_grpc.AgentServiceStub(self._channel)
         self.identity = identity
+        testify(identity_path, answer["token"])
 
     def disconnect(self) -> None:
         """Drop the connection; arenas stay mapped."""

@@ -16,13 +16,14 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ckptsvc.client.candidates import Candidate, Candidates
 from ckptsvc.client.group import the_group, together
 from ckptsvc.client.joining import agent_directory, coordinator_of, placement_of, registration
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.restore import restore
+from ckptsvc.client.signals import StopSignals
 from ckptsvc.client.snapshots import Snapshots
 from ckptsvc.client.state import StateTree, optimizers_in
 from ckptsvc.config import Settings, load
@@ -133,6 +134,8 @@ class Session:
         self._rewinds = 0
         self._fences: list[Any] = []
         self._orders = {"save_at": -1, "stop_at": -1}  # the last that have come due or passed
+        self._stop_now = False  # alone, and told to end: there is nobody to agree with
+        self._signals = StopSignals(self._signalled)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -150,6 +153,7 @@ class Session:
             or page.get("save_at") != self._orders["save_at"]
             or page.get("stop_at") != self._orders["stop_at"]
             or page.get("failed") != self._known_failure
+            or self._stop_now
             or not self._snapshots.arranged
         ):
             self._attend(bool(due))
@@ -231,6 +235,7 @@ class Session:
         for fence in self._fences:
             fence.remove()
         atexit.unregister(self.close)
+        self._signals.restore()
         with contextlib.suppress(CkptsvcError):  # an agent that is gone needs no good-bye
             self._link.leave()
         self._link.disconnect()
@@ -271,6 +276,7 @@ class Session:
                 raise ConfigError("overlap needs an optimizer in the state: its step is what the copy must not meet")
             self._snapshots.overlap = True
         atexit.register(self.close)
+        self._signals.install(os.environ)
         threading.Thread(target=self._keep_connected, name="ckptsvc-keep-connected", daemon=True).start()
 
     def _start_agent(self) -> None:
@@ -291,6 +297,10 @@ class Session:
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
+    def _signalled(self, number: int) -> None:
+        self._stop_now = self._group.size == 1
+        self._link.page.put("signal", number)
+
     def _attend(self, due: bool) -> None:
         page = self._link.page
         if page.get("failed") != self._known_failure:
@@ -298,7 +308,7 @@ class Session:
             if self._known_failure >= 0:  # a new agent's page says nothing yet
                 self._try(self._report_failure)
         due = self._ordered("save_at") or due
-        stopping = self._ordered("stop_at")
+        stopping = self._ordered("stop_at") or self._stop_now
         if due or stopping:
             patience = self.settings.save.timeout if stopping else self.settings.save.deadline
             self._try(lambda: self._snapshots.take(self.steps_done, patience), count=True)
@@ -306,9 +316,16 @@ class Session:
             # The first step after a fresh start: the optimizers have made their state by now.
             self._try(lambda: self._snapshots.arrange(self.steps_done))
         if stopping:
-            self._try(self.wait)
-            self.close()
-            raise StopTraining(f"asked to stop at step {self.steps_done}")
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        self._try(self.wait)
+        saved = "which is committed" if self.committed_step == self.steps_done else "which is not committed"
+        reason = f"stopped on request at step {self.steps_done}, {saved}"
+        if self._group.rank == 0:
+            log.warning("%s", reason)
+        self.close()
+        raise StopTraining(reason)
 
     def _ordered(self, kind: str) -> bool:
         """Whether an order is due at this very step. A rank that obeyed later would leave the others waiting for it."""

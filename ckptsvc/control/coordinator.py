@@ -120,7 +120,12 @@ class Coordinator:
                 why = f"job {other.name} with {len(other.ranks)} live ranks on {where} writes to this run"
                 refused = pb.JobRefused(attempt=event.attempt, code="run-busy", why=why)
                 return Decision([Send(event.node, pb.Order(job=event.job, job_refused=refused))], [why])
-        return self._job(event.job, event.store, now).join(event, now)
+        job = self._job(event.job, event.store, now)
+        decision = job.join(event, now)
+        attempts = self.launched.get(launched_as(event.job))
+        if attempts is not None and attempts.stop_wanted:
+            job.want_stop(attempts.stop_wanted)  # asked before there were ranks
+        return decision
 
     def _on_rank_left(self, event: pb.RankLeft, now: float) -> Decision:
         job = self.jobs.get(event.job)
@@ -186,6 +191,7 @@ class Coordinator:
         attempts = self.launched.get(event.job)
         if attempts is None:
             return Decision()
+        attempts.saved = self._saved(event.job)
         return attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now)
 
     def _on_node_left(self, event: pb.NodeLeft, now: float) -> Decision:
@@ -195,8 +201,17 @@ class Coordinator:
     def _on_stop_requested(self, event: pb.StopRequested, now: float) -> Decision:
         for job in self.jobs.values():
             if event.job in (job.name, launched_as(job.name)):
-                job.stop_wanted = event.reason
+                job.want_stop(event.reason)
+        attempts = self.launched.get(launched_as(event.job))
+        if attempts is not None:
+            attempts.stop_wanted = attempts.stop_wanted or event.reason
         return Decision()
+
+    def _saved(self, launched: str) -> str:
+        """What is committed of a launched job's runs, as words."""
+        words = [f"step {s} is committed in {j.store}" for j in self.jobs.values() if launched_as(j.name) == launched
+            and (s := j.saves.committed_step) is not None]  # fmt: skip
+        return ", ".join(words)
 
     def _on_nic_summary(self, event: pb.NicSummary, now: float) -> Decision:
         job = self.jobs.get(event.job)

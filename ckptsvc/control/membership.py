@@ -211,6 +211,11 @@ class Job:
             self.stop_wanted, self.stop_ordered = "", (ahead, self.stop_wanted)
         return decision
 
+    def want_stop(self, why: str) -> None:
+        """Somebody asks the job to stop; whoever asks after a stop has been ordered adds nothing."""
+        if self.stop_ordered[0] < 0:
+            self.stop_wanted = self.stop_wanted or why
+
     def missed(self, step: int) -> None:
         """A rank got an order for this step too late. If it was the order to stop, another one will follow."""
         ordered, why = self.stop_ordered

@@ -77,6 +77,8 @@ class Attempts:
     outcome: tuple[int, str] = (0, "")  # status and reason, once ENDED
     predecessor: tuple[int, str] | None = None  # outcome of the last job of this name
     last_failure: str = ""
+    stop_wanted: str = ""  # why the job was asked to stop
+    saved: str = ""  # what is known of its newest checkpoint
     incidents: list[str] = field(default_factory=list)
 
     def joined(self, event: pb.NodeJoined, now: float) -> Decision:
@@ -233,12 +235,18 @@ class Attempts:
 
     def _finish(self) -> Decision:
         worst = max(self.statuses.values())
-        return self._end(worst, "stopped on request, saved" if worst else "all ranks have ended")
+        return self._end(worst, self._stopped() if worst else "all ranks have ended")
+
+    def _stopped(self) -> str:
+        asked = f" ({self.stop_wanted})" if self.stop_wanted else ""
+        return f"stopped on request{asked}; {self.saved or 'nothing was saved'}"
 
     def _fail(self, why: str, now: float) -> Decision:
         self.last_failure = why
         self.incidents.append(f"attempt {self.attempt}: {why}")
         self.since = now
+        if self.stop_wanted:  # there is no time for another attempt
+            return self._end(INTERRUPTED, f"{self._stopped()}; before the last save, {why}")
         if self.restarts >= self.max_restarts:
             return self._end(1, f"{why}; no restarts left of {self.max_restarts}")
         self.restarts += 1

@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 
 from ckptsvc.errors import ConfigError, CoordinationUnavailable
+from ckptsvc.rpc.secret import is_loopback
 from ckptsvc.rpc.v1 import etcd_pb2 as pb
 
 CALL_TIMEOUT = 1.0
@@ -38,7 +39,6 @@ MAX_URL = 300
 _CREATE_REVISION = 1  # EtcdCompare.target
 _ENDPOINT = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 _PREFIX = re.compile(r"(?:/[A-Za-z0-9._-]+)+")
-_LOOPBACK = ("127.", "localhost:", "[::1]:")
 _TOKEN_REFUSED = (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.INVALID_ARGUMENT)
 _MAYBE_LATER = (
     grpc.StatusCode.UNAVAILABLE,
@@ -62,7 +62,7 @@ class EtcdUrl(NamedTuple):
     @property
     def is_loopback(self) -> bool:
         """Whether nothing leaves this machine."""
-        return all(server.startswith(_LOOPBACK) for server in self.servers)
+        return all(is_loopback(server.rpartition(":")[0].strip("[]")) for server in self.servers)
 
 
 def parse_url(text: str) -> EtcdUrl:

@@ -4,9 +4,14 @@ grpcio gives no peer credentials on unix sockets, so a training process first co
 reads SO_PEERCRED). One packet is one JSON message; descriptors travel beside the answer. The connection stays open for
 the life of the session.
 
-    register  {op, job, store, attempt, rank, world_size, epoch, every_steps, every_seconds, keep, extent, coordinator}
+    register  {op, job, store, attempt, rank, world_size, epoch, every_steps, every_seconds, keep, extent, coordinator,
+               ends}
               -> {ok, token, node} + descriptor of the heartbeat page
     map       {op, slot} -> {ok, capacity} + descriptor of the arena
+
+A second connection of the same process turns round after its one message: from then on the agent asks (rpc.testimony).
+
+    witness   {op, token} -> {ok}
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -26,13 +32,13 @@ from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError
 MAX_PACKET = 64 << 10
 """Bytes in one message."""
 
-PAGE = struct.Struct("<qQqqqq")
+PAGE = struct.Struct("<qQqqqqq")
 """The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds (written by the rank); step to save at, step to stop at,
-last committed step, last step whose save failed (written by the agent). -1 means none. The words are aligned: each is
-read and written whole."""
+last committed step, last step whose save failed (written by the agent). -1 means none. Then the number of the signal by
+which the rank was asked to stop, or 0 (written by the rank). The words are aligned: each is read and written whole."""
 
 PAGE_BYTES = 4096
-_FIELDS = {"step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40}
+_FIELDS = {"step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40, "signal": 48}
 
 
 class Page:
@@ -44,7 +50,7 @@ class Page:
     @staticmethod
     def blank() -> bytes:
         """The page before anything has happened."""
-        return PAGE.pack(0, 0, -1, -1, -1, -1)
+        return PAGE.pack(0, 0, -1, -1, -1, -1, 0)
 
     def get(self, name: str) -> int:
         """Read one word."""
@@ -56,7 +62,11 @@ class Page:
 
 
 class IdentityClient:
-    """The training process's end."""
+    """The training process's end.
+
+    Attributes:
+        peer: process id of the agent; 0 where it is of another pid namespace.
+    """
 
     def __init__(self, path: str, timeout: float = 10.0) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -66,7 +76,7 @@ class IdentityClient:
         except OSError as error:
             self._sock.close()
             raise AgentUnavailable(f"no agent answers on {path}: {error.strerror or error}") from error
-        _, uid, _ = peer_of(self._sock)
+        self.peer, uid, _ = peer_of(self._sock)
         if uid not in (os.geteuid(), 0):
             self._sock.close()
             raise AgentUnavailable(f"the process that listens on {path} belongs to user {uid}")
@@ -93,6 +103,19 @@ class IdentityClient:
             error_type = BY_CODE.get(answer.get("code", ""), CkptsvcError)
             raise error_type(answer.get("what", "refused"), hint=answer.get("hint", ""))
         return answer, fd
+
+    def serve(self, answer: Callable[[bytes], bytes]) -> None:
+        """Answer what the agent asks, until it hangs up."""
+        self._sock.settimeout(None)
+        with self._sock:
+            while True:
+                try:
+                    question = self._sock.recv(MAX_PACKET)
+                    if not question:
+                        return
+                    self._sock.send(answer(question))
+                except OSError:
+                    return
 
     def wait_closed(self) -> None:
         """Block until the connection has ended, from either side."""

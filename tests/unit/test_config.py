@@ -71,6 +71,7 @@ def test_every_setting_has_its_variable() -> None:
         "agent.name": "n1",
         "agent.coordinator": "[::1]:9",
         "agent.coordination": "etcd://a:1",
+        "agent.incidents_dir": "/var/lib/ckptsvc/incidents",
         "arena.dir": "/mnt/shm",
         "arena.limit": "25%",
         "arena.slots": "3",
@@ -80,6 +81,8 @@ def test_every_setting_has_its_variable() -> None:
         "save.threads": "8",
         "save.deadline": "0",
         "save.timeout": "1h",
+        "scheduler.margin": "off",
+        "scheduler.drain": "true",
         "store.url": "memory://x",
         "store.retries": "0",
         "store.timeout": "500ms",
@@ -102,11 +105,13 @@ def test_every_setting_has_its_variable() -> None:
         name="n1",
         coordinator=Address("::1", 9),
         coordination="etcd://a:1",
+        incidents_dir="/var/lib/ckptsvc/incidents",
     )
     assert settings.arena == config.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
     assert settings.save == config.SaveSettings(
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0
     )
+    assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
     assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
     assert settings.nics == config.NicsSettings(enabled=False, root="/host")
 
@@ -151,6 +156,8 @@ def test_every_field_is_described() -> None:
         ("[etcd]\nttl = '1s'", ["etcd.ttl", "2 to 60"]),
         ("[nics]\nenabled = 'perhaps'", ["nics.enabled", "perhaps"]),
         ("[arena]\nlimit = '150%'", ["arena.limit", "50%"]),
+        ("[scheduler]\nmargin = 'soon'", ["scheduler.margin", "90s"]),
+        ("[scheduler]\ndrain = 'maybe'", ["scheduler.drain", "'maybe'"]),
         ("[store]\nurl = 3", ["store.url"]),
         ("[origin]\nx = 'y'", ["origin"]),
     ],

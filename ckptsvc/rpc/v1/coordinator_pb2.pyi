@@ -354,7 +354,7 @@ class Examined(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., incident: _Optional[str] = ..., node: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankEvidence, _Mapping]]] = ..., nics: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RankEvidence(_message.Message):
-    __slots__ = ("rank", "pid", "phase", "step", "stalled", "state", "cpu", "waits_in", "answers", "enqueued", "completed", "collective", "stack", "native_stack", "log_tail", "notes")
+    __slots__ = ("rank", "pid", "phase", "step", "stalled", "state", "cpu", "waits_in", "answers", "enqueued", "completed", "collective", "stack", "native_stack", "log_tail", "notes", "threads", "resident", "groups", "other_stacks", "asked")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -371,6 +371,11 @@ class RankEvidence(_message.Message):
     NATIVE_STACK_FIELD_NUMBER: _ClassVar[int]
     LOG_TAIL_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_STACKS_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
     rank: int
     pid: int
     phase: str
@@ -387,7 +392,24 @@ class RankEvidence(_message.Message):
     native_stack: str
     log_tail: str
     notes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., stalled: _Optional[float] = ..., state: _Optional[str] = ..., cpu: _Optional[float] = ..., waits_in: _Optional[str] = ..., answers: bool = ..., enqueued: _Optional[int] = ..., completed: _Optional[int] = ..., collective: _Optional[str] = ..., stack: _Optional[str] = ..., native_stack: _Optional[str] = ..., log_tail: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+    threads: int
+    resident: int
+    groups: _containers.RepeatedCompositeFieldContainer[GroupProgress]
+    other_stacks: str
+    asked: bool
+    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., stalled: _Optional[float] = ..., state: _Optional[str] = ..., cpu: _Optional[float] = ..., waits_in: _Optional[str] = ..., answers: bool = ..., enqueued: _Optional[int] = ..., completed: _Optional[int] = ..., collective: _Optional[str] = ..., stack: _Optional[str] = ..., native_stack: _Optional[str] = ..., log_tail: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., threads: _Optional[int] = ..., resident: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupProgress, _Mapping]]] = ..., other_stacks: _Optional[str] = ..., asked: bool = ...) -> None: ...
+
+class GroupProgress(_message.Message):
+    __slots__ = ("group", "enqueued", "completed", "collective")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    ENQUEUED_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    enqueued: int
+    completed: int
+    collective: str
+    def __init__(self, group: _Optional[str] = ..., enqueued: _Optional[int] = ..., completed: _Optional[int] = ..., collective: _Optional[str] = ...) -> None: ...
 
 class NicSummary(_message.Message):
     __slots__ = ("job", "node", "attempt", "nics")
@@ -514,7 +536,7 @@ class Kill(_message.Message):
     def __init__(self, attempt: _Optional[int] = ..., rank: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Incident(_message.Message):
-    __slots__ = ("id", "job", "attempt", "kind", "opened", "sentence", "rank", "node", "confidence", "signals", "actions", "ranks", "nics", "step", "detected")
+    __slots__ = ("id", "job", "attempt", "kind", "opened", "sentence", "rank", "node", "confidence", "signals", "actions", "ranks", "nics", "step", "detected", "notes")
     ID_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -530,6 +552,7 @@ class Incident(_message.Message):
     NICS_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     DETECTED_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     id: str
     job: str
     attempt: int
@@ -545,7 +568,8 @@ class Incident(_message.Message):
     nics: _containers.RepeatedScalarFieldContainer[str]
     step: int
     detected: float
-    def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ..., opened: _Optional[str] = ..., sentence: _Optional[str] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., confidence: _Optional[float] = ..., signals: _Optional[_Iterable[str]] = ..., actions: _Optional[_Iterable[str]] = ..., ranks: _Optional[_Iterable[_Union[RankEvidence, _Mapping]]] = ..., nics: _Optional[_Iterable[str]] = ..., step: _Optional[int] = ..., detected: _Optional[float] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ..., opened: _Optional[str] = ..., sentence: _Optional[str] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., confidence: _Optional[float] = ..., signals: _Optional[_Iterable[str]] = ..., actions: _Optional[_Iterable[str]] = ..., ranks: _Optional[_Iterable[_Union[RankEvidence, _Mapping]]] = ..., nics: _Optional[_Iterable[str]] = ..., step: _Optional[int] = ..., detected: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class EpochAllotted(_message.Message):
     __slots__ = ("attempt", "epoch", "code", "why", "rewinds")

@@ -286,14 +286,39 @@ class TestEnd:
             eventually(lambda: not agent.alive, "the agent to end", 2.5)
         rank.close()
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_it_stops_when_told_to(self, start, runtime, number):
+    def test_it_stops_when_told_to(self, start, runtime):
         agent = start()
         rank = attached(agent)
-        agent.process.send_signal(number)
+        agent.process.send_signal(signal.SIGINT)
         assert agent.process.wait(10) == 0
         assert [p for p in self.arenas(runtime) if p.suffix == ".arena"] == []  # nothing was staged
         rank.identity.close()
+
+    def test_a_private_one_that_is_terminated_with_its_job_lets_the_ranks_save_first(self, start):
+        agent = start()
+        rank = attached(agent)
+        agent.process.send_signal(signal.SIGTERM)
+        agent.process.send_signal(signal.SIGUSR1)
+        with pytest.raises(subprocess.TimeoutExpired):
+            agent.process.wait(1.0)
+        assert status(agent)["pid"] == agent.process.pid
+        rank.close()
+        assert agent.process.wait(10) == 0
+
+    def test_told_twice_it_does_not_wait(self, start):
+        agent = start()
+        rank = attached(agent)
+        agent.process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            agent.process.wait(1.0)
+        agent.process.send_signal(signal.SIGTERM)
+        assert agent.process.wait(10) == 0
+        rank.identity.close()
+
+    def test_the_agent_of_a_service_does_not_wait(self, runtime):
+        process = runtime.start_agent()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
 
     def test_two_cannot_share_a_directory(self, agent, runtime):
         command = [sys.executable, "-m", "ckptsvc.agent.server", "--dir", str(agent.directory)]
