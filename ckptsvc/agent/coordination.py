@@ -227,15 +227,18 @@ class ElectedUplink:
                 await self._look()
                 self._problem = ""
             except CkptsvcError as error:
-                if self._problem != str(error):
-                    log(logger, logging.WARNING, Event.COORDINATOR_UNKNOWN, "no election: %s: %s", error.code, error,
-                        job=self.job)  # fmt: skip
-                self._problem = str(error)
+                self._complain(error)
                 await asyncio.sleep(RETRY)
             except Exception:
                 logger.exception("the election of job %s failed", self.job)
                 await asyncio.sleep(RETRY)
         self._all.forget(self)
+
+    def _complain(self, error: CkptsvcError) -> None:
+        """Keep the problem for `status`, and log it when it is another one than before."""
+        if self._problem != str(error):
+            log(logger, logging.WARNING, Event.COORDINATOR_UNKNOWN, "%s: %s", error.code, error, job=self.job)
+        self._problem = str(error)
 
     def _is_wanted(self) -> bool:
         if self._local.concerns(self.way):
@@ -283,7 +286,7 @@ class ElectedUplink:
                 ttl = await self._all.etcd.keep_alive(tenure.lease)
                 self._do(self._election.renewed(tenure.lease, ttl, asked_at, clock()))
             except CkptsvcError as error:
-                logger.warning("job %s: the lease of term %d is not renewed: %s", self.job, tenure.term, error)
+                self._complain(error)
                 self._do(self._election.tick(clock()))
                 wait = RETRY / 2
             await asyncio.sleep(wait)

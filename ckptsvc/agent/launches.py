@@ -33,6 +33,7 @@ class Launcher:
     orders: asyncio.Queue[agent_pb2.LaunchResponse] = field(default_factory=asyncio.Queue)
     ready: agent_pb2.LauncherReady | None = None
     exits: dict[int, pb.Report] = field(default_factory=dict)  # by rank of the attempt that runs here
+    stop: pb.Report | None = None  # asked for in the attempt that runs here; maybe while there was no coordinator
 
 
 class Launches:
@@ -41,7 +42,7 @@ class Launches:
     def __init__(self, local: Local) -> None:
         self._local = local
         self._by_job: dict[str, Launcher] = {}
-        local.launchers = self.resync
+        local.launchers, local.stops = self.resync, self.stops
         local.launched = self._by_job.__contains__
 
     @property
@@ -96,7 +97,8 @@ class Launches:
                 uplink.report(report)
             elif kind == "stop_wanted":
                 wanted = pb.StopRequested(job=job, reason=request.stop_wanted.reason)
-                uplink.report(pb.Report(stop_requested=wanted))
+                launcher.stop = pb.Report(stop_requested=wanted)
+                uplink.report(launcher.stop)
 
     def order(self, order: pb.Order) -> None:
         """An order of the coordinator for a launcher."""
@@ -107,7 +109,7 @@ class Launches:
         if kind == "start":
             if order.start.attempt == launcher.hello.attempt:
                 return  # repeated by a coordinator that was not sure
-            launcher.ready = None
+            launcher.ready = launcher.stop = None
             launcher.exits.clear()
             launcher.hello.attempt = order.start.attempt
             launcher.hello.first_rank = order.start.first_rank
@@ -122,6 +124,12 @@ class Launches:
         for launcher in self._by_job.values():
             if launcher.way == way:
                 yield from self._reports_of(launcher)
+
+    def stops(self, way: str) -> Iterator[pb.Report]:
+        """The requests to stop that such a coordinator must hear of, once it knows the ranks."""
+        for launcher in self._by_job.values():
+            if launcher.way == way and launcher.stop is not None:
+                yield launcher.stop
 
     def _reports_of(self, launcher: Launcher) -> Iterator[pb.Report]:
         hello = launcher.hello

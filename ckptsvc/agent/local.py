@@ -37,6 +37,7 @@ class Local:
     Attributes:
         on_order: what to do with a coordinator's order.
         launchers: reports about the launchers of a coordinator's jobs.
+        stops: requests to stop such jobs.
         launched: whether a launcher of that job is connected.
         elect: makes the way to an elected coordinator.
         leading: the elected coordinators in this process.
@@ -49,6 +50,7 @@ class Local:
         self.jobs: dict[str, LocalJob] = {}
         self.on_order: Callable[[pb.Order], None] = lambda order: None
         self.launchers: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
+        self.stops: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.launched: Callable[[str], bool] = lambda job: False
         self.elect: Callable[[str], Uplink] = _elects_none
         self.leading: Callable[[], Sequence[CoordinatorShell]] = list
@@ -141,6 +143,7 @@ class Local:
             if job.coordinator == coordinator:
                 yield from job.results.values()
                 yield from job.skips.values()
+        yield from self.stops(coordinator)
 
     def arena_changed(self, job: str, rank: int) -> None:
         """Wake the rank that waits for an arena, and count again."""
@@ -165,7 +168,7 @@ class Local:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for uplink in self._uplinks.values():
+        for uplink in list(self._uplinks.values()):
             await uplink.close()
 
     def _obey(self, order: pb.Order) -> None:

@@ -269,6 +269,7 @@ def test_training_and_snapshots_go_on_while_etcd_is_away(
         eventually(lambda: len(list(store.glob("step-000000000002.*/r*"))) == NODES, "every shard to be written")
         assert steps(store) == [1]  # nobody may commit
         job.go("run")
+        job.go("3")
         job.wait_for("stepped", step=12)
         etcd.start()
         nodes.coordinator(after=term)

@@ -3,19 +3,24 @@
 import asyncio
 import os
 import time
+from types import SimpleNamespace
 
 import msgspec
 import pytest
 
 from ckptsvc.agent.coordination import holder_of, login_of, value_of
-from ckptsvc.agent.local import way_to
+from ckptsvc.agent.identity import Registration
+from ckptsvc.agent.launches import Launcher, Launches
+from ckptsvc.agent.local import Local, way_to
 from ckptsvc.agent.runner import CoordinatorShell
+from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.workers import Workers
 from ckptsvc.config import EtcdSettings
 from ckptsvc.control.effects import AllotEpoch, Decision, Send
 from ckptsvc.control.election import Holder
 from ckptsvc.errors import ConfigError, CoordinationUnavailable
 from ckptsvc.rpc.etcd import Found, check_reachable, parse_url
+from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 NEAR, FAR = parse_url("etcd://127.0.0.1:1"), parse_url("etcd://10.0.0.1:1")
@@ -129,6 +134,23 @@ def test_tls_both_ways(etcd):
     os.chmod(key, 0o644)
     with pytest.raises(ConfigError, match="chmod 600"):
         login_of(url, EtcdSettings(ca_file=ca, cert_file=cert, key_file=key))
+
+
+# ---- what a new coordinator hears
+
+
+def test_a_stop_asked_for_while_nobody_coordinated_is_the_last_thing_a_new_coordinator_hears():
+    """After the ranks: a job that nobody knows yet cannot be stopped."""
+    local = Local("n1", SimpleNamespace(arenas={}), None, None, "")
+    launches, stop = Launches(local), pb.Report(stop_requested=pb.StopRequested(job="run", reason="SIGTERM"))
+    launches._by_job["run"] = Launcher(agent_pb2.LauncherHello(job="run"), "way", stop=stop)
+    launches._by_job["other"] = Launcher(agent_pb2.LauncherHello(job="other"), "another way", stop=stop)
+    session = SimpleNamespace(reg=SimpleNamespace(job="run@1", attempt=1), announced=None)
+    local.jobs["run@1"] = LocalJob("run@1", "way", "store")
+    local.sessions["token"] = session
+    session.reg = Registration(op="register", job="run@1", store="store", attempt=1, rank=0, world_size=1)
+    kinds = [report.WhichOneof("event") for report in local.resync("way")]
+    assert kinds == ["node_joined", "rank_joined", "stop_requested"]
 
 
 # ---- the shell of an elected coordinator
