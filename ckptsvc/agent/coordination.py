@@ -225,7 +225,6 @@ class ElectedUplink:
         while self._is_wanted():
             try:
                 await self._look()
-                self._problem = ""
             except CkptsvcError as error:
                 self._complain(error)
                 await asyncio.sleep(RETRY)
@@ -250,7 +249,9 @@ class ElectedUplink:
     async def _look(self) -> None:
         """Read the key, do what follows from it, and wait until it changes."""
         found = await self._all.etcd.get(self._key)
-        stand = self._do(self._election.seen(holder_of(self._key, found, self._all.secret), clock()))
+        holder = holder_of(self._key, found, self._all.secret)
+        self._problem = ""
+        stand = self._do(self._election.seen(holder, clock()))
         if stand and self._local.concerns(self.way):
             await self._campaign()
         else:
@@ -289,6 +290,9 @@ class ElectedUplink:
                 self._complain(error)
                 self._do(self._election.tick(clock()))
                 wait = RETRY / 2
+            except Exception:
+                logger.exception("job %s: the lease is not renewed", self.job)
+                self._do(self._election.tick(clock()))
             await asyncio.sleep(wait)
 
     def _do(self, verdict: Verdict) -> bool:
