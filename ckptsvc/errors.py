@@ -20,6 +20,8 @@
       ArenaExhausted            no shared memory for a snapshot
       SaveFailed                a save ended without a commit; the message says why
       Interrupted               stopped on request after a last save
+      CrashLoop                 attempt after attempt failed without progress
+      NodeUnfit                 this node cannot take part in a job
 
 Codes are append-only: they appear in JSON output, logs and gRPC trailers. `EXIT_STATUS` and `GRPC_STATUS` are the one
 table from a code to an exit status and to a gRPC status name.
@@ -168,6 +170,18 @@ class Interrupted(CkptsvcError):
     code = "interrupted"
 
 
+class CrashLoop(CkptsvcError):
+    """Attempt after attempt of a job failed, and none of them got further than the one before."""
+
+    code = "crash-loop"
+
+
+class NodeUnfit(CkptsvcError):
+    """This node cannot take part in a job; others may."""
+
+    code = "node-unfit"
+
+
 EXIT_STATUS: dict[str, int] = {
     "internal": 1,
     "invalid-input": 2,
@@ -189,8 +203,13 @@ EXIT_STATUS: dict[str, int] = {
     "save-failed": 22,
     "coordination-unavailable": 23,
     "interrupted": 85,
+    "crash-loop": 86,
+    "node-unfit": 87,
 }
-"""Exit status of the CLI for each code. 3 means partial success; 130 is an interrupt from the keyboard."""
+"""Exit status of the CLI for each code. 3 means partial success; 130 is an interrupt from the keyboard.
+
+For schedulers: 85 says "requeue me", 86 "do not", 87 "not on this node".
+"""
 
 GRPC_STATUS: dict[str, str] = {
     "internal": "INTERNAL",
@@ -213,6 +232,8 @@ GRPC_STATUS: dict[str, str] = {
     "save-failed": "FAILED_PRECONDITION",
     "coordination-unavailable": "UNAVAILABLE",
     "interrupted": "CANCELLED",
+    "crash-loop": "ABORTED",
+    "node-unfit": "FAILED_PRECONDITION",
 }
 """gRPC status name for each code; `rpc.channel` uses it in both directions."""
 

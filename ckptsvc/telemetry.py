@@ -109,6 +109,8 @@ class Event(StrEnum):
     RANK_LEFT = "rank-left"
     RANK_DIED = "rank-died"
     RANK_HUNG = "rank-hung"
+    RANK_STALLED = "rank-stalled"
+    RANK_MOVED = "rank-moved"
     WORKER_STARTED = "worker-started"
     WORKER_DIED = "worker-died"
     SNAPSHOT_STAGED = "snapshot-staged"

@@ -25,9 +25,10 @@ import msgspec
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.uplink import LocalUplink, Uplink
-from ckptsvc.config import EtcdSettings, parse_address
+from ckptsvc.config import EtcdSettings
 from ckptsvc.control.election import CANDIDATES_WAIT, RENEWALS, Campaign, Election, Follow, Holder, Lead, Verdict
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, CoordinationUnavailable
+from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.etcd import Etcd, EtcdUrl, Found, Login, parse_url
 from ckptsvc.rpc.secret import is_loopback
 from ckptsvc.rpc.v1 import agent_pb2

@@ -6,22 +6,24 @@ hello, ready -> start -> (ranks run) -> exits reported -> stop -> ready -> start
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import socket
 import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import grpc
 import grpc.aio
 
+from ckptsvc.agent.doorbell import hang_up
 from ckptsvc.agent.launches import COORDINATOR_KEY
+from ckptsvc.agent.preflight import reason_against
+from ckptsvc.agent.ranks import Rank, Ranks
 from ckptsvc.control.restart import describe_status
-from ckptsvc.errors import EXIT_STATUS, AgentUnavailable
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, NodeUnfit
 from ckptsvc.rpc.channel import OPTIONS, error_of
 from ckptsvc.rpc.dial import ensure_agent, sockets
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
@@ -50,6 +52,10 @@ class Launch:
         directory: of this node's agent.
         agent_arguments: for the agent, if it has to be started.
         log_dir: where the ranks' output is kept; None: only on the terminal.
+        warm: what a warm interpreter that ranks are forked from is told (see agent.standby); None: there is none.
+        crash_loop: failed attempts in a row without progress that end the job; 0: they never do.
+        preflight: where arenas are made, and other directories that are written to, to be checked before this node
+            takes part in the job; None: nothing is checked.
         stop_grace: seconds ranks get to save and stop when this launcher gets SIGTERM.
     """
 
@@ -66,32 +72,33 @@ class Launch:
     directory: Path
     agent_arguments: Sequence[str]
     log_dir: Path | None
+    warm: dict[str, Any] | None = None
+    crash_loop: int = 0
+    preflight: tuple[str, list[str]] | None = None
     stop_grace: float = 60.0
-
-
-@dataclass(slots=True)
-class _Rank:
-    rank: int
-    process: asyncio.subprocess.Process
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
-    ended_at: float = 0.0
 
 
 class Launcher:
     """One `ckptsvc run`; `run` returns its exit status."""
 
     def __init__(self, launch: Launch, environ: Mapping[str, str]) -> None:
-        self._launch, self._environ = launch, environ
+        self._launch = launch
+        self._since = time.monotonic()
         self._reports: asyncio.Queue[agent_pb2.LaunchRequest] = asyncio.Queue()
-        self._ranks: dict[int, _Rank] = {}
+        given = dict(environ)
+        if launch.nproc > 1:
+            given.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
+        self._ranks = Ranks(launch.command, given, launch.warm, launch.log_dir, self._ended, self._say)
         self._attempt = 0
-        self._first_rank = 0
+        self._first_rank = self._world = 0
+        self._doorbell = 0
+        self._unfit = ""
+        self._leaving = False
         self._status: int | None = None
         self._interrupted = asyncio.Event()
         self._stop_wanted = ""  # why the job was asked to stop
         self._terminated = False
         self._port: socket.socket | None = None
-        self._background: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
         """Serve until the job ends; returns the exit status for this process."""
@@ -99,17 +106,23 @@ class Launcher:
         loop.add_signal_handler(signal.SIGINT, self._interrupted.set)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             loop.add_signal_handler(number, self._ask_to_stop, number)
+        await self._ranks.open()
+        door, self._doorbell = await hang_up(self._launch.address)
         serving = asyncio.ensure_future(self._serve())
         interrupted = asyncio.ensure_future(self._interrupted.wait())
-        await asyncio.wait((serving, interrupted), return_when=asyncio.FIRST_COMPLETED)
-        if not serving.done():
-            await self._stop_ranks(5.0)
-            serving.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await serving
+        try:
+            await asyncio.wait((serving, interrupted), return_when=asyncio.FIRST_COMPLETED)
+            if serving.done():
+                return serving.result()
+            self._leave("ckptsvc run was told to end")
+            await self._ranks.stop(5.0)
             return EXIT_STATUS["interrupted"] if self._stop_wanted else 130
-        interrupted.cancel()
-        return serving.result()
+        finally:
+            for task in (serving, interrupted):
+                task.cancel()
+            await asyncio.gather(serving, interrupted, return_exceptions=True)
+            await self._ranks.close()
+            door.close()
 
     def _ask_to_stop(self, number: int) -> None:
         name = signal.Signals(number).name
@@ -118,7 +131,7 @@ class Launcher:
         if number == signal.SIGTERM:
             self._terminated = True
             asyncio.get_running_loop().call_later(self._launch.stop_grace, self._out_of_time)
-        if hurried or not self._ranks:
+        if hurried or not self._ranks.live:
             self._say(f"signal {name}: ending now; the job resumes from its newest checkpoint")
             self._interrupted.set()
             return
@@ -137,6 +150,8 @@ class Launcher:
 
     async def _serve(self) -> int:
         without_agent = 0.0
+        if self._launch.preflight is not None:
+            self._unfit = await reason_against(*self._launch.preflight, self._launch.address)
         while self._status is None:
             began = time.monotonic()
             try:
@@ -149,37 +164,38 @@ class Launcher:
                 error = error_of(failure) if isinstance(failure, grpc.RpcError) else failure
                 if not isinstance(error, AgentUnavailable):
                     raise error from None
+                if self._unfit:
+                    raise NodeUnfit(self._unfit) from None
                 self._say(f"lost the agent ({error.what}); the ranks go on")
             if self._status is None:
                 await asyncio.sleep(RECONNECT)
-                without_agent = 0.0 if self._ranks else without_agent + time.monotonic() - began
+                without_agent = 0.0 if self._ranks.live else without_agent + time.monotonic() - began
                 if without_agent > AGENT_PATIENCE:
                     raise AgentUnavailable(f"no agent for {AGENT_PATIENCE:g} s")
-        await self._stop_ranks(2.0)
+        await self._ranks.stop(2.0)
         return self._status
 
     async def _talk(self) -> None:
         """One connection to the agent, until the job ends or the agent is lost."""
         path, _ = sockets(self._launch.directory)
         self._reports = asyncio.Queue()
-        if not self._ranks:
+        if not self._ranks.live:
             self._ready()
-        for one in self._ranks.values():
-            if one.process.returncode is not None:
-                self._exited(one, self._attempt)  # maybe while there was no agent to tell
+        for rank in self._ranks.live.values():
+            if rank.status is not None:
+                self._report_end(rank, rank.status)  # maybe while there was no agent to tell
         if self._stop_wanted:
             self._report_stop_wanted()  # the agent we have lost may not have passed it on
         metadata = ((COORDINATOR_KEY, self._launch.coordinator),)
         async with grpc.aio.insecure_channel(f"unix:{path}", options=OPTIONS) as channel:
             call = agent_pb2_grpc.AgentServiceStub(channel).Launch(self._requests(self._reports), metadata=metadata)
             async for response in call:
-                kind = response.WhichOneof("order")
+                kind = "" if self._leaving else response.WhichOneof("order")
                 if kind == "start":
                     await self._start(response.start)
                 elif kind == "stop" and response.stop.attempt == self._attempt:
                     self._say(f"stopping attempt {self._attempt}: {response.stop.reason}")
-                    await self._stop_ranks(response.stop.grace)
-                    self._ready()
+                    await self._stop(response.stop.grace)
                 elif kind == "end":
                     self._say(f"the job ends: {response.end.reason}")
                     self._status = response.end.status
@@ -198,8 +214,13 @@ class Launcher:
             nproc=launch.nproc,
             max_restarts=launch.max_restarts,
             address=launch.address,
-            attempt=self._attempt if self._ranks else 0,
+            attempt=self._attempt if self._ranks.live else 0,
             first_rank=self._first_rank,
+            world_size=self._world,
+            doorbell=self._doorbell,
+            unfit=self._unfit,
+            crash_loop=launch.crash_loop,
+            uptime=time.monotonic() - self._since,
         )
         yield agent_pb2.LaunchRequest(hello=hello)
         while True:
@@ -209,7 +230,8 @@ class Launcher:
         """Reserve a port for the next attempt's rendezvous store, and say that this node could start it."""
         if self._port is not None:
             self._port.close()
-        # Held until the ranks start, so that nobody else gets it; SO_REUSEADDR lets rank 0 take it over at once.
+        # Held while the ranks run, so that nobody else gets it: as long as it does not listen, SO_REUSEADDR on both
+        # sides lets rank 0 bind and listen to the same (tcp(7), and torch's TCPStore sets it).
         self._port = socket.socket()
         self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._port.bind((self._launch.address, 0))
@@ -217,32 +239,29 @@ class Launcher:
         self._reports.put_nowait(agent_pb2.LaunchRequest(ready=ready))
 
     async def _start(self, order: agent_pb2.StartRanks) -> None:
-        await self._stop_ranks(0.0)
-        if self._port is not None:
-            self._port.close()
-            self._port = None
-        self._attempt, self._first_rank = order.attempt, order.first_rank
+        await self._ranks.stop(0.0)
+        self._attempt, self._first_rank, self._world = order.attempt, order.first_rank, order.world_size
         last = order.first_rank + self._launch.nproc - 1
         self._say(f"attempt {order.attempt}: ranks {order.first_rank} to {last} of {order.world_size}")
-        for local in range(self._launch.nproc):
-            rank = order.first_rank + local
-            process = await asyncio.create_subprocess_exec(
-                *self._launch.command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env=self._rank_environ(order, local),
-            )
-            one = self._ranks[rank] = _Rank(rank, process)
-            one.tasks = [
-                asyncio.ensure_future(self._copy_output(one, order.attempt)),
-                asyncio.ensure_future(self._watch(one, order.attempt)),
-            ]
+        variables = {order.first_rank + local: self._variables(order, local) for local in range(self._launch.nproc)}
+        await self._ranks.start(order.attempt, variables)
 
-    def _rank_environ(self, order: agent_pb2.StartRanks, local: int) -> dict[str, str]:
+    async def _stop(self, grace: float) -> None:
+        left = await self._ranks.stop(grace)
+        if left:
+            why = f"processes {', '.join(map(str, left))} do not end of SIGKILL: a device or a file system hangs"
+            self._leave(why)
+            raise NodeUnfit(why)
+        self._ready()
+
+    def _leave(self, why: str) -> None:
+        """Say that this launcher ends, and why; how its ranks end is nobody's concern any more."""
+        self._leaving = True
+        self._reports.put_nowait(agent_pb2.LaunchRequest(leaving=agent_pb2.Leaving(reason=why)))
+
+    def _variables(self, order: agent_pb2.StartRanks, local: int) -> dict[str, str]:
         launch, rank = self._launch, order.first_rank + local
-        environ = {
-            **self._environ,
+        return {
             "RANK": str(rank),
             "WORLD_SIZE": str(order.world_size),
             "LOCAL_RANK": str(local),
@@ -263,68 +282,17 @@ class Launcher:
             "CKPTSVC_SOCKET": str(launch.directory),
             "CKPTSVC_COORDINATOR": launch.coordinator,
         }
-        if launch.nproc > 1:
-            environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
-        return environ
 
-    async def _copy_output(self, one: _Rank, attempt: int) -> None:
-        """Keep a rank's output in its file, and show it with the rank in front."""
-        assert one.process.stdout is not None
-        prefix = f"[{one.rank}] ".encode()
-        with contextlib.ExitStack() as stack:
-            log: BinaryIO | None = None
-            if self._launch.log_dir is not None:
-                folder = self._launch.log_dir / f"attempt_{attempt}"
-                folder.mkdir(parents=True, exist_ok=True)
-                log = stack.enter_context(
-                    open(folder / f"rank_{one.rank}.log", "ab", buffering=0)  # noqa: ASYNC230  once, and local
-                )
-            while True:
-                try:
-                    line = await one.process.stdout.readline()
-                except ValueError:  # a line longer than the reader's buffer
-                    line = await one.process.stdout.read(1 << 16)
-                if not line:
-                    return
-                if log is not None:
-                    log.write(line)
-                sys.stdout.buffer.write(prefix + line)
-                sys.stdout.buffer.flush()
+    def _ended(self, rank: Rank) -> None:
+        assert rank.status is not None
+        if rank.status != 0:
+            self._say(f"rank {rank.number} {describe_status(rank.status)}")
+        if not self._leaving:
+            self._report_end(rank, rank.status)
 
-    async def _watch(self, one: _Rank, attempt: int) -> None:
-        status = await one.process.wait()
-        one.ended_at = time.monotonic()
-        if status != 0:
-            self._say(f"rank {one.rank} {describe_status(status)}")
-        self._exited(one, attempt)
-
-    def _exited(self, one: _Rank, attempt: int) -> None:
-        exited = agent_pb2.RankExit(
-            attempt=attempt, rank=one.rank, status=one.process.returncode, monotonic=one.ended_at
-        )
+    def _report_end(self, rank: Rank, status: int) -> None:
+        exited = agent_pb2.RankExit(attempt=self._attempt, rank=rank.number, status=status, monotonic=rank.ended_at)
         self._reports.put_nowait(agent_pb2.LaunchRequest(exit=exited))
-
-    async def _stop_ranks(self, grace: float) -> None:
-        ranks = list(self._ranks.values())
-        alive = [one for one in ranks if one.process.returncode is None]
-        for one in alive:
-            with contextlib.suppress(ProcessLookupError):
-                # A stopped process does not see SIGTERM until it is continued.
-                one.process.send_signal(signal.SIGTERM)
-                one.process.send_signal(signal.SIGCONT)
-        if alive and grace > 0:
-            await asyncio.wait([asyncio.ensure_future(one.process.wait()) for one in alive], timeout=grace)
-        for one in alive:
-            if one.process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    one.process.kill()
-        for one in ranks:
-            await one.process.wait()
-            # Grandchildren may hold the pipe open: do not wait for their output.
-            await asyncio.wait(one.tasks, timeout=1.0)
-            for task in one.tasks:
-                task.cancel()
-        self._ranks.clear()
 
     def _say(self, message: str) -> None:
         print(f"ckptsvc run [{self._launch.node}]: {message}", file=sys.stderr, flush=True)  # noqa: T201

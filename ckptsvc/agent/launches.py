@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
@@ -32,6 +33,8 @@ class Launcher:
     way: str  # to its coordinator
     orders: asyncio.Queue[agent_pb2.LaunchResponse] = field(default_factory=asyncio.Queue)
     ready: agent_pb2.LauncherReady | None = None
+    leaving: str = "its launcher is gone"
+    since: float = field(default_factory=time.monotonic)
     exits: dict[int, pb.Report] = field(default_factory=dict)  # by rank of the attempt that runs here
     stop: pb.Report | None = None  # asked for in the attempt that runs here; maybe while there was no coordinator
 
@@ -56,7 +59,8 @@ class Launches:
         """One Launch call, from hello to the end of the job."""
         hello = (await anext(aiter(requests))).hello
         nproc = 1 <= hello.nproc <= MAX_NPROC
-        if not hello.job or not nproc or hello.min_nodes < 1 or hello.max_nodes < hello.min_nodes:
+        possible = 1 <= hello.min_nodes <= hello.max_nodes and 0 <= hello.doorbell < 1 << 16 and hello.crash_loop >= 0
+        if not hello.job or not nproc or not possible:
             raise InvalidInput("the first message of a launcher must be a hello with a job, nproc and nodes")
         if hello.job in self._by_job:
             raise InvalidInput(f"job {hello.job} is already launched on this node")
@@ -77,7 +81,7 @@ class Launches:
             reading.cancel()
             if self._by_job.get(hello.job) is launcher:
                 del self._by_job[hello.job]
-            left = pb.NodeLeft(job=hello.job, node=self._local.name, detail="its launcher is gone")
+            left = pb.NodeLeft(job=hello.job, node=self._local.name, detail=launcher.leaving)
             uplink.report(pb.Report(node_left=left))
 
     async def _read(self, requests: AsyncIterator[agent_pb2.LaunchRequest], launcher: Launcher) -> None:
@@ -95,6 +99,8 @@ class Launches:
                 exited = pb.RankExited(job=job, node=node, attempt=event.attempt, rank=event.rank, status=event.status)
                 report = launcher.exits[event.rank] = pb.Report(rank_exited=exited)
                 uplink.report(report)
+            elif kind == "leaving":
+                launcher.leaving = request.leaving.reason
             elif kind == "stop_wanted":
                 wanted = pb.StopRequested(job=job, reason=request.stop_wanted.reason)
                 launcher.stop = pb.Report(stop_requested=wanted)
@@ -113,6 +119,7 @@ class Launches:
             launcher.exits.clear()
             launcher.hello.attempt = order.start.attempt
             launcher.hello.first_rank = order.start.first_rank
+            launcher.hello.world_size = order.start.world_size
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(start=order.start))
         elif kind == "stop":
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(stop=order.stop))
@@ -144,6 +151,12 @@ class Launches:
             address=hello.address,
             attempt=hello.attempt,
             first_rank=hello.first_rank,
+            doorbell=hello.doorbell,
+            world_size=hello.world_size,
+            unfit=hello.unfit,
+            clock=time.time(),
+            crash_loop=hello.crash_loop,
+            uptime=hello.uptime + time.monotonic() - launcher.since,
         )
         yield pb.Report(node_joined=joined)
         if launcher.ready is not None:

@@ -38,6 +38,7 @@ class Local:
         on_order: what to do with a coordinator's order.
         launchers: reports about the launchers of a coordinator's jobs.
         stops: requests to stop such jobs.
+        stalled: reports about the stalled ranks of a coordinator's jobs.
         launched: whether a launcher of that job is connected.
         elect: makes the way to an elected coordinator.
         leading: the elected coordinators in this process.
@@ -51,6 +52,7 @@ class Local:
         self.on_order: Callable[[pb.Order], None] = lambda order: None
         self.launchers: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.stops: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
+        self.stalled: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.launched: Callable[[str], bool] = lambda job: False
         self.elect: Callable[[str], Uplink] = _elects_none
         self.leading: Callable[[], Sequence[CoordinatorShell]] = list
@@ -143,6 +145,7 @@ class Local:
             if job.coordinator == coordinator:
                 yield from job.results.values()
                 yield from job.skips.values()
+        yield from self.stalled(coordinator)
         yield from self.stops(coordinator)
 
     def arena_changed(self, job: str, rank: int) -> None:

@@ -51,6 +51,7 @@ class Node:
     Attributes:
         arenas, saves: the parts that ranks call through the servicer.
         launch_order: what to do with an order for a launcher.
+        watch_order: what to do with an order about ranks that hang.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Node:
         self.arenas = Arenas(local, workers, slots)
         self.saves = Saves(local, workers)
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
+        self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self._local, self._workers = local, workers
         self._stops = Stops(local, margin)
         self._linger, self._save_timeout = linger, save_timeout
@@ -218,6 +220,9 @@ class Node:
             return
         job = self._local.jobs.get(order.job)
         if job is None or kind is None:
+            return
+        if kind in ("examine", "kill"):
+            self.watch_order(job, order)
             return
         effect = getattr(order, kind)
         if kind in ("save_at", "stop_at"):

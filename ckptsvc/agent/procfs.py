@@ -7,11 +7,17 @@ import os
 import re
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 MAX_TASKS = 4096
 """Threads that are looked at."""
+
+MAX_CHILDREN = 64
+"""Children of a process that are looked at."""
+
+T = TypeVar("T")
 
 _MAX_FILE = 1 << 16
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -83,6 +89,47 @@ def look(pid: int, pidfd: int, window: float) -> Process:
     finally:
         os.close(folder)
     return found
+
+
+def state(pid: int) -> str:
+    """The state of a process as in /proc; "X" if there is no such process, "" for pid 0 (another pid namespace)."""
+    return _of(pid, "stat", lambda text: text.rpartition(")")[2].split()[0], "X") if pid > 0 else ""
+
+
+def activity(pid: int) -> tuple[int, float]:
+    """(bytes that a process and its children have read and written, seconds of processor time of its children).
+
+    Only children that run now count, as far as the kernel lists them.
+    """
+    if pid <= 0:
+        return 0, 0.0
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")[:MAX_TASKS]
+    except OSError:
+        tasks = []
+    children = [int(child) for task in tasks for child in _of(pid, f"task/{task}/children", str, "").split()]
+    del children[MAX_CHILDREN:]
+    moved = sum(_of(each, "io", _moved, 0) for each in (pid, *children))
+    return moved, sum(_of(child, "stat", _ticks, 0) for child in children) / _TICKS
+
+
+def _of(pid: int, name: str, read: Callable[[str], T], missing: T) -> T:
+    """What a file of a process says; `missing` if it has ended, or may not be looked at."""
+    try:
+        with open(f"/proc/{pid}/{name}", errors="replace") as file:
+            return read(file.read(_MAX_FILE))
+    except (OSError, ValueError, IndexError):
+        return missing
+
+
+def _moved(io: str) -> int:
+    """The counters rchar and wchar: what went through read and write, to whatever file."""
+    return sum(int(line.split()[1]) for line in io.splitlines()[:2])
+
+
+def _ticks(stat: str) -> int:
+    fields = stat.rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def _read(folder: int, name: str) -> str:

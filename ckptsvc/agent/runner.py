@@ -6,8 +6,13 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+from ckptsvc.agent.doorbell import ring
+from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import (
@@ -17,10 +22,18 @@ from ckptsvc.control.effects import (
     Decision,
     Effect,
     EpochDone,
+    KeepNodes,
     Lookup,
     LookupDone,
+    NodesRead,
+    Probe,
+    Probed,
+    ReadNodes,
+    Record,
     Send,
+    Strike,
 )
+from ckptsvc.control.health import Policy
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -29,6 +42,15 @@ log = logging.getLogger("ckptsvc.coordinator")
 
 TICK = 0.2
 """Seconds between the core's ticks."""
+
+KEPT_INCIDENTS = 256
+"""Incidents kept in memory, of all jobs together."""
+
+LIST_TIMEOUT = 10.0
+"""Seconds to read or write the list of nodes that have failed; it may be on a file system that hangs."""
+
+MAX_SKEW = 30.0
+"""Seconds by which a node's clock may differ: certificates, and what people make of two logs, need no better."""
 
 Deliver = Callable[[pb.Order], None]
 
@@ -39,19 +61,34 @@ class CoordinatorShell:
     Args:
         workers: the I/O workers.
         save_timeout: seconds after which a save that has not committed is given up.
+        policy: what is done about ranks that hang.
+        state: directory of the list of nodes that have failed; None: it is not kept.
         term: of an elected coordinator, 0 of any other; every order carries it.
         may_act: whether it may still decide; asked before every effect.
 
     Attributes:
+        incidents: the latest, by job and id, oldest first.
+        on_incident: called with every incident, and again whenever there is more to say of it.
         dropped: effects that came too late.
         ended: set when it has stopped.
     """
 
     def __init__(
-        self, workers: Workers, save_timeout: float, term: int = 0, may_act: Callable[[], bool] = lambda: True
+        self,
+        workers: Workers,
+        save_timeout: float,
+        policy: Policy,
+        state: Path | None = None,
+        *,
+        term: int = 0,
+        may_act: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.core = Coordinator(save_timeout=save_timeout)
+        self.core = Coordinator(save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2))
+        self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
+        self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
         self.term, self.dropped, self.ended = term, 0, asyncio.Event()
+        self._state = state
+        self._listing = asyncio.Lock()
         self._workers, self._may_act = workers, may_act
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -71,6 +108,8 @@ class CoordinatorShell:
 
     def report(self, node: str, report: pb.Report) -> None:
         """Something happened on a node."""
+        if report.HasField("node_joined"):
+            _check_clock(report.node_joined, time.time())
         self._execute(self.core.handle(node, report, time.monotonic()))
 
     def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
@@ -101,12 +140,23 @@ class CoordinatorShell:
                 deliver = self._peers.get(effect.node)
                 if deliver:  # an agent that is away reports everything when it is back, and hears it then
                     deliver(effect.order)
+            elif isinstance(effect, Record):
+                self._record(effect.incident)
             else:
                 task = asyncio.ensure_future(self._do(effect))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
-    async def _do(self, effect: AllotEpoch | Commit | Lookup) -> None:
+    def _record(self, incident: pb.Incident) -> None:
+        key = (incident.job, incident.id)
+        known = self.incidents.get(key)
+        incident.opened = known.opened if known else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.incidents[key] = incident
+        while len(self.incidents) > KEPT_INCIDENTS:
+            self.incidents.popitem(last=False)
+        self.on_incident(incident)
+
+    async def _do(self, effect: AllotEpoch | Commit | Lookup | Probe | ReadNodes | KeepNodes) -> None:
         if not self._may_act():
             self._drop(effect)
         elif isinstance(effect, AllotEpoch):
@@ -114,6 +164,15 @@ class CoordinatorShell:
             self._execute(self.core.epoch_done(done, time.monotonic()))
         elif isinstance(effect, Commit):
             self._execute(self.core.commit_done(await self._commit(effect), time.monotonic()))
+        elif isinstance(effect, Probe):
+            answer = await ring(effect.address, effect.port)
+            self._execute(self.core.probed(Probed(effect.job, effect.node, answer), time.monotonic()))
+        elif isinstance(effect, ReadNodes):
+            self._execute(self.core.nodes_read(NodesRead(await self._read_nodes()), time.monotonic()))
+        elif isinstance(effect, KeepNodes):
+            at = time.time()
+            entries = {n: {"score": s, "at": at - age, "why": why} for n, (s, age, why) in effect.strikes.items()}
+            await self._list_nodes("keep_nodes", nodes=entries)
         else:
             found = await self._lookup(effect)
             if found:
@@ -122,6 +181,27 @@ class CoordinatorShell:
     def _drop(self, effect: Effect) -> None:
         self.dropped += 1
         log.warning("term %d: not done, the lease may have ended: %s", self.term, type(effect).__name__)
+
+    async def _read_nodes(self) -> dict[str, Strike]:
+        at = time.time()
+        found = (await self._list_nodes("read_nodes")).get("nodes", {})
+        return {n: (e["score"], max(at - e["at"], 0.0), e["why"]) for n, e in found.items()}
+
+    async def _list_nodes(self, op: str, **args: Any) -> dict[str, Any]:
+        """Read or write the list of nodes that have failed, in a process of its own; {} where that fails."""
+        if self._state is None:
+            return {}
+        async with self._listing:
+            worker = WorkerProxy("nodes")
+            try:
+                call = worker.call(op, {"directory": str(self._state), **args})
+                return await asyncio.wait_for(call, LIST_TIMEOUT)
+            except (CkptsvcError, TimeoutError) as error:
+                why = f"no answer in {LIST_TIMEOUT:g} s" if isinstance(error, TimeoutError) else error
+                log.warning("the list of nodes that have failed: %s", why)
+                return {}
+            finally:
+                await worker.close()
 
     async def _allot(self, effect: AllotEpoch) -> EpochDone:
         args = {"store": effect.store, "job": effect.job, "attempt": effect.attempt}
@@ -175,3 +255,10 @@ class CoordinatorShell:
 
     def _warn(self, note: dict[str, str]) -> None:
         log.warning(note.get("warning", ""))
+
+
+def _check_clock(event: pb.NodeJoined, here: float) -> None:
+    skew = event.clock - here
+    if event.clock and abs(skew) > MAX_SKEW and not event.unfit:
+        how = "ahead of" if skew > 0 else "behind"
+        event.unfit = f"clock: it is {abs(skew):.0f} s {how} the coordinator's"

@@ -26,9 +26,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
+from ckptsvc.agent import nodelist
 from ckptsvc.agent.coordination import Elections, login_of
 from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
+from ckptsvc.agent.incidents import IncidentLog, incidents_directory
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.nic_watch import NicWatch
@@ -36,11 +38,15 @@ from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
+from ckptsvc.agent.watch import Watch
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import Settings, load, parse_duration, private_directory, runtime_dir
-from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, RunBusy
+from ckptsvc.config import HealthSettings, Settings, load, private_directory, runtime_dir
+from ckptsvc.control.health import Policy
+from ckptsvc.control.stalls import Limits
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
-from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS
+from ckptsvc.quantities import parse_duration
+from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, PING_SPACING
 from ckptsvc.rpc.dial import sockets
 from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.secret import require_loopback, shared_secret
@@ -84,6 +90,7 @@ class Agent:
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
         self.workers = Workers()
+        self._on_incident: Callable[[coordinator_pb2.Incident], None] = lambda incident: None
         self.shell = self._new_shell(0, lambda: True)
         where = settings.agent.coordination
         self._etcd = (url := parse_url(where), login_of(url, settings.etcd)) if where else None
@@ -113,20 +120,7 @@ class Agent:
         await _own(lock, directory)
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
         left = self.pool.open()
-        settings = self._options.settings
-        self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.secret)
-        linger = 600.0 if self._options.linger is None else self._options.linger
-        self.node = Node(
-            self.local,
-            self.workers,
-            slots=settings.arena.slots,
-            linger=linger,
-            save_timeout=settings.save.timeout,
-            margin=settings.scheduler.margin,
-        )
-        self.launches = Launches(self.local)
-        self.nics = NicWatch(self.local, settings.nics)
-        self.node.launch_order = self.launches.order
+        self._build()
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._stopping.set)
         loop.add_signal_handler(signal.SIGTERM, self._terminated)
@@ -135,10 +129,10 @@ class Agent:
             await self._listen(stack)
             if self._etcd:
                 self.elections = Elections(
-                    *self._etcd, settings.etcd.ttl, self.local, self.secret, self.address, self._new_shell
+                    *self._etcd, self._options.settings.etcd.ttl, self.local, self.secret, self.address, self._new_shell
                 )
             self.node.saves.recover(left)
-            lasting = (self.shell.run(), self.node.watch(), self.nics.run(), self._until_idle())
+            lasting = (self.shell.run(), self.node.watch(), self.watch.run(), self.nics.run(), self._until_idle())
             tasks = [asyncio.ensure_future(c) for c in lasting]
             (directory / "ready.new").write_text(self._ready_text())
             (directory / "ready.new").rename(directory / "ready")
@@ -160,7 +154,13 @@ class Agent:
         os.close(lock)
 
     def _new_shell(self, term: int, may_act: Callable[[], bool]) -> CoordinatorShell:
-        return CoordinatorShell(self.workers, self._options.settings.save.timeout, term, may_act)
+        settings = self._options.settings
+        health = settings.health
+        policy = Policy(health.automatic, health.confirm, health.give_up)
+        listed = nodelist.directory_of(os.environ, settings.launch)
+        shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act)
+        shell.on_incident = lambda incident: self._on_incident(incident)
+        return shell
 
     def _shell_of(self, job: str, term: int) -> CoordinatorShell:
         """The coordinator that another agent wants: the one of all jobs, or (with a term) an elected one."""
@@ -169,6 +169,27 @@ class Agent:
         if self.elections is None:
             raise AgentUnavailable("this agent takes no part in elections")
         return self.elections.shell_of(job, term)
+
+    def _build(self) -> None:
+        """The parts of the agent, in the order in which they know each other."""
+        settings = self._options.settings
+        self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.secret)
+        linger = 600.0 if self._options.linger is None else self._options.linger
+        self.node = Node(
+            self.local,
+            self.workers,
+            slots=settings.arena.slots,
+            linger=linger,
+            save_timeout=settings.save.timeout,
+            margin=settings.scheduler.margin,
+        )
+        self.launches = Launches(self.local)
+        self.nics = NicWatch(self.local, settings.nics)
+        self.node.launch_order = self.launches.order
+        enabled = settings.health.enabled
+        self.watch = Watch(self.local, _limits(settings.health), enabled=enabled, nics=self.nics.sentences)
+        self._keep_incidents()
+        self.node.watch_order = self.watch.order
 
     def _terminated(self) -> None:
         """Stop; but an agent that a job has started, when its ranks are there, lets them save first.
@@ -180,13 +201,26 @@ class Agent:
         self._patient = True
         asyncio.get_running_loop().call_later(LAST_SAVE, self._stopping.set)
 
+    def _keep_incidents(self) -> None:
+        """Incidents of the jobs that this agent coordinates become files (`ckptsvc incidents`)."""
+        try:
+            kept = IncidentLog(incidents_directory(self._options.settings, os.environ))
+        except ConfigError as error:
+            logger.warning("incidents are not kept: %s", error)
+            return
+
+        async def keep(incident: coordinator_pb2.Incident) -> None:
+            await kept.record(incident)
+
+        self._on_incident = lambda incident: self.local.spawn(keep(incident))
+
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._options.settings.agent
         grpc_path, identity_path = sockets(self._options.directory)
         local = grpc.aio.server(options=OPTIONS)
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
-        between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE, ("grpc.keepalive_permit_without_calls", 1),
-            ("grpc.http2.min_ping_interval_without_data_ms", 4000), ("grpc.so_reuseport", 0)])  # fmt: skip
+        between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE,
+            ("grpc.http2.min_ping_interval_without_data_ms", PING_SPACING), ("grpc.so_reuseport", 0)])  # fmt: skip
         coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name, self.secret), between)
         for server, names in (
             (local, [agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name]),
@@ -226,6 +260,10 @@ class Agent:
 
     def _ready_text(self) -> str:
         return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n"
+
+
+def _limits(settings: HealthSettings) -> Limits:
+    return Limits(settings.floor, settings.factor, settings.startup)
 
 
 async def _own(lock: int, directory: Path) -> None:

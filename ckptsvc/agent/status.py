@@ -60,6 +60,7 @@ def _ranks(agent: Agent) -> list[dict[str, Any]]:
                 "pid": session.pid,
                 "store": reg.store,
                 "step": session.page.get("step"),
+                "phase": session.page.phase,
                 "heartbeat_age": now - at / 1e9 if at else None,
                 "committed": session.page.get("committed"),
             }

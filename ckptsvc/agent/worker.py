@@ -16,11 +16,13 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
 
+from ckptsvc.agent import nodelist
 from ckptsvc.config import load
 from ckptsvc.errors import CkptsvcError, SaveFailed, StoreError
 from ckptsvc.format.checksum import extent_digests
@@ -178,6 +180,15 @@ class Worker:
     def do_lookup(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Is this step committed?"""
         return {"committed": read_commit(self.store(args["store"]), Ref(args["epoch"], args["step"])) is not None}
+
+    def do_read_nodes(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """The list of nodes that have failed."""
+        return {"nodes": msgspec.to_builtins(nodelist.read(Path(args["directory"])))}
+
+    def do_keep_nodes(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Keep the list of nodes that have failed."""
+        nodelist.keep(Path(args["directory"]), msgspec.convert(args["nodes"], dict[str, nodelist.Entry]))
+        return {}
 
 
 def serve(sock: socket.socket) -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 
 from ckptsvc.agent.server import Options, serve
-from ckptsvc.config import load, parse_duration, runtime_dir
+from ckptsvc.config import load, runtime_dir
+from ckptsvc.quantities import parse_duration
 from ckptsvc.telemetry import setup_logging
 
 

@@ -7,16 +7,20 @@ import dataclasses
 import os
 import socket
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import xxhash
 
 from ckptsvc.agent.coordination import login_of
 from ckptsvc.agent.launcher import Launch, Launcher
+from ckptsvc.agent.standby import Standby, place_of, reason_against
 from ckptsvc.cli.placing import Nodes, parse_nodes, placed
-from ckptsvc.config import Settings, load, parse_address, runtime_dir
+from ckptsvc.config import LaunchSettings, Settings, load, runtime_dir
 from ckptsvc.errors import ConfigError
+from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.dial import address_of, is_alive
 from ckptsvc.rpc.etcd import check_reachable, parse_url
 from ckptsvc.rpc.secret import require_loopback
@@ -39,6 +43,12 @@ from ckptsvc.rpc.secret import require_loopback
 @click.option("--log-dir", "--log_dir", type=click.Path(path_type=Path), help="Keep each rank's output here.")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as for python -m.")
 @click.option("--no-python", "--no_python", is_flag=True, help="SCRIPT is a program, not Python.")
+@click.option("--standby/--no-standby", default=None,
+    help="Fork ranks from a warm interpreter that has torch imported; default: yes, for Python.")  # fmt: skip
+@click.option("--preload", metavar="MODULE,...", help="What the warm interpreter imports.")
+@click.option("--preflight/--no-preflight", default=None, help="Check this node before it takes part; default: yes.")
+@click.option("--crash-loop", "--crash_loop", type=click.IntRange(0), metavar="N",
+    help="Failed attempts in a row without progress that end the job; 0: never; default 3.")  # fmt: skip
 @click.option("--stop-grace", type=float, default=60.0, show_default=True,
     help="Seconds for a last save after SIGTERM; a second SIGTERM ends at once.")  # fmt: skip
 @click.option("--status-file", type=click.Path(path_type=Path),
@@ -48,7 +58,8 @@ from ckptsvc.rpc.secret import require_loopback
 def command(
     nnodes: str | None, nproc: str, node_rank: int, job: str | None, coordinator: str | None,
     coordination: str | None, max_restarts: int, standalone: bool, node: str | None, address: str,
-    log_dir: Path | None, module: bool, no_python: bool, stop_grace: float, status_file: Path | None,
+    log_dir: Path | None, module: bool, no_python: bool, standby: bool | None, preload: str | None,
+    preflight: bool | None, crash_loop: int | None, stop_grace: float, status_file: Path | None,
     script: str, arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
@@ -61,7 +72,9 @@ def command(
         raise ConfigError("--standalone means one node", hint="drop it, or --nnodes")
     if coordinator and coordination:
         raise ConfigError("--rdzv-endpoint and --coordination exclude each other")
-    settings = load(os.environ, {"agent.coordination": coordination})
+    flags = {"standby": standby, "preload": preload, "preflight": preflight, "crash_loop": crash_loop}
+    launching = {f"launch.{key}": value for key, value in flags.items()}
+    settings = load(os.environ, {"agent.coordination": coordination, **launching})
     etcd = "" if coordinator else settings.agent.coordination
     given = Nodes(low, high, node_rank, job or "", coordinator or etcd, node or "", address)
     nodes = placed(given, os.environ, socket.gethostname())
@@ -73,13 +86,6 @@ def command(
     directory = _agent_directory(base, nodes, leads)
     if nodes.coordinator:
         require_loopback(parse_address(nodes.coordinator).host, f"the coordinator's address is {nodes.coordinator}")
-    agent = ["--name", name]
-    if not is_alive(directory):
-        agent += ["--linger", "30s"]  # an agent that we start is ours: it goes when it is done
-        if leads and nodes.coordinator:
-            agent += ["--listen", nodes.coordinator]
-        if elected:
-            agent += ["--coordination", elected]
     launch = Launch(
         command=_command(script, arguments, module, no_python),
         job=nodes.job,
@@ -92,8 +98,11 @@ def command(
         address=nodes.address,
         coordinator=elected or ("" if leads else nodes.coordinator),
         directory=directory,
-        agent_arguments=agent,
+        agent_arguments=["--name", name, *_agent_arguments(directory, nodes.coordinator if leads else "", elected)],
         log_dir=log_dir,
+        preflight=(settings.arena.dir, _written_to(settings, log_dir)) if settings.launch.preflight else None,
+        crash_loop=settings.launch.crash_loop,
+        warm=None if no_python else _warm(settings.launch, script, module),
         stop_grace=stop_grace,
     )
     status = asyncio.run(Launcher(launch, os.environ).run())
@@ -107,6 +116,17 @@ def _elected(etcd: str, settings: Settings) -> str:
     url = parse_url(etcd)
     asyncio.run(check_reachable(url, login_of(url, settings.etcd)))
     return str(url)
+
+
+def _agent_arguments(directory: Path, listen: str, elected: str) -> list[str]:
+    if is_alive(directory):
+        return []
+    arguments = ["--linger", "30s"]  # an agent that we start is ours: it goes when it is done
+    if listen:
+        arguments += ["--listen", listen]
+    if elected:
+        arguments += ["--coordination", elected]
+    return arguments
 
 
 def _agent_directory(base: Path, nodes: Nodes, leads: bool) -> Path:
@@ -147,3 +167,27 @@ def _command(script: str, arguments: tuple[str, ...], module: bool, no_python: b
     if no_python:
         return [script, *arguments]
     return [sys.executable, "-u", *(["-m"] if module else []), script, *arguments]
+
+
+def _written_to(settings: Settings, log_dir: Path | None) -> list[str]:
+    """Directories that a job writes to on this node, as far as they are known and there."""
+    found = [tempfile.gettempdir()]
+    if log_dir is not None:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        found.append(str(log_dir))
+    store = settings.store.url.removeprefix("file://")
+    if store.startswith("/"):
+        found.append(str(next(folder for folder in (Path(store), *Path(store).parents) if folder.is_dir())))
+    return found
+
+
+def _warm(settings: LaunchSettings, script: str, module: bool) -> dict[str, Any] | None:
+    """What a warm interpreter is told; None where there is to be none."""
+    if not settings.standby or not settings.preload:
+        return None
+    file, first = place_of(script, module=module)
+    why = reason_against(file)
+    if why:
+        click.echo(f"ckptsvc run: no standby: {why}", err=True)
+        return None
+    return Standby(settings.preload, settings.standby_memory).spec(first)

@@ -50,7 +50,7 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
       "status_version", "version", "node", "pid", "started", "address",
       "metrics", "arena_limit",
       "ranks": [{"job", "attempt", "rank", "world_size", "pid", "store",
-        "step", "heartbeat_age", "committed"}],
+        "step", "phase", "heartbeat_age", "committed"}],
       "arenas": [{"job", "rank", "state", "step", "bytes"}],
       "saves": [{"job", "epoch", "step", "outcome", "code", "reason",
         "bytes", "seconds"}],

@@ -1,7 +1,9 @@
 """The two calls: `attach` before the training loop, `step` in it.
 
     attach   find or start the agent, register, announce what this rank holds, restore the newest good checkpoint
-    step     heartbeat (0.4 us); when a snapshot is due: arena <- state, hand it over, go on
+    step     heartbeat (0.5 us); when a snapshot is due: arena <- state, hand it over, go on
+
+What takes longer than a step is a phase of its own (`Session.phase`): the agent must not take it for a hang.
 
 Nothing that fails after `attach` ends the training: a snapshot that cannot be taken is skipped and reported.
 """
@@ -13,7 +15,6 @@ import contextlib
 import logging
 import os
 import threading
-import time
 import warnings
 from collections.abc import Mapping
 from typing import Any, NoReturn
@@ -22,6 +23,7 @@ from ckptsvc.client.candidates import Candidate, Candidates
 from ckptsvc.client.group import the_group, together
 from ckptsvc.client.joining import agent_directory, coordinator_of, placement_of, registration
 from ckptsvc.client.link import AgentLink
+from ckptsvc.client.phases import FIRST_STEP, STEP, Inside, Phases
 from ckptsvc.client.restore import restore
 from ckptsvc.client.signals import StopSignals
 from ckptsvc.client.snapshots import Snapshots
@@ -44,7 +46,6 @@ from ckptsvc.errors import (
 )
 from ckptsvc.format.objects import encode
 from ckptsvc.rpc.dial import ensure_agent
-from ckptsvc.rpc.identity import Page
 from ckptsvc.storage import canonical
 
 log = logging.getLogger("ckptsvc")
@@ -132,6 +133,7 @@ class Session:
         self._closed = threading.Event()
         self._known_failure = -1
         self._rewinds = 0
+        self._warm = False  # the first step is done
         self._fences: list[Any] = []
         self._orders = {"save_at": -1, "stop_at": -1}  # the last that have come due or passed
         self._stop_now = False  # alone, and told to end: there is nobody to agree with
@@ -146,7 +148,10 @@ class Session:
             StopTraining: the job was asked to stop, and has saved.
         """
         self.steps_done += 1
-        page = self._beat()
+        page = self._phases.beat(self.steps_done)
+        if not self._warm:
+            self._warm = True
+            self._phases.become(STEP)
         due = self._every_steps and self.steps_done % self._every_steps == 0
         if (
             due
@@ -157,6 +162,23 @@ class Session:
             or not self._snapshots.arranged
         ):
             self._attend(bool(due))
+
+    def phase(self, name: str) -> Inside:
+        """Declare something that is not a training step: `with run.phase("evaluation"):`.
+
+        Phases nest; the innermost counts. Each has its own history in this job, by which a hang is told from work.
+
+        Args:
+            name: at most 31 letters, digits, spaces and ". _ / -"; the same for what takes the same kind of time.
+
+        Raises:
+            InvalidInput: the name is not one.
+        """
+        return self._phases.inside(name)
+
+    def progress(self, amount: int = 1) -> None:
+        """Show that a long phase goes on, by any amount in any unit; it costs less than a microsecond."""
+        self._phases.progress(amount)
 
     def save(self, *, wait: bool = False, timeout: float | None = None) -> bool:
         """Take a snapshot now; every rank must call this at the same step.
@@ -178,7 +200,8 @@ class Session:
             if self._snapshots.last_tried == self.steps_done:
                 # Saved, or tried, at this step before: the state may be another one now, and is saved as such.
                 self._new_epoch()
-            self._snapshots.take(self.steps_done, limit)
+            with self.phase("save"):
+                self._snapshots.take(self.steps_done, limit)
         except (InvalidInput, Fenced):
             raise
         except CkptsvcError as error:
@@ -194,7 +217,10 @@ class Session:
         Raises:
             SaveFailed, Fenced: it ended otherwise, or has not ended within `timeout` seconds.
         """
-        return self._snapshots.wait(self.settings.save.timeout if timeout is None else timeout)
+        with self.phase("save"):
+            return self._snapshots.wait(
+                self.settings.save.timeout if timeout is None else timeout, self._phases.progress
+            )
 
     @property
     def last_blocked(self) -> float:
@@ -223,7 +249,7 @@ class Session:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise NoCheckpoint(f"{self._url} has {what}")
         self._try(self._new_epoch)  # steps come again that this one may hold already
-        self._beat()
+        self._phases.beat(self.steps_done)
         return found
 
     def close(self) -> None:
@@ -257,6 +283,7 @@ class Session:
         self._every_steps = every.steps if every else 0
         self._tree = StateTree(self._tree_of, group.rank, group.size, self._include_rng)
         self._link = AgentLink(directory, registration(group, self._place, self.settings, self._url, coordinator))
+        self._phases = Phases(self._link)
         self._snapshots = Snapshots(self._tree, self._link, group, self._place, self._url, self._report_skip)
         self._start_agent()
         self._link.connect()
@@ -269,7 +296,7 @@ class Session:
             )
         if resume and self._restore(None) is not None:
             self._snapshots.arrange(self.steps_done)  # optimizers have their state now: the structure is final
-        self._beat()
+        self._phases.beat(self.steps_done)
         if overlap:
             self._fences = [o.register_step_pre_hook(self._snapshots.fence) for o in optimizers_in(self._tree_of)]
             if not self._fences:
@@ -277,6 +304,7 @@ class Session:
             self._snapshots.overlap = True
         atexit.register(self.close)
         self._signals.install(os.environ)
+        self._phases.become(FIRST_STEP)
         threading.Thread(target=self._keep_connected, name="ckptsvc-keep-connected", daemon=True).start()
 
     def _start_agent(self) -> None:
@@ -288,12 +316,6 @@ class Session:
         """Begin another epoch; every rank calls this at the same step."""
         self._rewinds += 1
         self._link.rewind(self._rewinds, ATTACH_TIMEOUT)
-
-    def _beat(self) -> Page:
-        page = self._link.page
-        page.put("step", self.steps_done)
-        page.put("at", time.monotonic_ns())
-        return page
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
@@ -311,7 +333,8 @@ class Session:
         stopping = self._ordered("stop_at") or self._stop_now
         if due or stopping:
             patience = self.settings.save.timeout if stopping else self.settings.save.deadline
-            self._try(lambda: self._snapshots.take(self.steps_done, patience), count=True)
+            with self.phase("save"):
+                self._try(lambda: self._snapshots.take(self.steps_done, patience), count=True)
         elif not self._snapshots.arranged:
             # The first step after a fresh start: the optimizers have made their state by now.
             self._try(lambda: self._snapshots.arrange(self.steps_done))
@@ -385,6 +408,10 @@ class Session:
 
     def _restore(self, step: int | None) -> int | None:
         """Try the candidates, newest first, until one restores on every rank; None if there are none."""
+        with self.phase("restore"):
+            return self._restore_newest(step)
+
+    def _restore_newest(self, step: int | None) -> int | None:
         candidates = Candidates(self._url, self.settings.store.retries, self._link, self._group, self._place)
         tried: list[str] = []
         newer = True  # every one of them was written by a newer version
@@ -418,7 +445,7 @@ class Session:
         with together(self._group):
             image = candidates.open(candidate)
         try:
-            return restore(image, self._tree, self._group)
+            return restore(image, self._tree, self._group, self._phases.progress)
         except (LayoutError, UnsupportedObject) as error:
             if candidate.tier == "memory":
                 raise Damaged(str(error)) from error  # the store has an older one, perhaps of before a change

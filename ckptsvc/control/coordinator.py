@@ -4,7 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ckptsvc.control.effects import CommitDone, Decision, EpochDone, LookupDone, Send
+from ckptsvc.control.crashloop import CrashLoop
+from ckptsvc.control.effects import (
+    CommitDone,
+    Decision,
+    EpochDone,
+    KeepNodes,
+    LookupDone,
+    NodesRead,
+    Probed,
+    ReadNodes,
+    Send,
+)
+from ckptsvc.control.exclusion import Exclusion, Strikes
+from ckptsvc.control.health import Health, Policy
+from ckptsvc.control.incidents import Incidents, standing
 from ckptsvc.control.membership import Job
 from ckptsvc.control.nic_job import JobNics
 from ckptsvc.control.nics import Finding
@@ -21,13 +35,23 @@ FORGET_AFTER = 3600.0
 class Coordinator:
     """Soft state of all jobs; rebuilt from the agents' reports after a restart.
 
-    `save_timeout` is in seconds, from the first rank's staging.
+    `save_timeout` is in seconds, from the first rank's staging; `mark` sets the incidents of this coordinator apart
+    from those of an earlier one.
     """
 
     save_timeout: float = 1800.0
+    policy: Policy = field(default_factory=Policy)
+    mark: str = ""
     jobs: dict[str, Job] = field(default_factory=dict)
     launched: dict[str, Attempts] = field(default_factory=dict)
     nics: dict[str, JobNics] = field(default_factory=dict)
+    exclusion: Exclusion = field(default_factory=Exclusion)
+    incidents: Incidents = field(init=False)
+    health: Health = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.incidents = Incidents(self.mark)
+        self.health = Health(self.jobs, self.launched, self.incidents, self.nics, self.policy)
 
     def handle(self, node: str, report: pb.Report, now: float) -> Decision:
         """One report from the agent of `node`."""
@@ -43,9 +67,26 @@ class Coordinator:
         for job in self.jobs.values():
             job.saves.node_gone(node)
             job.agent_lost(node, now)
+        decision = Decision([], [f"agent of {node} disconnected"])
         for attempts in self.launched.values():
-            attempts.agent_lost(node, now)
-        return Decision([], [f"agent of {node} disconnected"])
+            decision.add(attempts.agent_lost(node, now))
+        return decision.add(self.health.agent_lost(node, now))
+
+    def probed(self, event: Probed, now: float) -> Decision:
+        """Answer to `Probe`."""
+        attempts = self.launched.get(event.job)
+        return attempts.probed(event, now) if attempts else Decision()
+
+    def nodes_read(self, event: NodesRead, now: float) -> Decision:
+        """Answer to `ReadNodes`."""
+        self.exclusion.known = True
+        found = {node: Strikes(score, now - age, why) for node, (score, age, why) in event.strikes.items()}
+        self.exclusion.merge(found, now)
+        bad = [f"{node} ({found[node].why})" for node in sorted(found) if self.exclusion.excluded(node, now)]
+        decision = Decision([], [f"nodes that have failed too often: {', '.join(bad)}"] if bad else [])
+        for attempts in self.launched.values():
+            decision.add(attempts.tick(now))
+        return decision
 
     def epoch_done(self, event: EpochDone, now: float) -> Decision:
         """Answer to `AllotEpoch`."""
@@ -66,18 +107,37 @@ class Coordinator:
         """Whatever time alone decides; call it a few times a second."""
         decision = Decision()
         for job in self.jobs.values():
+            known = dict(job.ranks)
             decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
+            for rank in known.keys() - job.ranks.keys():
+                self.health.missing(job, rank, known[rank])
         for attempts in self.launched.values():
-            decision.add(attempts.tick(now))
+            decision.add(self._tick_launched(attempts, now))
         for nics in self.nics.values():
             decision.add(nics.tick(now))
+        decision.add(self.health.tick(now))
         for name, job in list(self.jobs.items()):
             if job.ranks or job.saves.open or job.saves.held:
                 job.busy_at = now
             elif now - job.busy_at > FORGET_AFTER:
                 del self.jobs[name]
+                self.incidents.forget(name)
                 self.nics.pop(name, None)
-        return decision.add(self._epochs(now))
+        return decision.add(self._epochs(now)).add(self._keep_nodes(now))
+
+    def _keep_nodes(self, now: float) -> Decision:
+        if not self.exclusion.changed or not self.exclusion.known:
+            return Decision()
+        return Decision([KeepNodes({n: (s.score, now - s.at, s.why) for n, s in self.exclusion.listed(now).items()})])
+
+    def _tick_launched(self, attempts: Attempts, now: float) -> Decision:
+        before, nodes = standing(attempts), list(attempts.nodes)
+        suspects = [(rank, where) for rank, (_, where) in attempts.suspects.items() if rank not in attempts.statuses]
+        decision = attempts.tick(now)
+        if suspects:
+            return decision.add(self.incidents.failed(attempts, before, "died", *suspects[0]))
+        lost = next((node for node in nodes if node not in attempts.nodes), "")
+        return decision.add(self.incidents.failed(attempts, before, "node-lost", node=lost))
 
     def snapshots(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job in memory, newest first (`local` is filled in by each agent)."""
@@ -133,6 +193,8 @@ class Coordinator:
         attempts = self.launched.get(launched_as(event.job))
         if event.died and attempts is not None:
             attempts.suspect(event.attempt, event.rank, event.node, now)
+        elif event.died and job is not None and event.attempt == job.attempt:
+            decision.add(self.incidents.died(event.job, event.attempt, event.rank, event.node, event.detail))
         return decision
 
     def _on_announced(self, event: pb.Announced, now: float) -> Decision:
@@ -176,27 +238,67 @@ class Coordinator:
 
     def _on_node_joined(self, event: pb.NodeJoined, now: float) -> Decision:
         attempts = self.launched.get(event.job)
-        if attempts is None or (attempts.phase is Phase.ENDED and not event.attempt):
+        decision = Decision()
+        # A launcher that was there before a job of this name ended belongs to that one, and has missed its end.
+        later = attempts and attempts.phase is Phase.ENDED and now - event.uptime >= attempts.ended
+        if attempts is None or (later and not event.attempt):
             before = attempts.outcome if attempts else None
-            attempts = Attempts(event.job, event.min_nodes, event.max_nodes, event.max_restarts, since=now)
-            attempts.predecessor = before
+            attempts = Attempts(
+                event.job,
+                event.min_nodes,
+                event.max_nodes,
+                event.max_restarts,
+                CrashLoop(event.crash_loop),
+                self.exclusion,
+                lambda: self._reached(event.job),
+                since=now,
+                predecessor=before,
+            )
             self.launched[event.job] = attempts
-        return attempts.joined(event, now)
+            if event.max_nodes > 1:
+                self.exclusion.known = False
+                decision.effects.append(ReadNodes())
+        return decision.add(attempts.joined(event, now))
+
+    def _reached(self, launched: str) -> tuple[int, int | None]:
+        """How far a launched job is: the newest step that could be restored, and the steps done if anybody told."""
+        jobs = [job for job in self.jobs.values() if launched_as(job.name) == launched]
+        told = [job.highest for job in jobs if job.progress]
+        return max((job.saves.newest for job in jobs), default=-1), max(told, default=None)
 
     def _on_node_ready(self, event: pb.NodeReady, now: float) -> Decision:
         attempts = self.launched.get(event.job)
-        return attempts.ready(event, now) if attempts else Decision()
+        if attempts is None:
+            return Decision()
+        before = standing(attempts)
+        return attempts.ready(event, now).add(self.incidents.failed(attempts, before, "node-lost", node=event.node))
 
     def _on_rank_exited(self, event: pb.RankExited, now: float) -> Decision:
         attempts = self.launched.get(event.job)
         if attempts is None:
             return Decision()
         attempts.saved = self._saved(event.job)
-        return attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now)
+        before = standing(attempts)
+        decision = attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now)
+        return decision.add(self.incidents.failed(attempts, before, "died", event.rank, event.node))
 
     def _on_node_left(self, event: pb.NodeLeft, now: float) -> Decision:
         attempts = self.launched.get(event.job)
-        return attempts.node_left(event.node, event.detail, now) if attempts else Decision()
+        if attempts is None:
+            return Decision()
+        before = standing(attempts)
+        return attempts.node_left(event.node, event.detail, now).add(
+            self.incidents.failed(attempts, before, "node-lost", node=event.node)
+        )
+
+    def _on_stalled(self, event: pb.Stalled, now: float) -> Decision:
+        return self.health.stalled(event, now)
+
+    def _on_moved(self, event: pb.Moved, now: float) -> Decision:
+        return self.health.moved(event, now)
+
+    def _on_examined(self, event: pb.Examined, now: float) -> Decision:
+        return self.health.examined(event, now)
 
     def _on_stop_requested(self, event: pb.StopRequested, now: float) -> Decision:
         for job in self.jobs.values():

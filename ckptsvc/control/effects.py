@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -53,7 +54,48 @@ class Lookup:
     store: str
 
 
-Effect = Send | AllotEpoch | Commit | Lookup
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Keep an incident, in place of what was kept under its id before."""
+
+    incident: pb.Incident
+
+
+class Answer(enum.Enum):
+    """What a launcher's doorbell says. The kernel answers for a process, however busy or frozen that is."""
+
+    UP = "it is there"
+    GONE = "its host answers, and nobody listens"
+    SILENT = "nothing answers"
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """See whether a launcher is still there, at once and within a second; answered by `Probed`."""
+
+    job: str
+    node: str
+    address: str
+    port: int
+
+
+Strike = tuple[float, float, str]
+"""What a node has against it in a list that outlives the coordinator: weight, its age in seconds, the last reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadNodes:
+    """Read the list of nodes that have failed; answered by `NodesRead`, with nothing where it cannot be read."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeepNodes:
+    """Keep the list of nodes that have failed."""
+
+    strikes: dict[str, Strike]
+
+
+Effect = Send | AllotEpoch | Commit | Lookup | Record | Probe | ReadNodes | KeepNodes
 
 
 @dataclass(slots=True)
@@ -90,6 +132,22 @@ class LookupDone:
     epoch: int
     step: int
     committed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """Outcome of `Probe`."""
+
+    job: str
+    node: str
+    answer: Answer
+
+
+@dataclass(frozen=True, slots=True)
+class NodesRead:
+    """Outcome of `ReadNodes`."""
+
+    strikes: dict[str, Strike]
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,12 @@ class Job:
         """Nodes with live ranks."""
         return sorted(set(self.ranks.values()))
 
+    @property
+    def unreachable(self) -> set[str]:
+        """Nodes whose agent was lost and has not come back."""
+        back = {node for rank, node in self.ranks.items() if self.seen[rank] >= self.away.get(node, math.inf)}
+        return self.away.keys() - back
+
     def join(self, event: pb.RankJoined, now: float) -> Decision:
         """A rank has registered at its agent, for the first time or again."""
         decision = Decision()

@@ -2,23 +2,43 @@ r"""Attempts of a job that `ckptsvc run` launches: when its nodes start ranks, w
 
 gathering --all nodes ready--> running --a rank fails--> stopping --all nodes ready--> running ...
 \--all ranks exit 0--> ended          \--no restarts left--> ended
+
+When is a node lost? Its agent's connection ends: at once if the agent dies, after an unanswered ping if the network or
+the host does (rpc.channel.KEEPALIVE). That is one sign, and not enough: agents are restarted under running jobs, and a
+frozen one does not stop its ranks. So the coordinator rings at the door of the node's launcher, whose life is that of
+its ranks (agent.keeper). The kernel answers for it, however busy the processes are:
+
+    it answers             the node is there: its agent is waited for, while ranks run for as long as any does
+    nobody listens         the launcher has ended, and its ranks with it: the node is lost
+    nothing answers        neither does the agent, so it is the host or the network: the node is lost
+
+A node without a doorbell is given `NODE_PATIENCE`. A restart does not wait longer than `AWAY_PATIENCE` for a node whose
+agent is away when there are enough others.
 """
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from ckptsvc.control.effects import Decision, Send
+from ckptsvc.control.crashloop import Crash, CrashLoop
+from ckptsvc.control.effects import Answer, Decision, Probe, Probed, Send
+from ckptsvc.control.exclusion import DIED, FAILED, LOST, Exclusion
+from ckptsvc.control.nodes import Node, choose
+from ckptsvc.errors import EXIT_STATUS
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
-GRACE = 2.0
+GRACE = 0.5
 """Seconds between SIGTERM and SIGKILL for the healthy ranks of an attempt that is being stopped."""
 
 LAST_CALL = 5.0
-"""Seconds to wait for more nodes once the least number has joined."""
+"""Seconds to wait for more nodes, or better ones, once the least number has joined; not at a restart."""
+
+LIST_PATIENCE = 3.0
+"""Seconds after the last node has joined in which a job waits for the list of nodes that have failed."""
 
 JOIN_PATIENCE = 600.0
 """Seconds after the last change among its nodes in which a job that has not begun waits for the rest (as torchrun)."""
@@ -26,12 +46,23 @@ JOIN_PATIENCE = 600.0
 NODE_PATIENCE = 60.0
 """Seconds a job waits below its least number of nodes before it ends, and for a node whose agent is away."""
 
-INTERRUPTED = 85
-"""Exit status of ranks that stopped because they were asked to (see errors.EXIT_STATUS)."""
+AWAY_PATIENCE = 10.0
+"""Seconds a restart waits for a node whose agent is away although there are enough others."""
 
+RING_EVERY = 0.4
+"""Seconds between looks after the launcher of a node whose agent is away."""
 
 EXIT_PATIENCE = 1.0
 """Seconds a launcher has to say how a rank ended whose process is known to be gone."""
+
+INTERRUPTED = EXIT_STATUS["interrupted"]
+"""Exit status of ranks that stopped because they were asked to."""
+
+SIGTERM = 15
+"""Its number everywhere (signal(7)): a process that dies of it was told to by somebody."""
+
+SHOWN = 200
+"""Characters of a reason given by a node that are repeated."""
 
 
 class Phase(enum.Enum):
@@ -44,20 +75,6 @@ class Phase(enum.Enum):
 
 
 @dataclass(slots=True)
-class Node:
-    """One `ckptsvc run`."""
-
-    name: str
-    rank: int
-    address: str
-    nproc: int
-    ready: int = -1  # the attempt after which it is ready for the next
-    port: int = 0
-    start: agent_pb2.StartRanks | None = None  # the last order to start, to be repeated if it was lost
-    away_since: float | None = None  # its agent's connection has ended
-
-
-@dataclass(slots=True)
 class Attempts:
     """The launched job."""
 
@@ -65,41 +82,54 @@ class Attempts:
     min_nodes: int
     max_nodes: int
     max_restarts: int
+    loop: CrashLoop = field(default_factory=lambda: CrashLoop(0))
+    exclusion: Exclusion = field(default_factory=Exclusion)
+    reached: Callable[[], tuple[int, int | None]] = lambda: (-1, None)  # newest step to restore, steps done
     phase: Phase = Phase.GATHERING
     attempt: int = 0
     restarts: int = 0
     since: float = 0.0
+    began: float = 0.0  # the attempt
+    gathered: bool = False  # this coordinator has started an attempt itself
+    arrivals: int = 0
     nodes: dict[str, Node] = field(default_factory=dict)
     running: dict[int, str] = field(default_factory=dict)  # rank -> node
     hosts: set[str] = field(default_factory=set)  # nodes with ranks of the attempt
+    places: dict[str, float] = field(default_factory=dict)  # where they stand, smaller is further in front
+    world: int = 0  # ranks of the attempt; 0: not known
     statuses: dict[int, int] = field(default_factory=dict)
     suspects: dict[int, tuple[float, str]] = field(default_factory=dict)  # rank -> since when, node
     outcome: tuple[int, str] = (0, "")  # status and reason, once ENDED
+    ended: float = 0.0  # when
     predecessor: tuple[int, str] | None = None  # outcome of the last job of this name
     last_failure: str = ""
     stop_wanted: str = ""  # why the job was asked to stop
     saved: str = ""  # what is known of its newest checkpoint
+    accused: tuple[int, str] = (0, "")  # attempt in which a rank is being killed because it hangs, and why
     incidents: list[str] = field(default_factory=list)
 
     def joined(self, event: pb.NodeJoined, now: float) -> Decision:
         """A launcher has connected, for the first time or again: what it says counts, orders may have been lost."""
-        node = self.nodes.get(event.node)
         if self.phase is Phase.ENDED:
             return self._end_node(event.node, *self.outcome)
         decision = Decision()
+        node = self.nodes.get(event.node)
+        if node is None and event.unfit and not event.attempt:
+            unfit = f"node {event.node} is not taken in: {event.unfit[:SHOWN]}"
+            return self._end_node(event.node, EXIT_STATUS["node-unfit"], unfit)
         if node is None:
-            if len(self.nodes) >= self.max_nodes:
-                why = f"job {self.job} has its {self.max_nodes} nodes already"
-                return self._end_node(event.node, 1, why)
-            rank = event.node_rank if event.node_rank >= 0 else len(self.nodes)
-            node = self.nodes[event.node] = Node(event.node, rank, event.address, event.nproc)
+            node = Node(event.node, event.node_rank, self.arrivals, event.address, event.nproc)
+            self.nodes[event.node] = node
+            self.arrivals += 1
             self.since = now
-            joined = f"job {self.job}: node {event.node} joined ({len(self.nodes)}/{self.min_nodes})"
-            decision.reasons.append(joined)
-        node.address, node.nproc, node.away_since = event.address, event.nproc, None
-        return decision.add(self._adopt(event)) if event.attempt else decision
+            spare = " as a spare" if len(self.nodes) > self.max_nodes else ""
+            joined = f"node {event.node} joined{spare} ({len(self.nodes)}/{self.min_nodes})"
+            decision.reasons.append(f"job {self.job}: {joined}")
+        node.address, node.nproc, node.doorbell = event.address, event.nproc, event.doorbell
+        node.away_since, node.ring_at = None, math.inf
+        return decision.add(self._adopt(event, now)) if event.attempt else decision
 
-    def _adopt(self, event: pb.NodeJoined) -> Decision:
+    def _adopt(self, event: pb.NodeJoined, now: float) -> Decision:
         """Ranks run on that node: those this coordinator or an earlier one has started, or such that should be gone."""
         here = dict.fromkeys(range(event.first_rank, event.first_rank + event.nproc), event.node)
         if event.attempt < self.attempt:
@@ -109,9 +139,11 @@ class Attempts:
             self.attempt, self.phase = event.attempt, Phase.RUNNING
             self.restarts = max(self.restarts, event.attempt - 1)
             self.running, self.hosts, self.statuses, self.suspects = here, {event.node}, {}, {}
+            self.places, self.world, self.began = {event.node: event.first_rank}, event.world_size, now
             return stale
         self.running.update(here)
         self.hosts.add(event.node)
+        self.places[event.node] = event.first_rank
         if self.phase is Phase.RUNNING:
             return Decision()
         # The order to stop did not reach this node; or nobody here has heard of it yet, but another node has obeyed it.
@@ -139,10 +171,30 @@ class Attempts:
             self.attempt, self.restarts = event.attempt, max(self.restarts, event.attempt)
         return self._start_if_ready(now)
 
-    def agent_lost(self, name: str, now: float) -> None:
-        """The connection to a node's agent has ended; it is given `NODE_PATIENCE` to come back."""
-        if name in self.nodes:
-            self.nodes[name].away_since = now
+    def agent_lost(self, name: str, now: float) -> Decision:
+        """The connection to a node's agent has ended: see whether the node is still there."""
+        node = self.nodes.get(name)
+        if node is None or self.phase is Phase.ENDED:
+            return Decision()
+        node.away_since = now
+        return self._ring(node)
+
+    def _ring(self, node: Node) -> Decision:
+        node.ring_at = math.inf
+        if not node.doorbell:
+            return Decision()
+        return Decision([Probe(self.job, node.name, node.address, node.doorbell)])
+
+    def probed(self, event: Probed, now: float) -> Decision:
+        """What the doorbell of a node has said."""
+        node = self.nodes.get(event.node)
+        if node is None or node.away_since is None:
+            return Decision()  # back, or given up, meanwhile
+        if event.answer is Answer.UP:
+            node.ring_at = now + RING_EVERY
+            return Decision()
+        why = "its launcher has ended" if event.answer is Answer.GONE else "neither its agent nor its host answers"
+        return self.node_left(node.name, why, now)
 
     def rank_exited(self, attempt: int, rank: int, node: str, status: int | None, now: float) -> Decision:
         """A rank has ended; `status` is None when only its death is known so far."""
@@ -152,9 +204,34 @@ class Attempts:
             self.statuses[rank] = status or 0
             if len(self.statuses) < len(self.running) or self._is_partial:
                 return Decision()
-            return self._finish()
+            return self._finish(now)
+        accused, sentence = self.accused
+        if accused == attempt:  # the others may end before the rank that held them up
+            return self._fail(sentence, now)
         how = "died" if status is None else describe_status(status)
-        return self._fail(f"rank {rank} on {node} {how}", now)
+        failed = f"rank {rank} on {node} {how}"
+        if any(self.nodes[n].away_since is not None for n in self.hosts & self.nodes.keys() if n != node):
+            return self._fail(failed, now)  # it may well be that node's fault: its agent is out of reach
+        by_itself = status is not None and (status > 0 or status == -SIGTERM)
+        self._strike(node, FAILED if by_itself else DIED, f"rank {rank} {how}", now)
+        return self._fail(failed, now, self._crash(rank, node, how, now))
+
+    def _strike(self, node: str, weight: float, why: str, now: float) -> None:
+        if self.max_nodes > 1:  # else there is no choice, and most failures are of programs that are being written
+            self.exclusion.strike(node, weight, why, now)
+
+    def _crash(self, rank: int, node: str, how: str, now: float) -> Crash:
+        return Crash(self.attempt, rank, node, how, self.reached()[1], now - self.began)
+
+    def accuse(self, attempt: int, sentence: str) -> None:
+        """A rank of this attempt is about to be killed: the sentence is why the attempt fails. 0: it was let live."""
+        self.accused = (attempt, sentence)
+
+    def give_up(self, attempt: int, now: float) -> Decision:
+        """The rank that was accused is still there: stop the whole attempt."""
+        if attempt != self.attempt or self.phase is not Phase.RUNNING:
+            return Decision()
+        return self._fail(self.accused[1], now)
 
     def suspect(self, attempt: int, rank: int, node: str, now: float) -> None:
         """A rank's process has ended; its launcher is about to say how."""
@@ -165,10 +242,13 @@ class Attempts:
         """A launcher is gone."""
         if self.nodes.pop(name, None) is None or self.phase is Phase.ENDED:
             return Decision()
+        gone = f"node {name} is gone ({detail[:SHOWN]})"
+        if name in self.hosts:
+            self._strike(name, LOST, detail[:SHOWN], now)
         if self.phase is Phase.RUNNING and name in self.hosts:
-            return self._fail(f"node {name} is gone ({detail})", now)
+            return self._fail(gone, now)
         self.since = now
-        return Decision([], [f"job {self.job}: node {name} is gone ({detail})"])
+        return Decision([], [f"job {self.job}: {gone}"]).add(self._start_if_ready(now))
 
     def tick(self, now: float) -> Decision:
         """Start after the last call; give up nodes that do not come back, and the job when there are not enough."""
@@ -179,53 +259,77 @@ class Attempts:
                 if rank not in self.statuses:
                     decision.add(self.rank_exited(self.attempt, rank, where, None, now))
         for node in list(self.nodes.values()):
-            if node.away_since is not None and now - node.away_since > NODE_PATIENCE:
-                decision.add(self.node_left(node.name, f"its agent is away for {NODE_PATIENCE:g} s", now))
+            if node.away_since is None:
+                continue
+            if now >= node.ring_at:
+                decision.add(self._ring(node))
+            if self._in_vain(node, now - node.away_since):
+                decision.add(self.node_left(node.name, f"its agent is away for {now - node.away_since:.0f} s", now))
         if self.phase is Phase.RUNNING and self._is_partial and now - self.since > NODE_PATIENCE:
             finished = len(self.statuses) == len(self.running)
-            decision.add(self._finish() if finished else self._fail("not all nodes have come back", now))
+            decision.add(self._finish(now) if finished else self._fail("not all nodes have come back", now))
         elif self.phase is Phase.GATHERING or self.phase is Phase.STOPPING:
             there = f"only {len(self.nodes)} of {self.min_nodes} nodes"
             why, patience = f"{there} have come", JOIN_PATIENCE
             if self.restarts:
                 why, patience = f"{there} are left: {self.last_failure}", NODE_PATIENCE
             if len(self.nodes) < self.min_nodes and now - self.since > patience:
-                return decision.add(self._end(1, why))
+                return decision.add(self._end(1, why, now))
             decision.add(self._start_if_ready(now))
         return decision
+
+    def _in_vain(self, node: Node, away: float) -> bool:
+        """Whether a node is given up whose agent has been away for so many seconds."""
+        if self.phase is Phase.RUNNING:
+            others = (rank for rank, where in self.running.items() if where != node.name)
+            runs = node.doorbell and node.name in self.hosts and any(rank not in self.statuses for rank in others)
+            return away > NODE_PATIENCE and not runs
+        return away > (AWAY_PATIENCE if len(self.nodes) > self.min_nodes else NODE_PATIENCE)
 
     @property
     def _is_partial(self) -> bool:
         """After a change of coordinator: not all nodes have told yet which ranks of the attempt they run."""
-        return len(self.hosts) < self.min_nodes
+        return len(self.running) < self.world if self.world else len(self.hosts) < self.min_nodes
 
     def _start_if_ready(self, now: float) -> Decision:
         if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes:
             return Decision()
-        if len(self.nodes) < self.max_nodes and now - self.since < LAST_CALL:
+        waited = now - self.since
+        if not self.gathered and len(self.nodes) < self.max_nodes and waited < LAST_CALL:
             return Decision()
+        if not self.exclusion.known and waited < LIST_PATIENCE:
+            return Decision()
+        bad = {node for node in self.nodes if self.exclusion.excluded(node, now)}
+        chosen = choose(self.nodes.values(), self.min_nodes, self.max_nodes, bad.__contains__, self.places)
+        if not self.gathered and waited < LAST_CALL and any(node.name in bad for node in chosen):
+            return Decision()  # a better one may come
         for node in self.nodes.values():
-            # A node that joined while an attempt ran has no rank of it, and nothing to stop.
-            if node.ready != self.attempt and (node.ready < 0 or node.name in self.hosts):
+            # A node without ranks of the last attempt has nothing to stop.
+            stops = node.name in self.hosts and node.ready != self.attempt
+            if stops or (node in chosen and (node.ready < 0 or node.away_since is not None)):
                 return Decision()
-        ordered = sorted(self.nodes.values(), key=lambda n: (n.rank, n.name))
-        world = sum(n.nproc for n in ordered)
+        return self._start(chosen, now)
+
+    def _start(self, chosen: list[Node], now: float) -> Decision:
+        world = sum(n.nproc for n in chosen)
         self.attempt += 1
-        self.phase, self.since = Phase.RUNNING, now
-        self.running, self.hosts, self.statuses, self.suspects = {}, set(self.nodes), {}, {}
-        decision = Decision(
-            [], [f"job {self.job}: attempt {self.attempt} starts: {world} ranks on {len(ordered)} nodes"]
-        )
+        self.phase, self.since, self.began, self.gathered = Phase.RUNNING, now, now, True
+        self.running, self.hosts, self.statuses, self.suspects = {}, {n.name for n in chosen}, {}, {}
+        self.world, self.places = world, {n.name: float(place) for place, n in enumerate(chosen)}
+        spares = sorted(self.nodes.keys() - self.hosts)
+        without = f"; without {', '.join(spares)}" if spares else ""
+        text = f"attempt {self.attempt} starts: {world} ranks on {len(chosen)} nodes{without}"
+        decision = Decision([], [f"job {self.job}: {text}"])
         first = 0
-        for node_rank, node in enumerate(ordered):
+        for node_rank, node in enumerate(chosen):
             start = agent_pb2.StartRanks(
                 attempt=self.attempt,
                 world_size=world,
                 first_rank=first,
                 node_rank=node_rank,
-                nodes=len(ordered),
-                master_addr=ordered[0].address,
-                master_port=ordered[0].port,
+                nodes=len(chosen),
+                master_addr=chosen[0].address,
+                master_port=chosen[0].port,
             )
             node.start = start
             decision.effects.append(Send(node.name, pb.Order(job=self.job, start=start)))
@@ -233,22 +337,26 @@ class Attempts:
             first += node.nproc
         return decision
 
-    def _finish(self) -> Decision:
+    def _finish(self, now: float) -> Decision:
         worst = max(self.statuses.values())
-        return self._end(worst, self._stopped() if worst else "all ranks have ended")
+        return self._end(worst, self._stopped() if worst else "all ranks have ended", now)
 
     def _stopped(self) -> str:
         asked = f" ({self.stop_wanted})" if self.stop_wanted else ""
         return f"stopped on request{asked}; {self.saved or 'nothing was saved'}"
 
-    def _fail(self, why: str, now: float) -> Decision:
+    def _fail(self, why: str, now: float, crash: Crash | None = None) -> Decision:
+        """The attempt has failed; `crash` says how, if the program did and not a node."""
         self.last_failure = why
         self.incidents.append(f"attempt {self.attempt}: {why}")
         self.since = now
         if self.stop_wanted:  # there is no time for another attempt
-            return self._end(INTERRUPTED, f"{self._stopped()}; before the last save, {why}")
+            return self._end(INTERRUPTED, f"{self._stopped()}; before the last save, {why}", now)
+        looping = self.loop.crashed(crash, self.reached()[0]) if crash else ""
+        if looping:
+            return self._end(EXIT_STATUS["crash-loop"], f"{why}; {looping}", now)
         if self.restarts >= self.max_restarts:
-            return self._end(1, f"{why}; no restarts left of {self.max_restarts}")
+            return self._end(1, f"{why}; no restarts left of {self.max_restarts}", now)
         self.restarts += 1
         self.phase = Phase.STOPPING
         reason = f"job {self.job}: {why}; restart {self.restarts} of {self.max_restarts}"
@@ -258,8 +366,8 @@ class Attempts:
         stop = agent_pb2.StopRanks(attempt=attempt, grace=GRACE, reason=why)
         return Decision([Send(node, pb.Order(job=self.job, stop=stop)) for node in sorted(nodes)])
 
-    def _end(self, status: int, why: str) -> Decision:
-        self.phase, self.outcome = Phase.ENDED, (status, why)
+    def _end(self, status: int, why: str, now: float) -> Decision:
+        self.phase, self.outcome, self.ended = Phase.ENDED, (status, why), now
         end = agent_pb2.JobEnd(status=status, reason=why)
         effects = [Send(n, pb.Order(job=self.job, end=end)) for n in sorted(self.nodes)]
         return Decision(list(effects), [f"job {self.job} ends with {status}: {why}"])

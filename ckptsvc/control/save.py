@@ -85,6 +85,12 @@ class Saves:
     aliases: dict[Key, dict[str, str]] = field(default_factory=dict)
     ended: OrderedDict[Key, agent_pb2.SaveOutcome] = field(default_factory=OrderedDict)
 
+    @property
+    def newest(self) -> int:
+        """The newest step that could be restored, from memory or from the store; -1 if there is none."""
+        committed = (step for (_, step), o in self.ended.items() if o.outcome == agent_pb2.OUTCOME_COMMITTED)
+        return max((max((step for _, step in self.complete), default=-1), max(committed, default=-1)))
+
     def begin(self, attempt: int, now: float) -> None:
         """Ranks of a new attempt have come; those of older ones are gone."""
         self.attempt, self.attempt_began, self.gone, self.latest = attempt, now, set(), {}

@@ -20,8 +20,18 @@ OPTIONS = [
     ("grpc.enable_http_proxy", 0),  # a proxy for the web is not meant for a loopback or cluster address
 ]
 
-KEEPALIVE = [("grpc.keepalive_time_ms", 5000), ("grpc.keepalive_timeout_ms", 5000)]
-"""For streams between agents: a peer that is cut off is noticed in ten seconds."""
+KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 1000),
+    ("grpc.keepalive_timeout_ms", 1000),
+    ("grpc.http2.ping_timeout_ms", 1000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+"""For streams between agents, at both ends: a lease of two seconds, kept by pings of gRPC's own threads, so that a busy
+interpreter neither delays them nor pays for them. Without `ping_timeout_ms` a frozen peer is not noticed."""
+
+PING_SPACING = 300
+"""Milliseconds between pings below which a server takes a client for an attacker."""
 
 MAX_WHAT = 800
 """Characters of an error's message that travel."""

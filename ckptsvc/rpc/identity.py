@@ -32,25 +32,35 @@ from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError
 MAX_PACKET = 64 << 10
 """Bytes in one message."""
 
-PAGE = struct.Struct("<qQqqqqq")
-"""The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds (written by the rank); step to save at, step to stop at,
-last committed step, last step whose save failed (written by the agent). -1 means none. Then the number of the signal by
-which the rank was asked to stop, or 0 (written by the rank). The words are aligned: each is read and written whole."""
+PAGE = struct.Struct("<qQqqqqqqqq32s")
+"""The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds of the last sign of life (written by the rank); step to
+save at, step to stop at, last committed step, last step whose save failed (written by the agent; -1 means none); how
+many phases the rank has gone through, when the present one began, how far it is, the number of the signal by which it
+was asked to stop (or 0), and the phase's name (written by the rank).
+The words are aligned: each is read and written whole. A phase's number is written last: with it, its name is there."""
 
 PAGE_BYTES = 4096
-_FIELDS = {"step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40, "signal": 48}
+PHASE_BYTES = 32
+"""Bytes in the name of a phase, padded with zeros."""
+
+_FIELDS = {
+    "step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40,
+    "phases": 48, "since": 56, "progress": 64, "signal": 72,
+}  # fmt: skip
+_AT, _PHASES, _SINCE, _PROGRESS, _NAME = 1, 6, 7, 8, 80
 
 
 class Page:
     """The heartbeat page of one rank, shared by the rank and the agent."""
 
     def __init__(self, memory: memoryview) -> None:
-        self._words = memory[: PAGE.size].cast("q")
+        self._words = memory[:_NAME].cast("q")
+        self._name = memory[_NAME : PAGE.size]
 
     @staticmethod
     def blank() -> bytes:
         """The page before anything has happened."""
-        return PAGE.pack(0, 0, -1, -1, -1, -1, 0)
+        return PAGE.pack(0, 0, -1, -1, -1, -1, 0, 0, 0, 0, b"")
 
     def get(self, name: str) -> int:
         """Read one word."""
@@ -59,6 +69,33 @@ class Page:
     def put(self, name: str, value: int) -> None:
         """Write one word."""
         self._words[_FIELDS[name] // 8] = value
+
+    @property
+    def phase(self) -> str:
+        """Name of the phase the rank is in; "" before the first."""
+        raw = bytes(self._name).split(b"\0", 1)[0]
+        return "".join(c if c.isprintable() else "?" for c in raw.decode("ascii", "replace"))
+
+    def enter(self, name: bytes, now: int) -> None:
+        """Begin a phase (`name` of PHASE_BYTES) at `now`, in CLOCK_MONOTONIC nanoseconds."""
+        words = self._words
+        self._name[:] = name
+        words[_SINCE] = words[_AT] = now
+        words[_PROGRESS] = 0
+        words[_PHASES] += 1
+
+    def advance(self, amount: int, now: int) -> None:
+        """Note that the phase is `amount` further, in whatever unit it counts."""
+        self._words[_PROGRESS] += amount
+        self._words[_AT] = now
+
+    def carry(self, older: Page) -> None:
+        """Take over what the rank has written to another page, unless this one is further."""
+        self.put("signal", self.get("signal") or older.get("signal"))
+        if (older.get("phases"), older.get("at")) > (self.get("phases"), self.get("at")):
+            self._name[:] = older._name
+            for word in ("step", "at", "since", "progress", "phases"):
+                self.put(word, older.get(word))
 
 
 class IdentityClient:

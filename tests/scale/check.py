@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptsvc.control.effects import AllotEpoch, Commit, Lookup, Send
+from ckptsvc.control.effects import AllotEpoch, Commit, Lookup, Record, Send
 from ckptsvc.pipeline.arena import State
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 if TYPE_CHECKING:
+    from machine import Rank
     from simulation import Store, World
 
 COMMITTED = agent_pb2.OUTCOME_COMMITTED
@@ -28,7 +29,8 @@ class Violation(AssertionError):
         lines = [
             f"{self.args[0]}, at {world.now:.2f} s",
             f"Schedule.draw({schedule.seed}), perhaps with fewer faults",
-            f"{schedule.nodes} nodes x {schedule.nproc} ranks, {schedule.steps} steps",
+            f"{schedule.nodes} nodes, of which {schedule.least} to {schedule.most} are used",
+            f"{schedule.nproc} ranks on each, {schedule.steps} steps",
             f"a save every {schedule.every_steps} steps and every {schedule.every_seconds:g} s (0: never)",
             "faults:",
             *map(str, schedule.faults),
@@ -62,7 +64,7 @@ class Checks:
             event = report.durable
             self._durable.add((event.job, event.epoch, event.step, event.rank))
 
-    def decided(self, effect: Send | AllotEpoch | Commit | Lookup) -> None:
+    def decided(self, effect: Send | AllotEpoch | Commit | Lookup | Record) -> None:
         """The coordinator wants something."""
         if isinstance(effect, Commit):
             ranks = [shard.rank for shard in effect.shards]
@@ -105,6 +107,12 @@ class Checks:
         for rank in range(effect.world_size):
             require((effect.epoch, effect.step, rank) in store.shards, f"{save} is committed without rank {rank}")
 
+    def killing(self, rank: Rank) -> None:
+        """An agent obeys the order to kill a rank."""
+        require(rank.hangs, f"rank {rank.number} of attempt {rank.attempt} is killed, and does not hang")
+        for_long = self._world.now - rank.stepped_at > self._world.brain.core.policy.confirm
+        require(rank.hangs == "T" or for_long, f"rank {rank.number} is killed, and may be at work")
+
     def always(self) -> None:
         """After every event."""
         self._one_job_in_the_run()
@@ -117,7 +125,9 @@ class Checks:
         require(len(writers) <= 1, f"jobs {writers} write to one run")
 
     def _one_attempt_runs(self) -> None:
-        running = {r.attempt for m in self._world.machines.values() for r in m.ranks.values() if r.alive}
+        # A node that is out of reach runs on. What keeps it from doing harm are epochs.
+        machines = [m for m in self._world.machines.values() if not m.line.excused]
+        running = {r.attempt for m in machines for r in m.ranks.values() if r.alive}
         require(len(running) <= 1, f"attempts {sorted(running)} run at the same time")
 
     def _memory_is_there(self) -> None:

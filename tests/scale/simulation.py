@@ -24,11 +24,32 @@ from check import Checks, Violation
 from machine import Attempt, Machine
 
 from ckptsvc.control.coordinator import Coordinator
-from ckptsvc.control.effects import AllotEpoch, Commit, CommitDone, Decision, EpochDone, Lookup, LookupDone, Send
+from ckptsvc.control.effects import (
+    AllotEpoch,
+    Commit,
+    CommitDone,
+    Decision,
+    EpochDone,
+    KeepNodes,
+    Lookup,
+    LookupDone,
+    NodesRead,
+    Probe,
+    Probed,
+    ReadNodes,
+    Record,
+    Send,
+)
+from ckptsvc.control.health import Policy
+from ckptsvc.control.restart import AWAY_PATIENCE
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 TICK = 0.5
 SAVE_TIMEOUT = 60.0
+POLICY = Policy(confirm=60.0, give_up=200.0)
+HEALED = 5.0
+"""Virtual seconds after which a node that was out of reach certainly has heard what it missed."""
+
 PATIENCE = 900.0
 """Virtual seconds after the last fault in which everything must have come to an end."""
 
@@ -56,6 +77,9 @@ KINDS = {
     "store outage": 2,
     "kill rank and agent": 2,
     "another job": 2,
+    "stop rank": 3,
+    "rank elsewhere": 3,
+    "stop agent": 2,
     "lose node": 0.3,
 }
 
@@ -66,6 +90,8 @@ class Schedule:
 
     seed: int
     nodes: int
+    least: int
+    most: int
     nproc: int
     steps: int
     every_steps: int
@@ -81,10 +107,16 @@ class Schedule:
             seconds = rng.choice([rng.uniform(0.5, 5), rng.uniform(5, 30), rng.uniform(60, 90)])
             if kind in ("kill rank", "break line", "lose node"):
                 seconds = 0.0
+            elif kind in ("stop rank", "rank elsewhere") and rng.random() < 0.5:
+                seconds = 0.0  # for ever
             faults.append(Fault(rng.uniform(0, 60), kind, rng.randrange(100), seconds))
+        nodes = rng.randint(1, 3)
+        most = rng.choice([nodes, rng.randint(1, nodes)])  # others are spares
         return Schedule(
             seed=seed,
-            nodes=rng.randint(1, 3),
+            nodes=nodes,
+            least=rng.choice([most, rng.randint(1, most)]),
+            most=most,
             nproc=rng.randint(1, 2),
             steps=rng.randint(20, 40),
             every_steps=rng.randint(2, 7),
@@ -164,6 +196,21 @@ class Line:
         self._world, self._machine = world, machine
         self.session: Session | None = None
         self.cut_until = 0.0
+        self._was_cut = False
+        self._lost_at = 0.0
+        self._excused_until = 0.0
+
+    @property
+    def excused(self) -> bool:
+        """Whether nobody can expect the node to do what it is told: it is, or was just now, out of reach for long."""
+        if self.session is None:
+            return self._was_cut or self._world.now - self._lost_at >= AWAY_PATIENCE
+        return self._world.now < self._excused_until
+
+    def cut(self, seconds: float, notice: float) -> None:
+        """Neither agent nor launcher can be reached for so long."""
+        self.cut_until, self._was_cut = self._world.now + seconds, True
+        self.break_(notice)
 
     def report(self, report: pb.Report) -> None:
         """As RemoteUplink: dropped while there is no connection."""
@@ -182,16 +229,18 @@ class Line:
         if world.now < self.cut_until or not world.brain.alive:
             world.later(0.3, self.connect)
             return
-        self.session = Session(world.now)
+        if self.excused:
+            self._excused_until = world.now + HEALED
+        self.session, self._was_cut = Session(world.now), False
         self.report(pb.Report(agent_hello=pb.AgentHello(node=self._machine.name)))
-        for report in self._machine.local.resync(""):
+        for report in self._machine.everything():
             self.report(report)
 
     def break_(self, notice: float) -> None:
         """What is under way is lost; the coordinator notices after `notice` seconds, unless a new one comes first."""
         session, self.session = self.session, None
         if session is not None:
-            session.broken = True
+            session.broken, self._lost_at = True, self._world.now
             self._world.later(notice, self._world.brain.depart, self._machine.name, session)
             self._world.later(0.3, self.connect)
 
@@ -223,11 +272,11 @@ class Brain:
         self.life = 0
         self.born = 0.0
         self.peers: dict[str, Session] = {}
-        self.core = Coordinator()
+        self.core = Coordinator(policy=POLICY)
 
     def start(self) -> None:
         self.alive, self.born, self.peers = True, self._world.now, {}
-        self.core = Coordinator(save_timeout=SAVE_TIMEOUT)
+        self.core = Coordinator(save_timeout=SAVE_TIMEOUT, policy=POLICY)
         self.life += 1
         self._world.checks.new_coordinator()
         self._tick(self.life)
@@ -260,13 +309,19 @@ class Brain:
             self._world.note(f"coordinator: {reason}")
         for effect in decision.effects:
             self._world.checks.decided(effect)
+            if isinstance(effect, Record):
+                continue
             if not isinstance(effect, Send):
                 self._world.later(self._world.rng.uniform(0.01, 0.5), self._do, self.life, effect)
             elif effect.node in self.peers:
                 self._world.machines[effect.node].line.deliver(self.peers[effect.node], effect.order)
 
-    def _do(self, life: int, effect: AllotEpoch | Commit | Lookup) -> None:
+    def _do(self, life: int, effect: AllotEpoch | Commit | Lookup | Probe | ReadNodes | KeepNodes) -> None:
         """The worker does it; if the coordinator died meanwhile, it may have been done all the same."""
+        if isinstance(effect, Probe | ReadNodes | KeepNodes):
+            if life == self.life and self.alive:
+                self._look(effect)
+            return
         store, orphaned = self._world.store, life != self.life or not self.alive
         if orphaned and self._world.rng.random() < 0.5:
             return
@@ -284,6 +339,15 @@ class Brain:
             self._execute(self.core.commit_done(answer, self._world.now))
         else:
             self._execute(self.core.lookup_done(answer, self._world.now))
+
+    def _look(self, effect: Probe | ReadNodes | KeepNodes) -> None:
+        if isinstance(effect, Probe):
+            machine = self._world.machines[effect.node]
+            answer = machine.answer(self._world.now)
+            self._world.note(f"{effect.node}: {answer.value}")
+            self._execute(self.core.probed(Probed(effect.job, effect.node, answer), self._world.now))
+        elif isinstance(effect, ReadNodes):
+            self._execute(self.core.nodes_read(NodesRead({}), self._world.now))
 
 
 class World:
@@ -354,10 +418,15 @@ class World:
         elif fault.kind == "break line":
             machine.line.break_(self.rng.uniform(0, 10))
         elif fault.kind == "cut off":
-            machine.line.cut_until = self.now + fault.seconds
-            machine.line.break_(self.rng.uniform(0, 10))
+            machine.line.cut(fault.seconds, self.rng.uniform(0, 10))
         elif fault.kind == "store outage":
             self.store.down_until = self.now + fault.seconds
+        elif fault.kind == "stop rank":
+            machine.hang_a_rank(fault.where, "T", fault.seconds)
+        elif fault.kind == "rank elsewhere":
+            machine.hang_a_rank(fault.where, "elsewhere", fault.seconds)
+        elif fault.kind == "stop agent":
+            machine.agent_stopped_until = self.now + fault.seconds
         elif fault.kind == "another job":
             machine.start_thief()
         elif fault.kind == "lose node" and self.attempts:  # a job that has never begun waits for its nodes for ever

@@ -212,19 +212,21 @@ class GetStatusResponse(_message.Message):
     def __init__(self, json: _Optional[bytes] = ...) -> None: ...
 
 class LaunchRequest(_message.Message):
-    __slots__ = ("hello", "ready", "exit", "stop_wanted")
+    __slots__ = ("hello", "ready", "exit", "stop_wanted", "leaving")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     EXIT_FIELD_NUMBER: _ClassVar[int]
     STOP_WANTED_FIELD_NUMBER: _ClassVar[int]
+    LEAVING_FIELD_NUMBER: _ClassVar[int]
     hello: LauncherHello
     ready: LauncherReady
     exit: RankExit
     stop_wanted: StopWanted
-    def __init__(self, hello: _Optional[_Union[LauncherHello, _Mapping]] = ..., ready: _Optional[_Union[LauncherReady, _Mapping]] = ..., exit: _Optional[_Union[RankExit, _Mapping]] = ..., stop_wanted: _Optional[_Union[StopWanted, _Mapping]] = ...) -> None: ...
+    leaving: Leaving
+    def __init__(self, hello: _Optional[_Union[LauncherHello, _Mapping]] = ..., ready: _Optional[_Union[LauncherReady, _Mapping]] = ..., exit: _Optional[_Union[RankExit, _Mapping]] = ..., stop_wanted: _Optional[_Union[StopWanted, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class LauncherHello(_message.Message):
-    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank")
+    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "world_size", "doorbell", "unfit", "crash_loop", "uptime")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     NODE_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -235,6 +237,11 @@ class LauncherHello(_message.Message):
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     FIRST_RANK_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    DOORBELL_FIELD_NUMBER: _ClassVar[int]
+    UNFIT_FIELD_NUMBER: _ClassVar[int]
+    CRASH_LOOP_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     node_rank: int
@@ -245,7 +252,12 @@ class LauncherHello(_message.Message):
     address: str
     attempt: int
     first_rank: int
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ...) -> None: ...
+    world_size: int
+    doorbell: int
+    unfit: str
+    crash_loop: int
+    uptime: float
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., world_size: _Optional[int] = ..., doorbell: _Optional[int] = ..., unfit: _Optional[str] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ...) -> None: ...
 
 class LauncherReady(_message.Message):
     __slots__ = ("attempt", "port")
@@ -266,6 +278,12 @@ class RankExit(_message.Message):
     status: int
     monotonic: float
     def __init__(self, attempt: _Optional[int] = ..., rank: _Optional[int] = ..., status: _Optional[int] = ..., monotonic: _Optional[float] = ...) -> None: ...
+
+class Leaving(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class StopWanted(_message.Message):
     __slots__ = ("reason",)

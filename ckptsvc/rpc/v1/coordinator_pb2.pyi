@@ -230,7 +230,7 @@ class Dropped(_message.Message):
     def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class NodeJoined(_message.Message):
-    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank")
+    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "doorbell", "world_size", "unfit", "clock", "crash_loop", "uptime")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     NODE_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -241,6 +241,12 @@ class NodeJoined(_message.Message):
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     FIRST_RANK_FIELD_NUMBER: _ClassVar[int]
+    DOORBELL_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    UNFIT_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
+    CRASH_LOOP_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     node_rank: int
@@ -251,7 +257,13 @@ class NodeJoined(_message.Message):
     address: str
     attempt: int
     first_rank: int
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ...) -> None: ...
+    doorbell: int
+    world_size: int
+    unfit: str
+    clock: float
+    crash_loop: int
+    uptime: float
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., doorbell: _Optional[int] = ..., world_size: _Optional[int] = ..., unfit: _Optional[str] = ..., clock: _Optional[float] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ...) -> None: ...
 
 class NodeReady(_message.Message):
     __slots__ = ("job", "node", "attempt", "port")
@@ -338,23 +350,25 @@ class Moved(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Examined(_message.Message):
-    __slots__ = ("job", "attempt", "incident", "node", "ranks", "nics")
+    __slots__ = ("job", "attempt", "incident", "node", "ranks", "nics", "round")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     INCIDENT_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     NICS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: int
     incident: str
     node: str
     ranks: _containers.RepeatedCompositeFieldContainer[RankEvidence]
     nics: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., incident: _Optional[str] = ..., node: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankEvidence, _Mapping]]] = ..., nics: _Optional[_Iterable[str]] = ...) -> None: ...
+    round: int
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., incident: _Optional[str] = ..., node: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankEvidence, _Mapping]]] = ..., nics: _Optional[_Iterable[str]] = ..., round: _Optional[int] = ...) -> None: ...
 
 class RankEvidence(_message.Message):
-    __slots__ = ("rank", "pid", "phase", "step", "stalled", "state", "cpu", "waits_in", "answers", "enqueued", "completed", "collective", "stack", "native_stack", "log_tail", "notes", "threads", "resident", "groups", "other_stacks", "asked")
+    __slots__ = ("rank", "pid", "phase", "step", "stalled", "state", "cpu", "waits_in", "answers", "enqueued", "completed", "collective", "stack", "native_stack", "log_tail", "notes", "threshold", "io_bytes", "children_cpu", "threads", "resident", "groups", "other_stacks", "asked")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -371,6 +385,9 @@ class RankEvidence(_message.Message):
     NATIVE_STACK_FIELD_NUMBER: _ClassVar[int]
     LOG_TAIL_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    IO_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHILDREN_CPU_FIELD_NUMBER: _ClassVar[int]
     THREADS_FIELD_NUMBER: _ClassVar[int]
     RESIDENT_FIELD_NUMBER: _ClassVar[int]
     GROUPS_FIELD_NUMBER: _ClassVar[int]
@@ -392,12 +409,15 @@ class RankEvidence(_message.Message):
     native_stack: str
     log_tail: str
     notes: _containers.RepeatedScalarFieldContainer[str]
+    threshold: float
+    io_bytes: int
+    children_cpu: float
     threads: int
     resident: int
     groups: _containers.RepeatedCompositeFieldContainer[GroupProgress]
     other_stacks: str
     asked: bool
-    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., stalled: _Optional[float] = ..., state: _Optional[str] = ..., cpu: _Optional[float] = ..., waits_in: _Optional[str] = ..., answers: bool = ..., enqueued: _Optional[int] = ..., completed: _Optional[int] = ..., collective: _Optional[str] = ..., stack: _Optional[str] = ..., native_stack: _Optional[str] = ..., log_tail: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., threads: _Optional[int] = ..., resident: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupProgress, _Mapping]]] = ..., other_stacks: _Optional[str] = ..., asked: bool = ...) -> None: ...
+    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., stalled: _Optional[float] = ..., state: _Optional[str] = ..., cpu: _Optional[float] = ..., waits_in: _Optional[str] = ..., answers: bool = ..., enqueued: _Optional[int] = ..., completed: _Optional[int] = ..., collective: _Optional[str] = ..., stack: _Optional[str] = ..., native_stack: _Optional[str] = ..., log_tail: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., threshold: _Optional[float] = ..., io_bytes: _Optional[int] = ..., children_cpu: _Optional[float] = ..., threads: _Optional[int] = ..., resident: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupProgress, _Mapping]]] = ..., other_stacks: _Optional[str] = ..., asked: bool = ...) -> None: ...
 
 class GroupProgress(_message.Message):
     __slots__ = ("group", "enqueued", "completed", "collective")
@@ -514,26 +534,30 @@ class Order(_message.Message):
     def __init__(self, job: _Optional[str] = ..., term: _Optional[int] = ..., epoch_allotted: _Optional[_Union[EpochAllotted, _Mapping]] = ..., job_refused: _Optional[_Union[JobRefused, _Mapping]] = ..., holders: _Optional[_Union[Holders, _Mapping]] = ..., save_at: _Optional[_Union[SaveAt, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., save_ended: _Optional[_Union[SaveEnded, _Mapping]] = ..., snapshot_complete: _Optional[_Union[SnapshotComplete, _Mapping]] = ..., start: _Optional[_Union[_agent_pb2.StartRanks, _Mapping]] = ..., stop: _Optional[_Union[_agent_pb2.StopRanks, _Mapping]] = ..., end: _Optional[_Union[_agent_pb2.JobEnd, _Mapping]] = ..., examine: _Optional[_Union[Examine, _Mapping]] = ..., kill: _Optional[_Union[Kill, _Mapping]] = ..., incident: _Optional[_Union[Incident, _Mapping]] = ...) -> None: ...
 
 class Examine(_message.Message):
-    __slots__ = ("attempt", "incident", "ranks", "seconds")
+    __slots__ = ("attempt", "incident", "ranks", "seconds", "round")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     INCIDENT_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     incident: str
     ranks: _containers.RepeatedScalarFieldContainer[int]
     seconds: float
-    def __init__(self, attempt: _Optional[int] = ..., incident: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    round: int
+    def __init__(self, attempt: _Optional[int] = ..., incident: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., seconds: _Optional[float] = ..., round: _Optional[int] = ...) -> None: ...
 
 class Kill(_message.Message):
-    __slots__ = ("attempt", "rank", "reason")
+    __slots__ = ("attempt", "rank", "reason", "state")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     rank: int
     reason: str
-    def __init__(self, attempt: _Optional[int] = ..., rank: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    state: str
+    def __init__(self, attempt: _Optional[int] = ..., rank: _Optional[int] = ..., reason: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
 
 class Incident(_message.Message):
     __slots__ = ("id", "job", "attempt", "kind", "opened", "sentence", "rank", "node", "confidence", "signals", "actions", "ranks", "nics", "step", "detected", "notes")

@@ -18,6 +18,7 @@ from ckptsvc.agent.workers import Workers
 from ckptsvc.config import EtcdSettings
 from ckptsvc.control.effects import AllotEpoch, Decision, Send
 from ckptsvc.control.election import Holder
+from ckptsvc.control.health import Policy
 from ckptsvc.errors import ConfigError, CoordinationUnavailable
 from ckptsvc.rpc.etcd import Found, check_reachable, parse_url
 from ckptsvc.rpc.v1 import agent_pb2
@@ -158,7 +159,7 @@ def test_a_stop_asked_for_while_nobody_coordinated_is_the_last_thing_a_new_coord
 
 def test_every_order_carries_the_term():
     async def story():
-        shell, orders = CoordinatorShell(Workers(), 10.0, term=7), []
+        shell, orders = CoordinatorShell(Workers(), 10.0, Policy(), term=7), []
         shell.attend("n1", orders.append)
         shell._execute(Decision([Send("n1", pb.Order(job="job"))]))
         return orders
@@ -171,7 +172,7 @@ def test_nothing_is_done_once_the_lease_may_have_ended_even_what_was_decided_bef
         alive, asked = [True], []
         workers = Workers()
         workers.of = lambda job: asked.append(job)  # it would fail, and that would be seen
-        shell, orders = CoordinatorShell(workers, 10.0, term=7, may_act=lambda: alive[0]), []
+        shell, orders = CoordinatorShell(workers, 10.0, Policy(), term=7, may_act=lambda: alive[0]), []
         shell.attend("n1", orders.append)
         shell._execute(Decision([AllotEpoch("job", 1, 0, "store")]))  # begins at the loop's next turn
         alive[0] = False

@@ -1,52 +1,14 @@
 """`ckptsvc run` with ranks that are shell scripts: attempts, restarts, and agents that die under it."""
 
-import contextlib
 import os
 import signal
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from harness.job import free_port
 from harness.runtime import eventually
-
-
-class Run:
-    """One `ckptsvc run`. Every rank leaves a file "ATTEMPT-RANK" with its process id in `notes`."""
-
-    def __init__(self, runtime, folder, script, *options):
-        self.notes = folder / "notes"
-        self.notes.mkdir(exist_ok=True)
-        path = folder / "rank.sh"
-        note = f'"{self.notes}/$CKPTSVC_ATTEMPT-$RANK"'
-        path.write_text(f"echo $$ > {note}.new; mv {note}.new {note}\n{script}\n")
-        command = [sys.executable, "-m", "ckptsvc.cli.main", "run", *options, "--no-python", "sh", str(path)]
-        self.log = folder / f"run-{len(list(folder.glob('run-*')))}.log"
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, env=runtime.environ, stdout=log, stderr=log)
-
-    def pid(self, attempt, rank):
-        """The process of a rank, once it runs."""
-        path = self.notes / f"{attempt}-{rank}"
-        eventually(path.exists, f"rank {rank} of attempt {attempt}: {self.log.read_text()}", 20)
-        return int(path.read_text())
-
-    def end(self, timeout=30):
-        """The exit status."""
-        try:
-            return self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            logs = "\n".join(path.read_text() for path in self.log.parent.glob("run-*.log"))
-            raise AssertionError(f"it does not end:\n{logs}") from None
-
-    def handles_signals(self):
-        """Whether it has got as far as to catch SIGUSR1."""
-        (line,) = [x for x in Path(f"/proc/{self.process.pid}/status").read_text().splitlines() if "SigCgt" in x]
-        return bool(int(line.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
-
-    def attempts(self):
-        return sorted({path.name.split("-")[0] for path in self.notes.glob("*[0-9]")})
+from harness.shell_run import Run, alive, kill
 
 
 @pytest.fixture
@@ -63,17 +25,6 @@ def run(runtime, tmp_path):
         if each.process.poll() is None:
             each.process.send_signal(signal.SIGINT)
             each.process.wait(20)
-
-
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def kill(pid):
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 FAIL_ONCE = "case $CKPTSVC_ATTEMPT-$RANK in 1-0) exit 3;; 1-*) exec sleep 60;; esac"
@@ -93,10 +44,23 @@ class TestOneNode:
         assert "rank 0 exited with status 3" in job.log.read_text()
 
     def test_no_restarts_left(self, run):
-        job = run("exit 7", "--max-restarts", "2")
+        job = run("exit 7", "--max-restarts", "1")
         assert job.end() == 1
+        assert job.attempts() == ["1", "2"]
+        assert "no restarts left of 1" in job.log.read_text()
+
+    def test_a_crash_loop_has_an_exit_status_of_its_own(self, run):
+        job = run("exit 7", "--max-restarts", "100", "--nproc-per-node", "2")
+        assert job.end() == 86
         assert job.attempts() == ["1", "2", "3"]
-        assert "no restarts left of 2" in job.log.read_text()
+        assert (
+            "3 attempts in a row have failed, and none has come to a first checkpoint; each time" in job.log.read_text()
+        )
+
+    def test_or_goes_on(self, run):
+        job = run("exit 7", "--max-restarts", "5", "--crash-loop", "0")
+        assert job.end() == 1
+        assert len(job.attempts()) == 6
 
     def test_interrupted_from_the_keyboard(self, run):
         job = run("exec sleep 60")
@@ -218,11 +182,3 @@ def test_a_job_that_leads_is_not_misled_by_an_agent_that_listens_elsewhere(run, 
     assert len(runtime.agents()) == 3
     earlier.terminate()
     assert earlier.wait(10) == 0
-
-
-def alive(pid):
-    """Whether it runs (and is not a zombie)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False

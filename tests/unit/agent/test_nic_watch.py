@@ -17,6 +17,7 @@ from ckptsvc.agent.nics import read
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.workers import Workers
 from ckptsvc.config import NicsSettings
+from ckptsvc.control.health import Policy
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.telemetry import Metrics
 
@@ -66,7 +67,7 @@ class Watching:
         self.reports = []
         self.local = SimpleNamespace(name="n0", metrics=Metrics("test"), sessions={}, jobs={"job": None})
         self.local.report = lambda job, report: self.reports.append(report.nic_summary)
-        shell = CoordinatorShell(Workers(), 100.0)
+        shell = CoordinatorShell(Workers(), 100.0, Policy())
         self.local.cores = lambda: [shell.core]
         self.watch = NicWatch(self.local, NicsSettings(root=str(root)))
 

@@ -19,7 +19,7 @@ from told import (
 )
 
 from ckptsvc.control.coordinator import FORGET_AFTER, Coordinator
-from ckptsvc.control.effects import CommitDone, LookupDone
+from ckptsvc.control.effects import Answer, CommitDone, KeepNodes, LookupDone, NodesRead, Probe, Probed
 from ckptsvc.control.membership import AGENT_PATIENCE
 from ckptsvc.control.restart import EXIT_PATIENCE, INTERRUPTED, NODE_PATIENCE
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -230,7 +230,59 @@ class TestLostAgents:
         launch(driver)
         driver.core.agent_lost("b", 0.0)
         assert kinds(driver.core.tick(NODE_PATIENCE)) == []
-        assert kinds(driver.core.tick(NODE_PATIENCE + 0.1)) == ["a: stop"]
+        assert kinds(driver.core.tick(NODE_PATIENCE + 0.1)) == ["a: stop", "KeepNodes"]
+
+    def test_or_is_told_that_it_is_gone(self, driver):
+        launch(driver)
+        driver.tell(node_joined("b", attempt=1, first_rank=2, doorbell=7000))
+        assert driver.core.agent_lost("b", 1.0).effects == [Probe("job", "b", "address-of-b", 7000)]
+        assert kinds(driver.core.probed(Probed("job", "b", Answer.SILENT), 1.5)) == ["a: stop"]
+        assert kinds(driver.core.probed(Probed("another", "b", Answer.SILENT), 1.5)) == []
+
+
+class TestNodesThatFail:
+    def test_the_list_of_earlier_jobs_counts(self, driver):
+        assert kinds(driver.tell(node_joined("a"))) == ["ReadNodes"]
+        for node in "abc":
+            assert kinds(driver.tell(node_joined(node))) == []
+            driver.tell(node_ready(node))
+        listed = {"a": (5.0, 60.0, "it lost power"), "b": (1.0, 60.0, "gone")}
+        decision = driver.core.nodes_read(NodesRead(listed), driver.now)
+        assert kinds(decision) == ["b: start", "c: start"]
+        assert decision.reasons[0] == "nodes that have failed too often: a (it lost power)"
+
+    def test_what_has_failed_is_kept(self, driver):
+        launch(driver)
+        driver.tell(pb.NodeLeft(job="job", node="b", detail="gone"))
+        (kept,) = [e for e in driver.core.tick(30.0).effects if isinstance(e, KeepNodes)]
+        assert kept.strikes == {"b": (1.0, 30.0, "gone")}
+        assert kinds(driver.core.tick(31.0)) == []
+
+    def test_but_nothing_is_before_the_list_is_known(self, driver):
+        launch(driver)
+        driver.core.exclusion.known = False
+        driver.tell(pb.NodeLeft(job="job", node="b", detail="gone"))
+        assert kinds(driver.core.tick(30.0)) == []
+
+    def test_a_job_of_one_node_asks_for_no_list(self, driver):
+        assert kinds(driver.tell(node_joined("a", min_nodes=1, max_nodes=1))) == []
+
+
+class TestProgress:
+    def test_what_can_be_restored_counts_against_a_crash_loop(self, driver):
+        driver.tell(node_joined("a", min_nodes=1, max_nodes=1, crash_loop=1, max_restarts=9))
+        driver.tell(node_ready("a"))
+        for rank in (0, 1):
+            driver.tell(joined(rank, job="job@1234", node="a"))
+        driver.core.epoch_done(epoch_done(1, job="job@1234"), 0.0)
+        save(driver, job="job@1234", node="a")
+        exited = pb.RankExited(job="job", node="a", attempt=1, rank=0, status=1)
+        assert kinds(driver.tell(exited)) == ["a: stop"]
+        driver.tell(node_ready("a", 1))
+        exited.attempt = 2
+        ((_, end),) = orders(driver.tell(exited), "end")
+        assert end.status == 86
+        assert "none has come beyond step 10" in end.reason
 
 
 class TestForgetting:
@@ -264,7 +316,8 @@ class TestForgetting:
 
 def launch(driver):
     for node in "ab":
-        driver.tell(node_joined(node))
+        if "ReadNodes" in kinds(driver.tell(node_joined(node))):
+            driver.core.nodes_read(NodesRead({}), driver.now)
         decision = driver.tell(node_ready(node))
     return decision
 
@@ -284,7 +337,7 @@ class TestLaunchedJobs:
         driver.tell(pb.RankExited(job="job", node="b", attempt=1, rank=2, status=0))
         assert kinds(driver.core.tick(EXIT_PATIENCE)) == []
         decision = driver.core.tick(EXIT_PATIENCE + 0.1)
-        assert kinds(decision) == ["a: stop", "b: stop"]
+        assert kinds(decision) == ["a: stop", "b: stop", "KeepNodes"]
         assert driver.core.launched["job"].last_failure == "rank 3 on b died"
 
     def test_a_rank_that_leaves_in_good_order_does_not(self, driver):
@@ -307,6 +360,14 @@ class TestLaunchedJobs:
         launch(driver)
         end(driver)
         assert kinds(driver.tell(node_joined("b", attempt=1, first_rank=2))) == ["b: end"]
+
+    def test_and_so_does_one_without_ranks_that_was_there_before(self, driver):
+        launch(driver)
+        driver.now = 10.0
+        end(driver)
+        driver.now = 20.0
+        assert kinds(driver.tell(node_joined("c", uptime=11.0))) == ["c: end"]
+        assert kinds(driver.tell(node_joined("c", uptime=9.0))) == ["ReadNodes"]
 
     def test_and_from_the_next_one(self, driver):
         launch(driver)

@@ -1,12 +1,17 @@
 import pytest
 from told import kinds, node_joined, node_ready, orders
 
+from ckptsvc.control.effects import Answer, Probe, Probed
 from ckptsvc.control.restart import (
+    AWAY_PATIENCE,
     EXIT_PATIENCE,
+    GRACE,
     INTERRUPTED,
     JOIN_PATIENCE,
     LAST_CALL,
+    LIST_PATIENCE,
     NODE_PATIENCE,
+    RING_EVERY,
     Attempts,
     Phase,
     describe_status,
@@ -84,10 +89,15 @@ class TestGathering:
         attempts = make(min_nodes=1)
         assert kinds(start(attempts, 0, 0.0)) == ["a: start", "b: start"]
 
-    def test_a_node_too_many_is_sent_home(self, gathered):
-        ((node, end),) = orders(gathered.joined(node_joined("c"), 1.0), "end")
-        assert (node, end.status, end.reason) == ("c", 1, "job job has its 2 nodes already")
-        assert "c" not in gathered.nodes
+    def test_a_node_that_is_not_fit_is_sent_home(self):
+        attempts = make()
+        ((node, end),) = orders(attempts.joined(node_joined("c", unfit="memory: none left"), 1.0), "end")
+        assert (node, end.status, end.reason) == ("c", 87, "node c is not taken in: memory: none left")
+        assert attempts.nodes == {}
+
+    def test_a_node_that_runs_ranks_is_fit(self, gathered):
+        assert kinds(gathered.joined(node_joined("a", unfit="clock: wrong", attempt=1), 1.0)) == []
+        assert "a" in gathered.nodes
 
     def test_a_node_that_leaves_is_not_waited_for(self):
         attempts = make(min_nodes=1)
@@ -119,7 +129,7 @@ class TestFailure:
         assert kinds(decision) == ["a: stop", "b: stop"]
         assert decision.reasons == [f"job job: rank 3 on b {words}; restart 1 of 2"]
         _, stop = orders(decision, "stop")[0]
-        assert (stop.attempt, stop.grace, stop.reason) == (1, 2.0, f"rank 3 on b {words}")
+        assert (stop.attempt, stop.grace, stop.reason) == (1, GRACE, f"rank 3 on b {words}")
         assert gathered.incidents == [f"attempt 1: rank 3 on b {words}"]
 
     def test_further_ranks_of_the_attempt_fail_without_effect(self, gathered):
@@ -173,12 +183,11 @@ class TestFailure:
         gathered.joined(node_joined("c"), 20.0)
         assert [o.attempt for _, o in orders(gathered.ready(node_ready("c"), 20.0), "start")] == [2, 2]
 
-    def test_a_smaller_job_goes_on_when_that_is_allowed(self):
+    def test_a_smaller_job_goes_on_at_once_when_that_is_allowed(self):
         attempts = make(min_nodes=1)
         start(attempts, 0, 0.0)
         attempts.node_left("b", "gone", 7.0)
-        attempts.ready(node_ready("a", 1), 8.0)
-        ((_, order),) = orders(attempts.tick(8.0 + LAST_CALL), "start")
+        ((_, order),) = orders(attempts.ready(node_ready("a", 1), 7.5), "start")
         assert (order.attempt, order.world_size) == (2, 2)
 
     def test_a_node_that_joined_late_starts_with_the_next_attempt(self):
@@ -201,6 +210,218 @@ class TestFailure:
     def test_a_node_that_leaves_twice_leaves_once(self, gathered):
         gathered.node_left("b", "gone", 7.0)
         assert gathered.node_left("b", "gone", 7.0).reasons == []
+
+
+class TestSpares:
+    """Nodes beyond the most that the job uses wait, and take the places of those that go."""
+
+    @pytest.fixture
+    def with_spare(self):
+        attempts = make(max_restarts=9)
+        start(attempts, 0, 0.0)
+        assert attempts.joined(node_joined("c"), 1.0).reasons == ["job job: node c joined as a spare (3/2)"]
+        assert kinds(attempts.ready(node_ready("c"), 1.0)) == []
+        return attempts
+
+    def test_a_spare_takes_the_place_of_a_lost_node_at_once(self, with_spare):
+        assert kinds(with_spare.node_left("a", "gone", 7.0)) == ["b: stop", "c: stop"]
+        decision = with_spare.ready(node_ready("b", 1), 7.5)
+        # b keeps its ranks, and with them the snapshots in its memory
+        assert [(n, o.first_rank, o.world_size) for n, o in orders(decision, "start")] == [("c", 0, 4), ("b", 2, 4)]
+        assert orders(decision, "start")[0][1].master_addr == "address-of-c"
+
+    def test_it_waits_while_nothing_is_lost(self, with_spare):
+        with_spare.rank_exited(1, 0, "a", 1, 7.0)
+        with_spare.ready(node_ready("a", 1), 7.5)
+        decision = with_spare.ready(node_ready("b", 1), 7.5)
+        assert [n for n, _ in orders(decision, "start")] == ["a", "b"]
+        assert decision.reasons == ["job job: attempt 2 starts: 4 ranks on 2 nodes; without c"]
+
+    def test_it_ends_with_the_job(self, with_spare):
+        assert kinds(exit_all(with_spare)) == ["a: end", "b: end", "c: end"]
+
+    def test_it_may_leave(self, with_spare):
+        assert kinds(with_spare.node_left("c", "gone", 7.0)) == []
+        assert with_spare.phase is Phase.RUNNING
+
+    def test_a_node_that_comes_back_is_a_spare(self, with_spare):
+        with_spare.node_left("a", "gone", 7.0)
+        with_spare.ready(node_ready("b", 1), 7.5)
+        decision = with_spare.joined(node_joined("a", attempt=1), 20.0)
+        assert [(n, o.attempt) for n, o in orders(decision, "stop")] == [("a", 1)]
+        assert kinds(with_spare.ready(node_ready("a", 1), 21.0)) == []
+        with_spare.node_left("b", "gone", 30.0)
+        decision = with_spare.ready(node_ready("c", 2), 30.5)
+        assert [(n, o.first_rank) for n, o in orders(decision, "start")] == [("c", 0), ("a", 2)]
+
+
+class TestNodesThatAreAway:
+    """The rule in the docstring of control/restart.py: who rings, what the answers mean."""
+
+    @pytest.fixture
+    def job(self):
+        attempts = make(min_nodes=1, max_restarts=9)
+        for node in "ab":
+            attempts.joined(node_joined(node, doorbell=7000), 0.0)
+            attempts.ready(node_ready(node), 0.0)
+        assert attempts.phase is Phase.RUNNING
+        return attempts
+
+    def test_the_door_is_rung_at_once(self, job):
+        assert job.agent_lost("b", 10.0).effects == [Probe("job", "b", "address-of-b", 7000)]
+
+    @pytest.mark.parametrize(
+        ("answer", "why"),
+        [(Answer.GONE, "its launcher has ended"), (Answer.SILENT, "neither its agent nor its host answers")],
+    )
+    def test_without_an_answer_the_node_is_lost(self, job, answer, why):
+        job.agent_lost("b", 10.0)
+        assert kinds(job.probed(Probed("job", "b", answer), 10.1)) == ["a: stop"]
+        assert job.last_failure == f"node b is gone ({why})"
+        assert [n for n, _ in orders(job.ready(node_ready("a", 1), 10.2), "start")] == ["a"]
+
+    def test_with_one_nothing_is_done_while_ranks_run(self, job):
+        job.agent_lost("b", 10.0)
+        now = 10.0
+        for _ in range(1000):
+            assert kinds(job.probed(Probed("job", "b", Answer.UP), now)) == []
+            assert kinds(job.tick(now + RING_EVERY / 2)) == []
+            now += RING_EVERY
+            assert kinds(job.tick(now)) == ["Probe"]
+            assert kinds(job.tick(now)) == []  # one at a time
+        assert job.phase is Phase.RUNNING
+
+    def test_when_all_others_have_ended_it_is_not_waited_for_for_ever(self, job):
+        job.agent_lost("b", 10.0)
+        job.probed(Probed("job", "b", Answer.UP), 10.0)
+        exit_all(job, ranks=(0, 1), now=20.0)
+        job.tick(11.0)
+        assert "a: stop" not in kinds(job.tick(10.0 + NODE_PATIENCE))
+        assert "a: stop" in kinds(job.tick(10.1 + NODE_PATIENCE))
+
+    def test_a_restart_does_not_wait_long_for_it_when_there_are_enough_others(self, job):
+        job.agent_lost("b", 10.0)
+        job.probed(Probed("job", "b", Answer.UP), 10.0)
+        job.rank_exited(1, 0, "a", 1, 12.0)
+        assert kinds(job.ready(node_ready("a", 1), 12.5)) == []
+        assert "a: start" not in kinds(job.tick(10.0 + AWAY_PATIENCE))
+        assert "a: start" in kinds(job.tick(10.1 + AWAY_PATIENCE))
+
+    def test_but_does_when_there_are_not(self, gathered):
+        gathered.agent_lost("b", 10.0)
+        gathered.rank_exited(1, 0, "a", 1, 12.0)
+        gathered.ready(node_ready("a", 1), 12.5)
+        assert kinds(gathered.tick(10.0 + NODE_PATIENCE)) == []
+        gathered.joined(node_joined("b", attempt=1, first_rank=2), 69.0)
+        assert [o.attempt for _, o in orders(gathered.ready(node_ready("b", 1), 70.0), "start")] == [2, 2]
+
+    def test_a_node_that_is_back_is_not_lost_by_an_old_answer(self, job):
+        job.agent_lost("b", 10.0)
+        job.joined(node_joined("b", attempt=1, first_rank=2, doorbell=7000), 10.5)
+        assert kinds(job.probed(Probed("job", "b", Answer.GONE), 10.6)) == []
+        assert kinds(job.tick(1000.0)) == []
+
+    def test_a_node_that_nobody_knows_is_not_rung_at(self, job):
+        assert kinds(job.agent_lost("stranger", 10.0)) == []
+        assert kinds(job.probed(Probed("job", "stranger", Answer.GONE), 10.0)) == []
+
+    def test_nor_one_of_a_job_that_has_ended(self, job):
+        exit_all(job)
+        assert kinds(job.agent_lost("b", 10.0)) == []
+
+
+class TestExclusion:
+    @pytest.fixture
+    def three(self):
+        """Nodes a, b and c, of which two are used; b has failed twice already."""
+        attempts = make(max_restarts=9)
+        for _ in range(2):
+            attempts.exclusion.strike("b", 1.0, "rank 7 died", 0.0)
+        start(attempts, 0, 0.0, nodes=("a", "b", "c"))
+        return attempts
+
+    def test_a_node_that_fails_once_too_often_is_not_used_again(self, three):
+        assert three.hosts == {"a", "b"}
+        three.rank_exited(1, 3, "b", -9, 1.0)
+        three.ready(node_ready("a", 1), 1.5)
+        decision = three.ready(node_ready("b", 1), 1.5)
+        assert [(n, o.first_rank) for n, o in orders(decision, "start")] == [("a", 0), ("c", 2)]
+
+    def test_unless_there_are_not_enough_without_it(self, three):
+        three.node_left("c", "gone", 0.5)
+        three.rank_exited(1, 3, "b", -9, 1.0)
+        three.ready(node_ready("a", 1), 1.5)
+        decision = three.ready(node_ready("b", 1), 1.5)
+        assert [n for n, _ in orders(decision, "start")] == ["a", "b"]
+
+    def test_errors_of_a_program_weigh_less_than_signals(self, three):
+        three.rank_exited(1, 3, "b", 1, 1.0)
+        assert not three.exclusion.excluded("b", 1.0)
+
+    def test_who_fails_after_another_node_has_gone_is_not_to_blame(self, three):
+        three.agent_lost("a", 1.0)
+        assert kinds(three.rank_exited(1, 3, "b", 1, 1.1)) == ["a: stop", "b: stop", "c: stop"]
+        assert three.exclusion.score("b", 1.1) < 2.0
+        assert three.loop.crashes == []
+        three.node_left("a", "neither its agent nor its host answers", 3.0)
+        assert three.exclusion.score("a", 3.0) == 1.0
+
+    def test_a_job_of_one_node_strikes_nobody(self):
+        attempts = make(1, 1)
+        start(attempts, 0, 0.0, nodes=("a",))
+        attempts.rank_exited(1, 0, "a", -9, 1.0)
+        assert attempts.exclusion.strikes == {}
+
+    def test_the_list_is_waited_for(self):
+        attempts = make()
+        attempts.exclusion.known = False
+        assert kinds(start(attempts, 0, 0.0)) == []
+        assert kinds(attempts.tick(LIST_PATIENCE)) == ["a: start", "b: start"]
+
+    def test_and_so_is_a_better_node(self):
+        attempts = make()
+        attempts.exclusion.strike("a", 3.0, "it is bad", 0.0)
+        assert kinds(start(attempts, 0, 0.0)) == []
+        assert kinds(start(attempts, 0, 1.0, nodes=("c",))) == ["b: start", "c: start"]
+
+    def test_but_not_for_ever(self):
+        attempts = make()
+        attempts.exclusion.strike("a", 3.0, "it is bad", 0.0)
+        start(attempts, 0, 0.0)
+        assert kinds(attempts.tick(LAST_CALL)) == ["b: start", "a: start"]
+
+
+class TestCrashLoop:
+    def test_the_job_ends_with_a_status_of_its_own(self):
+        attempts = make(1, 1, max_restarts=99)
+        attempts.loop.limit = 3
+        start(attempts, 0, 0.0, nodes=("a",))
+        for attempt in (1, 2):
+            assert kinds(attempts.rank_exited(attempt, 1, "a", 7, attempt)) == ["a: stop"]
+            attempts.ready(node_ready("a", attempt), attempt)
+        ((_, end),) = orders(attempts.rank_exited(3, 1, "a", 7, 3.0), "end")
+        assert end.status == 86
+        assert end.reason == (
+            "rank 1 on a exited with status 7; 3 attempts in a row have failed, and none has come to a first"
+            " checkpoint; each time rank 1 on node a exited with status 7"
+        )
+
+    def test_progress_is_what_can_be_restored(self):
+        attempts = make(1, 1, max_restarts=99)
+        attempts.loop.limit = 2
+        saved = 0
+        attempts.reached = lambda: (saved, saved + 5)
+        start(attempts, 0, 0.0, nodes=("a",))
+        for attempt in range(1, 20):
+            saved += 10
+            assert kinds(attempts.rank_exited(attempt, 0, "a", -9, attempt)) == ["a: stop"]
+            attempts.ready(node_ready("a", attempt), attempt)
+
+    def test_nodes_that_are_lost_are_no_crashes(self):
+        attempts = make(1, 2, max_restarts=99)
+        attempts.loop.limit = 1
+        start(attempts, 0, 0.0)
+        assert kinds(attempts.node_left("b", "gone", 1.0)) == ["a: stop"]
 
 
 class TestSuspects:
@@ -334,6 +555,20 @@ class TestNewCoordinator:
         assert kinds(exit_all(new, ranks=(0, 1))) == []
         new.joined(node_joined("b", attempt=1, first_rank=2), 1.0)
         assert kinds(exit_all(new, ranks=(2, 3))) == ["a: end", "b: end"]
+
+    def test_knows_from_any_node_how_many_ranks_there_are(self):
+        new = make(min_nodes=1)
+        new.joined(node_joined("a", attempt=1, world_size=4), 0.0)
+        assert kinds(exit_all(new, ranks=(0, 1))) == []
+        new.joined(node_joined("b", attempt=1, first_rank=2, world_size=4), 1.0)
+        assert kinds(exit_all(new, ranks=(2, 3))) == ["a: end", "b: end"]
+
+    def test_waits_for_all_nodes_before_it_starts_an_attempt(self):
+        new = make(min_nodes=1)
+        new.joined(node_joined("a"), 0.0)
+        assert kinds(new.ready(node_ready("a", 3), 0.0)) == []
+        new.joined(node_joined("b"), 1.0)
+        assert [o.attempt for _, o in orders(new.ready(node_ready("b", 3), 1.0), "start")] == [4, 4]
 
     def test_ends_it_with_what_it_knows_when_the_others_do_not_come(self, new):
         new.joined(node_joined("a", attempt=1), 0.0)

@@ -1,4 +1,7 @@
-"""Values of settings: sizes, durations, intervals, limits, addresses, each from text as a person writes it."""
+"""Values with units, as people write them: sizes, durations, intervals, amounts of memory, addresses.
+
+Every parser takes what a settings file, an environment variable or an argument holds, and refuses it with examples.
+"""
 
 from __future__ import annotations
 
@@ -142,6 +145,21 @@ def parse_address_or_off(value: object) -> Address | None:
 def parse_duration_or_off(value: object) -> float | None:
     """Seconds in a duration, or None for "off"; else ConfigError."""
     return None if value == "off" else parse_duration(value)
+
+
+def parse_names(value: object) -> tuple[str, ...]:
+    """Names of Python modules: "torch, torch.optim", or a list of them.
+
+    Raises:
+        ConfigError: one of them cannot be a module's name.
+    """
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        _refuse(value, "a list of modules", '"torch,transformers"')
+    found = tuple(name.strip() for name in names if name.strip())
+    if not all(part.isidentifier() for name in found for part in name.split(".")):
+        _refuse(value, "a list of modules", '"torch,transformers"')
+    return found
 
 
 def _match(pattern: re.Pattern[str], value: object) -> re.Match[str] | None:

@@ -18,11 +18,12 @@ import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NoReturn, get_args
+from typing import Annotated, Literal, NoReturn, get_args, get_origin
 
 import msgspec
 
-from ckptsvc.config.values import (
+from ckptsvc.errors import ConfigError
+from ckptsvc.quantities import (
     Address,
     Every,
     Limit,
@@ -32,16 +33,9 @@ from ckptsvc.config.values import (
     parse_duration_or_off,
     parse_every,
     parse_limit,
+    parse_names,
     parse_size,
 )
-from ckptsvc.errors import ConfigError
-
-__all__ = [
-    "OTHER_VARIABLES", "PAGE", "SYSTEM_FILE", "Address", "AgentSettings", "ArenaSettings", "EtcdSettings", "Every",
-    "Limit", "NicsSettings", "SaveSettings", "SchedulerSettings", "Settings", "StoreSettings", "config_files", "load",
-    "parse_address", "parse_address_or_off", "parse_duration", "parse_duration_or_off", "parse_every", "parse_limit",
-    "parse_size", "private_directory", "runtime_dir",
-]  # fmt: skip
 
 SYSTEM_FILE = Path("/etc/ckptsvc/config.toml")
 
@@ -53,6 +47,7 @@ OTHER_VARIABLES: dict[str, str] = {
     "CKPTSVC_DEADLINE": "when the scheduler will end the job, in unix seconds (launch/)",
     "CKPTSVC_SOCKET": "directory of the agent to use (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_COORDINATOR": "address of the job's coordinator (set by `ckptsvc run` for its ranks)",
+    "CKPTSVC_WARM": "what a warm interpreter is to do (set by `ckptsvc run` for its own; agent/warm)",
     "CKPTSVC_FAILPOINT": "directory of armed failpoints (tests; pipeline/failpoint.py)",
 }
 """Every variable CKPTSVC_* that has a meaning and is not a setting."""
@@ -152,6 +147,28 @@ class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     drain: bool = False
 
 
+class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[launch]: how `ckptsvc run` starts ranks.
+
+    Attributes:
+        standby: keep one warm interpreter on each node, from which all its ranks are forked, at the start and at every
+            restart. Only for commands that are a Python script or module.
+        preload: what it imports, comma-separated; it is of no use without the first.
+        standby_memory: the most memory it may take; with more, ranks are started without it.
+        preflight: check a node before it takes part in a job.
+        crash_loop: failed attempts in a row without a newer step to restore that end a job; 0: they never do.
+        state: directory in which the list of nodes that have failed is kept from job to job, best on a file system that
+            all nodes share; "" means $XDG_STATE_HOME/ckptsvc or ~/.local/state/ckptsvc.
+    """
+
+    standby: bool = True
+    preload: Annotated[tuple[str, ...], parse_names] = ("torch", "torch._dynamo", "ckptsvc.client.session")
+    standby_memory: Annotated[int, parse_size] = 2 << 30
+    preflight: bool = True
+    crash_loop: Annotated[int, msgspec.Meta(ge=0)] = 3
+    state: str = ""
+
+
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     """[store]: where checkpoints are kept.
 
@@ -164,6 +181,31 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     url: str = ""
     retries: Annotated[int, msgspec.Meta(ge=0, le=100)] = 5
     timeout: Annotated[float, parse_duration] = 60.0
+
+
+class HealthSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[health]: when a rank hangs, and what is done about it.
+
+    Attributes:
+        enabled: watch for ranks that make no progress.
+        automatic: in which jobs the rank that is to blame is killed: "launched" (by `ckptsvc run`, which starts it
+            again), "always", or "never": then it is only reported.
+        floor: time without progress that is never a stall.
+        factor: a stall is longer than so many times the 99th percentile of the job's own steps (of its own evaluations,
+            and so on, by phase).
+        startup: how long a phase that the job has little experience with may be without progress.
+        confirm: how long a rank that is to blame, and whose process is neither stopped nor gone, must stand still
+            before it is killed. Work that takes longer than this and is no step should be declared (`Session.phase`).
+        give_up: how long all ranks must stand still until they are started anew, though nobody can be blamed.
+    """
+
+    enabled: bool = True
+    automatic: Literal["launched", "always", "never"] = "launched"
+    floor: Annotated[float, parse_duration] = 4.0
+    factor: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 3.0
+    startup: Annotated[float, parse_duration] = 600.0
+    confirm: Annotated[float, parse_duration] = 120.0
+    give_up: Annotated[float, parse_duration] = 1800.0
 
 
 class NicsSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,8 +233,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     save: SaveSettings = SaveSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     store: StoreSettings = StoreSettings()
+    health: HealthSettings = HealthSettings()
     nics: NicsSettings = NicsSettings()
     etcd: EtcdSettings = EtcdSettings()
+    launch: LaunchSettings = LaunchSettings()
     origin: dict[str, str] = {}
 
 
@@ -309,7 +353,8 @@ def _parse(key: str, value: object, origin: str) -> object:
     except ConfigError as error:
         raise ConfigError(f"{key} ({origin}): {error.what}", hint=error.hint) from None
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{key} ({origin}) is {value!r}: {error}") from None
+        hint = f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
+        raise ConfigError(f"{key} ({origin}) is {value!r}: {error}", hint=hint) from None
 
 
 def _check(settings: Settings) -> None:
@@ -318,11 +363,13 @@ def _check(settings: Settings) -> None:
     def refuse(key: str, problem: str) -> NoReturn:
         raise ConfigError(f"{key} ({settings.origin[key]}) {problem}")
 
-    agent, arena, save = settings.agent, settings.arena, settings.save
+    agent, arena, save, health = settings.agent, settings.arena, settings.save, settings.health
     if agent.socket_dir and not os.path.isabs(agent.socket_dir):
         refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
     if agent.incidents_dir and not os.path.isabs(agent.incidents_dir):
         refuse("agent.incidents_dir", f"is {agent.incidents_dir!r}, which is not an absolute path")
+    if settings.launch.state and not os.path.isabs(settings.launch.state):
+        refuse("launch.state", f"is {settings.launch.state!r}, which is not an absolute path")
     if not os.path.isabs(arena.dir):
         refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
     if not os.path.isabs(settings.nics.root):
@@ -333,6 +380,9 @@ def _check(settings: Settings) -> None:
         refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
     if save.deadline >= save.timeout:
         refuse("save.deadline", f"is {save.deadline:g} s, not less than save.timeout, {save.timeout:g} s")
+    for key in ("floor", "startup", "confirm", "give_up"):
+        if getattr(health, key) == 0:
+            refuse(f"health.{key}", 'is 0; to switch the watch off, set health.enabled to "false"')
 
 
 def runtime_dir(environ: Mapping[str, str], *, uid: int | None = None, root: Path = Path("/")) -> Path:

@@ -1,0 +1,39 @@
+"""A port that answers for as long as a launcher lives, and the look after it.
+
+Nothing is read or written there: the connection itself is the answer, and the kernel gives it, for a process that is
+busy or frozen too. A stranger learns that something listens, and no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from ckptsvc.control.effects import Answer
+
+RING_TIMEOUT = 0.8
+"""Seconds to wait for an answer: with the pings of rpc.channel, a host that is cut off is known within three."""
+
+
+async def hang_up(address: str) -> tuple[asyncio.Server, int]:
+    """Hang up a doorbell; returns what keeps it there, and its port."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, address, 0, backlog=64)
+    return server, int(server.sockets[0].getsockname()[1])
+
+
+async def ring(address: str, port: int) -> Answer:
+    """Whether there is still somebody at the door."""
+    try:
+        _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), RING_TIMEOUT)
+    except ConnectionRefusedError:
+        return Answer.GONE
+    except OSError:  # a timeout too: no route, no name, no answer
+        return Answer.SILENT
+    writer.close()
+    return Answer.UP

@@ -1,0 +1,73 @@
+"""Nodes that fail again and again are not taken any more. Strikes fade, for most failures are nobody's fault.
+
+The list outlives the job: the coordinator's shell keeps it (agent.nodelist) and reads it before the next one begins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+HALF_LIFE = 1800.0
+"""Seconds in which a strike loses half of its weight."""
+
+LIMIT = 2.5
+"""A node with more than this is excluded: three failures within ten minutes, and for the next half hour or so."""
+
+FORGOTTEN = 0.05
+"""A node with less than this is as good as new (three failures ten hours ago, or one three hours ago)."""
+
+LOST, DIED, FAILED = 1.0, 1.0, 0.5
+"""Weight of a node that is gone, of a rank killed by a signal, and of one that ends with an error or is told to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Strikes:
+    """What a node has against it: the weight it had at `at` (in the caller's clock), and the last reason."""
+
+    score: float
+    at: float
+    why: str
+
+    def now(self, now: float) -> float:
+        """What is left of the weight."""
+        return float(self.score * 0.5 ** (max(now - self.at, 0.0) / HALF_LIFE))
+
+
+@dataclass(slots=True)
+class Exclusion:
+    """The strikes of all nodes, over all jobs of a coordinator.
+
+    Attributes:
+        known: whether the list of earlier jobs has been read, or cannot be.
+        changed: whether there is something to be kept that has not been.
+    """
+
+    strikes: dict[str, Strikes] = field(default_factory=dict)
+    known: bool = True
+    changed: bool = False
+
+    def strike(self, node: str, weight: float, why: str, now: float) -> None:
+        """A node has failed."""
+        self.strikes[node] = Strikes(self.score(node, now) + weight, now, why)
+        self.changed = True
+
+    def score(self, node: str, now: float) -> float:
+        """What a node has against it now."""
+        found = self.strikes.get(node)
+        return found.now(now) if found else 0.0
+
+    def excluded(self, node: str, now: float) -> bool:
+        """Whether a node should not be taken."""
+        return self.score(node, now) > LIMIT
+
+    def merge(self, others: dict[str, Strikes], now: float) -> None:
+        """Take in a list from elsewhere; the heavier of two entries for a node counts."""
+        for node, found in others.items():
+            if found.now(now) > self.score(node, now):
+                self.strikes[node] = found
+
+    def listed(self, now: float) -> dict[str, Strikes]:
+        """What is worth keeping; it counts as kept from now on."""
+        self.changed = False
+        self.strikes = {node: found for node, found in self.strikes.items() if found.now(now) > FORGOTTEN}
+        return dict(self.strikes)
