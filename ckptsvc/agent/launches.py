@@ -71,14 +71,20 @@ class Launches:
         for report in self._reports_of(launcher):
             uplink.report(report)
         reading = asyncio.ensure_future(self._read(requests, launcher))
+        getting = asyncio.ensure_future(launcher.orders.get())
         try:
             while True:
-                response = await launcher.orders.get()
+                await asyncio.wait((reading, getting), return_when=asyncio.FIRST_COMPLETED)
+                if not getting.done():
+                    return  # the launcher has nothing more to say: it leaves
+                response = getting.result()
+                getting = asyncio.ensure_future(launcher.orders.get())
                 yield response
                 if response.WhichOneof("order") == "end":
                     return
         finally:
             reading.cancel()
+            getting.cancel()
             if self._by_job.get(hello.job) is launcher:
                 del self._by_job[hello.job]
             left = pb.NodeLeft(job=hello.job, node=self._local.name, detail=launcher.leaving)

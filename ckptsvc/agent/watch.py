@@ -43,15 +43,22 @@ class Watch:
         limits: what is normal.
         enabled: False: nobody is ever reported; orders are obeyed all the same.
         nics: finds one sentence for each network card that is not well.
+        clock: seconds that do not stand still or go back.
 
     Attributes:
         log_of: the file with a rank's output, if somebody keeps it.
     """
 
     def __init__(
-        self, local: Local, limits: Limits, *, enabled: bool, nics: Callable[[], list[str]] | None = None
+        self,
+        local: Local,
+        limits: Limits,
+        *,
+        enabled: bool,
+        nics: Callable[[], list[str]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._local, self._limits, self._enabled, self._nics = local, limits, enabled, nics
+        self._local, self._limits, self._enabled, self._nics, self._clock = local, limits, enabled, nics, clock
         self.log_of: Callable[[Session], Path | None] = lambda session: None
         self._stalls: dict[Key, Stalls] = {}
         local.stalled = self.resync
@@ -60,7 +67,7 @@ class Watch:
         """Look at the pages, until cancelled."""
         while True:
             await asyncio.sleep(LOOK_EVERY)
-            self.look(time.monotonic())
+            self.look(self._clock())
 
     def look(self, now: float) -> None:
         """One look at all pages; tells the coordinators what has changed."""
@@ -119,7 +126,7 @@ class Watch:
         return stalls is not None and stalls.quiet(rank) > stalls.allowed(rank)
 
     def _kill(self, job: LocalJob, order: pb.Kill) -> None:
-        self.look(time.monotonic())
+        self.look(self._clock())
         session = self._sessions(job, order.attempt).get(order.rank)
         if session is None:
             return

@@ -21,6 +21,10 @@ BUSY, IDLE = 0.8, 0.2
 """Shares of a core from which on, and up to which, a thread counts as working and as idle."""
 
 
+NAMED = 2
+"""Signals that the sentence of a verdict gives as reasons."""
+
+
 class Kind(enum.Enum):
     """What a signal is about. Signals of one kind are not independent of each other."""
 
@@ -114,6 +118,7 @@ def _verdict(scene: Scene, suspects: list[int], signals: Mapping[Kind, Signal]) 
     if not broken and not of_node:
         confidence /= len(suspects)
     what = [signal.what for signal in sorted(signals.values(), key=lambda signal: -signal.weight)]
+    why = "; ".join(what[:NAMED])
     if evidence is not None and evidence.threshold and not of_node:
         what.append(
             f"no progress for {evidence.stalled:.1f} s in phase {evidence.phase or 'unknown'},"
@@ -123,9 +128,9 @@ def _verdict(scene: Scene, suspects: list[int], signals: Mapping[Kind, Signal]) 
     if len(suspects) > 1 and not of_node:
         who += f" (or one of ranks {', '.join(map(str, suspects[1:9]))})"
     if evidence is not None and evidence.threshold and not overdue:
-        sentence = f"{who} is what the others wait for, still within its time: {'; '.join(what)}"
+        sentence = f"{who} is what the others wait for, still within its time: {what[-1]}; {why}"
     else:
-        sentence = f"{who} hung: {'; '.join(what)} ({confidence:.0%} sure)"
+        sentence = f"{who} hung: {why} ({confidence:.0%} sure)"
     return Verdict(
         rank=-1 if of_node else first,
         node=scene.nodes[first],
@@ -184,6 +189,10 @@ def _in(evidence: pb.RankEvidence) -> str:
     return f"in {evidence.collective} (number {evidence.enqueued})" if evidence.collective else "for others"
 
 
+def _others(ranks: Collection[object], do: str) -> str:
+    return f"{len(ranks)} others {do}" if len(ranks) != 1 else f"1 other {do}s"
+
+
 def _suspended(scene: Scene) -> bool:
     """Most of the job is stopped: a scheduler, or a person at a terminal, has done that. It is no fault."""
     stopped = sum(e.state == "T" for e in scene.ranks.values())
@@ -230,9 +239,9 @@ def _collectives(scene: Scene) -> Found:
         return
     unknown = [e for e in scene.ranks.values() if not e.groups and e.state and not waits(e)]
     if len(unknown) <= len(waiting):
-        where = f"{len(waiting)} of the others wait {_in(waiting[0])}"
+        where = f"{_others(waiting, 'wait')} {_in(waiting[0])}"
         for e in unknown:
-            yield e.rank, Signal(Kind.COLLECTIVE, 1.0, f"{where}, which it is not known to have started")
+            yield e.rank, Signal(Kind.COLLECTIVE, 1.0, f"{where}, and whether it has started that is not known")
 
 
 def _stacks(scene: Scene) -> Found:
@@ -241,10 +250,10 @@ def _stacks(scene: Scene) -> Found:
     waiting = [r for r in known if _stack_waits(scene.ranks[r])]
     elsewhere = [r for r in known if r not in waiting]
     if waiting and 0 < len(elsewhere) <= len(waiting):
-        there = _innermost(scene.ranks[waiting[0]])
         for rank in elsewhere:
             here = _innermost(scene.ranks[rank])
-            yield rank, Signal(Kind.STACK, 2.0, f"it is in {here}, while {len(waiting)} wait in {there}")
+            what = f"it is in {here}, while {_others(waiting, 'wait')} in {known[waiting[0]][-1]}"
+            yield rank, Signal(Kind.STACK, 2.0, what)
         return
     groups = Counter(known.values())
     if len(groups) < 2:
@@ -254,7 +263,7 @@ def _stacks(scene: Scene) -> Found:
         for rank, stack in known.items():
             if stack != usual:
                 here = _innermost(scene.ranks[rank])
-                yield rank, Signal(Kind.STACK, 1.0, f"it is in {here}, while {count} are in {usual[-1]}")
+                yield rank, Signal(Kind.STACK, 1.0, f"it is in {here}, while {count} others are in {usual[-1]}")
 
 
 def _innermost(evidence: pb.RankEvidence) -> str:
@@ -262,15 +271,16 @@ def _innermost(evidence: pb.RankEvidence) -> str:
 
 
 def _work(scene: Scene) -> Found:
-    """Where neither collectives nor stacks are known: all others sleep, and this one does not."""
-    if any(e.groups or e.stack for e in scene.ranks.values()):
+    """Where neither recorders nor stacks tell who waits: all others sleep, and this one does not."""
+    if any(waits(e) for e in scene.ranks.values() if e.groups or e.stack):
         return
-    awake = [r for r, e in scene.ranks.items() if e.state and not waits(e)]
-    asleep = len(scene.ranks) - len(awake)
-    if 0 < len(awake) <= asleep:
+    seen = {r: e for r, e in scene.ranks.items() if e.state}
+    asleep = [r for r, e in seen.items() if e.state == "S" and e.cpu <= IDLE]
+    awake = [r for r in seen if r not in asleep]
+    if 0 < len(awake) <= len(asleep):
         for rank in awake:
-            what = "it computes" if scene.ranks[rank].state == "R" else "it is not one of those that wait"
-            yield rank, Signal(Kind.WORK, 1.0, f"{what}, while {asleep} of the others sleep")
+            what = "it computes" if seen[rank].state == "R" else "it is not one of those that wait"
+            yield rank, Signal(Kind.WORK, 1.0, f"{what}, while {_others(asleep, 'sleep')}")
 
 
 def _steps(scene: Scene) -> Found:

@@ -17,6 +17,8 @@ from harness.rank import Rank
 from harness.runtime import Runtime, eventually
 
 import ckptsvc
+from ckptsvc.agent.incidents import IncidentLog
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 QUICK = {
     "CKPTSVC_HEALTH_FLOOR": "500ms",
@@ -25,22 +27,24 @@ QUICK = {
 }
 """Settings under which a hang is noticed within a second."""
 
-SEEN = re.compile(r"incident (\S+): (.*)")
+WARM = 120
+"""Steps after which a training has a history."""
 
 
-def incidents(runtime: Runtime) -> dict[str, str]:
-    """What the coordinator has to say of each incident, by its id."""
-    return {match[1]: match[2] for match in SEEN.finditer(runtime.log())}
+def incidents(runtime: Runtime) -> list[pb.Incident]:
+    """What was kept of the job's incidents, in the order of their ids."""
+    kept = IncidentLog(runtime.root / ".local/state/ckptsvc/incidents").newest_first()
+    return sorted((k.incident for k in kept if isinstance(k.incident, pb.Incident)), key=lambda i: i.id)
 
 
-def await_incident(runtime: Runtime, words: str) -> str:
-    """Wait for an incident of which this is said."""
+def await_incident(runtime: Runtime, action: str) -> pb.Incident:
+    """Wait for an incident about which this was done."""
 
-    def found() -> str:
-        return next((said for said in incidents(runtime).values() if re.search(words, said)), "")
+    def found() -> pb.Incident | None:
+        return next((i for i in incidents(runtime) if any(action in done for done in i.actions)), None)
 
-    said: str = eventually(found, f"an incident: {words}")
-    return said
+    incident: pb.Incident = eventually(found, f"an incident with: {action}")
+    return incident
 
 
 def await_steps(job: Job, attempt: int, rank: int = 0) -> None:
@@ -67,14 +71,14 @@ def test_stopped_ranks_are_killed_one_after_the_other(launch: Launch, runtime: R
         os.kill(pid, signal.SIGSTOP)
         await_steps(job, 4)
         end(job)
-    said = incidents(runtime)
-    assert [key.rpartition("-")[0] for key in said] == ["1-1", "2-1", "3-1"]
-    for (_, text), rank in zip(said.items(), (1, 2, 0), strict=True):
-        assert text.startswith(f"rank {rank} on ")
-        assert "its process is stopped (state T)" in text
-        assert f"SIGKILL to rank {rank} on " in text
-        assert text.endswith("of 3"), "the restart is not part of the incident"
-    assert "in phase evaluation, where 0.5 s are allowed" in list(said.values())[1]
+    assert [(i.kind, i.attempt, i.rank) for i in incidents(runtime)] == [("hung", 1, 1), ("hung", 2, 2), ("hung", 3, 0)]
+    for incident in incidents(runtime):
+        assert "its process is stopped (state T)" in incident.signals
+        assert incident.sentence.startswith(f"rank {incident.rank} on {incident.node} hung: ")
+        assert [action.split()[0] for action in incident.actions] == ["SIGKILL", "restart"]
+        assert 0.5 < incident.detected < 30
+        assert len(incident.ranks) == 3
+    assert any("in phase evaluation, where 0.5 s are allowed" in signal for signal in incidents(runtime)[1].signals)
     assert re.search(r"stopping attempt 1: rank 1 on \S+ hung: ", job.output())
 
 
@@ -82,10 +86,10 @@ def test_a_rank_that_computes_for_ever_is_killed_when_it_stands_still(launch: La
     with launch.beating(2, **QUICK) as job:
         await_steps(job, 1)
         job.fault("compute", rank=1)
-        said = await_incident(runtime, "SIGKILL")
+        incident = await_incident(runtime, "SIGKILL")
         await_steps(job, 2)
         end(job)
-    assert said.startswith("rank 1 on ")
+    assert (incident.rank, incident.confidence) == (1, 0.8)
 
 
 def test_a_job_that_pauses_goes_on(launch: Launch, runtime: Runtime) -> None:
@@ -98,7 +102,7 @@ def test_a_job_that_pauses_goes_on(launch: Launch, runtime: Runtime) -> None:
         await_incident(runtime, "went on by itself after")
         await_steps(job, 1)
         end(job)
-    assert "restart" not in "".join(incidents(runtime).values())
+    assert not [done for i in incidents(runtime) for done in i.actions if "restart" in done]
     assert {line["attempt"] for line in job.reports()} == {1}
 
 
@@ -115,8 +119,7 @@ def test_a_stopped_agent_does_its_ranks_no_harm(launch: Launch, runtime: Runtime
         job.fault("stop", rank=0)
         await_steps(job, 2)
         end(job)
-    (said,) = incidents(runtime).values()
-    assert said.startswith("rank 0 on ")
+    assert [i.rank for i in incidents(runtime)] == [0]
 
 
 @pytest.mark.slow
@@ -140,10 +143,11 @@ def test_a_job_without_a_launcher(launch: Launch, runtime: Runtime, tmp_path: Pa
     with launch.plain(2, train, {"0": "stop"}, str(tmp_path / "run"), **settings) as job:
         job.wait_for("fault", 1)
         if automatic == "always":
-            await_incident(runtime, r"rank 1 on .*SIGKILL to rank 1 on")
+            assert await_incident(runtime, "SIGKILL").rank == 1
             eventually(lambda: job.processes[1].poll() == -signal.SIGKILL, "the rank's end")
         else:
-            await_incident(runtime, r"rank 1 on .* hung: its process is stopped \(state T\)")
+            (incident,) = eventually(lambda: incidents(runtime), "an incident")
+            assert incident.rank == 1
             time.sleep(1)
             assert job.processes[1].poll() is None
 
@@ -159,7 +163,7 @@ def train(rank: Rank, faults: dict[str, str], store: str) -> int:
         dist.all_reduce(ends)
         if ends:
             break
-        if fault and step == 40:
+        if fault and step == WARM:
             rank.report("fault")
             FAULTS[fault](run)
         time.sleep(0.01)
@@ -189,9 +193,9 @@ def wait_for_a_data_loader(run: ckptsvc.Session) -> None:
 
 
 def hang_in_an_evaluation(run: ckptsvc.Session) -> None:
-    for _ in range(30):
+    for _ in range(25):  # longer than the agent's looks are apart: it is to see enough of them
         with run.phase("evaluation"):
-            time.sleep(0.02)
+            time.sleep(0.3)
     with run.phase("evaluation"):
         wait_for_a_data_loader(run)
 
@@ -208,17 +212,17 @@ def test_a_stopped_rank_of_a_training(launch: Launch, runtime: Runtime, tmp_path
         job.wait_for("stepped", 1, attempt=2)
         job.go("end")
         steps = job.results()
-    assert min(steps) > 30, "the second attempt has not begun where the first one was saved"
-    (said,) = incidents(runtime).values()
-    assert said.startswith("rank 1 on ")
+    assert min(steps) > WARM - 20, "the second attempt has not begun where the first one was saved"
+    assert [i.rank for i in incidents(runtime)] == [1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", sorted(FAULTS.keys() - {"stop"}))
 def test_other_hangs_of_a_training(launch: Launch, runtime: Runtime, tmp_path: Path, fault: str) -> None:
     with launch.service(2, train, {"1": fault}, str(tmp_path / "run"), **QUICK) as job:
-        said = await_incident(runtime, "SIGKILL")
+        incident = await_incident(runtime, "SIGKILL")
         job.wait_for("stepped", 1, attempt=2)
         job.go("end")
         job.results()
-    assert said.startswith("rank 1 on ")
+    assert incident.rank == 1
+    assert len(incident.signals) > 2

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from harness.runtime import eventually
 
-from ckptsvc.agent.procfs import Process, has_ended, look
+from ckptsvc.agent.procfs import Process, activity, has_ended, look, state
 
 Start = Callable[[str], tuple[int, int]]
 
@@ -89,3 +90,45 @@ def test_another_process_that_has_the_number_now_is_not_taken_for_it(start: Star
     eventually(lambda: has_ended(pidfd), "it to end")
     new, _ = start(SLEEP)
     assert look(new, pidfd, 0.0) == Process(state="X")
+
+
+PARENT = """
+import os, time
+parent = os.getpid()
+if os.fork() == 0:
+    while os.getppid() == parent: pass
+    os._exit(0)
+print("ready", flush=True)
+time.sleep(600)
+"""
+
+
+def test_the_state_alone(start: Start) -> None:
+    pid, pidfd = start(SLEEP)
+    eventually(lambda: state(pid) == "S", "it to sleep")
+    os.kill(pid, signal.SIGSTOP)
+    eventually(lambda: state(pid) == "T", "it to stop")
+    os.kill(pid, signal.SIGKILL)
+    assert has_ended(pidfd, 10)
+    assert state(pid) == "Z"
+    assert state(1 << 30) == "X"
+    assert state(0) == "", "of another pid namespace"
+
+
+def test_what_a_process_and_its_children_get_done(start: Start, tmp_path: Path) -> None:
+    quiet, _ = start(SLEEP)
+    file = str(tmp_path / "file")
+    writer, _ = start(
+        f"f = open({file!r}, 'wb', 0); print('ready', flush=True)\nwhile f.write(bytes(1 << 16)): f.seek(0)"
+    )
+    before = activity(quiet)
+    eventually(lambda: activity(writer)[0] > 10 << 20, "the writer to write")
+    assert activity(writer)[1] == 0.0
+    if Path(f"/proc/{quiet}/task/{quiet}/children").exists():  # else the kernel was built without
+        parent, _ = start(PARENT)
+        eventually(lambda: activity(parent)[1] > 0.2, "the child to compute")
+    assert activity(quiet) == before
+
+
+def test_a_process_that_is_gone_does_nothing() -> None:
+    assert activity(1 << 30) == activity(0) == (0, 0.0)
