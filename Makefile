@@ -13,7 +13,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I proto
 STUBS := ckptsvc/rpc/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow lint types contracts proto proto-check check demo bench clean
+.PHONY: help install test test-slow test-slurm lint types contracts proto proto-check check demo bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -34,6 +34,11 @@ test: install ## run the tests, all but the slow ones (ARGS="-k name")
 
 test-slow: install ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-slurm: install ## the batch template under a real Slurm (Debian, root: installs it)
+	@for program in slurmctld slurmd munged sbatch; do command -v $$program > /dev/null || absent=1; done; \
+	if [ -n "$$absent" ]; then apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; fi
+	$(BIN)/python -m pytest -m slurm $(ARGS)
 
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .

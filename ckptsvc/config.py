@@ -12,26 +12,39 @@ setting that is silently ignored is found out on the day the checkpoint it was a
 from __future__ import annotations
 
 import difflib
-import math
 import os
 import re
 import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple, NoReturn, get_args
+from typing import Annotated, Literal, NoReturn, get_args, get_origin
 
 import msgspec
 
 from ckptsvc.errors import ConfigError
+from ckptsvc.quantities import (
+    Address,
+    Every,
+    Limit,
+    parse_address,
+    parse_address_or_off,
+    parse_duration,
+    parse_duration_or_off,
+    parse_every,
+    parse_limit,
+    parse_names,
+    parse_size,
+)
 
 SYSTEM_FILE = Path("/etc/ckptsvc/config.toml")
 
 OTHER_VARIABLES: dict[str, str] = {
     "CKPTSVC_CONFIG": "one more settings file; it must exist",
-    "CKPTSVC_JOB": "id of the job (launch.py)",
-    "CKPTSVC_ATTEMPT": "number of this incarnation of the job's ranks (launch.py)",
-    "CKPTSVC_NODE": "name of this node (launch.py)",
+    "CKPTSVC_JOB": "id of the job (launch/)",
+    "CKPTSVC_ATTEMPT": "number of this incarnation of the job's ranks (launch/)",
+    "CKPTSVC_NODE": "name of this node (launch/)",
+    "CKPTSVC_DEADLINE": "when the scheduler will end the job, in unix seconds (launch/)",
     "CKPTSVC_SOCKET": "directory of the agent to use (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_COORDINATOR": "address of the job's coordinator (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_WARM": "what a warm interpreter is to do (set by `ckptsvc run` for its own; agent/warm)",
@@ -41,160 +54,8 @@ OTHER_VARIABLES: dict[str, str] = {
 
 PAGE = 4096
 
-_SIZE_UNITS = {
-    "": 1,
-    "b": 1,
-    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", 1)},
-    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgtp", 1)},
-}
-_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
-_SIZE = re.compile(rf"({_NUMBER}) *([A-Za-z]*)")
-_DURATION_PART = re.compile(rf"({_NUMBER}) *([a-z]+)")
-_PERCENT = re.compile(rf"({_NUMBER}) *%")
-_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]+)):([0-9]{1,5})")
 # Kubernetes puts such variables into every pod of a namespace that has a service called "ckptsvc...".
 _KUBERNETES_LINK = re.compile(r"CKPTSVC_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_\w+)?)")
-
-
-class Address(NamedTuple):
-    """A TCP address; port 0 lets the kernel choose one."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-class Every(NamedTuple):
-    """How often to save: `steps` or `seconds` is set, the other is 0."""
-
-    steps: int
-    seconds: float
-
-
-class Limit(NamedTuple):
-    """An amount of memory: `nbytes`, or `share` (0 to 1) of a whole, is set; the other is 0."""
-
-    nbytes: int
-    share: float
-
-    def of(self, total: int) -> int:
-        """The limit in bytes where the whole is `total` bytes."""
-        return self.nbytes or int(total * self.share)
-
-
-def parse_size(value: object) -> int:
-    """Bytes in a size: 4096, "512MiB", "8 GiB", "1.5TB" (KB is 1000 bytes, KiB is 1024).
-
-    Raises:
-        ConfigError: not a size, or not a whole number of bytes.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    nbytes = math.nan
-    if match := _match(_SIZE, value):
-        nbytes = float(match[1]) * _SIZE_UNITS.get(match[2].lower(), math.nan)
-    if not nbytes.is_integer():
-        _refuse(value, "a size", '4096, "512MiB" or "8GiB"')
-    return int(nbytes)
-
-
-def parse_duration(value: object) -> float:
-    """Seconds in a duration: 90, 0.5, "90", "90s", "10min", "1h30min" (units ms, s, min, h, d).
-
-    Raises:
-        ConfigError: not a duration.
-    """
-    seconds = math.nan
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        seconds = float(value)
-    elif match := _match(re.compile(_NUMBER), value):
-        seconds = float(match[0])
-    elif _match(re.compile(f"(?:{_DURATION_PART.pattern} *)+"), value):
-        parts = _DURATION_PART.findall(str(value))
-        seconds = sum(float(number) * _DURATION_UNITS.get(unit, math.nan) for number, unit in parts)
-    if not (math.isfinite(seconds) and seconds >= 0):
-        _refuse(value, "a duration", '30, "90s", "10min" or "1h30min"')
-    return seconds
-
-
-def parse_every(value: object) -> Every | None:
-    """How often to save: a number of steps, a duration with its unit, or None for "off" (only when asked).
-
-    Raises:
-        ConfigError: none of these, or zero.
-    """
-    if value == "off":
-        return None
-    every = Every(0, 0.0)
-    if isinstance(value, int) and not isinstance(value, bool):
-        every = Every(value, 0.0)
-    elif match := _match(re.compile("[0-9]+"), value):
-        every = Every(int(match[0]), 0.0)
-    elif isinstance(value, str):
-        every = Every(0, parse_duration(value))
-    if every.steps <= 0 and every.seconds <= 0:
-        _refuse(value, "an interval", '500 (steps), "10min" or "off"')
-    return every
-
-
-def parse_limit(value: object) -> Limit:
-    """An amount of memory: a size, or a share such as "50%".
-
-    Raises:
-        ConfigError: neither, zero, or more than 100 %.
-    """
-    match = _match(_PERCENT, value)
-    limit = Limit(0, float(match[1]) / 100) if match else Limit(parse_size(value), 0.0)
-    if not any(limit) or limit.share > 1:
-        _refuse(value, "a limit", '"50%" or "8GiB"')
-    return limit
-
-
-def parse_address(value: object) -> Address:
-    """A TCP address: "host:port", "10.0.0.1:7070", "[::1]:0".
-
-    Raises:
-        ConfigError: not an address.
-    """
-    match = _match(_ADDRESS, value)
-    if match is None or int(match[3]) > 65535:
-        _refuse(value, "an address", '"127.0.0.1:0" or "[::1]:7070"')
-    return Address(match[1] or match[2], int(match[3]))
-
-
-def parse_address_or_off(value: object) -> Address | None:
-    """A TCP address, or None for "off".
-
-    Raises:
-        ConfigError: neither.
-    """
-    return None if value == "off" else parse_address(value)
-
-
-def parse_names(value: object) -> tuple[str, ...]:
-    """Names of Python modules: "torch, torch.optim", or a list of them.
-
-    Raises:
-        ConfigError: one of them cannot be a module's name.
-    """
-    names = value.split(",") if isinstance(value, str) else value
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        _refuse(value, "a list of modules", '"torch,transformers"')
-    found = tuple(name.strip() for name in names if name.strip())
-    if not all(part.isidentifier() for name in found for part in name.split(".")):
-        _refuse(value, "a list of modules", '"torch,transformers"')
-    return found
-
-
-def _match(pattern: re.Pattern[str], value: object) -> re.Match[str] | None:
-    return pattern.fullmatch(value.strip()) if isinstance(value, str) else None
-
-
-def _refuse(value: object, kind: str, examples: str) -> NoReturn:
-    raise ConfigError(f"{value!r} is not {kind}", hint=f"for example {examples}")
 
 
 class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -206,6 +67,9 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
         metrics_listen: where Prometheus and browsers reach this one, or "off".
         name: name of the node; "" means the one its scheduler or the host gives it.
         coordinator: the agent that decides, or "off": the agents elect one.
+        coordination: where agents elect the coordinators of their jobs, "etcd://host:port,host:port/prefix"; "" means
+            that the agent whose address `ckptsvc run` was given coordinates.
+        incidents_dir: where incidents are kept; "" means ckptsvc/incidents in $XDG_STATE_HOME (~/.local/state).
     """
 
     socket_dir: str = ""
@@ -213,6 +77,28 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     metrics_listen: Annotated[Address | None, parse_address_or_off] = Address("127.0.0.1", 0)
     name: str = ""
     coordinator: Annotated[Address | None, parse_address_or_off] = None
+    coordination: str = ""
+    incidents_dir: str = ""
+
+
+class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[etcd]: how to speak to the etcd of agent.coordination.
+
+    Attributes:
+        ttl: how long a coordinator's lease lives without it (whole seconds; etcd may make it longer).
+        user: whom to log in as.
+        password_file: with what; readable by its owner alone.
+        ca_file: certificates (PEM) of those who sign etcd's; "" means a connection that is not encrypted.
+        cert_file: our own certificate, where etcd wants one.
+        key_file: its key; readable by its owner alone.
+    """
+
+    ttl: Annotated[float, parse_duration] = 3.0
+    user: str = ""
+    password_file: str = ""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
 
 
 class ArenaSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -247,6 +133,18 @@ class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
     threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     deadline: Annotated[float, parse_duration] = 1.0
     timeout: Annotated[float, parse_duration] = 1800.0
+
+
+class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[scheduler]: what is done because of, or asked of, Slurm or PBS.
+
+    Attributes:
+        margin: a job saves and stops by itself so long before the end of its time, where that is known, or "off".
+        drain: ask the scheduler to give a bad node to no further job; that needs an operator's rights.
+    """
+
+    margin: Annotated[float | None, parse_duration_or_off] = 30.0
+    drain: bool = False
 
 
 class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -285,6 +183,43 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     timeout: Annotated[float, parse_duration] = 60.0
 
 
+class HealthSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[health]: when a rank hangs, and what is done about it.
+
+    Attributes:
+        enabled: watch for ranks that make no progress.
+        automatic: in which jobs the rank that is to blame is killed: "launched" (by `ckptsvc run`, which starts it
+            again), "always", or "never": then it is only reported.
+        floor: time without progress that is never a stall.
+        factor: a stall is longer than so many times the 99th percentile of the job's own steps (of its own evaluations,
+            and so on, by phase).
+        startup: how long a phase that the job has little experience with may be without progress.
+        confirm: how long a rank that is to blame, and whose process is neither stopped nor gone, must stand still
+            before it is killed. Work that takes longer than this and is no step should be declared (`Session.phase`).
+        give_up: how long all ranks must stand still until they are started anew, though nobody can be blamed.
+    """
+
+    enabled: bool = True
+    automatic: Literal["launched", "always", "never"] = "launched"
+    floor: Annotated[float, parse_duration] = 4.0
+    factor: Annotated[float, msgspec.Meta(ge=1, le=1000)] = 3.0
+    startup: Annotated[float, parse_duration] = 600.0
+    confirm: Annotated[float, parse_duration] = 120.0
+    give_up: Annotated[float, parse_duration] = 1800.0
+
+
+class NicsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[nics]: the watch over the node's network cards.
+
+    Attributes:
+        enabled: read their counters once a second; a node without such cards has nothing to read.
+        root: directory that stands for "/" when /sys and /run are looked up (containers, tests).
+    """
+
+    enabled: bool = True
+    root: str = "/"
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All settings, validated.
 
@@ -296,7 +231,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     agent: AgentSettings = AgentSettings()
     arena: ArenaSettings = ArenaSettings()
     save: SaveSettings = SaveSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
     store: StoreSettings = StoreSettings()
+    health: HealthSettings = HealthSettings()
+    nics: NicsSettings = NicsSettings()
+    etcd: EtcdSettings = EtcdSettings()
     launch: LaunchSettings = LaunchSettings()
     origin: dict[str, str] = {}
 
@@ -414,7 +353,8 @@ def _parse(key: str, value: object, origin: str) -> object:
     except ConfigError as error:
         raise ConfigError(f"{key} ({origin}): {error.what}", hint=error.hint) from None
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{key} ({origin}) is {value!r}: {error}") from None
+        hint = f"one of {', '.join(get_args(kind))}" if get_origin(kind) is Literal else ""
+        raise ConfigError(f"{key} ({origin}) is {value!r}: {error}", hint=hint) from None
 
 
 def _check(settings: Settings) -> None:
@@ -423,17 +363,26 @@ def _check(settings: Settings) -> None:
     def refuse(key: str, problem: str) -> NoReturn:
         raise ConfigError(f"{key} ({settings.origin[key]}) {problem}")
 
-    agent, arena, save = settings.agent, settings.arena, settings.save
+    agent, arena, save, health = settings.agent, settings.arena, settings.save, settings.health
     if agent.socket_dir and not os.path.isabs(agent.socket_dir):
         refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
+    if agent.incidents_dir and not os.path.isabs(agent.incidents_dir):
+        refuse("agent.incidents_dir", f"is {agent.incidents_dir!r}, which is not an absolute path")
     if settings.launch.state and not os.path.isabs(settings.launch.state):
         refuse("launch.state", f"is {settings.launch.state!r}, which is not an absolute path")
     if not os.path.isabs(arena.dir):
         refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
+    if not os.path.isabs(settings.nics.root):
+        refuse("nics.root", f"is {settings.nics.root!r}, which is not an absolute path")
+    if not 2 <= settings.etcd.ttl <= 60:
+        refuse("etcd.ttl", f"is {settings.etcd.ttl:g} s, not 2 to 60")
     if save.extent == 0 or save.extent % PAGE:
         refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
     if save.deadline >= save.timeout:
         refuse("save.deadline", f"is {save.deadline:g} s, not less than save.timeout, {save.timeout:g} s")
+    for key in ("floor", "startup", "confirm", "give_up"):
+        if getattr(health, key) == 0:
+            refuse(f"health.{key}", 'is 0; to switch the watch off, set health.enabled to "false"')
 
 
 def runtime_dir(environ: Mapping[str, str], *, uid: int | None = None, root: Path = Path("/")) -> Path:

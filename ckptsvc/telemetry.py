@@ -18,7 +18,7 @@ from json import dumps
 from typing import TYPE_CHECKING, TextIO, TypedDict, Unpack
 
 if TYPE_CHECKING:
-    from prometheus_client import Gauge
+    from prometheus_client import CollectorRegistry, Gauge
 
 
 class Outcome(StrEnum):
@@ -64,16 +64,53 @@ class Cause(StrEnum):
     REQUESTED = "requested"
 
 
+class NicSignal(StrEnum):
+    """What the counters of a network card add up to; the names of the fields of NicReading, with dashes."""
+
+    SENT = "sent"
+    RECEIVED = "received"
+    TIMEOUTS = "timeouts"
+    PEER_TIMEOUTS = "peer-timeouts"
+    RETRIES = "retries"
+    FAILURES = "failures"
+    EXHAUSTED = "exhausted"
+    UNCORRECTED = "uncorrected"
+    REPLAYS = "replays"
+    FLAPS = "flaps"
+    PAUSED_TX = "paused-tx"
+    PAUSED_RX = "paused-rx"
+    STALLED = "stalled"
+    WAITS = "waits"
+    MARKS = "marks"
+
+
+class NicTrouble(StrEnum):
+    """What is wrong with a network card; what names a culprit best comes first."""
+
+    TIMEOUTS = "timeouts"
+    FAILURES = "failures"
+    CONGESTED = "congested"
+    BAD_LINK = "bad-link"
+    FLAPPING = "flapping"
+    LINK_DOWN = "link-down"
+    NO_HANDLER = "no-handler"
+    NO_ANSWER = "no-answer"
+    SILENT = "silent"
+
+
 class Event(StrEnum):
     """What a log line reports. Names are append-only: people search for them."""
 
     AGENT_STARTED = "agent-started"
     AGENT_STOPPED = "agent-stopped"
     COORDINATOR_CHOSEN = "coordinator-chosen"
+    COORDINATOR_UNKNOWN = "coordinator-unknown"
     RANK_REGISTERED = "rank-registered"
     RANK_LEFT = "rank-left"
     RANK_DIED = "rank-died"
     RANK_HUNG = "rank-hung"
+    RANK_STALLED = "rank-stalled"
+    RANK_MOVED = "rank-moved"
     WORKER_STARTED = "worker-started"
     WORKER_DIED = "worker-died"
     SNAPSHOT_STAGED = "snapshot-staged"
@@ -91,6 +128,10 @@ class Event(StrEnum):
     JOB_STARTED = "job-started"
     JOB_RESTARTED = "job-restarted"
     JOB_ENDED = "job-ended"
+    NODE_DRAINED = "node-drained"
+    NIC_FOUND = "nic-found"
+    NIC_UNREADABLE = "nic-unreadable"
+    INCIDENT_KEPT = "incident-kept"
 
 
 class Metrics:
@@ -135,8 +176,38 @@ class Metrics:
             ["scheme", "kind"],
             registry=registry,
         )
+        self.coordinator_changes = Counter(
+            "ckptsvc_coordinator_changes_total", "Elected coordinators this agent has taken note of.", registry=registry
+        )
+        self.orders_refused = Counter(
+            "ckptsvc_orders_refused_total", "Orders of coordinators whose term is over.", registry=registry
+        )
+        self._nics(registry)
         Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})
         self._start_at_zero()
+
+    def _nics(self, registry: CollectorRegistry) -> None:
+        """Those of the network cards; `nic` is a card of this node, of which there are a handful."""
+        from prometheus_client import Counter, Gauge
+
+        self.nic_sent = Counter("ckptsvc_nic_sent_bytes_total", "Bytes sent.", ["nic"], registry=registry)
+        self.nic_received = Counter("ckptsvc_nic_received_bytes_total", "Bytes received.", ["nic"], registry=registry)
+        self.nic_events = Counter(
+            "ckptsvc_nic_events_total", "Signs of trouble a card has counted.", ["nic", "signal"], registry=registry
+        )
+        self.nic_held = Counter(
+            "ckptsvc_nic_held_back_seconds_total", "Time a card had to wait.", ["nic", "signal"], registry=registry
+        )
+        self.nic_link_up = Gauge("ckptsvc_nic_link_up", "Whether the link is up.", ["nic"], registry=registry)
+        self.nic_findings = Gauge(
+            "ckptsvc_nic_findings", "Cards in trouble, in the jobs coordinated here.", ["kind"], registry=registry
+        )
+        self.nic_read_failures = Counter(
+            "ckptsvc_nic_read_failures_total", "Counters that could not be read or understood.", registry=registry
+        )
+        self.nic_read_seconds = Gauge(
+            "ckptsvc_nic_read_duration_seconds", "Time the last reading of all cards took.", registry=registry
+        )
 
     def _start_at_zero(self) -> None:
         """Make the series whose labels are known, so that a rate over a first event is not lost."""
@@ -150,6 +221,8 @@ class Metrics:
             self.snapshots_skipped.labels(reason)
         for cause in Cause:
             self.restarts.labels(cause)
+        for kind in NicTrouble:
+            self.nic_findings.labels(kind)
 
     def committed(self, job: str, step: int, now: float) -> None:
         """Count a commit of `job` at `step`; `now` is in unix seconds."""
@@ -163,6 +236,16 @@ class Metrics:
         for gauge in per_job:
             with suppress(KeyError):  # prometheus-client 0.20: a job without a commit has no series
                 gauge.remove(job)
+
+    def forget_nic(self, nic: str) -> None:
+        """Drop the series of a card that is not on the node any more."""
+        for metric in (self.nic_sent, self.nic_received, self.nic_link_up):
+            with suppress(KeyError):
+                metric.remove(nic)
+        for metric in (self.nic_events, self.nic_held):
+            for signal in NicSignal:
+                with suppress(KeyError):
+                    metric.remove(nic, signal)
 
 
 class Fields(TypedDict, total=False):

@@ -14,16 +14,13 @@ from ckptsvc.agent.sessions import Attempt, LocalJob, Session
 from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied
-from ckptsvc.pipeline.arena import Arena, State, populate
+from ckptsvc.pipeline.arena import TAIL, Arena, State, populate
 from ckptsvc.telemetry import Event, Skip, log
 
 logger = logging.getLogger("ckptsvc.agent")
 
 UNMAP_PATIENCE = 1.0
 """Seconds a new arena waits for the memory of removed ones."""
-
-MAP_PATIENCE = 10.0
-"""Seconds an arena waits for the I/O worker to map it; it can do without."""
 
 
 class Arenas:
@@ -83,8 +80,8 @@ class Arenas:
                 if self._unmapping:  # what was removed for this one still has its memory
                     await asyncio.wait(list(self._unmapping), timeout=UNMAP_PATIENCE)
                 await asyncio.get_running_loop().run_in_executor(None, populate, fd, arena.capacity)
-            await self._map(arena)
             self._local.pool.release(arena)
+            self._local.spawn(self._map(arena))
         except ArenaExhausted as error:
             log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "%s", error, job=arena.job, rank=arena.rank)
             self._local.pool.remove(arena)
@@ -95,13 +92,12 @@ class Arenas:
 
     async def _map(self, arena: Arena) -> None:
         try:
-            async with asyncio.timeout(MAP_PATIENCE):
-                await self._workers.of(arena.job).call("map", {"path": str(arena.path)})
-        except (CkptsvcError, TimeoutError) as error:
+            await self._workers.of(arena.job).call("map", {"path": str(arena.path)})
+        except (CkptsvcError, OSError) as error:
             logger.info("arena %s will be mapped by its first save: %s", arena.name, error)
 
     def _removed(self, arena: Arena) -> None:
-        if arena.job in self._workers.jobs():
+        if arena.job in self._workers.jobs() and self._workers.of(arena.job).running:
             task = asyncio.ensure_future(self._unmap(self._workers.of(arena.job), arena))
             self._unmapping.add(task)
             task.add_done_callback(self._unmapping.discard)
@@ -137,22 +133,26 @@ class Arenas:
                             self._provide(session, nbytes)
                     else:
                         self._local.dropped(job, evicted)
+                        arena.epoch = epoch
                         return arena, epoch
                 left = deadline - time.monotonic()
                 if left <= 0:
                     raise error
                 await wait_for(session.arena_changed if epoch else attempt.changed, left)
         except (CkptsvcError, asyncio.CancelledError) as failure:
-            self._skip(job, reg, step, str(failure) or "the trainer did not wait for an arena")
+            self._skip(job, reg, attempt.epoch, step, str(failure) or "the trainer did not wait for an arena")
             raise
 
     def abandon(self, token: str, slot: str, step: int, reason: str) -> None:
         """A rank cannot take this snapshot."""
         session = self._local.session(token)
+        job = self._local.jobs[session.reg.job]
+        epoch = job.attempt(session.reg.attempt).epoch
         arena = self._local.pool.arenas.get(slot)
         if arena and arena.state is State.FILLING and arena.holder == token:
+            epoch = arena.epoch
             self._local.pool.release(arena)
-        self._skip(self._local.jobs[session.reg.job], session.reg, step, reason)
+        self._skip(job, session.reg, epoch, step, reason)
 
     def give_back(self, session: Session) -> None:
         """Free what a session was filling; it does not write there any more."""
@@ -161,16 +161,15 @@ class Arenas:
                 self._local.pool.release(arena)
 
     def fd(self, token: str, slot: str) -> tuple[int, int]:
-        """A new descriptor of an arena of this rank's job (the identity socket passes and closes it)."""
+        """A new descriptor of an arena of this rank's job, which the caller closes, and the size of the file."""
         session = self._local.session(token)
         arena = self._local.pool.arenas.get(slot)
         if arena is None or arena.job != session.reg.job:
             raise InvalidInput(f"there is no arena {slot!r} of job {session.reg.job}")
         mode = os.O_RDWR if arena.rank == session.reg.rank else os.O_RDONLY
-        return os.open(arena.path, mode | os.O_CLOEXEC), arena.capacity
+        return os.open(arena.path, mode | os.O_CLOEXEC), arena.capacity + TAIL
 
-    def _skip(self, job: LocalJob, reg: Registration, step: int, why: str) -> None:
-        epoch = job.attempt(reg.attempt).epoch
+    def _skip(self, job: LocalJob, reg: Registration, epoch: int, step: int, why: str) -> None:
         self._local.metrics.snapshots_skipped.labels(Skip.NO_ARENA).inc()
         log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "snapshot of step %d skipped: %s", step, why,
             job=reg.job, rank=reg.rank, step=step)  # fmt: skip

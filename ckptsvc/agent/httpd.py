@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, start_http_server
 
-from ckptsvc.config import Address
+from ckptsvc.quantities import Address
 
 
 def start_metrics(address: Address, registry: CollectorRegistry) -> tuple[str, Callable[[], None]]:

@@ -9,10 +9,11 @@ import math
 import os
 import socket
 from collections.abc import Coroutine
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
+from ckptsvc.agent.witness import Witness
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.rpc.identity import MAX_PACKET, peer_of, send_answer
 
@@ -20,7 +21,11 @@ log = logging.getLogger("ckptsvc.agent")
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a rank says of itself. `coordinator` is "" for this very agent."""
+    """What a rank says of itself.
+
+    `coordinator` is "" for this very agent; `ends` is when the scheduler ends the job, in seconds of CLOCK_MONOTONIC,
+    or 0 where that is not known.
+    """
 
     op: str
     job: str
@@ -34,6 +39,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     keep: int = 0
     extent: int = 1 << 20
     coordinator: str = ""
+    ends: float = 0.0
 
     def check(self) -> None:
         """Raise InvalidInput where the numbers cannot be."""
@@ -47,6 +53,8 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         numbers = (self.attempt, self.epoch, self.keep, self.every_steps)
         if not all(0 <= number < 1 << 31 for number in numbers) or not 0 <= self.every_seconds < math.inf:
             raise InvalidInput("attempt, epoch, keep, every_steps or every_seconds is out of range")
+        if not 0 <= self.ends < math.inf:
+            raise InvalidInput("the time at which the job ends is out of range")
         if not 4096 <= self.extent <= 64 << 20:
             raise InvalidInput(f"an extent of {self.extent} bytes is impossible")
 
@@ -56,6 +64,13 @@ class MapRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     op: str
     slot: str
+
+
+class WitnessRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Offer to answer questions about the process of a session."""
+
+    op: str
+    token: str
 
 
 class Owner(Protocol):
@@ -69,6 +84,9 @@ class Owner(Protocol):
 
     def arena_fd(self, token: str, slot: str) -> tuple[int, int]:
         """A new descriptor of an arena of the rank's job, and its capacity."""
+
+    def hear(self, token: str, pid: int, witness: Witness) -> None:
+        """Keep the way to ask the process of a session."""
 
 
 class IdentityServer:
@@ -119,21 +137,24 @@ class IdentityServer:
                 data = await loop.sock_recv(sock, MAX_PACKET)
                 if not data:
                     return
-                fd = -1
                 try:
                     if uid != os.geteuid():
                         raise StoreDenied(f"this agent serves user {os.geteuid()}, not user {uid}")
-                    answer, fd, token = self._answer(data, pid, token)
+                    reply = self._answer(data, sock, pid, token)
+                    token = reply.token
                 except CkptsvcError as error:
-                    answer = {"ok": False, "code": error.code, "what": error.what, "hint": error.hint}
+                    reply = _refusal(error.code, error.what, error.hint)
                 except Exception as error:
                     log.exception("a message of process %d failed", pid)
-                    answer = {"ok": False, "code": "internal", "what": f"{type(error).__name__}: {error}", "hint": ""}
+                    reply = _refusal("internal", f"{type(error).__name__}: {error}")
                 try:
-                    send_answer(sock, answer, fd)
+                    send_answer(sock, reply.fields, reply.fd)
                 finally:
-                    if fd >= 0:
-                        os.close(fd)
+                    if reply.fd >= 0:
+                        os.close(reply.fd)
+                if reply.witness is not None:
+                    await reply.witness.closed()  # from now on we ask
+                    return
         except (ConnectionError, BlockingIOError):
             pass  # the peer is gone, or does not read its answers
         finally:
@@ -141,20 +162,38 @@ class IdentityServer:
             if token:
                 self._owner.unregister(token)
 
-    def _answer(self, data: bytes, pid: int, token: str) -> tuple[dict[str, object], int, str]:
+    def _answer(self, data: bytes, sock: socket.socket, pid: int, token: str) -> _Reply:
         try:
             op = msgspec.json.decode(data, type=dict).get("op")
+            wanted: Registration | MapRequest | WitnessRequest
             if op == "register" and not token:
-                registration = msgspec.json.decode(data, type=Registration)
+                wanted = msgspec.json.decode(data, type=Registration)
             elif op == "map" and token:
                 wanted = msgspec.json.decode(data, type=MapRequest)
+            elif op == "witness" and not token:
+                wanted = msgspec.json.decode(data, type=WitnessRequest)
             else:
                 raise InvalidInput(f"{op!r} is not understood here")
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise InvalidInput(f"malformed message: {error}") from None
-        if op == "register":
-            registration.check()
-            token, node, fd = self._owner.register(registration, pid)
-            return {"ok": True, "token": token, "node": node}, fd, token
-        fd, capacity = self._owner.arena_fd(token, wanted.slot)
-        return {"ok": True, "capacity": capacity}, fd, token
+        if isinstance(wanted, Registration):
+            wanted.check()
+            token, node, fd = self._owner.register(wanted, pid)
+            return _Reply({"ok": True, "token": token, "node": node}, fd, token)
+        if isinstance(wanted, MapRequest):
+            fd, capacity = self._owner.arena_fd(token, wanted.slot)
+            return _Reply({"ok": True, "capacity": capacity}, fd, token)
+        witness = Witness(sock)
+        self._owner.hear(wanted.token, pid, witness)
+        return _Reply({"ok": True}, witness=witness)
+
+
+class _Reply(NamedTuple):
+    fields: dict[str, object]
+    fd: int = -1
+    token: str = ""  # of the session that this connection has
+    witness: Witness | None = None
+
+
+def _refusal(code: str, what: str, hint: str = "") -> _Reply:
+    return _Reply({"ok": False, "code": code, "what": what, "hint": hint})

@@ -23,7 +23,7 @@ from ckptsvc.agent.launches import COORDINATOR_KEY
 from ckptsvc.agent.preflight import reason_against
 from ckptsvc.agent.ranks import Rank, Ranks
 from ckptsvc.control.restart import describe_status
-from ckptsvc.errors import AgentUnavailable, NodeUnfit
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, NodeUnfit
 from ckptsvc.rpc.channel import OPTIONS, error_of
 from ckptsvc.rpc.dial import ensure_agent, sockets
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
@@ -97,6 +97,8 @@ class Launcher:
         self._failure: NodeUnfit | None = None
         self._status: int | None = None
         self._interrupted = asyncio.Event()
+        self._stop_wanted = ""  # why the job was asked to stop
+        self._terminated = False
         self._port: socket.socket | None = None
 
     async def run(self) -> int:
@@ -115,7 +117,7 @@ class Launcher:
                 return serving.result()
             self._leave("ckptsvc run was told to end")
             await self._ranks.stop(5.0)
-            return 130
+            return EXIT_STATUS["interrupted"] if self._stop_wanted else 130
         finally:
             for task in (serving, interrupted):
                 task.cancel()
@@ -124,11 +126,28 @@ class Launcher:
             door.close()
 
     def _ask_to_stop(self, number: int) -> None:
-        self._say(f"signal {signal.Signals(number).name}: asking the job to save and stop")
-        wanted = agent_pb2.StopWanted(reason=f"{signal.Signals(number).name} to ckptsvc run on {self._launch.node}")
-        self._reports.put_nowait(agent_pb2.LaunchRequest(stop_wanted=wanted))
+        name = signal.Signals(number).name
+        hurried = number == signal.SIGTERM and self._terminated
+        self._stop_wanted = self._stop_wanted or f"{name} to ckptsvc run on {self._launch.node}"
         if number == signal.SIGTERM:
-            asyncio.get_running_loop().call_later(self._launch.stop_grace, self._interrupted.set)
+            self._terminated = True
+            asyncio.get_running_loop().call_later(self._launch.stop_grace, self._out_of_time)
+        if hurried or not self._ranks.live:
+            self._say(f"signal {name}: ending now; the job resumes from its newest checkpoint")
+            self._interrupted.set()
+            return
+        self._say(f"signal {name}: asking the job to save and stop")
+        self._report_stop_wanted()
+
+    def _out_of_time(self) -> None:
+        if self._status is None:
+            grace = f"{self._launch.stop_grace:g} s"
+            self._say(f"no last save within {grace}; ending: the job resumes from its newest checkpoint")
+            self._interrupted.set()
+
+    def _report_stop_wanted(self) -> None:
+        wanted = agent_pb2.StopWanted(reason=self._stop_wanted)
+        self._reports.put_nowait(agent_pb2.LaunchRequest(stop_wanted=wanted))
 
     async def _serve(self) -> int:
         without_agent = 0.0
@@ -171,6 +190,8 @@ class Launcher:
         for rank in self._ranks.live.values():
             if rank.status is not None:
                 self._report_end(rank, rank.status)  # maybe while there was no agent to tell
+        if self._stop_wanted:
+            self._report_stop_wanted()  # the agent we have lost may not have passed it on
         metadata = ((COORDINATOR_KEY, self._launch.coordinator),)
         async with grpc.aio.insecure_channel(f"unix:{path}", options=OPTIONS) as channel:
             call = agent_pb2_grpc.AgentServiceStub(channel).Launch(self._requests(self._reports), metadata=metadata)

@@ -18,6 +18,8 @@ from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
+from ckptsvc.agent.stops import Stops
+from ckptsvc.agent.witness import Witness
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import BY_CODE, Fenced, InvalidInput
@@ -44,17 +46,30 @@ class Node:
         slots: arenas for each rank.
         linger: seconds for which the memory of a job whose ranks died is kept.
         save_timeout: seconds after which the coordinator gives a save up.
+        margin: seconds to spare at the end of a job's time; None: jobs are not stopped before it.
 
     Attributes:
         arenas, saves: the parts that ranks call through the servicer.
         launch_order: what to do with an order for a launcher.
+        watch_order: what to do with an order about ranks that hang.
     """
 
-    def __init__(self, local: Local, workers: Workers, *, slots: int, linger: float, save_timeout: float) -> None:
+    def __init__(
+        self,
+        local: Local,
+        workers: Workers,
+        *,
+        slots: int,
+        linger: float,
+        save_timeout: float,
+        margin: float | None = None,
+    ) -> None:
         self.arenas = Arenas(local, workers, slots)
         self.saves = Saves(local, workers)
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
+        self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self._local, self._workers = local, workers
+        self._stops = Stops(local, margin)
         self._linger, self._save_timeout = linger, save_timeout
         local.on_order = self.on_order
 
@@ -76,9 +91,9 @@ class Node:
                 over = self._local.jobs[registration.job].attempt(other.reg.attempt)
                 over.refused = Fenced(f"attempt {other.reg.attempt} is over; attempt {registration.attempt} runs")
                 over.wake()
+        job = self._local.job(registration.job, registration.coordinator, registration.store)
         session = Session.open(registration, pid)
         self._local.sessions[session.token] = session
-        job = self._local.job(registration.job, registration.coordinator, registration.store)
         attempt = job.attempt(registration.attempt)
         attempt.epoch = max(attempt.epoch, registration.epoch)
         if session.pidfd >= 0:
@@ -153,6 +168,15 @@ class Node:
         """See Arenas.fd (identity socket)."""
         return self.arenas.fd(token, slot)
 
+    def hear(self, token: str, pid: int, witness: Witness) -> None:
+        """Keep the way to ask a rank's process where it is (identity socket)."""
+        session = self._local.session(token)
+        if session.pid != pid:
+            raise InvalidInput(f"process {pid} cannot answer for process {session.pid}")
+        if session.witness is not None:
+            session.witness.close()
+        session.witness = witness
+
     async def prepare(self, token: str, digest: str, generation: int, timeout: float) -> tuple[list[int], bool, int]:
         """Wait until the attempt is fenced and every rank has announced.
 
@@ -197,6 +221,9 @@ class Node:
         job = self._local.jobs.get(order.job)
         if job is None or kind is None:
             return
+        if kind in ("examine", "kill"):
+            self.watch_order(job, order)
+            return
         effect = getattr(order, kind)
         if kind in ("save_at", "stop_at"):
             for session in self._local.sessions.values():
@@ -227,6 +254,7 @@ class Node:
         while True:
             await asyncio.sleep(PROGRESS_EVERY)
             self._report_progress()
+            self._stops.look()
             self._give_up_overdue()
             for job in list(self._local.jobs.values()):
                 self._retire(job)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import secrets
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ckptsvc.control.effects import (
     Commit,
     CommitDone,
     Decision,
+    Effect,
     EpochDone,
     KeepNodes,
     Lookup,
@@ -27,9 +29,11 @@ from ckptsvc.control.effects import (
     Probe,
     Probed,
     ReadNodes,
+    Record,
     Send,
     Strike,
 )
+from ckptsvc.control.health import Policy
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -38,6 +42,9 @@ log = logging.getLogger("ckptsvc.coordinator")
 
 TICK = 0.2
 """Seconds between the core's ticks."""
+
+KEPT_INCIDENTS = 256
+"""Incidents kept in memory, of all jobs together."""
 
 LIST_TIMEOUT = 10.0
 """Seconds to read or write the list of nodes that have failed; it may be on a file system that hangs."""
@@ -49,19 +56,40 @@ Deliver = Callable[[pb.Order], None]
 
 
 class CoordinatorShell:
-    """Runs in every agent; idle where no agent attends.
+    """Runs in every agent, idle where no agent attends; and once for each job that has elected this agent.
 
     Args:
         workers: the I/O workers.
         save_timeout: seconds after which a save that has not committed is given up.
+        policy: what is done about ranks that hang.
         state: directory of the list of nodes that have failed; None: it is not kept.
+        term: of an elected coordinator, 0 of any other; every order carries it.
+        may_act: whether it may still decide; asked before every effect.
+
+    Attributes:
+        incidents: the latest, by job and id, oldest first.
+        on_incident: called with every incident, and again whenever there is more to say of it.
+        dropped: effects that came too late.
+        ended: set when it has stopped.
     """
 
-    def __init__(self, workers: Workers, save_timeout: float, state: Path | None = None) -> None:
-        self.core = Coordinator(save_timeout=save_timeout)
+    def __init__(
+        self,
+        workers: Workers,
+        save_timeout: float,
+        policy: Policy,
+        state: Path | None = None,
+        *,
+        term: int = 0,
+        may_act: Callable[[], bool] = lambda: True,
+    ) -> None:
+        self.core = Coordinator(save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2))
+        self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
+        self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
+        self.term, self.dropped, self.ended = term, 0, asyncio.Event()
         self._state = state
         self._listing = asyncio.Lock()
-        self._workers = workers
+        self._workers, self._may_act = workers, may_act
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: dict[tuple[str, int, int], str] = {}
@@ -96,6 +124,7 @@ class CoordinatorShell:
 
     async def stop(self) -> None:
         """Cancel what is running."""
+        self.ended.set()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -104,17 +133,33 @@ class CoordinatorShell:
         for reason in decision.reasons:
             log.info(reason, extra={"event": "decision"})
         for effect in decision.effects:
-            if isinstance(effect, Send):
+            if not self._may_act():
+                self._drop(effect)
+            elif isinstance(effect, Send):
+                effect.order.term = self.term
                 deliver = self._peers.get(effect.node)
                 if deliver:  # an agent that is away reports everything when it is back, and hears it then
                     deliver(effect.order)
+            elif isinstance(effect, Record):
+                self._record(effect.incident)
             else:
                 task = asyncio.ensure_future(self._do(effect))
                 self._tasks.add(task)
                 task.add_done_callback(self._tasks.discard)
 
+    def _record(self, incident: pb.Incident) -> None:
+        key = (incident.job, incident.id)
+        known = self.incidents.get(key)
+        incident.opened = known.opened if known else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        self.incidents[key] = incident
+        while len(self.incidents) > KEPT_INCIDENTS:
+            self.incidents.popitem(last=False)
+        self.on_incident(incident)
+
     async def _do(self, effect: AllotEpoch | Commit | Lookup | Probe | ReadNodes | KeepNodes) -> None:
-        if isinstance(effect, AllotEpoch):
+        if not self._may_act():
+            self._drop(effect)
+        elif isinstance(effect, AllotEpoch):
             done = await self._allot(effect)
             self._execute(self.core.epoch_done(done, time.monotonic()))
         elif isinstance(effect, Commit):
@@ -132,6 +177,10 @@ class CoordinatorShell:
             found = await self._lookup(effect)
             if found:
                 self._execute(self.core.lookup_done(found, time.monotonic()))
+
+    def _drop(self, effect: Effect) -> None:
+        self.dropped += 1
+        log.warning("term %d: not done, the lease may have ended: %s", self.term, type(effect).__name__)
 
     async def _read_nodes(self) -> dict[str, Strike]:
         at = time.time()
@@ -188,6 +237,9 @@ class CoordinatorShell:
             await self._workers.of(effect.job).call("commit", args, self._warn)
         except CkptsvcError as error:
             return CommitDone(effect.job, effect.epoch, effect.step, error.code, str(error))
+        except Exception as error:  # an unforeseen one must not keep the save waiting for its timeout
+            log.exception("step %d: the commit failed", effect.step)
+            return CommitDone(effect.job, effect.epoch, effect.step, "internal", f"{type(error).__name__}: {error}")
         finally:
             self._writers.pop(key, None)
         return CommitDone(effect.job, effect.epoch, effect.step)

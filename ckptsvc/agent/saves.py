@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
-from typing import Any
+from collections.abc import Awaitable, Coroutine
+from typing import Any, NamedTuple
 
 from ckptsvc.agent import reports
+from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import LocalJob
+from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
-from ckptsvc.errors import CkptsvcError, InvalidInput
+from ckptsvc.errors import CkptsvcError, ConfigError, InvalidInput, SaveFailed
 from ckptsvc.pipeline.arena import Arena, Label, State
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.rpc.v1 import agent_pb2
@@ -20,8 +24,19 @@ from ckptsvc.telemetry import Event, Outcome, Phase, log
 
 logger = logging.getLogger("ckptsvc.agent")
 
+EARLY_BYTES = 64 << 20
+"""Snapshots of so many bytes are written while they are copied: of smaller ones the copy takes no time."""
+
 DIGEST_TIMEOUT = 60.0
 """Seconds a restore from memory waits for the checksums of a snapshot that was staged just now."""
+
+
+class _Early(NamedTuple):
+    """A shard that is being written while its rank still copies; `fill` is the number by which it can be given up."""
+
+    fill: int
+    nbytes: int
+    written: asyncio.Task[dict[str, Any]]
 
 
 class Saves:
@@ -29,6 +44,41 @@ class Saves:
 
     def __init__(self, local: Local, workers: Workers) -> None:
         self._local, self._workers = local, workers
+        self._early: dict[str, _Early] = {}  # arena -> the writing of what a rank copies into it
+        self._fills = itertools.count(1)
+        local.pool.on_given_up = self._give_up
+
+    def expect(self, token: str, arena: Arena, epoch: int, nbytes: int) -> None:
+        """A rank begins to copy into an arena: a large snapshot is written from its first byte on, beside the copy."""
+        if nbytes < EARLY_BYTES:
+            return
+        reg = self._local.session(token).reg
+        job, fill = self._local.jobs[reg.job], next(self._fills)
+        task = asyncio.ensure_future(self._write(job, arena, _what(reg, epoch, arena.step, nbytes, arena, fill)))
+        early = self._early[arena.name] = _Early(fill, nbytes, task)
+
+        def ended(task: asyncio.Task[dict[str, Any]]) -> None:
+            if not task.cancelled():
+                task.exception()  # nobody need ask
+            if self._early.get(arena.name) is early and arena.state is not State.FILLING:
+                del self._early[arena.name]
+
+        task.add_done_callback(ended)
+
+    def _give_up(self, arena: Arena) -> None:
+        early = self._early.pop(arena.name, None)
+        if early is not None:
+            if early.written.done():
+                return
+            early.written.cancel()
+            if arena.job in self._workers.jobs() and self._workers.of(arena.job).running:
+                self._local.spawn(self._cancel(self._workers.of(arena.job), early.fill))
+
+    async def _cancel(self, worker: WorkerProxy, fill: int) -> None:
+        try:
+            await worker.call("cancel", {"fill": fill})
+        except CkptsvcError as error:
+            logger.debug("a snapshot that was given up is still being written: %s", error)
 
     def submit(self, token: str, slot: str, step: int, nbytes: int, aliases: dict[str, str]) -> None:
         """The arena holds a whole shard image: it is ours now."""
@@ -37,12 +87,15 @@ class Saves:
         arena = self._local.pool.arenas.get(slot)
         if arena is None or (arena.holder, arena.state, arena.step) != (token, State.FILLING, step):
             raise InvalidInput(f"arena {slot!r} was not acquired for step {step}")
+        epoch = self._local.jobs[reg.job].attempt(reg.attempt).epoch
+        if epoch != arena.epoch:
+            raise SaveFailed(f"another rank has begun a new epoch; this snapshot is of epoch {arena.epoch}")
         label = Label(
             job=reg.job,
             store=reg.store,
             coordinator=reg.coordinator,
             attempt=reg.attempt,
-            epoch=self._local.jobs[reg.job].attempt(reg.attempt).epoch,
+            epoch=epoch,
             step=step,
             rank=reg.rank,
             world_size=reg.world_size,
@@ -60,7 +113,11 @@ class Saves:
         for arena in arenas:
             assert arena.label is not None
             label = arena.label
-            job = self._local.job(label.job, label.coordinator, label.store)
+            try:
+                job = self._local.job(label.job, label.coordinator, label.store)
+            except ConfigError as error:  # the settings have changed: what is here alone may still be complete
+                logger.warning("job %s: %s", label.job, error)
+                job = self._local.job(label.job, "", label.store)
             job.died = True
             job.idle_since = time.monotonic()
             log(logger, logging.INFO, Event.ARENA_RECOVERED, "found the snapshot of step %d", label.step,
@@ -73,33 +130,44 @@ class Saves:
 
     def _begin_save(self, arena: Arena, label: Label, *, again: bool = False) -> None:
         job = self._local.jobs[label.job]
-        job.digests[arena.name] = asyncio.get_running_loop().create_future()
+        if arena.name in self._early and self._early[arena.name].nbytes != label.nbytes:
+            self._give_up(arena)
+        early = self._early.get(arena.name)  # until it has ended: the arena may be let go before
+        if early is None:
+            written: Awaitable[dict[str, Any]] = self._write(
+                job, arena, _what(label, label.epoch, label.step, label.nbytes, arena, 0)
+            )
+        else:
+            written = early.written
+            if early.written.done():
+                del self._early[arena.name]
         self._local.report(job, reports.staged(self._local.name, label, again=again))
-        self._local.spawn(self._save(job, arena, label))
+        self._local.spawn(self._save(job, label, written))
 
-    async def _save(self, job: LocalJob, arena: Arena, label: Label) -> None:
-        started = time.monotonic()
-        future = job.digests[arena.name]
+    def _write(self, job: LocalJob, arena: Arena, args: dict[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Have the shard written; its checksums are known from `job.digests` before that."""
+        digests = job.digests[arena.name] = asyncio.get_running_loop().create_future()
+        return self._written(job.name, args, digests)
 
+    async def _written(self, job: str, args: dict[str, Any], future: asyncio.Future[bytes]) -> dict[str, Any]:
         def on_note(note: dict[str, Any]) -> None:
             if "digests" in note and not future.done():
                 future.set_result(note["digests"])
 
-        args = {
-            "path": str(arena.path),
-            "nbytes": label.nbytes,
-            "store": label.store,
-            "extent": label.extent,
-            "epoch": label.epoch,
-            "step": label.step,
-            "rank": label.rank,
-        }
         try:
-            done = await self._workers.of(label.job).call("write", args, on_note)
-        except CkptsvcError as error:
+            return await self._workers.of(job).call("write", args, on_note)
+        except BaseException as error:
             if not future.done():
-                future.set_exception(error)
+                why = error if isinstance(error, CkptsvcError) else SaveFailed("the snapshot was given up")
+                future.set_exception(why)
                 future.exception()  # nobody need ask
+            raise
+
+    async def _save(self, job: LocalJob, label: Label, written: Awaitable[dict[str, Any]]) -> None:
+        started = time.monotonic()
+        try:
+            done = await written
+        except CkptsvcError as error:
             log(logger, logging.ERROR, Event.SAVE_FAILED, "shard not written: %s", error,
                 job=label.job, rank=label.rank, step=label.step)  # fmt: skip
             self._local.metrics.store_errors.labels(_scheme(label.store), error.code).inc()
@@ -185,6 +253,8 @@ class Saves:
             ):
                 continue
             job.results.pop((*key, label.rank), None)
+            if committed:
+                job.pace.saves.append(time.monotonic() - arena.since)
             if (key in job.complete and outcome.code != "layout") or committed:
                 self._local.pool.keep(arena)
             else:
@@ -210,6 +280,20 @@ class Saves:
         self._local.metrics.saves.labels(Outcome.FENCED if fenced else Outcome.FAILED).inc()
         log(logger, logging.ERROR, Event.SAVE_FAILED, "step %d not saved: %s", outcome.step, outcome.reason,
             job=job.name, step=outcome.step, epoch=outcome.epoch)  # fmt: skip
+
+
+def _what(of: Label | Registration, epoch: int, step: int, nbytes: int, arena: Arena, fill: int) -> dict[str, Any]:
+    """The arguments of the worker's `write`."""
+    return {
+        "path": str(arena.path),
+        "nbytes": nbytes,
+        "store": of.store,
+        "extent": of.extent,
+        "epoch": epoch,
+        "step": step,
+        "rank": of.rank,
+        "fill": fill,
+    }
 
 
 def _scheme(store: str) -> str:

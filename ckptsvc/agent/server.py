@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,21 +27,29 @@ from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
 from ckptsvc.agent import nodelist
+from ckptsvc.agent.coordination import Elections, login_of
 from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
+from ckptsvc.agent.incidents import IncidentLog, incidents_directory
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.local import Local
+from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
+from ckptsvc.agent.watch import Watch
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import Settings, load, parse_duration, private_directory, runtime_dir
-from ckptsvc.errors import EXIT_STATUS, CkptsvcError, ConfigError, RunBusy
+from ckptsvc.config import HealthSettings, Settings, load, private_directory, runtime_dir
+from ckptsvc.control.health import Policy
+from ckptsvc.control.stalls import Limits
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
+from ckptsvc.quantities import parse_duration
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, PING_SPACING
 from ckptsvc.rpc.dial import sockets
-from ckptsvc.rpc.secret import shared_secret
+from ckptsvc.rpc.etcd import parse_url
+from ckptsvc.rpc.secret import require_loopback, shared_secret
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.telemetry import Event, Metrics, log, setup_logging
 
@@ -48,6 +57,9 @@ logger = logging.getLogger("ckptsvc.agent")
 
 GRACE = 2.0
 """Seconds that calls in flight get when the agent stops."""
+
+LAST_SAVE = 60.0
+"""Seconds that the ranks get for a last save when a private agent is told to stop; told again, it stops at once."""
 
 
 @dataclass(slots=True)
@@ -73,12 +85,16 @@ class Agent:
     def __init__(self, options: Options) -> None:
         self._options = options
         self._stopping = asyncio.Event()
+        self._patient = False  # told to stop, and waiting for the last save
         settings = options.settings
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
         self.workers = Workers()
-        listed = nodelist.directory_of(os.environ, settings.launch)
-        self.shell = CoordinatorShell(self.workers, settings.save.timeout, listed)
+        self._on_incident: Callable[[coordinator_pb2.Incident], None] = lambda incident: None
+        self.shell = self._new_shell(0, lambda: True)
+        where = settings.agent.coordination
+        self._etcd = (url := parse_url(where), login_of(url, settings.etcd)) if where else None
+        self.elections: Elections | None = None
         arenas = Path(settings.arena.dir)
         # Agents with different directories may share a machine (two "nodes" of a test): their arenas must not meet.
         tag = hashlib.sha256(str(options.directory).encode()).hexdigest()[:8]
@@ -104,22 +120,22 @@ class Agent:
         await _own(lock, directory)
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
         left = self.pool.open()
-        settings = self._options.settings
-        self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.secret)
-        linger = 600.0 if self._options.linger is None else self._options.linger
-        self.node = Node(
-            self.local, self.workers, slots=settings.arena.slots, linger=linger, save_timeout=settings.save.timeout
-        )
-        self.launches = Launches(self.local)
-        self.node.launch_order = self.launches.order
+        self._build()
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stopping.set)
+        loop.add_signal_handler(signal.SIGINT, self._stopping.set)
+        loop.add_signal_handler(signal.SIGTERM, self._terminated)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
+            if self._etcd:
+                self.elections = Elections(
+                    *self._etcd, self._options.settings.etcd.ttl, self.local, self.secret, self.address, self._new_shell
+                )
             self.node.saves.recover(left)
-            tasks = [asyncio.ensure_future(c) for c in (self.shell.run(), self.node.watch(), self._until_idle())]
-            (directory / "ready").write_text(self._ready_text())
+            lasting = (self.shell.run(), self.node.watch(), self.watch.run(), self.nics.run(), self._until_idle())
+            tasks = [asyncio.ensure_future(c) for c in lasting]
+            (directory / "ready.new").write_text(self._ready_text())
+            (directory / "ready.new").rename(directory / "ready")
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
                 self.node_name, directory, self.address, node=self.node_name)  # fmt: skip
             await self._stopping.wait()
@@ -130,17 +146,73 @@ class Agent:
         idle = self.node.idle
         await self.node.stop()
         await self.shell.stop()
+        if self.elections:
+            await self.elections.close()
         await self.workers.close()
         self.pool.close(remove=idle)
-        log(
-            logger,
-            logging.INFO,
-            Event.AGENT_STOPPED,
-            "agent of %s stopped",
-            self.node_name,
-            node=self.node_name,
-        )
+        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
         os.close(lock)
+
+    def _new_shell(self, term: int, may_act: Callable[[], bool]) -> CoordinatorShell:
+        settings = self._options.settings
+        health = settings.health
+        policy = Policy(health.automatic, health.confirm, health.give_up)
+        listed = nodelist.directory_of(os.environ, settings.launch)
+        shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act)
+        shell.on_incident = lambda incident: self._on_incident(incident)
+        return shell
+
+    def _shell_of(self, job: str, term: int) -> CoordinatorShell:
+        """The coordinator that another agent wants: the one of all jobs, or (with a term) an elected one."""
+        if not term:
+            return self.shell
+        if self.elections is None:
+            raise AgentUnavailable("this agent takes no part in elections")
+        return self.elections.shell_of(job, term)
+
+    def _build(self) -> None:
+        """The parts of the agent, in the order in which they know each other."""
+        settings = self._options.settings
+        self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.secret)
+        linger = 600.0 if self._options.linger is None else self._options.linger
+        self.node = Node(
+            self.local,
+            self.workers,
+            slots=settings.arena.slots,
+            linger=linger,
+            save_timeout=settings.save.timeout,
+            margin=settings.scheduler.margin,
+        )
+        self.launches = Launches(self.local)
+        self.nics = NicWatch(self.local, settings.nics)
+        self.node.launch_order = self.launches.order
+        enabled = settings.health.enabled
+        self.watch = Watch(self.local, _limits(settings.health), enabled=enabled, nics=self.nics.sentences)
+        self._keep_incidents()
+        self.node.watch_order = self.watch.order
+
+    def _terminated(self) -> None:
+        """Stop; but an agent that a job has started, when its ranks are there, lets them save first.
+
+        The scheduler that ends a job may send SIGTERM to all of its processes at once.
+        """
+        if self._options.linger is None or self._patient or not self.local.sessions:
+            self._stopping.set()
+        self._patient = True
+        asyncio.get_running_loop().call_later(LAST_SAVE, self._stopping.set)
+
+    def _keep_incidents(self) -> None:
+        """Incidents of the jobs that this agent coordinates become files (`ckptsvc incidents`)."""
+        try:
+            kept = IncidentLog(incidents_directory(self._options.settings, os.environ))
+        except ConfigError as error:
+            logger.warning("incidents are not kept: %s", error)
+            return
+
+        async def keep(incident: coordinator_pb2.Incident) -> None:
+            await kept.record(incident)
+
+        self._on_incident = lambda incident: self.local.spawn(keep(incident))
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._options.settings.agent
@@ -149,7 +221,7 @@ class Agent:
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
         between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE,
             ("grpc.http2.min_ping_interval_without_data_ms", PING_SPACING), ("grpc.so_reuseport", 0)])  # fmt: skip
-        coordinator_pb2_grpc_add(CoordinatorServicer(self.shell, self.node_name, self.secret), between)
+        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name, self.secret), between)
         for server, names in (
             (local, [agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name]),
             (between, [coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name]),
@@ -159,11 +231,7 @@ class Agent:
             for name in (*names, ""):
                 await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
             reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
-        if not settings.listen.host.startswith("127.") and settings.listen.host not in ("::1", "localhost"):
-            raise ConfigError(
-                f"agent.listen is {settings.listen}, which is not loopback",
-                hint="agents of several hosts need mutual TLS, which this version does not have",
-            )
+        require_loopback(settings.listen.host, f"agent.listen is {settings.listen}")
         port = between.add_insecure_port(str(settings.listen))
         self.address = f"{settings.listen.host}:{port}"
         with contextlib.suppress(FileNotFoundError):
@@ -187,11 +255,15 @@ class Agent:
             await asyncio.sleep(0.2)
             if not self.node.idle or not self.launches.idle:
                 self.local.last_active = time.monotonic()
-            elif linger is not None and time.monotonic() - self.local.last_active > linger:
+            elif self._patient or (linger is not None and time.monotonic() - self.local.last_active > linger):
                 self._stopping.set()
 
     def _ready_text(self) -> str:
         return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n"
+
+
+def _limits(settings: HealthSettings) -> Limits:
+    return Limits(settings.floor, settings.factor, settings.startup)
 
 
 async def _own(lock: int, directory: Path) -> None:
@@ -233,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--listen")
     parser.add_argument("--name")
     parser.add_argument("--metrics-listen")
+    parser.add_argument("--coordination")
     parser.add_argument("--linger")
     parser.add_argument("--json-log", action="store_true")
     args = parser.parse_args(arguments)
@@ -241,6 +314,7 @@ def main(arguments: list[str] | None = None) -> int:
             "agent.listen": args.listen,
             "agent.name": args.name,
             "agent.metrics_listen": args.metrics_listen,
+            "agent.coordination": args.coordination,
         }
         settings = load(os.environ, overrides)
         setup_logging(sys.stderr, json=args.json_log)

@@ -11,6 +11,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from ckptsvc.agent.identity import Registration
+from ckptsvc.agent.witness import Witness
+from ckptsvc.control.deadline import Pace
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.identity import PAGE_BYTES, Page
 from ckptsvc.rpc.v1 import agent_pb2
@@ -38,6 +40,7 @@ class Session:
     announced: tuple[int, str] | None = None  # generation, digest
     preparing: int = 0
     left: bool = False
+    witness: Witness | None = None
 
     @staticmethod
     def open(reg: Registration, pid: int) -> Session:
@@ -62,6 +65,8 @@ class Session:
 
     def close(self) -> None:
         """Give the descriptors back."""
+        if self.witness is not None:
+            self.witness.close()
         for fd in (self.page_fd, self.pidfd):
             if fd >= 0:
                 os.close(fd)
@@ -104,6 +109,7 @@ class LocalJob:
     newest: Key = (0, -1)  # of those that are known to be committed: saves may end in another order than they began
     idle_since: float = 0.0
     died: bool = False
+    pace: Pace = field(default_factory=Pace)
 
     def attempt(self, number: int) -> Attempt:
         """The attempt of that number."""

@@ -31,6 +31,18 @@ def status_of(agent: Agent) -> dict[str, Any]:
         "arena_limit": agent.pool.limit,
         "saves": _saves(agent),
         "coordinates": _coordinated(agent),
+        "elections": agent.elections.status() if agent.elections else [],
+        "nics": [
+            {
+                "nic": reading.nic,
+                "family": reading.family,
+                "link": reading.link,
+                "sent": reading.sent,
+                "received": reading.received,
+                "findings": [f.sentence for f in agent.nics.findings() if f.nic == reading.nic],
+            }
+            for reading in agent.nics.readings
+        ],
     }
 
 
@@ -48,6 +60,7 @@ def _ranks(agent: Agent) -> list[dict[str, Any]]:
                 "pid": session.pid,
                 "store": reg.store,
                 "step": session.page.get("step"),
+                "phase": session.page.phase,
                 "heartbeat_age": now - at / 1e9 if at else None,
                 "committed": session.page.get("committed"),
             }
@@ -80,7 +93,6 @@ def _saves(agent: Agent) -> list[dict[str, Any]]:
 
 
 def _coordinated(agent: Agent) -> list[dict[str, Any]]:
-    core = agent.shell.core
     return [
         {
             "job": job.name,
@@ -93,6 +105,8 @@ def _coordinated(agent: Agent) -> list[dict[str, Any]]:
             "in_memory": [step for _, step in job.saves.snapshots()],
             "restarts": attempts.restarts if (attempts := core.launched.get(launched_as(job.name))) else 0,
             "incidents": attempts.incidents if attempts else [],
+            "nics": [finding.sentence for finding in core.nic_findings(job.name)],
         }
+        for core in agent.local.cores()
         for job in core.jobs.values()
     ]

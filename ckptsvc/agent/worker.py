@@ -17,14 +17,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import numpy as np
 
 from ckptsvc.agent import nodelist
 from ckptsvc.config import load
-from ckptsvc.errors import CkptsvcError, StoreError
+from ckptsvc.errors import CkptsvcError, SaveFailed, StoreError
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import CommitRecord
@@ -36,12 +36,18 @@ from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.write import write_shard
-from ckptsvc.storage import Store, connect
+from ckptsvc.storage import Progress, Store, connect
 from ckptsvc.storage.wrappers import Retrying
 
 FRAME = struct.Struct("<I")
+THREADS = 16
+"""Requests that are executed at a time."""
+
 MAX_FRAME = 1 << 30
 """Largest frame in bytes."""
+
+_LEAST_PAUSE, _LONGEST_PAUSE = 0.0005, 0.02
+"""Seconds between looks at how far a rank has come with its copy."""
 
 Note = Callable[[dict[str, Any]], None]
 
@@ -62,7 +68,8 @@ class Worker:
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
         self._mappings = Mappings()
-        self._digesting = ThreadPoolExecutor(2, thread_name_prefix="ckptsvc-digest")
+        self._fills: dict[int, threading.Event] = {}  # snapshots that are written while they are copied in -> given up
+        self._digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
 
     def store(self, url: str) -> Store:
         """The store of that URL, connected once, with retries."""
@@ -71,9 +78,20 @@ class Worker:
                 self._stores[url] = Retrying(connect(url), attempts=self._retries + 1)
             return self._stores[url]
 
+    def end(self) -> NoReturn:
+        """End this process, whatever its threads are doing."""
+        self._mappings.close()
+        os._exit(0)
+
     def do_write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Write the shard in an arena; notes its digests as soon as they are known."""
         failpoint("before_shard")
+        try:
+            return self._write(args, note)
+        finally:
+            self._fills.pop(args["fill"], None)
+
+    def _write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         with self._mappings.pages(args["path"], args["nbytes"]) as image:
             written = write_shard(
                 self.store(args["store"]),
@@ -85,6 +103,7 @@ class Worker:
                 rank=args["rank"],
                 pool=self._digesting,
                 on_digests=lambda d: note({"digests": d.tobytes()}),
+                ready=self._ready(args) if args["fill"] else lambda nbytes: None,
             )
         failpoint("after_shard")
         return {
@@ -93,6 +112,31 @@ class Worker:
             "digests": written.digests.tobytes(),
             "columns": written.columns.encode(),
         }
+
+    def expect(self, request: Request) -> None:
+        """A request has come in and will be executed in its turn."""
+        if request.op == "write" and request.args["fill"]:
+            self._fills[request.args["fill"]] = threading.Event()
+
+    def _ready(self, args: dict[str, Any]) -> Progress:
+        """Waits until a rank has copied so much."""
+        given_up = self._fills[args["fill"]]
+
+        def ready(nbytes: int) -> None:
+            pause = _LEAST_PAUSE
+            while self._mappings.filled(args["path"]) < nbytes and not given_up.wait(pause):
+                pause = min(1.5 * pause, _LONGEST_PAUSE)
+            if given_up.is_set():  # looked at last: the arena may be another snapshot's by now
+                raise SaveFailed(f"the snapshot of step {args['step']} was given up")
+
+        return ready
+
+    def do_cancel(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """A snapshot that is being written will not be completed."""
+        given_up = self._fills.get(args["fill"])
+        if given_up:
+            given_up.set()
+        return {}
 
     def do_digest(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Checksums of a snapshot in memory."""
@@ -181,16 +225,17 @@ def serve(sock: socket.socket) -> None:
             )
 
     decoder = msgspec.msgpack.Decoder(Request)
-    with ThreadPoolExecutor(16, thread_name_prefix="ckptsvc-io") as pool:
+    with ThreadPoolExecutor(THREADS, thread_name_prefix="ckptsvc-io") as pool:
         while True:
             head = _receive(sock, FRAME.size)
             if head is None:
-                os._exit(0)  # the agent is gone: a thread that hangs in the store must not keep this process
+                worker.end()  # the agent is gone: a thread that hangs in the store must not keep this process
             body = _receive(sock, FRAME.unpack(head)[0])
             if body is None:
-                os._exit(0)
+                worker.end()
             request = decoder.decode(body)
-            if request.op == "unmap":  # it must not wait for threads that a store may hold up
+            worker.expect(request)
+            if request.op in ("unmap", "cancel"):  # they must not wait for threads that a store may hold up
                 execute(request)
             else:
                 pool.submit(execute, request)

@@ -25,6 +25,9 @@ _FRAME = struct.Struct("<I")
 _RESTARTS = 3
 """How often one request survives the death of the worker."""
 
+_LEAVE_PATIENCE = 0.2
+"""Seconds a worker has to let its memory go before it is killed."""
+
 _END_PATIENCE = 2.0
 """Seconds to wait for a killed worker to end."""
 
@@ -85,11 +88,15 @@ class WorkerProxy:
             if not future.done():
                 future.set_exception(WorkerDied())
         if self._process:
+            await _ended(self._process, _LEAVE_PATIENCE)
             self._process.kill()
             # A process that hangs in a dead file system does not end of SIGKILL: do not wait for it.
-            deadline = time.monotonic() + _END_PATIENCE
-            while self._process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110  a process has no event
-                await asyncio.sleep(0.02)
+            await _ended(self._process, _END_PATIENCE)
+
+    @property
+    def running(self) -> bool:
+        """Whether there is a process."""
+        return self._writer is not None
 
     async def _ensure(self) -> asyncio.StreamWriter:
         async with self._starting:
@@ -97,7 +104,10 @@ class WorkerProxy:
                 raise StoreUnavailable(f"the I/O worker of job {self.job} has been closed")
             if self._writer is not None:
                 return self._writer
-            ours, theirs = socket.socketpair()
+            try:
+                ours, theirs = socket.socketpair()
+            except OSError as error:
+                raise StoreUnavailable(f"no I/O worker could be started: {error}") from error
             command = [sys.executable, "-m", "ckptsvc.agent.worker", str(theirs.fileno())]
             try:
                 self._process = subprocess.Popen(  # noqa: ASYNC220  exec of a known file: bounded and short
@@ -108,7 +118,11 @@ class WorkerProxy:
                 raise StoreUnavailable(f"no I/O worker could be started: {error}") from error
             finally:
                 theirs.close()
-            reader, self._writer = await asyncio.open_connection(sock=ours)
+            try:
+                reader, self._writer = await asyncio.open_connection(sock=ours)
+            except BaseException:
+                ours.close()  # the process sees it, and ends
+                raise
             self._reader_task = asyncio.create_task(self._read(reader, self._process))
             return self._writer
 
@@ -139,3 +153,9 @@ class WorkerProxy:
             future.set_exception(BY_CODE.get(code, CkptsvcError)(what, hint=hint))
         else:
             future.set_result(message["result"])
+
+
+async def _ended(process: subprocess.Popen[bytes], patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while process.poll() is None and time.monotonic() < deadline:  # noqa: ASYNC110  a process has no event
+        await asyncio.sleep(0.01)

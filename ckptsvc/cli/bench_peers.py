@@ -48,6 +48,9 @@ class Peer:
         self._folder.mkdir(exist_ok=True)
         self._write(self._folder)
 
+    def before_update(self) -> None:
+        """See System."""
+
     def finish(self) -> None:
         """See System."""
         self._complete()

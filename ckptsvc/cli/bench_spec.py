@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
+OVERLAPPED = "ckptsvc, overlap"
+"""What `attach(..., overlap=True)` is called in the results of `overlap`."""
+
 Sample = dict[str, float]
 """One repetition: numbers by name, in seconds and bytes unless the name says otherwise."""
 

@@ -65,6 +65,21 @@ def large_state(nbytes: int) -> Tree:
     }
 
 
+def trained_state(nbytes: int) -> Tree:
+    """A module of float32 parameters and its Adam optimizer with its moments, about `nbytes` bytes over all ranks."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    make = _Maker()
+    module = nn.Module()
+    for i, n in enumerate(parameter_sizes(nbytes * _PER_ELEMENT // 12)):
+        weight = nn.Parameter(make(-(-n // world) * world, torch.float32))
+        module.register_parameter(f"weight{i:04d}", weight)
+    optimizer = torch.optim.Adam(module.parameters())
+    for weight in module.parameters():
+        moments = {key: torch.ones_like(weight, requires_grad=False) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[weight] = {"step": torch.tensor(1.0), **moments}
+    return {"model": module, "optimizer": optimizer}
+
+
 def small_state(count: int) -> Tree:
     """A module with `count` parameters."""
     world = dist.get_world_size() if dist.is_initialized() else 1

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
+from torch.optim import Optimizer
 
 import ckptsvc
+from ckptsvc.cli.bench_spec import OVERLAPPED
 from ckptsvc.cli.bench_state import Tree
 from ckptsvc.client.group import the_group
 from ckptsvc.client.reading import newest
@@ -28,6 +30,9 @@ class System(Protocol):
 
     def save(self) -> None:
         """Save; returns when the training loop could go on."""
+
+    def before_update(self) -> None:
+        """Called in the training loop when the state is about to change."""
 
     def finish(self) -> None:
         """Wait until what was saved is complete and synced to the device."""
@@ -55,19 +60,28 @@ class Ckptsvc:
         tree: the state.
         store: URL of a run of its own.
         agent: process id of the agent.
+        overlap: copy beside the training, up to the next step of the optimizer that is in the tree.
     """
 
     name = "ckptsvc"
 
-    def __init__(self, tree: Tree, store: str, agent: int) -> None:
-        self._tree, self._store, self._agent = tree, store, agent
-        self._run = ckptsvc.attach(tree, store=store, every="off", keep=0, resume=False)
+    def __init__(self, tree: Tree, store: str, agent: int, *, overlap: bool = False) -> None:
+        self._store, self._agent = store, agent
+        self._optimizers = [value for value in tree.values() if isinstance(value, Optimizer)] if overlap else []
+        self._run = ckptsvc.attach(tree, store=store, every="off", keep=0, resume=False, overlap=overlap)
+        if overlap:
+            self.name = OVERLAPPED
 
     def save(self) -> None:
         """See System."""
         self._run.step()
         if not self._run.save():
             raise SaveFailed("the snapshot was not taken; the agent's log says why")
+
+    def before_update(self) -> None:
+        """See System."""
+        for optimizer in self._optimizers:
+            optimizer.step()  # without gradients: only what is hooked to it
 
     def finish(self) -> None:
         """See System."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import msgspec
 
-from ckptsvc.cli.bench_spec import Results
+from ckptsvc.cli.bench_spec import OVERLAPPED, Results
 
 OURS = "ckptsvc"
-NOT_PEERS = {OURS, "from store", "from memory", "memcpy", "direct write", "cold read"}
+NOT_PEERS = {OURS, OVERLAPPED, "from store", "from memory", "memcpy", "direct write", "cold read"}
 
 
 class Value(msgspec.Struct, frozen=True):
@@ -114,11 +114,12 @@ class Table:
         self._add(what, "s", self._all.of(OURS, key), bar, self._peers(key), peer, self._all.of(peer, key), faster=True)
 
     def plain(
-        self, what: str, key: str, unit: str, bar: float | None, scale: float = 1, *, summed: bool = False
-    ) -> None:
+        self, what: str, key: str, unit: str, bar: float | None, scale: float = 1, ours: str = OURS, *,
+        summed: bool = False,
+    ) -> None:  # fmt: skip
         """A number of ours and of the peers, as it is."""
-        numbers = [scale * n for n in self._all.of(OURS, key, summed=summed)]
-        self._add(what, unit, numbers, bar, self._peers(key, scale, summed=summed))
+        numbers = [scale * n for n in self._all.of(ours, key, summed=summed)]
+        self._add(what, unit, numbers, bar, self._peers(key, scale, summed=summed) if ours == OURS else {})
 
     def reads(self, case: str, bar: float) -> None:
         """Bytes read by all ranks over bytes needed."""
@@ -171,6 +172,9 @@ def rows_of(workload: str, ranks: Sequence[Results]) -> list[Row]:
             table.plain("slowdown of the loop", "slowdown", "%", 5, 100)
             table.plain("training time lost in all", "lost", "s/GiB", 0.07, table.seconds_per_gib())
             table.plain("until durable", "durable", "s", None)
+            table.timed("overlap: loop blocked", "blocked", "memcpy", 0.1, OVERLAPPED, compare=False)
+            table.plain("overlap: slowdown of the loop", "slowdown", "%", 5, 100, OVERLAPPED)
+            table.plain("overlap: time lost in all", "lost", "s/GiB", 0.07, table.seconds_per_gib(), OVERLAPPED)
         case "restore":
             table.timed("cold, from the store", "seconds", "cold read", 1.2, "from store")
             table.timed("after a kill, from memory", "seconds", "memcpy", 1.3, "from memory", compare=False)

@@ -21,7 +21,7 @@ from ckptsvc.cli.bench_limits import Scratch, cold_reads, direct_write
 from ckptsvc.cli.bench_machine import cpu_seconds, evict
 from ckptsvc.cli.bench_peers import PEERS, missing
 from ckptsvc.cli.bench_spec import Results, Sample, Spec
-from ckptsvc.cli.bench_state import Tree, is_intact, large_state, local_bytes, small_state, wipe
+from ckptsvc.cli.bench_state import Tree, is_intact, large_state, local_bytes, small_state, trained_state, wipe
 from ckptsvc.cli.bench_systems import Ckptsvc, FromStore, System, shard_files
 from ckptsvc.errors import Damaged
 
@@ -89,13 +89,21 @@ class ComputeLoop:
 
 
 def overlap(spec: Spec, progress: Progress) -> Results:
-    """What a save costs a training loop that goes on beside it."""
+    """What a save costs a training loop that goes on beside it, and what one that is overlapped costs."""
     tree = large_state(spec.nbytes)
     results = Results(nbytes=local_bytes(tree))
+    scratch = Scratch(results.nbytes)
     torch.set_num_threads(1)
     loop = ComputeLoop()
     systems = _systems(spec, tree, results)
-    _take_turns(spec, results, systems, lambda system: measure_overlap(system, loop, spec.base), progress)
+    beside = f"{spec.store.rstrip('/')}-overlap"
+    systems.insert(1, Ckptsvc(trained_state(spec.nbytes), beside, spec.agent, overlap=True))
+
+    def limits(repetition: int) -> None:
+        barrier()
+        results.add("memcpy", repetition, {"seconds": scratch.memcpy()})
+
+    _take_turns(spec, results, systems, lambda system: measure_overlap(system, loop, spec.base), progress, limits)
     return results
 
 
@@ -105,11 +113,12 @@ def measure_overlap(system: System, loop: ComputeLoop, base: float) -> Sample:
     Args:
         system: what saves.
         loop: the training.
-        base: seconds for which the loop runs alone, before and after, to know its own speed.
+        base: seconds for which the loop runs alone, before and after, to know its own speed; also from the save to
+            the next change of the state: one training step.
 
     Returns:
-        blocked: seconds of the call; durable: seconds until all is synced; slowdown: how much longer an iteration takes
-        between these two, 0.05 for 5 %; lost: seconds the loop lost in all.
+        blocked: seconds of the call, and of waiting before the state changes; durable: seconds until all is synced;
+        slowdown: how much longer an iteration takes between these two, 0.05 for 5 %; lost: seconds the loop lost.
     """
     gc.collect()
     barrier()
@@ -119,7 +128,12 @@ def measure_overlap(system: System, loop: ComputeLoop, base: float) -> Sample:
     system.save()
     blocked = time.perf_counter() - began
     with _Background(system.finish) as finishing:
-        count, beside = loop.until(finishing.ended.is_set)
+        count, beside = loop.until(lambda: finishing.ended.is_set() or time.perf_counter() - began > blocked + base)
+        waiting = time.perf_counter()
+        system.before_update()
+        blocked += time.perf_counter() - waiting
+        more, longer = loop.until(finishing.ended.is_set)
+        count, beside = count + more, beside + longer
         total = time.perf_counter() - began
     barrier()
     after, alone_again = loop.for_seconds(base)

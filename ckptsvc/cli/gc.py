@@ -13,9 +13,9 @@ import click
 from ckptsvc.cli import address
 from ckptsvc.cli.agents import agent_directory, ask_all
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, progress, size
-from ckptsvc.config import parse_duration
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.pipeline.retain import Garbage, find_garbage, remove_garbage
+from ckptsvc.quantities import parse_duration
 from ckptsvc.storage import Store
 
 REMOVE, REMOVED, YOUNG, RUNNING, COMMITTED = "remove", "removed", "too young", "running", "committed meanwhile"

@@ -20,6 +20,7 @@ COMMANDS = {
     "run": "start the ranks of a job on this node, and restart them when one dies",
     "agent": "run the agent of this node",
     "status": "show what the agent of this node is doing",
+    "incidents": "show what went wrong with jobs, and who was to blame",
     "ls": "list the checkpoints of a run",
     "inspect": "show what a checkpoint holds",
     "verify": "re-read a checkpoint and check every byte",
@@ -58,7 +59,8 @@ def cli() -> None:
 
     Exit statuses: 0 done; 1 unexpected; 2 wrong usage or setting; 3 partly done; 4 store failed; 5 store full;
     6 store refused; 10 not found; 11 run busy or fenced; 12 damaged; 13 newer format; 14 layout does not fit;
-    20 no agent; 21 no arena; 22 save failed; 85 stopped on request; 86 crash loop; 87 node unfit; 130 interrupted.
+    20 no agent; 21 no arena; 22 save failed; 23 no etcd; 85 stopped on request; 86 crash loop; 87 node unfit;
+    130 interrupted.
     """
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
-import secrets
 import socket
 import sys
 import tempfile
@@ -12,22 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import click
+import xxhash
 
+from ckptsvc.agent.coordination import login_of
 from ckptsvc.agent.launcher import Launch, Launcher
 from ckptsvc.agent.standby import Standby, place_of, reason_against
+from ckptsvc.cli.placing import Nodes, parse_nodes, placed
 from ckptsvc.config import LaunchSettings, Settings, load, runtime_dir
 from ckptsvc.errors import ConfigError
-from ckptsvc.rpc.dial import is_alive
+from ckptsvc.quantities import parse_address
+from ckptsvc.rpc.dial import address_of, is_alive
+from ckptsvc.rpc.etcd import check_reachable, parse_url
+from ckptsvc.rpc.secret import require_loopback
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("--nnodes", default="1", metavar="N|MIN:MAX", help="Nodes of the job.")
+@click.option("--nnodes", metavar="N|MIN:MAX", help="Nodes of the job; default: those that Slurm or PBS gave, or 1.")
 @click.option("--nproc-per-node", "--nproc_per_node", "nproc", default="1", metavar="N|auto|gpu|cpu",
     help="Ranks on this node.")  # fmt: skip
 @click.option("--node-rank", "--node_rank", type=int, default=-1, help="Position of this node; default: as they come.")
 @click.option("--rdzv-id", "--rdzv_id", "job", help="Name of the job, the same on all nodes.")
 @click.option("--rdzv-endpoint", "--rdzv_endpoint", "--coordinator", "coordinator", metavar="HOST:PORT",
     help="Where the coordinator listens: the agent of node rank 0.")  # fmt: skip
+@click.option("--coordination", metavar="etcd://HOST:PORT,...",
+    help="Elect the coordinator there, instead of --rdzv-endpoint.")  # fmt: skip
 @click.option("--max-restarts", "--max_restarts", type=click.IntRange(0), default=3, show_default=True)
 @click.option("--standalone", is_flag=True, help="One node, nothing to agree with others.")
 @click.option("--node", help="Name of this node; default: its host name.")
@@ -42,67 +50,103 @@ from ckptsvc.rpc.dial import is_alive
 @click.option("--crash-loop", "--crash_loop", type=click.IntRange(0), metavar="N",
     help="Failed attempts in a row without progress that end the job; 0: never; default 3.")  # fmt: skip
 @click.option("--stop-grace", type=float, default=60.0, show_default=True,
-    help="Seconds for a last save after SIGTERM.")  # fmt: skip
+    help="Seconds for a last save after SIGTERM; a second SIGTERM ends at once.")  # fmt: skip
+@click.option("--status-file", type=click.Path(path_type=Path),
+    help="Append exit status and name of this node here at the end, for a job script behind srun.")  # fmt: skip
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
-    nnodes: str, nproc: str, node_rank: int, job: str | None, coordinator: str | None, max_restarts: int,
-    standalone: bool, node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool,
-    standby: bool | None, preload: str | None, preflight: bool | None, crash_loop: int | None, stop_grace: float,
+    nnodes: str | None, nproc: str, node_rank: int, job: str | None, coordinator: str | None,
+    coordination: str | None, max_restarts: int, standalone: bool, node: str | None, address: str,
+    log_dir: Path | None, module: bool, no_python: bool, standby: bool | None, preload: str | None,
+    preflight: bool | None, crash_loop: int | None, stop_grace: float, status_file: Path | None,
     script: str, arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
 
-    Run it once on every node, by hand, ssh, srun or mpiexec, where you would run torchrun.
+    Run it once on every node, by hand, ssh, srun or mpiexec, where you would run torchrun. Under Slurm and PBS it
+    finds out by itself which nodes the job has.
     """
-    low, high = _nodes(nnodes)
+    low, high = parse_nodes("1" if standalone and nnodes is None else nnodes)
     if standalone and high > 1:
         raise ConfigError("--standalone means one node", hint="drop it, or --nnodes")
-    if high > 1 and (not coordinator or not job):
-        raise ConfigError("a job of several nodes needs --rdzv-endpoint HOST:PORT and --rdzv-id NAME")
+    if coordinator and coordination:
+        raise ConfigError("--rdzv-endpoint and --coordination exclude each other")
     flags = {"standby": standby, "preload": preload, "preflight": preflight, "crash_loop": crash_loop}
-    settings = load(os.environ, {f"launch.{key}": value for key, value in flags.items()})
-    name = node or settings.agent.name or socket.gethostname()
-    directory = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
-    if node:
-        directory = directory / f"node-{node}"
-    leads = high == 1 or node_rank == 0
-    agent = ["--name", name]
-    if not is_alive(directory):
-        agent += ["--linger", "30s"]  # an agent that we start is ours: it goes when it is done
-        if leads and coordinator:
-            agent += ["--listen", coordinator]
+    launching = {f"launch.{key}": value for key, value in flags.items()}
+    settings = load(os.environ, {"agent.coordination": coordination, **launching})
+    etcd = "" if coordinator else settings.agent.coordination
+    given = Nodes(low, high, node_rank, job or "", coordinator or etcd, node or "", address)
+    nodes = placed(given, os.environ, socket.gethostname())
+    elected = _elected(etcd, settings) if etcd and nodes.high > 1 else ""
+    nodes = dataclasses.replace(nodes, coordinator="" if etcd else nodes.coordinator)
+    name = nodes.node or settings.agent.name or socket.gethostname()
+    leads = nodes.high == 1 or (nodes.node_rank == 0 and not elected)
+    base = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
+    directory = _agent_directory(base, nodes, leads)
+    if nodes.coordinator:
+        require_loopback(parse_address(nodes.coordinator).host, f"the coordinator's address is {nodes.coordinator}")
     launch = Launch(
         command=_command(script, arguments, module, no_python),
-        job=job or f"run-{os.getpid()}-{secrets.token_hex(3)}",
+        job=nodes.job,
         node=name,
-        node_rank=node_rank if high > 1 else 0,
-        min_nodes=low,
-        max_nodes=high,
+        node_rank=nodes.node_rank,
+        min_nodes=nodes.low,
+        max_nodes=nodes.high,
         nproc=_nproc(nproc),
         max_restarts=max_restarts,
-        address=address or ("127.0.0.1" if high == 1 or _is_loopback(coordinator) else socket.gethostname()),
-        coordinator="" if leads else coordinator or "",
+        address=nodes.address,
+        coordinator=elected or ("" if leads else nodes.coordinator),
         directory=directory,
-        agent_arguments=agent,
+        agent_arguments=["--name", name, *_agent_arguments(directory, nodes.coordinator if leads else "", elected)],
         log_dir=log_dir,
         preflight=(settings.arena.dir, _written_to(settings, log_dir)) if settings.launch.preflight else None,
         crash_loop=settings.launch.crash_loop,
         warm=None if no_python else _warm(settings.launch, script, module),
         stop_grace=stop_grace,
     )
-    return asyncio.run(Launcher(launch, os.environ).run())
+    status = asyncio.run(Launcher(launch, os.environ).run())
+    if status_file is not None:
+        _note(status_file, f"{status} {name}\n")
+    return status
 
 
-def _nodes(text: str) -> tuple[int, int]:
-    low, _, high = text.partition(":")
+def _elected(etcd: str, settings: Settings) -> str:
+    """Where the job's coordinator is elected; fails now if nobody answers there."""
+    url = parse_url(etcd)
+    asyncio.run(check_reachable(url, login_of(url, settings.etcd)))
+    return str(url)
+
+
+def _agent_arguments(directory: Path, listen: str, elected: str) -> list[str]:
+    if is_alive(directory):
+        return []
+    arguments = ["--linger", "30s"]  # an agent that we start is ours: it goes when it is done
+    if listen:
+        arguments += ["--listen", listen]
+    if elected:
+        arguments += ["--coordination", elected]
+    return arguments
+
+
+def _agent_directory(base: Path, nodes: Nodes, leads: bool) -> Path:
+    """The node's own, so that what a killed agent has left in memory is found by the next one.
+
+    The agent that leads must listen where the others look for it: if the one that is there, perhaps of a job that has
+    just ended, listens elsewhere, the job gets another one.
+    """
+    directory = base / nodes.folder
+    if leads and nodes.coordinator and is_alive(directory) and address_of(directory) != nodes.coordinator:
+        return directory / f"job-{xxhash.xxh3_64_hexdigest(nodes.job.encode())}"
+    return directory
+
+
+def _note(path: Path, line: str) -> None:
     try:
-        bounds = int(low), int(high or low)
-    except ValueError:
-        raise ConfigError(f"--nnodes {text!r} is not a number", hint="for example 4, or 2:4") from None
-    if not 1 <= bounds[0] <= bounds[1]:
-        raise ConfigError(f"--nnodes {text} is impossible")
-    return bounds
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError as error:
+        print(f"ckptsvc run: {path} cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def _nproc(text: str) -> int:
@@ -147,8 +191,3 @@ def _warm(settings: LaunchSettings, script: str, module: bool) -> dict[str, Any]
         click.echo(f"ckptsvc run: no standby: {why}", err=True)
         return None
     return Standby(settings.preload, settings.standby_memory).spec(first)
-
-
-def _is_loopback(coordinator: str | None) -> bool:
-    host = (coordinator or "").rpartition(":")[0]
-    return host.startswith("127.") or host in ("localhost", "[::1]")

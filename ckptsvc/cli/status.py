@@ -13,6 +13,7 @@ import click
 
 from ckptsvc.cli.agents import Answer, agent_directory, ask_all
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, size
+from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import AgentUnavailable, NotFound
 
 PARTLY_DONE = 3
@@ -49,15 +50,20 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
       "status_version", "version", "node", "pid", "started", "address",
       "metrics", "arena_limit",
       "ranks": [{"job", "attempt", "rank", "world_size", "pid", "store",
-        "step", "heartbeat_age", "committed"}],
+        "step", "phase", "heartbeat_age", "committed"}],
       "arenas": [{"job", "rank", "state", "step", "bytes"}],
       "saves": [{"job", "epoch", "step", "outcome", "code", "reason",
         "bytes", "seconds"}],
       "coordinates": [{"job", "attempt", "epoch", "world_size",
         "live_ranks", "nodes", "running_saves", "in_memory", "restarts",
-        "incidents"}]}}]}
+        "incidents", "nics"}],
+      "elections": [{"job", "coordinator", "address", "term", "here",
+        "refused", "problem"}],
+      "nics": [{"nic", "family", "link", "sent", "received", "findings"}]}}]}
     error is {"code", "what"} where there is no status, else null. Sizes in
     bytes, ages in seconds, times in Unix seconds; a step of -1 is none.
+    "nics" are the network cards (bytes per second) and sentences about those
+    in trouble: by their own counters, and in "coordinates" against the job's.
     """  # noqa: D301  \b is click's
     where = directory or agent_directory()
     while True:
@@ -158,6 +164,12 @@ def _describe(screen: Screen, status: Status, job: str) -> Iterator[str]:
     stores = sorted({rank["store"] for rank in status["ranks"] if rank["job"] == job})
     if stores:
         yield f"    store {printable(', '.join(stores))}"
+    for election in status.get("elections", ()):  # an agent of an earlier version has none
+        if election["job"] == launched_as(job):
+            if election["coordinator"]:
+                yield f"    coordinator {printable(election['coordinator'])}, elected in term {election['term']}"
+            if election["problem"]:
+                yield "    " + screen.paint(printable(election["problem"]), "doubt")
     for own in status["coordinates"]:
         if own["job"] == job:
             nodes = f"{plural(len(own['nodes']), 'node')}" if own["nodes"] else "no node"
@@ -169,6 +181,8 @@ def _describe(screen: Screen, status: Status, job: str) -> Iterator[str]:
                 yield "    " + screen.paint(plural(own["restarts"], "restart"), "doubt")
             for incident in own["incidents"]:
                 yield f"      {printable(incident)}"
+            for trouble in own.get("nics", ()):  # an agent of an earlier version has none
+                yield "    " + screen.paint(printable(trouble), "doubt")
 
 
 def _show_ranks(screen: Screen, ranks: Sequence[Status]) -> None:

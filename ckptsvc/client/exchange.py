@@ -33,6 +33,9 @@ from ckptsvc.pipeline.read import (
 Key = tuple[int, int]
 """(shard, window number)."""
 
+Progress = Callable[[int], None]
+"""Takes the bytes that have come in since the last call."""
+
 
 @dataclass(frozen=True, slots=True)
 class Task:
@@ -93,6 +96,7 @@ def exchange(
     source: Source,
     extent: int,
     sink: Sink,
+    progress: Progress = lambda nbytes: None,
 ) -> int:
     """Fill every rank's targets; all ranks call this together.
 
@@ -112,14 +116,22 @@ def exchange(
     ) and (not any(r == group.rank for tasks in rounds for task in tasks for r, _ in task.wanters)):
         # Nothing to pass on: read at full speed.
         ordered = [windows[key] for key in sorted(windows)]
-        return read_windows(ordered, source, extent, sink)
-    return _Rounds(group, windows, source, extent, sink).run(rounds)
+        return read_windows(ordered, source, extent, sink, progress=progress)
+    return _Rounds(group, windows, source, extent, sink, progress).run(rounds)
 
 
 class _Rounds:
-    def __init__(self, group: Group, windows: dict[Key, Window], source: Source, extent: int, sink: Sink) -> None:
+    def __init__(
+        self,
+        group: Group,
+        windows: dict[Key, Window],
+        source: Source,
+        extent: int,
+        sink: Sink,
+        progress: Progress,
+    ) -> None:
         self._group, self._windows, self._source = group, windows, source
-        self._extent, self._sink = extent, sink
+        self._extent, self._sink, self._progress = extent, sink, progress
         self._free = [window_buffer(extent) for _ in range(3)]
         self._spare: list[memoryview] = []  # to receive into: fresh memory for every window costs more than the copy
         self._failure: Exception | None = None
@@ -136,6 +148,7 @@ class _Rounds:
                     self._pass_on(mine[i][0], ahead.result())
                 for work, window, buffer in receiving:
                     work.wait()
+                    self._progress(len(buffer))
                     self._deliver(window, buffer)
                     self._spare.append(buffer)
                 ahead = following
@@ -151,7 +164,9 @@ class _Rounds:
         window = Window(*task.key)
 
         def read() -> None:
-            self._read += fill(window, task.mask, self._source, self._extent, buffer)
+            nbytes = fill(window, task.mask, self._source, self._extent, buffer)
+            self._read += nbytes
+            self._progress(nbytes)
             verify(window, task.mask, self._source, self._extent, buffer)
 
         self._guard(read)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import secrets
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ def placement_of(group: Group) -> Placement:
     return place
 
 
-def coordinator_of(group: Group, place: Placement) -> str:
-    """Address of the job's coordinator; "" if this node's agent is it. All ranks call this.
+def coordinator_of(group: Group, place: Placement, settings: Settings) -> str:
+    """Address of the job's coordinator, or where it is elected; "" if this node's agent is it. All ranks call this.
 
     Raises:
         ConfigError: the ranks are on several nodes, and nobody said whose agent coordinates.
     """
     given = os.environ.get("CKPTSVC_COORDINATOR")
     nodes = sorted({n.decode() for n in group.all_gather(place.node.encode())})
+    if given is None and len(nodes) > 1 and settings.agent.coordination:
+        return settings.agent.coordination
     if given is None and len(nodes) > 1:
         raise ConfigError(
             f"the ranks are on {len(nodes)} nodes ({', '.join(nodes[:3])} ...), and none of their agents coordinates",
@@ -72,4 +75,11 @@ def registration(group: Group, place: Placement, settings: Settings, url: str, c
         "keep": settings.save.keep,
         "extent": settings.save.extent,
         "coordinator": coordinator,
+        "ends": _ends(place),
     }
+
+
+def _ends(place: Placement) -> float:
+    """When the job's time is over, in seconds of CLOCK_MONOTONIC; 0 if nobody knows, or if it is over already."""
+    left = 0.0 if place.deadline is None else place.deadline - time.time()
+    return time.monotonic() + left if left > 0 else 0.0  # asked once: a clock that is set later stops no job

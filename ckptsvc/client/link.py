@@ -7,6 +7,7 @@ import mmap
 import os
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "false")
 
 import grpc
 
+from ckptsvc.client.witness import testify
 from ckptsvc.errors import AgentUnavailable
 from ckptsvc.rpc.channel import OPTIONS, TOKEN_KEY, error_of
 from ckptsvc.rpc.dial import sockets
@@ -25,6 +27,9 @@ from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
 
 CALL_TIMEOUT = 5.0
 """Seconds for a call that the agent answers at once; a loop never waits longer for a dead one."""
+
+ASK_AGAIN = 10.0
+"""Seconds the agent may take to answer how a save has ended: its answers show that it is there."""
 
 _MADV_POPULATE_WRITE = 23
 
@@ -100,15 +105,16 @@ class AgentLink:
             raise AgentUnavailable("the agent sent no heartbeat page: out of descriptors?")
         memory = mmap.mmap(fd, PAGE_BYTES)
         os.close(fd)
-        page = Page(memoryview(memory))
-        for word in ("step", "at"):
-            page.put(word, self.page.get(word))
+        page, before = Page(memoryview(memory)), self.page
+        page.carry(before)
         self.page = page
+        page.carry(before)  # what the training thread has written meanwhile (see client.phases)
         self.node = answer["node"]
         self._metadata = ((TOKEN_KEY, answer["token"]),)
         self._channel = grpc.insecure_channel(f"unix:{grpc_path}", options=OPTIONS)
         self._stub = agent_pb2_grpc.AgentServiceStub(self._channel)
         self.identity = identity
+        testify(identity_path, answer["token"])
 
     def disconnect(self) -> None:
         """Drop the connection; arenas stay mapped."""
@@ -175,16 +181,22 @@ class AgentLink:
         """This rank cannot take the snapshot."""
         self.call("Abandon", agent_pb2.AbandonRequest(slot=slot, step=step, reason=reason))
 
-    def wait_save(self, step: int, timeout: float) -> agent_pb2.SaveOutcome:
-        """How the save ended; OUTCOME_UNSPECIFIED if it is still running after `timeout` seconds."""
+    def wait_save(
+        self, step: int, timeout: float, progress: Callable[[], None] = lambda: None
+    ) -> agent_pb2.SaveOutcome:
+        """How the save ended; OUTCOME_UNSPECIFIED if it is still running after `timeout` seconds.
+
+        `progress` is called with every answer of an agent that is still saving.
+        """
         deadline = time.monotonic() + timeout
         while True:
-            left = min(max(deadline - time.monotonic(), 0.1), 60.0)
+            left = min(max(deadline - time.monotonic(), 0.1), ASK_AGAIN)
             outcome: agent_pb2.SaveOutcome = self.call(
                 "WaitSave", agent_pb2.WaitSaveRequest(step=step), left + 1.0
             ).outcome
             if outcome.outcome or time.monotonic() >= deadline:
                 return outcome
+            progress()
 
     def snapshots(self, timeout: float) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of this job in memory, newest first."""

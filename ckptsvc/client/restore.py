@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ckptsvc.client.exchange import Readable, exchange
+from ckptsvc.client.exchange import Progress, Readable, exchange
 from ckptsvc.client.group import Group, together
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.parts import LocalPart
 from ckptsvc.client.stage import storable
 from ckptsvc.client.state import StateTree
-from ckptsvc.errors import Damaged
+from ckptsvc.errors import Damaged, LayoutError
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import shard_name
 from ckptsvc.format.index import Index, IndexInfo
@@ -52,10 +52,10 @@ class StoredNames(Mapping[str, TensorMeta]):
         self._index = index
 
     def __getitem__(self, name: str) -> TensorMeta:
-        row = int(self._index.find([name])[0])
-        if row < 0:
-            raise KeyError(name)
-        return self._index.meta_at(row)
+        try:
+            return self._index.meta(name)
+        except LayoutError:
+            raise KeyError(name) from None
 
     def __contains__(self, name: object) -> bool:
         return name in self._index
@@ -162,8 +162,10 @@ def _describe(shard: agent_pb2.LocalShard, view: memoryview) -> _Told:
     return _Told(shard.rank, shard.bytes, shard.extent, shard.digests, columns.encode())
 
 
-def restore(image: Image, tree: StateTree, group: Group) -> dict[str, Any]:
+def restore(image: Image, tree: StateTree, group: Group, progress: Progress = lambda nbytes: None) -> dict[str, Any]:
     """Fill the live state from the image; all ranks call this together.
+
+    `progress` is called with the bytes of every window that has come in, from several threads.
 
     Returns:
         the plain values of the state tree, as they were saved.
@@ -178,7 +180,7 @@ def restore(image: Image, tree: StateTree, group: Group) -> dict[str, Any]:
         parts = tree.targets(StoredNames(image.index), document).parts
         wants = [Want(p.meta.name, p.meta.dtype, p.meta.shape, p.region) for p in parts]
         targets = [_Target(p) for p in parts]
-    _read(image, wants, targets, group)
+    _read(image, wants, targets, group, progress)
     with together(group):
         return tree.load(document)
 
@@ -193,7 +195,13 @@ def _document(image: Image, group: Group) -> tuple[bytes, str]:
     return data.tobytes(), name
 
 
-def _read(image: Image, wants: Sequence[Want], targets: Sequence[_Target | _Array], group: Group) -> None:
+def _read(
+    image: Image,
+    wants: Sequence[Want],
+    targets: Sequence[_Target | _Array],
+    group: Group,
+    progress: Progress = lambda nbytes: None,
+) -> None:
     def sink(target: int, place: View, source: NDArray[Any]) -> None:
         targets[target].put(place, source)
 
@@ -201,7 +209,7 @@ def _read(image: Image, wants: Sequence[Want], targets: Sequence[_Target | _Arra
         windows = plan_windows(image.index, wants)
     extent = image.index.info.extent
     with together(group):
-        exchange(group, windows, image.readable, image.source, extent, sink)
+        exchange(group, windows, image.readable, image.source, extent, sink, progress)
 
 
 class _Array:

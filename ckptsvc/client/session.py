@@ -1,7 +1,9 @@
 """The two calls: `attach` before the training loop, `step` in it.
 
     attach   find or start the agent, register, announce what this rank holds, restore the newest good checkpoint
-    step     heartbeat (0.4 us); when a snapshot is due: arena <- state, hand it over, go on
+    step     heartbeat (0.5 us); when a snapshot is due: arena <- state, hand it over, go on
+
+What takes longer than a step is a phase of its own (`Session.phase`): the agent must not take it for a hang.
 
 Nothing that fails after `attach` ends the training: a snapshot that cannot be taken is skipped and reported.
 """
@@ -13,16 +15,17 @@ import contextlib
 import logging
 import os
 import threading
-import time
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ckptsvc.client.candidates import Candidate, Candidates
 from ckptsvc.client.group import the_group, together
 from ckptsvc.client.joining import agent_directory, coordinator_of, placement_of, registration
 from ckptsvc.client.link import AgentLink
+from ckptsvc.client.phases import FIRST_STEP, STEP, Inside, Phases
 from ckptsvc.client.restore import restore
+from ckptsvc.client.signals import StopSignals
 from ckptsvc.client.snapshots import Snapshots
 from ckptsvc.client.state import StateTree, optimizers_in
 from ckptsvc.config import Settings, load
@@ -43,7 +46,6 @@ from ckptsvc.errors import (
 )
 from ckptsvc.format.objects import encode
 from ckptsvc.rpc.dial import ensure_agent
-from ckptsvc.rpc.identity import Page
 from ckptsvc.storage import canonical
 
 log = logging.getLogger("ckptsvc")
@@ -96,7 +98,7 @@ def attach(
         RunBusy: another live job writes to this run.
         UnsupportedObject: something in `state` cannot be stored; says where.
         LayoutError: the checkpoint does not fit `state`.
-        NoCheckpoint, Damaged: there are checkpoints, and none that could be restored.
+        Damaged, IncompatibleVersion: there are checkpoints, and none could be restored; all are of a newer version.
         StoreError: the store cannot be read.
         AgentUnavailable: no agent could be reached or started.
     """
@@ -131,8 +133,11 @@ class Session:
         self._closed = threading.Event()
         self._known_failure = -1
         self._rewinds = 0
+        self._warm = False  # the first step is done
         self._fences: list[Any] = []
         self._orders = {"save_at": -1, "stop_at": -1}  # the last that have come due or passed
+        self._stop_now = False  # alone, and told to end: there is nobody to agree with
+        self._signals = StopSignals(self._signalled)
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -143,16 +148,37 @@ class Session:
             StopTraining: the job was asked to stop, and has saved.
         """
         self.steps_done += 1
-        page = self._beat()
+        page = self._phases.beat(self.steps_done)
+        if not self._warm:
+            self._warm = True
+            self._phases.become(STEP)
         due = self._every_steps and self.steps_done % self._every_steps == 0
         if (
             due
             or page.get("save_at") != self._orders["save_at"]
             or page.get("stop_at") != self._orders["stop_at"]
             or page.get("failed") != self._known_failure
+            or self._stop_now
             or not self._snapshots.arranged
         ):
             self._attend(bool(due))
+
+    def phase(self, name: str) -> Inside:
+        """Declare something that is not a training step: `with run.phase("evaluation"):`.
+
+        Phases nest; the innermost counts. Each has its own history in this job, by which a hang is told from work.
+
+        Args:
+            name: at most 31 letters, digits, spaces and ". _ / -"; the same for what takes the same kind of time.
+
+        Raises:
+            InvalidInput: the name is not one.
+        """
+        return self._phases.inside(name)
+
+    def progress(self, amount: int = 1) -> None:
+        """Show that a long phase goes on, by any amount in any unit; it costs less than a microsecond."""
+        self._phases.progress(amount)
 
     def save(self, *, wait: bool = False, timeout: float | None = None) -> bool:
         """Take a snapshot now; every rank must call this at the same step.
@@ -174,7 +200,8 @@ class Session:
             if self._snapshots.last_tried == self.steps_done:
                 # Saved, or tried, at this step before: the state may be another one now, and is saved as such.
                 self._new_epoch()
-            self._snapshots.take(self.steps_done, limit)
+            with self.phase("save"):
+                self._snapshots.take(self.steps_done, limit)
         except (InvalidInput, Fenced):
             raise
         except CkptsvcError as error:
@@ -190,7 +217,10 @@ class Session:
         Raises:
             SaveFailed, Fenced: it ended otherwise, or has not ended within `timeout` seconds.
         """
-        return self._snapshots.wait(self.settings.save.timeout if timeout is None else timeout)
+        with self.phase("save"):
+            return self._snapshots.wait(
+                self.settings.save.timeout if timeout is None else timeout, self._phases.progress
+            )
 
     @property
     def last_blocked(self) -> float:
@@ -219,7 +249,7 @@ class Session:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise NoCheckpoint(f"{self._url} has {what}")
         self._try(self._new_epoch)  # steps come again that this one may hold already
-        self._beat()
+        self._phases.beat(self.steps_done)
         return found
 
     def close(self) -> None:
@@ -231,6 +261,7 @@ class Session:
         for fence in self._fences:
             fence.remove()
         atexit.unregister(self.close)
+        self._signals.restore()
         with contextlib.suppress(CkptsvcError):  # an agent that is gone needs no good-bye
             self._link.leave()
         self._link.disconnect()
@@ -246,12 +277,13 @@ class Session:
     def _open(self, resume: bool, overlap: bool) -> None:
         group = self._group = the_group()
         self._place = placement_of(group)
-        coordinator = coordinator_of(group, self._place)
+        coordinator = coordinator_of(group, self._place, self.settings)
         directory, self._private = agent_directory(self._place, self.settings)
         every = self.settings.save.every
         self._every_steps = every.steps if every else 0
         self._tree = StateTree(self._tree_of, group.rank, group.size, self._include_rng)
         self._link = AgentLink(directory, registration(group, self._place, self.settings, self._url, coordinator))
+        self._phases = Phases(self._link)
         self._snapshots = Snapshots(self._tree, self._link, group, self._place, self._url, self._report_skip)
         self._start_agent()
         self._link.connect()
@@ -264,13 +296,15 @@ class Session:
             )
         if resume and self._restore(None) is not None:
             self._snapshots.arrange(self.steps_done)  # optimizers have their state now: the structure is final
-        self._beat()
+        self._phases.beat(self.steps_done)
         if overlap:
             self._fences = [o.register_step_pre_hook(self._snapshots.fence) for o in optimizers_in(self._tree_of)]
             if not self._fences:
                 raise ConfigError("overlap needs an optimizer in the state: its step is what the copy must not meet")
             self._snapshots.overlap = True
         atexit.register(self.close)
+        self._signals.install(os.environ)
+        self._phases.become(FIRST_STEP)
         threading.Thread(target=self._keep_connected, name="ckptsvc-keep-connected", daemon=True).start()
 
     def _start_agent(self) -> None:
@@ -283,13 +317,11 @@ class Session:
         self._rewinds += 1
         self._link.rewind(self._rewinds, ATTACH_TIMEOUT)
 
-    def _beat(self) -> Page:
-        page = self._link.page
-        page.put("step", self.steps_done)
-        page.put("at", time.monotonic_ns())
-        return page
-
     # ---- saving ------------------------------------------------------------------------------------------------------
+
+    def _signalled(self, number: int) -> None:
+        self._stop_now = self._group.size == 1
+        self._link.page.put("signal", number)
 
     def _attend(self, due: bool) -> None:
         page = self._link.page
@@ -298,17 +330,25 @@ class Session:
             if self._known_failure >= 0:  # a new agent's page says nothing yet
                 self._try(self._report_failure)
         due = self._ordered("save_at") or due
-        stopping = self._ordered("stop_at")
+        stopping = self._ordered("stop_at") or self._stop_now
         if due or stopping:
             patience = self.settings.save.timeout if stopping else self.settings.save.deadline
-            self._try(lambda: self._snapshots.take(self.steps_done, patience), count=True)
+            with self.phase("save"):
+                self._try(lambda: self._snapshots.take(self.steps_done, patience), count=True)
         elif not self._snapshots.arranged:
             # The first step after a fresh start: the optimizers have made their state by now.
             self._try(lambda: self._snapshots.arrange(self.steps_done))
         if stopping:
-            self._try(self.wait)
-            self.close()
-            raise StopTraining(f"asked to stop at step {self.steps_done}")
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        self._try(self.wait)
+        saved = "which is committed" if self.committed_step == self.steps_done else "which is not committed"
+        reason = f"stopped on request at step {self.steps_done}, {saved}"
+        if self._group.rank == 0:
+            log.warning("%s", reason)
+        self.close()
+        raise StopTraining(reason)
 
     def _ordered(self, kind: str) -> bool:
         """Whether an order is due at this very step. A rank that obeyed later would leave the others waiting for it."""
@@ -368,13 +408,19 @@ class Session:
 
     def _restore(self, step: int | None) -> int | None:
         """Try the candidates, newest first, until one restores on every rank; None if there are none."""
+        with self.phase("restore"):
+            return self._restore_newest(step)
+
+    def _restore_newest(self, step: int | None) -> int | None:
         candidates = Candidates(self._url, self.settings.store.retries, self._link, self._group, self._place)
         tried: list[str] = []
+        newer = True  # every one of them was written by a newer version
         for candidate in candidates.find(step):
             try:
                 values = self._restore_one(candidates, candidate)
             except (Damaged, IncompatibleVersion, StoreError) as error:
                 tried.append(f"{candidate}: {error}")
+                newer = newer and isinstance(error, IncompatibleVersion)
                 log.warning("rank %d: cannot restore %s: %s; trying an older one", self._group.rank, candidate, error)
                 if self._group.rank == 0:
                     warnings.warn(f"ckptsvc: cannot restore {candidate}: {error}", RuntimeWarning, stacklevel=4)
@@ -385,7 +431,8 @@ class Session:
             log.info("rank %d: restored %s", self._group.rank, candidate)
             return candidate.step
         if tried:
-            raise Damaged(f"none of {len(tried)} checkpoints could be restored; the newest: {tried[0]}")
+            kind = IncompatibleVersion if newer else Damaged
+            raise kind(f"none of {len(tried)} checkpoints could be restored; the newest: {tried[0]}")
         return None
 
     def _restore_one(self, candidates: Candidates, candidate: Candidate) -> dict[str, Any]:
@@ -398,7 +445,7 @@ class Session:
         with together(self._group):
             image = candidates.open(candidate)
         try:
-            return restore(image, self._tree, self._group)
+            return restore(image, self._tree, self._group, self._phases.progress)
         except (LayoutError, UnsupportedObject) as error:
             if candidate.tier == "memory":
                 raise Damaged(str(error)) from error  # the store has an older one, perhaps of before a change

@@ -170,8 +170,10 @@ class Snapshots:
             copying.join()
             self.last_blocked += time.perf_counter() - began
 
-    def wait(self, timeout: float) -> bool:
+    def wait(self, timeout: float, progress: Callable[[], None]) -> bool:
         """Wait until the last snapshot's save has ended: True when committed, False if there was none.
+
+        `progress` is called whenever the agent has answered that it is still at it.
 
         Raises:
             SaveFailed, Fenced: it ended otherwise, or has not ended within `timeout` seconds.
@@ -181,7 +183,7 @@ class Snapshots:
             return False
         what = f"step {self.last_step}"
         try:
-            outcome = self._link.wait_save(self.last_step, timeout)
+            outcome = self._link.wait_save(self.last_step, timeout, progress)
         except CkptsvcError as error:
             raise SaveFailed(f"{what}: the outcome is not known: {error}") from error
         if outcome.outcome == agent_pb2.OUTCOME_COMMITTED:

@@ -14,13 +14,19 @@ from torch import Tensor
 
 from ckptsvc.client.memcopy import bytes_of, copy_bytes
 from ckptsvc.client.parts import Capture, LocalPart
+from ckptsvc.errors import ArenaExhausted
 from ckptsvc.format.shard import Part, ShardInfo, ShardTemplate
 from ckptsvc.geometry.box import Box, FlatRange
 from ckptsvc.geometry.layout import split_replicated
+from ckptsvc.pipeline.arena import TAIL, filled_word
+from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.types import DTYPES
 
 Piece = memoryview | Tensor
 """One side of a copy: bytes where it is contiguous host memory, else a tensor."""
+
+RUN_BYTES = 64 << 20
+"""Bytes that are copied before the agent is told that they are final."""
 
 OBJECTS_ROOM = 1 << 20
 """Bytes an arena has beyond what the first snapshot needs: the objects document grows as training goes on."""
@@ -94,6 +100,7 @@ class StagePlan:
     _live: list[Tensor] = field(default_factory=list)
     _addresses: list[int] = field(default_factory=list)
     _arenas: dict[str, memoryview] = field(default_factory=dict)
+    _in_order: list[tuple[list[int], int]] = field(default_factory=list)
 
     @staticmethod
     def make(capture: Capture, rank: int, same_plain: tuple[int, ...]) -> StagePlan:
@@ -116,6 +123,8 @@ class StagePlan:
             and backward; it must have returned before an optimizer changes them.
         """
         total = self.template.total(len(objects))
+        if total > len(arena) - TAIL:
+            raise ArenaExhausted(f"an arena of {len(arena)} bytes cannot hold a snapshot of {total}")
         sources = self._pieces(capture)
         targets = self._targets.get(slot)
         if targets is None:
@@ -124,8 +133,13 @@ class StagePlan:
         arena[: self.template.data_start] = self.template.header(info, len(objects))
         offset = self.template.objects_offset
         arena[offset : offset + len(objects)] = objects
+        filled = filled_word(arena)
         if not overlap:
-            _copy(targets, sources, arena)
+            if all(isinstance(source, memoryview) for source in sources):
+                self._copy_in_order(targets, sources, filled)
+            else:
+                _copy(targets, sources, arena)
+            filled[0] = total
             return total, _nothing
         on_gpu = {s.device for s in self._live if s.is_cuda}
         ready = [(device, torch.cuda.current_stream(device).record_event()) for device in on_gpu]
@@ -137,8 +151,28 @@ class StagePlan:
             for device, event in ready:
                 torch.cuda.current_stream(device).wait_event(event)  # the training's kernels so far, on any stream
             _copy(list(compress(targets, late)), list(compress(sources, late)), arena)
+            filled[0] = total
 
         return total, finish
+
+    def _copy_in_order(self, targets: list[Piece], sources: list[Piece], filled: memoryview) -> None:
+        """Copy from the front of the image to its end, and say how far it is: the agent writes it meanwhile."""
+        for pieces, start in self._runs():
+            filled[0] = start
+            failpoint("in_copy")
+            _copy_host([targets[i] for i in pieces], [sources[i] for i in pieces])
+
+    def _runs(self) -> list[tuple[list[int], int]]:
+        """The pieces in the order of the file, in runs of some size, and where each run begins."""
+        if not self._in_order:
+            entries, size = self.template.entries, RUN_BYTES
+            for i in sorted(range(len(entries)), key=lambda i: entries[i].offset):
+                if size >= RUN_BYTES:
+                    self._in_order.append(([], entries[i].offset))
+                    size = 0
+                self._in_order[-1][0].append(i)
+                size += entries[i].nbytes
+        return self._in_order
 
     def forget(self, but: Collection[str]) -> None:
         """Drop the views of all arenas but these, so that they can be unmapped."""
@@ -189,10 +223,14 @@ def _copy(targets: list[Piece], sources: list[Piece], arena: memoryview) -> None
     if device_sources:
         views = cast("list[Tensor]", list(compress(targets, tensors)))
         torch._foreach_copy_(views, device_sources, non_blocking=bool(devices))
-    places, pieces = (cast("list[memoryview]", list(compress(side, raw))) for side in (targets, sources))
-    copy_bytes(places, pieces, torch.get_num_threads())
+    _copy_host(list(compress(targets, raw)), list(compress(sources, raw)))
     for device in devices:
         getattr(torch, device.type).synchronize(device)  # torch.cuda, torch.xpu, torch.npu ...
+
+
+def _copy_host(targets: list[Piece], sources: list[Piece]) -> None:
+    places, pieces = (cast("list[memoryview]", side) for side in (targets, sources))
+    copy_bytes(places, pieces, torch.get_num_threads())
 
 
 _pinned: set[int] = set()

@@ -17,7 +17,11 @@ from ckptsvc.control.effects import (
     Send,
 )
 from ckptsvc.control.exclusion import Exclusion, Strikes
+from ckptsvc.control.health import Health, Policy
+from ckptsvc.control.incidents import Incidents, standing
 from ckptsvc.control.membership import Job
+from ckptsvc.control.nic_job import JobNics
+from ckptsvc.control.nics import Finding
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.control.save import Saves
 from ckptsvc.rpc.v1 import agent_pb2
@@ -31,13 +35,23 @@ FORGET_AFTER = 3600.0
 class Coordinator:
     """Soft state of all jobs; rebuilt from the agents' reports after a restart.
 
-    `save_timeout` is in seconds, from the first rank's staging.
+    `save_timeout` is in seconds, from the first rank's staging; `mark` sets the incidents of this coordinator apart
+    from those of an earlier one.
     """
 
     save_timeout: float = 1800.0
+    policy: Policy = field(default_factory=Policy)
+    mark: str = ""
     jobs: dict[str, Job] = field(default_factory=dict)
     launched: dict[str, Attempts] = field(default_factory=dict)
+    nics: dict[str, JobNics] = field(default_factory=dict)
     exclusion: Exclusion = field(default_factory=Exclusion)
+    incidents: Incidents = field(init=False)
+    health: Health = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.incidents = Incidents(self.mark)
+        self.health = Health(self.jobs, self.launched, self.incidents, self.nics, self.policy)
 
     def handle(self, node: str, report: pb.Report, now: float) -> Decision:
         """One report from the agent of `node`."""
@@ -56,7 +70,7 @@ class Coordinator:
         decision = Decision([], [f"agent of {node} disconnected"])
         for attempts in self.launched.values():
             decision.add(attempts.agent_lost(node, now))
-        return decision
+        return decision.add(self.health.agent_lost(node, now))
 
     def probed(self, event: Probed, now: float) -> Decision:
         """Answer to `Probe`."""
@@ -93,20 +107,37 @@ class Coordinator:
         """Whatever time alone decides; call it a few times a second."""
         decision = Decision()
         for job in self.jobs.values():
+            known = dict(job.ranks)
             decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
+            for rank in known.keys() - job.ranks.keys():
+                self.health.missing(job, rank, known[rank])
         for attempts in self.launched.values():
-            decision.add(attempts.tick(now))
+            decision.add(self._tick_launched(attempts, now))
+        for nics in self.nics.values():
+            decision.add(nics.tick(now))
+        decision.add(self.health.tick(now))
         for name, job in list(self.jobs.items()):
             if job.ranks or job.saves.open or job.saves.held:
                 job.busy_at = now
             elif now - job.busy_at > FORGET_AFTER:
                 del self.jobs[name]
+                self.incidents.forget(name)
+                self.nics.pop(name, None)
         return decision.add(self._epochs(now)).add(self._keep_nodes(now))
 
     def _keep_nodes(self, now: float) -> Decision:
         if not self.exclusion.changed or not self.exclusion.known:
             return Decision()
         return Decision([KeepNodes({n: (s.score, now - s.at, s.why) for n, s in self.exclusion.listed(now).items()})])
+
+    def _tick_launched(self, attempts: Attempts, now: float) -> Decision:
+        before, nodes = standing(attempts), list(attempts.nodes)
+        suspects = [(rank, where) for rank, (_, where) in attempts.suspects.items() if rank not in attempts.statuses]
+        decision = attempts.tick(now)
+        if suspects:
+            return decision.add(self.incidents.failed(attempts, before, "died", *suspects[0]))
+        lost = next((node for node in nodes if node not in attempts.nodes), "")
+        return decision.add(self.incidents.failed(attempts, before, "node-lost", node=lost))
 
     def snapshots(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job in memory, newest first (`local` is filled in by each agent)."""
@@ -122,6 +153,11 @@ class Coordinator:
             )
             for epoch, step in known.saves.snapshots()
         ]
+
+    def nic_findings(self, job: str) -> list[Finding]:
+        """The network cards of a job that are in trouble now, worst first."""
+        known, nics = self.jobs.get(job), self.nics.get(job)
+        return nics.findings() if known and nics and nics.attempt >= known.attempt else []
 
     def _epochs(self, now: float) -> Decision:
         decision = Decision()
@@ -144,7 +180,12 @@ class Coordinator:
                 why = f"job {other.name} with {len(other.ranks)} live ranks on {where} writes to this run"
                 refused = pb.JobRefused(attempt=event.attempt, code="run-busy", why=why)
                 return Decision([Send(event.node, pb.Order(job=event.job, job_refused=refused))], [why])
-        return self._job(event.job, event.store, now).join(event, now)
+        job = self._job(event.job, event.store, now)
+        decision = job.join(event, now)
+        attempts = self.launched.get(launched_as(event.job))
+        if attempts is not None and attempts.stop_wanted:
+            job.want_stop(attempts.stop_wanted)  # asked before there were ranks
+        return decision
 
     def _on_rank_left(self, event: pb.RankLeft, now: float) -> Decision:
         job = self.jobs.get(event.job)
@@ -152,6 +193,8 @@ class Coordinator:
         attempts = self.launched.get(launched_as(event.job))
         if event.died and attempts is not None:
             attempts.suspect(event.attempt, event.rank, event.node, now)
+        elif event.died and job is not None and event.attempt == job.attempt:
+            decision.add(self.incidents.died(event.job, event.attempt, event.rank, event.node, event.detail))
         return decision
 
     def _on_announced(self, event: pb.Announced, now: float) -> Decision:
@@ -225,20 +268,55 @@ class Coordinator:
 
     def _on_node_ready(self, event: pb.NodeReady, now: float) -> Decision:
         attempts = self.launched.get(event.job)
-        return attempts.ready(event, now) if attempts else Decision()
+        if attempts is None:
+            return Decision()
+        before = standing(attempts)
+        return attempts.ready(event, now).add(self.incidents.failed(attempts, before, "node-lost", node=event.node))
 
     def _on_rank_exited(self, event: pb.RankExited, now: float) -> Decision:
         attempts = self.launched.get(event.job)
         if attempts is None:
             return Decision()
-        return attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now)
+        attempts.saved = self._saved(event.job)
+        before = standing(attempts)
+        decision = attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now)
+        return decision.add(self.incidents.failed(attempts, before, "died", event.rank, event.node))
 
     def _on_node_left(self, event: pb.NodeLeft, now: float) -> Decision:
         attempts = self.launched.get(event.job)
-        return attempts.node_left(event.node, event.detail, now) if attempts else Decision()
+        if attempts is None:
+            return Decision()
+        before = standing(attempts)
+        return attempts.node_left(event.node, event.detail, now).add(
+            self.incidents.failed(attempts, before, "node-lost", node=event.node)
+        )
+
+    def _on_stalled(self, event: pb.Stalled, now: float) -> Decision:
+        return self.health.stalled(event, now)
+
+    def _on_moved(self, event: pb.Moved, now: float) -> Decision:
+        return self.health.moved(event, now)
+
+    def _on_examined(self, event: pb.Examined, now: float) -> Decision:
+        return self.health.examined(event, now)
 
     def _on_stop_requested(self, event: pb.StopRequested, now: float) -> Decision:
         for job in self.jobs.values():
             if event.job in (job.name, launched_as(job.name)):
-                job.stop_wanted = event.reason
+                job.want_stop(event.reason)
+        attempts = self.launched.get(launched_as(event.job))
+        if attempts is not None:
+            attempts.stop_wanted = attempts.stop_wanted or event.reason
         return Decision()
+
+    def _saved(self, launched: str) -> str:
+        """What is committed of a launched job's runs, as words."""
+        words = [f"step {s} is committed in {j.store}" for j in self.jobs.values() if launched_as(j.name) == launched
+            and (s := j.saves.committed_step) is not None]  # fmt: skip
+        return ", ".join(words)
+
+    def _on_nic_summary(self, event: pb.NicSummary, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        if job is None or event.attempt < job.attempt:
+            return Decision()
+        return self.nics.setdefault(event.job, JobNics(event.job)).take(event, now)

@@ -54,6 +54,13 @@ class Lookup:
     store: str
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Keep an incident, in place of what was kept under its id before."""
+
+    incident: pb.Incident
+
+
 class Answer(enum.Enum):
     """What a launcher's doorbell says. The kernel answers for a process, however busy or frozen that is."""
 
@@ -88,7 +95,7 @@ class KeepNodes:
     strikes: dict[str, Strike]
 
 
-Effect = Send | AllotEpoch | Commit | Lookup | Probe | ReadNodes | KeepNodes
+Effect = Send | AllotEpoch | Commit | Lookup | Record | Probe | ReadNodes | KeepNodes
 
 
 @dataclass(slots=True)

@@ -57,6 +57,12 @@ class Job:
         """Nodes with live ranks."""
         return sorted(set(self.ranks.values()))
 
+    @property
+    def unreachable(self) -> set[str]:
+        """Nodes whose agent was lost and has not come back."""
+        back = {node for rank, node in self.ranks.items() if self.seen[rank] >= self.away.get(node, math.inf)}
+        return self.away.keys() - back
+
     def join(self, event: pb.RankJoined, now: float) -> Decision:
         """A rank has registered at its agent, for the first time or again."""
         decision = Decision()
@@ -210,6 +216,11 @@ class Job:
             decision.add(Decision([Send(n, pb.Order(job=self.name, stop_at=stop)) for n in self.nodes], [reason]))
             self.stop_wanted, self.stop_ordered = "", (ahead, self.stop_wanted)
         return decision
+
+    def want_stop(self, why: str) -> None:
+        """Somebody asks the job to stop; whoever asks after a stop has been ordered adds nothing."""
+        if self.stop_ordered[0] < 0:
+            self.stop_wanted = self.stop_wanted or why
 
     def missed(self, step: int) -> None:
         """A rank got an order for this step too late. If it was the order to stop, another one will follow."""

@@ -103,6 +103,9 @@ class Attempts:
     ended: float = 0.0  # when
     predecessor: tuple[int, str] | None = None  # outcome of the last job of this name
     last_failure: str = ""
+    stop_wanted: str = ""  # why the job was asked to stop
+    saved: str = ""  # what is known of its newest checkpoint
+    accused: tuple[int, str] = (0, "")  # attempt in which a rank is being killed because it hangs, and why
     incidents: list[str] = field(default_factory=list)
 
     def joined(self, event: pb.NodeJoined, now: float) -> Decision:
@@ -202,6 +205,9 @@ class Attempts:
             if len(self.statuses) < len(self.running) or self._is_partial:
                 return Decision()
             return self._finish(now)
+        accused, sentence = self.accused
+        if accused == attempt:  # the others may end before the rank that held them up
+            return self._fail(sentence, now)
         how = "died" if status is None else describe_status(status)
         failed = f"rank {rank} on {node} {how}"
         if any(self.nodes[n].away_since is not None for n in self.hosts & self.nodes.keys() if n != node):
@@ -216,6 +222,16 @@ class Attempts:
 
     def _crash(self, rank: int, node: str, how: str, now: float) -> Crash:
         return Crash(self.attempt, rank, node, how, self.reached()[1], now - self.began)
+
+    def accuse(self, attempt: int, sentence: str) -> None:
+        """A rank of this attempt is about to be killed: the sentence is why the attempt fails. 0: it was let live."""
+        self.accused = (attempt, sentence)
+
+    def give_up(self, attempt: int, now: float) -> Decision:
+        """The rank that was accused is still there: stop the whole attempt."""
+        if attempt != self.attempt or self.phase is not Phase.RUNNING:
+            return Decision()
+        return self._fail(self.accused[1], now)
 
     def suspect(self, attempt: int, rank: int, node: str, now: float) -> None:
         """A rank's process has ended; its launcher is about to say how."""
@@ -323,13 +339,19 @@ class Attempts:
 
     def _finish(self, now: float) -> Decision:
         worst = max(self.statuses.values())
-        return self._end(worst, "stopped on request, saved" if worst else "all ranks have ended", now)
+        return self._end(worst, self._stopped() if worst else "all ranks have ended", now)
+
+    def _stopped(self) -> str:
+        asked = f" ({self.stop_wanted})" if self.stop_wanted else ""
+        return f"stopped on request{asked}; {self.saved or 'nothing was saved'}"
 
     def _fail(self, why: str, now: float, crash: Crash | None = None) -> Decision:
         """The attempt has failed; `crash` says how, if the program did and not a node."""
         self.last_failure = why
         self.incidents.append(f"attempt {self.attempt}: {why}")
         self.since = now
+        if self.stop_wanted:  # there is no time for another attempt
+            return self._end(INTERRUPTED, f"{self._stopped()}; before the last save, {why}", now)
         looping = self.loop.crashed(crash, self.reached()[0]) if crash else ""
         if looping:
             return self._end(EXIT_STATUS["crash-loop"], f"{why}; {looping}", now)

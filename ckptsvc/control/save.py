@@ -301,6 +301,12 @@ class Saves:
         did = "staged" if save.missing else "written their shards"
         return f"after {self.timeout:g} s these ranks have not {did}: {shown}"
 
+    @property
+    def committed_step(self) -> int | None:
+        """Step of the newest checkpoint of this job that is remembered as committed."""
+        done = [key for key, outcome in self.ended.items() if outcome.outcome == agent_pb2.OUTCOME_COMMITTED]
+        return max(done)[1] if done else None
+
     def snapshots(self) -> list[Key]:
         """Complete snapshots that are still whole in memory, newest first."""
         return sorted((k for k, world in self.complete.items() if len(self.held.get(k, ())) == world), reverse=True)

@@ -33,8 +33,9 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 
 from ckptsvc.agent.launches import COORDINATOR_KEY
-from ckptsvc.config import load, parse_address, private_directory, runtime_dir
+from ckptsvc.config import load, private_directory, runtime_dir
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError
+from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.channel import OPTIONS, error_of
 from ckptsvc.rpc.dial import ensure_agent, is_alive, sockets
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc

@@ -14,6 +14,8 @@ import fcntl
 import mmap
 import os
 import secrets
+import struct
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +28,11 @@ from ckptsvc.config import private_directory
 from ckptsvc.errors import ArenaExhausted, InvalidInput, RunBusy
 
 HUGE_PAGE = 2 << 20
-"""Capacities are multiples of this many bytes."""
+"""Sizes of arenas are multiples of this many bytes."""
+
+TAIL = mmap.PAGESIZE
+"""Bytes at the end of an arena that no snapshot uses; the last eight say how many bytes of the snapshot that is being
+copied in are final (see `filled_word`)."""
 
 
 class State(enum.Enum):
@@ -57,7 +63,10 @@ class Label(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(slots=True)
 class Arena:
-    """One arena; `label` is set while it is STAGED or KEPT."""
+    """One arena; `label` is set while it is STAGED or KEPT, `epoch` from when it is acquired on.
+
+    `capacity` is what a snapshot may take.
+    """
 
     name: str
     path: Path
@@ -66,6 +75,7 @@ class Arena:
     rank: int
     state: State = State.FREE
     step: int = -1
+    epoch: int = 0
     label: Label | None = None
     holder: str = ""  # who fills it
     since: float = 0.0  # when it was staged, CLOCK_MONOTONIC
@@ -79,11 +89,13 @@ class ArenaPool:
         root: directory of this agent; created with mode 0700.
         limit: bytes of shared memory all arenas together may take.
         on_removed: told of every arena that is removed: who maps it must let go, or its memory stays.
+        on_given_up: told of an arena whose snapshot nobody wants any more, whether it is complete or not.
     """
 
     root: Path
     limit: int
     on_removed: Callable[[Arena], None] = lambda arena: None
+    on_given_up: Callable[[Arena], None] = lambda arena: None
     arenas: dict[str, Arena] = field(default_factory=dict)
     _lock: int = -1
 
@@ -106,10 +118,10 @@ class ArenaPool:
         found = []
         for path in sorted(self.root.glob("*.arena")):
             label = _read_label(path)
-            if label is None or label.nbytes > path.stat().st_size:
+            if label is None or label.nbytes > path.stat().st_size - TAIL:
                 path.unlink()
                 continue
-            arena = Arena(path.stem, path, path.stat().st_size, label.job, label.rank)
+            arena = Arena(path.stem, path, path.stat().st_size - TAIL, label.job, label.rank)
             arena.state = State.KEPT if label.kept else State.STAGED
             arena.step, arena.label, arena.since = label.step, label, time.monotonic()
             self.arenas[arena.name] = arena
@@ -135,7 +147,7 @@ class ArenaPool:
     @property
     def total(self) -> int:
         """Bytes of shared memory in use."""
-        return sum(a.capacity for a in self.arenas.values())
+        return sum(a.capacity + TAIL for a in self.arenas.values())
 
     def of(self, job: str, rank: int) -> list[Arena]:
         """A rank's arenas."""
@@ -154,17 +166,17 @@ class ArenaPool:
         Raises:
             ArenaExhausted: the limit does not allow it.
         """
-        capacity = -(-max(nbytes, 1) // HUGE_PAGE) * HUGE_PAGE
-        if self.total + capacity > self.limit:
+        size = -(-(max(nbytes, 1) + TAIL) // HUGE_PAGE) * HUGE_PAGE
+        if self.total + size > self.limit:
             taken = f"{self.total >> 20} of {self.limit >> 20} MiB are taken"
             raise ArenaExhausted(
-                f"an arena of {capacity >> 20} MiB does not fit: {taken}",
+                f"an arena of {size >> 20} MiB does not fit: {taken}",
                 hint="raise arena.limit, or lower arena.slots",
             )
         name = f"{rank:05d}-{secrets.token_hex(8)}"
         path = self.root / f"{name}.arena"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        arena = Arena(name, path, capacity, job, rank, State.FILLING)
+        arena = Arena(name, path, size - TAIL, job, rank, State.FILLING)
         self.arenas[name] = arena
         return arena, fd
 
@@ -187,6 +199,11 @@ class ArenaPool:
         arena = min(free, key=lambda a: a.step)
         evicted = arena.label
         self.release(arena)
+        try:
+            self._set_filled(arena, 0)
+        except OSError as error:  # somebody has tidied up in /dev/shm
+            self.remove(arena)
+            raise ArenaExhausted(f"the arena of rank {rank} is gone: {error}") from error
         arena.state, arena.step, arena.holder = State.FILLING, step, holder
         return arena, evicted
 
@@ -194,8 +211,16 @@ class ArenaPool:
         """The arena holds a whole snapshot now; remember that beyond this process."""
         if not 0 < label.nbytes <= arena.capacity:
             raise InvalidInput(f"a snapshot of {label.nbytes} bytes cannot be in an arena of {arena.capacity}")
+        self._set_filled(arena, label.nbytes)
         arena.label, arena.state, arena.holder, arena.since = label, State.STAGED, "", time.monotonic()
         _write_label(arena.path, label)
+
+    def _set_filled(self, arena: Arena, nbytes: int) -> None:
+        fd = os.open(arena.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(fd, struct.pack("q", nbytes), arena.capacity + TAIL - 8)
+        finally:
+            os.close(fd)
 
     def keep(self, arena: Arena) -> None:
         """The save has ended; the snapshot stays as the memory tier."""
@@ -208,6 +233,7 @@ class ArenaPool:
         """Forget what the arena holds; it can be filled again."""
         with contextlib.suppress(FileNotFoundError):
             arena.path.with_suffix(".json").unlink()
+        self.on_given_up(arena)
         arena.label, arena.state, arena.step, arena.holder = None, State.FREE, -1, ""
 
     def drop(self, job: str, rank: int | None = None) -> None:
@@ -222,7 +248,16 @@ class ArenaPool:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
         self.arenas.pop(arena.name, None)
+        self.on_given_up(arena)
         self.on_removed(arena)
+
+
+def filled_word(arena: memoryview) -> memoryview:
+    """The word of a mapped arena that says how many of its first bytes are final; one item.
+
+    The rank that copies writes it, in growing steps; the worker that writes the shard reads it.
+    """
+    return arena[-8:].cast("q")
 
 
 def populate(fd: int, capacity: int) -> None:
@@ -232,7 +267,7 @@ def populate(fd: int, capacity: int) -> None:
         ArenaExhausted: the memory is not there.
     """
     try:
-        os.posix_fallocate(fd, 0, capacity)
+        os.posix_fallocate(fd, 0, capacity + TAIL)
     except OSError as error:
         raise ArenaExhausted(
             f"no memory for an arena of {capacity >> 20} MiB: {error.strerror}",
@@ -272,7 +307,7 @@ class Mappings:
                 mapping = self._maps[path] = _Mapping(_map(path))
             mapping.users += 1
         try:
-            size = len(mapping.memory)
+            size = len(mapping.memory) - TAIL
             if not 0 < nbytes <= size:
                 raise InvalidInput(f"{path} has {size} bytes; {nbytes} were asked for")
             with (
@@ -285,10 +320,19 @@ class Mappings:
                 mapping.users -= 1
                 self._close(mapping)
 
+    def filled(self, path: str) -> int:
+        """How many of the first bytes of an arena are final; only inside of `pages` of it."""
+        with memoryview(self._maps[path].memory) as whole, whole[-8:] as word:
+            return int.from_bytes(word, sys.byteorder)
+
     def touch(self, path: str) -> None:
         """Map all of an arena now, so that its first save finds it mapped."""
-        with self.pages(path, 1), self._lock, contextlib.suppress(OSError):  # a kernel before 5.14
-            self._maps[path].memory.madvise(_MADV_POPULATE_READ)
+        with self.pages(path, 1):
+            memory = self._maps[path].memory
+            for start in range(0, len(memory), _TOUCHED_AT_ONCE):  # it holds the interpreter lock
+                with contextlib.suppress(OSError):  # a kernel before 5.14
+                    memory.madvise(_MADV_POPULATE_READ, start, min(_TOUCHED_AT_ONCE, len(memory) - start))
+                time.sleep(0)
 
     def forget(self, path: str) -> None:
         """The arena has been removed: let its memory go, as soon as nobody reads it any more."""
@@ -298,12 +342,18 @@ class Mappings:
                 mapping.forgotten = True
                 self._close(mapping)
 
+    def close(self) -> None:
+        """Forget all: a process that cannot end for a hanging store must not keep the memory."""
+        for path in list(self._maps):
+            self.forget(path)
+
     def _close(self, mapping: _Mapping) -> None:
         if mapping.forgotten and not mapping.users:
             mapping.memory.close()
 
 
 _MADV_POPULATE_READ = 22
+_TOUCHED_AT_ONCE = 16 << 20
 
 
 def _map(path: str) -> mmap.mmap:

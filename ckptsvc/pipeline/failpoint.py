@@ -4,7 +4,7 @@ CKPTSVC_FAILPOINT names a directory (unset outside tests). A process that reache
 file in it renames that file to "<name>.held", writes its process id into it, and waits until it is removed. In the
 order of a save:
 
-    before_copy  before_submit                   training process: it has an arena; the arena is full
+    before_copy  in_copy  before_submit          training process: it has an arena; ...; the arena is full
     before_label  after_label                    agent: the snapshot is handed over; it is the agent's from now on
     after_submit                                 training process: `step` is about to return
     before_shard  in_shard  after_shard          I/O worker

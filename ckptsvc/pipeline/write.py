@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from ckptsvc.errors import Damaged
+from ckptsvc.errors import Damaged, SaveFailed
 from ckptsvc.format.checksum import Digests, extent_digests
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import checkpoint_name, shard_name
 from ckptsvc.format.shard import ShardInfo, decode_header, header_length
 from ckptsvc.pipeline.failpoint import failpoint
-from ckptsvc.storage import Store
+from ckptsvc.storage import Progress, Store
+
+_DIGESTING = threading.Semaphore(2)
+"""How many shards are checksummed at a time: the cores belong to the training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,17 @@ class Written:
     info: ShardInfo
 
 
+class _Asking:
+    """Passes questions on, and remembers what was asked for most."""
+
+    def __init__(self, ready: Progress) -> None:
+        self._ready, self.most = ready, 0
+
+    def __call__(self, nbytes: int) -> None:
+        self._ready(nbytes)
+        self.most = max(self.most, nbytes)
+
+
 def write_shard(
     store: Store,
     image: memoryview,
@@ -38,33 +53,40 @@ def write_shard(
     rank: int,
     pool: Executor,
     on_digests: Callable[[Digests], None],
+    ready: Progress = lambda nbytes: None,
 ) -> Written:
     """Write the shard image in the first `nbytes` of `image` (page-aligned, whole pages) and return its table.
 
     Checksums and table are made beside the write (the first at 30 GB/s against 2, the second 10 us a tensor: both are
     done before it). The checksums are handed out through `on_digests` as soon as they are known: with them the snapshot
-    can be restored from memory.
+    can be restored from memory. `ready` returns when so many bytes of the image are final (see `Store.write`).
 
     Raises:
         Damaged: the image has no valid header.
+        SaveFailed: the store took bytes without asking whether they are ready.
         StoreError: as the store raises.
     """
+    ready(8)
     prefix = 8 + header_length(bytes(image[:8]))
 
     def describe() -> tuple[Columns, ShardInfo]:
+        ready(prefix)
         table = decode_header(bytes(image[:prefix]), nbytes)
         return Columns.from_table(table), table.info
 
     def digest() -> Digests:
-        found = extent_digests(image[:nbytes], extent)
+        ready(nbytes)  # not piece by piece: the rank that copies needs the cores more
+        with _DIGESTING:
+            found = extent_digests(image[:nbytes], extent)
         on_digests(found)
         return found
 
-    digests, description = pool.submit(digest), pool.submit(describe)
+    asking = _Asking(ready)
+    description, digests = pool.submit(describe), pool.submit(digest)
     name = shard_name(rank, secrets.token_hex(4))
     key = f"{checkpoint_name(step, epoch)}/{name}"
     try:
-        store.write(key, image, nbytes, progress=lambda _: failpoint("in_shard"))
+        store.write(key, image, nbytes, ready=asking, progress=lambda _: failpoint("in_shard"))
     finally:
         for beside in (digests, description):
             beside.exception()  # they look at the caller's memory until they have ended
@@ -73,4 +95,7 @@ def write_shard(
     except Damaged:
         store.delete(key)  # nothing will ever refer to it
         raise
+    if asking.most < nbytes:  # the checksums would fit what came later
+        store.delete(key)
+        raise SaveFailed(f"the store {store.url} does not wait for what it writes: its driver ignores `ready`")
     return Written(name, nbytes, digests.result(), columns, info)

@@ -56,6 +56,14 @@ def is_alive(directory: Path) -> bool:
     return False
 
 
+def address_of(directory: Path) -> str:
+    """Where the agent of this directory listens for others; "" while it does not serve."""
+    try:
+        return (directory / "ready").read_text(encoding="utf-8").split("\n")[1]
+    except (OSError, ValueError, IndexError):
+        return ""
+
+
 def ensure_agent(directory: Path, arguments: Sequence[str] = ()) -> bool:
     """Start an agent in this directory unless one is there; returns whether this call started it.
 

@@ -4,9 +4,14 @@ grpcio gives no peer credentials on unix sockets, so a training process first co
 reads SO_PEERCRED). One packet is one JSON message; descriptors travel beside the answer. The connection stays open for
 the life of the session.
 
-    register  {op, job, store, attempt, rank, world_size, epoch, every_steps, every_seconds, keep, extent, coordinator}
+    register  {op, job, store, attempt, rank, world_size, epoch, every_steps, every_seconds, keep, extent, coordinator,
+               ends}
               -> {ok, token, node} + descriptor of the heartbeat page
     map       {op, slot} -> {ok, capacity} + descriptor of the arena
+
+A second connection of the same process turns round after its one message: from then on the agent asks (rpc.testimony).
+
+    witness   {op, token} -> {ok}
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ import os
 import select
 import socket
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -26,25 +32,35 @@ from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError
 MAX_PACKET = 64 << 10
 """Bytes in one message."""
 
-PAGE = struct.Struct("<qQqqqq")
-"""The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds (written by the rank); step to save at, step to stop at,
-last committed step, last step whose save failed (written by the agent). -1 means none. The words are aligned: each is
-read and written whole."""
+PAGE = struct.Struct("<qQqqqqqqqq32s")
+"""The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds of the last sign of life (written by the rank); step to
+save at, step to stop at, last committed step, last step whose save failed (written by the agent; -1 means none); how
+many phases the rank has gone through, when the present one began, how far it is, the number of the signal by which it
+was asked to stop (or 0), and the phase's name (written by the rank).
+The words are aligned: each is read and written whole. A phase's number is written last: with it, its name is there."""
 
 PAGE_BYTES = 4096
-_FIELDS = {"step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40}
+PHASE_BYTES = 32
+"""Bytes in the name of a phase, padded with zeros."""
+
+_FIELDS = {
+    "step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40,
+    "phases": 48, "since": 56, "progress": 64, "signal": 72,
+}  # fmt: skip
+_AT, _PHASES, _SINCE, _PROGRESS, _NAME = 1, 6, 7, 8, 80
 
 
 class Page:
     """The heartbeat page of one rank, shared by the rank and the agent."""
 
     def __init__(self, memory: memoryview) -> None:
-        self._words = memory[: PAGE.size].cast("q")
+        self._words = memory[:_NAME].cast("q")
+        self._name = memory[_NAME : PAGE.size]
 
     @staticmethod
     def blank() -> bytes:
         """The page before anything has happened."""
-        return PAGE.pack(0, 0, -1, -1, -1, -1)
+        return PAGE.pack(0, 0, -1, -1, -1, -1, 0, 0, 0, 0, b"")
 
     def get(self, name: str) -> int:
         """Read one word."""
@@ -54,9 +70,40 @@ class Page:
         """Write one word."""
         self._words[_FIELDS[name] // 8] = value
 
+    @property
+    def phase(self) -> str:
+        """Name of the phase the rank is in; "" before the first."""
+        raw = bytes(self._name).split(b"\0", 1)[0]
+        return "".join(c if c.isprintable() else "?" for c in raw.decode("ascii", "replace"))
+
+    def enter(self, name: bytes, now: int) -> None:
+        """Begin a phase (`name` of PHASE_BYTES) at `now`, in CLOCK_MONOTONIC nanoseconds."""
+        words = self._words
+        self._name[:] = name
+        words[_SINCE] = words[_AT] = now
+        words[_PROGRESS] = 0
+        words[_PHASES] += 1
+
+    def advance(self, amount: int, now: int) -> None:
+        """Note that the phase is `amount` further, in whatever unit it counts."""
+        self._words[_PROGRESS] += amount
+        self._words[_AT] = now
+
+    def carry(self, older: Page) -> None:
+        """Take over what the rank has written to another page, unless this one is further."""
+        self.put("signal", self.get("signal") or older.get("signal"))
+        if (older.get("phases"), older.get("at")) > (self.get("phases"), self.get("at")):
+            self._name[:] = older._name
+            for word in ("step", "at", "since", "progress", "phases"):
+                self.put(word, older.get(word))
+
 
 class IdentityClient:
-    """The training process's end."""
+    """The training process's end.
+
+    Attributes:
+        peer: process id of the agent; 0 where it is of another pid namespace.
+    """
 
     def __init__(self, path: str, timeout: float = 10.0) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -66,7 +113,7 @@ class IdentityClient:
         except OSError as error:
             self._sock.close()
             raise AgentUnavailable(f"no agent answers on {path}: {error.strerror or error}") from error
-        _, uid, _ = peer_of(self._sock)
+        self.peer, uid, _ = peer_of(self._sock)
         if uid not in (os.geteuid(), 0):
             self._sock.close()
             raise AgentUnavailable(f"the process that listens on {path} belongs to user {uid}")
@@ -93,6 +140,19 @@ class IdentityClient:
             error_type = BY_CODE.get(answer.get("code", ""), CkptsvcError)
             raise error_type(answer.get("what", "refused"), hint=answer.get("hint", ""))
         return answer, fd
+
+    def serve(self, answer: Callable[[bytes], bytes]) -> None:
+        """Answer what the agent asks, until it hangs up."""
+        self._sock.settimeout(None)
+        with self._sock:
+            while True:
+                try:
+                    question = self._sock.recv(MAX_PACKET)
+                    if not question:
+                        return
+                    self._sock.send(answer(question))
+                except OSError:
+                    return
 
     def wait_closed(self) -> None:
         """Block until the connection has ended, from either side."""

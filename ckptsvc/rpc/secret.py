@@ -22,6 +22,24 @@ FILE = "secret"
 _BYTES = 32
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this host reaches an address."""
+    return host.startswith("127.") or host in ("localhost", "::1")
+
+
+def require_loopback(host: str, what: str) -> None:
+    """Refuse an address at which the secret would leave this host; `what` says whose it is.
+
+    Raises:
+        ConfigError: it is not loopback.
+    """
+    if not is_loopback(host):
+        raise ConfigError(
+            f"{what}, which is not loopback",
+            hint="agents of several hosts need mutual TLS, which this version does not have",
+        )
+
+
 def shared_secret(directory: Path) -> str:
     """Read the secret in this private directory, or make it; several agents may do so at once.
 

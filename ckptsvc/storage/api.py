@@ -12,6 +12,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 
+Progress = Callable[[int], None]
+"""Called with a number of bytes."""
+
 READ_LIMIT = 64 << 20
 """Default for the largest object that `Store.read` returns whole, in bytes."""
 
@@ -56,7 +59,9 @@ class Store(Protocol):
     def capabilities(self) -> Capabilities:
         """Say what this store can do; may write and remove a small temporary object to find out."""
 
-    def write(self, key: str, data: memoryview, size: int, *, progress: Callable[[int], None] | None = None) -> None:
+    def write(
+        self, key: str, data: memoryview, size: int, *, ready: Progress | None = None, progress: Progress | None = None
+    ) -> None:
         """Write a large object; on return its data, its size and its name are durable.
 
         Replaces an object of that name. Not atomic: a reader may see a part of it, which is why readers
@@ -66,6 +71,9 @@ class Store(Protocol):
             key: name of the object.
             data: contiguous, page-aligned memory (other memory works, but slower).
             size: bytes of the object: the first `size` of `data` are stored.
+            ready: called in the calling thread before bytes are taken, with a growing number, `size` at last: it
+                returns when the first so many bytes of `data` are final, or raises (the write then stops). Without
+                it all of them are.
             progress: called now and then in the calling thread with the bytes written since the last call,
                 `size` in all. It may block (the write then waits) or raise (the write then stops).
         """

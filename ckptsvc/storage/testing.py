@@ -223,6 +223,31 @@ class StoreTests:
         put(store, "a", content[: 3 * MiB])
         assert self.raw_read(store, "a") == content[: 3 * MiB]
 
+    @pytest.mark.parametrize("size", [1, 9 * MiB + 1, 24 * MiB])
+    def test_a_write_takes_no_byte_before_it_is_ready(self, store: Store, size: int) -> None:
+        """The memory is filled as `ready` is called for it, in growing steps up to the size."""
+        content, asked = content_of(size), [0]
+        with pages_with(bytes(size)) as data:
+
+            def ready(nbytes: int) -> None:
+                data[asked[-1] : nbytes] = content[asked[-1] : nbytes]
+                asked.append(nbytes)
+
+            store.write("a", data, size, ready=ready)
+        assert self.raw_read(store, "a") == content
+        assert (asked, asked[-1]) == (sorted(asked), size)
+
+    def test_ready_can_stop_a_write(self, store: Store) -> None:
+        """What it raises comes out, and nothing is left of the object."""
+
+        def ready(nbytes: int) -> None:
+            if nbytes > 16 * MiB:
+                raise ArithmeticError
+
+        with pages_with(content_of(24 * MiB)) as data, pytest.raises(ArithmeticError):
+            store.write("a", data, 24 * MiB, ready=ready)
+        assert list(store.list()) == []
+
     def test_several_threads_write_and_read(self, store: Store) -> None:
         """Calls in several threads neither mix nor wait for each other for ever."""
         contents = [content_of(9 * MiB + number, number) for number in range(4)]

@@ -21,11 +21,10 @@ import msgspec
 import stamina
 
 from ckptsvc.errors import BY_CODE, CkptsvcError, ConfigError, StoreError
-from ckptsvc.storage.api import READ_LIMIT, Capabilities, Entry, Store
+from ckptsvc.storage.api import READ_LIMIT, Capabilities, Entry, Progress, Store
 from ckptsvc.storage.arguments import check_target
 
 T = TypeVar("T")
-Progress = Callable[[int], None]
 
 
 class Wrapper:
@@ -54,9 +53,11 @@ class Wrapper:
         """See `Store.capabilities`."""
         return self._call("capabilities", "", 0, self.inner.capabilities)
 
-    def write(self, key: str, data: memoryview, size: int, *, progress: Progress | None = None) -> None:
+    def write(
+        self, key: str, data: memoryview, size: int, *, ready: Progress | None = None, progress: Progress | None = None
+    ) -> None:
         """See `Store.write`."""
-        self._call("write", key, size, lambda: self.inner.write(key, data, size, progress=progress))
+        self._call("write", key, size, lambda: self.inner.write(key, data, size, ready=ready, progress=progress))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """See `Store.put_if_absent`."""
@@ -128,7 +129,9 @@ class Retrying(Wrapper):
                 return run()
         raise AssertionError("the last attempt returns or raises")
 
-    def write(self, key: str, data: memoryview, size: int, *, progress: Progress | None = None) -> None:
+    def write(
+        self, key: str, data: memoryview, size: int, *, ready: Progress | None = None, progress: Progress | None = None
+    ) -> None:
         """See `Store.write`; bytes written again are not reported again."""
         reported = 0
 
@@ -142,7 +145,7 @@ class Retrying(Wrapper):
                     news, reported = written - reported, written
                     progress(news)
 
-            self.inner.write(key, data, size, progress=report)
+            self.inner.write(key, data, size, ready=ready, progress=report)
 
         self._call("write", key, size, once)
 
@@ -198,7 +201,9 @@ class Limited(Wrapper):
             wait = self._free_at - time.monotonic()
         time.sleep(max(0.0, wait))
 
-    def write(self, key: str, data: memoryview, size: int, *, progress: Progress | None = None) -> None:
+    def write(
+        self, key: str, data: memoryview, size: int, *, ready: Progress | None = None, progress: Progress | None = None
+    ) -> None:
         """See `Store.write`; the store is held back through `progress`."""
 
         def held_back(nbytes: int) -> None:
@@ -206,7 +211,7 @@ class Limited(Wrapper):
             if progress is not None:
                 progress(nbytes)
 
-        super().write(key, data, size, progress=held_back)
+        super().write(key, data, size, ready=ready, progress=held_back)
 
     def read(self, key: str, limit: int = READ_LIMIT) -> bytes:
         """See `Store.read`."""
@@ -326,11 +331,13 @@ class Faulty(Wrapper):
     def _call(self, op: str, key: str, nbytes: int, run: Callable[[], T]) -> T:
         return self._meet(self._due(op, key), op, key, run)
 
-    def write(self, key: str, data: memoryview, size: int, *, progress: Progress | None = None) -> None:
+    def write(
+        self, key: str, data: memoryview, size: int, *, ready: Progress | None = None, progress: Progress | None = None
+    ) -> None:
         """See `Store.write`."""
 
         def write(nbytes: int) -> None:
-            self.inner.write(key, data, nbytes, progress=progress)
+            self.inner.write(key, data, nbytes, ready=ready, progress=progress)
 
         fault = self._due("write", key)
         if fault is None or fault.short is None:

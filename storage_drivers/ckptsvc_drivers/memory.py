@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
 import msgspec
 
 from ckptsvc.errors import ConfigError, Damaged, InvalidInput, NotFound, StoreFull
-from ckptsvc.storage.api import READ_LIMIT, TEMPORARY_PREFIX, Capabilities, Entry
+from ckptsvc.storage.api import READ_LIMIT, TEMPORARY_PREFIX, Capabilities, Entry, Progress
 from ckptsvc.storage.arguments import (
     check_key,
     check_prefix,
@@ -86,12 +86,16 @@ class MemoryStore:
             notes=("nothing outlives the process",),
         )
 
-    def write(self, key: str, data: memoryview, size: int, *, progress: Callable[[int], None] | None = None) -> None:
+    def write(
+        self, key: str, data: memoryview, size: int, *, ready: Progress | None = None, progress: Progress | None = None
+    ) -> None:
         """See `Store.write`."""
         check_key(key)
         content = bytearray()
         with check_size(data, size) as view:
             for start in range(0, size, _BLOCK):
+                if ready is not None:
+                    ready(min(start + _BLOCK, size))
                 content += view[start : start + _BLOCK]
                 if progress is not None:
                     progress(min(_BLOCK, size - start))

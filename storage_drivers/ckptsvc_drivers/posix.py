@@ -21,7 +21,7 @@ from typing import Annotated
 import msgspec
 
 from ckptsvc.errors import ConfigError, Damaged, InvalidInput, NotFound, StoreError
-from ckptsvc.storage.api import READ_LIMIT, TEMPORARY_PREFIX, Capabilities, Entry
+from ckptsvc.storage.api import READ_LIMIT, TEMPORARY_PREFIX, Capabilities, Entry, Progress
 from ckptsvc.storage.arguments import (
     check_key,
     check_prefix,
@@ -32,7 +32,7 @@ from ckptsvc.storage.arguments import (
 )
 from ckptsvc_drivers import tree
 from ckptsvc_drivers.linux import SYSTEM, System, address_of, file_system, in_page_cache, translate
-from ckptsvc_drivers.transfer import PAGE, File, Progress, Transfer
+from ckptsvc_drivers.transfer import PAGE, File, Transfer
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a named pipe must not hang us
@@ -117,7 +117,7 @@ class PosixStore:
         key = TEMPORARY_PREFIX + secrets.token_hex(8)
         try:
             with mmap.mmap(-1, PAGE) as page, memoryview(page) as data:
-                refused = self._write(key, data, None)
+                refused = self._write(key, data, None, None)
             self.delete(key)
             self.put_if_absent(key, b"1")
             self.delete(key)
@@ -133,18 +133,20 @@ class PosixStore:
 
     # --- writing --------------------------------------------------------------------------------------------
 
-    def write(self, key: str, data: memoryview, size: int, *, progress: Progress | None = None) -> None:
+    def write(
+        self, key: str, data: memoryview, size: int, *, ready: Progress | None = None, progress: Progress | None = None
+    ) -> None:
         """See `Store.write`."""
         with check_size(data, size) as view:
-            self._write(check_key(key), view, progress)
+            self._write(check_key(key), view, ready, progress)
 
-    def _write(self, key: str, view: memoryview, progress: Progress | None) -> str:
+    def _write(self, key: str, view: memoryview, ready: Progress | None, progress: Progress | None) -> str:
         """Write an object; returns why direct I/O was not used, or ""."""
         name = _name(key)
         with self._errors(key), self._creating(key, name, direct=self._direct) as (directories, file):
             try:
                 self._system.reserve(file.fd, -(-len(view) // PAGE) * PAGE)
-                self._transfer.write(file, view, progress)
+                self._transfer.write(file, view, ready, progress)
                 os.ftruncate(file.fd, len(view))
                 self._system.sync(file.fd)
                 tree.sync(directories, self._system)

@@ -15,12 +15,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from ckptsvc.storage.api import Progress
 from ckptsvc_drivers.linux import System
 
 PAGE = mmap.PAGESIZE
 """Alignment of direct I/O in memory, offset and length; most file systems ask for 512, none met for more."""
-
-Progress = Callable[[int], None]
 
 
 @dataclass(slots=True)
@@ -62,7 +61,7 @@ class Transfer:
         if self._pid == os.getpid():
             self._pool.shutdown()
 
-    def write(self, file: File, view: memoryview, progress: Progress | None) -> None:
+    def write(self, file: File, view: memoryview, ready: Progress | None, progress: Progress | None) -> None:
         """Write all of `view` from offset 0 on, padded with zeros to whole pages."""
         whole = len(view) // PAGE * PAGE
 
@@ -70,8 +69,10 @@ class Transfer:
             with view[start:stop] as part:
                 return self.write_all(file, part, start)
 
-        self._spread(write_step, whole, self._block, progress)
+        self._spread(write_step, whole, self._block, ready, progress)
         if rest := len(view) - whole:
+            if ready is not None:
+                ready(len(view))
             with mmap.mmap(-1, PAGE) as page, memoryview(page) as padded:
                 padded[:rest] = view[whole:]
                 self.write_all(file, padded, whole)
@@ -95,7 +96,7 @@ class Transfer:
         if whole <= step:
             read_step(0, whole)
         else:
-            self._spread(read_step, whole, step, None)
+            self._spread(read_step, whole, step, None, None)
         if whole < len(view):
             file.set_direct(False)
             with view[whole:] as tail:
@@ -128,7 +129,14 @@ class Transfer:
                 done += moved
         return done
 
-    def _spread(self, work: Callable[[int, int], int], nbytes: int, step: int, progress: Progress | None) -> None:
+    def _spread(
+        self,
+        work: Callable[[int, int], int],
+        nbytes: int,
+        step: int,
+        ready: Progress | None,
+        progress: Progress | None,
+    ) -> None:
         """Call `work(start, stop)` in the threads for every step of `nbytes`, and `progress` with its result.
 
         When this returns or raises, nothing is running or waiting any more: the memory is the caller's again.
@@ -146,6 +154,8 @@ class Transfer:
             for start in range(0, nbytes, step):
                 # A few steps ahead and no more, so that concurrent transfers take turns.
                 finish(down_to=2 * self._threads - 1)
+                if ready is not None:
+                    ready(min(start + step, nbytes))
                 pending.append(pool.submit(work, start, min(start + step, nbytes)))
             finish(down_to=0)
         finally:

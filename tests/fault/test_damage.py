@@ -170,3 +170,7 @@ def test_a_run_without_a_good_checkpoint_is_not_begun_anew(
     (answer,) = launch.plain(1, refuse, str(store)).results()
     assert answer.startswith("Damaged: none of 3 checkpoints could be restored")
     assert "step 3" in answer
+    for folder in checkpoints(store):
+        (folder / "COMMIT").write_text(newer_record(store, "2.0", folder))
+    (answer,) = launch.plain(1, refuse, str(store)).results()
+    assert answer.startswith("IncompatibleVersion: none of 3 checkpoints could be restored")

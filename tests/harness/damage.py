@@ -84,11 +84,11 @@ def damaged(store: Path, damage: Damage) -> Iterator[Path]:
         path.write_bytes(before)
 
 
-def newer_record(store: Path, version: str) -> str:
-    """The newest commit record as a later format could have written it, with a checksum that is right."""
+def newer_record(store: Path, version: str, folder: Path | None = None) -> str:
+    """A commit record (the newest) as a later format could have written it, with a checksum that is right."""
     import xxhash
 
-    record: dict[str, Any] = json.loads((checkpoints(store)[0] / "COMMIT").read_bytes())
+    record: dict[str, Any] = json.loads(((folder or checkpoints(store)[0]) / "COMMIT").read_bytes())
     record["format"] = version
     del record["check"]
     record["check"] = xxhash.xxh3_64_hexdigest(_canonical(record))

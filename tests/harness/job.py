@@ -25,6 +25,7 @@ from harness.runtime import Runtime, eventually
 from harness.zygote import Zygote
 
 SCRIPT = Path(__file__).with_name("rank.py")
+BEATING = Path(__file__).with_name("beating.py")
 TIMEOUT = 60.0
 TAIL = 60
 """Lines of each log that are shown when a job fails."""
@@ -70,7 +71,7 @@ class Job:
 
     def _live_ranks(self) -> list[int]:
         """Those whose process id can be no other process's by now."""
-        launched = {process.pid for process in self._runtime.processes(SCRIPT.name)}
+        launched = {p.pid for script in (SCRIPT, BEATING) for p in self._runtime.processes(script.name)}
         forked = {process.pid for process in self.processes if process.poll() is None}
         return sorted({line["pid"] for line in self.reports()} & (launched | forked))
 
@@ -103,6 +104,11 @@ class Job:
     def go(self, name: str) -> None:
         """Let ranks that wait for `name` go on."""
         (self._folder / f"go-{name}").touch()
+
+    def fault(self, name: str, rank: int, attempt: int = 1) -> None:
+        """Make a rank of `beating` do what is bad, and wait until it does."""
+        (self._folder / f"fault-{attempt}-{rank}").write_text(name)
+        self.wait_for("fault", rank, attempt=attempt)
 
     def kill(self, rank: int = 0) -> None:
         """SIGKILL for one rank, however it was launched."""
@@ -182,6 +188,12 @@ class Launch:
         command = [sys.executable, "-m", "ckptsvc.cli.main", "run", "--standalone", "--nproc-per-node", str(world)]
         return self._launched([*command, *options], world, function, arguments, environ)
 
+    def beating(self, world: int, *options: str, **environ: str) -> Job:
+        """Ranks without torch (`harness.beating`) under `ckptsvc run --standalone`."""
+        folder = self._new_folder()
+        command = [sys.executable, "-m", "ckptsvc.cli.main", "run", "--standalone", "--nproc-per-node", str(world)]
+        return self._start([*command, *options, str(BEATING), str(folder)], folder, world, environ)
+
     def torchrun(self, world: int, function: Callable[..., Any], *arguments: Any, **environ: str) -> Job:
         """Ranks under torchrun."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
@@ -196,10 +208,13 @@ class Launch:
         environ: dict[str, str],
     ) -> Job:
         folder, spec = self._new(function, arguments)
+        return self._start([*command, str(SCRIPT), spec], folder, world, environ)
+
+    def _start(self, command: Sequence[str], folder: Path, world: int, environ: dict[str, str]) -> Job:
         log = folder / "launcher.log"
         with log.open("wb") as output:
             launcher = subprocess.Popen(
-                [*command, str(SCRIPT), spec],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -208,9 +223,7 @@ class Launch:
         return Job(self._runtime, folder, world, [launcher], [log])
 
     def _new(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Path, str]:
-        self._count += 1
-        folder = self._folder / f"job-{os.getpid()}-{self._folder.name}-{self._count}"
-        folder.mkdir(parents=True)
+        folder = self._new_folder()
         spec = {
             "file": inspect.getfile(function),
             "function": function.__name__,
@@ -218,6 +231,12 @@ class Launch:
             "folder": str(folder),
         }
         return folder, json.dumps(spec)
+
+    def _new_folder(self) -> Path:
+        self._count += 1
+        folder = self._folder / f"job-{os.getpid()}-{self._folder.name}-{self._count}"
+        folder.mkdir(parents=True)
+        return folder
 
 
 def free_port() -> int:

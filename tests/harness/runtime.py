@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 MARK = "CKPTSVC_AGENT_SOCKET_DIR"
 """Every process of a test has this variable with the test's own directory in its environment."""
 
-FOREIGN = ("CKPTSVC_", "SLURM_", "PMI_", "PALS_", "OMPI_", "TORCHELASTIC_", "XDG_")
+FOREIGN = ("CKPTSVC_", "SLURM_", "PBS_", "PMI_", "PALS_", "OMPI_", "TORCHELASTIC_", "XDG_")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 STOP_TIMEOUT = 10.0

@@ -48,6 +48,11 @@ class Run:
             logs = "\n".join(path.read_text() for path in self.log.parent.glob("run-*.log"))
             raise AssertionError(f"it does not end:\n{logs}") from None
 
+    def handles_signals(self) -> bool:
+        """Whether it has got as far as to catch SIGUSR1."""
+        (line,) = [x for x in Path(f"/proc/{self.process.pid}/status").read_text().splitlines() if "SigCgt" in x]
+        return bool(int(line.split()[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+
     def attempts(self) -> list[str]:
         """Those in which a rank has run."""
         return sorted({path.name.split("-")[0] for path in self.notes.glob("*[0-9]")})

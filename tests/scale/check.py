@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptsvc.control.effects import AllotEpoch, Commit, Lookup, Send
+from ckptsvc.control.effects import AllotEpoch, Commit, Lookup, Record, Send
 from ckptsvc.pipeline.arena import State
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 if TYPE_CHECKING:
+    from machine import Rank
     from simulation import Store, World
 
 COMMITTED = agent_pb2.OUTCOME_COMMITTED
@@ -63,7 +64,7 @@ class Checks:
             event = report.durable
             self._durable.add((event.job, event.epoch, event.step, event.rank))
 
-    def decided(self, effect: Send | AllotEpoch | Commit | Lookup) -> None:
+    def decided(self, effect: Send | AllotEpoch | Commit | Lookup | Record) -> None:
         """The coordinator wants something."""
         if isinstance(effect, Commit):
             ranks = [shard.rank for shard in effect.shards]
@@ -105,6 +106,12 @@ class Checks:
         require(save not in self._denied, f"{save} is committed after an agent was told that it has failed")
         for rank in range(effect.world_size):
             require((effect.epoch, effect.step, rank) in store.shards, f"{save} is committed without rank {rank}")
+
+    def killing(self, rank: Rank) -> None:
+        """An agent obeys the order to kill a rank."""
+        require(rank.hangs, f"rank {rank.number} of attempt {rank.attempt} is killed, and does not hang")
+        for_long = self._world.now - rank.stepped_at > self._world.brain.core.policy.confirm
+        require(rank.hangs == "T" or for_long, f"rank {rank.number} is killed, and may be at work")
 
     def always(self) -> None:
         """After every event."""

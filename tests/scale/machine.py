@@ -13,19 +13,25 @@ from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.launches import Launcher, Launches
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.node import Node
+from ckptsvc.agent.sessions import LocalJob
+from ckptsvc.agent.watch import Watch
 from ckptsvc.control.effects import Answer
+from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import ArenaExhausted
 from ckptsvc.pipeline.arena import Arena, ArenaPool, Label, State
+from ckptsvc.rpc.identity import PHASE_BYTES
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Metrics
 
 if TYPE_CHECKING:
-    from simulation import Line, World
+    from simulation import Line, Session, World
 
 JOB, THIEF, STORE = "job", "thief", "file:///run"
 SLOTS = 2
 METRICS = Metrics("simulation")
+LIMITS = Limits(startup=20.0)
+LOOK_EVERY = 0.5
 
 
 class Memory(ArenaPool):
@@ -33,6 +39,9 @@ class Memory(ArenaPool):
 
     def stage(self, arena: Arena, label: Label) -> None:
         arena.label, arena.state, arena.holder = label, State.STAGED, ""
+
+    def _set_filled(self, arena: Arena, nbytes: int) -> None:
+        """There is no file."""
 
     def keep(self, arena: Arena) -> None:
         arena.state = State.KEPT
@@ -62,6 +71,8 @@ class Rank:
     epoch: int = 0  # of the attempt, as far as this process knows: a new agent learns it from here
     attached: bool = False
     last_order: int = -1
+    stepped_at: float = 0.0
+    hangs: str = ""  # what is seen of it: "T": it is stopped; "elsewhere": it sleeps where it should not
 
     @property
     def alive(self) -> bool:
@@ -95,6 +106,7 @@ class Machine:
         self._since = 0.0
         self._status: int | None = None
         self._lost = False
+        self.agent_stopped_until = self._said_until = 0.0
 
     def everything(self) -> Iterator[pb.Report]:
         """What the agent tells a coordinator that it has connected to."""
@@ -128,6 +140,11 @@ class Machine:
         self.node = Node(self.local, None, slots=SLOTS, linger=1e9, save_timeout=1e9)  # type: ignore[arg-type]
         self.launches = Launches(self.local)
         self.node.launch_order = self.launches.order
+        self.watch = Watch(self.local, LIMITS, enabled=True)
+        self.node.watch_order = self._watch_order
+        self._world.later(LOOK_EVERY, self._look, self._incarnation)
+        for rank in self.ranks.values():
+            self._world.later(self._world.rng.uniform(0, 3), self._register_again, self._incarnation, rank)
         for arena in self.pool.arenas.values():
             assert arena.label is not None
             self.local.job(arena.label.job, "", STORE)
@@ -146,13 +163,68 @@ class Machine:
 
     def obey(self, order: pb.Order) -> None:
         """An order of the coordinator has arrived."""
+        if self._world.now < self.agent_stopped_until:
+            wait = self.agent_stopped_until - self._world.now
+            self._world.later(wait, self._obey_late, self._incarnation, self.line.session, order)
+            return
         if order.WhichOneof("effect") == "save_ended" and order.job in self.local.jobs:
             self._world.checks.told(order.job, order.save_ended.outcome)
         self.node.on_order(order)
         launcher = self.launches._by_job.get(JOB)
         while launcher is not None and not launcher.orders.empty():
             response = launcher.orders.get_nowait()
-            self._world.later(self._world.rng.uniform(0, 0.1), self._launcher_obeys, self._incarnation, response)
+            # A stream: what was said first arrives first.
+            self._said_until = max(self._world.now + self._world.rng.uniform(0, 0.1), self._said_until)
+            delay = self._said_until - self._world.now
+            self._world.later(delay, self._launcher_obeys, self._incarnation, response)
+
+    def _obey_late(self, incarnation: int, session: Session, order: pb.Order) -> None:
+        if self._is(incarnation) and not session.broken:  # else the coordinator may have gone on without this node
+            self.obey(order)
+
+    # ---- the watch (mirrors agent.watch where it takes time) ---------------------------------------------------------
+
+    def _look(self, incarnation: int) -> None:
+        if self._is(incarnation):
+            if self._world.now >= self.agent_stopped_until:
+                self.watch.look(self._world.now)
+            self._world.later(LOOK_EVERY, self._look, incarnation)
+
+    def _watch_order(self, job: LocalJob, order: pb.Order) -> None:
+        if order.HasField("examine"):
+            self._world.later(self._world.rng.uniform(0.2, 1.5), self._examined, self._incarnation, job, order.examine)
+            return
+        self.watch.look(self._world.now)
+        rank = self.ranks.get(order.kill.rank)
+        still = rank is not None and order.kill.state in ("", rank.hangs)
+        if rank is not None and still and self.watch.hangs(job.name, order.kill.attempt, rank.number):
+            self._world.checks.killing(rank)
+            self._exit(rank, -9)
+
+    def _examined(self, incarnation: int, job: LocalJob, order: pb.Examine) -> None:
+        if not self._is(incarnation) or self._world.now < self.agent_stopped_until:
+            return
+        examined = pb.Examined(
+            job=job.name, attempt=order.attempt, incident=order.incident, round=order.round, node=self.name
+        )
+        stalls = self.watch._stalls.get((job.name, order.attempt))
+        for session in self.local.sessions.values():
+            rank = self.ranks.get(session.reg.rank)
+            if rank is None or stalls is None or (session.reg.job, session.reg.attempt) != (job.name, order.attempt):
+                continue
+            evidence = examined.ranks.add(rank=rank.number, state="S", stack="all_reduce", step=1)
+            evidence.stalled, evidence.threshold = stalls.quiet(rank.number), stalls.allowed(rank.number)
+            if rank.hangs:
+                evidence.state, evidence.stack = ("T", "") if rank.hangs == "T" else ("S", "elsewhere")
+            late = bool(rank.hangs)
+            evidence.groups.add(group="g", enqueued=2 - late, completed=1, collective="" if late else "all_reduce")
+        self.line.report(pb.Report(examined=examined))
+
+    def _register_again(self, incarnation: int, rank: Rank) -> None:
+        """As client.session._keep_connected."""
+        lives = rank.alive and rank.attached and rank.hangs != "T"
+        if lives and self._is(incarnation) and rank.token not in self.local.sessions:
+            self._register(rank)
 
     def _register(self, rank: Rank) -> bool:
         if not self.agent_alive:
@@ -169,10 +241,17 @@ class Machine:
         )
         rank.token, _, fd = self.node.register(registration, 0)
         os.close(fd)
+        self._beat(rank)
         self.pool.provide(rank.job, rank.number)
         self.local.sessions[rank.token].announced = (0, "digest")
         self.line.report(reports.announced(self.local.sessions[rank.token]))
         return True
+
+    def _beat(self, rank: Rank) -> None:
+        page = self.local.sessions[rank.token].page
+        if not page.get("phases"):
+            page.enter(b"step".ljust(PHASE_BYTES, b"\0"), 1)
+        page.put("at", int(self._world.now * 1e9) + 1)
 
     def _snapshot(self, rank: Rank, step: int) -> None:
         """As client.session and agent.arenas: an arena, a copy, and it is the agent's."""
@@ -187,7 +266,7 @@ class Machine:
                 raise ArenaExhausted(str(attempt.refused or "no epoch"))
             arena, evicted = self.pool.acquire(rank.job, rank.number, 1, step, rank.token)
         except ArenaExhausted as error:
-            self.node.arenas._skip(job, session.reg, step, str(error))
+            self.node.arenas._skip(job, session.reg, attempt.epoch, step, str(error))
             return
         self.local.dropped(job, evicted)
         rank.epoch = attempt.epoch
@@ -355,7 +434,8 @@ class Machine:
         world = self._world
         if attempt.ranks and not any(rank.alive for _, rank in attempt.ranks.values()):
             return
-        if len(attempt.ranks) == attempt.world_size and all(r.alive and r.attached for _, r in attempt.ranks.values()):
+        there = len(attempt.ranks) == attempt.world_size
+        if there and all(r.alive and r.attached and not r.hangs for _, r in attempt.ranks.values()):
             if attempt.step < 0:
                 attempt.step = self._restored()
             attempt.step += 1
@@ -374,10 +454,12 @@ class Machine:
         return max(newest, max(self._world.store.commits, default=(0, 0)))[1]
 
     def _step(self, rank: Rank, step: int) -> None:
+        rank.stepped_at = self._world.now
         due = step % self._world.schedule.every_steps == 0
         session = self.local.sessions.get(rank.token) if self.agent_alive else None
         if session is not None:
             session.page.put("step", step)
+            self._beat(rank)
             progressed = pb.Progressed(job=JOB, attempt=rank.attempt, node=self.name, lowest=step, highest=step)
             self.line.report(pb.Report(progressed=progressed))
             order = session.page.get("save_at")
@@ -409,6 +491,23 @@ class Machine:
         ranks = [rank for rank in self.ranks.values() if rank.alive]
         if ranks:
             self._exit(ranks[which % len(ranks)], -9)
+
+    def hang_a_rank(self, which: int, how: str, seconds: float) -> None:
+        """It stops, for so many seconds; 0: for ever."""
+        ranks = [rank for rank in self.ranks.values() if rank.alive and not rank.hangs]
+        if ranks:
+            rank = ranks[which % len(ranks)]
+            others = [r for m in self._world.machines.values() for r in m.ranks.values() if r.hangs == "T"]
+            if 2 * (len(others) + 1) > rank.world_size:
+                seconds = seconds or 20.0  # a job of which most ranks are stopped counts as suspended, and is let alone
+            rank.hangs = how
+            if seconds:
+                self._world.later(seconds, self._go_on, rank)
+
+    def _go_on(self, rank: Rank) -> None:
+        rank.hangs = ""
+        if rank.alive and self.agent_alive:
+            self._register_again(self._incarnation, rank)
 
     def start_thief(self) -> None:
         """Another job wants to write to the run. A coordinator that has just begun does not know the first job yet."""

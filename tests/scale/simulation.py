@@ -37,13 +37,16 @@ from ckptsvc.control.effects import (
     Probe,
     Probed,
     ReadNodes,
+    Record,
     Send,
 )
+from ckptsvc.control.health import Policy
 from ckptsvc.control.restart import AWAY_PATIENCE
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 TICK = 0.5
 SAVE_TIMEOUT = 60.0
+POLICY = Policy(confirm=60.0, give_up=200.0)
 HEALED = 5.0
 """Virtual seconds after which a node that was out of reach certainly has heard what it missed."""
 
@@ -74,6 +77,9 @@ KINDS = {
     "store outage": 2,
     "kill rank and agent": 2,
     "another job": 2,
+    "stop rank": 3,
+    "rank elsewhere": 3,
+    "stop agent": 2,
     "lose node": 0.3,
 }
 
@@ -101,6 +107,8 @@ class Schedule:
             seconds = rng.choice([rng.uniform(0.5, 5), rng.uniform(5, 30), rng.uniform(60, 90)])
             if kind in ("kill rank", "break line", "lose node"):
                 seconds = 0.0
+            elif kind in ("stop rank", "rank elsewhere") and rng.random() < 0.5:
+                seconds = 0.0  # for ever
             faults.append(Fault(rng.uniform(0, 60), kind, rng.randrange(100), seconds))
         nodes = rng.randint(1, 3)
         most = rng.choice([nodes, rng.randint(1, nodes)])  # others are spares
@@ -264,11 +272,11 @@ class Brain:
         self.life = 0
         self.born = 0.0
         self.peers: dict[str, Session] = {}
-        self.core = Coordinator()
+        self.core = Coordinator(policy=POLICY)
 
     def start(self) -> None:
         self.alive, self.born, self.peers = True, self._world.now, {}
-        self.core = Coordinator(save_timeout=SAVE_TIMEOUT)
+        self.core = Coordinator(save_timeout=SAVE_TIMEOUT, policy=POLICY)
         self.life += 1
         self._world.checks.new_coordinator()
         self._tick(self.life)
@@ -301,6 +309,8 @@ class Brain:
             self._world.note(f"coordinator: {reason}")
         for effect in decision.effects:
             self._world.checks.decided(effect)
+            if isinstance(effect, Record):
+                continue
             if not isinstance(effect, Send):
                 self._world.later(self._world.rng.uniform(0.01, 0.5), self._do, self.life, effect)
             elif effect.node in self.peers:
@@ -411,6 +421,12 @@ class World:
             machine.line.cut(fault.seconds, self.rng.uniform(0, 10))
         elif fault.kind == "store outage":
             self.store.down_until = self.now + fault.seconds
+        elif fault.kind == "stop rank":
+            machine.hang_a_rank(fault.where, "T", fault.seconds)
+        elif fault.kind == "rank elsewhere":
+            machine.hang_a_rank(fault.where, "elsewhere", fault.seconds)
+        elif fault.kind == "stop agent":
+            machine.agent_stopped_until = self.now + fault.seconds
         elif fault.kind == "another job":
             machine.start_thief()
         elif fault.kind == "lose node" and self.attempts:  # a job that has never begun waits for its nodes for ever

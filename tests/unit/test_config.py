@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptsvc import config
-from ckptsvc.config import Address, Every, Limit, load
+from ckptsvc import config, quantities
+from ckptsvc.config import load
 from ckptsvc.errors import ConfigError
+from ckptsvc.quantities import Address, Every, Limit
 
 MIB = 1024**2
 
@@ -70,6 +71,8 @@ def test_every_setting_has_its_variable() -> None:
         "agent.metrics_listen": "off",
         "agent.name": "n1",
         "agent.coordinator": "[::1]:9",
+        "agent.coordination": "etcd://a:1",
+        "agent.incidents_dir": "/var/lib/ckptsvc/incidents",
         "arena.dir": "/mnt/shm",
         "arena.limit": "25%",
         "arena.slots": "3",
@@ -79,6 +82,8 @@ def test_every_setting_has_its_variable() -> None:
         "save.threads": "8",
         "save.deadline": "0",
         "save.timeout": "1h",
+        "scheduler.margin": "off",
+        "scheduler.drain": "true",
         "launch.standby": "false",
         "launch.preload": "torch, transformers.models",
         "launch.standby_memory": "1GiB",
@@ -88,6 +93,21 @@ def test_every_setting_has_its_variable() -> None:
         "store.url": "memory://x",
         "store.retries": "0",
         "store.timeout": "500ms",
+        "health.enabled": "false",
+        "health.automatic": "never",
+        "health.floor": "2s",
+        "health.factor": "4",
+        "health.startup": "20min",
+        "health.confirm": "5min",
+        "health.give_up": "1h",
+        "nics.enabled": "false",
+        "nics.root": "/host",
+        "etcd.ttl": "5s",
+        "etcd.user": "root",
+        "etcd.password_file": "/p",
+        "etcd.ca_file": "/ca",
+        "etcd.cert_file": "/cert",
+        "etcd.key_file": "/key",
     }
     settings = load({f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[])
     assert set(settings.origin) == set(values)
@@ -98,12 +118,19 @@ def test_every_setting_has_its_variable() -> None:
         metrics_listen=None,
         name="n1",
         coordinator=Address("::1", 9),
+        coordination="etcd://a:1",
+        incidents_dir="/var/lib/ckptsvc/incidents",
     )
     assert settings.arena == config.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
     assert settings.save == config.SaveSettings(
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0
     )
+    assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
     assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
+    assert settings.health == config.HealthSettings(
+        enabled=False, automatic="never", floor=2.0, factor=4.0, startup=1200.0, confirm=300.0, give_up=3600.0
+    )
+    assert settings.nics == config.NicsSettings(enabled=False, root="/host")
     assert settings.launch == config.LaunchSettings(
         standby=False,
         preload=("torch", "transformers.models"),
@@ -160,8 +187,16 @@ def test_every_field_is_described() -> None:
         ("[agent]\nlisten = 'off'", ["agent.listen", "127.0.0.1:0"]),
         ("[agent]\nsocket_dir = 'here'", ["agent.socket_dir", "absolute"]),
         ("[arena]\ndir = 'here'", ["arena.dir", "absolute"]),
+        ("[nics]\nroot = 'here'", ["nics.root", "absolute"]),
+        ("[etcd]\nttl = '1s'", ["etcd.ttl", "2 to 60"]),
+        ("[nics]\nenabled = 'perhaps'", ["nics.enabled", "perhaps"]),
         ("[arena]\nlimit = '150%'", ["arena.limit", "50%"]),
+        ("[scheduler]\nmargin = 'soon'", ["scheduler.margin", "90s"]),
+        ("[scheduler]\ndrain = 'maybe'", ["scheduler.drain", "'maybe'"]),
         ("[store]\nurl = 3", ["store.url"]),
+        ("[health]\nautomatic = 'yes'", ["health.automatic", "'yes'", "one of launched, always, never"]),
+        ("[health]\nfloor = 0", ["health.floor", "health.enabled"]),
+        ("[health]\nfactor = 0.5", ["health.factor", ">= 1"]),
         ("[origin]\nx = 'y'", ["origin"]),
     ],
 )
@@ -231,7 +266,7 @@ def test_variables_of_others_are_let_pass() -> None:
     ],
 )
 def test_sizes(value: object, nbytes: int) -> None:
-    assert config.parse_size(value) == nbytes
+    assert quantities.parse_size(value) == nbytes
 
 
 @pytest.mark.parametrize(
@@ -239,7 +274,7 @@ def test_sizes(value: object, nbytes: int) -> None:
 )
 def test_not_sizes(value: object) -> None:
     with pytest.raises(ConfigError, match="8GiB"):
-        config.parse_size(value)
+        quantities.parse_size(value)
 
 
 @pytest.mark.parametrize(
@@ -259,7 +294,7 @@ def test_not_sizes(value: object) -> None:
     ],
 )
 def test_durations(value: object, seconds: float) -> None:
-    assert config.parse_duration(value) == seconds
+    assert quantities.parse_duration(value) == seconds
 
 
 @pytest.mark.parametrize(
@@ -282,35 +317,35 @@ def test_durations(value: object, seconds: float) -> None:
 )
 def test_not_durations(value: object) -> None:
     with pytest.raises(ConfigError, match="10min"):
-        config.parse_duration(value)
+        quantities.parse_duration(value)
 
 
 def test_intervals() -> None:
-    assert config.parse_every(500) == config.parse_every("500") == Every(500, 0.0)
-    assert config.parse_every("10min") == Every(0, 600.0)
-    assert config.parse_every("off") is None
+    assert quantities.parse_every(500) == quantities.parse_every("500") == Every(500, 0.0)
+    assert quantities.parse_every("10min") == Every(0, 600.0)
+    assert quantities.parse_every("off") is None
     for wrong in (0, "0", "0s", -3, True, None, 1.5, [], "often"):
         with pytest.raises(ConfigError):
-            config.parse_every(wrong)
+            quantities.parse_every(wrong)
 
 
 def test_limits() -> None:
-    assert config.parse_limit("50%").of(1000) == 500
-    assert config.parse_limit("8MiB").of(1000) == 8 * MIB
+    assert quantities.parse_limit("50%").of(1000) == 500
+    assert quantities.parse_limit("8MiB").of(1000) == 8 * MIB
     for wrong in ("0%", "101%", 0, "0", "-5%", "half"):
         with pytest.raises(ConfigError):
-            config.parse_limit(wrong)
+            quantities.parse_limit(wrong)
 
 
 @pytest.mark.parametrize("text", ["127.0.0.1:0", "node-7.cluster:65535", "[::1]:7070"])
 def test_addresses_go_there_and_back(text: str) -> None:
-    assert str(config.parse_address(text)) == text
+    assert str(quantities.parse_address(text)) == text
 
 
 @pytest.mark.parametrize("wrong", ["", "host", ":80", "host:", "host:65536", "::1:80", "a b:1", "host:1:2", 80, None])
 def test_not_addresses(wrong: object) -> None:
     with pytest.raises(ConfigError):
-        config.parse_address(wrong)
+        quantities.parse_address(wrong)
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.lists(st.integers())

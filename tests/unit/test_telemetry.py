@@ -12,13 +12,23 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ckptsvc import telemetry
-from ckptsvc.telemetry import ArenaState, Event, Fields, Metrics, Outcome, Phase, log, setup_logging
+from ckptsvc.telemetry import ArenaState, Event, Fields, Metrics, NicSignal, Outcome, Phase, log, setup_logging
 
 METRICS = {
     ("ckptsvc_arena_bytes", "gauge", ("state",)),
     ("ckptsvc_build_info", "gauge", ("version",)),
+    ("ckptsvc_coordinator_changes_total", "counter", ()),
     ("ckptsvc_last_commit_timestamp_seconds", "gauge", ("job",)),
     ("ckptsvc_last_committed_step", "gauge", ("job",)),
+    ("ckptsvc_nic_events_total", "counter", ("nic", "signal")),
+    ("ckptsvc_nic_findings", "gauge", ("kind",)),
+    ("ckptsvc_nic_held_back_seconds_total", "counter", ("nic", "signal")),
+    ("ckptsvc_nic_link_up", "gauge", ("nic",)),
+    ("ckptsvc_nic_read_duration_seconds", "gauge", ()),
+    ("ckptsvc_nic_read_failures_total", "counter", ()),
+    ("ckptsvc_nic_received_bytes_total", "counter", ("nic",)),
+    ("ckptsvc_nic_sent_bytes_total", "counter", ("nic",)),
+    ("ckptsvc_orders_refused_total", "counter", ()),
     ("ckptsvc_rank_heartbeat_age_seconds", "gauge", ()),
     ("ckptsvc_restarts_total", "counter", ("cause",)),
     ("ckptsvc_save_duration_seconds", "histogram", ("phase",)),
@@ -52,15 +62,24 @@ def value(metrics: Metrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(name, labels)
 
 
+def a_card(metrics: Metrics) -> None:
+    metrics.nic_sent.labels("cxi0").inc(5)
+    metrics.nic_received.labels("cxi0")
+    metrics.nic_events.labels("cxi0", NicSignal.TIMEOUTS)
+    metrics.nic_held.labels("cxi0", NicSignal.STALLED)
+    metrics.nic_link_up.labels("cxi0")
+
+
 def test_the_names_are_frozen(metrics: Metrics) -> None:
     metrics.committed("job", 1, 1.0)
     metrics.written_bytes.labels("file")
     metrics.store_errors.labels("file", "store-full")
+    a_card(metrics)
     assert exposed(metrics) == METRICS
 
 
 def test_the_names_follow_the_rules(metrics: Metrics) -> None:
-    units = ("_bytes", "_seconds", "_step", "_sessions")
+    units = ("_bytes", "_seconds", "_step", "_sessions", "_findings", "_up")
     for name, kind, labels in METRICS:
         assert re.fullmatch(r"ckptsvc_[a-z_]+", name)
         assert (kind == "counter") == name.endswith("_total")
@@ -88,6 +107,14 @@ def test_a_commit_is_counted_and_a_job_that_ended_is_forgotten(metrics: Metrics)
     metrics.forget("never seen")
     assert value(metrics, "ckptsvc_last_committed_step", job="a") is None
     assert value(metrics, "ckptsvc_saves_total", outcome="committed") == 1
+
+
+def test_a_card_that_has_gone_leaves_no_series(metrics: Metrics) -> None:
+    a_card(metrics)
+    assert value(metrics, "ckptsvc_nic_sent_bytes_total", nic="cxi0") == 5
+    metrics.forget_nic("cxi0")
+    metrics.forget_nic("never seen")
+    assert "cxi0" not in generate_latest(metrics.registry).decode()
 
 
 def test_two_agents_in_one_process_do_not_share_metrics(metrics: Metrics) -> None:
@@ -198,4 +225,5 @@ def test_the_line_is_attributed_to_the_caller(stream: io.StringIO) -> None:
 
 def test_labels_are_enumerated() -> None:
     enums = (telemetry.Outcome, telemetry.Phase, telemetry.Skip, telemetry.ArenaState, telemetry.Cause)
+    enums += (telemetry.NicSignal, telemetry.NicTrouble)
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", label) for enum in enums for label in enum)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Report(_message.Message):
-    __slots__ = ("agent_hello", "rank_joined", "rank_left", "announced", "progressed", "staged", "durable", "shard_failed", "skipped", "dropped", "node_joined", "node_ready", "rank_exited", "node_left", "stop_requested", "rewound", "stalled", "moved", "examined")
+    __slots__ = ("agent_hello", "rank_joined", "rank_left", "announced", "progressed", "staged", "durable", "shard_failed", "skipped", "dropped", "node_joined", "node_ready", "rank_exited", "node_left", "stop_requested", "rewound", "stalled", "moved", "examined", "nic_summary")
     AGENT_HELLO_FIELD_NUMBER: _ClassVar[int]
     RANK_JOINED_FIELD_NUMBER: _ClassVar[int]
     RANK_LEFT_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class Report(_message.Message):
     STALLED_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
     EXAMINED_FIELD_NUMBER: _ClassVar[int]
+    NIC_SUMMARY_FIELD_NUMBER: _ClassVar[int]
     agent_hello: AgentHello
     rank_joined: RankJoined
     rank_left: RankLeft
@@ -46,13 +47,18 @@ class Report(_message.Message):
     stalled: Stalled
     moved: Moved
     examined: Examined
-    def __init__(self, agent_hello: _Optional[_Union[AgentHello, _Mapping]] = ..., rank_joined: _Optional[_Union[RankJoined, _Mapping]] = ..., rank_left: _Optional[_Union[RankLeft, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., progressed: _Optional[_Union[Progressed, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., shard_failed: _Optional[_Union[ShardFailed, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ..., node_joined: _Optional[_Union[NodeJoined, _Mapping]] = ..., node_ready: _Optional[_Union[NodeReady, _Mapping]] = ..., rank_exited: _Optional[_Union[RankExited, _Mapping]] = ..., node_left: _Optional[_Union[NodeLeft, _Mapping]] = ..., stop_requested: _Optional[_Union[StopRequested, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., stalled: _Optional[_Union[Stalled, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., examined: _Optional[_Union[Examined, _Mapping]] = ...) -> None: ...
+    nic_summary: NicSummary
+    def __init__(self, agent_hello: _Optional[_Union[AgentHello, _Mapping]] = ..., rank_joined: _Optional[_Union[RankJoined, _Mapping]] = ..., rank_left: _Optional[_Union[RankLeft, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., progressed: _Optional[_Union[Progressed, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., shard_failed: _Optional[_Union[ShardFailed, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ..., node_joined: _Optional[_Union[NodeJoined, _Mapping]] = ..., node_ready: _Optional[_Union[NodeReady, _Mapping]] = ..., rank_exited: _Optional[_Union[RankExited, _Mapping]] = ..., node_left: _Optional[_Union[NodeLeft, _Mapping]] = ..., stop_requested: _Optional[_Union[StopRequested, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., stalled: _Optional[_Union[Stalled, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., examined: _Optional[_Union[Examined, _Mapping]] = ..., nic_summary: _Optional[_Union[NicSummary, _Mapping]] = ...) -> None: ...
 
 class AgentHello(_message.Message):
-    __slots__ = ("node",)
+    __slots__ = ("node", "job", "term")
     NODE_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     node: str
-    def __init__(self, node: _Optional[str] = ...) -> None: ...
+    job: str
+    term: int
+    def __init__(self, node: _Optional[str] = ..., job: _Optional[str] = ..., term: _Optional[int] = ...) -> None: ...
 
 class RankJoined(_message.Message):
     __slots__ = ("job", "node", "store", "attempt", "rank", "world_size", "epoch", "every_steps", "every_seconds", "keep")
@@ -344,23 +350,25 @@ class Moved(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class Examined(_message.Message):
-    __slots__ = ("job", "attempt", "incident", "node", "ranks", "nics")
+    __slots__ = ("job", "attempt", "incident", "node", "ranks", "nics", "round")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     INCIDENT_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     NICS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: int
     incident: str
     node: str
     ranks: _containers.RepeatedCompositeFieldContainer[RankEvidence]
     nics: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., incident: _Optional[str] = ..., node: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankEvidence, _Mapping]]] = ..., nics: _Optional[_Iterable[str]] = ...) -> None: ...
+    round: int
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., incident: _Optional[str] = ..., node: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankEvidence, _Mapping]]] = ..., nics: _Optional[_Iterable[str]] = ..., round: _Optional[int] = ...) -> None: ...
 
 class RankEvidence(_message.Message):
-    __slots__ = ("rank", "pid", "phase", "step", "stalled", "state", "cpu", "waits_in", "answers", "enqueued", "completed", "collective", "stack", "native_stack", "log_tail", "notes")
+    __slots__ = ("rank", "pid", "phase", "step", "stalled", "state", "cpu", "waits_in", "answers", "enqueued", "completed", "collective", "stack", "native_stack", "log_tail", "notes", "threshold", "io_bytes", "children_cpu", "threads", "resident", "groups", "other_stacks", "asked")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     PHASE_FIELD_NUMBER: _ClassVar[int]
@@ -377,6 +385,14 @@ class RankEvidence(_message.Message):
     NATIVE_STACK_FIELD_NUMBER: _ClassVar[int]
     LOG_TAIL_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    IO_BYTES_FIELD_NUMBER: _ClassVar[int]
+    CHILDREN_CPU_FIELD_NUMBER: _ClassVar[int]
+    THREADS_FIELD_NUMBER: _ClassVar[int]
+    RESIDENT_FIELD_NUMBER: _ClassVar[int]
+    GROUPS_FIELD_NUMBER: _ClassVar[int]
+    OTHER_STACKS_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
     rank: int
     pid: int
     phase: str
@@ -393,11 +409,100 @@ class RankEvidence(_message.Message):
     native_stack: str
     log_tail: str
     notes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., stalled: _Optional[float] = ..., state: _Optional[str] = ..., cpu: _Optional[float] = ..., waits_in: _Optional[str] = ..., answers: bool = ..., enqueued: _Optional[int] = ..., completed: _Optional[int] = ..., collective: _Optional[str] = ..., stack: _Optional[str] = ..., native_stack: _Optional[str] = ..., log_tail: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+    threshold: float
+    io_bytes: int
+    children_cpu: float
+    threads: int
+    resident: int
+    groups: _containers.RepeatedCompositeFieldContainer[GroupProgress]
+    other_stacks: str
+    asked: bool
+    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., stalled: _Optional[float] = ..., state: _Optional[str] = ..., cpu: _Optional[float] = ..., waits_in: _Optional[str] = ..., answers: bool = ..., enqueued: _Optional[int] = ..., completed: _Optional[int] = ..., collective: _Optional[str] = ..., stack: _Optional[str] = ..., native_stack: _Optional[str] = ..., log_tail: _Optional[str] = ..., notes: _Optional[_Iterable[str]] = ..., threshold: _Optional[float] = ..., io_bytes: _Optional[int] = ..., children_cpu: _Optional[float] = ..., threads: _Optional[int] = ..., resident: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[GroupProgress, _Mapping]]] = ..., other_stacks: _Optional[str] = ..., asked: bool = ...) -> None: ...
+
+class GroupProgress(_message.Message):
+    __slots__ = ("group", "enqueued", "completed", "collective")
+    GROUP_FIELD_NUMBER: _ClassVar[int]
+    ENQUEUED_FIELD_NUMBER: _ClassVar[int]
+    COMPLETED_FIELD_NUMBER: _ClassVar[int]
+    COLLECTIVE_FIELD_NUMBER: _ClassVar[int]
+    group: str
+    enqueued: int
+    completed: int
+    collective: str
+    def __init__(self, group: _Optional[str] = ..., enqueued: _Optional[int] = ..., completed: _Optional[int] = ..., collective: _Optional[str] = ...) -> None: ...
+
+class NicSummary(_message.Message):
+    __slots__ = ("job", "node", "attempt", "nics")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    NICS_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    node: str
+    attempt: int
+    nics: _containers.RepeatedCompositeFieldContainer[NicReading]
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., attempt: _Optional[int] = ..., nics: _Optional[_Iterable[_Union[NicReading, _Mapping]]] = ...) -> None: ...
+
+class NicReading(_message.Message):
+    __slots__ = ("nic", "family", "sent", "received", "usual", "idle", "timeouts", "peer_timeouts", "retries", "failures", "exhausted", "uncorrected", "replays", "flaps", "paused_tx", "paused_rx", "stalled", "waits", "marks", "link", "link_down", "link_lost", "handler_absent", "handler_lost", "unanswered", "gone")
+    NIC_FIELD_NUMBER: _ClassVar[int]
+    FAMILY_FIELD_NUMBER: _ClassVar[int]
+    SENT_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
+    USUAL_FIELD_NUMBER: _ClassVar[int]
+    IDLE_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUTS_FIELD_NUMBER: _ClassVar[int]
+    PEER_TIMEOUTS_FIELD_NUMBER: _ClassVar[int]
+    RETRIES_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    EXHAUSTED_FIELD_NUMBER: _ClassVar[int]
+    UNCORRECTED_FIELD_NUMBER: _ClassVar[int]
+    REPLAYS_FIELD_NUMBER: _ClassVar[int]
+    FLAPS_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_TX_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_RX_FIELD_NUMBER: _ClassVar[int]
+    STALLED_FIELD_NUMBER: _ClassVar[int]
+    WAITS_FIELD_NUMBER: _ClassVar[int]
+    MARKS_FIELD_NUMBER: _ClassVar[int]
+    LINK_FIELD_NUMBER: _ClassVar[int]
+    LINK_DOWN_FIELD_NUMBER: _ClassVar[int]
+    LINK_LOST_FIELD_NUMBER: _ClassVar[int]
+    HANDLER_ABSENT_FIELD_NUMBER: _ClassVar[int]
+    HANDLER_LOST_FIELD_NUMBER: _ClassVar[int]
+    UNANSWERED_FIELD_NUMBER: _ClassVar[int]
+    GONE_FIELD_NUMBER: _ClassVar[int]
+    nic: str
+    family: str
+    sent: float
+    received: float
+    usual: float
+    idle: float
+    timeouts: int
+    peer_timeouts: int
+    retries: int
+    failures: int
+    exhausted: int
+    uncorrected: int
+    replays: int
+    flaps: int
+    paused_tx: float
+    paused_rx: float
+    stalled: float
+    waits: float
+    marks: float
+    link: str
+    link_down: bool
+    link_lost: bool
+    handler_absent: bool
+    handler_lost: bool
+    unanswered: float
+    gone: bool
+    def __init__(self, nic: _Optional[str] = ..., family: _Optional[str] = ..., sent: _Optional[float] = ..., received: _Optional[float] = ..., usual: _Optional[float] = ..., idle: _Optional[float] = ..., timeouts: _Optional[int] = ..., peer_timeouts: _Optional[int] = ..., retries: _Optional[int] = ..., failures: _Optional[int] = ..., exhausted: _Optional[int] = ..., uncorrected: _Optional[int] = ..., replays: _Optional[int] = ..., flaps: _Optional[int] = ..., paused_tx: _Optional[float] = ..., paused_rx: _Optional[float] = ..., stalled: _Optional[float] = ..., waits: _Optional[float] = ..., marks: _Optional[float] = ..., link: _Optional[str] = ..., link_down: bool = ..., link_lost: bool = ..., handler_absent: bool = ..., handler_lost: bool = ..., unanswered: _Optional[float] = ..., gone: bool = ...) -> None: ...
 
 class Order(_message.Message):
-    __slots__ = ("job", "epoch_allotted", "job_refused", "holders", "save_at", "stop_at", "save_ended", "snapshot_complete", "start", "stop", "end", "examine", "kill", "incident")
+    __slots__ = ("job", "term", "epoch_allotted", "job_refused", "holders", "save_at", "stop_at", "save_ended", "snapshot_complete", "start", "stop", "end", "examine", "kill", "incident")
     JOB_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     EPOCH_ALLOTTED_FIELD_NUMBER: _ClassVar[int]
     JOB_REFUSED_FIELD_NUMBER: _ClassVar[int]
     HOLDERS_FIELD_NUMBER: _ClassVar[int]
@@ -412,6 +517,7 @@ class Order(_message.Message):
     KILL_FIELD_NUMBER: _ClassVar[int]
     INCIDENT_FIELD_NUMBER: _ClassVar[int]
     job: str
+    term: int
     epoch_allotted: EpochAllotted
     job_refused: JobRefused
     holders: Holders
@@ -425,32 +531,36 @@ class Order(_message.Message):
     examine: Examine
     kill: Kill
     incident: Incident
-    def __init__(self, job: _Optional[str] = ..., epoch_allotted: _Optional[_Union[EpochAllotted, _Mapping]] = ..., job_refused: _Optional[_Union[JobRefused, _Mapping]] = ..., holders: _Optional[_Union[Holders, _Mapping]] = ..., save_at: _Optional[_Union[SaveAt, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., save_ended: _Optional[_Union[SaveEnded, _Mapping]] = ..., snapshot_complete: _Optional[_Union[SnapshotComplete, _Mapping]] = ..., start: _Optional[_Union[_agent_pb2.StartRanks, _Mapping]] = ..., stop: _Optional[_Union[_agent_pb2.StopRanks, _Mapping]] = ..., end: _Optional[_Union[_agent_pb2.JobEnd, _Mapping]] = ..., examine: _Optional[_Union[Examine, _Mapping]] = ..., kill: _Optional[_Union[Kill, _Mapping]] = ..., incident: _Optional[_Union[Incident, _Mapping]] = ...) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., term: _Optional[int] = ..., epoch_allotted: _Optional[_Union[EpochAllotted, _Mapping]] = ..., job_refused: _Optional[_Union[JobRefused, _Mapping]] = ..., holders: _Optional[_Union[Holders, _Mapping]] = ..., save_at: _Optional[_Union[SaveAt, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., save_ended: _Optional[_Union[SaveEnded, _Mapping]] = ..., snapshot_complete: _Optional[_Union[SnapshotComplete, _Mapping]] = ..., start: _Optional[_Union[_agent_pb2.StartRanks, _Mapping]] = ..., stop: _Optional[_Union[_agent_pb2.StopRanks, _Mapping]] = ..., end: _Optional[_Union[_agent_pb2.JobEnd, _Mapping]] = ..., examine: _Optional[_Union[Examine, _Mapping]] = ..., kill: _Optional[_Union[Kill, _Mapping]] = ..., incident: _Optional[_Union[Incident, _Mapping]] = ...) -> None: ...
 
 class Examine(_message.Message):
-    __slots__ = ("attempt", "incident", "ranks", "seconds")
+    __slots__ = ("attempt", "incident", "ranks", "seconds", "round")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     INCIDENT_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ROUND_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     incident: str
     ranks: _containers.RepeatedScalarFieldContainer[int]
     seconds: float
-    def __init__(self, attempt: _Optional[int] = ..., incident: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., seconds: _Optional[float] = ...) -> None: ...
+    round: int
+    def __init__(self, attempt: _Optional[int] = ..., incident: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., seconds: _Optional[float] = ..., round: _Optional[int] = ...) -> None: ...
 
 class Kill(_message.Message):
-    __slots__ = ("attempt", "rank", "reason")
+    __slots__ = ("attempt", "rank", "reason", "state")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     rank: int
     reason: str
-    def __init__(self, attempt: _Optional[int] = ..., rank: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    state: str
+    def __init__(self, attempt: _Optional[int] = ..., rank: _Optional[int] = ..., reason: _Optional[str] = ..., state: _Optional[str] = ...) -> None: ...
 
 class Incident(_message.Message):
-    __slots__ = ("id", "job", "attempt", "kind", "opened", "sentence", "rank", "node", "confidence", "signals", "actions", "ranks", "nics", "step", "detected")
+    __slots__ = ("id", "job", "attempt", "kind", "opened", "sentence", "rank", "node", "confidence", "signals", "actions", "ranks", "nics", "step", "detected", "notes")
     ID_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -466,6 +576,7 @@ class Incident(_message.Message):
     NICS_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     DETECTED_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     id: str
     job: str
     attempt: int
@@ -481,7 +592,8 @@ class Incident(_message.Message):
     nics: _containers.RepeatedScalarFieldContainer[str]
     step: int
     detected: float
-    def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ..., opened: _Optional[str] = ..., sentence: _Optional[str] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., confidence: _Optional[float] = ..., signals: _Optional[_Iterable[str]] = ..., actions: _Optional[_Iterable[str]] = ..., ranks: _Optional[_Iterable[_Union[RankEvidence, _Mapping]]] = ..., nics: _Optional[_Iterable[str]] = ..., step: _Optional[int] = ..., detected: _Optional[float] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., attempt: _Optional[int] = ..., kind: _Optional[str] = ..., opened: _Optional[str] = ..., sentence: _Optional[str] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ..., confidence: _Optional[float] = ..., signals: _Optional[_Iterable[str]] = ..., actions: _Optional[_Iterable[str]] = ..., ranks: _Optional[_Iterable[_Union[RankEvidence, _Mapping]]] = ..., nics: _Optional[_Iterable[str]] = ..., step: _Optional[int] = ..., detected: _Optional[float] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class EpochAllotted(_message.Message):
     __slots__ = ("attempt", "epoch", "code", "why", "rewinds")
@@ -567,7 +679,9 @@ class SnapshotComplete(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., world_size: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ListCompleteRequest(_message.Message):
-    __slots__ = ("job",)
+    __slots__ = ("job", "term")
     JOB_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     job: str
-    def __init__(self, job: _Optional[str] = ...) -> None: ...
+    term: int
+    def __init__(self, job: _Optional[str] = ..., term: _Optional[int] = ...) -> None: ...

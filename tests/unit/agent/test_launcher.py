@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,66 @@ class TestOneNode:
         assert "exited with status 127" in job.log.read_text()
 
 
+class TestStop:
+    """The wish to stop, with ranks that know nothing of it; ranks that save are in tests/fault/test_stop.py."""
+
+    def test_what_does_not_stop_in_time_is_ended_and_can_be_continued(self, run):
+        job = run("exec sleep 60", "--stop-grace", "0.5")
+        pid = job.pid(1, 0)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end() == 85
+        assert "no last save within 0.5 s" in job.log.read_text()
+        assert not alive(pid)
+
+    def test_a_second_sigterm_ends_at_once(self, run):
+        job = run("exec sleep 60", "--stop-grace", "600")
+        job.pid(1, 0)
+        job.process.send_signal(signal.SIGTERM)
+        eventually(lambda: "SIGTERM: asking the job" in job.log.read_text(), "the first one to be seen")
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end() == 85
+        assert "SIGTERM: ending now" in job.log.read_text()
+
+    def test_sigusr1_has_no_time_limit_and_may_come_before_sigterm(self, run):
+        job = run("exec sleep 60", "--stop-grace", "0.5")
+        job.pid(1, 0)
+        for _ in range(2):
+            job.process.send_signal(signal.SIGUSR1)
+        with pytest.raises(subprocess.TimeoutExpired):
+            job.process.wait(2.0)
+        job.process.send_signal(signal.SIGTERM)
+        assert job.end() == 85
+
+    def test_while_nothing_runs_there_is_nothing_to_wait_for(self, run):
+        options = ("--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "pair")
+        job = run("exit 0", *options, "--node-rank", "0", "--stop-grace", "600")
+        eventually(job.handles_signals, "the launcher to handle signals")
+        job.process.send_signal(signal.SIGUSR1)
+        assert job.end() == 85
+        assert job.attempts() == []
+
+    def test_a_rank_that_fails_after_the_wish_to_stop_is_not_started_again(self, run):
+        job = run('while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.05; done; exit 3')
+        job.pid(1, 0)
+        job.process.send_signal(signal.SIGUSR1)
+        eventually(lambda: "asking the job" in job.log.read_text(), "the signal to be seen")
+        (job.notes.parent / "go").touch()
+        assert job.end() == 85
+        assert job.attempts() == ["1"]
+        assert "SIGUSR1 to ckptsvc run" in job.log.read_text()
+
+    def test_a_job_script_can_read_how_each_node_ended(self, run, tmp_path):
+        note = tmp_path / "status"
+        assert run("exit 0", "--status-file", str(note), "--node", "a").end() == 0
+        assert run("exit 7", "--status-file", str(note), "--node", "b", "--max-restarts", "0").end() == 1
+        assert note.read_text() == "0 a\n1 b\n"
+
+    def test_a_status_file_that_cannot_be_written_changes_nothing(self, run, tmp_path):
+        job = run("exit 0", "--status-file", str(tmp_path / "none" / "status"))
+        assert job.end() == 0
+        assert "cannot be written" in job.log.read_text()
+
+
 class TestAgentsThatDie:
     def test_the_ranks_go_on(self, run, runtime):
         job = run('while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.05; done')
@@ -110,3 +171,14 @@ class TestAgentsThatDie:
         os.kill(jobs[which].process.pid, signal.SIGCONT)
         assert [job.end() for job in jobs] == [0, 0]
         assert jobs[0].attempts() == ["1", "2"]
+
+
+def test_a_job_that_leads_is_not_misled_by_an_agent_that_listens_elsewhere(run, runtime):
+    """The agent of an earlier job on this node is still there for a while."""
+    earlier = runtime.start_agent()
+    options = ("--nnodes", "2", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "pair")
+    jobs = [run("exit 0", *options, "--node-rank", str(n), *(["--node", "b"] if n else [])) for n in (0, 1)]
+    assert [job.end() for job in jobs] == [0, 0]
+    assert len(runtime.agents()) == 3
+    earlier.terminate()
+    assert earlier.wait(10) == 0

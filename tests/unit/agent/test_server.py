@@ -177,6 +177,17 @@ class TestRefusals:
         acquire(rank, 11, patience=5.0)
         rank.close()
 
+    def test_a_submit_after_another_rank_has_begun_a_new_epoch(self, agent):
+        """Its shard may lie in the old epoch's folder already."""
+        rank = attached(agent)
+        slot = acquire(rank, 10).slot
+        assert rank.call("Rewind", agent_pb2.RewindRequest(count=1)).epoch == 2
+        with pytest.raises(CkptsvcError, match="another rank has begun a new epoch"):
+            rank.call("Submit", agent_pb2.SubmitRequest(slot=slot, step=10, bytes=SIZE))
+        rank.call("Abandon", agent_pb2.AbandonRequest(slot=slot, step=10, reason="refused"))
+        assert acquire(rank, 10, patience=5.0).epoch == 2, "the save of the new epoch is not the one that was given up"
+        rank.close()
+
     def test_a_store_that_gives_no_epoch_turns_saves_off(self, agent):
         rank = agent.register(store="nonsense://x")
         assert rank.call("Prepare", agent_pb2.PrepareRequest(plain_digest="d")).complete
@@ -275,14 +286,39 @@ class TestEnd:
             eventually(lambda: not agent.alive, "the agent to end", 2.5)
         rank.close()
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_it_stops_when_told_to(self, start, runtime, number):
+    def test_it_stops_when_told_to(self, start, runtime):
         agent = start()
         rank = attached(agent)
-        agent.process.send_signal(number)
+        agent.process.send_signal(signal.SIGINT)
         assert agent.process.wait(10) == 0
         assert [p for p in self.arenas(runtime) if p.suffix == ".arena"] == []  # nothing was staged
         rank.identity.close()
+
+    def test_a_private_one_that_is_terminated_with_its_job_lets_the_ranks_save_first(self, start):
+        agent = start()
+        rank = attached(agent)
+        agent.process.send_signal(signal.SIGTERM)
+        agent.process.send_signal(signal.SIGUSR1)
+        with pytest.raises(subprocess.TimeoutExpired):
+            agent.process.wait(1.0)
+        assert status(agent)["pid"] == agent.process.pid
+        rank.close()
+        assert agent.process.wait(10) == 0
+
+    def test_told_twice_it_does_not_wait(self, start):
+        agent = start()
+        rank = attached(agent)
+        agent.process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            agent.process.wait(1.0)
+        agent.process.send_signal(signal.SIGTERM)
+        assert agent.process.wait(10) == 0
+        rank.identity.close()
+
+    def test_the_agent_of_a_service_does_not_wait(self, runtime):
+        process = runtime.start_agent()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 0
 
     def test_two_cannot_share_a_directory(self, agent, runtime):
         command = [sys.executable, "-m", "ckptsvc.agent.server", "--dir", str(agent.directory)]

@@ -95,9 +95,16 @@ def test_bytes_read_are_those_of_all_ranks() -> None:
 
 def test_slowdown_is_in_percent() -> None:
     sample = {"slowdown": 0.08, "lost": 0.1, "durable": 1.0, "blocked": 0.1}
-    rows = by_what(rows_of("overlap", [Results(nbytes=2 * GIB, samples={"ckptsvc": [sample]})]))
+    overlapped = {"slowdown": 0.01, "lost": 0.02, "durable": 1.0, "blocked": 0.01}
+    samples = {"ckptsvc": [sample], "ckptsvc, overlap": [overlapped], "memcpy": seconds(0.2)}
+    rows = by_what(rows_of("overlap", [Results(nbytes=2 * GIB, samples=samples)]))
     assert (rows["slowdown of the loop"].ours.median, rows["slowdown of the loop"].met) == (8.0, False)
     assert (rows["training time lost in all"].ours.median, rows["training time lost in all"].met) == (0.05, True)
+    assert (rows["overlap: loop blocked"].ratio.median, rows["overlap: loop blocked"].met) == (
+        pytest.approx(0.05),
+        True,
+    )
+    assert rows["overlap: time lost in all"].ours.median == pytest.approx(0.01)
 
 
 def test_json_says_whether_a_bar_is_met() -> None:

@@ -20,7 +20,7 @@ class Pretended:
 
     def __init__(self, save: float = 0.0, finish: float = 0.0, burn: float = 0.0, fails: str = "") -> None:
         self.times, self.burn, self.fails = (save, finish), burn, fails
-        self.saves = self.discarded = 0
+        self.saves = self.discarded = self.updates = 0
         self.closed = False
 
     def save(self) -> None:
@@ -34,6 +34,9 @@ class Pretended:
         if self.burn:
             code = f"import os\nwhile sum(os.times()[:2]) < {self.burn}: pass"
             subprocess.run([sys.executable, "-c", code], check=True)
+
+    def before_update(self) -> None:
+        self.updates += 1
 
     def discard_older(self) -> None:
         self.discarded += 1
@@ -63,10 +66,10 @@ def test_cpu_time_of_processes_that_a_save_has_started_counts() -> None:
 
 
 def test_the_time_a_loop_is_blocked_is_lost() -> None:
-    found = measure_overlap(Pretended(save=0.3, finish=0.3), ComputeLoop(), base=0.2)
-    assert 0.3 <= found["blocked"] < 0.4
-    assert found["durable"] >= 0.6
-    assert found["lost"] > 0.15, "the loop stood still for 0.3 s"
+    found = measure_overlap(Pretended(save=1.0, finish=0.3), ComputeLoop(), base=0.2)
+    assert 1.0 <= found["blocked"] < 1.5
+    assert found["durable"] >= 1.3
+    assert found["lost"] > 0.3, "the loop stood still for 1 s"
 
 
 @pytest.mark.slow  # it compares times

@@ -17,6 +17,7 @@ from ckptsvc.client.stage import StagePlan, choose, storable
 from ckptsvc.format.shard import ShardInfo, decode_header
 from ckptsvc.geometry.box import Box, FlatRange
 from ckptsvc.geometry.layout import SMALL_BYTES
+from ckptsvc.pipeline.arena import TAIL
 from ckptsvc.types import DTYPES, TensorMeta
 
 
@@ -233,7 +234,7 @@ class TestImage:
     def test_a_document_that_has_grown_fits_into_the_room(self):
         capture = captured({"a": torch.zeros(100)})
         plan = StagePlan.make(capture, 0, (0,))
-        arena = bytearray(plan.room(2))
+        arena = bytearray(plan.room(2) + TAIL)
         objects = b"x" * (1 << 20)
         image, _ = image_of(plan, capture, objects, arena)
         assert stored(image)["@rank/0/objects"] == objects
@@ -241,7 +242,7 @@ class TestImage:
     def test_arenas_that_are_forgotten_can_be_unmapped(self):
         capture = captured({"a": torch.zeros(100), "b": torch.zeros(3, 3).t()})
         plan = StagePlan.make(capture, 0, (0,))
-        arena = mmap.mmap(-1, plan.room(2))
+        arena = mmap.mmap(-1, plan.room(2) + TAIL)
         view = memoryview(arena)
         plan.write(capture, view, "slot", info(), b"{}")
         plan.forget(but=("slot",))

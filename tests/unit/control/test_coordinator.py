@@ -21,7 +21,7 @@ from told import (
 from ckptsvc.control.coordinator import FORGET_AFTER, Coordinator
 from ckptsvc.control.effects import Answer, CommitDone, KeepNodes, LookupDone, NodesRead, Probe, Probed
 from ckptsvc.control.membership import AGENT_PATIENCE
-from ckptsvc.control.restart import EXIT_PATIENCE, NODE_PATIENCE
+from ckptsvc.control.restart import EXIT_PATIENCE, INTERRUPTED, NODE_PATIENCE
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 FIELDS = {type(getattr(pb.Report(), f.name)): f.name for f in pb.Report.DESCRIPTOR.fields}
@@ -141,6 +141,31 @@ def test_a_stop_reaches_the_jobs_that_a_launcher_has_started_under_its_name(driv
     assert [(effect.order.job, kind) for effect, kind in zip(decision.effects, kinds(decision), strict=True)] == [
         ("job@1", "n0: stop_at")
     ]
+
+
+def test_a_stop_that_was_asked_for_before_there_were_ranks_reaches_them(driver):
+    driver.tell(node_joined("n0", min_nodes=1, max_nodes=1, nproc=1))
+    driver.tell(pb.StopRequested(job="job", reason="SIGTERM"))
+    driver.tell(joined(0, job="job@1", world_size=1))
+    for driver.now in (0.0, 2.0):
+        driver.tell(progressed("n0", 5, job="job@1"))
+    assert "n0: stop_at" in kinds(driver.core.tick(2.1))
+
+
+def test_a_launched_job_ends_with_what_is_committed(driver):
+    driver.tell(node_joined("n0", min_nodes=1, max_nodes=1, nproc=1))
+    driver.tell(node_ready("n0"))
+    driver.tell(joined(0, job="job@1", world_size=1, store="file:///run"))
+    driver.core.epoch_done(epoch_done(1, job="job@1"), driver.now)
+    for step in (10, 20):
+        driver.tell(staged(0, job="job@1", step=step, world_size=1))
+        driver.tell(durable(0, job="job@1", step=step))
+    driver.core.commit_done(CommitDone("job@1", 1, 10), 1.0)
+    driver.core.commit_done(CommitDone("job@1", 1, 20, code="store", why="full"), 1.0)
+    driver.tell(pb.StopRequested(job="job@1", reason="SIGTERM to rank 0"))
+    exited = pb.RankExited(job="job", node="n0", attempt=1, rank=0, status=INTERRUPTED)
+    ((_, end),) = orders(driver.tell(exited), "end")
+    assert end.reason == "stopped on request (SIGTERM to rank 0); step 10 is committed in file:///run"
 
 
 def test_a_skip_of_an_older_attempt_does_not_concern_the_pace_of_this_one(running):

@@ -279,6 +279,16 @@ class TestPace:
         assert decision.reasons == ["job job: stop at step 9: SIGTERM"]
         assert kinds(full.order_saves(3.0)) == []
 
+    def test_who_asks_for_a_stop_first_is_named_and_a_stop_that_is_ordered_stays(self, full):
+        full.want_stop("SIGTERM")
+        full.want_stop("the time is over")
+        for at in (0.5, 0.5 + LEAD_SECONDS):
+            full.progressed(progressed("n0", 7), at)
+        ((_, order), _) = orders(full.order_saves(2.0), "stop_at")
+        assert order.reason == "SIGTERM"
+        full.want_stop("SIGTERM again")
+        assert kinds(full.order_saves(3.0)) == []
+
     def test_a_stop_that_came_too_late_is_ordered_again(self, full):
         full.stop_wanted = "SIGTERM"
         full.progressed(progressed("n0", 7), 0.5)

@@ -454,7 +454,18 @@ class TestEnd:
     def test_ranks_that_were_asked_to_stop(self, gathered):
         exit_all(gathered, ranks=(0, 1))
         ((_, end), _) = orders(exit_all(gathered, INTERRUPTED, ranks=(2, 3)), "end")
-        assert (end.status, end.reason) == (INTERRUPTED, "stopped on request, saved")
+        assert (end.status, end.reason) == (INTERRUPTED, "stopped on request; nothing was saved")
+
+    def test_what_was_asked_for_and_what_was_saved_is_told(self, gathered):
+        gathered.stop_wanted, gathered.saved = "SIGTERM to a", "step 9 is committed in file:///run"
+        ((_, end), _) = orders(exit_all(gathered, INTERRUPTED), "end")
+        assert end.reason == "stopped on request (SIGTERM to a); step 9 is committed in file:///run"
+
+    def test_a_rank_that_dies_after_a_stop_was_asked_for_ends_the_job_for_there_is_no_time(self, gathered):
+        gathered.stop_wanted = "SIGTERM to a"
+        ((_, end), _) = orders(gathered.rank_exited(1, 2, "b", -15, 5.0), "end")
+        assert end.status == INTERRUPTED
+        assert "nothing was saved; before the last save, rank 2 on b was killed by signal 15" in end.reason
 
     def test_a_rank_that_ends_well_twice_counts_once(self, gathered):
         assert kinds(exit_all(gathered, ranks=(0, 0, 1, 1, 2, 2))) == []

@@ -6,7 +6,7 @@ assert orders(decision, "save_ended") == [("n0", outcome)]
 
 from typing import Any
 
-from ckptsvc.control.effects import Commit, Decision, EpochDone, Send
+from ckptsvc.control.effects import Commit, Decision, EpochDone, Record, Send
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 STORE = "file:///run"
@@ -81,11 +81,16 @@ def orders(decision: Decision, kind: str) -> list[tuple[str, Any]]:
 
 
 def kinds(decision: Decision) -> list[str]:
-    """What was decided: "node: kind of order", or the name of the effect."""
+    """What was decided: "node: kind of order", or the name of the effect; `incidents` apart."""
     return [
         f"{effect.node}: {effect.order.WhichOneof('effect')}" if isinstance(effect, Send) else type(effect).__name__
         for effect in decision.effects
+        if not isinstance(effect, Record)
     ]
+
+
+def incidents(decision: Decision) -> list[pb.Incident]:
+    return [effect.incident for effect in decision.effects if isinstance(effect, Record)]
 
 
 def commits(decision: Decision) -> list[Commit]:

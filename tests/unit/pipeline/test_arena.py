@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from ckptsvc.errors import ArenaExhausted, InvalidInput, RunBusy
-from ckptsvc.pipeline.arena import HUGE_PAGE, ArenaPool, Label, Mappings, State, populate
+from ckptsvc.pipeline.arena import HUGE_PAGE, TAIL, ArenaPool, Label, Mappings, State, populate
 
 MiB = 1 << 20
 
@@ -71,7 +71,7 @@ def reopened(pool):
 class TestMaking:
     def test_memory_is_allocated_in_huge_pages(self, pool):
         arena = made(pool, nbytes=HUGE_PAGE + 1)
-        assert arena.capacity == 2 * HUGE_PAGE == os.stat(arena.path).st_size == pool.total
+        assert arena.capacity + TAIL == 2 * HUGE_PAGE == os.stat(arena.path).st_size == pool.total
         assert os.stat(arena.path).st_blocks * 512 >= arena.capacity
         assert arena.state is State.FREE
 
@@ -84,7 +84,7 @@ class TestMaking:
         pool.limit = 2 * HUGE_PAGE
         made(pool)
         with pytest.raises(ArenaExhausted, match="an arena of 4 MiB does not fit: 2 of 4 MiB are taken"):
-            pool.make("job", 4, 2 * HUGE_PAGE)
+            pool.make("job", 4, 2 * HUGE_PAGE - TAIL)
         made(pool)
         with pytest.raises(ArenaExhausted, match=r"raise arena\.limit"):
             pool.make("job", 4, 1)
@@ -234,7 +234,7 @@ class TestRecovery:
         )
         assert found.state is (State.KEPT if kept else State.STAGED)
         assert found.label == msgspec.structs.replace(label(), kept=kept)
-        assert pool.total == arena.capacity
+        assert pool.total == arena.capacity + TAIL
 
     def test_while_a_kept_snapshot_is_being_labelled(self, pool):
         made(pool)

@@ -6,7 +6,7 @@ from harness.random_run import POOL, memory_store, runs, small_run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptsvc.errors import Damaged, StoreFull
+from ckptsvc.errors import Damaged, SaveFailed, StoreFull
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.format.commit import parse_shard_name
 from ckptsvc.pipeline.write import write_shard
@@ -52,6 +52,17 @@ def test_the_table_says_what_the_rank_holds(run, data):
     rank = data.draw(st.integers(0, run.world_size - 1))
     written = write(memory_store(), run.image(rank), rank=rank)
     assert len(written.columns) == sum(held.rank == rank for held in run.held)
+
+
+def test_a_store_that_does_not_wait_for_what_it_writes_is_found_out():
+    class Hasty(Faulty):
+        def write(self, key, data, size, *, ready=None, progress=None):
+            self.inner.write(key, data, size, progress=progress)
+
+    store = memory_store()
+    with pytest.raises(SaveFailed, match="ignores `ready`"):
+        write(Hasty(store, []), small_run().image(1))
+    assert list(store.list()) == []
 
 
 def test_digests_are_told_although_the_store_fails():

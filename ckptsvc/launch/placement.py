@@ -31,6 +31,7 @@ RESTARTS_PER_REQUEUE = 1000
 
 _JOB_VARIABLES = ("CKPTSVC_JOB", "SLURM_JOB_ID", "PBS_JOBID", "PALS_APID", "TORCHELASTIC_RUN_ID")
 _NODE_VARIABLES = ("CKPTSVC_NODE", "SLURMD_NODENAME")
+_DEADLINE_VARIABLES = ("CKPTSVC_DEADLINE", "SLURM_JOB_END_TIME")  # PBS sets none: its job script does (deploy/pbs)
 # Job and node names become parts of file names and metric labels; PBS calls an array job "12[3].host".
 _NAME = re.compile(r"[A-Za-z0-9_\[][A-Za-z0-9_.:@+=\[\]-]{0,127}")
 _NUMBER = re.compile(r"[0-9]{1,9}")
@@ -168,8 +169,8 @@ def detect(environ: Mapping[str, str], hostname: str) -> Placement:
 
 def _ranks(environ: Mapping[str, str], launcher: _Launcher) -> tuple[int, int]:
     """Rank and world size, checked."""
-    rank, rank_variable = _number(environ, launcher.rank)
-    world_size, size_variable = _number(environ, launcher.world_size)
+    rank, rank_variable = number(environ, launcher.rank)
+    world_size, size_variable = number(environ, launcher.world_size)
     if rank is None or world_size is None:
         missing = launcher.rank if rank is None else launcher.world_size
         raise ConfigError(
@@ -182,8 +183,8 @@ def _ranks(environ: Mapping[str, str], launcher: _Launcher) -> tuple[int, int]:
 
 
 def _agrees(environ: Mapping[str, str], launcher: _Launcher, rank: int, world_size: int) -> bool:
-    its_rank, _ = _number(environ, launcher.rank)
-    its_world_size, _ = _number(environ, launcher.world_size)
+    its_rank, _ = number(environ, launcher.rank)
+    its_world_size, _ = number(environ, launcher.world_size)
     return (its_rank, its_world_size) == (rank, world_size)
 
 
@@ -191,8 +192,8 @@ def _local_ranks(
     environ: Mapping[str, str], launchers: Sequence[_Launcher], world_size: int
 ) -> tuple[int, int, int | None]:
     """Local rank, local size and the node's number (None where nobody says it), checked."""
-    node_rank, _ = _number(environ, [name for row in launchers for name in row.node_rank])
-    local_rank, rank_variable = _number(environ, [name for row in launchers for name in row.local_rank])
+    node_rank, _ = number(environ, [name for row in launchers for name in row.node_rank])
+    local_rank, rank_variable = number(environ, [name for row in launchers for name in row.local_rank])
     size_variables = [name for row in launchers for name in row.local_size]
     size_variable = next((name for name in size_variables if name in environ), "")
     if local_rank is None and not size_variable:
@@ -212,8 +213,12 @@ def _local_ranks(
     return local_rank, local_size, node_rank
 
 
-def _number(environ: Mapping[str, str], variables: Sequence[str]) -> tuple[int | None, str]:
-    """The number in the first of `variables` that is set, and that variable's name; (None, "") if none is."""
+def number(environ: Mapping[str, str], variables: Sequence[str]) -> tuple[int | None, str]:
+    """The number in the first of `variables` that is set, and that variable's name; (None, "") if none is.
+
+    Raises:
+        ConfigError: it is not a number.
+    """
     for name in variables:
         if name in environ:
             if _NUMBER.fullmatch(environ[name]) is None:
@@ -241,18 +246,23 @@ def _job(environ: Mapping[str, str]) -> str:
     for name in _JOB_VARIABLES:
         # torchrun says "none" where no rendezvous id was given
         if name in environ and (name, environ[name]) != ("TORCHELASTIC_RUN_ID", "none"):
-            return _checked_name(environ[name], name, "CKPTSVC_JOB")
+            return checked_name(environ[name], name, "CKPTSVC_JOB")
     return LOCAL_JOB
 
 
 def _node(environ: Mapping[str, str], hostname: str) -> str:
     for name in _NODE_VARIABLES:
         if name in environ:
-            return _checked_name(environ[name], name, "CKPTSVC_NODE")
-    return _checked_name(hostname, "the host's name", "CKPTSVC_NODE")
+            return checked_name(environ[name], name, "CKPTSVC_NODE")
+    return checked_name(hostname, "the host's name", "CKPTSVC_NODE")
 
 
-def _checked_name(value: str, source: str, variable: str) -> str:
+def checked_name(value: str, source: str, variable: str) -> str:
+    """The name of a job or a node, if it can be part of a file name; `source` says where it is from.
+
+    Raises:
+        ConfigError: it cannot; the hint names the `variable` that gives another one.
+    """
     if _NAME.fullmatch(value) is None:
         raise ConfigError(
             f"{source} is {value!r}, which cannot be part of a file name",
@@ -262,24 +272,24 @@ def _checked_name(value: str, source: str, variable: str) -> str:
 
 
 def _attempt(environ: Mapping[str, str]) -> int:
-    attempt, _ = _number(environ, ("CKPTSVC_ATTEMPT",))
+    attempt, _ = number(environ, ("CKPTSVC_ATTEMPT",))
     if attempt is not None:
         return attempt
-    requeues, _ = _number(environ, ("SLURM_RESTART_COUNT",))
-    restarts, _ = _number(environ, ("TORCHELASTIC_RESTART_COUNT",))
+    requeues, _ = number(environ, ("SLURM_RESTART_COUNT",))
+    restarts, _ = number(environ, ("TORCHELASTIC_RESTART_COUNT",))
     if restarts is None:
         return requeues or 0
     return (requeues or 0) * RESTARTS_PER_REQUEUE + restarts
 
 
 def _deadline(environ: Mapping[str, str]) -> float | None:
-    text = environ.get("SLURM_JOB_END_TIME")
-    if text is None:
+    variable = next((name for name in _DEADLINE_VARIABLES if name in environ), None)
+    if variable is None:
         return None
     try:
-        deadline = float(text)
+        deadline = float(environ[variable])
     except ValueError:
         deadline = math.nan
     if not (math.isfinite(deadline) and deadline > 0):
-        raise ConfigError(f"SLURM_JOB_END_TIME is {text!r}, which is not a time in unix seconds")
+        raise ConfigError(f"{variable} is {environ[variable]!r}, which is not a time in unix seconds")
     return deadline

@@ -1,0 +1,170 @@
+"""Values with units, as people write them: sizes, durations, intervals, amounts of memory, addresses.
+
+Every parser takes what a settings file, an environment variable or an argument holds, and refuses it with examples.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import NamedTuple, NoReturn
+
+from ckptsvc.errors import ConfigError
+
+_SIZE_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}b": 1000**power for power, prefix in enumerate("kmgtp", 1)},
+    **{f"{prefix}ib": 1024**power for power, prefix in enumerate("kmgtp", 1)},
+}
+_DURATION_UNITS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_NUMBER = r"[0-9]+(?:\.[0-9]+)?"
+_SIZE = re.compile(rf"({_NUMBER}) *([A-Za-z]*)")
+_DURATION_PART = re.compile(rf"({_NUMBER}) *([a-z]+)")
+_PERCENT = re.compile(rf"({_NUMBER}) *%")
+_ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]+)):([0-9]{1,5})")
+
+
+class Address(NamedTuple):
+    """A TCP address; port 0 lets the kernel choose one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+class Every(NamedTuple):
+    """How often to save: `steps` or `seconds` is set, the other is 0."""
+
+    steps: int
+    seconds: float
+
+
+class Limit(NamedTuple):
+    """An amount of memory: `nbytes`, or `share` (0 to 1) of a whole, is set; the other is 0."""
+
+    nbytes: int
+    share: float
+
+    def of(self, total: int) -> int:
+        """The limit in bytes where the whole is `total` bytes."""
+        return self.nbytes or int(total * self.share)
+
+
+def parse_size(value: object) -> int:
+    """Bytes in a size: 4096, "512MiB", "8 GiB", "1.5TB" (KB is 1000 bytes, KiB is 1024).
+
+    Raises:
+        ConfigError: not a size, or not a whole number of bytes.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    nbytes = math.nan
+    if match := _match(_SIZE, value):
+        nbytes = float(match[1]) * _SIZE_UNITS.get(match[2].lower(), math.nan)
+    if not nbytes.is_integer():
+        _refuse(value, "a size", '4096, "512MiB" or "8GiB"')
+    return int(nbytes)
+
+
+def parse_duration(value: object) -> float:
+    """Seconds in a duration: 90, 0.5, "90", "90s", "10min", "1h30min" (units ms, s, min, h, d).
+
+    Raises:
+        ConfigError: not a duration.
+    """
+    seconds = math.nan
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        seconds = float(value)
+    elif match := _match(re.compile(_NUMBER), value):
+        seconds = float(match[0])
+    elif _match(re.compile(f"(?:{_DURATION_PART.pattern} *)+"), value):
+        parts = _DURATION_PART.findall(str(value))
+        seconds = sum(float(number) * _DURATION_UNITS.get(unit, math.nan) for number, unit in parts)
+    if not (math.isfinite(seconds) and seconds >= 0):
+        _refuse(value, "a duration", '30, "90s", "10min" or "1h30min"')
+    return seconds
+
+
+def parse_every(value: object) -> Every | None:
+    """How often to save: a number of steps, a duration with its unit, or None for "off" (only when asked).
+
+    Raises:
+        ConfigError: none of these, or zero.
+    """
+    if value == "off":
+        return None
+    every = Every(0, 0.0)
+    if isinstance(value, int) and not isinstance(value, bool):
+        every = Every(value, 0.0)
+    elif match := _match(re.compile("[0-9]+"), value):
+        every = Every(int(match[0]), 0.0)
+    elif isinstance(value, str):
+        every = Every(0, parse_duration(value))
+    if every.steps <= 0 and every.seconds <= 0:
+        _refuse(value, "an interval", '500 (steps), "10min" or "off"')
+    return every
+
+
+def parse_limit(value: object) -> Limit:
+    """An amount of memory: a size, or a share such as "50%".
+
+    Raises:
+        ConfigError: neither, zero, or more than 100 %.
+    """
+    match = _match(_PERCENT, value)
+    limit = Limit(0, float(match[1]) / 100) if match else Limit(parse_size(value), 0.0)
+    if not any(limit) or limit.share > 1:
+        _refuse(value, "a limit", '"50%" or "8GiB"')
+    return limit
+
+
+def parse_address(value: object) -> Address:
+    """A TCP address: "host:port", "10.0.0.1:7070", "[::1]:0".
+
+    Raises:
+        ConfigError: not an address.
+    """
+    match = _match(_ADDRESS, value)
+    if match is None or int(match[3]) > 65535:
+        _refuse(value, "an address", '"127.0.0.1:0" or "[::1]:7070"')
+    return Address(match[1] or match[2], int(match[3]))
+
+
+def parse_address_or_off(value: object) -> Address | None:
+    """A TCP address, or None for "off".
+
+    Raises:
+        ConfigError: neither.
+    """
+    return None if value == "off" else parse_address(value)
+
+
+def parse_duration_or_off(value: object) -> float | None:
+    """Seconds in a duration, or None for "off"; else ConfigError."""
+    return None if value == "off" else parse_duration(value)
+
+
+def parse_names(value: object) -> tuple[str, ...]:
+    """Names of Python modules: "torch, torch.optim", or a list of them.
+
+    Raises:
+        ConfigError: one of them cannot be a module's name.
+    """
+    names = value.split(",") if isinstance(value, str) else value
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        _refuse(value, "a list of modules", '"torch,transformers"')
+    found = tuple(name.strip() for name in names if name.strip())
+    if not all(part.isidentifier() for name in found for part in name.split(".")):
+        _refuse(value, "a list of modules", '"torch,transformers"')
+    return found
+
+
+def _match(pattern: re.Pattern[str], value: object) -> re.Match[str] | None:
+    return pattern.fullmatch(value.strip()) if isinstance(value, str) else None
+
+
+def _refuse(value: object, kind: str, examples: str) -> NoReturn:
+    raise ConfigError(f"{value!r} is not {kind}", hint=f"for example {examples}")
