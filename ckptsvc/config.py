@@ -67,6 +67,8 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
         metrics_listen: where Prometheus and browsers reach this one, or "off".
         name: name of the node; "" means the one its scheduler or the host gives it.
         coordinator: the agent that decides, or "off": the agents elect one.
+        coordination: where agents elect the coordinators of their jobs, "etcd://host:port,host:port/prefix"; "" means
+            that the agent whose address `ckptsvc run` was given coordinates.
         incidents_dir: where incidents are kept; "" means ckptsvc/incidents in $XDG_STATE_HOME (~/.local/state).
     """
 
@@ -75,7 +77,28 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     metrics_listen: Annotated[Address | None, parse_address_or_off] = Address("127.0.0.1", 0)
     name: str = ""
     coordinator: Annotated[Address | None, parse_address_or_off] = None
+    coordination: str = ""
     incidents_dir: str = ""
+
+
+class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[etcd]: how to speak to the etcd of agent.coordination.
+
+    Attributes:
+        ttl: how long a coordinator's lease lives without it (whole seconds; etcd may make it longer).
+        user: whom to log in as.
+        password_file: with what; readable by its owner alone.
+        ca_file: certificates (PEM) of those who sign etcd's; "" means a connection that is not encrypted.
+        cert_file: our own certificate, where etcd wants one.
+        key_file: its key; readable by its owner alone.
+    """
+
+    ttl: Annotated[float, parse_duration] = 3.0
+    user: str = ""
+    password_file: str = ""
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
 
 
 class ArenaSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -212,6 +235,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     store: StoreSettings = StoreSettings()
     health: HealthSettings = HealthSettings()
     nics: NicsSettings = NicsSettings()
+    etcd: EtcdSettings = EtcdSettings()
     launch: LaunchSettings = LaunchSettings()
     origin: dict[str, str] = {}
 
@@ -350,6 +374,8 @@ def _check(settings: Settings) -> None:
         refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
     if not os.path.isabs(settings.nics.root):
         refuse("nics.root", f"is {settings.nics.root!r}, which is not an absolute path")
+    if not 2 <= settings.etcd.ttl <= 60:
+        refuse("etcd.ttl", f"is {settings.etcd.ttl:g} s, not 2 to 60")
     if save.extent == 0 or save.extent % PAGE:
         refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
     if save.deadline >= save.timeout:

@@ -16,6 +16,7 @@
       RunBusy                   another live job writes to this run
       Fenced                    a newer job has taken this run over
       AgentUnavailable          no agent answers
+      CoordinationUnavailable   etcd does not answer
       ArenaExhausted            no shared memory for a snapshot
       SaveFailed                a save ended without a commit; the message says why
       Interrupted               stopped on request after a last save
@@ -144,6 +145,13 @@ class AgentUnavailable(CkptsvcError):
     retryable = True
 
 
+class CoordinationUnavailable(CkptsvcError):
+    """The service through which the agents elect a coordinator does not answer."""
+
+    code = "coordination-unavailable"
+    retryable = True
+
+
 class ArenaExhausted(CkptsvcError):
     """There is no shared memory for a snapshot within the limit that was set."""
 
@@ -193,6 +201,7 @@ EXIT_STATUS: dict[str, int] = {
     "agent-unavailable": 20,
     "arena-exhausted": 21,
     "save-failed": 22,
+    "coordination-unavailable": 23,
     "interrupted": 85,
     "crash-loop": 86,
     "node-unfit": 87,
@@ -221,6 +230,7 @@ GRPC_STATUS: dict[str, str] = {
     "agent-unavailable": "UNAVAILABLE",
     "arena-exhausted": "RESOURCE_EXHAUSTED",
     "save-failed": "FAILED_PRECONDITION",
+    "coordination-unavailable": "UNAVAILABLE",
     "interrupted": "CANCELLED",
     "crash-loop": "ABORTED",
     "node-unfit": "FAILED_PRECONDITION",

@@ -104,6 +104,7 @@ class Event(StrEnum):
     AGENT_STARTED = "agent-started"
     AGENT_STOPPED = "agent-stopped"
     COORDINATOR_CHOSEN = "coordinator-chosen"
+    COORDINATOR_UNKNOWN = "coordinator-unknown"
     RANK_REGISTERED = "rank-registered"
     RANK_LEFT = "rank-left"
     RANK_DIED = "rank-died"
@@ -174,6 +175,12 @@ class Metrics:
             "Failed requests to a store, retried ones too; kind is an error code.",
             ["scheme", "kind"],
             registry=registry,
+        )
+        self.coordinator_changes = Counter(
+            "ckptsvc_coordinator_changes_total", "Elected coordinators this agent has taken note of.", registry=registry
+        )
+        self.orders_refused = Counter(
+            "ckptsvc_orders_refused_total", "Orders of coordinators whose term is over.", registry=registry
         )
         self._nics(registry)
         Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})

@@ -8,6 +8,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent))  # for `harness`
 
+from harness.etcd import EtcdServer, etcd_server
 from harness.job import Launch
 from harness.runtime import Runtime
 from harness.zygote import Zygote
@@ -54,3 +55,18 @@ def runtime(request: pytest.FixtureRequest) -> Iterator[Runtime]:
 def launch(runtime: Runtime, tmp_path: Path, _zygote: Callable[[], Zygote]) -> Launch:
     """Starts jobs in the private runtime."""
     return Launch(runtime, tmp_path / "jobs", _zygote)
+
+
+@pytest.fixture(scope="session")
+def _programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where programs are unpacked that are not installed."""
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture
+def etcd(tmp_path: Path, _programs: Path) -> Iterator[EtcdServer]:
+    """A real etcd of the test's own; the test is skipped where there is none to be had."""
+    folder = tmp_path / "etcd"
+    folder.mkdir()
+    with etcd_server(_programs, folder) as server:
+        yield server

@@ -41,6 +41,11 @@ SWEEP_PATIENCE = 10.0
 WARM_PATIENCE = 60.0
 """Seconds that a rank waits for the warm interpreter to become ready; it is then started without it."""
 
+WARM = "CKPTSVC_WARM"
+"""The variable that tells a warm interpreter what it is, and what to do."""
+
+FAIL = "raise SystemExit(1)"
+
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as a shell says it
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -128,6 +133,7 @@ class Keeper:
                 self._wanted.append(start)
                 self._hand_over()
         elif order["op"] == "signal":
+            self._forget_wanted(order["rank"])
             for pid, rank in self._ranks.items():
                 if rank == order["rank"]:
                     os.kill(pid, order["number"])  # not reaped yet: it can be no other process
@@ -185,16 +191,26 @@ class Keeper:
                     status = os.waitstatus_to_exitcode(status)
                     self._tell(event="ended", rank=self._ranks.pop(pid), status=status)
 
+    def _forget_wanted(self, rank: int | None = None) -> None:
+        """Do not start one rank, or any, that still waits for the warm interpreter."""
+        for start in [start for start in self._wanted if rank in (None, start.rank)]:
+            self._wanted.remove(start)
+            os.close(start.output)
+            self._tell(event="ended", rank=start.rank, status=-signal.SIGKILL)
+
     def _sweep(self) -> list[int]:
         """Kill whatever is below, but the warm interpreter; returns what is left after `SWEEP_PATIENCE` seconds."""
         deadline = time.monotonic() + SWEEP_PATIENCE
+        self._forget_wanted()
         while True:
+            if self._warm is not None:
+                self._hear_warm(self._warm)
             left = [pid for pid in children_of(os.getpid()) if pid != self._warm_pid]
             for pid in left:  # what a killed process leaves behind comes to us, and is killed in the next round
                 os.kill(pid, signal.SIGKILL)
             self._reap()
             left = [pid for pid in children_of(os.getpid()) if pid != self._warm_pid]
-            if not left or time.monotonic() > deadline:
+            if not (left or self._handed) or time.monotonic() > deadline:
                 return left
             select.select([self._woken], [], [], 0.05)
             with contextlib.suppress(BlockingIOError):
@@ -203,12 +219,18 @@ class Keeper:
     # ---- the warm interpreter ----------------------------------------------------------------------------------------
 
     def _start_warm(self, spec: dict[str, Any], output: int) -> None:
-        self._warm, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        spec |= {"fd": theirs.fileno(), "keeper": os.getpid(), "pythonpath": os.environ.get("PYTHONPATH")}
-        path = [spec.pop("directory"), *filter(None, [spec["pythonpath"]])]
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "CKPTSVC_WARM": json.dumps(spec)}
         self._warm_since = time.monotonic()
-        self._warm_pid = self._spawn(self._command, environ, output, theirs.fileno())
+        given = os.environ.get("PYTHONPATH")
+        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([spec.pop("directory"), *filter(None, [given])])}
+        # An interpreter that for some reason does not look there would run the script at once, as no rank at all.
+        trial = self._spawn([*self._command[:1], "-c", FAIL], environ | {WARM: "trial"}, os.dup(output))
+        if os.waitstatus_to_exitcode(os.waitpid(trial, 0)[1]) != 0:
+            os.close(output)
+            self._tell(event="warm", ready=False, why=f"{self._command[0]} imports no sitecustomize from PYTHONPATH")
+            return
+        self._warm, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        spec |= {"fd": theirs.fileno(), "keeper": os.getpid(), "pythonpath": given}
+        self._warm_pid = self._spawn(self._command, environ | {WARM: json.dumps(spec)}, output, theirs.fileno())
         theirs.close()
 
     def _hand_over(self) -> None:

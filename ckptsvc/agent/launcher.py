@@ -94,6 +94,7 @@ class Launcher:
         self._doorbell = 0
         self._unfit = ""
         self._leaving = False
+        self._failure: NodeUnfit | None = None
         self._status: int | None = None
         self._interrupted = asyncio.Event()
         self._stop_wanted = ""  # why the job was asked to stop
@@ -152,7 +153,7 @@ class Launcher:
         without_agent = 0.0
         if self._launch.preflight is not None:
             self._unfit = await reason_against(*self._launch.preflight, self._launch.address)
-        while self._status is None:
+        while not self._is_over():
             began = time.monotonic()
             try:
                 await asyncio.get_running_loop().run_in_executor(
@@ -167,13 +168,18 @@ class Launcher:
                 if self._unfit:
                     raise NodeUnfit(self._unfit) from None
                 self._say(f"lost the agent ({error.what}); the ranks go on")
-            if self._status is None:
+            if self._failure is not None:
+                raise self._failure
+            if not self._is_over():
                 await asyncio.sleep(RECONNECT)
                 without_agent = 0.0 if self._ranks.live else without_agent + time.monotonic() - began
                 if without_agent > AGENT_PATIENCE:
                     raise AgentUnavailable(f"no agent for {AGENT_PATIENCE:g} s")
         await self._ranks.stop(2.0)
-        return self._status
+        return 130 if self._status is None else self._status
+
+    def _is_over(self) -> bool:
+        return self._status is not None or self._leaving
 
     async def _talk(self) -> None:
         """One connection to the agent, until the job ends or the agent is lost."""
@@ -225,7 +231,10 @@ class Launcher:
         )
         yield agent_pb2.LaunchRequest(hello=hello)
         while True:
-            yield await reports.get()
+            report = await reports.get()
+            yield report
+            if report.WhichOneof("report") == "leaving":
+                return  # the agent ends the call then
 
     def _ready(self) -> None:
         """Reserve a port for the next attempt's rendezvous store, and say that this node could start it."""
@@ -251,8 +260,9 @@ class Launcher:
         left = await self._ranks.stop(grace)
         if left:
             why = f"processes {', '.join(map(str, left))} do not end of SIGKILL: a device or a file system hangs"
+            self._failure = NodeUnfit(why)
             self._leave(why)
-            raise NodeUnfit(why)
+            return
         self._ready()
 
     def _leave(self, why: str) -> None:

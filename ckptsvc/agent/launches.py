@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc.aio
 
-from ckptsvc.agent.local import Local
+from ckptsvc.agent.local import Local, way_to
 from ckptsvc.agent.output import log_file
 from ckptsvc.agent.sessions import Session
 from ckptsvc.control.restart import launched_as
@@ -37,12 +37,13 @@ class Launcher:
     """One `ckptsvc run`."""
 
     hello: agent_pb2.LauncherHello
-    coordinator: str
+    way: str  # to its coordinator
     orders: asyncio.Queue[agent_pb2.LaunchResponse] = field(default_factory=asyncio.Queue)
     ready: agent_pb2.LauncherReady | None = None
     leaving: str = "its launcher is gone"
     since: float = field(default_factory=time.monotonic)
     exits: dict[int, pb.Report] = field(default_factory=dict)  # by rank of the attempt that runs here
+    stop: pb.Report | None = None  # asked for in the attempt that runs here; maybe while there was no coordinator
 
 
 class Launches:
@@ -51,7 +52,7 @@ class Launches:
     def __init__(self, local: Local) -> None:
         self._local = local
         self._by_job: dict[str, Launcher] = {}
-        local.launchers = self.resync
+        local.launchers, local.stops = self.resync, self.stops
         local.launched = self._by_job.__contains__
 
     @property
@@ -80,20 +81,26 @@ class Launches:
         if hello.job in self._by_job:
             raise InvalidInput(f"job {hello.job} is already launched on this node")
         metadata = dict(context.invocation_metadata() or ())
-        launcher = Launcher(hello, str(metadata.get(COORDINATOR_KEY, "")))
+        launcher = Launcher(hello, way_to(str(metadata.get(COORDINATOR_KEY, "")), hello.job))
+        uplink = self._local.uplink(launcher.way)
         self._by_job[hello.job] = launcher
-        uplink = self._local.uplink(launcher.coordinator)
         for report in self._reports_of(launcher):
             uplink.report(report)
         reading = asyncio.ensure_future(self._read(requests, launcher))
+        getting = asyncio.ensure_future(launcher.orders.get())
         try:
             while True:
-                response = await launcher.orders.get()
+                await asyncio.wait((reading, getting), return_when=asyncio.FIRST_COMPLETED)
+                if not getting.done():
+                    return  # the launcher has nothing more to say: it leaves
+                response = getting.result()
+                getting = asyncio.ensure_future(launcher.orders.get())
                 yield response
                 if response.WhichOneof("order") == "end":
                     return
         finally:
             reading.cancel()
+            getting.cancel()
             if self._by_job.get(hello.job) is launcher:
                 del self._by_job[hello.job]
             left = pb.NodeLeft(job=hello.job, node=self._local.name, detail=launcher.leaving)
@@ -101,7 +108,7 @@ class Launches:
 
     async def _read(self, requests: AsyncIterator[agent_pb2.LaunchRequest], launcher: Launcher) -> None:
         job, node = launcher.hello.job, self._local.name
-        uplink = self._local.uplink(launcher.coordinator)
+        uplink = self._local.uplink(launcher.way)
         async for request in requests:
             kind = request.WhichOneof("report")
             if kind == "ready":
@@ -118,7 +125,8 @@ class Launches:
                 launcher.leaving = request.leaving.reason
             elif kind == "stop_wanted":
                 wanted = pb.StopRequested(job=job, reason=request.stop_wanted.reason)
-                uplink.report(pb.Report(stop_requested=wanted))
+                launcher.stop = pb.Report(stop_requested=wanted)
+                uplink.report(launcher.stop)
 
     def order(self, order: pb.Order) -> None:
         """An order of the coordinator for a launcher."""
@@ -129,7 +137,7 @@ class Launches:
         if kind == "start":
             if order.start.attempt == launcher.hello.attempt:
                 return  # repeated by a coordinator that was not sure
-            launcher.ready = None
+            launcher.ready = launcher.stop = None
             launcher.exits.clear()
             launcher.hello.attempt = order.start.attempt
             launcher.hello.first_rank = order.start.first_rank
@@ -140,11 +148,17 @@ class Launches:
         elif kind == "end":
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(end=order.end))
 
-    def resync(self, coordinator: str) -> Iterator[pb.Report]:
+    def resync(self, way: str) -> Iterator[pb.Report]:
         """What a coordinator that connects anew must hear of the launchers."""
         for launcher in self._by_job.values():
-            if launcher.coordinator == coordinator:
+            if launcher.way == way:
                 yield from self._reports_of(launcher)
+
+    def stops(self, way: str) -> Iterator[pb.Report]:
+        """The requests to stop that such a coordinator must hear of, once it knows the ranks."""
+        for launcher in self._by_job.values():
+            if launcher.way == way and launcher.stop is not None:
+                yield launcher.stop
 
     def _reports_of(self, launcher: Launcher) -> Iterator[pb.Report]:
         hello = launcher.hello

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 from ckptsvc.agent import reports
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.sessions import LocalJob, Session
 from ckptsvc.agent.uplink import LocalUplink, RemoteUplink, Uplink
-from ckptsvc.errors import AgentUnavailable
+from ckptsvc.control.coordinator import Coordinator
+from ckptsvc.control.restart import launched_as
+from ckptsvc.errors import AgentUnavailable, ConfigError
 from ckptsvc.pipeline.arena import ArenaPool, Label, State
+from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import ArenaState, Metrics
 
@@ -24,14 +27,21 @@ _ARENA_STATES = {
 }
 
 
+ELECTED = "etcd://"
+"""What stands for a coordinator's address where it is elected: the URL begins like this."""
+
+
 class Local:
     """One agent's state. Owned by its event loop: nothing here is thread-safe, nothing blocks.
 
     Attributes:
         on_order: what to do with a coordinator's order.
         launchers: reports about the launchers of a coordinator's jobs.
+        stops: requests to stop such jobs.
         stalled: reports about the stalled ranks of a coordinator's jobs.
         launched: whether a launcher of that job is connected.
+        elect: makes the way to an elected coordinator.
+        leading: the elected coordinators in this process.
         last_active: when there was last something to do (CLOCK_MONOTONIC).
     """
 
@@ -41,8 +51,11 @@ class Local:
         self.jobs: dict[str, LocalJob] = {}
         self.on_order: Callable[[pb.Order], None] = lambda order: None
         self.launchers: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
+        self.stops: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.stalled: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.launched: Callable[[str], bool] = lambda job: False
+        self.elect: Callable[[str], Uplink] = _elects_none
+        self.leading: Callable[[], Sequence[CoordinatorShell]] = list
         self.last_active = time.monotonic()
         self._shell, self._secret = shell, secret
         self._uplinks: dict[str, Uplink] = {}
@@ -57,31 +70,50 @@ class Local:
 
     def job(self, name: str, coordinator: str, store: str) -> LocalJob:
         """The job of that name, known from now on."""
+        way = way_to(coordinator, name)
+        self.uplink(way)
         job = self.jobs.get(name)
         if job is None:
-            job = self.jobs[name] = LocalJob(name, coordinator, store)
+            job = self.jobs[name] = LocalJob(name, way, store)
         job.store = store
-        self.uplink(coordinator)
         return job
 
-    def uplink(self, coordinator: str) -> Uplink:
-        """The way to a coordinator; "" is the one in this process."""
-        if coordinator not in self._uplinks:
-            self._uplinks[coordinator] = (
-                RemoteUplink(self.name, coordinator, self._obey, lambda: self.resync(coordinator), self._secret)
-                if coordinator
-                else LocalUplink(self.name, self._shell, self._obey)
-            )
-        return self._uplinks[coordinator]
+    def uplink(self, way: str) -> Uplink:
+        """The way to a coordinator (see `way_to`); "" is the one in this process."""
+        if way not in self._uplinks:
+            if way.startswith(ELECTED):
+                self._uplinks[way] = self.elect(way)
+            elif way:
+                self._uplinks[way] = self.dial(pb.AgentHello(node=self.name), way, self._obey, way)
+            else:
+                self._uplinks[way] = LocalUplink(self.name, self._shell, self._obey)
+        return self._uplinks[way]
+
+    def dial(self, hello: pb.AgentHello, address: str, on_order: Callable[[pb.Order], None], way: str) -> RemoteUplink:
+        """Connect to the coordinator at an address, for the jobs of that way."""
+        return RemoteUplink(hello, address, on_order, lambda: self.resync(way), self._secret)
+
+    def hang_up(self, way: str) -> None:
+        """Close a way that nothing needs any more; it is made again when something does."""
+        uplink = self._uplinks.pop(way, None)
+        if uplink is not None:
+            self.spawn(uplink.close())
+
+    def concerns(self, way: str) -> bool:
+        """Whether there is anything on this node that needs that way."""
+        return any(job.coordinator == way for job in self.jobs.values()) or any(True for _ in self.launchers(way))
+
+    def cores(self) -> list[Coordinator]:
+        """The coordinators in this process."""
+        return [shell.core for shell in (self._shell, *self.leading())]
 
     def saving(self, job: str) -> bool:
-        """Whether the coordinator in this process has saves of the job in progress: it needs the job's worker."""
-        known = self._shell.core.jobs.get(job)
-        return known is not None and bool(known.saves.open)
+        """Whether a coordinator in this process has saves of the job in progress: it needs the job's worker."""
+        return any(job in core.jobs and core.jobs[job].saves.open for core in self.cores())
 
     def coordinates(self, job: str) -> bool:
-        """Whether the coordinator in this process knows the job."""
-        return job in self._shell.core.jobs
+        """Whether a coordinator in this process knows the job."""
+        return any(job in core.jobs for core in self.cores())
 
     def report(self, job: LocalJob, report: pb.Report) -> None:
         """Tell the job's coordinator."""
@@ -97,23 +129,24 @@ class Local:
         yield from self.launchers(coordinator)
         for session in self.sessions.values():
             reg = session.reg
-            attempt = self.jobs[reg.job].attempt(reg.attempt)
+            job, attempt = self.jobs[reg.job], self.jobs[reg.job].attempt(reg.attempt)
             # A rank that was refused must not come in before those it was refused for.
-            if reg.coordinator == coordinator and not attempt.refused:
+            if job.coordinator == coordinator and not attempt.refused:
                 yield reports.joined(self.name, reg, attempt.epoch)
                 if attempt.rewinds and not attempt.epoch:
                     yield reports.rewound(reg, attempt.rewinds)
                 if session.announced:
                     yield reports.announced(session)
         for arena in self.pool.arenas.values():
-            job = self.jobs.get(arena.job)
-            if arena.label is not None and job is not None and job.coordinator == coordinator:
+            holder = self.jobs.get(arena.job)
+            if arena.label is not None and holder is not None and holder.coordinator == coordinator:
                 yield reports.staged(self.name, arena.label, ended=arena.state is State.KEPT, again=True)
         for job in self.jobs.values():
             if job.coordinator == coordinator:
                 yield from job.results.values()
                 yield from job.skips.values()
         yield from self.stalled(coordinator)
+        yield from self.stops(coordinator)
 
     def arena_changed(self, job: str, rank: int) -> None:
         """Wake the rank that waits for an arena, and count again."""
@@ -138,11 +171,26 @@ class Local:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for uplink in self._uplinks.values():
+        for uplink in list(self._uplinks.values()):
             await uplink.close()
 
     def _obey(self, order: pb.Order) -> None:
         self.on_order(order)
+
+
+def way_to(coordinator: str, job: str) -> str:
+    """The way to a job's coordinator: its address, or where and for which job it is elected.
+
+    Raises:
+        ConfigError: not a URL of etcd.
+    """
+    return f"{parse_url(coordinator)}#{launched_as(job)}" if coordinator.startswith(ELECTED) else coordinator
+
+
+def _elects_none(way: str) -> Uplink:
+    where = way.partition("#")[0]
+    raise ConfigError(f"the job elects its coordinator at {where}, this agent knows no etcd",
+        hint="start it with --coordination, or set agent.coordination")  # fmt: skip
 
 
 async def wait_for(event: asyncio.Event, timeout: float) -> None:

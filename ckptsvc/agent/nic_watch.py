@@ -21,7 +21,6 @@ from typing import Any
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.nics import NicProbe, Place, Reading, read
 from ckptsvc.config import NicsSettings
-from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.nic_card import SHARES, UNANSWERED, Card
 from ckptsvc.control.nic_job import TELL_EVERY, JobNics
 from ckptsvc.control.nics import Finding, is_news
@@ -97,10 +96,10 @@ class NicWatch:
         readings: what they said last.
     """
 
-    def __init__(self, local: Local, settings: NicsSettings, coordinator: Coordinator) -> None:
+    def __init__(self, local: Local, settings: NicsSettings) -> None:
         self.cards: dict[str, Card] = {}
         self.readings: list[pb.NicReading] = []
-        self._local, self._settings, self._coordinator = local, settings, coordinator
+        self._local, self._settings = local, settings
         self._watched: dict[Path, Watched] = {}
         self._told: dict[tuple[str, int], dict[str, pb.NicReading]] = {}  # by job and attempt, card
         self._gone: dict[str, float] = {}
@@ -238,7 +237,7 @@ class NicWatch:
 
     def _count(self) -> None:
         """The findings in the jobs that this agent coordinates."""
-        kinds = Counter(f.kind for job in self._coordinator.jobs for f in self._coordinator.nic_findings(job))
+        kinds = Counter(f.kind for core in self._local.cores() for job in core.jobs for f in core.nic_findings(job))
         for kind in NicTrouble:
             self._local.metrics.nic_findings.labels(kind).set(kinds[kind])
 

@@ -91,9 +91,9 @@ class Node:
                 over = self._local.jobs[registration.job].attempt(other.reg.attempt)
                 over.refused = Fenced(f"attempt {other.reg.attempt} is over; attempt {registration.attempt} runs")
                 over.wake()
+        job = self._local.job(registration.job, registration.coordinator, registration.store)
         session = Session.open(registration, pid)
         self._local.sessions[session.token] = session
-        job = self._local.job(registration.job, registration.coordinator, registration.store)
         attempt = job.attempt(registration.attempt)
         attempt.epoch = max(attempt.epoch, registration.epoch)
         if session.pidfd >= 0:

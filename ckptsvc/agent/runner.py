@@ -20,6 +20,7 @@ from ckptsvc.control.effects import (
     Commit,
     CommitDone,
     Decision,
+    Effect,
     EpochDone,
     KeepNodes,
     Lookup,
@@ -55,26 +56,40 @@ Deliver = Callable[[pb.Order], None]
 
 
 class CoordinatorShell:
-    """Runs in every agent; idle where no agent attends.
+    """Runs in every agent, idle where no agent attends; and once for each job that has elected this agent.
 
     Args:
         workers: the I/O workers.
         save_timeout: seconds after which a save that has not committed is given up.
         policy: what is done about ranks that hang.
         state: directory of the list of nodes that have failed; None: it is not kept.
+        term: of an elected coordinator, 0 of any other; every order carries it.
+        may_act: whether it may still decide; asked before every effect.
 
     Attributes:
         incidents: the latest, by job and id, oldest first.
         on_incident: called with every incident, and again whenever there is more to say of it.
+        dropped: effects that came too late.
+        ended: set when it has stopped.
     """
 
-    def __init__(self, workers: Workers, save_timeout: float, policy: Policy, state: Path | None = None) -> None:
+    def __init__(
+        self,
+        workers: Workers,
+        save_timeout: float,
+        policy: Policy,
+        state: Path | None = None,
+        *,
+        term: int = 0,
+        may_act: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.core = Coordinator(save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2))
         self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
         self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
+        self.term, self.dropped, self.ended = term, 0, asyncio.Event()
         self._state = state
         self._listing = asyncio.Lock()
-        self._workers = workers
+        self._workers, self._may_act = workers, may_act
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: dict[tuple[str, int, int], str] = {}
@@ -109,6 +124,7 @@ class CoordinatorShell:
 
     async def stop(self) -> None:
         """Cancel what is running."""
+        self.ended.set()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -117,7 +133,10 @@ class CoordinatorShell:
         for reason in decision.reasons:
             log.info(reason, extra={"event": "decision"})
         for effect in decision.effects:
-            if isinstance(effect, Send):
+            if not self._may_act():
+                self._drop(effect)
+            elif isinstance(effect, Send):
+                effect.order.term = self.term
                 deliver = self._peers.get(effect.node)
                 if deliver:  # an agent that is away reports everything when it is back, and hears it then
                     deliver(effect.order)
@@ -138,7 +157,9 @@ class CoordinatorShell:
         self.on_incident(incident)
 
     async def _do(self, effect: AllotEpoch | Commit | Lookup | Probe | ReadNodes | KeepNodes) -> None:
-        if isinstance(effect, AllotEpoch):
+        if not self._may_act():
+            self._drop(effect)
+        elif isinstance(effect, AllotEpoch):
             done = await self._allot(effect)
             self._execute(self.core.epoch_done(done, time.monotonic()))
         elif isinstance(effect, Commit):
@@ -156,6 +177,10 @@ class CoordinatorShell:
             found = await self._lookup(effect)
             if found:
                 self._execute(self.core.lookup_done(found, time.monotonic()))
+
+    def _drop(self, effect: Effect) -> None:
+        self.dropped += 1
+        log.warning("term %d: not done, the lease may have ended: %s", self.term, type(effect).__name__)
 
     async def _read_nodes(self) -> dict[str, Strike]:
         at = time.time()

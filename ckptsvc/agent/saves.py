@@ -15,7 +15,7 @@ from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
-from ckptsvc.errors import CkptsvcError, InvalidInput, SaveFailed
+from ckptsvc.errors import CkptsvcError, ConfigError, InvalidInput, SaveFailed
 from ckptsvc.pipeline.arena import Arena, Label, State
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.rpc.v1 import agent_pb2
@@ -113,7 +113,11 @@ class Saves:
         for arena in arenas:
             assert arena.label is not None
             label = arena.label
-            job = self._local.job(label.job, label.coordinator, label.store)
+            try:
+                job = self._local.job(label.job, label.coordinator, label.store)
+            except ConfigError as error:  # the settings have changed: what is here alone may still be complete
+                logger.warning("job %s: %s", label.job, error)
+                job = self._local.job(label.job, "", label.store)
             job.died = True
             job.idle_since = time.monotonic()
             log(logger, logging.INFO, Event.ARENA_RECOVERED, "found the snapshot of step %d", label.step,

@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
 from ckptsvc.agent import nodelist
+from ckptsvc.agent.coordination import Elections, login_of
 from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
 from ckptsvc.agent.incidents import IncidentLog, incidents_directory
@@ -41,11 +43,12 @@ from ckptsvc.agent.workers import Workers
 from ckptsvc.config import HealthSettings, Settings, load, private_directory, runtime_dir
 from ckptsvc.control.health import Policy
 from ckptsvc.control.stalls import Limits
-from ckptsvc.errors import EXIT_STATUS, CkptsvcError, ConfigError, RunBusy
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import parse_duration
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, PING_SPACING
 from ckptsvc.rpc.dial import sockets
+from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.secret import require_loopback, shared_secret
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.telemetry import Event, Metrics, log, setup_logging
@@ -87,10 +90,11 @@ class Agent:
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
         self.workers = Workers()
-        health = settings.health
-        policy = Policy(health.automatic, health.confirm, health.give_up)
-        listed = nodelist.directory_of(os.environ, settings.launch)
-        self.shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed)
+        self._on_incident: Callable[[coordinator_pb2.Incident], None] = lambda incident: None
+        self.shell = self._new_shell(0, lambda: True)
+        where = settings.agent.coordination
+        self._etcd = (url := parse_url(where), login_of(url, settings.etcd)) if where else None
+        self.elections: Elections | None = None
         arenas = Path(settings.arena.dir)
         # Agents with different directories may share a machine (two "nodes" of a test): their arenas must not meet.
         tag = hashlib.sha256(str(options.directory).encode()).hexdigest()[:8]
@@ -123,6 +127,10 @@ class Agent:
         loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
+            if self._etcd:
+                self.elections = Elections(
+                    *self._etcd, self._options.settings.etcd.ttl, self.local, self.secret, self.address, self._new_shell
+                )
             self.node.saves.recover(left)
             lasting = (self.shell.run(), self.node.watch(), self.watch.run(), self.nics.run(), self._until_idle())
             tasks = [asyncio.ensure_future(c) for c in lasting]
@@ -138,10 +146,29 @@ class Agent:
         idle = self.node.idle
         await self.node.stop()
         await self.shell.stop()
+        if self.elections:
+            await self.elections.close()
         await self.workers.close()
         self.pool.close(remove=idle)
         log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
         os.close(lock)
+
+    def _new_shell(self, term: int, may_act: Callable[[], bool]) -> CoordinatorShell:
+        settings = self._options.settings
+        health = settings.health
+        policy = Policy(health.automatic, health.confirm, health.give_up)
+        listed = nodelist.directory_of(os.environ, settings.launch)
+        shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act)
+        shell.on_incident = lambda incident: self._on_incident(incident)
+        return shell
+
+    def _shell_of(self, job: str, term: int) -> CoordinatorShell:
+        """The coordinator that another agent wants: the one of all jobs, or (with a term) an elected one."""
+        if not term:
+            return self.shell
+        if self.elections is None:
+            raise AgentUnavailable("this agent takes no part in elections")
+        return self.elections.shell_of(job, term)
 
     def _build(self) -> None:
         """The parts of the agent, in the order in which they know each other."""
@@ -157,7 +184,7 @@ class Agent:
             margin=settings.scheduler.margin,
         )
         self.launches = Launches(self.local)
-        self.nics = NicWatch(self.local, settings.nics, self.shell.core)
+        self.nics = NicWatch(self.local, settings.nics)
         self.node.launch_order = self.launches.order
         enabled = settings.health.enabled
         self.watch = Watch(self.local, _limits(settings.health), enabled=enabled, nics=self.nics.sentences)
@@ -186,7 +213,7 @@ class Agent:
         async def keep(incident: coordinator_pb2.Incident) -> None:
             await kept.record(incident)
 
-        self.shell.on_incident = lambda incident: self.local.spawn(keep(incident))
+        self._on_incident = lambda incident: self.local.spawn(keep(incident))
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._options.settings.agent
@@ -195,7 +222,7 @@ class Agent:
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
         between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE,
             ("grpc.http2.min_ping_interval_without_data_ms", PING_SPACING), ("grpc.so_reuseport", 0)])  # fmt: skip
-        coordinator_pb2_grpc_add(CoordinatorServicer(self.shell, self.node_name, self.secret), between)
+        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name, self.secret), between)
         for server, names in (
             (local, [agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name]),
             (between, [coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name]),
@@ -279,6 +306,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--listen")
     parser.add_argument("--name")
     parser.add_argument("--metrics-listen")
+    parser.add_argument("--coordination")
     parser.add_argument("--linger")
     parser.add_argument("--json-log", action="store_true")
     args = parser.parse_args(arguments)
@@ -287,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
             "agent.listen": args.listen,
             "agent.name": args.name,
             "agent.metrics_listen": args.metrics_listen,
+            "agent.coordination": args.coordination,
         }
         settings = load(os.environ, overrides)
         setup_logging(sys.stderr, json=args.json_log)

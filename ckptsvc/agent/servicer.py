@@ -14,6 +14,7 @@ import msgspec
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
+from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.rpc.channel import TOKEN_KEY, trailers_of
 from ckptsvc.rpc.secret import check_secret
@@ -153,27 +154,30 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """For the agents of other nodes, that is: for whoever knows the secret."""
 
-    def __init__(self, shell: CoordinatorShell, node: str, secret: str) -> None:
-        self._shell, self._node, self._secret = shell, node, secret
+    def __init__(self, shell_of: Callable[[str, int], CoordinatorShell], node: str, secret: str) -> None:
+        self._shell_of, self._node, self._secret = shell_of, node, secret
 
     async def Attend(self, request_iterator: AsyncIterator[pb.Report], context: Any) -> AsyncIterator[pb.Order]:
         """See coordinator.proto."""
         try:
             check_secret(context.invocation_metadata(), self._secret)
             first = await anext(aiter(request_iterator))
-            node = first.agent_hello.node
+            hello = first.agent_hello
+            node = hello.node
             if not node or node == self._node:
                 raise InvalidInput(f"the first report must be a hello of another node than {self._node}")
+            shell = self._shell_of(hello.job, hello.term)
         except CkptsvcError as error:
             await context.abort(*trailers_of(error))
         orders: asyncio.Queue[pb.Order] = asyncio.Queue()
         deliver = orders.put_nowait
-        self._shell.attend(node, deliver)
-        reading = asyncio.ensure_future(self._read(node, request_iterator))
+        shell.attend(node, deliver)
+        reading = asyncio.ensure_future(self._read(shell, node, request_iterator))
         getting = asyncio.ensure_future(orders.get())
+        ended = asyncio.ensure_future(shell.ended.wait())
         try:
-            while True:
-                await asyncio.wait((reading, getting), return_when=asyncio.FIRST_COMPLETED)
+            while not ended.done():
+                await asyncio.wait((reading, getting, ended), return_when=asyncio.FIRST_COMPLETED)
                 if getting.done():
                     yield getting.result()
                     getting = asyncio.ensure_future(orders.get())
@@ -182,14 +186,16 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         finally:
             reading.cancel()
             getting.cancel()
-            self._shell.depart(node, deliver)
+            ended.cancel()
+            shell.depart(node, deliver)
 
-    async def _read(self, node: str, reports: AsyncIterator[pb.Report]) -> None:
+    async def _read(self, shell: CoordinatorShell, node: str, reports: AsyncIterator[pb.Report]) -> None:
         async for report in reports:
-            self._shell.report(node, report)
+            shell.report(node, report)
 
     @_errors
     async def ListComplete(self, request: pb.ListCompleteRequest, context: Any) -> agent_pb2.ListSnapshotsResponse:
         """See coordinator.proto."""
         check_secret(context.invocation_metadata(), self._secret)
-        return agent_pb2.ListSnapshotsResponse(snapshots=self._shell.list_complete(request.job))
+        shell = self._shell_of(launched_as(request.job), request.term)
+        return agent_pb2.ListSnapshotsResponse(snapshots=shell.list_complete(request.job))

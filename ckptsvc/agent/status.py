@@ -31,6 +31,7 @@ def status_of(agent: Agent) -> dict[str, Any]:
         "arena_limit": agent.pool.limit,
         "saves": _saves(agent),
         "coordinates": _coordinated(agent),
+        "elections": agent.elections.status() if agent.elections else [],
         "nics": [
             {
                 "nic": reading.nic,
@@ -92,7 +93,6 @@ def _saves(agent: Agent) -> list[dict[str, Any]]:
 
 
 def _coordinated(agent: Agent) -> list[dict[str, Any]]:
-    core = agent.shell.core
     return [
         {
             "job": job.name,
@@ -107,5 +107,6 @@ def _coordinated(agent: Agent) -> list[dict[str, Any]]:
             "incidents": attempts.incidents if attempts else [],
             "nics": [finding.sentence for finding in core.nic_findings(job.name)],
         }
+        for core in agent.local.cores()
         for job in core.jobs.values()
     ]

@@ -64,20 +64,21 @@ class LocalUplink:
 class RemoteUplink:
     """The coordinator is in another agent.
 
-    `resync` yields, on every connection, the reports that rebuild what the coordinator must know of this node.
+    `hello` says who calls, and for which term of which job. `resync` yields, on every connection, the reports that
+    rebuild what the coordinator must know of this node.
     """
 
     def __init__(
         self,
-        node: str,
+        hello: pb.AgentHello,
         address: str,
         on_order: Callable[[pb.Order], None],
         resync: Callable[[], Iterable[pb.Report]],
         secret: str,
     ) -> None:
         self._metadata = ((SECRET_KEY, secret),)
-        self._node, self._address, self._on_order, self._resync = node, address, on_order, resync
-        self._queue: asyncio.Queue[pb.Report] | None = None
+        self._hello, self._address, self._on_order, self._resync = hello, address, on_order, resync
+        self._queue: asyncio.Queue[pb.Report | None] | None = None
         self._channel = grpc.aio.insecure_channel(address, options=[*OPTIONS, *KEEPALIVE])
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
         self._task = asyncio.ensure_future(self._run())
@@ -90,7 +91,8 @@ class RemoteUplink:
     async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job."""
         try:
-            answer = await self._stub.ListComplete(pb.ListCompleteRequest(job=job), timeout=10, metadata=self._metadata)
+            request = pb.ListCompleteRequest(job=job, term=self._hello.term)
+            answer = await self._stub.ListComplete(request, timeout=10, metadata=self._metadata)
         except grpc.RpcError as error:
             raise error_of(error) from None
         return list(answer.snapshots)
@@ -119,15 +121,18 @@ class RemoteUplink:
             await asyncio.sleep(RECONNECT)
 
     async def _attend(self) -> None:
-        self._queue = asyncio.Queue()
-        self._queue.put_nowait(pb.Report(agent_hello=pb.AgentHello(node=self._node)))
+        queue = self._queue = asyncio.Queue()
+        queue.put_nowait(pb.Report(agent_hello=self._hello))
         for report in self._resync():
-            self._queue.put_nowait(report)
-        call = self._stub.Attend(self._reports(self._queue), metadata=self._metadata)
-        async for order in call:
-            self._on_order(order)
+            queue.put_nowait(report)
+        call = self._stub.Attend(self._reports(queue), metadata=self._metadata)
+        try:
+            async for order in call:
+                self._on_order(order)
+        finally:
+            queue.put_nowait(None)  # grpc does not end who waits for the next report of a call that has ended
 
     @staticmethod
-    async def _reports(reports: asyncio.Queue[pb.Report]) -> AsyncIterator[pb.Report]:
-        while True:
-            yield await reports.get()
+    async def _reports(reports: asyncio.Queue[pb.Report | None]) -> AsyncIterator[pb.Report]:
+        while (report := await reports.get()) is not None:
+            yield report

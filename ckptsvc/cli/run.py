@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import socket
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import click
 import xxhash
 
+from ckptsvc.agent.coordination import login_of
 from ckptsvc.agent.launcher import Launch, Launcher
 from ckptsvc.agent.standby import Standby, place_of, reason_against
 from ckptsvc.cli.placing import Nodes, parse_nodes, placed
@@ -20,6 +22,7 @@ from ckptsvc.config import LaunchSettings, Settings, load, runtime_dir
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.dial import address_of, is_alive
+from ckptsvc.rpc.etcd import check_reachable, parse_url
 from ckptsvc.rpc.secret import require_loopback
 
 
@@ -31,6 +34,8 @@ from ckptsvc.rpc.secret import require_loopback
 @click.option("--rdzv-id", "--rdzv_id", "job", help="Name of the job, the same on all nodes.")
 @click.option("--rdzv-endpoint", "--rdzv_endpoint", "--coordinator", "coordinator", metavar="HOST:PORT",
     help="Where the coordinator listens: the agent of node rank 0.")  # fmt: skip
+@click.option("--coordination", metavar="etcd://HOST:PORT,...",
+    help="Elect the coordinator there, instead of --rdzv-endpoint.")  # fmt: skip
 @click.option("--max-restarts", "--max_restarts", type=click.IntRange(0), default=3, show_default=True)
 @click.option("--standalone", is_flag=True, help="One node, nothing to agree with others.")
 @click.option("--node", help="Name of this node; default: its host name.")
@@ -51,10 +56,11 @@ from ckptsvc.rpc.secret import require_loopback
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
-    nnodes: str | None, nproc: str, node_rank: int, job: str | None, coordinator: str | None, max_restarts: int,
-    standalone: bool, node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool,
-    standby: bool | None, preload: str | None, preflight: bool | None, crash_loop: int | None, stop_grace: float,
-    status_file: Path | None, script: str, arguments: tuple[str, ...],
+    nnodes: str | None, nproc: str, node_rank: int, job: str | None, coordinator: str | None,
+    coordination: str | None, max_restarts: int, standalone: bool, node: str | None, address: str,
+    log_dir: Path | None, module: bool, no_python: bool, standby: bool | None, preload: str | None,
+    preflight: bool | None, crash_loop: int | None, stop_grace: float, status_file: Path | None,
+    script: str, arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
 
@@ -64,21 +70,22 @@ def command(
     low, high = parse_nodes("1" if standalone and nnodes is None else nnodes)
     if standalone and high > 1:
         raise ConfigError("--standalone means one node", hint="drop it, or --nnodes")
+    if coordinator and coordination:
+        raise ConfigError("--rdzv-endpoint and --coordination exclude each other")
     flags = {"standby": standby, "preload": preload, "preflight": preflight, "crash_loop": crash_loop}
-    settings = load(os.environ, {f"launch.{key}": value for key, value in flags.items()})
-    given = Nodes(low, high, node_rank, job or "", coordinator or "", node or "", address)
+    launching = {f"launch.{key}": value for key, value in flags.items()}
+    settings = load(os.environ, {"agent.coordination": coordination, **launching})
+    etcd = "" if coordinator else settings.agent.coordination
+    given = Nodes(low, high, node_rank, job or "", coordinator or etcd, node or "", address)
     nodes = placed(given, os.environ, socket.gethostname())
+    elected = _elected(etcd, settings) if etcd and nodes.high > 1 else ""
+    nodes = dataclasses.replace(nodes, coordinator="" if etcd else nodes.coordinator)
     name = nodes.node or settings.agent.name or socket.gethostname()
-    leads = nodes.high == 1 or nodes.node_rank == 0
+    leads = nodes.high == 1 or (nodes.node_rank == 0 and not elected)
     base = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
     directory = _agent_directory(base, nodes, leads)
     if nodes.coordinator:
         require_loopback(parse_address(nodes.coordinator).host, f"the coordinator's address is {nodes.coordinator}")
-    agent = ["--name", name]
-    if not is_alive(directory):
-        agent += ["--linger", "30s"]  # an agent that we start is ours: it goes when it is done
-        if leads and nodes.coordinator:
-            agent += ["--listen", nodes.coordinator]
     launch = Launch(
         command=_command(script, arguments, module, no_python),
         job=nodes.job,
@@ -89,9 +96,9 @@ def command(
         nproc=_nproc(nproc),
         max_restarts=max_restarts,
         address=nodes.address,
-        coordinator="" if leads else nodes.coordinator,
+        coordinator=elected or ("" if leads else nodes.coordinator),
         directory=directory,
-        agent_arguments=agent,
+        agent_arguments=["--name", name, *_agent_arguments(directory, nodes.coordinator if leads else "", elected)],
         log_dir=log_dir,
         preflight=(settings.arena.dir, _written_to(settings, log_dir)) if settings.launch.preflight else None,
         crash_loop=settings.launch.crash_loop,
@@ -102,6 +109,24 @@ def command(
     if status_file is not None:
         _note(status_file, f"{status} {name}\n")
     return status
+
+
+def _elected(etcd: str, settings: Settings) -> str:
+    """Where the job's coordinator is elected; fails now if nobody answers there."""
+    url = parse_url(etcd)
+    asyncio.run(check_reachable(url, login_of(url, settings.etcd)))
+    return str(url)
+
+
+def _agent_arguments(directory: Path, listen: str, elected: str) -> list[str]:
+    if is_alive(directory):
+        return []
+    arguments = ["--linger", "30s"]  # an agent that we start is ours: it goes when it is done
+    if listen:
+        arguments += ["--listen", listen]
+    if elected:
+        arguments += ["--coordination", elected]
+    return arguments
 
 
 def _agent_directory(base: Path, nodes: Nodes, leads: bool) -> Path:

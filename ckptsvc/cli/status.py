@@ -13,6 +13,7 @@ import click
 
 from ckptsvc.cli.agents import Answer, agent_directory, ask_all
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, size
+from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import AgentUnavailable, NotFound
 
 PARTLY_DONE = 3
@@ -56,6 +57,8 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
       "coordinates": [{"job", "attempt", "epoch", "world_size",
         "live_ranks", "nodes", "running_saves", "in_memory", "restarts",
         "incidents", "nics"}],
+      "elections": [{"job", "coordinator", "address", "term", "here",
+        "refused", "problem"}],
       "nics": [{"nic", "family", "link", "sent", "received", "findings"}]}}]}
     error is {"code", "what"} where there is no status, else null. Sizes in
     bytes, ages in seconds, times in Unix seconds; a step of -1 is none.
@@ -161,6 +164,12 @@ def _describe(screen: Screen, status: Status, job: str) -> Iterator[str]:
     stores = sorted({rank["store"] for rank in status["ranks"] if rank["job"] == job})
     if stores:
         yield f"    store {printable(', '.join(stores))}"
+    for election in status.get("elections", ()):  # an agent of an earlier version has none
+        if election["job"] == launched_as(job):
+            if election["coordinator"]:
+                yield f"    coordinator {printable(election['coordinator'])}, elected in term {election['term']}"
+            if election["problem"]:
+                yield "    " + screen.paint(printable(election["problem"]), "doubt")
     for own in status["coordinates"]:
         if own["job"] == job:
             nodes = f"{plural(len(own['nodes']), 'node')}" if own["nodes"] else "no node"

@@ -28,14 +28,16 @@ def placement_of(group: Group) -> Placement:
     return place
 
 
-def coordinator_of(group: Group, place: Placement) -> str:
-    """Address of the job's coordinator; "" if this node's agent is it. All ranks call this.
+def coordinator_of(group: Group, place: Placement, settings: Settings) -> str:
+    """Address of the job's coordinator, or where it is elected; "" if this node's agent is it. All ranks call this.
 
     Raises:
         ConfigError: the ranks are on several nodes, and nobody said whose agent coordinates.
     """
     given = os.environ.get("CKPTSVC_COORDINATOR")
     nodes = sorted({n.decode() for n in group.all_gather(place.node.encode())})
+    if given is None and len(nodes) > 1 and settings.agent.coordination:
+        return settings.agent.coordination
     if given is None and len(nodes) > 1:
         raise ConfigError(
             f"the ranks are on {len(nodes)} nodes ({', '.join(nodes[:3])} ...), and none of their agents coordinates",

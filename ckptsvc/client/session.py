@@ -277,7 +277,7 @@ class Session:
     def _open(self, resume: bool, overlap: bool) -> None:
         group = self._group = the_group()
         self._place = placement_of(group)
-        coordinator = coordinator_of(group, self._place)
+        coordinator = coordinator_of(group, self._place, self.settings)
         directory, self._private = agent_directory(self._place, self.settings)
         every = self.settings.save.every
         self._every_steps = every.steps if every else 0

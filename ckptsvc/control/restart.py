@@ -262,10 +262,10 @@ class Attempts:
         if self.nodes.pop(name, None) is None or self.phase is Phase.ENDED:
             return Decision()
         gone = f"node {name} is gone ({detail[:SHOWN]})"
-        if name in self.hosts:
+        if name in self.hosts and any(rank not in self.statuses for rank, n in self.running.items() if n == name):
             self._strike(name, LOST, detail[:SHOWN], now)
-        if self.phase is Phase.RUNNING and name in self.hosts:
-            return self._fail(gone, now)
+            if self.phase is Phase.RUNNING:
+                return self._fail(gone, now)
         self.since = now
         return Decision([], [f"job {self.job}: {gone}"]).add(self._start_if_ready(now))
 

@@ -21,13 +21,13 @@ OPTIONS = [
 ]
 
 KEEPALIVE = [
-    ("grpc.keepalive_time_ms", 1000),
-    ("grpc.keepalive_timeout_ms", 1000),
-    ("grpc.http2.ping_timeout_ms", 1000),
+    ("grpc.keepalive_time_ms", 500),
+    ("grpc.keepalive_timeout_ms", 1500),
+    ("grpc.http2.ping_timeout_ms", 1500),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
-"""For streams between agents, at both ends: a lease of two seconds, kept by pings of gRPC's own threads, so that a busy
+"""For streams between agents, at both ends: a lease of two seconds, kept up by pings of gRPC's own threads. A busy
 interpreter neither delays them nor pays for them. Without `ping_timeout_ms` a frozen peer is not noticed."""
 
 PING_SPACING = 300

@@ -71,6 +71,7 @@ def test_every_setting_has_its_variable() -> None:
         "agent.metrics_listen": "off",
         "agent.name": "n1",
         "agent.coordinator": "[::1]:9",
+        "agent.coordination": "etcd://a:1",
         "agent.incidents_dir": "/var/lib/ckptsvc/incidents",
         "arena.dir": "/mnt/shm",
         "arena.limit": "25%",
@@ -101,6 +102,12 @@ def test_every_setting_has_its_variable() -> None:
         "health.give_up": "1h",
         "nics.enabled": "false",
         "nics.root": "/host",
+        "etcd.ttl": "5s",
+        "etcd.user": "root",
+        "etcd.password_file": "/p",
+        "etcd.ca_file": "/ca",
+        "etcd.cert_file": "/cert",
+        "etcd.key_file": "/key",
     }
     settings = load({f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[])
     assert set(settings.origin) == set(values)
@@ -111,6 +118,7 @@ def test_every_setting_has_its_variable() -> None:
         metrics_listen=None,
         name="n1",
         coordinator=Address("::1", 9),
+        coordination="etcd://a:1",
         incidents_dir="/var/lib/ckptsvc/incidents",
     )
     assert settings.arena == config.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
@@ -180,6 +188,7 @@ def test_every_field_is_described() -> None:
         ("[agent]\nsocket_dir = 'here'", ["agent.socket_dir", "absolute"]),
         ("[arena]\ndir = 'here'", ["arena.dir", "absolute"]),
         ("[nics]\nroot = 'here'", ["nics.root", "absolute"]),
+        ("[etcd]\nttl = '1s'", ["etcd.ttl", "2 to 60"]),
         ("[nics]\nenabled = 'perhaps'", ["nics.enabled", "perhaps"]),
         ("[arena]\nlimit = '150%'", ["arena.limit", "50%"]),
         ("[scheduler]\nmargin = 'soon'", ["scheduler.margin", "90s"]),

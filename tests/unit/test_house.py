@@ -27,7 +27,7 @@ LONG_ON_PURPOSE: dict[str, str] = {}
 
 DUMPING_GROUNDS = {"utils", "util", "helpers", "helper", "common", "misc"}
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}
-WITHOUT_TORCH = ("agent", "pipeline", "control", "format", "geometry", "storage", "rpc", "cli.main")
+WITHOUT_TORCH = ("agent", "launch", "pipeline", "control", "format", "geometry", "storage", "rpc", "cli.main")
 REFUSED_DTYPES = dict.fromkeys(
     ("qint8", "quint8", "qint32", "quint4x2", "quint2x4"),
     "quantised: the bytes mean nothing without a scale and a zero point, which are not among them",

@@ -17,6 +17,7 @@ from ckptsvc.telemetry import ArenaState, Event, Fields, Metrics, NicSignal, Out
 METRICS = {
     ("ckptsvc_arena_bytes", "gauge", ("state",)),
     ("ckptsvc_build_info", "gauge", ("version",)),
+    ("ckptsvc_coordinator_changes_total", "counter", ()),
     ("ckptsvc_last_commit_timestamp_seconds", "gauge", ("job",)),
     ("ckptsvc_last_committed_step", "gauge", ("job",)),
     ("ckptsvc_nic_events_total", "counter", ("nic", "signal")),
@@ -27,6 +28,7 @@ METRICS = {
     ("ckptsvc_nic_read_failures_total", "counter", ()),
     ("ckptsvc_nic_received_bytes_total", "counter", ("nic",)),
     ("ckptsvc_nic_sent_bytes_total", "counter", ("nic",)),
+    ("ckptsvc_orders_refused_total", "counter", ()),
     ("ckptsvc_rank_heartbeat_age_seconds", "gauge", ()),
     ("ckptsvc_restarts_total", "counter", ("cause",)),
     ("ckptsvc_save_duration_seconds", "histogram", ("phase",)),

@@ -157,6 +157,8 @@ def become(variables: dict[str, str], output: int, keeper: int) -> None:
 
 
 _spec = os.environ.pop(VARIABLE, None)
+if _spec == "trial":
+    os._exit(0)  # it has come here, which is all that was to be found out
 if _spec is not None:
     _given = json.loads(_spec)
     if _given["pythonpath"] is None:

@@ -51,10 +51,14 @@ class Report(_message.Message):
     def __init__(self, agent_hello: _Optional[_Union[AgentHello, _Mapping]] = ..., rank_joined: _Optional[_Union[RankJoined, _Mapping]] = ..., rank_left: _Optional[_Union[RankLeft, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., progressed: _Optional[_Union[Progressed, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., shard_failed: _Optional[_Union[ShardFailed, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ..., node_joined: _Optional[_Union[NodeJoined, _Mapping]] = ..., node_ready: _Optional[_Union[NodeReady, _Mapping]] = ..., rank_exited: _Optional[_Union[RankExited, _Mapping]] = ..., node_left: _Optional[_Union[NodeLeft, _Mapping]] = ..., stop_requested: _Optional[_Union[StopRequested, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., stalled: _Optional[_Union[Stalled, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., examined: _Optional[_Union[Examined, _Mapping]] = ..., nic_summary: _Optional[_Union[NicSummary, _Mapping]] = ...) -> None: ...
 
 class AgentHello(_message.Message):
-    __slots__ = ("node",)
+    __slots__ = ("node", "job", "term")
     NODE_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     node: str
-    def __init__(self, node: _Optional[str] = ...) -> None: ...
+    job: str
+    term: int
+    def __init__(self, node: _Optional[str] = ..., job: _Optional[str] = ..., term: _Optional[int] = ...) -> None: ...
 
 class RankJoined(_message.Message):
     __slots__ = ("job", "node", "store", "attempt", "rank", "world_size", "epoch", "every_steps", "every_seconds", "keep")
@@ -496,8 +500,9 @@ class NicReading(_message.Message):
     def __init__(self, nic: _Optional[str] = ..., family: _Optional[str] = ..., sent: _Optional[float] = ..., received: _Optional[float] = ..., usual: _Optional[float] = ..., idle: _Optional[float] = ..., timeouts: _Optional[int] = ..., peer_timeouts: _Optional[int] = ..., retries: _Optional[int] = ..., failures: _Optional[int] = ..., exhausted: _Optional[int] = ..., uncorrected: _Optional[int] = ..., replays: _Optional[int] = ..., flaps: _Optional[int] = ..., paused_tx: _Optional[float] = ..., paused_rx: _Optional[float] = ..., stalled: _Optional[float] = ..., waits: _Optional[float] = ..., marks: _Optional[float] = ..., link: _Optional[str] = ..., link_down: bool = ..., link_lost: bool = ..., handler_absent: bool = ..., handler_lost: bool = ..., unanswered: _Optional[float] = ..., gone: bool = ...) -> None: ...
 
 class Order(_message.Message):
-    __slots__ = ("job", "epoch_allotted", "job_refused", "holders", "save_at", "stop_at", "save_ended", "snapshot_complete", "start", "stop", "end", "examine", "kill", "incident")
+    __slots__ = ("job", "term", "epoch_allotted", "job_refused", "holders", "save_at", "stop_at", "save_ended", "snapshot_complete", "start", "stop", "end", "examine", "kill", "incident")
     JOB_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     EPOCH_ALLOTTED_FIELD_NUMBER: _ClassVar[int]
     JOB_REFUSED_FIELD_NUMBER: _ClassVar[int]
     HOLDERS_FIELD_NUMBER: _ClassVar[int]
@@ -512,6 +517,7 @@ class Order(_message.Message):
     KILL_FIELD_NUMBER: _ClassVar[int]
     INCIDENT_FIELD_NUMBER: _ClassVar[int]
     job: str
+    term: int
     epoch_allotted: EpochAllotted
     job_refused: JobRefused
     holders: Holders
@@ -525,7 +531,7 @@ class Order(_message.Message):
     examine: Examine
     kill: Kill
     incident: Incident
-    def __init__(self, job: _Optional[str] = ..., epoch_allotted: _Optional[_Union[EpochAllotted, _Mapping]] = ..., job_refused: _Optional[_Union[JobRefused, _Mapping]] = ..., holders: _Optional[_Union[Holders, _Mapping]] = ..., save_at: _Optional[_Union[SaveAt, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., save_ended: _Optional[_Union[SaveEnded, _Mapping]] = ..., snapshot_complete: _Optional[_Union[SnapshotComplete, _Mapping]] = ..., start: _Optional[_Union[_agent_pb2.StartRanks, _Mapping]] = ..., stop: _Optional[_Union[_agent_pb2.StopRanks, _Mapping]] = ..., end: _Optional[_Union[_agent_pb2.JobEnd, _Mapping]] = ..., examine: _Optional[_Union[Examine, _Mapping]] = ..., kill: _Optional[_Union[Kill, _Mapping]] = ..., incident: _Optional[_Union[Incident, _Mapping]] = ...) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., term: _Optional[int] = ..., epoch_allotted: _Optional[_Union[EpochAllotted, _Mapping]] = ..., job_refused: _Optional[_Union[JobRefused, _Mapping]] = ..., holders: _Optional[_Union[Holders, _Mapping]] = ..., save_at: _Optional[_Union[SaveAt, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., save_ended: _Optional[_Union[SaveEnded, _Mapping]] = ..., snapshot_complete: _Optional[_Union[SnapshotComplete, _Mapping]] = ..., start: _Optional[_Union[_agent_pb2.StartRanks, _Mapping]] = ..., stop: _Optional[_Union[_agent_pb2.StopRanks, _Mapping]] = ..., end: _Optional[_Union[_agent_pb2.JobEnd, _Mapping]] = ..., examine: _Optional[_Union[Examine, _Mapping]] = ..., kill: _Optional[_Union[Kill, _Mapping]] = ..., incident: _Optional[_Union[Incident, _Mapping]] = ...) -> None: ...
 
 class Examine(_message.Message):
     __slots__ = ("attempt", "incident", "ranks", "seconds", "round")
@@ -673,7 +679,9 @@ class SnapshotComplete(_message.Message):
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., world_size: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class ListCompleteRequest(_message.Message):
-    __slots__ = ("job",)
+    __slots__ = ("job", "term")
     JOB_FIELD_NUMBER: _ClassVar[int]
+    TERM_FIELD_NUMBER: _ClassVar[int]
     job: str
-    def __init__(self, job: _Optional[str] = ...) -> None: ...
+    term: int
+    def __init__(self, job: _Optional[str] = ..., term: _Optional[int] = ...) -> None: ...

@@ -68,7 +68,8 @@ class Watching:
         self.local = SimpleNamespace(name="n0", metrics=Metrics("test"), sessions={}, jobs={"job": None})
         self.local.report = lambda job, report: self.reports.append(report.nic_summary)
         shell = CoordinatorShell(Workers(), 100.0, Policy())
-        self.watch = NicWatch(self.local, NicsSettings(root=str(root)), shell.core)
+        self.local.cores = lambda: [shell.core]
+        self.watch = NicWatch(self.local, NicsSettings(root=str(root)))
 
     def attach(self, attempt):
         self.local.sessions = {"token": SimpleNamespace(reg=SimpleNamespace(job="job", attempt=attempt))}
@@ -183,9 +184,7 @@ def test_a_summary_at_the_beginning_of_each_attempt_and_when_there_is_news(tmp_p
 def test_nothing_runs_where_it_is_switched_off(tmp_path):
     Cassini().write(tmp_path, 1e9)
     watching = Watching(tmp_path)
-    watching.watch = NicWatch(
-        watching.local, NicsSettings(enabled=False, root=str(tmp_path)), CoordinatorShell(Workers(), 1.0, Policy()).core
-    )
+    watching.watch = NicWatch(watching.local, NicsSettings(enabled=False, root=str(tmp_path)))
     before = threading.active_count()
 
     async def a_while():

@@ -54,7 +54,7 @@ SCRIPTS = {
         "if __name__ == '__main__':\n"
         "    p = mp.get_context('spawn').Process(target=work, args=(5,)); p.start(); p.join(); print(p.exitcode)\n"
     ),
-    "it forks": "import os; pid = os.fork(); print('x'); pid and os.waitpid(pid, 0)",
+    "it forks": "import os; pid = os.fork(); os.write(1, b'x\\n'); pid and os.waitpid(pid, 0)",
     "it pickles a class of its own": (
         "import pickle\nclass A: pass\nprint(pickle.loads(pickle.dumps(A())).__class__.__module__)"
     ),
@@ -260,6 +260,58 @@ def test_a_warm_interpreter_that_dies_is_done_without(folder):
             await ranks.close()
 
     asyncio.run(run())
+
+
+def test_a_rank_that_waits_for_it_can_be_stopped(folder, tmp_path, monkeypatch):
+    """It is never started then, also not when the interpreter is ready."""
+    (tmp_path / "slow.py").write_text("import time; time.sleep(1)")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    (folder / "train.py").write_text("open('ran', 'w')")
+
+    async def run():
+        said, ended = [], []
+        command = [sys.executable, "train.py"]
+        ranks = Ranks(command, os.environ, standby("train.py", "slow"), folder, ended.append, said.append)
+        try:
+            for grace in (5.0, 0.0):
+                await ranks.start(1, {0: {}, 1: {}})
+                assert await ranks.stop(grace) == []
+            assert [rank.status for rank in ended] == [-9] * 4
+            while not said:
+                await asyncio.sleep(0.01)
+            assert "forked from a warm interpreter" in said[0]
+            await ranks.start(2, {0: {}})
+            await ranks.stop(0.0)  # now it is being forked
+        finally:
+            await ranks.close()
+
+    asyncio.run(run())
+    assert len(list(folder.glob("attempt_*/rank_*"))) == 3
+
+
+def test_an_interpreter_that_does_not_look_there_is_not_mistaken_for_one(folder):
+    """Without the trial it would run the script as no rank."""
+    (folder / "train.py").write_text("import os; print(os.environ['RANK'])")
+    wrapper = folder / "python"
+    wrapper.write_text(f'#!/bin/sh\nunset PYTHONPATH\nexec {sys.executable} "$@"\n')
+    wrapper.chmod(0o755)
+
+    async def run():
+        said = []
+        command = [str(wrapper), "train.py"]
+        ranks = Ranks(command, os.environ, standby("train.py"), folder, lambda rank: None, said.append)
+        try:
+            await ranks.start(1, {0: {"RANK": "0"}})
+            while ranks.live[0].status is None:
+                await asyncio.sleep(0.01)
+            assert ranks.live[0].status == 0
+            assert "imports no sitecustomize from PYTHONPATH" in said[0]
+            await ranks.stop(0.0)
+        finally:
+            await ranks.close()
+
+    asyncio.run(run())
+    assert (folder / "attempt_1" / "rank_0.log").read_text() == "0\n"
 
 
 def children(pid):

@@ -38,6 +38,8 @@ def document(job: str = "gpt", **changes: Any) -> dict[str, Any]:
         "coordinates": [{"job": job, "attempt": 2, "epoch": 2, "world_size": 2, "live_ranks": 1, "nodes": ["n1"],
             "running_saves": [1230], "in_memory": [1200, 1100], "restarts": 1,
             "incidents": ["attempt 1: rank 1 killed"], "nics": ["cxi1 on n1: its link is 'down'"]}],
+        "elections": [{"job": job, "coordinator": "n1", "address": "127.0.0.1:1", "term": 7, "here": True, "refused": 0,
+            "problem": "etcd does not answer"}],
     } | changes  # fmt: skip
 
 
@@ -62,6 +64,8 @@ def test_what_a_person_sees(answers: list[Answer]) -> None:
         "",
         "job gpt",
         "store file:///runs/\\x1b[31mgpt",
+        "coordinator n1, elected in term 7",
+        "etcd does not answer",
         "coordinated here: attempt 2, epoch 2, 1 of 2 ranks on 1 node",
         "steps being saved: 1230; in memory: 1200, 1100",
         "1 restart",
