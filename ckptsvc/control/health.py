@@ -345,7 +345,7 @@ class Health:
         """Whatever rank ends first from now on, this is why."""
         attempts = self._attempts(case)
         if attempts is not None:
-            attempts.accuse(case.incident.attempt, case.verdict.sentence)
+            attempts.accuse(case.incident.attempt, case.verdict.sentence, case.verdict.rank)
         self.incidents.fatal(case.incident)
 
     def _follow_up(self, case: Case, job: Job, now: float) -> Decision:

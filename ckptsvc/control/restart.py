@@ -105,7 +105,7 @@ class Attempts:
     last_failure: str = ""
     stop_wanted: str = ""  # why the job was asked to stop
     saved: str = ""  # what is known of its newest checkpoint
-    accused: tuple[int, str] = (0, "")  # attempt in which a rank is being killed because it hangs, and why
+    accused: tuple[int, str, int] = (0, "", -1)  # attempt in which a rank is being killed because it hangs, why, which
     incidents: list[str] = field(default_factory=list)
 
     def joined(self, event: pb.NodeJoined, now: float) -> Decision:
@@ -205,9 +205,8 @@ class Attempts:
             if len(self.statuses) < len(self.running) or self._is_partial:
                 return Decision()
             return self._finish(now)
-        accused, sentence = self.accused
-        if accused == attempt:  # the others may end before the rank that held them up
-            return self._fail(sentence, now)
+        if self.accused[0] == attempt:  # the others may end before the rank that held them up
+            return self._convict(now)
         how = "died" if status is None else describe_status(status)
         failed = f"rank {rank} on {node} {how}"
         if any(self.nodes[n].away_since is not None for n in self.hosts & self.nodes.keys() if n != node):
@@ -223,15 +222,22 @@ class Attempts:
     def _crash(self, rank: int, node: str, how: str, now: float) -> Crash:
         return Crash(self.attempt, rank, node, how, self.reached()[1], now - self.began)
 
-    def accuse(self, attempt: int, sentence: str) -> None:
+    def accuse(self, attempt: int, sentence: str, rank: int = -1) -> None:
         """A rank of this attempt is about to be killed: the sentence is why the attempt fails. 0: it was let live."""
-        self.accused = (attempt, sentence)
+        self.accused = (attempt, sentence, rank)
+
+    def _convict(self, now: float) -> Decision:
+        _, sentence, rank = self.accused
+        if rank not in self.running:
+            return self._fail(sentence, now)
+        self._strike(self.running[rank], DIED, f"rank {rank} hung", now)
+        return self._fail(sentence, now, self._crash(rank, self.running[rank], "hung", now))
 
     def give_up(self, attempt: int, now: float) -> Decision:
         """The rank that was accused is still there: stop the whole attempt."""
         if attempt != self.attempt or self.phase is not Phase.RUNNING:
             return Decision()
-        return self._fail(self.accused[1], now)
+        return self._convict(now)
 
     def suspect(self, attempt: int, rank: int, node: str, now: float) -> None:
         """A rank's process has ended; its launcher is about to say how."""

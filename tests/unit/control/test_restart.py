@@ -366,6 +366,14 @@ class TestExclusion:
         three.node_left("a", "neither its agent nor its host answers", 3.0)
         assert three.exclusion.score("a", 3.0) == 1.0
 
+    def test_a_rank_that_hung_is_to_blame_whoever_ends_first(self, three):
+        three.accuse(1, "rank 3 on b hung in all_reduce", 3)
+        assert kinds(three.rank_exited(1, 0, "a", 1, 1.0)) == ["a: stop", "b: stop", "c: stop"]
+        assert three.last_failure == "rank 3 on b hung in all_reduce"
+        assert three.exclusion.excluded("b", 1.0)
+        assert (three.loop.crashes[0].rank, three.loop.crashes[0].how) == (3, "hung")
+        assert three.exclusion.score("a", 1.0) == 0.0
+
     def test_a_job_of_one_node_strikes_nobody(self):
         attempts = make(1, 1)
         start(attempts, 0, 0.0, nodes=("a",))
