@@ -42,9 +42,8 @@ def _say(context: click.Context, parameter: click.Parameter, value: object) -> N
 def accepted(command: Decorated) -> Decorated:
     """Decorate a command so that it takes them."""
     for names in WITHOUT_EFFECT:
-        command = click.option(
-            *names, f"ignored_{names[0].strip('-')}", hidden=True, expose_value=False, callback=_say
-        )(command)
+        name = f"ignored_{names[0].strip('-').replace('-', '_')}"
+        command = click.option(*names, name, hidden=True, expose_value=False, callback=_say)(command)
     return command
 
 
