@@ -237,6 +237,12 @@ class TestSpares:
         assert [n for n, _ in orders(decision, "start")] == ["a", "b"]
         assert decision.reasons == ["job job: attempt 2 starts: 4 ranks on 2 nodes; without c"]
 
+    def test_a_person_can_see_it(self, with_spare):
+        assert with_spare.aside(1.0) == {"c": "a spare"}
+        with_spare.exclusion.strike("c", 9.0, "it lost power", 1.0)
+        with_spare.agent_lost("b", 1.0)
+        assert with_spare.aside(1.0) == {"b": "its agent is away", "c": "has failed too often: it lost power"}
+
     def test_it_ends_with_the_job(self, with_spare):
         assert kinds(exit_all(with_spare)) == ["a: end", "b: end", "c: end"]
 
