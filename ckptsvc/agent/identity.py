@@ -16,6 +16,7 @@ import msgspec
 from ckptsvc.agent.witness import Witness
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.rpc.identity import MAX_PACKET, peer_of, send_answer
+from ckptsvc.storage import canonical
 
 log = logging.getLogger("ckptsvc.agent")
 
@@ -47,6 +48,8 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidInput(f"rank {self.rank} of {self.world_size} is impossible")
         if not self.job or len(self.job) > 256 or not self.store or len(self.store) > 4096:
             raise InvalidInput("a job needs a name of at most 256 and a store of at most 4096 characters")
+        if canonical(self.store) != self.store:
+            raise InvalidInput(f"the store {self.store[:200]!r} is no URL: an agent has a working directory of its own")
         if len(self.coordinator) > 300:
             raise InvalidInput("an address has at most 300 characters")
         # What goes into a report must fit its fields (coordinator.proto).

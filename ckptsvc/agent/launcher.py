@@ -222,6 +222,7 @@ class Launcher:
             address=launch.address,
             attempt=self._attempt if self._ranks.live else 0,
             first_rank=self._first_rank,
+            log_dir=str(launch.log_dir.absolute()) if launch.log_dir else "",
             world_size=self._world,
             doorbell=self._doorbell,
             unfit=self._unfit,

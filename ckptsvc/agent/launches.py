@@ -7,10 +7,14 @@ import logging
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc.aio
 
 from ckptsvc.agent.local import Local, way_to
+from ckptsvc.agent.output import log_file
+from ckptsvc.agent.sessions import Session
+from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import InvalidInput
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -23,6 +27,9 @@ COORDINATOR_KEY = "ckptsvc-coordinator"
 
 MAX_NPROC = 4096
 """Ranks that one launcher may start on its node."""
+
+MAX_PATH = 3800
+"""Characters of a directory's path."""
 
 
 @dataclass(slots=True)
@@ -53,6 +60,13 @@ class Launches:
         """No launcher is connected."""
         return not self._by_job
 
+    def log_of(self, session: Session) -> Path | None:
+        """The file with a rank's output, if its launcher keeps it."""
+        launcher = self._by_job.get(launched_as(session.reg.job))
+        if launcher is None or not launcher.hello.log_dir:
+            return None
+        return log_file(Path(launcher.hello.log_dir), session.reg.attempt, session.reg.rank)
+
     async def serve(
         self, requests: AsyncIterator[agent_pb2.LaunchRequest], context: grpc.aio.ServicerContext
     ) -> AsyncIterator[agent_pb2.LaunchResponse]:
@@ -62,6 +76,8 @@ class Launches:
         possible = 1 <= hello.min_nodes <= hello.max_nodes and 0 <= hello.doorbell < 1 << 16 and hello.crash_loop >= 0
         if not hello.job or not nproc or not possible:
             raise InvalidInput("the first message of a launcher must be a hello with a job, nproc and nodes")
+        if hello.log_dir and not (hello.log_dir.startswith("/") and len(hello.log_dir) <= MAX_PATH):
+            raise InvalidInput("the directory for the ranks' output must be an absolute path")
         if hello.job in self._by_job:
             raise InvalidInput(f"job {hello.job} is already launched on this node")
         metadata = dict(context.invocation_metadata() or ())

@@ -17,6 +17,11 @@ CHUNK = 1 << 16
 """Longest line in bytes that is shown as one; a longer one is shown as several, and kept as it is."""
 
 
+def log_file(directory: Path, attempt: int, rank: int) -> Path:
+    """Where the output of a rank is kept."""
+    return directory / f"attempt_{attempt}" / f"rank_{rank}.log"
+
+
 def pipe() -> tuple[int, int]:
     """Both ends of a pipe for output: (to read from, to write to)."""
     reading, writing = os.pipe()

@@ -18,7 +18,7 @@ from typing import Any
 
 from ckptsvc.agent import keeper
 from ckptsvc.agent.keeper import MAX_MESSAGE, SWEEP_PATIENCE
-from ckptsvc.agent.output import copy, pipe
+from ckptsvc.agent.output import copy, log_file, pipe
 
 DRAIN = 1.0
 """Seconds for the last output of ranks that have ended. Nobody waits longer for whoever else holds the pipe."""
@@ -112,7 +112,7 @@ class Ranks:
 
     async def _start(self, attempt: int, variables: Mapping[int, Mapping[str, str]]) -> None:
         for number, own in variables.items():
-            kept = self._log_dir / f"attempt_{attempt}" / f"rank_{number}.log" if self._log_dir else None
+            kept = log_file(self._log_dir, attempt, number) if self._log_dir else None
             reading, writing = pipe()
             self.live[number] = Rank(number, asyncio.ensure_future(copy(reading, str(number), kept)))
             await self._send({"op": "start", "rank": number, "variables": dict(own)}, writing)

@@ -188,8 +188,9 @@ class Agent:
         self.node.launch_order = self.launches.order
         enabled = settings.health.enabled
         self.watch = Watch(self.local, _limits(settings.health), enabled=enabled, nics=self.nics.sentences)
-        self._keep_incidents()
+        self.watch.log_of = self.launches.log_of
         self.node.watch_order = self.watch.order
+        self._keep_incidents()
 
     def _terminated(self) -> None:
         """Stop; but an agent that a job has started, when its ranks are there, lets them save first.

@@ -75,7 +75,11 @@ class Coordinator:
     def probed(self, event: Probed, now: float) -> Decision:
         """Answer to `Probe`."""
         attempts = self.launched.get(event.job)
-        return attempts.probed(event, now) if attempts else Decision()
+        if attempts is None:
+            return Decision()
+        before = standing(attempts)
+        decision = attempts.probed(event, now)
+        return decision.add(self.incidents.failed(attempts, before, "node-lost", node=event.node))
 
     def nodes_read(self, event: NodesRead, now: float) -> Decision:
         """Answer to `ReadNodes`."""

@@ -25,7 +25,7 @@ from ckptsvc.control.incidents import Incidents, record, standing
 from ckptsvc.control.membership import AGENT_PATIENCE, Job
 from ckptsvc.control.nic_job import JobNics
 from ckptsvc.control.nics import INFO
-from ckptsvc.control.restart import Attempts, Phase, launched_as
+from ckptsvc.control.restart import Accused, Attempts, Phase, launched_as
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 EXAMINE_SECONDS = 1.0
@@ -118,6 +118,7 @@ class Case:
     tracks: dict[int, Track] = field(default_factory=dict)
     killed_at: float | None = None  # a rank, or the attempt, is being ended
     tried: bool = False  # to kill the rank
+    told: bool = False  # the incident is kept
 
 
 @dataclass(slots=True)
@@ -243,7 +244,7 @@ class Health:
         if strayed := self._strayed(case):
             pause = min(pause, max(self._patience(case) - strayed, LOOK_AGAIN))
         case.until = now + pause
-        return record(case.incident) if news else Decision()
+        return record(case.incident) if news and case.told else Decision()
 
     def _take_in(self, case: Case, verdict: Verdict, ranks: Mapping[int, pb.RankEvidence], now: float) -> bool:
         """Note a verdict; returns whether it says something new."""
@@ -253,16 +254,19 @@ class Health:
         case.verdict = verdict
         for rank, seen in ranks.items():
             case.tracks.setdefault(rank, Track()).look(seen)
-        incident.rank, incident.node, incident.sentence = verdict.rank, verdict.node, verdict.sentence
-        incident.confidence = verdict.confidence
-        incident.signals[:] = verdict.signals
-        chosen = sorted(ranks, key=lambda r: (r != verdict.rank, r not in case.stalled, r))[:KEPT_RANKS]
+        if verdict.node or not incident.node:  # that nobody can be named now does not clear whoever was named before
+            incident.rank, incident.node, incident.sentence = verdict.rank, verdict.node, verdict.sentence
+            incident.confidence = verdict.confidence
+            incident.signals[:] = verdict.signals
+        chosen = sorted(ranks, key=lambda r: (r != incident.rank, r not in case.stalled, r))[:KEPT_RANKS]
         del incident.ranks[:]
         incident.ranks.extend(ranks[r] for r in sorted(chosen))
         if not incident.detected:
             first = max((event.seconds for event in case.stalled.values()), default=0.0)
             incident.detected = first + now - case.opened
-        return news or case.round == 1
+        # Where nobody can be named at once, it may be over before anybody wants to hear of it.
+        before_told, case.told = case.told, case.told or bool(verdict.node) or case.round >= ROUNDS
+        return news or not before_told
 
     def _nics(self, case: Case, job: Job) -> dict[str, list[str]]:
         """What is wrong with the nodes' network cards: compared with the whole job's, and as each node sees it."""
@@ -329,8 +333,9 @@ class Health:
     def _attempts(self, case: Case) -> Attempts | None:
         """The launched job, if it is this very attempt that runs."""
         attempts = self.launched.get(launched_as(case.job))
-        wanted = (case.incident.attempt, Phase.RUNNING)
-        return attempts if attempts is not None and standing(attempts) == wanted else None
+        if attempts is None or (attempts.attempt, attempts.phase) != (case.incident.attempt, Phase.RUNNING):
+            return None
+        return attempts
 
     def _kill(self, case: Case, ranks: Mapping[int, pb.RankEvidence], now: float) -> Decision:
         verdict = case.verdict
@@ -345,7 +350,8 @@ class Health:
         """Whatever rank ends first from now on, this is why."""
         attempts = self._attempts(case)
         if attempts is not None:
-            attempts.accuse(case.incident.attempt, case.verdict.sentence, case.verdict.rank)
+            verdict = case.verdict
+            attempts.accuse(Accused(case.incident.attempt, verdict.rank, verdict.node, verdict.sentence))
         self.incidents.fatal(case.incident)
 
     def _follow_up(self, case: Case, job: Job, now: float) -> Decision:
@@ -356,7 +362,7 @@ class Health:
         self.incidents.pardon(case.job)
         attempts = self._attempts(case)
         if attempts is not None:
-            attempts.accuse(0, "")
+            attempts.acquit()
         if not case.stalled:
             return self._close(case, "it had gone on by itself, and lives")
         case.incident.actions.append("it has not ended")
@@ -367,15 +373,15 @@ class Health:
         case.killed_at = now
         self._accuse(case)
         before = standing(attempts)
-        decision = attempts.give_up(case.incident.attempt, now)
+        decision = attempts.give_up(now)
         return decision.add(self.incidents.failed(attempts, before, "hung"))
 
     def _close(self, case: Case, how: str) -> Decision:
-        """Nothing more will be found out; an incident that nobody has heard of yet was none."""
+        """Nothing more will be found out; what nobody has heard of yet was no incident."""
         del self.cases[case.job]
         if not how:
             return Decision()
-        if not case.incident.sentence:
+        if not case.told:
             return Decision([], [f"job {case.job}: {how}"])
         case.incident.actions.append(how)
         return record(case.incident)

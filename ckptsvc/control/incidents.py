@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ckptsvc.control.effects import Decision, Record
-from ckptsvc.control.restart import INTERRUPTED, Attempts, Phase, launched_as
+from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
-Standing = tuple[int, Phase]
+Standing = tuple[int, int]
+"""(attempt, failures so far) of a launched job."""
 
 
 class Incidents:
@@ -46,9 +47,8 @@ class Incidents:
 
     def failed(self, attempts: Attempts, before: Standing, kind: str, rank: int = -1, node: str = "") -> Decision:
         """If the running attempt of a launched job has failed since `before`: why, and what is done about it."""
-        attempt, phase = before
-        ended_well = attempts.phase is Phase.ENDED and attempts.outcome[0] in (0, INTERRUPTED)
-        if phase is not Phase.RUNNING or standing(attempts) == before or ended_well:
+        attempt, failures = before
+        if len(attempts.incidents) == failures:
             return Decision()
         incident = self._fatal.get(attempts.job)
         if incident is None or incident.attempt != attempt:
@@ -72,7 +72,7 @@ class Incidents:
 
 def standing(attempts: Attempts) -> Standing:
     """Where a launched job is, for `Incidents.failed`."""
-    return attempts.attempt, attempts.phase
+    return attempts.attempt, len(attempts.incidents)
 
 
 def record(incident: pb.Incident) -> Decision:

@@ -22,6 +22,7 @@ import enum
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ckptsvc.control.crashloop import Crash, CrashLoop
 from ckptsvc.control.effects import Answer, Decision, Probe, Probed, Send
@@ -74,6 +75,15 @@ class Phase(enum.Enum):
     ENDED = "ended"
 
 
+class Accused(NamedTuple):
+    """A rank that hangs, in which attempt, and why it is to blame; rank -1 and node "" where nobody is named."""
+
+    attempt: int
+    rank: int
+    node: str
+    sentence: str
+
+
 @dataclass(slots=True)
 class Attempts:
     """The launched job."""
@@ -105,7 +115,7 @@ class Attempts:
     last_failure: str = ""
     stop_wanted: str = ""  # why the job was asked to stop
     saved: str = ""  # what is known of its newest checkpoint
-    accused: tuple[int, str, int] = (0, "", -1)  # attempt in which a rank is being killed because it hangs, why, which
+    accused: Accused | None = None  # the rank that is being killed because it hangs
     incidents: list[str] = field(default_factory=list)
 
     def joined(self, event: pb.NodeJoined, now: float) -> Decision:
@@ -205,8 +215,8 @@ class Attempts:
             if len(self.statuses) < len(self.running) or self._is_partial:
                 return Decision()
             return self._finish(now)
-        if self.accused[0] == attempt:  # the others may end before the rank that held them up
-            return self._convict(now)
+        if self.accused and self.accused.attempt == attempt:  # the others may end before the rank that held them up
+            return self._condemn(self.accused, now)
         how = "died" if status is None else describe_status(status)
         failed = f"rank {rank} on {node} {how}"
         if any(self.nodes[n].away_since is not None for n in self.hosts & self.nodes.keys() if n != node):
@@ -222,22 +232,25 @@ class Attempts:
     def _crash(self, rank: int, node: str, how: str, now: float) -> Crash:
         return Crash(self.attempt, rank, node, how, self.reached()[1], now - self.began)
 
-    def accuse(self, attempt: int, sentence: str, rank: int = -1) -> None:
-        """A rank of this attempt is about to be killed: the sentence is why the attempt fails. 0: it was let live."""
-        self.accused = (attempt, sentence, rank)
+    def accuse(self, accused: Accused) -> None:
+        """A rank is about to be killed: whichever ends first, the attempt fails because of this one."""
+        self.accused = accused
 
-    def _convict(self, now: float) -> Decision:
-        _, sentence, rank = self.accused
-        if rank not in self.running:
-            return self._fail(sentence, now)
-        self._strike(self.running[rank], DIED, f"rank {rank} hung", now)
-        return self._fail(sentence, now, self._crash(rank, self.running[rank], "hung", now))
+    def acquit(self) -> None:
+        """It was let live."""
+        self.accused = None
 
-    def give_up(self, attempt: int, now: float) -> Decision:
+    def give_up(self, now: float) -> Decision:
         """The rank that was accused is still there: stop the whole attempt."""
-        if attempt != self.attempt or self.phase is not Phase.RUNNING:
+        accused = self.accused
+        if accused is None or accused.attempt != self.attempt or self.phase is not Phase.RUNNING:
             return Decision()
-        return self._convict(now)
+        return self._condemn(accused, now)
+
+    def _condemn(self, accused: Accused, now: float) -> Decision:
+        if accused.node:
+            self._strike(accused.node, DIED, f"rank {accused.rank} hung", now)
+        return self._fail(accused.sentence, now, self._crash(accused.rank, accused.node, "hung", now))
 
     def suspect(self, attempt: int, rank: int, node: str, now: float) -> None:
         """A rank's process has ended; its launcher is about to say how."""

@@ -83,13 +83,14 @@ def test_stopped_ranks_are_killed_one_after_the_other(launch: Launch, runtime: R
 
 
 def test_a_rank_that_computes_for_ever_is_killed_when_it_stands_still(launch: Launch, runtime: Runtime) -> None:
-    with launch.beating(2, **QUICK) as job:
+    with launch.beating(2, "--log-dir", str(runtime.root / "logs"), **QUICK) as job:
         await_steps(job, 1)
         job.fault("compute", rank=1)
         incident = await_incident(runtime, "SIGKILL")
         await_steps(job, 2)
         end(job)
     assert (incident.rank, incident.confidence) == (1, 0.8)
+    assert [evidence.log_tail for evidence in incident.ranks] == ["rank 0 begins", "rank 1 begins"]
 
 
 def test_a_job_that_pauses_goes_on(launch: Launch, runtime: Runtime) -> None:

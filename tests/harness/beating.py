@@ -70,6 +70,7 @@ class Rank:
         """Steps until the end."""
         self.enter("step")
         self.report("begun")
+        print(f"rank {self.number} begins", flush=True)
         fault = self.folder / f"fault-{self.attempt}-{self.number}"
         step = 0
         while not 0 < self.last[0] <= step:

@@ -26,6 +26,11 @@ from harness.zygote import Zygote
 
 SCRIPT = Path(__file__).with_name("rank.py")
 BEATING = Path(__file__).with_name("beating.py")
+LIGHT = {
+    "CKPTSVC_LAUNCH_STANDBY": "false",
+    "CKPTSVC_LAUNCH_PREFLIGHT": "false",
+    "CKPTSVC_LAUNCH_CRASH_LOOP": "0",  # these ranks save nothing
+}
 TIMEOUT = 60.0
 TAIL = 60
 """Lines of each log that are shown when a job fails."""
@@ -192,7 +197,7 @@ class Launch:
         """Ranks without torch (`harness.beating`) under `ckptsvc run --standalone`."""
         folder = self._new_folder()
         command = [sys.executable, "-m", "ckptsvc.cli.main", "run", "--standalone", "--nproc-per-node", str(world)]
-        return self._start([*command, *options, str(BEATING), str(folder)], folder, world, environ)
+        return self._start([*command, *options, str(BEATING), str(folder)], folder, world, LIGHT | environ)
 
     def torchrun(self, world: int, function: Callable[..., Any], *arguments: Any, **environ: str) -> Job:
         """Ranks under torchrun."""

@@ -226,7 +226,7 @@ class LaunchRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[LauncherHello, _Mapping]] = ..., ready: _Optional[_Union[LauncherReady, _Mapping]] = ..., exit: _Optional[_Union[RankExit, _Mapping]] = ..., stop_wanted: _Optional[_Union[StopWanted, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class LauncherHello(_message.Message):
-    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "world_size", "doorbell", "unfit", "crash_loop", "uptime")
+    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "log_dir", "world_size", "doorbell", "unfit", "crash_loop", "uptime")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     NODE_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -237,6 +237,7 @@ class LauncherHello(_message.Message):
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     FIRST_RANK_FIELD_NUMBER: _ClassVar[int]
+    LOG_DIR_FIELD_NUMBER: _ClassVar[int]
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     DOORBELL_FIELD_NUMBER: _ClassVar[int]
     UNFIT_FIELD_NUMBER: _ClassVar[int]
@@ -252,12 +253,13 @@ class LauncherHello(_message.Message):
     address: str
     attempt: int
     first_rank: int
+    log_dir: str
     world_size: int
     doorbell: int
     unfit: str
     crash_loop: int
     uptime: float
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., world_size: _Optional[int] = ..., doorbell: _Optional[int] = ..., unfit: _Optional[str] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ...) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., log_dir: _Optional[str] = ..., world_size: _Optional[int] = ..., doorbell: _Optional[int] = ..., unfit: _Optional[str] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ...) -> None: ...
 
 class LauncherReady(_message.Message):
     __slots__ = ("attempt", "port")

@@ -38,6 +38,7 @@ IMPOSSIBLE = [
     ({"world_size": 0}, "rank 0 of 0"),
     ({"world_size": 1 << 40}, "rank 0 of 1099511627776"),
     ({"job": ""}, "a job needs a name"),
+    ({"store": "runs/7"}, "is no URL"),
     ({"job": "j" * 257}, "at most 256"),
     ({"store": ""}, "a store"),
     ({"store": "s" * 4097}, "4096"),

@@ -12,6 +12,7 @@ from ckptsvc.control.restart import (
     LIST_PATIENCE,
     NODE_PATIENCE,
     RING_EVERY,
+    Accused,
     Attempts,
     Phase,
     describe_status,
@@ -373,7 +374,7 @@ class TestExclusion:
         assert three.exclusion.score("a", 3.0) == 1.0
 
     def test_a_rank_that_hung_is_to_blame_whoever_ends_first(self, three):
-        three.accuse(1, "rank 3 on b hung in all_reduce", 3)
+        three.accuse(Accused(1, 3, "b", "rank 3 on b hung in all_reduce"))
         assert kinds(three.rank_exited(1, 0, "a", 1, 1.0)) == ["a: stop", "b: stop", "c: stop"]
         assert three.last_failure == "rank 3 on b hung in all_reduce"
         assert three.exclusion.excluded("b", 1.0)
