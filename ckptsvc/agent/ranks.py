@@ -190,7 +190,7 @@ class Ranks:
             elif event == "swept" and self._swept is not None and not self._swept.done():
                 self._swept.set_result(message["left"])
             elif event == "warm" and message["ready"]:
-                self._say(f"standby: ranks are forked from a warm interpreter of {message['mib']} MiB, ready after"
+                self._say(f"standby: a warm interpreter of {message['mib']} MiB, ready after"
                     f" {message['seconds']:.1f} s")  # fmt: skip
             elif event == "warm":
                 self._say(f"no standby: {message['why']}")

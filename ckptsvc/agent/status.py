@@ -105,6 +105,7 @@ def _coordinated(agent: Agent) -> list[dict[str, Any]]:
             "in_memory": [step for _, step in job.saves.snapshots()],
             "restarts": attempts.restarts if (attempts := core.launched.get(launched_as(job.name))) else 0,
             "incidents": attempts.incidents if attempts else [],
+            "aside": attempts.aside(time.monotonic()) if attempts else {},
             "nics": [finding.sentence for finding in core.nic_findings(job.name)],
         }
         for core in agent.local.cores()

@@ -17,7 +17,9 @@ import xxhash
 from ckptsvc.agent.coordination import login_of
 from ckptsvc.agent.launcher import Launch, Launcher
 from ckptsvc.agent.standby import Standby, place_of, reason_against
+from ckptsvc.cli import torchrun_flags
 from ckptsvc.cli.placing import Nodes, parse_nodes, placed
+from ckptsvc.cli.torchrun_flags import refuse_unknown
 from ckptsvc.config import LaunchSettings, Settings, load, runtime_dir
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_address
@@ -27,19 +29,28 @@ from ckptsvc.rpc.secret import require_loopback
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@click.option("--nnodes", metavar="N|MIN:MAX", help="Nodes of the job; default: those that Slurm or PBS gave, or 1.")
-@click.option("--nproc-per-node", "--nproc_per_node", "nproc", default="1", metavar="N|auto|gpu|cpu",
-    help="Ranks on this node.")  # fmt: skip
-@click.option("--node-rank", "--node_rank", type=int, default=-1, help="Position of this node; default: as they come.")
-@click.option("--rdzv-id", "--rdzv_id", "job", help="Name of the job, the same on all nodes.")
-@click.option("--rdzv-endpoint", "--rdzv_endpoint", "--coordinator", "coordinator", metavar="HOST:PORT",
-    help="Where the coordinator listens: the agent of node rank 0.")  # fmt: skip
+@torchrun_flags.accepted
+@click.option("--nnodes", envvar="PET_NNODES", metavar="N|MIN:MAX",
+    help="Nodes of the job; default: those that Slurm or PBS gave, or 1. Others are spares.")  # fmt: skip
+@click.option("--nproc-per-node", "--nproc_per_node", "nproc", envvar="PET_NPROC_PER_NODE", default="1",
+    metavar="N|auto|gpu|cpu", help="Ranks on this node.")  # fmt: skip
+@click.option("--node-rank", "--node_rank", envvar="PET_NODE_RANK", type=int, default=-1,
+    help="Position of this node; default: as they come.")  # fmt: skip
+@click.option("--rdzv-id", "--rdzv_id", "job", envvar="PET_RDZV_ID", help="Name of the job, the same on all nodes.")
+@click.option("--rdzv-endpoint", "--rdzv_endpoint", "--coordinator", "coordinator", envvar="PET_RDZV_ENDPOINT",
+    metavar="HOST:PORT", help="Where the coordinator listens: the agent of node rank 0.")  # fmt: skip
+@click.option("--master-addr", "--master_addr", envvar="PET_MASTER_ADDR", metavar="HOST",
+    help="With --master-port: as --rdzv-endpoint HOST:PORT.")  # fmt: skip
+@click.option("--master-port", "--master_port", envvar="PET_MASTER_PORT", type=int, default=29500, metavar="PORT",
+    hidden=True)  # fmt: skip
 @click.option("--coordination", metavar="etcd://HOST:PORT,...",
     help="Elect the coordinator there, instead of --rdzv-endpoint.")  # fmt: skip
-@click.option("--max-restarts", "--max_restarts", type=click.IntRange(0), default=3, show_default=True)
+@click.option("--max-restarts", "--max_restarts", envvar="PET_MAX_RESTARTS", type=click.IntRange(0), default=3,
+    show_default=True)  # fmt: skip
 @click.option("--standalone", is_flag=True, help="One node, nothing to agree with others.")
 @click.option("--node", help="Name of this node; default: its host name.")
-@click.option("--address", default="", help="Where other nodes reach this one; default: by the host name.")
+@click.option("--address", "--local-addr", "--local_addr", "address", default="",
+    help="Where other nodes reach this one; default: by the host name.")  # fmt: skip
 @click.option("--log-dir", "--log_dir", type=click.Path(path_type=Path), help="Keep each rank's output here.")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as for python -m.")
 @click.option("--no-python", "--no_python", is_flag=True, help="SCRIPT is a program, not Python.")
@@ -57,19 +68,22 @@ from ckptsvc.rpc.secret import require_loopback
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def command(
     nnodes: str | None, nproc: str, node_rank: int, job: str | None, coordinator: str | None,
-    coordination: str | None, max_restarts: int, standalone: bool, node: str | None, address: str,
-    log_dir: Path | None, module: bool, no_python: bool, standby: bool | None, preload: str | None,
-    preflight: bool | None, crash_loop: int | None, stop_grace: float, status_file: Path | None,
-    script: str, arguments: tuple[str, ...],
+    master_addr: str | None, master_port: int, coordination: str | None, max_restarts: int, standalone: bool,
+    node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool, standby: bool | None,
+    preload: str | None, preflight: bool | None, crash_loop: int | None, stop_grace: float,
+    status_file: Path | None, script: str, arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
 
     Run it once on every node, by hand, ssh, srun or mpiexec, where you would run torchrun. Under Slurm and PBS it
     finds out by itself which nodes the job has.
     """
+    refuse_unknown(script)
     low, high = parse_nodes("1" if standalone and nnodes is None else nnodes)
     if standalone and high > 1:
         raise ConfigError("--standalone means one node", hint="drop it, or --nnodes")
+    if high > 1 and master_addr and not (coordinator or coordination):
+        coordinator = f"{master_addr}:{master_port}"
     if coordinator and coordination:
         raise ConfigError("--rdzv-endpoint and --coordination exclude each other")
     flags = {"standby": standby, "preload": preload, "preflight": preflight, "crash_loop": crash_loop}

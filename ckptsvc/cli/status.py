@@ -56,7 +56,7 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
         "bytes", "seconds"}],
       "coordinates": [{"job", "attempt", "epoch", "world_size",
         "live_ranks", "nodes", "running_saves", "in_memory", "restarts",
-        "incidents", "nics"}],
+        "incidents", "aside", "nics"}],
       "elections": [{"job", "coordinator", "address", "term", "here",
         "refused", "problem"}],
       "nics": [{"nic", "family", "link", "sent", "received", "findings"}]}}]}
@@ -64,6 +64,7 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
     bytes, ages in seconds, times in Unix seconds; a step of -1 is none.
     "nics" are the network cards (bytes per second) and sentences about those
     in trouble: by their own counters, and in "coordinates" against the job's.
+    "aside" are nodes of the job that run no rank, with the reason.
     """  # noqa: D301  \b is click's
     where = directory or agent_directory()
     while True:
@@ -181,6 +182,8 @@ def _describe(screen: Screen, status: Status, job: str) -> Iterator[str]:
                 yield "    " + screen.paint(plural(own["restarts"], "restart"), "doubt")
             for incident in own["incidents"]:
                 yield f"      {printable(incident)}"
+            for node, why in own.get("aside", {}).items():
+                yield "    " + screen.paint(f"{printable(node)}: {printable(why)}", "doubt")
             for trouble in own.get("nics", ()):  # an agent of an earlier version has none
                 yield "    " + screen.paint(printable(trouble), "doubt")
 

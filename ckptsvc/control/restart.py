@@ -356,6 +356,19 @@ class Attempts:
             first += node.nproc
         return decision
 
+    def aside(self, now: float) -> dict[str, str]:
+        """Nodes that run no rank, or cannot be reached, and why, for a person."""
+        found = {}
+        for node in self.nodes.values():
+            if node.away_since is not None:
+                found[node.name] = "its agent is away"
+            elif node.name not in self.hosts:
+                bad = self.exclusion.excluded(node.name, now)
+                found[node.name] = (
+                    f"has failed too often: {self.exclusion.strikes[node.name].why}" if bad else "a spare"
+                )
+        return found
+
     def _finish(self, now: float) -> Decision:
         worst = max(self.statuses.values())
         return self._end(worst, self._stopped() if worst else "all ranks have ended", now)

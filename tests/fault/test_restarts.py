@@ -59,7 +59,7 @@ def finish(job: Job) -> None:
     assert len({line["parent"] for line in job.reports("attached")}) == 1  # the keeper
     job.go("end")
     job.results()
-    assert "standby: ranks are forked from a warm interpreter" in job.output()
+    assert "standby: a warm interpreter" in job.output()
 
 
 def test_a_killed_rank_is_back_from_memory(launch: Launch, tmp_path: Path) -> None:

@@ -213,6 +213,8 @@ class TestRefusals:
             agent_pb2.LauncherHello(job="j", nproc=1 << 30, min_nodes=1, max_nodes=1),
             agent_pb2.LauncherHello(job="j", nproc=1, min_nodes=2, max_nodes=1),
             agent_pb2.LauncherHello(job="j", nproc=1, min_nodes=0, max_nodes=1),
+            agent_pb2.LauncherHello(job="j", nproc=1, min_nodes=1, max_nodes=1, doorbell=65536),
+            agent_pb2.LauncherHello(job="j", nproc=1, min_nodes=1, max_nodes=1, crash_loop=-1),
         ):
             with pytest.raises(grpc.RpcError) as caught:
                 list(stub.Launch(iter([agent_pb2.LaunchRequest(hello=hello)]), timeout=5))

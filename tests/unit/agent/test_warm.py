@@ -91,7 +91,7 @@ def standby(script, *preload, module=False, memory=1 << 30):
 def both_ways(command, script, folder, module=False, environ=None):
     cold = outcome(command, folder, None, environ=environ)
     warm = outcome(command, folder, standby(script, module=module), environ=environ)
-    assert "forked from a warm interpreter" in warm[2][0], warm
+    assert "standby: a warm interpreter" in warm[2][0], warm
     return cold[0] + cold[1][0].splitlines(), warm[0] + warm[1][0].splitlines()
 
 
@@ -227,7 +227,7 @@ class TestReasonsAgainst:
         (folder / "decimal").mkdir()
         (folder / "train.py").write_text("")
         _, _, said = outcome(["train.py"], folder, standby("train.py"))
-        assert "forked from a warm interpreter" in said[0]
+        assert "standby: a warm interpreter" in said[0]
 
     def module(self, tmp_path, monkeypatch, text):
         (tmp_path / "disturbing.py").write_text(text)
@@ -279,7 +279,7 @@ def test_a_rank_that_waits_for_it_can_be_stopped(folder, tmp_path, monkeypatch):
             assert [rank.status for rank in ended] == [-9] * 4
             while not said:
                 await asyncio.sleep(0.01)
-            assert "forked from a warm interpreter" in said[0]
+            assert "standby: a warm interpreter" in said[0]
             await ranks.start(2, {0: {}})
             await ranks.stop(0.0)  # now it is being forked
         finally:

@@ -37,7 +37,8 @@ def document(job: str = "gpt", **changes: Any) -> dict[str, Any]:
             ((0, "kept"), (0, "staged"), (1, "kept"))],
         "coordinates": [{"job": job, "attempt": 2, "epoch": 2, "world_size": 2, "live_ranks": 1, "nodes": ["n1"],
             "running_saves": [1230], "in_memory": [1200, 1100], "restarts": 1,
-            "incidents": ["attempt 1: rank 1 killed"], "nics": ["cxi1 on n1: its link is 'down'"]}],
+            "incidents": ["attempt 1: rank 1 killed"], "aside": {"n3": "a spare"},
+            "nics": ["cxi1 on n1: its link is 'down'"]}],
         "elections": [{"job": job, "coordinator": "n1", "address": "127.0.0.1:1", "term": 7, "here": True, "refused": 0,
             "problem": "etcd does not answer"}],
     } | changes  # fmt: skip
@@ -70,6 +71,7 @@ def test_what_a_person_sees(answers: list[Answer]) -> None:
         "steps being saved: 1230; in memory: 1200, 1100",
         "1 restart",
         "attempt 1: rank 1 killed",
+        "n3: a spare",
         "cxi1 on n1: its link is 'down'",
         "RANK PID STEP HEARTBEAT COMMITTED",
         "0 100 1,234 0.2 s ago 1,200",

@@ -12,6 +12,7 @@ from ckptsvc.control.restart import (
     LIST_PATIENCE,
     NODE_PATIENCE,
     RING_EVERY,
+    Accused,
     Attempts,
     Phase,
     describe_status,
@@ -237,6 +238,12 @@ class TestSpares:
         assert [n for n, _ in orders(decision, "start")] == ["a", "b"]
         assert decision.reasons == ["job job: attempt 2 starts: 4 ranks on 2 nodes; without c"]
 
+    def test_a_person_can_see_it(self, with_spare):
+        assert with_spare.aside(1.0) == {"c": "a spare"}
+        with_spare.exclusion.strike("c", 9.0, "it lost power", 1.0)
+        with_spare.agent_lost("b", 1.0)
+        assert with_spare.aside(1.0) == {"b": "its agent is away", "c": "has failed too often: it lost power"}
+
     def test_it_ends_with_the_job(self, with_spare):
         assert kinds(exit_all(with_spare)) == ["a: end", "b: end", "c: end"]
 
@@ -365,6 +372,14 @@ class TestExclusion:
         assert three.loop.crashes == []
         three.node_left("a", "neither its agent nor its host answers", 3.0)
         assert three.exclusion.score("a", 3.0) == 1.0
+
+    def test_a_rank_that_hung_is_to_blame_whoever_ends_first(self, three):
+        three.accuse(Accused(1, 3, "b", "rank 3 on b hung in all_reduce"))
+        assert kinds(three.rank_exited(1, 0, "a", 1, 1.0)) == ["a: stop", "b: stop", "c: stop"]
+        assert three.last_failure == "rank 3 on b hung in all_reduce"
+        assert three.exclusion.excluded("b", 1.0)
+        assert (three.loop.crashes[0].rank, three.loop.crashes[0].how) == (3, "hung")
+        assert three.exclusion.score("a", 1.0) == 0.0
 
     def test_a_job_of_one_node_strikes_nobody(self):
         attempts = make(1, 1)
