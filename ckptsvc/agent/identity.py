@@ -20,6 +20,9 @@ from ckptsvc.storage import canonical
 
 log = logging.getLogger("ckptsvc.agent")
 
+ACCEPT_AGAIN = 0.2
+"""Seconds after which an agent that was out of descriptors looks again who wants to register."""
+
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a rank says of itself.
@@ -127,7 +130,12 @@ class IdentityServer:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            sock, _ = await loop.sock_accept(listener)
+            try:
+                sock, _ = await loop.sock_accept(listener)
+            except OSError as error:  # out of descriptors, for now
+                log.warning("a rank could not be let in: %s", error)
+                await asyncio.sleep(ACCEPT_AGAIN)
+                continue
             sock.setblocking(False)
             self._spawn(self._serve(sock))
 

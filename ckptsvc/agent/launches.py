@@ -52,6 +52,7 @@ class Launches:
     def __init__(self, local: Local) -> None:
         self._local = local
         self._by_job: dict[str, Launcher] = {}
+        self.stopping = False  # this agent ends, and another may follow
         local.launchers, local.stops = self.resync, self.stops
         local.launched = self._by_job.__contains__
 
@@ -103,8 +104,9 @@ class Launches:
             getting.cancel()
             if self._by_job.get(hello.job) is launcher:
                 del self._by_job[hello.job]
-            left = pb.NodeLeft(job=hello.job, node=self._local.name, detail=launcher.leaving)
-            uplink.report(pb.Report(node_left=left))
+            if not self.stopping:  # else the launcher goes on, and finds the next agent
+                left = pb.NodeLeft(job=hello.job, node=self._local.name, detail=launcher.leaving)
+                uplink.report(pb.Report(node_left=left))
 
     async def _read(self, requests: AsyncIterator[agent_pb2.LaunchRequest], launcher: Launcher) -> None:
         job, node = launcher.hello.job, self._local.name

@@ -326,4 +326,8 @@ class Node:
 
 
 def _exited(pidfd: int) -> bool:
-    return pidfd >= 0 and bool(select.select([pidfd], [], [], 0)[0])
+    if pidfd < 0:
+        return False
+    poll = select.poll()  # select knows no descriptors beyond 1023
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

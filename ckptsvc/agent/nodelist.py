@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -69,7 +70,12 @@ def read(directory: Path) -> dict[str, Entry]:
         raise Damaged(f"{directory / NAME} is not a list of nodes: {error}", hint="delete it") from None
     if found.version != 1:
         raise Damaged(f"{directory / NAME} has version {found.version}; this one knows 1", hint="delete it")
-    return {n: e for n, e in found.nodes.items() if len(n) <= MAX_TEXT and 0 <= e.score < 1e6}
+    now = time.time()  # what a wrong clock has written must fade as well
+    return {
+        n: msgspec.structs.replace(e, at=min(e.at, now))
+        for n, e in found.nodes.items()
+        if len(n) <= MAX_TEXT and 0 <= e.score < 1e6
+    }
 
 
 def keep(directory: Path, entries: dict[str, Entry]) -> None:
@@ -86,7 +92,7 @@ def keep(directory: Path, entries: dict[str, Entry]) -> None:
     temporary = directory / f".{NAME}-{secrets.token_hex(4)}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(NodeList(1, merged)), indent=1))
             file.flush()
             os.fsync(file.fileno())

@@ -43,11 +43,9 @@ async def copy(reading: int, name: str, kept: Path | None) -> None:
         lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(reading, "rb", 0)
     )
     prefix = f"[{name}] ".encode()
-    with contextlib.closing(transport), contextlib.ExitStack() as stack:
-        file: BinaryIO | None = None
-        if kept is not None:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open(kept, "ab", buffering=0))  # noqa: ASYNC230  once, and local
+    file = _opened(kept)
+    shown: BinaryIO | None = sys.stdout.buffer
+    with contextlib.closing(transport), contextlib.closing(file) if file else contextlib.nullcontext():
         while True:
             try:
                 line = await reader.readuntil(b"\n")
@@ -57,7 +55,36 @@ async def copy(reading: int, name: str, kept: Path | None) -> None:
                 line = error.partial
             if not line:
                 return
-            if file is not None:
-                file.write(line)
-            sys.stdout.buffer.write(prefix + line.removesuffix(b"\n") + b"\n")
-            sys.stdout.buffer.flush()
+            # A rank must not die of a full disk or of a terminal that is gone: its output goes on being read.
+            file = _write(file, line, f"the output of rank {name} is not kept any more")
+            shown = _write(shown, prefix + line.removesuffix(b"\n") + b"\n", "")
+
+
+def _opened(path: Path | None) -> BinaryIO | None:
+    if path is None:
+        return None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return open(path, "ab", buffering=0)
+    except OSError as error:
+        _warn(f"{path}: {error.strerror}; the output is not kept")
+        return None
+
+
+def _write(sink: BinaryIO | None, data: bytes, why: str) -> BinaryIO | None:
+    """Write all; None from the first failure on."""
+    if sink is None:
+        return None
+    try:
+        sink.write(data)
+        sink.flush()
+    except (OSError, ValueError) as error:
+        if why:
+            _warn(f"{why}: {error}")
+        return None
+    return sink
+
+
+def _warn(message: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        print(f"ckptsvc run: {message}", file=sys.stderr, flush=True)  # noqa: T201

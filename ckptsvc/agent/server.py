@@ -139,6 +139,7 @@ class Agent:
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
                 self.node_name, directory, self.address, node=self.node_name)  # fmt: skip
             await self._stopping.wait()
+            self.launches.stopping = True
             (directory / "ready").unlink(missing_ok=True)
             for task in tasks:
                 task.cancel()

@@ -112,7 +112,7 @@ def command(
         address=nodes.address,
         coordinator=elected or ("" if leads else nodes.coordinator),
         directory=directory,
-        agent_arguments=["--name", name, *_agent_arguments(directory, nodes.coordinator if leads else "", elected)],
+        agent_arguments=["--name", name, *_agent_arguments(nodes.coordinator if leads else "", elected)],
         log_dir=log_dir,
         preflight=(settings.arena.dir, _written_to(settings, log_dir)) if settings.launch.preflight else None,
         crash_loop=settings.launch.crash_loop,
@@ -132,9 +132,8 @@ def _elected(etcd: str, settings: Settings) -> str:
     return str(url)
 
 
-def _agent_arguments(directory: Path, listen: str, elected: str) -> list[str]:
-    if is_alive(directory):
-        return []
+def _agent_arguments(listen: str, elected: str) -> list[str]:
+    # For an agent that is started now or, when the one that is there has ended, later.
     arguments = ["--linger", "30s"]  # an agent that we start is ours: it goes when it is done
     if listen:
         arguments += ["--listen", listen]

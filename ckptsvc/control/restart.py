@@ -151,9 +151,13 @@ class Attempts:
             self.running, self.hosts, self.statuses, self.suspects = here, {event.node}, {}, {}
             self.places, self.world, self.began = {event.node: event.first_rank}, event.world_size, now
             return stale
+        stranger = self.gathered and self.phase is Phase.RUNNING and event.node not in self.hosts
         self.running.update(here)
         self.hosts.add(event.node)
         self.places[event.node] = event.first_rank
+        if stranger:  # spares were heard of before the nodes that ran, and were started beside them
+            why = f"node {event.node} runs attempt {event.attempt} of an earlier coordinator"
+            return self._fail(why, now)
         if self.phase is Phase.RUNNING:
             return Decision()
         # The order to stop did not reach this node; or nobody here has heard of it yet, but another node has obeyed it.
@@ -170,6 +174,8 @@ class Attempts:
             return self._end_node(event.node, *self.predecessor)
         before, node.ready, node.port = node.ready, event.attempt, event.port
         if self.phase is Phase.RUNNING:
+            if event.node not in self.hosts and event.attempt == self.attempt:
+                return self._fail(f"node {event.node} has stopped attempt {self.attempt} already", now)
             if event.node not in self.hosts:
                 return Decision()  # joined while the attempt ran: for the next one
             if event.attempt == before and node.start is not None:  # the order to start was lost

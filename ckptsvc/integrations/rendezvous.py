@@ -37,7 +37,7 @@ from ckptsvc.config import load, private_directory, runtime_dir
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.channel import OPTIONS, error_of
-from ckptsvc.rpc.dial import ensure_agent, is_alive, sockets
+from ckptsvc.rpc.dial import ensure_agent, sockets
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
 
 JOIN_TIMEOUT = 600.0
@@ -99,7 +99,7 @@ def place_of(parameters: RendezvousParameters) -> Place:
         leads = _is_here(endpoint.host) if given is None else given
         listen = ["--listen", str(endpoint)] if leads else []
     node = name or settings.agent.name or socket.gethostname()
-    arguments = () if is_alive(directory) else ("--name", node, "--linger", "30s", *listen)
+    arguments = ("--name", node, "--linger", "30s", *listen)
     local = "127.0.0.1" if alone or parameters.endpoint.startswith(("127.", "localhost")) else socket.gethostname()
     return Place(
         job=parameters.run_id if named else f"torchrun-{os.getpid()}-{secrets.token_hex(3)}",

@@ -547,7 +547,18 @@ class TestLostMessages:
 
 
 class TestNewCoordinator:
-    """It knows nothing, and hears from the nodes what there is."""
+    def test_spares_that_were_started_beside_the_running_attempt_are_stopped_with_it(self):
+        attempts = make()
+        start(attempts, 0, now=0.0, nodes=("s1", "s2"))
+        assert (attempts.phase, attempts.attempt) == (Phase.RUNNING, 1)
+        decision = attempts.joined(node_joined("a", attempt=1, first_rank=0), 1.0)
+        assert kinds(decision) == ["a: stop", "s1: stop", "s2: stop"]
+        assert attempts.phase is Phase.STOPPING
+        assert kinds(attempts.joined(node_joined("b", attempt=1, first_rank=2), 1.1)) == ["b: stop"]
+        for node in ("s1", "s2", "a"):
+            assert kinds(attempts.ready(node_ready(node, 1), 2.0)) == []
+        started = kinds(attempts.ready(node_ready("b", 1), 2.0))
+        assert (len(started), attempts.attempt) == (2, 2), "one attempt, and a later one"
 
     @pytest.fixture
     def new(self):
@@ -614,8 +625,7 @@ class TestNewCoordinator:
     def test_and_so_when_the_stopped_node_comes_last(self, new):
         new.joined(node_joined("b", attempt=1, first_rank=2), 0.0)
         new.joined(node_joined("a"), 1.0)
-        assert kinds(new.ready(node_ready("a", 1), 1.0)) == []  # it may have joined while the attempt ran
-        assert kinds(new.tick(NODE_PATIENCE + 1.1)) == ["a: stop", "b: stop"]
+        assert kinds(new.ready(node_ready("a", 1), 1.0)) == ["a: stop", "b: stop"]
         assert [o.attempt for _, o in orders(new.ready(node_ready("b", 1), 70.0), "start")] == [2, 2]
 
     def test_the_latest_attempt_counts(self, new):
