@@ -12,8 +12,8 @@ its ranks (agent.keeper). The kernel answers for it, however busy the processes 
     nobody listens         the launcher has ended, and its ranks with it: the node is lost
     nothing answers        neither does the agent, so it is the host or the network: the node is lost
 
-A node without a doorbell, or with one that cannot be heard when it joins (a firewall), is given `NODE_PATIENCE`. A restart
-does not wait longer than `AWAY_PATIENCE` for a node whose agent is away when there are enough others.
+A node without a doorbell, or with one that cannot be heard when it joins (a firewall), is given `NODE_PATIENCE`. A
+restart waits for a node whose agent is away for `AWAY_PATIENCE` only, when there are enough others.
 """
 
 from __future__ import annotations
