@@ -111,7 +111,7 @@ class Coordinator:
         """Whatever time alone decides; call it a few times a second."""
         decision = Decision()
         for job in self.jobs.values():
-            known = dict(job.ranks)
+            known = dict(job.ranks) if job.away else {}
             decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
             for rank in known.keys() - job.ranks.keys():
                 self.health.missing(job, rank, known[rank])

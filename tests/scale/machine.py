@@ -131,6 +131,7 @@ class Machine:
         if self.agent_alive or self._lost:
             return
         self.agent_alive = True
+        self.agent_stopped_until = 0.0  # another process
         self._incarnation += 1
         for arena in list(self.pool.arenas.values()):
             if arena.label is None:
