@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 
 from ckptsvc.control.effects import Answer
 
@@ -23,17 +24,23 @@ async def hang_up(address: str) -> tuple[asyncio.Server, int]:
         with contextlib.suppress(OSError):
             await writer.wait_closed()
 
-    server = await asyncio.start_server(answer, address, 0, backlog=64)
+    server = await asyncio.start_server(answer, address, 0, family=_family(address), backlog=64)
     return server, int(server.sockets[0].getsockname()[1])
 
 
 async def ring(address: str, port: int) -> Answer:
     """Whether there is still somebody at the door."""
     try:
-        _, writer = await asyncio.wait_for(asyncio.open_connection(address, port), RING_TIMEOUT)
+        connecting = asyncio.open_connection(address, port, family=_family(address))
+        _, writer = await asyncio.wait_for(connecting, RING_TIMEOUT)
     except ConnectionRefusedError:
         return Answer.GONE
     except OSError:  # a timeout too: no route, no name, no answer
         return Answer.SILENT
     writer.close()
     return Answer.UP
+
+
+def _family(address: str) -> socket.AddressFamily:
+    """One family, as for the ports of rendezvous stores: a host name may stand for several, each with its own port."""
+    return socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -22,6 +22,7 @@ class Node:
         wanted: the place its user gave it, -1: none.
         arrival: how many had come before it.
         doorbell: a port of its launcher that answers for as long as the launcher lives; 0: there is none.
+        rung: whether it has been tried.
         ready: the attempt after which it is ready for the next, -1: not yet.
         port: where a rendezvous store could listen on it.
         start: the last order to start, to be repeated if it was lost.
@@ -35,6 +36,7 @@ class Node:
     address: str
     nproc: int
     doorbell: int = 0
+    rung: bool = False
     ready: int = -1
     port: int = 0
     start: agent_pb2.StartRanks | None = None

@@ -12,8 +12,8 @@ its ranks (agent.keeper). The kernel answers for it, however busy the processes 
     nobody listens         the launcher has ended, and its ranks with it: the node is lost
     nothing answers        neither does the agent, so it is the host or the network: the node is lost
 
-A node without a doorbell is given `NODE_PATIENCE`. A restart does not wait longer than `AWAY_PATIENCE` for a node whose
-agent is away when there are enough others.
+A node without a doorbell, or with one that cannot be heard when it joins (a firewall), is given `NODE_PATIENCE`. A
+restart waits for a node whose agent is away for `AWAY_PATIENCE` only, when there are enough others.
 """
 
 from __future__ import annotations
@@ -135,8 +135,10 @@ class Attempts:
             spare = " as a spare" if len(self.nodes) > self.max_nodes else ""
             joined = f"node {event.node} joined{spare} ({len(self.nodes)}/{self.min_nodes})"
             decision.reasons.append(f"job {self.job}: {joined}")
-        node.address, node.nproc, node.doorbell = event.address, event.nproc, event.doorbell
-        node.away_since, node.ring_at = None, math.inf
+        node.address, node.nproc, node.away_since, node.ring_at = event.address, event.nproc, None, math.inf
+        if node.doorbell != event.doorbell:
+            node.doorbell, node.rung = event.doorbell, False
+            decision.add(self._ring(node))  # to find out whether it can be heard from here
         return decision.add(self._adopt(event, now)) if event.attempt else decision
 
     def _adopt(self, event: pb.NodeJoined, now: float) -> Decision:
@@ -204,8 +206,15 @@ class Attempts:
     def probed(self, event: Probed, now: float) -> Decision:
         """What the doorbell of a node has said."""
         node = self.nodes.get(event.node)
-        if node is None or node.away_since is None:
-            return Decision()  # back, or given up, meanwhile
+        if node is None:
+            return Decision()
+        first, node.rung = not node.rung, True
+        if node.away_since is None:
+            if not first or event.answer is Answer.UP:
+                return Decision()  # an answer from when it was away
+            node.doorbell = 0
+            why = f"if its agent is lost it is waited for, {NODE_PATIENCE:g} s long, for its launcher cannot be reached"
+            return Decision([], [f"job {self.job}: node {node.name}: {why} ({event.answer.value})"])
         if event.answer is Answer.UP:
             node.ring_at = now + RING_EVERY
             return Decision()

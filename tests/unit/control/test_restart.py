@@ -270,6 +270,7 @@ class TestNodesThatAreAway:
         attempts = make(min_nodes=1, max_restarts=9)
         for node in "ab":
             attempts.joined(node_joined(node, doorbell=7000), 0.0)
+            attempts.probed(Probed("job", node, Answer.UP), 0.0)
             attempts.ready(node_ready(node), 0.0)
         assert attempts.phase is Phase.RUNNING
         return attempts
@@ -325,8 +326,19 @@ class TestNodesThatAreAway:
     def test_a_node_that_is_back_is_not_lost_by_an_old_answer(self, job):
         job.agent_lost("b", 10.0)
         job.joined(node_joined("b", attempt=1, first_rank=2, doorbell=7000), 10.5)
-        assert kinds(job.probed(Probed("job", "b", Answer.GONE), 10.6)) == []
+        assert job.probed(Probed("job", "b", Answer.GONE), 10.6).reasons == []
         assert kinds(job.tick(1000.0)) == []
+
+    def test_a_doorbell_that_cannot_be_heard_from_the_beginning_is_none(self):
+        attempts = make(min_nodes=1)
+        assert kinds(attempts.joined(node_joined("a", doorbell=7000), 0.0)) == ["Probe"]
+        assert kinds(attempts.joined(node_joined("b", doorbell=7000), 0.0)) == ["Probe"]
+        assert attempts.probed(Probed("job", "a", Answer.UP), 0.1).reasons == []
+        (reason,) = attempts.probed(Probed("job", "b", Answer.GONE), 0.1).reasons
+        assert "node b: if its agent is lost it is waited for, 60 s long" in reason
+        assert kinds(attempts.agent_lost("a", 1.0)) == ["Probe"]
+        assert kinds(attempts.agent_lost("b", 1.0)) == []
+        assert kinds(attempts.joined(node_joined("b", doorbell=7001), 2.0)) == ["Probe"]  # another launcher
 
     def test_a_node_that_nobody_knows_is_not_rung_at(self, job):
         assert kinds(job.agent_lost("stranger", 10.0)) == []
