@@ -101,6 +101,7 @@ class Attempts:
     since: float = 0.0
     began: float = 0.0  # the attempt
     gathered: bool = False  # this coordinator has started an attempt itself
+    inherited: bool = False  # launchers are older than their word here: another coordinator may have had the job
     arrivals: int = 0
     nodes: dict[str, Node] = field(default_factory=dict)
     running: dict[int, str] = field(default_factory=dict)  # rank -> node
@@ -132,6 +133,7 @@ class Attempts:
             self.nodes[event.node] = node
             self.arrivals += 1
             self.since = now
+            self.inherited = self.inherited or event.uptime > LAST_CALL
             spare = " as a spare" if len(self.nodes) > self.max_nodes else ""
             joined = f"node {event.node} joined{spare} ({len(self.nodes)}/{self.min_nodes})"
             decision.reasons.append(f"job {self.job}: {joined}")
@@ -329,8 +331,8 @@ class Attempts:
         if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes:
             return Decision()
         waited = now - self.since
-        if not self.gathered and len(self.nodes) < self.max_nodes and waited < LAST_CALL:
-            return Decision()
+        if not self.gathered and waited < LAST_CALL and (self.inherited or len(self.nodes) < self.max_nodes):
+            return Decision()  # nodes that run an attempt may yet be heard of: these may be its spares
         if not self.exclusion.known and waited < LIST_PATIENCE:
             return Decision()
         bad = {node for node in self.nodes if self.exclusion.excluded(node, now)}

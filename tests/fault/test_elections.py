@@ -178,6 +178,7 @@ def test_a_coordinator_killed_in_mid_save_leaves_the_commit_to_the_next(
     assert assert_intact(store)[-2:] == [2, 1]
 
 
+@pytest.mark.slow
 def test_a_frozen_coordinator_that_wakes_up_neither_decides_nor_commits_again(
     launch: Launch, nodes: Nodes, runtime: Runtime, tmp_path: Path
 ) -> None:

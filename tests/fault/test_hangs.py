@@ -59,6 +59,7 @@ def end(job: Job) -> None:
     assert job.wait() == [0]
 
 
+@pytest.mark.slow
 def test_stopped_ranks_are_killed_one_after_the_other(launch: Launch, runtime: Runtime) -> None:
     """In a step, before the first one, and inside a phase with a history of its own."""
     with launch.beating(3, **QUICK) as job:

@@ -98,6 +98,7 @@ def test_a_second_sigterm_ends_a_process_at_once(launch: Launch, tmp_path: Path)
         assert job.wait(timeout=20) == [-signal.SIGTERM]
 
 
+@pytest.mark.slow
 def test_the_job_stops_before_the_scheduler_ends_it(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
     store = tmp_path / "run"
     environ = {"CKPTSVC_DEADLINE": str(time.time() + 12.0), "CKPTSVC_SCHEDULER_MARGIN": "1s"}

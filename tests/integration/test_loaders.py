@@ -69,4 +69,5 @@ def test_forked_workers_disturb_neither_the_session_nor_the_agent(launch: Launch
     (found,) = job.results()
     assert found == {"count": 160, "skipped": 0}
     assert steps(store)[0] == 20
-    assert "fork" not in job.output().lower()
+    said = [line for line in job.output().lower().splitlines() if "warm interpreter" not in line]
+    assert not [line for line in said if "fork" in line]

@@ -95,6 +95,7 @@ def test_killed_ranks_cost_nothing_that_was_staged(
     ]
 
 
+@pytest.mark.slow
 def test_the_same_under_torchrun_from_the_store(launch: Launch, tmp_path: Path, truth: dict[str, Any]) -> None:
     store = tmp_path / "run"
     first = launch.torchrun(2, train, str(store), 6).results(90)

@@ -82,15 +82,10 @@ class TestCards:
         return write
 
     def look(self, tmp_path):
-        return cards(tmp_path / "infiniband", tmp_path / "cxi")
+        return cards(tmp_path / "cxi")
 
     def test_there_may_be_none(self, tmp_path):
         assert self.look(tmp_path) == ""
-
-    def test_infiniband(self, tmp_path, sysfs):
-        sysfs("infiniband/mlx5_0/ports/1/state", "4: ACTIVE")
-        sysfs("infiniband/mlx5_1/ports/1/state", "1: DOWN")
-        assert self.look(tmp_path) == "mlx5_1 port 1 has no link"
 
     def test_cassini(self, tmp_path, sysfs):
         sysfs("cxi/cxi0/device/port/link", "down")
@@ -98,7 +93,7 @@ class TestCards:
         assert self.look(tmp_path) == "cxi0 has no link"
 
     def test_cards_that_nobody_uses(self, tmp_path, sysfs):
-        sysfs("infiniband/mlx5_0/ports/1/state", "1: DOWN")
+        sysfs("cxi/cxi0/device/port/link", "down")
         assert self.look(tmp_path) == ""
 
 

@@ -14,7 +14,7 @@ import pytest
 from harness.runtime import eventually
 from harness.shell_run import alive
 
-from ckptsvc.agent import keeper
+from ckptsvc.agent import keeper, output
 from ckptsvc.agent.keeper import children_of
 from ckptsvc.agent.ranks import Ranks
 
@@ -104,7 +104,8 @@ class TestOneRank:
 
         asyncio.run(run())
         text = (tmp_path / "attempt_1" / "rank_0.log").read_text()
-        assert [int(line.split()[1], 16) for line in text.splitlines()] == [0, 0]
+        grep = ["grep", "-E", "SigIgn|SigBlk", "/proc/self/status"]
+        assert text == subprocess.run(grep, capture_output=True, text=True, check=True).stdout
 
     def test_a_program_that_is_not_there(self, tmp_path):
         async def run():
@@ -276,3 +277,20 @@ def test_time_is_not_lost(tmp_path):
             assert time.monotonic() - began < 10
 
     asyncio.run(run())
+
+
+def test_a_full_disk_for_their_output_kills_no_rank(tmp_path, capfd):
+    """What cannot be kept is said once, and read all the same: a rank must not die of its own print."""
+
+    async def run():
+        reading, writing = output.pipe()
+        copying = asyncio.ensure_future(output.copy(reading, "3", Path("/dev/full")))
+        with open(writing, "w", buffering=1) as rank:
+            for line in range(3):
+                await asyncio.to_thread(print, "line", line, file=rank)
+        await copying
+
+    asyncio.run(run())
+    shown, said = capfd.readouterr()
+    assert shown == "[3] line 0\n[3] line 1\n[3] line 2\n"
+    assert said.count("the output of rank 3 is not kept any more") == 1

@@ -71,6 +71,7 @@ def test_ranks_restore_from_memory_and_from_the_store(store: Path) -> None:
     assert (cold["against"], memory["against"]) == ("cold read", "memcpy")
 
 
+@pytest.mark.slow
 def test_a_job_of_ranks_reads_every_byte_once(store: Path) -> None:
     found = measured("reshard", "--ranks", "2", "--gib", "0.4", "--repeat", "1", store=store)
     ratios = {row["what"]: row["ratio"]["median"] for row in found["rows"]}
