@@ -322,6 +322,8 @@ def _environ(sockets: Path, arenas: Path) -> dict[str, str]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         kept.pop(name, None)
     places = {"CKPTSVC_AGENT_SOCKET_DIR": str(sockets), "CKPTSVC_ARENA_DIR": str(arenas)}
+    # Who fails here is no bad node for the user's next job.
+    places["CKPTSVC_LAUNCH_STATE"] = str(sockets / "state")
     return kept | places | {"CKPTSVC_SAVE_KEEP": "0", "OMP_NUM_THREADS": "1"}
 
 
