@@ -40,7 +40,7 @@ _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs", "overlay")
 _CLAIMS = "no hard links: a new record may be seen empty for an instant"
 _DIRECT_READ = 1 << 20  # bytes; shorter reads are left to the page cache and its read-ahead
-_ATTEMPTS = 8  # to create a file in a directory that others remove because it has just become empty
+_ATTEMPTS = 100  # to create a file in a directory that others remove because it has just become empty
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

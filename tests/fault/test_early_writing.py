@@ -6,6 +6,7 @@ The arena is told to be full up to the second run of the copy when the trainer s
 import time
 from pathlib import Path
 
+import grpc
 import torch
 from fault.test_kills import await_step, kill
 from harness.damage import assert_intact
@@ -54,6 +55,14 @@ def shards(store: Path, step: int) -> list[Path]:
     return list(store.glob(f"step-{step:012d}.*/r*.safetensors"))
 
 
+def is_registered(runtime: Runtime) -> bool:
+    """Whether an agent answers that knows the rank."""
+    try:
+        return bool(runtime.status()["ranks"])
+    except grpc.RpcError:
+        return False
+
+
 def assert_holds(store: Path, step: int) -> None:
     """The newest checkpoint is that step, and whole."""
     assert assert_intact(store)[0] == step
@@ -98,6 +107,8 @@ def test_the_agent_is_killed_and_the_training_goes_on(launch: Launch, runtime: R
         eventually(lambda: agent.pid not in [p.pid for p in runtime.processes()], "the agent's end")
         runtime.let_go("in_copy")
         job.wait_for("stepped", step=2)
+        eventually(lambda: [a.pid for a in runtime.agents()] not in ([], [agent.pid]), "another agent")
+        eventually(lambda: is_registered(runtime), "the rank to register with it")
         job.go("end")
         assert job.results() == [False], "without its agent a snapshot is not taken"
     assert assert_intact(store) == [1]
