@@ -125,6 +125,8 @@ class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
         threads: writers per shard.
         deadline: seconds the training loop may wait for a free arena before the snapshot is skipped.
         timeout: seconds after which a save that has not committed is given up.
+        early_cores: a large snapshot is written while it is copied on nodes with at least so many cores; on fewer, the
+            writing slows the copy down, for which the training waits.
     """
 
     every: Annotated[Every | None, parse_every] = Every(0, 600.0)
@@ -133,6 +135,7 @@ class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
     threads: Annotated[int, msgspec.Meta(ge=1, le=64)] = 4
     deadline: Annotated[float, parse_duration] = 1.0
     timeout: Annotated[float, parse_duration] = 1800.0
+    early_cores: Annotated[int, msgspec.Meta(ge=1)] = 8
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):

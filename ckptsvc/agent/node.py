@@ -47,6 +47,7 @@ class Node:
         linger: seconds for which the memory of a job whose ranks died is kept.
         save_timeout: seconds after which the coordinator gives a save up.
         margin: seconds to spare at the end of a job's time; None: jobs are not stopped before it.
+        early: write large snapshots while they are copied.
 
     Attributes:
         arenas, saves: the parts that ranks call through the servicer.
@@ -63,9 +64,10 @@ class Node:
         linger: float,
         save_timeout: float,
         margin: float | None = None,
+        early: bool = False,
     ) -> None:
         self.arenas = Arenas(local, workers, slots)
-        self.saves = Saves(local, workers)
+        self.saves = Saves(local, workers, early=early)
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
         self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self._local, self._workers = local, workers

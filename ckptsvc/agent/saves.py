@@ -40,17 +40,17 @@ class _Early(NamedTuple):
 
 
 class Saves:
-    """The saves of one agent."""
+    """The saves of one agent; with `early`, large snapshots are written while they are copied."""
 
-    def __init__(self, local: Local, workers: Workers) -> None:
-        self._local, self._workers = local, workers
+    def __init__(self, local: Local, workers: Workers, *, early: bool) -> None:
+        self._local, self._workers, self._is_early = local, workers, early
         self._early: dict[str, _Early] = {}  # arena -> the writing of what a rank copies into it
         self._fills = itertools.count(1)
         local.pool.on_given_up = self._give_up
 
     def expect(self, token: str, arena: Arena, epoch: int, nbytes: int) -> None:
         """A rank begins to copy into an arena: a large snapshot is written from its first byte on, beside the copy."""
-        if nbytes < EARLY_BYTES:
+        if nbytes < EARLY_BYTES or not self._is_early:
             return
         reg = self._local.session(token).reg
         job, fill = self._local.jobs[reg.job], next(self._fills)

@@ -183,6 +183,7 @@ class Agent:
             linger=linger,
             save_timeout=settings.save.timeout,
             margin=settings.scheduler.margin,
+            early=(os.cpu_count() or 1) >= settings.save.early_cores,
         )
         self.launches = Launches(self.local)
         self.nics = NicWatch(self.local, settings.nics)

@@ -74,7 +74,7 @@ def assert_holds(store: Path, step: int) -> None:
 
 def test_what_a_killed_trainer_has_begun_is_removed(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
     store = tmp_path / "run"
-    with launch.plain(1, train, str(store)) as job:
+    with launch.plain(1, train, str(store), CKPTSVC_SAVE_EARLY_CORES="1") as job:
         to_the_middle(job, runtime, store)
         job.kill()
         runtime.let_go("in_copy")
@@ -86,7 +86,7 @@ def test_what_a_killed_trainer_has_begun_is_removed(launch: Launch, runtime: Run
 
 def test_the_worker_is_killed_and_another_goes_on(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
     store = tmp_path / "run"
-    with launch.plain(1, train, str(store)) as job:
+    with launch.plain(1, train, str(store), CKPTSVC_SAVE_EARLY_CORES="1") as job:
         to_the_middle(job, runtime, store)
         (worker,) = runtime.workers()
         kill(worker.pid)
@@ -100,7 +100,7 @@ def test_the_worker_is_killed_and_another_goes_on(launch: Launch, runtime: Runti
 
 def test_the_agent_is_killed_and_the_training_goes_on(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
     store = tmp_path / "run"
-    with launch.plain(1, train, str(store)) as job:
+    with launch.plain(1, train, str(store), CKPTSVC_SAVE_EARLY_CORES="1") as job:
         to_the_middle(job, runtime, store)
         (agent,) = runtime.agents()
         kill(agent.pid)
@@ -116,7 +116,7 @@ def test_the_agent_is_killed_and_the_training_goes_on(launch: Launch, runtime: R
 
 def test_undisturbed_it_holds_the_values_of_its_step(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
     store = tmp_path / "run"
-    with launch.plain(1, train, str(store)) as job:
+    with launch.plain(1, train, str(store), CKPTSVC_SAVE_EARLY_CORES="1") as job:
         to_the_middle(job, runtime, store)
         runtime.let_go("in_copy")
         await_step(runtime, store, 2)

@@ -82,6 +82,7 @@ def test_every_setting_has_its_variable() -> None:
         "save.threads": "8",
         "save.deadline": "0",
         "save.timeout": "1h",
+        "save.early_cores": "1",
         "scheduler.margin": "off",
         "scheduler.drain": "true",
         "launch.standby": "false",
@@ -123,7 +124,7 @@ def test_every_setting_has_its_variable() -> None:
     )
     assert settings.arena == config.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
     assert settings.save == config.SaveSettings(
-        every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0
+        every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0, early_cores=1
     )
     assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
     assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
