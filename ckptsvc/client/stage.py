@@ -25,7 +25,7 @@ from ckptsvc.types import DTYPES
 Piece = memoryview | Tensor
 """One side of a copy: bytes where it is contiguous host memory, else a tensor."""
 
-RUN_BYTES = 64 << 20
+RUN_BYTES = 256 << 20
 """Bytes that are copied before the agent is told that they are final."""
 
 OBJECTS_ROOM = 1 << 20

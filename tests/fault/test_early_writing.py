@@ -16,12 +16,14 @@ from harness.runtime import Runtime, eventually
 from safetensors.numpy import load_file
 
 import ckptsvc
+from ckptsvc.client import stage
 
 PARTS, ELEMENTS = 3, 10_000_000  # three tensors of 40 MB: two runs of the copy
 
 
 def train(rank: Rank, store: str) -> bool:
     """Two steps, each saved when the test says so; returns whether the second was saved."""
+    stage.RUN_BYTES = 64 << 20
     tensors = {str(i): torch.zeros(ELEMENTS) for i in range(PARTS)}
     run = ckptsvc.attach({"tensors": tensors}, store=store, every="off")
     saved = False
