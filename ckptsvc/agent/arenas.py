@@ -11,7 +11,6 @@ from ckptsvc.agent import reports
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
-from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.pipeline.arena import TAIL, Arena, State, populate
@@ -81,7 +80,7 @@ class Arenas:
                     await asyncio.wait(list(self._unmapping), timeout=UNMAP_PATIENCE)
                 await asyncio.get_running_loop().run_in_executor(None, populate, fd, arena.capacity)
             self._local.pool.release(arena)
-            self._local.spawn(self._map(arena))
+            self._local.spawn(self._workers.of(arena.job).tell("map", {"path": str(arena.path)}))
         except ArenaExhausted as error:
             log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "%s", error, job=arena.job, rank=arena.rank)
             self._local.pool.remove(arena)
@@ -90,23 +89,12 @@ class Arenas:
             session.preparing -= 1
             self._local.arena_changed(arena.job, arena.rank)
 
-    async def _map(self, arena: Arena) -> None:
-        try:
-            await self._workers.of(arena.job).call("map", {"path": str(arena.path)})
-        except (CkptsvcError, OSError) as error:
-            logger.info("arena %s will be mapped by its first save: %s", arena.name, error)
-
     def _removed(self, arena: Arena) -> None:
-        if arena.job in self._workers.jobs() and self._workers.of(arena.job).running:
-            task = asyncio.ensure_future(self._unmap(self._workers.of(arena.job), arena))
+        worker = self._workers.running(arena.job)
+        if worker is not None:
+            task = asyncio.ensure_future(worker.tell("unmap", {"path": str(arena.path)}))
             self._unmapping.add(task)
             task.add_done_callback(self._unmapping.discard)
-
-    async def _unmap(self, worker: WorkerProxy, arena: Arena) -> None:
-        try:
-            await worker.call("unmap", {"path": str(arena.path)})
-        except CkptsvcError as error:
-            logger.debug("the worker of job %s did not unmap an arena: %s", arena.job, error)
 
     async def acquire(self, token: str, step: int, nbytes: int, timeout: float) -> tuple[Arena, int]:
         """An arena for a snapshot, and the epoch to label it with; on failure the save is skipped on every rank.

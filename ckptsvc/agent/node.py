@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import select
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +15,7 @@ from ckptsvc.agent import reports
 from ckptsvc.agent.arenas import Arenas
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
+from ckptsvc.agent.procfs import has_ended
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
 from ckptsvc.agent.stops import Stops
@@ -83,7 +83,7 @@ class Node:
                 registration.attempt,
                 registration.rank,
             ):
-                if old.pid != pid and not _exited(old.pidfd):
+                if old.pid != pid and not (old.pidfd >= 0 and has_ended(old.pidfd)):
                     raise InvalidInput(
                         f"rank {registration.rank} of job {registration.job} is registered: process {old.pid}"
                     )
@@ -111,7 +111,7 @@ class Node:
         session = self._local.sessions.get(token)
         if session is None:
             return
-        if session.pidfd >= 0 and not session.left and not _exited(session.pidfd):
+        if session.pidfd >= 0 and not session.left and not has_ended(session.pidfd):
             # A killed process closes its sockets a moment before its end can be seen.
             asyncio.get_running_loop().call_later(2.0, self._closed, token)
         else:
@@ -129,14 +129,14 @@ class Node:
     def _closed(self, token: str) -> None:
         session = self._local.sessions.get(token)
         if session is not None:
-            alive = session.pidfd >= 0 and not _exited(session.pidfd)
+            alive = session.pidfd >= 0 and not has_ended(session.pidfd)
             self._gone(token, session.left or alive, "closed its connection" if alive else "ended")
 
     def _gone(self, token: str, in_order: bool, detail: str) -> None:
         session = self._local.sessions.get(token)
         if session is None:
             return
-        if in_order and session.pidfd >= 0 and not _exited(session.pidfd):
+        if in_order and session.pidfd >= 0 and not has_ended(session.pidfd):
             # It may still be copying into what it was filling: nobody else may have that.
             for arena in self._local.pool.of(session.reg.job, session.reg.rank):
                 if arena.holder == token:
@@ -325,11 +325,3 @@ class Node:
         await self._local.close()
         for token in list(self._local.sessions):
             self._forget(token)
-
-
-def _exited(pidfd: int) -> bool:
-    if pidfd < 0:
-        return False
-    poll = select.poll()  # select knows no descriptors beyond 1023
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))

@@ -48,7 +48,7 @@ class Process:
 
 def has_ended(pidfd: int, seconds: float = 0.0) -> bool:
     """Whether the process of a descriptor has ended, or does so within some seconds."""
-    poll = select.poll()
+    poll = select.poll()  # select knows no descriptors beyond 1023
     poll.register(pidfd, select.POLLIN)
     return bool(poll.poll(1000 * seconds))
 

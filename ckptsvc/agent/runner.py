@@ -50,7 +50,7 @@ LIST_TIMEOUT = 10.0
 """Seconds to read or write the list of nodes that have failed; it may be on a file system that hangs."""
 
 MAX_SKEW = 30.0
-"""Seconds by which a node's clock may differ: certificates, and what people make of two logs, need no better."""
+"""Seconds by which a node's clock may differ unsaid: certificates, and what people make of two logs, need no better."""
 
 Deliver = Callable[[pb.Order], None]
 
@@ -109,7 +109,7 @@ class CoordinatorShell:
     def report(self, node: str, report: pb.Report) -> None:
         """Something happened on a node."""
         if report.HasField("node_joined"):
-            _check_clock(report.node_joined, time.time())
+            _warn_of_clock(report.node_joined, time.time())
         self._execute(self.core.handle(node, report, time.monotonic()))
 
     def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
@@ -257,7 +257,7 @@ class CoordinatorShell:
         log.warning(note.get("warning", ""))
 
 
-def _check_clock(event: pb.NodeJoined, here: float) -> None:
+def _warn_of_clock(event: pb.NodeJoined, here: float) -> None:
     skew = event.clock - here
     if event.clock and abs(skew) > MAX_SKEW:
         how = "ahead of" if skew > 0 else "behind"

@@ -13,7 +13,6 @@ from ckptsvc.agent import reports
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import LocalJob
-from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import CkptsvcError, ConfigError, InvalidInput, SaveFailed
 from ckptsvc.pipeline.arena import Arena, Label, State
@@ -71,14 +70,9 @@ class Saves:
             if early.written.done():
                 return
             early.written.cancel()
-            if arena.job in self._workers.jobs() and self._workers.of(arena.job).running:
-                self._local.spawn(self._cancel(self._workers.of(arena.job), early.fill))
-
-    async def _cancel(self, worker: WorkerProxy, fill: int) -> None:
-        try:
-            await worker.call("cancel", {"fill": fill})
-        except CkptsvcError as error:
-            logger.debug("a snapshot that was given up is still being written: %s", error)
+            worker = self._workers.running(arena.job)
+            if worker is not None:
+                self._local.spawn(worker.tell("cancel", {"fill": early.fill}))
 
     def submit(self, token: str, slot: str, step: int, nbytes: int, aliases: dict[str, str]) -> None:
         """The arena holds a whole shard image: it is ours now."""

@@ -75,6 +75,13 @@ class WorkerProxy:
                 self._pending.pop(number, None)
         raise StoreUnavailable(f"the I/O worker died {_RESTARTS} times during {op}")
 
+    async def tell(self, op: str, args: dict[str, Any]) -> None:
+        """Run one operation that nobody waits for: that it failed is only logged."""
+        try:
+            await self.call(op, args)
+        except (CkptsvcError, OSError) as error:
+            log.debug("the I/O worker of job %s did not %s: %s", self.job, op, error)
+
     async def close(self) -> None:
         """End the worker; what it is doing is lost."""
         self._closed = True

@@ -17,6 +17,11 @@ class Workers:
             self._by_job[job] = WorkerProxy(job)
         return self._by_job[job]
 
+    def running(self, job: str) -> WorkerProxy | None:
+        """The worker of a job, where its process runs: what only undoes something starts none."""
+        worker = self._by_job.get(job)
+        return worker if worker is not None and worker.running else None
+
     def jobs(self) -> list[str]:
         """Jobs that have a worker."""
         return list(self._by_job)

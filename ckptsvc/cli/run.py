@@ -23,7 +23,7 @@ from ckptsvc.cli.torchrun_flags import refuse_unknown
 from ckptsvc.config import LaunchSettings, Settings, load, runtime_dir
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_address
-from ckptsvc.rpc.dial import address_of, is_alive
+from ckptsvc.rpc.dial import address_of, agent_arguments, is_alive
 from ckptsvc.rpc.etcd import check_reachable, parse_url
 from ckptsvc.rpc.secret import require_loopback
 
@@ -112,7 +112,7 @@ def command(
         address=nodes.address,
         coordinator=elected or ("" if leads else nodes.coordinator),
         directory=directory,
-        agent_arguments=["--name", name, *_agent_arguments(nodes.coordinator if leads else "", elected)],
+        agent_arguments=agent_arguments(name, nodes.coordinator if leads else "", elected),
         log_dir=log_dir,
         preflight=(settings.arena.dir, _written_to(settings, log_dir)) if settings.launch.preflight else None,
         crash_loop=settings.launch.crash_loop,
@@ -130,16 +130,6 @@ def _elected(etcd: str, settings: Settings) -> str:
     url = parse_url(etcd)
     asyncio.run(check_reachable(url, login_of(url, settings.etcd)))
     return str(url)
-
-
-def _agent_arguments(listen: str, elected: str) -> list[str]:
-    # For an agent that is started now or, when the one that is there has ended, later.
-    arguments = ["--linger", "30s"]  # an agent that we start is ours: it goes when it is done
-    if listen:
-        arguments += ["--listen", listen]
-    if elected:
-        arguments += ["--coordination", elected]
-    return arguments
 
 
 def _agent_directory(base: Path, nodes: Nodes, leads: bool) -> Path:

@@ -37,7 +37,7 @@ from ckptsvc.config import load, private_directory, runtime_dir
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.channel import OPTIONS, error_of
-from ckptsvc.rpc.dial import ensure_agent, sockets
+from ckptsvc.rpc.dial import agent_arguments, ensure_agent, sockets
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
 
 JOIN_TIMEOUT = 600.0
@@ -74,7 +74,7 @@ class Place:
     address: str
     coordinator: str
     directory: Path
-    agent_arguments: tuple[str, ...]
+    agent_arguments: list[str]
     join_timeout: float
 
 
@@ -92,14 +92,13 @@ def place_of(parameters: RendezvousParameters) -> Place:
     name = parameters.get("node")
     base = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
     directory = private_directory(base / f"node-{name}" if name else base)
-    leads, listen = True, []
+    leads, listen = True, ""
     if parameters.endpoint and not alone:
         endpoint = parse_address(parameters.endpoint)
         given = parameters.get_as_bool("is_host")
         leads = _is_here(endpoint.host) if given is None else given
-        listen = ["--listen", str(endpoint)] if leads else []
+        listen = str(endpoint) if leads else ""
     node = name or settings.agent.name or socket.gethostname()
-    arguments = ("--name", node, "--linger", "30s", *listen)
     local = "127.0.0.1" if alone or parameters.endpoint.startswith(("127.", "localhost")) else socket.gethostname()
     return Place(
         job=parameters.run_id if named else f"torchrun-{os.getpid()}-{secrets.token_hex(3)}",
@@ -107,7 +106,7 @@ def place_of(parameters: RendezvousParameters) -> Place:
         address=parameters.local_addr or local,
         coordinator="" if leads else parameters.endpoint,
         directory=directory,
-        agent_arguments=arguments,
+        agent_arguments=agent_arguments(node, listen),
         join_timeout=float(parameters.get("join_timeout", JOIN_TIMEOUT)),
     )
 

@@ -64,6 +64,22 @@ def address_of(directory: Path) -> str:
         return ""
 
 
+def agent_arguments(name: str, listen: str = "", coordination: str = "") -> list[str]:
+    """For the agent that a job starts, now or when the one that is there has ended: it goes when it is done.
+
+    Args:
+        name: of the node.
+        listen: address at which other agents look for it; "": none in particular.
+        coordination: where the job's coordinator is elected; "": nowhere.
+    """
+    arguments = ["--name", name, "--linger", "30s"]
+    if listen:
+        arguments += ["--listen", listen]
+    if coordination:
+        arguments += ["--coordination", coordination]
+    return arguments
+
+
 def ensure_agent(directory: Path, arguments: Sequence[str] = ()) -> bool:
     """Start an agent in this directory unless one is there; returns whether this call started it.
 
