@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ckptsvc.client.document import join, references, replace_refs
+from ckptsvc.format.document import join, references, replace_refs
 from ckptsvc.client.fingerprint import Fingerprint, values_of
 from ckptsvc.client.parts import LocalPart, local_of, parts_of
 from ckptsvc.client.values import Found

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from ckptsvc.client.document import ArrayRef, join, replace_refs, split
+from ckptsvc.format.document import ArrayRef, join, replace_refs, split
 from ckptsvc.client.fingerprint import Fingerprint, values_of
 from ckptsvc.client.modules import ModuleNode
 from ckptsvc.client.parts import DTYPE_NAMES, LocalPart

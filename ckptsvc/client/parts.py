@@ -74,7 +74,7 @@ class Capture(msgspec.Struct, frozen=True, eq=False):
             changed.
         aliases: name -> the name under which the very same memory is stored (tied weights).
         structure: 16 hex digits that change whenever a name, a dtype, a shape, a region or an alias does.
-        objects: the document of plain values (see `ckptsvc.client.document`). It is this rank's own and
+        objects: the document of plain values (see `ckptsvc.format.document`). It is this rank's own and
             shares no mutable value with the program, except objects that are encoded by a codec.
     """
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckptsvc.client.document import assemble
+from ckptsvc.format.document import assemble
 from ckptsvc.client.restore import StoredNames
 from ckptsvc.errors import NoCheckpoint, NotFound
 from ckptsvc.format.objects import decode

@@ -22,7 +22,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ckptsvc.client import codecs, rng
-from ckptsvc.client.document import RANK, RNG, WORLD_SIZE, join
+from ckptsvc.format.document import RANK, RNG, WORLD_SIZE, join
 from ckptsvc.client.modules import ModuleNode
 from ckptsvc.client.optimizers import OptimizerNode, has_own_state_dict
 from ckptsvc.client.parts import Capture, Holders, Identity, LocalPart, digest, identity_of

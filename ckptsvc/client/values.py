@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from ckptsvc.client.document import ArrayRef, join, own_name, references, replace_refs
+from ckptsvc.format.document import ArrayRef, join, own_name, references, replace_refs
 from ckptsvc.client.fingerprint import Fingerprint
 from ckptsvc.client.parts import LocalPart, parts_of
 from ckptsvc.client.wanted import Wanted, as_leaf

@@ -275,6 +275,15 @@ class Index:
 
     # Shards
 
+    @property
+    def extent(self) -> int:
+        """Bytes per digest."""
+        return self.info.extent
+
+    def shard_name(self, shard: int) -> str:
+        """The name of a shard, by its row."""
+        return self.shards[shard].name
+
     def digests(self, shard: int) -> Digests:
         """The xxh3_64 of each extent of a shard, by its row."""
         ends = self._columns["shard_digest_ends"]

@@ -29,15 +29,59 @@ from ckptsvc.geometry.box import (
 )
 
 
+class Block(msgspec.Struct, frozen=True, gc=False):
+    """A box inside a row-major array, its dimensions in another order: how a region is seen in foreign data.
+
+    Fused projections, transposed weights, stacked layers and stacked experts are such views of what is stored.
+    In numpy terms: `array[box.slices()].transpose(order + left out).reshape(region.shape)`.
+
+    Attributes:
+        shape: shape of the whole stored array.
+        box: the part of it that is the region.
+        order: for each dimension of the region the dimension of the array it comes from, -1 for a new one of
+            extent 1. Dimensions of the array that are left out have extent 1 in `box`.
+    """
+
+    shape: Shape
+    box: Box
+    order: tuple[int, ...]
+
+    @property
+    def region_shape(self) -> Shape:
+        """The shape of the region it is."""
+        return tuple(1 if d < 0 else self.box.shape[d] for d in self.order)
+
+    def inside(self, box: Box) -> Box:
+        """A box of the region, in its own coordinates, as a box of the stored array."""
+        origin, shape = list(self.box.origin), [1] * self.box.ndim
+        for d, low, extent in zip(self.order, box.origin, box.shape, strict=True):
+            if d >= 0:
+                origin[d] += low
+                shape[d] = extent
+        return Box(tuple(origin), tuple(shape))
+
+    def is_sound(self) -> bool:
+        """Whether box and order go with the shape."""
+        taken = [d for d in self.order if d >= 0]
+        rest = set(range(len(self.shape))) - set(taken)
+        return (
+            fits(self.box, self.shape)
+            and all(0 <= d < len(self.shape) for d in taken)
+            and len(set(taken)) == len(taken)
+            and all(self.box.shape[d] == 1 for d in rest)
+        )
+
+
 class StoredRegion(msgspec.Struct, frozen=True, gc=False):
-    """A region of a logical tensor and where its data lies, row-major and contiguous.
+    """A region of a logical tensor and where its data lies: row-major and contiguous, or seen through a `Block`.
 
     Attributes:
         tensor: the name of the tensor, or its number in a table.
         region: which part of the tensor.
         shard: number of the shard file.
         offset: absolute offset of the data in the shard file, in bytes.
-        nbytes: length of the data, in bytes.
+        nbytes: length of the data, in bytes; with a block, of the whole stored array.
+        block: only for boxes: what part of the stored array the region is.
     """
 
     tensor: int | str
@@ -45,6 +89,7 @@ class StoredRegion(msgspec.Struct, frozen=True, gc=False):
     shard: int
     offset: int
     nbytes: int
+    block: Block | None = None
 
 
 class View(msgspec.Struct, frozen=True, gc=False):
@@ -74,12 +119,14 @@ class Copy(msgspec.Struct, frozen=True, gc=False):
         source: the box inside the data of that region.
         target_index: position in the list of wanted regions given to `plan`.
         target: the box inside the data of that region, of the same shape as the source's box.
+        order: how the source's dimensions become the target's, as in `Block`; None when they are the same.
     """
 
     stored: int
     source: View
     target_index: int
     target: View
+    order: tuple[int, ...] | None = None
 
 
 def plan(
@@ -121,7 +168,7 @@ def plan(
         if (i := equal.get(region)) is not None:
             _check_stored(stored[i], itemsize, shape, name)
             view = _whole(region)
-            copies.append(Copy(i, view, t, view))
+            copies.append(_copy(stored[i], i, view, t, view))
             continue
         if search is None:
             for piece in stored:
@@ -130,8 +177,15 @@ def plan(
         claims, missing = search.cover(region)
         if missing is not None:
             raise LayoutError(f"{_named(name)} of shape {list(shape)}: {missing} is wanted, and is not stored")
-        copies.extend(Copy(s.region, s.view(box), t, target.view(box)) for s, target, box in claims)
+        copies.extend(_copy(stored[s.region], s.region, s.view(box), t, target.view(box)) for s, target, box in claims)
     return copies
+
+
+def _copy(piece: StoredRegion, number: int, source: View, target_index: int, target: View) -> Copy:
+    block = piece.block
+    if block is None:
+        return Copy(number, source, target_index, target)
+    return Copy(number, View(0, block.shape, block.inside(source.box)), target_index, target, block.order)
 
 
 def check_cover(shape: Sequence[int], regions: Sequence[Region], *, name: str = "") -> None:
@@ -272,7 +326,14 @@ def _check_inside(what: str, regions: Iterable[Region], shape: Shape, name: str)
 
 
 def _check_stored(piece: StoredRegion, itemsize: int, shape: Shape, name: str) -> None:
-    if not fits(piece.region, shape) or piece.region.size * itemsize != piece.nbytes:
+    size = piece.region.size
+    sound = fits(piece.region, shape)
+    if (block := piece.block) is not None:
+        size = math.prod(block.shape)
+        sound = (
+            sound and isinstance(piece.region, Box) and block.is_sound() and block.region_shape == piece.region.shape
+        )
+    if not sound or size * itemsize != piece.nbytes:
         raise LayoutError(
             f"{_named(name)} of shape {list(shape)}: stored {piece.region} does not fit, or is not {piece.nbytes} bytes"
         )

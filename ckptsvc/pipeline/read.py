@@ -23,13 +23,12 @@ from numpy.typing import NDArray
 
 from ckptsvc.errors import Damaged, LayoutError
 from ckptsvc.format.checksum import Digests, bad_extents
-from ckptsvc.format.index import Index
 from ckptsvc.geometry.box import Box, Region, flat_to_boxes
 from ckptsvc.geometry.reshard import Copy, StoredRegion, View, plan
-from ckptsvc.types import DTYPES
+from ckptsvc.types import DTYPES, TensorMeta
 
-WINDOW_EXTENTS = 16
-"""Most extents in a window: at most 64, the bits of a mask."""
+WINDOW_EXTENTS = 32
+"""Most extents in a window: at most 63, the bits of a mask that travels as an int64."""
 
 WINDOW_BYTES = 16 << 20
 """Most bytes in a window of several extents: readers hold a few windows in memory."""
@@ -60,7 +59,8 @@ class Piece(NamedTuple):
     """A part of a window that goes to one target.
 
     The source is `box` of the row-major array of shape `shape` that begins at byte `start` of the window; the target
-    is the box inside the piece of the target's region that `place` says (see geometry.reshard.View).
+    is the box inside the piece of the target's region that `place` says (see geometry.reshard.View), with the
+    dimensions of the source in `order` (see geometry.reshard.Block) unless that is None.
     """
 
     start: int
@@ -69,6 +69,7 @@ class Piece(NamedTuple):
     itemsize: int
     target: int
     place: View
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(slots=True)
@@ -81,14 +82,34 @@ class Window:
     pieces: list[Piece] = field(default_factory=list)
 
 
+class Catalogue(Protocol):
+    """What a plan asks of a checkpoint: a `format.Index`, or a foreign checkpoint (`interop.logical`)."""
+
+    @property
+    def extent(self) -> int:
+        """Bytes that are read, and verified where there are checksums, as one."""
+
+    def resolve(self, name: str) -> str:
+        """The name a tensor is stored under: the name itself unless it is an alias. LayoutError if there is none."""
+
+    def meta(self, name: str) -> TensorMeta:
+        """Name, dtype and global shape; LayoutError if there is no such tensor."""
+
+    def touching(self, name: str, wanted: Sequence[Region]) -> list[StoredRegion]:
+        """All stored regions of a tensor that share an element with a wanted one; others may be among them."""
+
+    def shard_name(self, shard: int) -> str:
+        """The name of a shard, for messages."""
+
+
 class Source(Protocol):
     """Where shards are read from."""
 
     def size(self, shard: int) -> int:
         """Bytes of the shard, as the index says."""
 
-    def digests(self, shard: int) -> Digests:
-        """xxh3_64 of every extent of the shard."""
+    def digests(self, shard: int) -> Digests | None:
+        """xxh3_64 of every extent of the shard; None where the format keeps no checksums."""
 
     def name(self, shard: int) -> str:
         """The shard's name, for messages."""
@@ -109,14 +130,14 @@ def carrier(itemsize: int) -> type[Any]:
     return _CARRIER[itemsize]
 
 
-def plan_windows(index: Index, wants: Sequence[Want]) -> dict[tuple[int, int], Window]:
+def plan_windows(index: Catalogue, wants: Sequence[Want]) -> dict[tuple[int, int], Window]:
     """The windows, by (shard, number), that fill every wanted region.
 
     Raises:
         LayoutError: a tensor is not stored, or with another dtype or shape, or not at a multiple of its element size.
     """
     windows: dict[tuple[int, int], Window] = {}
-    span = window_bytes(index.info.extent)
+    span = window_bytes(index.extent)
     by_name: dict[str, list[int]] = {}
     for target, want in enumerate(wants):
         by_name.setdefault(index.resolve(want.name), []).append(target)
@@ -134,12 +155,12 @@ def plan_windows(index: Index, wants: Sequence[Want]) -> dict[tuple[int, int], W
         stored = index.touching(name, regions)
         for piece in stored:
             if piece.offset % itemsize:  # an element could lie in two windows
-                shard = index.shards[piece.shard].name
+                shard = index.shard_name(piece.shard)
                 raise LayoutError(f"{name}: its data in {shard} begins at byte {piece.offset}, which is not aligned")
         for copy in plan(stored, regions, itemsize, meta.shape, name=name):
             _place(windows, copy, stored[copy.stored], targets[copy.target_index], itemsize, span)
     for window in windows.values():
-        window.mask = _mask(window, index.info.extent)
+        window.mask = _mask(window, index.extent)
     return windows
 
 
@@ -160,7 +181,9 @@ def _place(
         window = windows.setdefault((stored.shard, low), Window(stored.shard, low))
         # Almost always: the data as it lies, from the first element of the piece that is inside this window.
         if base >= low * span and base + prod(source.shape) * itemsize <= (low + 1) * span:
-            window.pieces.append(Piece(base - low * span, source.shape, source.box, itemsize, target, copy.target))
+            window.pieces.append(
+                Piece(base - low * span, source.shape, source.box, itemsize, target, copy.target, copy.order)
+            )
             return
     elements = prod(source.shape)
     for number in range(low, high + 1):
@@ -171,10 +194,10 @@ def _place(
         for block in flat_to_boxes(source.shape, begin, end - begin):
             part = block.intersect(source.box)
             if part is not None:
-                shift = part.relative_to(source.box.origin)
+                shift = _reordered(part.relative_to(source.box.origin), copy.order)
                 inside = Box(
                     tuple(a + b for a, b in zip(copy.target.box.origin, shift.origin, strict=True)),
-                    part.shape,
+                    shift.shape,
                 )
                 window.pieces.append(
                     Piece(
@@ -184,9 +207,17 @@ def _place(
                         itemsize,
                         target,
                         View(copy.target.offset, copy.target.shape, inside),
+                        copy.order,
                     )
                 )
             position += block.size
+
+
+def _reordered(box: Box, order: tuple[int, ...] | None) -> Box:
+    """A box of the source in the dimensions of the target."""
+    if order is None:
+        return box
+    return Box(tuple(0 if d < 0 else box.origin[d] for d in order), tuple(1 if d < 0 else box.shape[d] for d in order))
 
 
 def _flat_bounds(view: View, itemsize: int) -> tuple[int, int]:
@@ -245,11 +276,13 @@ def verify(window: Window, mask: int, source: Source, extent: int, buffer: memor
     Raises:
         Damaged: names the shard and the byte range.
     """
-    size = source.size(window.shard)
+    size, digests = source.size(window.shard), source.digests(window.shard)
+    if digests is None:
+        return
     for first, last in runs(mask):
         number = window.number * window_bytes(extent) // extent + first
         part = buffer[first * extent : min(last * extent, size - (number - first) * extent)]
-        bad = bad_extents(part, source.digests(window.shard), number, extent)
+        bad = bad_extents(part, digests, number, extent)
         if bad:
             stop = min((bad[0] + 1) * extent, size)
             what = f"{source.name(window.shard)}: bytes {bad[0] * extent} to {stop}"
@@ -272,10 +305,16 @@ def held(window: Window, source: Source, extent: int) -> memoryview | None:
 
 def deliver(window: Window, buffer: memoryview, sink: Sink) -> None:
     """Hand every piece of a filled window to the sink."""
-    for start, shape, box, itemsize, target, place in window.pieces:
+    for start, shape, box, itemsize, target, place, order in window.pieces:
         count = prod(shape)
         array: NDArray[Any] = np.frombuffer(buffer, _CARRIER[itemsize], count, start).reshape(shape)
-        sink(target, place, array if box.shape == shape else array[box.slices()])
+        part = array if box.shape == shape else array[box.slices()]
+        sink(target, place, part if order is None else _in_order(part, order, place.box.shape))
+
+
+def _in_order(array: NDArray[Any], order: tuple[int, ...], shape: tuple[int, ...]) -> NDArray[Any]:
+    kept = [d for d in order if d >= 0]
+    return array.transpose(*kept, *(d for d in range(array.ndim) if d not in kept)).reshape(shape)
 
 
 def place_of(array: NDArray[Any], region: Region, place: View) -> NDArray[Any]:
@@ -356,7 +395,9 @@ def read_windows(
     return total
 
 
-def read_arrays(index: Index, source: Source, wants: Sequence[Want], *, readers: int = READERS) -> list[NDArray[Any]]:
+def read_arrays(
+    index: Catalogue, source: Source, wants: Sequence[Want], *, readers: int = READERS
+) -> list[NDArray[Any]]:
     """Wanted regions as arrays of carrier type, one for each want, of the shape of its region (1-d for a flat range).
 
     Raises:
@@ -368,7 +409,7 @@ def read_arrays(index: Index, source: Source, wants: Sequence[Want], *, readers:
         arrays.append(np.empty(shape, carrier(DTYPES[want.dtype].itemsize)))
     windows = plan_windows(index, wants)
     ordered = [windows[key] for key in sorted(windows)]
-    read_windows(ordered, source, index.info.extent, array_sink(arrays, wants), readers=readers)
+    read_windows(ordered, source, index.extent, array_sink(arrays, wants), readers=readers)
     return arrays
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ckptsvc.client.document import ArrayRef, assemble, join, references, replace_refs, split
+from ckptsvc.format.document import ArrayRef, assemble, join, references, replace_refs, split
 from ckptsvc.client.state import StateTree
 from ckptsvc.errors import Damaged
 from ckptsvc.format.objects import TensorRef, decode, encode

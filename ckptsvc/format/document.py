@@ -25,7 +25,7 @@ WORLD_SIZE = "@world_size"
 """The number of ranks when it was written."""
 
 RNG = "@rng"
-"""The random number generators of that rank (see `ckptsvc.client.rng`)."""
+"""The random number generators of that rank (written by `ckptsvc.client.rng`)."""
 
 
 class ArrayRef(msgspec.Struct, frozen=True):
