@@ -17,12 +17,12 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ckptsvc.format.document import join, references, replace_refs
 from ckptsvc.client.fingerprint import Fingerprint, values_of
 from ckptsvc.client.parts import LocalPart, local_of, parts_of
 from ckptsvc.client.values import Found
 from ckptsvc.client.wanted import Wanted, as_leaf, other_kind
 from ckptsvc.errors import LayoutError, UnsupportedObject
+from ckptsvc.format.document import join, references, replace_refs
 
 State = dict[str, Any]
 

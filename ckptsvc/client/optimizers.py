@@ -23,13 +23,13 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
-from ckptsvc.format.document import ArrayRef, join, replace_refs, split
 from ckptsvc.client.fingerprint import Fingerprint, values_of
 from ckptsvc.client.modules import ModuleNode
 from ckptsvc.client.parts import DTYPE_NAMES, LocalPart
 from ckptsvc.client.values import SCALARS, Found, Leaf, same_if_unchanged
 from ckptsvc.client.wanted import Wanted, as_leaf, fits, other_kind
 from ckptsvc.errors import LayoutError
+from ckptsvc.format.document import ArrayRef, join, replace_refs, split
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.types import TensorMeta
 

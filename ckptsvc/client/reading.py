@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckptsvc.format.document import assemble
 from ckptsvc.client.restore import StoredNames
 from ckptsvc.errors import NoCheckpoint, NotFound
+from ckptsvc.format.document import assemble
 from ckptsvc.format.objects import decode
 from ckptsvc.format.shard import objects_name
 from ckptsvc.geometry.box import Box

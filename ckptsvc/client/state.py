@@ -22,13 +22,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ckptsvc.client import codecs, rng
-from ckptsvc.format.document import RANK, RNG, WORLD_SIZE, join
 from ckptsvc.client.modules import ModuleNode
 from ckptsvc.client.optimizers import OptimizerNode, has_own_state_dict
 from ckptsvc.client.parts import Capture, Holders, Identity, LocalPart, digest, identity_of
 from ckptsvc.client.values import CONTAINERS, Stateful, StatefulNode, ValueNode
 from ckptsvc.client.wanted import Stored, Wanted, listed
 from ckptsvc.errors import InvalidInput, LayoutError
+from ckptsvc.format.document import RANK, RNG, WORLD_SIZE, join
 
 __all__ = ["Capture", "Holders", "LocalPart", "StateTree"]
 

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from ckptsvc.format.document import ArrayRef, join, own_name, references, replace_refs
 from ckptsvc.client.fingerprint import Fingerprint
 from ckptsvc.client.parts import LocalPart, parts_of
 from ckptsvc.client.wanted import Wanted, as_leaf
 from ckptsvc.errors import UnsupportedObject
+from ckptsvc.format.document import ArrayRef, join, own_name, references, replace_refs
 from ckptsvc.format.objects import TensorRef
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ckptsvc.format.document import ArrayRef
 from ckptsvc.client.parts import LocalPart, parts_of
 from ckptsvc.errors import LayoutError, UnsupportedObject
+from ckptsvc.format.document import ArrayRef
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.types import TensorMeta
 

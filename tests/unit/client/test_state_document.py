@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ckptsvc.format.document import ArrayRef, assemble, join, references, replace_refs, split
 from ckptsvc.client.state import StateTree
 from ckptsvc.errors import Damaged
+from ckptsvc.format.document import ArrayRef, assemble, join, references, replace_refs, split
 from ckptsvc.format.objects import TensorRef, decode, encode
 
 
