@@ -1,0 +1,158 @@
+"""Pickles of other frameworks, read without running them.
+
+A pickle is a program that may import anything and call it. This reader lets it name what is on a list only, and what is
+on the list are plain types and classes without behaviour (`Stub`). Whatever else is named is refused with its name.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from ckptsvc.errors import Damaged, InvalidInput
+
+Allowed = Mapping[tuple[str, str], Any]
+"""(module, qualified name) -> what stands for it here."""
+
+MAX_DEPTH = 200
+"""Deepest nesting of containers that is walked."""
+
+
+class Stub:
+    """An object of a class that is not here: what it was made from and the attributes it was given.
+
+    Attributes:
+        args: the positional arguments of its constructor.
+        state: what its `__setstate__` or `__dict__` was given, or None.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+        self.state: Any = None
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """An attribute of the object it stands for."""
+        state = self.state[0] if isinstance(self.state, tuple) and self.state else self.state
+        return state.get(name, default) if isinstance(state, dict) else default
+
+
+def stub(name: str) -> type[Stub]:
+    """A new class that stands for one that is not here."""
+    return type(name, (Stub,), {})
+
+
+PLAIN: Allowed = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("collections", "defaultdict"): lambda *args: defaultdict(None, *args[1:]),
+    ("builtins", "set"): set,
+    ("__builtin__", "set"): set,
+    ("builtins", "frozenset"): frozenset,
+    ("builtins", "complex"): complex,
+    ("builtins", "slice"): slice,
+    ("builtins", "bytearray"): bytearray,
+    ("_codecs", "encode"): lambda text, encoding="latin1": _latin1(text, encoding),
+    ("argparse", "Namespace"): stub("Namespace"),
+    ("pathlib", "PosixPath"): lambda *parts: "/".join(map(str, parts)),
+    ("pathlib._local", "PosixPath"): lambda *parts: "/".join(map(str, parts)),
+}
+"""Plain types that many frameworks' pickles name."""
+
+
+def loads(
+    data: bytes | memoryview,
+    allowed: Allowed,
+    what: str,
+    persistent: Callable[[Any], Any] | None = None,
+) -> Any:
+    """The object of one pickle.
+
+    Args:
+        data: the pickle.
+        allowed: what it may name beyond `PLAIN`.
+        what: where it comes from, for messages.
+        persistent: makes objects of persistent ids.
+
+    Raises:
+        InvalidInput: it names something that is not on the list; the message says what.
+        Damaged: it is not a pickle, or beyond a limit.
+    """
+    return Unpickler(io.BytesIO(data), allowed, what, persistent).load()
+
+
+class Unpickler(pickle.Unpickler):
+    """Reads one pickle after another of a stream; see `loads`."""
+
+    def __init__(
+        self, file: io.BytesIO, allowed: Allowed, what: str, persistent: Callable[[Any], Any] | None = None
+    ) -> None:
+        super().__init__(file)
+        self._file, self._allowed, self._what, self._persistent = file, allowed, what, persistent
+
+    def load(self) -> Any:
+        """The next object."""
+        _check_memo(self._file.getbuffer()[self._file.tell() :], self._what)
+        try:
+            return super().load()
+        except (InvalidInput, Damaged):
+            raise
+        except Exception as error:  # noqa: BLE001  what a broken pickle raises is not listed anywhere
+            raise Damaged(f"{self._what} is not a readable pickle: {type(error).__name__}: {error}") from None
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What stands for a global."""
+        key = (module, name)
+        found = self._allowed.get(key) or PLAIN.get(key)
+        if found is None:
+            raise InvalidInput(
+                f"{self._what} is a pickle that imports {module}.{name}, which is not on the list of what may be built",
+                hint="it is not run; if the type is harmless, save the object as plain values",
+            )
+        return found
+
+    def persistent_load(self, pid: Any) -> Any:
+        """What stands for a persistent id."""
+        if self._persistent is None:
+            raise Damaged(f"{self._what} refers to data outside itself")
+        return self._persistent(pid)
+
+
+def _check_memo(data: memoryview, what: str) -> None:
+    """Refuse a memo index that is larger than the pickle: the unpickler would reserve memory for all below it."""
+    array = np.frombuffer(data, np.uint8)
+    for opcode, width in ((ord("r"), 4), (ord("p"), 0)):
+        at = np.flatnonzero(array == opcode)
+        if not len(at):
+            continue
+        if width:
+            at = at[at + width < len(array)]
+            numbers = sum(array[at + 1 + i].astype(np.int64) << 8 * i for i in range(width))
+            suspicious = bool((np.asarray(numbers) > len(array)).any())
+        else:
+            suspicious = any(array[at + 1 : at + 13].tobytes().split(b"\n")[0].isdigit() for at in at[:10_000].tolist())
+        if suspicious:
+            _count_memo(bytes(data), what)
+            return
+
+
+def _count_memo(data: bytes, what: str) -> None:
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in {"LONG_BINPUT", "PUT"} and isinstance(argument, int) and argument > len(data):
+                raise Damaged(f"{what} is a pickle that asks for memory for {argument} objects")
+    except ValueError as error:
+        raise Damaged(f"{what} is not a readable pickle: {error}") from None
+
+
+def _latin1(text: Any, encoding: str) -> bytes:
+    if not isinstance(text, str) or encoding not in {"latin1", "latin-1"}:
+        raise Damaged("a pickle encodes something that is not text in latin1")
+    return text.encode("latin1")
