@@ -1,6 +1,7 @@
 """What the tests with real processes share: a private world for each test, and jobs in it."""
 
 import sys
+import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -70,3 +71,18 @@ def etcd(tmp_path: Path, _programs: Path) -> Iterator[EtcdServer]:
     folder.mkdir()
     with etcd_server(_programs, folder) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Unpacks a real checkpoint of another framework (tests/data/README.md) once; tests must not change it."""
+    unpacked: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in unpacked:
+            unpacked[name] = tmp_path_factory.mktemp(name)
+            with tarfile.open(Path(__file__).parent / "data" / "foreign" / f"{name}.tar.xz") as archive:
+                archive.extractall(unpacked[name], filter="data")
+        return unpacked[name]
+
+    return get

@@ -34,7 +34,7 @@ MAGIC = 0x1950A86A20F9469CFC6C
 MAX_PICKLE = 4 << 30
 """Largest pickle in a file, in bytes."""
 
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -49,6 +49,7 @@ _STORAGES = {
     "ComplexDoubleStorage": "complex128",
     "UntypedStorage": "uint8",
 }
+"""torch's storage classes and their element types."""
 
 
 class Storage(msgspec.Struct, frozen=True):
@@ -220,7 +221,7 @@ TORCH: Allowed = {
     ("torch.serialization", "_get_layout"): str,
     ("torch.storage", "UntypedStorage"): _Type("uint8"),
     ("torch.storage", "TypedStorage"): stub("TypedStorage"),
-    **{("torch", name): _Type(dtype) for name, dtype in _STORAGES.items()},
+    **{("torch", name): _Type(dtype) for name, dtype in STORAGES.items()},
     **{("torch", name): _Type(name) for name in DTYPES},
 }
 """What the pickles of torch.save name."""
