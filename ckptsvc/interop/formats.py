@@ -1,7 +1,7 @@
 """The table of formats: their names in addresses, who reads them, who writes them, how they are recognised.
 
-An address is `<format>:<path or URL>`, for example "deepspeed:/scratch/run/global_step100" or "hf:s3://bucket/llama", or
-a path or URL alone, which is then looked at. Modules are imported when their format is used.
+An address is `<format>:<path or URL>`, for example "deepspeed:/scratch/run/global_step100" or "hf:s3://bucket/llama",
+or a path or URL alone, which is then looked at. Modules are imported when their format is used.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def open_foreign(address: str, options: Mapping[str, str] | None = None) -> Logi
     try:
         if not name:
             name = recognised(files)
-        return _function(FORMATS[name].read)(files, f"{name}:{place}", options or {})
+        read: Importer = _function(FORMATS[name].read)
+        return read(files, f"{name}:{place}", options or {})
     except BaseException:
         files.close()
         raise
