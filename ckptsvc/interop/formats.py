@@ -41,7 +41,10 @@ class Format(NamedTuple):
     write: str = ""
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    "hf": Format("Hugging Face", "huggingface:detect", "huggingface:read", "huggingface:write"),
+    "torch": Format("torch.save", "torch_save:detect", "torch_save:read", "torch_save:write"),
+}
 """By the name in addresses."""
 
 
