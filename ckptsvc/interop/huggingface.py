@@ -100,9 +100,11 @@ def write(logical: Logical, options: Mapping[str, str]) -> Output:
 
 
 def _add_file(foreign: Foreign, files: Files, key: str, expected: set[str] | None) -> None:
+    if key not in files.children():
+        raise Damaged(f"{files.url}/{key} is missing")
     if key.endswith(".safetensors"):
         found: dict[str, TensorMeta] = {}
-        for name, entry in read_safetensors(files, key).entries.items():
+        for name, entry in read_safetensors(files, key).items():
             found[name] = TensorMeta(join("model", name), DTYPE_OF_TAG[entry.tag], entry.shape)
             foreign.add(found[name], Box.full(entry.shape), (key, entry.start))
     else:

@@ -25,13 +25,6 @@ DTYPE_OF_TAG = {dtype.tag: dtype.name for dtype in DTYPES.values() if dtype.tag}
 """Our name for each element type of the format."""
 
 
-class SafetensorsFile(NamedTuple):
-    """The header of a file: tensors in file order with absolute offsets, and the strings under `__metadata__`."""
-
-    entries: dict[str, HeaderEntry]
-    metadata: dict[str, str]
-
-
 class Tensor(NamedTuple):
     """A tensor to be written.
 
@@ -55,8 +48,8 @@ class Tensor(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def read_safetensors(files: Files, key: str) -> SafetensorsFile:
-    """The header of a file.
+def read_safetensors(files: Files, key: str) -> dict[str, HeaderEntry]:
+    """The tensors of a file in file order, with absolute offsets.
 
     Raises:
         Damaged: it is not a safetensors file, or is truncated, or its tensors do not tile it.
@@ -69,8 +62,7 @@ def read_safetensors(files: Files, key: str) -> SafetensorsFile:
     files.read_into(key, 0, memoryview(first))
     prefix = bytearray(LENGTH_BYTES + min(header_length(bytes(first), what), size - LENGTH_BYTES))
     files.read_into(key, 0, memoryview(prefix))
-    entries, metadata, _ = decode_safetensors(memoryview(prefix), size, what)
-    return SafetensorsFile(entries, metadata)
+    return decode_safetensors(memoryview(prefix), size, what)
 
 
 def safetensors_output(
