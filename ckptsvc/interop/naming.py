@@ -76,6 +76,20 @@ def named(logical: Logical, names: Sequence[Sequence[str]]) -> Mapped:
     return Mapped(logical, views, document, aliases=logical.aliases)
 
 
+def rekeyed(logical: Logical, keys: Mapping[str, str]) -> Logical:
+    """The same checkpoint with other first parts of names: {"model": "net"} calls "model/w" "net/w"."""
+    if not keys:
+        return logical
+
+    def new(name: str) -> str:
+        first, slash, rest = name.partition("/")
+        return keys.get(first, first) + slash + rest
+
+    views = [whole(logical.meta(name), new(name)) for name in logical.names()]
+    document = {keys.get(key, key): value for key, value in logical.document().items()}
+    return Mapped(logical, views, document, aliases={new(a): new(n) for a, n in logical.aliases.items()})
+
+
 def _check(logical: Logical, parameter: str, shape: tuple[int, ...], slot: Sequence[str]) -> None:
     name = join(MODEL.rstrip("/"), parameter)
     expected = logical.meta(name).shape
