@@ -59,8 +59,8 @@ def restore_foreign(
     try:
         with together(group):
             fitted = _fitted(logical, state, tree)
-            image = Image(fitted, StoredOf(fitted), fitted.source, Readable(True), lambda _: fitted.document())
-            document = _Lenient(fitted.document(), tree.capture().objects)
+            document = _document(fitted, state)
+            image = Image(fitted, StoredOf(fitted), fitted.source, Readable(True), lambda _: document)
             parts = tree.targets(image.stored, document, strict=False, cast=True).parts
         _check(logical, tree, state, group)
         values = fill(image, tree, parts, document, group, progress)
@@ -94,11 +94,12 @@ class StoredOf(Mapping[str, TensorMeta]):
         return len(self._names) + len(self._logical.aliases)
 
 
-class _Lenient(dict[str, Any]):
-    """The foreign document where it speaks of an object of the tree; all else of it means nothing to the tree."""
-
-    def __init__(self, foreign: Mapping[str, Any], live: Mapping[str, Any]) -> None:
-        super().__init__({key: value for key, value in foreign.items() if key in live and isinstance(value, dict)})
+def _document(logical: Logical, state: Mapping[str, Any]) -> dict[str, Any]:
+    """What the foreign document says of objects of the tree; all else of it means nothing to the tree."""
+    spoken_of = {name.partition("/")[0] for name in logical.names()}
+    modules = {key for key, value in state.items() if isinstance(value, nn.Module)}
+    document: dict[str, Any] = {key: {} for key in modules & spoken_of}
+    return document | {k: v for k, v in logical.document().items() if k in state and isinstance(v, dict)}
 
 
 def _fitted(logical: Logical, state: Mapping[str, Any], tree: StateTree) -> Logical:

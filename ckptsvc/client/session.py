@@ -262,6 +262,7 @@ class Session:
             return
         self._closed.set()
         self._snapshots.fence()
+        self._snapshots.finish()
         for fence in self._fences:
             fence.remove()
         atexit.unregister(self.close)
@@ -289,6 +290,14 @@ class Session:
         self._link = AgentLink(directory, registration(group, self._place, self.settings, self._url, coordinator))
         self._phases = Phases(self._link)
         self._snapshots = Snapshots(self._tree, self._link, group, self._place, self._url, self._report_skip)
+        try:
+            self._join(resume, overlap, init_from)
+        except BaseException:
+            self.close()
+            raise
+
+    def _join(self, resume: bool, overlap: bool, init_from: str | None) -> None:
+        group = self._group
         self._start_agent()
         self._link.connect()
         capture = self._tree.capture()

@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ckptsvc.errors import LayoutError
-from ckptsvc.format.document import join, split
+from ckptsvc.format.document import join, replace_refs, split
+from ckptsvc.format.objects import TensorRef
 from ckptsvc.interop.logical import MODEL, STATE, Logical
 from ckptsvc.interop.views import Mapped, View, whole
 
@@ -71,7 +72,11 @@ def named(logical: Logical, names: Sequence[Sequence[str]]) -> Mapped:
         views.append(whole(meta, name))
     document = dict(logical.document())
     renamed = [{**group, "params": [of[str(n)] for n in group["params"]]} for group in groups]
-    state = {of.get(str(number), number): value for number, value in document["optimizer"].get("state", {}).items()}
+    state: dict[Any, Any] = {}
+    for number, entries in document["optimizer"].get("state", {}).items():
+        values = {slot: value for slot, value in entries.items() if not isinstance(value, TensorRef)}
+        if values:  # tensors are found by their names
+            state[of.get(str(number), number)] = values
     document["optimizer"] = {**document["optimizer"], "state": state, "param_groups": renamed}
     return Mapped(logical, views, document, aliases=logical.aliases)
 
@@ -86,7 +91,8 @@ def rekeyed(logical: Logical, keys: Mapping[str, str]) -> Logical:
         return keys.get(first, first) + slash + rest
 
     views = [whole(logical.meta(name), new(name)) for name in logical.names()]
-    document = {keys.get(key, key): value for key, value in logical.document().items()}
+    references = replace_refs(logical.document(), lambda ref: type(ref)(new(ref.name)))
+    document = {keys.get(key, key): value for key, value in references.items()}
     return Mapped(logical, views, document, aliases={new(a): new(n) for a, n in logical.aliases.items()})
 
 
