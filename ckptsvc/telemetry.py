@@ -182,6 +182,11 @@ class Metrics:
         self.orders_refused = Counter(
             "ckptsvc_orders_refused_total", "Orders of coordinators whose term is over.", registry=registry
         )
+        self.calls_refused = Counter(
+            "ckptsvc_calls_refused_total",
+            "Calls by who is no agent of this user.",
+            registry=registry,
+        )
         self._nics(registry)
         Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})
         self._start_at_zero()
