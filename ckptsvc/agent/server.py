@@ -40,7 +40,7 @@ from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
 from ckptsvc.agent.watch import Watch
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import HealthSettings, Settings, load, private_directory, runtime_dir
+from ckptsvc.config import HealthSettings, Settings, agents_directory, load, private_directory
 from ckptsvc.control.health import Policy
 from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
@@ -115,8 +115,7 @@ class Agent:
         """
         directory = self._options.directory
         private_directory(directory)
-        base = self._options.settings.agent.socket_dir
-        self.secret = shared_secret(private_directory(Path(base)) if base else runtime_dir(os.environ))
+        self.secret = shared_secret(agents_directory(self._options.settings, os.environ))
         lock = os.open(directory / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         await _own(lock, directory)
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed

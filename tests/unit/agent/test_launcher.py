@@ -3,12 +3,15 @@
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from harness.job import free_port
 from harness.runtime import eventually
 from harness.shell_run import Run, alive, kill
+
+from ckptsvc.errors import EXIT_STATUS
 
 
 @pytest.fixture
@@ -182,3 +185,16 @@ def test_a_job_that_leads_is_not_misled_by_an_agent_that_listens_elsewhere(run, 
     assert len(runtime.agents()) == 3
     earlier.terminate()
     assert earlier.wait(10) == 0
+
+
+@pytest.mark.parametrize("command", [("run", "--no-python", "true"), ("status",)])
+def test_a_directory_that_is_open_to_others_is_neither_written_to_nor_trusted(runtime, tmp_path, command):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    environ = runtime.environ | {"CKPTSVC_AGENT_SOCKET_DIR": str(theirs)}
+    program = [sys.executable, "-m", "ckptsvc.cli.main", *command]
+    ended = subprocess.run(program, env=environ, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == EXIT_STATUS["config"]
+    assert f"{theirs} is open to other users" in ended.stderr
+    assert list(theirs.iterdir()) == []
