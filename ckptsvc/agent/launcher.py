@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -306,4 +305,4 @@ class Launcher:
         self._reports.put_nowait(agent_pb2.LaunchRequest(exit=exited))
 
     def _say(self, message: str) -> None:
-        print(f"ckptsvc run [{self._launch.node}]: {message}", file=sys.stderr, flush=True)  # noqa: T201
+        self._ranks.output.say(f"ckptsvc run [{self._launch.node}]: {message}")
