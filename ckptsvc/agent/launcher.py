@@ -19,6 +19,7 @@ import grpc.aio
 
 from ckptsvc.agent.doorbell import hang_up
 from ckptsvc.agent.launches import COORDINATOR_KEY
+from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.preflight import reason_against
 from ckptsvc.agent.ranks import Rank, Ranks
 from ckptsvc.control.restart import describe_status
@@ -87,7 +88,8 @@ class Launcher:
         given = dict(environ)
         if launch.nproc > 1:
             given.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
-        self._ranks = Ranks(launch.command, given, launch.warm, launch.log_dir, self._ended, self._say)
+        files = raise_open_files()
+        self._ranks = Ranks(launch.command, given, launch.warm, launch.log_dir, self._ended, self._say, files)
         self._attempt = 0
         self._first_rank = self._world = 0
         self._doorbell = 0

@@ -52,7 +52,9 @@ class Place:
                 with contextlib.suppress(BlockingIOError):  # a terminal that somebody has made non-blocking
                     view = view[os.write(self._fd, view) :]
                     continue
-                select.select([], [self._fd], [])
+                poll = select.poll()
+                poll.register(self._fd, select.POLLOUT)
+                poll.poll()
         except (OSError, ValueError) as error:
             self.gone = True
             self._failed(getattr(error, "strerror", None) or str(error))

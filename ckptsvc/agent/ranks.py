@@ -45,6 +45,7 @@ class Ranks:
         log_dir: where output is kept; None: it is only shown.
         ended: called when a rank has ended.
         say: tells the user something.
+        files: the limits of open files (soft, hard) that ranks get; None: those of this process.
 
     Attributes:
         output: where all goes that they, and the launcher, have to say; `close` is its end.
@@ -59,9 +60,10 @@ class Ranks:
         log_dir: Path | None,
         ended: Callable[[Rank], None],
         say: Callable[[str], None],
+        files: tuple[int, int] | None = None,
     ) -> None:
         self._command, self._environ, self._warm = list(command), dict(environ), warm
-        self._log_dir, self._ended, self._say = log_dir, ended, say
+        self._log_dir, self._ended, self._say, self._files = log_dir, ended, say, files
         self.live: dict[int, Rank] = {}
         self.output = Output()
         self._changing = asyncio.Lock()
@@ -89,7 +91,7 @@ class Ranks:
         self._sock.setblocking(False)
         reading, writing = pipe()
         self._copying = asyncio.ensure_future(self.output.copy(reading, "standby", None))
-        await self._send({"op": "open", "command": self._command, "warm": self._warm}, writing)
+        await self._send({"op": "open", "command": self._command, "warm": self._warm, "files": self._files}, writing)
         self._listening = asyncio.ensure_future(self._listen(self._sock))
 
     async def close(self) -> None:

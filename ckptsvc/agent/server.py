@@ -32,6 +32,7 @@ from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
 from ckptsvc.agent.incidents import IncidentLog, incidents_directory
 from ckptsvc.agent.launches import Launches
+from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import Node
@@ -113,6 +114,7 @@ class Agent:
         Raises:
             RunBusy: another agent serves this directory.
         """
+        raise_open_files()
         directory = self._options.directory
         private_directory(directory)
         self.secret = shared_secret(agents_directory(self._options.settings, os.environ))
