@@ -235,7 +235,11 @@ class Agent:
         between = grpc.aio.server(interceptors=[gate], options=[*OPTIONS, *KEEPALIVE, *BETWEEN])
         coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name), between)
         require_loopback(settings.listen.host, f"agent.listen is {settings.listen}")
-        port = between.add_insecure_port(numeric(str(settings.listen)))
+        try:
+            port = between.add_insecure_port(numeric(str(settings.listen)))
+        except RuntimeError:  # grpc has no other, and tells the reason to standard error only
+            why = f"agent.listen: cannot listen at {settings.listen}"
+            raise ConfigError(why, hint="has another program that port?") from None
         self.address = str(settings.listen._replace(port=port))
         gate.address = numeric(self.address)
         with contextlib.suppress(FileNotFoundError):

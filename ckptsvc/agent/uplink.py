@@ -14,6 +14,7 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
+from ckptsvc.agent.fresh import fresh
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.errors import AgentUnavailable, CkptsvcError
 from ckptsvc.rpc import proof
@@ -144,8 +145,9 @@ class RemoteUplink:
             for report in self._resync():
                 queue.put_nowait(report)
             self._queue = queue
-            async for order in call:
-                self._on_order(order)
+            async with contextlib.aclosing(fresh(call)) as orders:
+                async for order in orders:
+                    self._on_order(order)
         finally:
             queue.put_nowait(None)  # grpc does not end who waits for the next report of a call that has ended
 

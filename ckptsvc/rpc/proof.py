@@ -248,7 +248,7 @@ async def _raise_failure(call: Any) -> None:
             code = await call.code()
     except TimeoutError:
         return
-    if code is not grpc.StatusCode.OK:
+    if code not in (grpc.StatusCode.OK, grpc.StatusCode.UNIMPLEMENTED):  # some other program speaks gRPC too
         none = grpc.aio.Metadata()
         raise error_of(grpc.aio.AioRpcError(code, none, await call.trailing_metadata(), await call.details()))
 

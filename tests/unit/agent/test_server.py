@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,6 +18,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ckptsvc.errors import (
+    EXIT_STATUS,
     AgentUnavailable,
     ArenaExhausted,
     CkptsvcError,
@@ -326,6 +328,18 @@ class TestEnd:
         process = runtime.start_agent()
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
+
+    def test_a_port_that_another_program_has(self, runtime):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            address = f"127.0.0.1:{other.getsockname()[1]}"
+            directory = runtime.sockets / "second"
+            command = [sys.executable, "-m", "ckptsvc.agent.server", "--dir", str(directory), "--listen", address]
+            ended = subprocess.run(
+                command, env=runtime.environ, capture_output=True, text=True, check=False, timeout=20
+            )
+        assert ended.returncode == EXIT_STATUS["config"]
+        assert f"cannot listen at {address}" in ended.stderr
+        assert "Traceback" not in ended.stderr
 
     def test_two_cannot_share_a_directory(self, agent, runtime):
         command = [sys.executable, "-m", "ckptsvc.agent.server", "--dir", str(agent.directory)]

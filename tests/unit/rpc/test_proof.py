@@ -235,6 +235,19 @@ class TestImpostors:
     def test_one_who_agrees_to_everything(self):
         self.refused(Impostor())
 
+    def test_another_program_that_speaks_grpc(self):
+        async def run():
+            server = grpc.aio.server()
+            address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+            await server.start()
+            try:
+                await list_complete(address)
+            finally:
+                await server.stop(0)
+
+        with pytest.raises(StoreDenied, match="no agent of this user"):
+            asyncio.run(run())
+
     def test_one_who_makes_up_a_proof(self):
         self.refused(Impostor(answer=((CHALLENGE_KEY, "0" * 64), (PROOF_KEY, "0" * 64))))
 
