@@ -421,6 +421,16 @@ def runtime_dir(environ: Mapping[str, str], *, uid: int | None = None, root: Pat
     return directory
 
 
+def agents_directory(settings: Settings, environ: Mapping[str, str]) -> Path:
+    """The private directory of this user's agents: agent.socket_dir, or `runtime_dir`. Made if need be.
+
+    Raises:
+        ConfigError: it is not one, belongs to another user, or is open to others.
+    """
+    given = settings.agent.socket_dir
+    return private_directory(Path(given)) if given else runtime_dir(environ)
+
+
 def private_directory(path: Path) -> Path:
     """Make a directory that only this user can enter, or check that it is one.
 

@@ -180,7 +180,12 @@ class Metrics:
             "ckptsvc_coordinator_changes_total", "Elected coordinators this agent has taken note of.", registry=registry
         )
         self.orders_refused = Counter(
-            "ckptsvc_orders_refused_total", "Orders of coordinators whose term is over.", registry=registry
+            "ckptsvc_orders_refused_total", "Orders of a term or an attempt that is over.", registry=registry
+        )
+        self.calls_refused = Counter(
+            "ckptsvc_calls_refused_total",
+            "Calls by who is no agent of this user.",
+            registry=registry,
         )
         self._nics(registry)
         Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})

@@ -7,8 +7,6 @@ what an agent believes is always what a quorum has said, never what a watch brou
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import os
 import random
@@ -30,6 +28,7 @@ from ckptsvc.control.election import CANDIDATES_WAIT, RENEWALS, Campaign, Electi
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, CoordinationUnavailable
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.etcd import Etcd, EtcdUrl, Found, Login, parse_url
+from ckptsvc.rpc.proof import proof, same
 from ckptsvc.rpc.secret import is_loopback
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -366,12 +365,15 @@ def value_of(key: str, node: str, address: str, mark: str, lease: int, secret: s
 
 
 def _proof(key: str, node: str, address: str, mark: str, lease: int, secret: str) -> str:
-    text = "\n".join((key, node, address, mark, str(lease)))
-    return hmac.new(secret.encode(), text.encode(), hashlib.sha256).hexdigest()
+    return proof(secret, "coordinates", key, node, address, mark, str(lease))
 
 
 def holder_of(key: str, found: Found, secret: str) -> Holder | None:
-    """Who holds the key. Agents send their secret to whom it names, so it must have been written by one who knows it.
+    """Who holds the key; it must have been written by one who knows the secret.
+
+    That keeps out what other users of the same etcd write there. It is no more than a hint, for who may write may also
+    write again what he has read: whoever listens at the address has to prove himself (rpc.proof), and an agent that was
+    a coordinator says that it is not in this term.
 
     Raises:
         CoordinationUnavailable: it makes no sense, is not one of ours, or names a place that agents do not listen at.
@@ -385,8 +387,7 @@ def holder_of(key: str, found: Found, secret: str) -> Holder | None:
         raise CoordinationUnavailable(
             f"{key} in etcd does not name a coordinator", hint="is the prefix ours?"
         ) from None
-    proof = _proof(key, value.node, value.address, value.mark, found.lease, secret)
-    if not hmac.compare_digest(proof.encode(), value.proof.encode("utf-8", "replace")):
+    if not same(value.proof, _proof(key, value.node, value.address, value.mark, found.lease, secret)):
         raise CoordinationUnavailable(f"{key} in etcd was not written by an agent of ours",
             hint="it may be another user's, or of another host: see the secret in agent.socket_dir")  # fmt: skip
     # Agents listen on loopback only (agent.listen).

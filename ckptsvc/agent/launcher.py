@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import grpc.aio
 
 from ckptsvc.agent.doorbell import hang_up
 from ckptsvc.agent.launches import COORDINATOR_KEY
+from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.preflight import reason_against
 from ckptsvc.agent.ranks import Rank, Ranks
 from ckptsvc.control.restart import describe_status
@@ -88,7 +88,8 @@ class Launcher:
         given = dict(environ)
         if launch.nproc > 1:
             given.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
-        self._ranks = Ranks(launch.command, given, launch.warm, launch.log_dir, self._ended, self._say)
+        files = raise_open_files()
+        self._ranks = Ranks(launch.command, given, launch.warm, launch.log_dir, self._ended, self._say, files)
         self._attempt = 0
         self._first_rank = self._world = 0
         self._doorbell = 0
@@ -306,4 +307,4 @@ class Launcher:
         self._reports.put_nowait(agent_pb2.LaunchRequest(exit=exited))
 
     def _say(self, message: str) -> None:
-        print(f"ckptsvc run [{self._launch.node}]: {message}", file=sys.stderr, flush=True)  # noqa: T201
+        self._ranks.output.say(f"ckptsvc run [{self._launch.node}]: {message}")

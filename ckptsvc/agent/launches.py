@@ -139,6 +139,12 @@ class Launches:
         if kind == "start":
             if order.start.attempt == launcher.hello.attempt:
                 return  # repeated by a coordinator that was not sure
+            known = max(launcher.hello.attempt, launcher.ready.attempt if launcher.ready else 0)
+            if order.start.attempt <= known:
+                logger.warning("job %s: refused to start attempt %d; attempt %d has been here",
+                    order.job, order.start.attempt, known)  # fmt: skip
+                self._local.metrics.orders_refused.inc()
+                return
             launcher.ready = launcher.stop = None
             launcher.exits.clear()
             launcher.hello.attempt = order.start.attempt

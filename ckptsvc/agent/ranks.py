@@ -18,7 +18,7 @@ from typing import Any
 
 from ckptsvc.agent import keeper
 from ckptsvc.agent.keeper import MAX_MESSAGE, SWEEP_PATIENCE
-from ckptsvc.agent.output import copy, log_file, pipe
+from ckptsvc.agent.output import Output, log_file, pipe
 
 DRAIN = 1.0
 """Seconds for the last output of ranks that have ended. Nobody waits longer for whoever else holds the pipe."""
@@ -45,8 +45,10 @@ class Ranks:
         log_dir: where output is kept; None: it is only shown.
         ended: called when a rank has ended.
         say: tells the user something.
+        files: the limits of open files (soft, hard) that ranks get; None: those of this process.
 
     Attributes:
+        output: where all goes that they, and the launcher, have to say; `close` is its end.
         live: ranks of the current attempt by number; ended ones too, until they have been stopped.
     """
 
@@ -58,10 +60,12 @@ class Ranks:
         log_dir: Path | None,
         ended: Callable[[Rank], None],
         say: Callable[[str], None],
+        files: tuple[int, int] | None = None,
     ) -> None:
         self._command, self._environ, self._warm = list(command), dict(environ), warm
-        self._log_dir, self._ended, self._say = log_dir, ended, say
+        self._log_dir, self._ended, self._say, self._files = log_dir, ended, say, files
         self.live: dict[int, Rank] = {}
+        self.output = Output()
         self._changing = asyncio.Lock()
         self._changed = asyncio.Event()
         self._swept: asyncio.Future[list[int]] | None = None
@@ -86,12 +90,12 @@ class Ranks:
         theirs.close()
         self._sock.setblocking(False)
         reading, writing = pipe()
-        self._copying = asyncio.ensure_future(copy(reading, "standby", None))
-        await self._send({"op": "open", "command": self._command, "warm": self._warm}, writing)
+        self._copying = asyncio.ensure_future(self.output.copy(reading, "standby", None))
+        await self._send({"op": "open", "command": self._command, "warm": self._warm, "files": self._files}, writing)
         self._listening = asyncio.ensure_future(self._listen(self._sock))
 
     async def close(self) -> None:
-        """End the keeper; whatever is left below it is killed."""
+        """End the keeper; whatever is left below it is killed. It is the end of these ranks."""
         for task in (self._listening, self._copying):
             if task is not None:
                 task.cancel()
@@ -102,6 +106,7 @@ class Ranks:
             self._sock = None
         if self._process is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+        await self.output.close()
 
     async def start(self, attempt: int, variables: Mapping[int, Mapping[str, str]]) -> None:
         """Start ranks, each with variables of its own. There is none of an earlier attempt (see `stop`)."""
@@ -114,7 +119,7 @@ class Ranks:
         for number, own in variables.items():
             kept = log_file(self._log_dir, attempt, number) if self._log_dir else None
             reading, writing = pipe()
-            self.live[number] = Rank(number, asyncio.ensure_future(copy(reading, str(number), kept)))
+            self.live[number] = Rank(number, asyncio.ensure_future(self.output.copy(reading, str(number), kept)))
             await self._send({"op": "start", "rank": number, "variables": dict(own)}, writing)
 
     async def stop(self, grace: float) -> list[int]:

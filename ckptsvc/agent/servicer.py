@@ -17,7 +17,6 @@ from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.rpc.channel import TOKEN_KEY, trailers_of
-from ckptsvc.rpc.secret import check_secret
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -152,15 +151,14 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
 
 
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
-    """For the agents of other nodes, that is: for whoever knows the secret."""
+    """For the agents of other nodes: rpc.proof.Gate lets in nobody else."""
 
-    def __init__(self, shell_of: Callable[[str, int], CoordinatorShell], node: str, secret: str) -> None:
-        self._shell_of, self._node, self._secret = shell_of, node, secret
+    def __init__(self, shell_of: Callable[[str, int], CoordinatorShell], node: str) -> None:
+        self._shell_of, self._node = shell_of, node
 
     async def Attend(self, request_iterator: AsyncIterator[pb.Report], context: Any) -> AsyncIterator[pb.Order]:
         """See coordinator.proto."""
         try:
-            check_secret(context.invocation_metadata(), self._secret)
             first = await anext(aiter(request_iterator))
             hello = first.agent_hello
             node = hello.node
@@ -196,6 +194,5 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     @_errors
     async def ListComplete(self, request: pb.ListCompleteRequest, context: Any) -> agent_pb2.ListSnapshotsResponse:
         """See coordinator.proto."""
-        check_secret(context.invocation_metadata(), self._secret)
         shell = self._shell_of(launched_as(request.job), request.term)
         return agent_pb2.ListSnapshotsResponse(snapshots=shell.list_complete(request.job))

@@ -14,10 +14,12 @@ from typing import Protocol
 import grpc
 import grpc.aio
 
+from ckptsvc.agent.fresh import fresh
 from ckptsvc.agent.runner import CoordinatorShell
-from ckptsvc.errors import AgentUnavailable
+from ckptsvc.errors import AgentUnavailable, CkptsvcError
+from ckptsvc.rpc import proof
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, error_of
-from ckptsvc.rpc.secret import SECRET_KEY
+from ckptsvc.rpc.secret import numeric
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -25,6 +27,9 @@ log = logging.getLogger("ckptsvc.agent")
 
 RECONNECT = 0.3
 """Seconds between attempts to reach a coordinator."""
+
+LIST_TIMEOUT = 10.0
+"""Seconds a coordinator has to say which snapshots are complete."""
 
 
 class Uplink(Protocol):
@@ -65,7 +70,11 @@ class RemoteUplink:
     """The coordinator is in another agent.
 
     `hello` says who calls, and for which term of which job. `resync` yields, on every connection, the reports that
-    rebuild what the coordinator must know of this node.
+    rebuild what the coordinator must know of this node. Nothing is told to, or taken from, a listener that has not
+    proved to know the secret (rpc.proof).
+
+    Raises:
+        ConfigError: the address is none, or not loopback.
     """
 
     def __init__(
@@ -76,10 +85,10 @@ class RemoteUplink:
         resync: Callable[[], Iterable[pb.Report]],
         secret: str,
     ) -> None:
-        self._metadata = ((SECRET_KEY, secret),)
-        self._hello, self._address, self._on_order, self._resync = hello, address, on_order, resync
+        self._address, self._secret = numeric(address), secret
+        self._hello, self._on_order, self._resync = hello, on_order, resync
         self._queue: asyncio.Queue[pb.Report | None] | None = None
-        self._channel = grpc.aio.insecure_channel(address, options=[*OPTIONS, *KEEPALIVE])
+        self._channel = grpc.aio.insecure_channel(self._address, options=[*OPTIONS, *KEEPALIVE])
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
         self._task = asyncio.ensure_future(self._run())
 
@@ -91,10 +100,16 @@ class RemoteUplink:
     async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job."""
         try:
-            request = pb.ListCompleteRequest(job=job, term=self._hello.term)
-            answer = await self._stub.ListComplete(request, timeout=10, metadata=self._metadata)
+            async with asyncio.timeout(LIST_TIMEOUT):
+                admission = await self._ask("ListComplete")
+                request = pb.ListCompleteRequest(job=job, term=self._hello.term)
+                call = self._stub.ListComplete(request, timeout=LIST_TIMEOUT, metadata=admission.metadata)
+                await admission.check(call)
+                answer = await call
         except grpc.RpcError as error:
             raise error_of(error) from None
+        except TimeoutError:
+            raise AgentUnavailable(f"coordinator {self._address} did not answer in time") from None
         return list(answer.snapshots)
 
     async def close(self) -> None:
@@ -110,10 +125,10 @@ class RemoteUplink:
             try:
                 await self._attend()
                 silent = False
-            except grpc.RpcError as error:
+            except (grpc.RpcError, CkptsvcError) as failure:
                 if not silent:
-                    what = error_of(error)
-                    log.warning("coordinator %s: %s", self._address, AgentUnavailable(what.what).what)
+                    error = error_of(failure) if isinstance(failure, grpc.RpcError) else failure
+                    log.warning("coordinator %s: %s", self._address, error.what)
                 silent = True
             except Exception:
                 log.exception("the connection to coordinator %s ended", self._address)
@@ -121,16 +136,23 @@ class RemoteUplink:
             await asyncio.sleep(RECONNECT)
 
     async def _attend(self) -> None:
-        queue = self._queue = asyncio.Queue()
-        queue.put_nowait(pb.Report(agent_hello=self._hello))
-        for report in self._resync():
-            queue.put_nowait(report)
-        call = self._stub.Attend(self._reports(queue), metadata=self._metadata)
+        admission = await self._ask("Attend")
+        queue: asyncio.Queue[pb.Report | None] = asyncio.Queue()
+        call = self._stub.Attend(self._reports(queue), metadata=admission.metadata)
         try:
-            async for order in call:
-                self._on_order(order)
+            await admission.check(call)
+            queue.put_nowait(pb.Report(agent_hello=self._hello))
+            for report in self._resync():
+                queue.put_nowait(report)
+            self._queue = queue
+            async with contextlib.aclosing(fresh(call)) as orders:
+                async for order in orders:
+                    self._on_order(order)
         finally:
             queue.put_nowait(None)  # grpc does not end who waits for the next report of a call that has ended
+
+    async def _ask(self, method: str) -> proof.Admission:
+        return await proof.ask(self._channel, self._address, self._secret, method)
 
     @staticmethod
     async def _reports(reports: asyncio.Queue[pb.Report | None]) -> AsyncIterator[pb.Report]:

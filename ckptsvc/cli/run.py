@@ -20,7 +20,7 @@ from ckptsvc.agent.standby import Standby, place_of, reason_against
 from ckptsvc.cli import torchrun_flags
 from ckptsvc.cli.placing import Nodes, parse_nodes, placed
 from ckptsvc.cli.torchrun_flags import refuse_unknown
-from ckptsvc.config import LaunchSettings, Settings, load, runtime_dir
+from ckptsvc.config import LaunchSettings, Settings, agents_directory, load
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.dial import address_of, agent_arguments, is_alive
@@ -96,8 +96,7 @@ def command(
     nodes = dataclasses.replace(nodes, coordinator="" if etcd else nodes.coordinator)
     name = nodes.node or settings.agent.name or socket.gethostname()
     leads = nodes.high == 1 or (nodes.node_rank == 0 and not elected)
-    base = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
-    directory = _agent_directory(base, nodes, leads)
+    directory = _agent_directory(agents_directory(settings, os.environ), nodes, leads)
     if nodes.coordinator:
         require_loopback(parse_address(nodes.coordinator).host, f"the coordinator's address is {nodes.coordinator}")
     launch = Launch(

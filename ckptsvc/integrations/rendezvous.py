@@ -33,7 +33,7 @@ from torch.distributed.elastic.rendezvous.api import (
 )
 
 from ckptsvc.agent.launches import COORDINATOR_KEY
-from ckptsvc.config import load, private_directory, runtime_dir
+from ckptsvc.config import agents_directory, load, private_directory
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.channel import OPTIONS, error_of
@@ -90,7 +90,7 @@ def place_of(parameters: RendezvousParameters) -> Place:
         raise ConfigError("a job of several nodes needs --rdzv-endpoint HOST:PORT and --rdzv-id NAME")
     settings = load(os.environ)
     name = parameters.get("node")
-    base = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
+    base = agents_directory(settings, os.environ)
     directory = private_directory(base / f"node-{name}" if name else base)
     leads, listen = True, ""
     if parameters.endpoint and not alone:

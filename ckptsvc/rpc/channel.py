@@ -30,8 +30,12 @@ KEEPALIVE = [
 """For streams between agents, at both ends: a lease of two seconds, kept up by pings of gRPC's own threads. A busy
 interpreter neither delays them nor pays for them. Without `ping_timeout_ms` a frozen peer is not noticed."""
 
-PING_SPACING = 300
-"""Milliseconds between pings below which a server takes a client for an attacker."""
+BETWEEN = [
+    ("grpc.http2.min_ping_interval_without_data_ms", 300),  # one that pings more often is taken for an attacker
+    ("grpc.max_concurrent_streams", 128),  # of one connection: a stream for each job, and calls; more of them wait
+    ("grpc.so_reuseport", 0),  # one process listens at an address, as rpc.proof needs it
+]
+"""For the server at which agents look for a coordinator."""
 
 MAX_WHAT = 800
 """Characters of an error's message that travel."""

@@ -17,6 +17,7 @@ from ckptsvc.telemetry import ArenaState, Event, Fields, Metrics, NicSignal, Out
 METRICS = {
     ("ckptsvc_arena_bytes", "gauge", ("state",)),
     ("ckptsvc_build_info", "gauge", ("version",)),
+    ("ckptsvc_calls_refused_total", "counter", ()),
     ("ckptsvc_coordinator_changes_total", "counter", ()),
     ("ckptsvc_last_commit_timestamp_seconds", "gauge", ("job",)),
     ("ckptsvc_last_committed_step", "gauge", ("job",)),

@@ -1,14 +1,18 @@
 """`ckptsvc run` with ranks that are shell scripts: attempts, restarts, and agents that die under it."""
 
 import os
+import resource
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from harness.job import free_port
 from harness.runtime import eventually
 from harness.shell_run import Run, alive, kill
+
+from ckptsvc.errors import EXIT_STATUS
 
 
 @pytest.fixture
@@ -182,3 +186,45 @@ def test_a_job_that_leads_is_not_misled_by_an_agent_that_listens_elsewhere(run, 
     assert len(runtime.agents()) == 3
     earlier.terminate()
     assert earlier.wait(10) == 0
+
+
+@pytest.mark.parametrize("command", [("run", "--no-python", "true"), ("status",)])
+def test_a_directory_that_is_open_to_others_is_neither_written_to_nor_trusted(runtime, tmp_path, command):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    environ = runtime.environ | {"CKPTSVC_AGENT_SOCKET_DIR": str(theirs)}
+    program = [sys.executable, "-m", "ckptsvc.cli.main", *command]
+    ended = subprocess.run(program, env=environ, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == EXIT_STATUS["config"]
+    assert f"{theirs} is open to other users" in ended.stderr
+    assert list(theirs.iterdir()) == []
+
+
+PRINT_LIMIT = """
+import pathlib, resource, sys, time
+pathlib.Path(sys.argv[0] + ".limit").write_text(str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+time.sleep(60)
+"""
+LIMIT = {
+    "sh": ('ulimit -Sn > "$0.limit"; sleep 60', ("--no-python", "sh")),
+    "warm": (PRINT_LIMIT, ("--preload", "json")),
+}
+
+
+@pytest.mark.parametrize("kind", LIMIT)
+def test_agent_and_launcher_may_open_more_files_but_ranks_have_the_limit_they_were_given(runtime, tmp_path, kind):
+    script, options = LIMIT[kind]
+    rank, found = tmp_path / "rank", tmp_path / "rank.limit"
+    rank.write_text(script)
+    limited = ["sh", "-c", 'ulimit -Sn 300; exec "$@"', "sh"]
+    command = [*limited, sys.executable, "-m", "ckptsvc.cli.main", "run", *options, str(rank)]
+    with subprocess.Popen(command, env=runtime.environ, stderr=subprocess.PIPE, text=True) as job:
+        eventually(lambda: found.exists() and found.read_text(), "the rank")
+        for pid in (job.pid, *(agent.pid for agent in runtime.agents())):
+            soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            assert soft == hard > 300
+        job.send_signal(signal.SIGINT)
+        said = job.communicate(timeout=30)[1]
+    assert found.read_text().strip() == "300"
+    assert ("a warm interpreter of" in said) == (kind == "warm")

@@ -284,11 +284,13 @@ def test_a_full_disk_for_their_output_kills_no_rank(tmp_path, capfd):
 
     async def run():
         reading, writing = output.pipe()
-        copying = asyncio.ensure_future(output.copy(reading, "3", Path("/dev/full")))
+        out = output.Output()
+        copying = asyncio.ensure_future(out.copy(reading, "3", Path("/dev/full")))
         with open(writing, "w", buffering=1) as rank:
             for line in range(3):
                 await asyncio.to_thread(print, "line", line, file=rank)
         await copying
+        await out.close()
 
     asyncio.run(run())
     shown, said = capfd.readouterr()
