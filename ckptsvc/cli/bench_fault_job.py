@@ -14,12 +14,12 @@ FOLDER/steps.jsonl, each line appended by one `write`; all times are the machine
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import hashlib
 import json
 import os
 import select
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +40,8 @@ EVERY = 10
 
 EVALUATE_EVERY = 10
 BATCHES = 3
-"""Steps between evaluations, and batches of each."""
+BATCH = 0.1
+"""Steps between evaluations, batches of each, and seconds of a batch."""
 
 GROWN = 32 << 20
 """Elements of float32 by which the state grows: more than the arenas that the benchmark allows."""
@@ -108,8 +109,8 @@ class Plain:
 class Training:
     """One rank."""
 
-    def __init__(self, folder: Path, *, plain: bool, timeout: float) -> None:
-        self.folder, self.plain = folder, plain
+    def __init__(self, folder: Path, *, plain: bool, evaluates: bool, timeout: float) -> None:
+        self.folder, self.plain, self.evaluates = folder, plain, evaluates
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) + 1
         self._log = os.open(folder / "steps.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -148,8 +149,8 @@ class Training:
             self.average()
             self.optimizer.step()
             self.optimizer.zero_grad()
-            if self.run.steps_done % EVALUATE_EVERY == 0:
-                self.evaluate(lambda: time.sleep(STEP))
+            if self.evaluates and self.run.steps_done % EVALUATE_EVERY == 0:
+                self.evaluate(lambda: time.sleep(BATCH))
             self.run.step()
             self.log("step", step=self.run.steps_done, committed=self.run.committed_step, skipped=self.run.skipped)
 
@@ -274,10 +275,13 @@ def born() -> float:
 
 
 def main() -> None:
-    """FOLDER [--plain] [TIMEOUT of collectives in seconds]."""
-    folder, *options = sys.argv[1:]
-    timeout = next((float(option) for option in options if option != "--plain"), 0.0)
-    Training(Path(folder), plain="--plain" in options, timeout=timeout).train()
+    """The program."""
+    parser = argparse.ArgumentParser(description="The training of `ckptsvc bench faults`.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--plain", action="store_true", help="without ckptsvc")
+    parser.add_argument("--evaluates", action="store_true", help="evaluate now and then")
+    parser.add_argument("--timeout", type=float, default=0.0, help="of collectives, in seconds; 0: torch's default")
+    Training(**vars(parser.parse_args())).train()
 
 
 if __name__ == "__main__":

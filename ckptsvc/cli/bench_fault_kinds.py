@@ -65,6 +65,7 @@ class Kind:
         commits: checkpoints must be committed again afterwards.
         needs: what not every machine has.
         history: steps before the fault.
+        evaluates: the job evaluates now and then.
         seconds: after which a run is given up; how long one that goes on is watched, if `restart` is false.
         undo: ends the fault after `FROZEN` seconds.
         wrong_clock: seconds by which the victim's wall clock is wrong from the start.
@@ -81,6 +82,7 @@ class Kind:
     commits: bool = True
     needs: Need | None = None
     history: int = HISTORY
+    evaluates: bool = False
     seconds: float = 60.0
     undo: Callable[[World], None] | None = None
     wrong_clock: int = 0
@@ -206,8 +208,9 @@ KINDS: tuple[Kind, ...] = (
     Kind("missed", "rank: missed collective", asks("missed_collective"), bars=_HUNG),
     Kind("mismatched", "rank: mismatched collective", asks("mismatched_collective"), bars=_HUNG),
     Kind("slow", "rank: 10 times slower", asks("slow"), restart=False, seconds=30.0),
-    Kind("nested", "rank: hang in an evaluation in a step", asks("hang_in_an_evaluation"), history=150, bars=_HUNG),
-    Kind("memory-error", "rank: out of memory, MemoryError", asks("out_of_address_space"), bars=Bars(seen=1.0)),
+    Kind("nested", "rank: hang in an evaluation in a step", asks("hang_in_an_evaluation"), evaluates=True,
+        history=200, bars=_HUNG),
+    Kind("memory-error", "rank: out of memory, MemoryError", asks("out_of_address_space")),
     Kind("oom-killed", "rank: out of memory, killed", out_of_memory, needs=Need.MEMORY, bars=Bars(seen=1.0)),
     Kind("link-cut", "host: link cut", cut_link, blame=Blame.NODE, needs=Need.HOSTS, bars=_LOST, peer=True),
     Kind("host-killed", "host: killed", kill_host, blame=Blame.NODE, bars=_LOST, peer=True),

@@ -82,6 +82,7 @@ class World:
         hosts: one for each node; None: all nodes are on this one.
         etcd: where the nodes elect their coordinator; None: it is the agent of the first.
         settings: variables of all processes besides those of the benchmark.
+        evaluates: the job evaluates now and then.
         wrong_clock: seconds by which the victim's wall clock is wrong.
         timeout: of the ranks' collectives, in seconds; 0: torch's default.
 
@@ -92,13 +93,13 @@ class World:
     """
 
     def __init__(
-        self, hosts: Hosts | None, settings: Mapping[str, str], *, etcd: Etcd | None = None, wrong_clock: int = 0,
-        timeout: float = 0.0,
+        self, hosts: Hosts | None, settings: Mapping[str, str], *, etcd: Etcd | None = None, evaluates: bool = False,
+        wrong_clock: int = 0, timeout: float = 0.0,
     ) -> None:  # fmt: skip
         # Short, for it holds unix sockets; private, for a job believes what lies there.
         self.folder = Path(tempfile.mkdtemp(prefix="ckf-", dir="/tmp"))
         self._arenas = Path(tempfile.mkdtemp(prefix="ckf-", dir=ArenaSettings().dir))
-        self.hosts, self.etcd, self.timeout = hosts, etcd, timeout
+        self.hosts, self.etcd, self.evaluates, self.timeout = hosts, etcd, evaluates, timeout
         self.events: list[dict[str, Any]] = []
         self.incidents: dict[str, Sighting] = {}
         self._log = Events(self.folder / "steps.jsonl")
@@ -139,7 +140,8 @@ class World:
         command = [sys.executable, "-m", "ckptsvc.cli.main", "run", "--nnodes", f"{NODES - 1}:{NODES}"]
         command += ["--node", f"n{node}", "--node-rank", str(node), "--address", self.address(node)]
         command += ["--rdzv-id", "faults", *self.meeting(), "--max-restarts", "9", "--no-preflight"]
-        return [*command, "--log-dir", str(self.folder / "ranks"), "-m", JOB_MODULE, str(self.folder)]
+        evaluates = ["--evaluates"] if self.evaluates else []
+        return [*command, "--log-dir", str(self.folder / "ranks"), "-m", JOB_MODULE, str(self.folder), *evaluates]
 
     def meeting(self) -> list[str]:
         """How the nodes find their coordinator."""
@@ -246,7 +248,7 @@ class TorchrunWorld(World):
         command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", f"{NODES - 1}:{NODES}"]
         command += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "faults", "--max-restarts", "9"]
         command += ["--rdzv-endpoint", f"{self.address(0)}:{self.port}", "--local-addr", self.address(node)]
-        return [*command, "-m", JOB_MODULE, str(self.folder), "--plain", f"{self.timeout:g}"]
+        return [*command, "-m", JOB_MODULE, str(self.folder), "--plain", "--timeout", f"{self.timeout:g}"]
 
 
 def _environ(folder: Path, settings: dict[str, str], interface: str) -> dict[str, str]:

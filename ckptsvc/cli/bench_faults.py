@@ -148,7 +148,7 @@ class Bench:
                 etcd = stack.enter_context(EtcdCluster(self.etcd, folder))
                 world = World(None, self.settings, etcd=etcd)  # the members are on this host
             else:
-                world = World(self.hosts, self.settings, wrong_clock=kind.wrong_clock)
+                world = World(self.hosts, self.settings, evaluates=kind.evaluates, wrong_clock=kind.wrong_clock)
             return _watched(kind, stack.enter_context(self._mended(world)))
 
     def run_peer(self, kind: Kind) -> Outcome:
