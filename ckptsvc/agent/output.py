@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,13 +31,14 @@ def pipe() -> tuple[int, int]:
     return reading, writing
 
 
-async def copy(reading: int, name: str, kept: Path | None) -> None:
+async def copy(reading: int, name: str, kept: Path | None, heard: Callable[[bytes], None] = lambda line: None) -> None:
     """Copy lines until the last writer has closed the pipe.
 
     Args:
         reading: the end of the pipe to read from; it is closed here.
         name: shown before every line, in brackets.
         kept: the file to append to.
+        heard: called with every line.
     """
     reader = asyncio.StreamReader(CHUNK)
     transport, _ = await asyncio.get_running_loop().connect_read_pipe(
@@ -55,6 +57,7 @@ async def copy(reading: int, name: str, kept: Path | None) -> None:
                 line = error.partial
             if not line:
                 return
+            heard(line)
             # A rank must not die of a full disk or of a terminal that is gone: its output goes on being read.
             file = _write(file, line, f"the output of rank {name} is not kept any more")
             shown = _write(shown, prefix + line.removesuffix(b"\n") + b"\n", "")

@@ -283,7 +283,7 @@ class Coordinator:
             return Decision()
         attempts.saved = self._saved(event.job)
         before = standing(attempts)
-        decision = attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now)
+        decision = attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now, event.detail)
         return decision.add(self.incidents.failed(attempts, before, "died", event.rank, event.node))
 
     def _on_node_left(self, event: pb.NodeLeft, now: float) -> Decision:

@@ -223,8 +223,10 @@ class Attempts:
         why = "its launcher has ended" if event.answer is Answer.GONE else "neither its agent nor its host answers"
         return self.node_left(node.name, why, now)
 
-    def rank_exited(self, attempt: int, rank: int, node: str, status: int | None, now: float) -> Decision:
-        """A rank has ended; `status` is None when only its death is known so far."""
+    def rank_exited(
+        self, attempt: int, rank: int, node: str, status: int | None, now: float, detail: str = ""
+    ) -> Decision:
+        """A rank has ended; `status` is None when only its death is known so far, `detail` what is known of why."""
         if attempt != self.attempt or self.phase is not Phase.RUNNING or rank not in self.running:
             return Decision()
         if status in (0, INTERRUPTED):
@@ -235,7 +237,7 @@ class Attempts:
         if self.accused and self.accused.attempt == attempt:  # the others may end before the rank that held them up
             return self._condemn(self.accused, now)
         how = "died" if status is None else describe_status(status)
-        failed = f"rank {rank} on {node} {how}"
+        failed = f"rank {rank} on {node} {how}" + (f": {detail[:SHOWN]}" if detail else "")
         if any(self.nodes[n].away_since is not None for n in self.hosts & self.nodes.keys() if n != node):
             return self._fail(failed, now)  # it may well be that node's fault: its agent is out of reach
         by_itself = status is not None and (status > 0 or status == -SIGTERM)

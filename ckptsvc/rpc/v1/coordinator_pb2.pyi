@@ -278,18 +278,20 @@ class NodeReady(_message.Message):
     def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., attempt: _Optional[int] = ..., port: _Optional[int] = ...) -> None: ...
 
 class RankExited(_message.Message):
-    __slots__ = ("job", "node", "attempt", "rank", "status")
+    __slots__ = ("job", "node", "attempt", "rank", "status", "detail")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     attempt: int
     rank: int
     status: int
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., status: _Optional[int] = ...) -> None: ...
+    detail: str
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., status: _Optional[int] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class NodeLeft(_message.Message):
     __slots__ = ("job", "node", "detail")

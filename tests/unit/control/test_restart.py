@@ -12,6 +12,7 @@ from ckptsvc.control.restart import (
     LIST_PATIENCE,
     NODE_PATIENCE,
     RING_EVERY,
+    SHOWN,
     Accused,
     Attempts,
     Phase,
@@ -132,6 +133,10 @@ class TestFailure:
         _, stop = orders(decision, "stop")[0]
         assert (stop.attempt, stop.grace, stop.reason) == (1, GRACE, f"rank 3 on b {words}")
         assert gathered.incidents == [f"attempt 1: rank 3 on b {words}"]
+
+    def test_what_is_known_of_why_is_said_in_short(self, gathered):
+        gathered.rank_exited(1, 3, "b", 1, 7.0, "MemoryError " + 1000 * "x")
+        assert gathered.last_failure == "rank 3 on b exited with status 1: MemoryError " + (SHOWN - 12) * "x"
 
     def test_further_ranks_of_the_attempt_fail_without_effect(self, gathered):
         gathered.rank_exited(1, 3, "b", -9, 7.0)
