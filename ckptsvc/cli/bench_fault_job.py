@@ -3,8 +3,9 @@
     ckptsvc run ... -m ckptsvc.cli.bench_fault_job FOLDER            with ckptsvc's two calls, attach and step
     torchrun ... -m ckptsvc.cli.bench_fault_job FOLDER --plain       with torch.save by rank 0 instead
 
-FOLDER/order.json, {"fault", "rank", "attempt"}, is obeyed once, by that rank in that attempt. What happens goes to
-FOLDER/steps.jsonl, each line appended by one `write`; all times are the machine's monotonic clock, in seconds:
+FOLDER/order.json, {"fault", "rank", "attempt", "step"}, is obeyed once by that rank in that attempt, or by all ranks
+(-1) at that step. What happens goes to FOLDER/steps.jsonl, each line appended by one `write`; all times are the
+machine's monotonic clock, in seconds:
 
 * `begun`, from every rank: `born` is when its process was started or forked;
 * `start`, once it is ready to step: `steps_done`, and where they come from;
@@ -37,6 +38,9 @@ STEP = 0.03
 
 EVERY = 10
 """Steps between checkpoints."""
+
+EVERYBODY = -1
+"""Ranks that an order is for."""
 
 EVALUATE_EVERY = 10
 BATCHES = 3
@@ -122,7 +126,7 @@ class Training:
         self.model = nn.Linear(64, 64)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         self.own = {"ballast": torch.zeros(16)}
-        self.pause = STEP
+        self.pause, self.obeyed = STEP, False
         self.run = self._attach()
 
     def _attach(self) -> Session:
@@ -178,8 +182,9 @@ class Training:
             order = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return
-        if (order["rank"], order["attempt"]) == (self.rank, self.attempt):
-            path.unlink()
+        mine = order["rank"] in (self.rank, EVERYBODY) and order["step"] in (self.run.steps_done, 0)
+        if mine and order["attempt"] == self.attempt and not self.obeyed:
+            self.obeyed = True
             self.log("fault", fault=order["fault"])
             FAULTS[order["fault"]](self)
 

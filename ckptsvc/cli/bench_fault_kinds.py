@@ -109,9 +109,9 @@ def freeze_rank(world: World) -> float:
     return _signal(world.rank_pid(), signal.SIGSTOP)
 
 
-def asks(fault: str) -> Cause:
-    """The rank does it itself."""
-    return lambda world: world.order(fault)
+def asks(fault: str, rank: int = VICTIM) -> Cause:
+    """The rank does it itself, or all of them (-1)."""
+    return lambda world: world.order(fault, rank)
 
 
 def out_of_memory(world: World) -> float:
@@ -167,11 +167,14 @@ def kill_coordinator_in_save(world: World) -> float:
 
 
 def kill_coordinator_in_restart(world: World) -> float:
-    """A rank was killed, and the others are being stopped."""
+    """A rank was killed, that is written down, and the others are being stopped."""
     at = kill_rank(world)
     log = world.launcher_log(0)
-    while "stopping attempt" not in log.read_text(errors="replace") and time.monotonic() < at + 10.0:
+    while not (world.incidents and "stopping attempt" in log.read_text(errors="replace")):
+        if time.monotonic() > at + 10.0:
+            break
         time.sleep(POLL / 10)
+        world.look()
     _signal(world.agent_pid(0), signal.SIGKILL)
     return at
 
@@ -225,8 +228,8 @@ KINDS: tuple[Kind, ...] = (
     Kind("coordinator-restart", "coordinator: SIGKILL in mid-restart", kill_coordinator_in_restart),
     Kind("etcd-leader", "etcd: leader of three killed", kill_etcd_leader, restart=False, blame=Blame.NOBODY,
         needs=Need.ETCD, seconds=20.0),
-    Kind("arena-full", "arena: full", asks("grow"), restart=False, blame=Blame.NOBODY, says="skipped", commits=False,
-        seconds=15.0),
+    Kind("arena-full", "arena: full", asks("grow", -1), restart=False, blame=Blame.NOBODY, says="skipped",
+        commits=False, seconds=15.0),
     Kind("store-hangs", "store: hangs for 12 s", freeze_worker, restart=False, blame=Blame.NOBODY, says="skipped",
         seconds=30.0, undo=thaw_worker),
     Kind("wrong-clock", "clock: one node's is an hour ahead, rank: SIGKILL", kill_rank, wrong_clock=CLOCK,

@@ -38,6 +38,9 @@ VICTIM = 1
 POLL = 0.03
 """Seconds between two looks at what has been written."""
 
+SOON = 20
+"""Steps that nobody will have done when an order has been read by all."""
+
 ARENA_LIMIT = "64MiB"
 
 JOB_MODULE = "ckptsvc.cli.bench_fault_job"
@@ -226,10 +229,12 @@ class World:
             self.look()
 
     def order(self, fault: str, rank: int = VICTIM) -> float:
-        """Ask a rank to misbehave; returns when it began to."""
+        """Ask a rank to misbehave, or all of them (-1) at the same step; returns when they began to."""
         attempt = max(e["attempt"] for e in self.events)
+        step = 0 if rank >= 0 else max(e["step"] for e in self.events if e["event"] == "step") + SOON
         fresh = self.folder / "order.new"
-        fresh.write_text(json.dumps({"fault": fault, "rank": rank, "attempt": attempt}), encoding="utf-8")
+        order = {"fault": fault, "rank": rank, "attempt": attempt, "step": step}
+        fresh.write_text(json.dumps(order), encoding="utf-8")
         fresh.rename(self.folder / "order.json")
         self.wait(lambda: any(e["event"] == "fault" for e in self.events), f"rank {rank} to do {fault}", 30.0)
         at: float = next(e["monotonic"] for e in self.events if e["event"] == "fault")

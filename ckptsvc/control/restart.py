@@ -329,11 +329,17 @@ class Attempts:
         """After a change of coordinator: not all nodes have told yet which ranks of the attempt they run."""
         return len(self.running) < self.world if self.world else len(self.hosts) < self.min_nodes
 
+    @property
+    def _all_have_stopped(self) -> bool:
+        """As many nodes as an attempt can have were in the last one, and run nothing: there is none to be heard of."""
+        return self.attempt > 0 and sum(n.ready == self.attempt for n in self.nodes.values()) >= self.max_nodes
+
     def _start_if_ready(self, now: float) -> Decision:
         if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes:
             return Decision()
         waited = now - self.since
-        if not self.gathered and waited < LAST_CALL and (self.inherited or len(self.nodes) < self.max_nodes):
+        more = (self.inherited or len(self.nodes) < self.max_nodes) and not self._all_have_stopped
+        if not self.gathered and waited < LAST_CALL and more:
             return Decision()  # nodes that run an attempt may yet be heard of: these may be its spares
         if not self.exclusion.known and waited < LIST_PATIENCE:
             return Decision()

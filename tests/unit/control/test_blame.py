@@ -254,3 +254,12 @@ def test_any_evidence_gives_a_verdict_that_names_a_rank_of_the_job(seed):
     assert verdict.rank in {-1, *nodes}
     assert verdict.sentence
     assert 0 <= verdict.confidence <= 1
+
+
+def test_a_rank_that_was_not_seen_is_not_said_to_hang(stage):
+    """All that is known is that its node does not answer; that it is the only one there says nothing."""
+    nodes = {rank: f"n{rank}" for rank in stage.nodes}
+    del stage.ranks[0]
+    verdict = blame(Scene(nodes, stage.ranks, {"n0"}))
+    assert (verdict.rank, verdict.node) == (-1, "n0")
+    assert verdict.sentence.startswith("node n0 hung: node n0 does not answer")

@@ -577,6 +577,17 @@ class TestNewCoordinator:
         started = kinds(attempts.ready(node_ready("b", 1), 2.0))
         assert (len(started), attempts.attempt) == (2, 2), "one attempt, and a later one"
 
+    @pytest.mark.parametrize(("max_nodes", "attempt", "waits"), [(2, 1, False), (3, 1, True), (2, 0, True)])
+    def test_goes_on_with_a_restart_at_once_when_all_who_can_have_run_have_stopped(self, max_nodes, attempt, waits):
+        attempts = make(max_nodes=max_nodes)
+        attempts.exclusion.known = True
+        for node in ("a", "b"):
+            attempts.joined(node_joined(node, max_nodes=max_nodes, uptime=100.0), 0.0)
+        assert kinds(attempts.ready(node_ready("a", attempt), 0.1)) == []
+        started = kinds(attempts.ready(node_ready("b", attempt), 0.1))
+        assert (started == []) == waits
+        assert waits or attempts.attempt == attempt + 1
+
     @pytest.fixture
     def new(self):
         return make()

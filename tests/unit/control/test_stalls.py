@@ -214,7 +214,7 @@ class TestPhases:
             node.enter("step")
             node.beat()
         node.wait(TICK)
-        assert node.reports == []
+        assert not any(map(stalled, node.reports))  # that steps have become four times as long is said
         assert node.stalls.allowed(0) < 10
 
 
