@@ -119,7 +119,7 @@ class Bench:
 
     def row(self, kind: Kind, repeat: int, peer: bool) -> Row:
         """All runs of a kind."""
-        missing = self._missing(kind)
+        missing = self.missing(kind)
         if missing:
             return Row(kind, missing)
         outcomes, peers = [], []
@@ -131,7 +131,8 @@ class Bench:
                 peers.append(self.run_peer(kind))
         return Row(kind, "", tuple(outcomes), tuple(peers))
 
-    def _missing(self, kind: Kind) -> str:
+    def missing(self, kind: Kind) -> str:
+        """What this machine has not that a kind needs; "" if it has all."""
         there = {
             Need.HOSTS: self.hosts is not None,
             Need.MEMORY: bench_fault_memory.is_permitted(),

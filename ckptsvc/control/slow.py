@@ -24,6 +24,9 @@ LOOKS, LOOKS_MOST = 4, 12
 SHARE = 0.75
 """Part of them that must name the same rank."""
 
+REST = 60.0
+"""Seconds after a search in which no other begins in the same attempt."""
+
 PAUSE = 0.3
 """Seconds between two."""
 
@@ -52,11 +55,18 @@ class SlowJobs:
     incidents: Incidents
     hanging: Container[str] = ()
     searches: dict[str, Search] = field(default_factory=dict)
+    _ended: dict[str, tuple[int, float]] = field(default_factory=dict)  # job -> attempt, when the last search ended
 
     def slowed(self, event: pb.Slowed, now: float) -> Decision:
         """The steps of a node's ranks take several times as long as they did."""
         job = self.jobs.get(event.job)
-        if job is None or event.attempt != job.attempt or event.job in self.hanging or event.job in self.searches:
+        if job is None or event.attempt != job.attempt or event.job in self.hanging or event.usual <= 0:
+            return Decision()
+        if event.job in self.searches:
+            self.searches[event.job].event = event  # now it is known better how slow it is
+            return Decision()
+        attempt, ended = self._ended.get(event.job, (0, 0.0))
+        if attempt == event.attempt and now - ended < REST:
             return Decision()
         incident = self.incidents.begin(event.job, event.attempt, "slow")
         incident.step = event.step
@@ -78,6 +88,8 @@ class SlowJobs:
     def tick(self, now: float) -> Decision:
         """Deadlines, and what has become void."""
         decision = Decision()
+        for name in self._ended.keys() - self.jobs.keys():
+            del self._ended[name]
         for name, search in list(self.searches.items()):
             job = self.jobs.get(name)
             if job is None or job.attempt != search.event.attempt or not job.ranks or name in self.hanging:
@@ -107,11 +119,15 @@ class SlowJobs:
             return self._tell(search, verdict, ranks, now)
         if search.round < LOOKS_MOST:
             return Decision()
-        del self.searches[job.name]
+        self._end(search, now)
         return Decision([], [f"job {job.name}: it has become slower, and no rank stands out"])
 
-    def _tell(self, search: Search, verdict: Verdict, ranks: Mapping[int, pb.RankEvidence], now: float) -> Decision:
+    def _end(self, search: Search, now: float) -> None:
         del self.searches[search.event.job]
+        self._ended[search.event.job] = search.event.attempt, now
+
+    def _tell(self, search: Search, verdict: Verdict, ranks: Mapping[int, pb.RankEvidence], now: float) -> Decision:
+        self._end(search, now)
         event, incident = search.event, search.incident
         why = verdict.signals[: min(NAMED, len(verdict.kinds) or 1)]
         incident.rank, incident.node, incident.confidence = verdict.rank, verdict.node, verdict.confidence

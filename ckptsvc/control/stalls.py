@@ -29,6 +29,9 @@ WARM_UP = 3
 """Steps of each rank that do not count: they compile, and fill caches."""
 
 SHARE = 0.99
+STILL_SLOWER = 1.3
+"""Times the length of a step that was told from which on it is told again."""
+
 PAUSE = 2.0
 """Seconds between two looks from which on the agent itself was stopped or starved: measuring starts again."""
 
@@ -80,7 +83,7 @@ class Stalls:
     _looked: float | None = None
     _told: int | None = None
     _slowness: Slowness = field(default_factory=Slowness)
-    _told_slow: bool = False
+    _told_slow: float = 0.0  # seconds for a step, as last told
 
     def look(self, sights: Mapping[int, Sight], now: float, stopped: Collection[int] = ()) -> list[pb.Report]:
         """Take in what all ranks' pages say at `now`; returns what the coordinator should hear.
@@ -158,11 +161,14 @@ class Stalls:
         self._gaps.setdefault(phase, Gaps()).add(seconds, count)
 
     def _slowed(self, now: float) -> list[pb.Report]:
-        """Said once, until the steps are as fast again as they were."""
+        """Said when steps have become slow, and when they become slower still."""
         slower = self._slowness.look(now)
-        told, self._told_slow = self._told_slow, slower is not None
-        if told or slower is None:
+        if slower is None:
+            self._told_slow = 0.0
             return []
+        if slower.seconds < STILL_SLOWER * self._told_slow:
+            return []
+        self._told_slow = slower.seconds
         step = max(known.sight.step for known in self._ranks.values())
         event = pb.Slowed(
             job=self.job, node=self.node, attempt=self.attempt, step=step, usual=slower.usual, seconds=slower.seconds

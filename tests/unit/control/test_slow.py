@@ -9,7 +9,7 @@ from told import joined, kinds, orders
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import Decision, Record
 from ckptsvc.control.health import ANSWER_PATIENCE
-from ckptsvc.control.slow import LOOKS, LOOKS_MOST
+from ckptsvc.control.slow import LOOKS, LOOKS_MOST, REST
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 
@@ -121,7 +121,22 @@ def test_a_node_that_does_not_answer_is_not_waited_for():
     assert [i.rank for i in job.records] == [job.stage.culprit]
 
 
-@pytest.mark.parametrize("changes", [{"job": "other"}, {"attempt": 2}, {"attempt": 0}])
+def test_what_is_known_last_is_said_and_said_once():
+    job = Job(5)
+    job.slowed(seconds=0.4)
+    job.slowed(node="n1", seconds=0.9)
+    job.wait(20)
+    job.slowed(seconds=1.5)
+    job.wait(20)
+    (incident,) = job.records
+    assert "a step takes 0.9 s, 9 times as long as before" in incident.sentence
+    job.wait(REST)
+    job.slowed(seconds=5.0)
+    job.wait(20)
+    assert len(job.records) == 2
+
+
+@pytest.mark.parametrize("changes", [{"job": "other"}, {"attempt": 2}, {"attempt": 0}, {"usual": 0.0}])
 def test_what_cannot_be_is_ignored(changes):
     assert kinds(Job(1).slowed(**changes)) == []
 
