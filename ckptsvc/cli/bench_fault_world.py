@@ -113,8 +113,12 @@ class World:
         self._wrong_clock = wrong_clock
 
     def __enter__(self) -> Self:
-        for node in range(NODES):
-            self._start(node)
+        try:
+            for node in range(NODES):
+                self._start(node)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -184,9 +188,15 @@ class World:
         return int((self.folder / f"node-n{node}" / "ready").read_text(encoding="utf-8").split()[0])
 
     def worker_pid(self, node: int) -> int:
-        """The process that does a node's input and output."""
-        here = _with(f"CKPTSVC_ARENA_DIR={self._arenas}/n{node}")
-        return next(pid for pid in here if b"ckptsvc.agent.worker" in _read(pid, "cmdline"))
+        """The process that does a node's input and output.
+
+        Raises:
+            ProcessLookupError: there is none.
+        """
+        for pid in _with(f"CKPTSVC_ARENA_DIR={self._arenas}/n{node}"):
+            if b"ckptsvc.agent.worker" in _read(pid, "cmdline"):
+                return pid
+        raise ProcessLookupError(f"node n{node} has no I/O worker")
 
     def kill_node(self, node: int) -> None:
         """SIGKILL for every process of a node."""

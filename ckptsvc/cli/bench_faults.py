@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -69,6 +71,7 @@ def command(
         raise ConfigError("the benchmark needs PyTorch, which is not installed", hint="pip install ckptsvc[torch]")
     wanted = _wanted(kinds)
     parse_duration(confirm)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # processes and hosts go first
     about = facts(tempfile.gettempdir())
     with Bench({"CKPTSVC_HEALTH_CONFIRM": confirm}, etcd or shutil.which("etcd"), peer_timeout) as bench:
         rows = [bench.row(kind, repeat, peer is not None) for kind in wanted]
@@ -181,6 +184,8 @@ def _watched(kind: Kind, world: World) -> Outcome:
     except FaultBenchFailed as error:
         note(f"{error.what}\n{error.hint}")
         return Outcome(problem=error.what)
+    except OSError as error:
+        return Outcome(problem=f"could not be done: {error}")
     undo, said = kind.undo, None
     while True:
         time.sleep(LOOK_EVERY)
@@ -189,7 +194,8 @@ def _watched(kind: Kind, world: World) -> Outcome:
         if said is None and kind.says and _says(kind.says, world, at):
             said = now
         if undo is not None and now > at + FROZEN:
-            undo(world)
+            with contextlib.suppress(ProcessLookupError):
+                undo(world)
             undo = None
         outcome = judge(kind, Scene(at, now, world.events, world.incidents, said))
         if now > at + kind.seconds or (kind.restart and not outcome.problem):

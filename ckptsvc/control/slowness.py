@@ -13,7 +13,8 @@ from typing import NamedTuple
 from ckptsvc.control.gaps import Gaps
 
 FACTOR = 3.0
-"""Times the usual from which on steps are slow."""
+LEAST = 0.1
+"""Times the usual, and seconds more than that, from which on steps are slow. Less is the noise of a busy machine."""
 
 WINDOW, FEWEST = 4.0, 5
 """Seconds of steps, and steps, that are compared with those before."""
@@ -68,4 +69,4 @@ class Slowness:
             return None
         usual = self._usual.quantile(0.5)
         seconds = statistics.median(seconds for _, seconds, count in self._recent for _ in range(count))
-        return Slower(usual, seconds) if seconds > FACTOR * usual else None
+        return Slower(usual, seconds) if seconds > max(FACTOR * usual, usual + LEAST) else None

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from ckptsvc.control.slowness import ACCEPTED, FACTOR, KNOWN, WINDOW, Slowness
+from ckptsvc.control.slowness import ACCEPTED, FACTOR, KNOWN, LEAST, WINDOW, Slowness
 
 TICK = 0.25
 
@@ -42,7 +42,7 @@ def node():
     return Node()
 
 
-@pytest.mark.parametrize("step", [0.004, 0.05, 0.3, 2.0])
+@pytest.mark.parametrize("step", [0.02, 0.05, 0.3, 2.0])
 def test_ten_times_slower_is_noticed_after_a_few_steps(node, step):
     assert node.train(60 * step + 20, always(step)) is None
     assert node.train(200 * step + 30, always(10 * step)) <= WINDOW + TICK + 60 * step
@@ -53,6 +53,11 @@ def test_ten_times_slower_is_noticed_after_a_few_steps(node, step):
 def test_twice_as_slow_is_not(node):
     node.train(60, always(0.1))
     assert node.train(60, always(0.1 * (FACTOR - 1))) is None
+
+
+def test_neither_are_very_short_steps_that_become_a_little_longer(node):
+    node.train(60, always(0.005))
+    assert node.train(60, always(0.005 + 0.9 * LEAST)) is None
 
 
 def test_neither_is_a_job_whose_steps_are_of_very_different_lengths(node):
