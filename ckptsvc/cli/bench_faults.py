@@ -31,19 +31,22 @@ from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_duration
 
 LOOK_EVERY = 0.05
+"""Seconds between two looks at what a job has written."""
 
 PEERS = ("torchrun",)
 
 
 @click.command()
-@click.option("--kinds", default="", metavar="NAME,...", help="Kinds of faults. [default: all]")
+@click.option("--kinds", default="", metavar="NAME,...",
+    help=f"Kinds of faults: {', '.join(kind.name for kind in KINDS)}. [default: all]")  # fmt: skip
 @click.option("--repeat", type=click.IntRange(1, 100), default=1, show_default=True, help="Runs of each kind.")
 @click.option("--peer", type=click.Choice(PEERS), help="The same beside it, where it has an answer.")
 @click.option("--peer-timeout", type=click.FloatRange(0), default=0, metavar="SECONDS",
     help="Of the peer's collectives. [default: torch's, half an hour]")  # fmt: skip
 @click.option("--confirm", default="10s", show_default=True,
     help="The setting health.confirm; see `ckptsvc/config.py` for what it is by default.")  # fmt: skip
-@click.option("--etcd", metavar="BIN", help="The etcd to use. [default: in PATH]")
+@click.option("--etcd", type=click.Path(exists=True, dir_okay=False, executable=True), metavar="BIN",
+    help="The etcd to use. [default: in PATH]")  # fmt: skip
 @click.option("--json", "as_document", is_flag=True, help="One JSON document.")
 def command(
     kinds: str, repeat: int, peer: str | None, peer_timeout: float, confirm: str, etcd: str | None, as_document: bool
