@@ -162,6 +162,7 @@ _WAITS_IN_TORCH = re.compile(
     r"|synchronize|monitored_barrier)\w*"
 )
 _FUNCTION = re.compile(r"\s*(?:[\w<>]+\.)*([\w<>]+|\.+)")
+_LONG_PATH = re.compile(r"\((?:[^()]*/)?([^()/]+/[^()/]+:\d+\))$")
 _BACKWARD = "_engine_run_backward"
 
 
@@ -268,7 +269,9 @@ def _stacks(scene: Scene) -> Found:
 
 
 def _innermost(evidence: pb.RankEvidence) -> str:
-    return evidence.stack.split("\n")[-1].strip() or functions(evidence.stack)[-1]
+    """Function and place; of a long path, the end: all of it stands in the report."""
+    here = evidence.stack.split("\n")[-1].strip() or functions(evidence.stack)[-1]
+    return _LONG_PATH.sub(r"(\1", here)
 
 
 def _work(scene: Scene) -> Found:
