@@ -193,7 +193,7 @@ class World:
         Raises:
             ProcessLookupError: there is none.
         """
-        for pid in _with(f"CKPTSVC_ARENA_DIR={self._arenas}/n{node}"):
+        for pid in processes_with(f"CKPTSVC_ARENA_DIR={self._arenas}/n{node}"):
             if b"ckptsvc.agent.worker" in _read(pid, "cmdline"):
                 return pid
         raise ProcessLookupError(f"node n{node} has no I/O worker")
@@ -289,7 +289,7 @@ def free_port(host: str) -> int:
         return port
 
 
-def _with(variable: str) -> list[int]:
+def processes_with(variable: str) -> list[int]:
     """All processes that have this in their environment, oldest first, but this one."""
     mark = variable.encode()
     pids = [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
@@ -306,7 +306,7 @@ def _read(pid: int, name: str) -> bytes:
 def _kill_all(variable: str) -> None:
     """SIGKILL for all processes with this in their environment, until there is none."""
     deadline = time.monotonic() + 10.0
-    while (left := _with(variable)) and time.monotonic() < deadline:
+    while (left := processes_with(variable)) and time.monotonic() < deadline:
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -1,5 +1,6 @@
 """The fault matrix of `ckptsvc bench faults`, kind by kind: seen, the right one named, and the job goes on."""
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from harness.etcd import program
 
 from ckptsvc.cli.bench_fault_kinds import KINDS, Kind, Need
+from ckptsvc.cli.bench_fault_world import processes_with
 from ckptsvc.cli.bench_faults import Bench
 
 SHORT = ("missed", "oom-killed")
@@ -19,15 +21,30 @@ def bench() -> Iterator[Bench]:
         yield found
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The temporary directories that are made from now on."""
+    found, make = [], tempfile.mkdtemp
+
+    def mkdtemp(*args, **options) -> str:
+        found.append(make(*args, **options))
+        return found[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    return found
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, id=kind.name, marks=[] if kind.name in SHORT else pytest.mark.slow) for kind in KINDS]
 )
-def test_a_job_comes_through(bench: Bench, kind: Kind, request: pytest.FixtureRequest) -> None:
+def test_a_job_comes_through(bench: Bench, kind: Kind, made: list[str], request: pytest.FixtureRequest) -> None:
     if kind.needs is Need.ETCD:
         bench.etcd = program(request.getfixturevalue("_programs"))
     if why := bench.missing(kind):
         pytest.skip(why)
     outcome = bench.run(kind)
     assert outcome.problem == "", outcome
-    assert not list(Path("/tmp").glob("ckf-*/ready")), "a job was left"
+    assert made
+    assert not [path for path in made if Path(path).exists()]
+    assert not [pid for path in made for pid in processes_with(f"CKPTSVC_AGENT_SOCKET_DIR={path}")]
