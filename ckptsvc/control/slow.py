@@ -27,8 +27,8 @@ SHARE = 0.75
 REST = 60.0
 """Seconds after a search in which no other begins in the same attempt."""
 
-PAUSE = 0.3
-"""Seconds between two."""
+PAUSE, FOR_EACH = 0.3, 0.001
+"""Seconds between two, and more for each rank: nothing is urgent about a job that goes on."""
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class SlowJobs:
         return Decision([Send(n, pb.Order(job=job.name, examine=order)) for n in sorted(search.awaited)])
 
     def _conclude(self, search: Search, job: Job, now: float) -> Decision:
-        search.open, search.awaited, search.until = False, set(), now + PAUSE
+        search.open, search.awaited, search.until = False, set(), now + PAUSE + FOR_EACH * len(job.ranks)
         ranks = {e.rank: e for a in search.answers for e in a.ranks if job.ranks.get(e.rank) == a.node}
         verdict = blame(Scene(job.ranks, ranks, search.silent))
         search.named[verdict.rank] += verdict.rank >= 0

@@ -5,7 +5,6 @@ A step that is long once is none of this: the median counts. What stays slow bec
 
 from __future__ import annotations
 
-import statistics
 from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -67,6 +66,13 @@ class Slowness:
     def _compare(self, now: float) -> Slower | None:
         if self._usual.total < KNOWN or self._steps < FEWEST or now - self._recent[0][0] < WINDOW / 2:
             return None
-        usual = self._usual.quantile(0.5)
-        seconds = statistics.median(seconds for _, seconds, count in self._recent for _ in range(count))
+        usual, seconds = self._usual.quantile(0.5), self._median()
         return Slower(usual, seconds) if seconds > max(FACTOR * usual, usual + LEAST) else None
+
+    def _median(self) -> float:
+        left = self._steps / 2
+        for seconds, count in sorted((seconds, count) for _, seconds, count in self._recent):
+            left -= count
+            if left <= 0:
+                return seconds
+        return 0.0
