@@ -101,6 +101,7 @@ class World:
     ) -> None:  # fmt: skip
         # Short, for it holds unix sockets; private, for a job believes what lies there.
         self.folder = Path(tempfile.mkdtemp(prefix="ckf-", dir="/tmp"))
+        (self.folder / "tmp").mkdir()
         self._arenas = Path(tempfile.mkdtemp(prefix="ckf-", dir=ArenaSettings().dir))
         self.hosts, self.etcd, self.evaluates, self.timeout = hosts, etcd, evaluates, timeout
         self.events: list[dict[str, Any]] = []
@@ -278,6 +279,7 @@ def _environ(folder: Path, settings: dict[str, str], interface: str) -> dict[str
         "CKPTSVC_FAILPOINT": str(folder),
         "GLOO_SOCKET_IFNAME": interface,
         "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(folder / "tmp"),  # who is killed leaves there what it has made
     } | settings  # fmt: skip
 
 
