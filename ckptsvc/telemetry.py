@@ -111,6 +111,7 @@ class Event(StrEnum):
     RANK_HUNG = "rank-hung"
     RANK_STALLED = "rank-stalled"
     RANK_MOVED = "rank-moved"
+    JOB_SLOWED = "job-slowed"
     WORKER_STARTED = "worker-started"
     WORKER_DIED = "worker-died"
     SNAPSHOT_STAGED = "snapshot-staged"

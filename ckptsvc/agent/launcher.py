@@ -298,12 +298,15 @@ class Launcher:
     def _ended(self, rank: Rank) -> None:
         assert rank.status is not None
         if rank.status != 0:
-            self._say(f"rank {rank.number} {describe_status(rank.status)}")
+            why = f": {rank.detail}" if rank.detail else ""
+            self._say(f"rank {rank.number} {describe_status(rank.status)}{why}")
         if not self._leaving:
             self._report_end(rank, rank.status)
 
     def _report_end(self, rank: Rank, status: int) -> None:
-        exited = agent_pb2.RankExit(attempt=self._attempt, rank=rank.number, status=status, monotonic=rank.ended_at)
+        exited = agent_pb2.RankExit(
+            attempt=self._attempt, rank=rank.number, status=status, monotonic=rank.ended_at, detail=rank.detail
+        )
         self._reports.put_nowait(agent_pb2.LaunchRequest(exit=exited))
 
     def _say(self, message: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc.aio
 
 from ckptsvc.agent.local import Local, way_to
+from ckptsvc.agent.logtail import one_line
 from ckptsvc.agent.output import log_file
 from ckptsvc.agent.sessions import Session
 from ckptsvc.control.restart import launched_as
@@ -27,6 +28,9 @@ COORDINATOR_KEY = "ckptsvc-coordinator"
 
 MAX_NPROC = 4096
 """Ranks that one launcher may start on its node."""
+
+MAX_DETAIL = 300
+"""Characters of what a launcher says about the end of a rank."""
 
 MAX_PATH = 3800
 """Characters of a directory's path."""
@@ -120,7 +124,10 @@ class Launches:
                 uplink.report(self._ready(launcher))
             elif kind == "exit":
                 event = request.exit
-                exited = pb.RankExited(job=job, node=node, attempt=event.attempt, rank=event.rank, status=event.status)
+                exited = pb.RankExited(
+                    job=job, node=node, attempt=event.attempt, rank=event.rank, status=event.status,
+                    detail=one_line(event.detail)[:MAX_DETAIL],
+                )  # fmt: skip
                 report = launcher.exits[event.rank] = pb.Report(rank_exited=exited)
                 uplink.report(report)
             elif kind == "leaving":

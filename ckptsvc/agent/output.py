@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -41,13 +42,16 @@ class Output:
         """Tell the user something, on the terminal's standard error."""
         self._said.put(self._stderr, f"{message}\n".encode("utf-8", "replace"))
 
-    async def copy(self, reading: int, name: str, kept: Path | None) -> None:
+    async def copy(
+        self, reading: int, name: str, kept: Path | None, heard: Callable[[bytes], None] = lambda line: None
+    ) -> None:
         """Copy lines until the last writer has closed the pipe.
 
         Args:
             reading: the end of the pipe to read from; it is closed here.
             name: shown before every line, in brackets.
             kept: the file to append to.
+            heard: called with every line.
         """
         reader = asyncio.StreamReader(CHUNK)
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
@@ -57,6 +61,7 @@ class Output:
         log = Place(kept, failed=lambda why: self._not_kept(name, why)) if kept else None
         try:
             while line := await _line(reader):
+                heard(line)
                 # A rank must not die of a full disk or of a terminal that is gone: its output goes on being read.
                 if log is not None:
                     self._kept.put(log, line)

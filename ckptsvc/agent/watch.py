@@ -146,6 +146,11 @@ class Watch:
             logger.warning("rank %d: %s", order.rank, error.strerror)
 
     def _say(self, report: pb.Report) -> None:
+        if report.HasField("slowed"):
+            slowed = report.slowed
+            log(logger, logging.WARNING, Event.JOB_SLOWED, "steps take %.2g s, and took %.2g s", slowed.seconds,
+                slowed.usual, job=slowed.job, attempt=slowed.attempt)  # fmt: skip
+            return
         event = report.stalled if report.HasField("stalled") else report.moved
         about = Fields(job=event.job, attempt=event.attempt, rank=event.rank)
         if isinstance(event, pb.Stalled):

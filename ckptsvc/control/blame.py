@@ -113,7 +113,8 @@ def _verdict(scene: Scene, suspects: list[int], signals: Mapping[Kind, Signal]) 
     broken = evidence is not None and evidence.state in _BROKEN
     overdue = evidence is not None and 0 < evidence.threshold < evidence.stalled
     # What speaks against all ranks of a node names the node.
-    of_node = len(nodes) == 1 and len(suspects) > 1 and signals.keys() <= {Kind.NODE, Kind.NETWORK}
+    of_node = len(nodes) == 1 and signals.keys() <= {Kind.NODE, Kind.NETWORK}
+    of_node = of_node and (len(suspects) > 1 or evidence is None)  # a rank that was not seen is not known to hang
     confidence = 0.95 if broken else {1: 0.5, 2: 0.8}.get(len(signals), 0.9)
     if not broken and not of_node:
         confidence /= len(suspects)
@@ -161,6 +162,7 @@ _WAITS_IN_TORCH = re.compile(
     r"|synchronize|monitored_barrier)\w*"
 )
 _FUNCTION = re.compile(r"\s*(?:[\w<>]+\.)*([\w<>]+|\.+)")
+_LONG_PATH = re.compile(r"\((?:[^()]*/)?([^()/]+/[^()/]+:\d+\))$")
 _BACKWARD = "_engine_run_backward"
 
 
@@ -267,7 +269,9 @@ def _stacks(scene: Scene) -> Found:
 
 
 def _innermost(evidence: pb.RankEvidence) -> str:
-    return evidence.stack.split("\n")[-1].strip() or functions(evidence.stack)[-1]
+    """Function and place; of a long path, the end: all of it stands in the report."""
+    here = evidence.stack.split("\n")[-1].strip() or functions(evidence.stack)[-1]
+    return _LONG_PATH.sub(r"(\1", here)
 
 
 def _work(scene: Scene) -> Found:

@@ -61,12 +61,12 @@ def _late(members: dict[int, pb.GroupProgress]) -> Iterable[Odd]:
         return
     collective = next(iter(waiting.values())).collective
     for rank, group in members.items():
-        if group.enqueued < last:
-            yield Odd(
-                rank, last - group.enqueued,
-                f"it has not started collective {group.enqueued + 1}, and {_listed(waiting)} in {collective}"
-                f" (collective {last})",
-            )  # fmt: skip
+        lacks = last - group.enqueued
+        if lacks == 1:
+            yield Odd(rank, 1, f"it has not started collective {last}, {collective}, in which {_listed(waiting)}")
+        elif lacks > 1:
+            what = f"it has not started collective {group.enqueued + 1}, and {_listed(waiting)} in {collective}"
+            yield Odd(rank, lacks, f"{what} (collective {last})")
 
 
 def _astray(members: dict[int, pb.GroupProgress]) -> Iterable[Odd]:

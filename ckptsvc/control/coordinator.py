@@ -24,6 +24,7 @@ from ckptsvc.control.nic_job import JobNics
 from ckptsvc.control.nics import Finding
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.control.save import Saves
+from ckptsvc.control.slow import SlowJobs
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -48,10 +49,12 @@ class Coordinator:
     exclusion: Exclusion = field(default_factory=Exclusion)
     incidents: Incidents = field(init=False)
     health: Health = field(init=False)
+    slow: SlowJobs = field(init=False)
 
     def __post_init__(self) -> None:
         self.incidents = Incidents(self.mark)
         self.health = Health(self.jobs, self.launched, self.incidents, self.nics, self.policy)
+        self.slow = SlowJobs(self.jobs, self.incidents, self.health.cases)
 
     def handle(self, node: str, report: pb.Report, now: float) -> Decision:
         """One report from the agent of `node`."""
@@ -119,7 +122,7 @@ class Coordinator:
             decision.add(self._tick_launched(attempts, now))
         for nics in self.nics.values():
             decision.add(nics.tick(now))
-        decision.add(self.health.tick(now))
+        decision.add(self.health.tick(now)).add(self.slow.tick(now))
         for name, job in list(self.jobs.items()):
             if job.ranks or job.saves.open or job.saves.held:
                 job.busy_at = now
@@ -283,7 +286,7 @@ class Coordinator:
             return Decision()
         attempts.saved = self._saved(event.job)
         before = standing(attempts)
-        decision = attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now)
+        decision = attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now, event.detail)
         return decision.add(self.incidents.failed(attempts, before, "died", event.rank, event.node))
 
     def _on_node_left(self, event: pb.NodeLeft, now: float) -> Decision:
@@ -302,7 +305,10 @@ class Coordinator:
         return self.health.moved(event, now)
 
     def _on_examined(self, event: pb.Examined, now: float) -> Decision:
-        return self.health.examined(event, now)
+        return self.health.examined(event, now).add(self.slow.examined(event, now))
+
+    def _on_slowed(self, event: pb.Slowed, now: float) -> Decision:
+        return self.slow.slowed(event, now)
 
     def _on_stop_requested(self, event: pb.StopRequested, now: float) -> Decision:
         for job in self.jobs.values():

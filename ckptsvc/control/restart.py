@@ -223,8 +223,10 @@ class Attempts:
         why = "its launcher has ended" if event.answer is Answer.GONE else "neither its agent nor its host answers"
         return self.node_left(node.name, why, now)
 
-    def rank_exited(self, attempt: int, rank: int, node: str, status: int | None, now: float) -> Decision:
-        """A rank has ended; `status` is None when only its death is known so far."""
+    def rank_exited(
+        self, attempt: int, rank: int, node: str, status: int | None, now: float, detail: str = ""
+    ) -> Decision:
+        """A rank has ended; `status` is None when only its death is known so far, `detail` what is known of why."""
         if attempt != self.attempt or self.phase is not Phase.RUNNING or rank not in self.running:
             return Decision()
         if status in (0, INTERRUPTED):
@@ -235,7 +237,7 @@ class Attempts:
         if self.accused and self.accused.attempt == attempt:  # the others may end before the rank that held them up
             return self._condemn(self.accused, now)
         how = "died" if status is None else describe_status(status)
-        failed = f"rank {rank} on {node} {how}"
+        failed = f"rank {rank} on {node} {how}" + (f": {detail[:SHOWN]}" if detail else "")
         if any(self.nodes[n].away_since is not None for n in self.hosts & self.nodes.keys() if n != node):
             return self._fail(failed, now)  # it may well be that node's fault: its agent is out of reach
         by_itself = status is not None and (status > 0 or status == -SIGTERM)
@@ -327,11 +329,17 @@ class Attempts:
         """After a change of coordinator: not all nodes have told yet which ranks of the attempt they run."""
         return len(self.running) < self.world if self.world else len(self.hosts) < self.min_nodes
 
+    @property
+    def _all_have_stopped(self) -> bool:
+        """As many nodes as an attempt can have were in the last one, and run nothing: there is none to be heard of."""
+        return self.attempt > 0 and sum(n.ready == self.attempt for n in self.nodes.values()) >= self.max_nodes
+
     def _start_if_ready(self, now: float) -> Decision:
         if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes:
             return Decision()
         waited = now - self.since
-        if not self.gathered and waited < LAST_CALL and (self.inherited or len(self.nodes) < self.max_nodes):
+        more = (self.inherited or len(self.nodes) < self.max_nodes) and not self._all_have_stopped
+        if not self.gathered and waited < LAST_CALL and more:
             return Decision()  # nodes that run an attempt may yet be heard of: these may be its spares
         if not self.exclusion.known and waited < LIST_PATIENCE:
             return Decision()

@@ -270,16 +270,18 @@ class LauncherReady(_message.Message):
     def __init__(self, attempt: _Optional[int] = ..., port: _Optional[int] = ...) -> None: ...
 
 class RankExit(_message.Message):
-    __slots__ = ("attempt", "rank", "status", "monotonic")
+    __slots__ = ("attempt", "rank", "status", "monotonic", "detail")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     MONOTONIC_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     rank: int
     status: int
     monotonic: float
-    def __init__(self, attempt: _Optional[int] = ..., rank: _Optional[int] = ..., status: _Optional[int] = ..., monotonic: _Optional[float] = ...) -> None: ...
+    detail: str
+    def __init__(self, attempt: _Optional[int] = ..., rank: _Optional[int] = ..., status: _Optional[int] = ..., monotonic: _Optional[float] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Leaving(_message.Message):
     __slots__ = ("reason",)

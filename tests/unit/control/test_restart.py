@@ -12,6 +12,7 @@ from ckptsvc.control.restart import (
     LIST_PATIENCE,
     NODE_PATIENCE,
     RING_EVERY,
+    SHOWN,
     Accused,
     Attempts,
     Phase,
@@ -132,6 +133,10 @@ class TestFailure:
         _, stop = orders(decision, "stop")[0]
         assert (stop.attempt, stop.grace, stop.reason) == (1, GRACE, f"rank 3 on b {words}")
         assert gathered.incidents == [f"attempt 1: rank 3 on b {words}"]
+
+    def test_what_is_known_of_why_is_said_in_short(self, gathered):
+        gathered.rank_exited(1, 3, "b", 1, 7.0, "MemoryError " + 1000 * "x")
+        assert gathered.last_failure == "rank 3 on b exited with status 1: MemoryError " + (SHOWN - 12) * "x"
 
     def test_further_ranks_of_the_attempt_fail_without_effect(self, gathered):
         gathered.rank_exited(1, 3, "b", -9, 7.0)
@@ -571,6 +576,17 @@ class TestNewCoordinator:
             assert kinds(attempts.ready(node_ready(node, 1), 2.0)) == []
         started = kinds(attempts.ready(node_ready("b", 1), 2.0))
         assert (len(started), attempts.attempt) == (2, 2), "one attempt, and a later one"
+
+    @pytest.mark.parametrize(("max_nodes", "attempt", "waits"), [(2, 1, False), (3, 1, True), (2, 0, True)])
+    def test_goes_on_with_a_restart_at_once_when_all_who_can_have_run_have_stopped(self, max_nodes, attempt, waits):
+        attempts = make(max_nodes=max_nodes)
+        attempts.exclusion.known = True
+        for node in ("a", "b"):
+            attempts.joined(node_joined(node, max_nodes=max_nodes, uptime=100.0), 0.0)
+        assert kinds(attempts.ready(node_ready("a", attempt), 0.1)) == []
+        started = kinds(attempts.ready(node_ready("b", attempt), 0.1))
+        assert (started == []) == waits
+        assert waits or attempts.attempt == attempt + 1
 
     @pytest.fixture
     def new(self):

@@ -214,7 +214,7 @@ class TestPhases:
             node.enter("step")
             node.beat()
         node.wait(TICK)
-        assert node.reports == []
+        assert not any(map(stalled, node.reports))  # that steps have become four times as long is said
         assert node.stalls.allowed(0) < 10
 
 
@@ -260,6 +260,24 @@ class TestReports:
         found = node.wait(0.5)
         assert [stalled(r).rank for r in found] == [1 - told]
         assert node.stalls.quiet(told) == node.stalls.allowed(told) == 0.0
+
+
+class TestSlowness:
+    def test_steps_that_become_slower_are_reported_and_again_when_they_become_slower_still(self):
+        node = Node(ranks=2).train(60)
+        assert node.reports == []
+        node.train(20, seconds=3.5)
+        told = [report.slowed for report in node.reports]
+        assert {(t.job, t.node, t.attempt, t.usual < 0.6) for t in told} == {("job", "n0", 1, True)}
+        assert 1 <= len(told) <= 3
+        assert told[-1].seconds == pytest.approx(3.5, rel=0.3)
+        assert told[-1].step > 60
+
+    def test_what_is_no_step_is_none(self):
+        node = Node().train(60)
+        node.enter("evaluation")
+        node.wait(100)
+        assert not [report for report in node.reports if report.HasField("slowed")]
 
 
 class TestPauses:
