@@ -22,6 +22,7 @@ from ckptsvc.agent.stops import Stops
 from ckptsvc.agent.witness import Witness
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.restart import launched_as
+from ckptsvc.control.runs import ranks_of
 from ckptsvc.errors import BY_CODE, Fenced, InvalidInput
 from ckptsvc.pipeline.arena import State
 from ckptsvc.rpc.v1 import agent_pb2
@@ -248,7 +249,7 @@ class Node:
         elif kind == "job_refused":
             attempt.refused = BY_CODE[effect.code](effect.why)
         elif kind == "holders":
-            attempt.groups[effect.generation] = [list(group.ranks) for group in effect.groups]
+            attempt.groups[effect.generation] = [ranks_of(group.runs) for group in effect.groups]
         attempt.wake()
 
     async def watch(self) -> None:

@@ -190,8 +190,9 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             shell.depart(node, deliver)
 
     async def _read(self, shell: CoordinatorShell, node: str, reports: AsyncIterator[pb.Report]) -> None:
-        async for report in reports:
-            shell.report(node, report)
+        async for message in reports:
+            for report in (message, *message.more):
+                shell.report(node, report)
 
     @_errors
     async def ListComplete(self, request: pb.ListCompleteRequest, context: Any) -> agent_pb2.ListSnapshotsResponse:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Protocol
 
 import grpc
@@ -25,6 +25,16 @@ log = logging.getLogger("ckptsvc.agent")
 
 RECONNECT = 0.3
 """Seconds between attempts to reach a coordinator."""
+
+BACKOFF = [("grpc.initial_reconnect_backoff_ms", 300), ("grpc.max_reconnect_backoff_ms", 2000)]
+"""gRPC's own pauses between connections; by default they grow to two minutes."""
+
+GATHER = 0.02
+"""Seconds after a message in which further reports wait for each other: a message costs the coordinator ten times as
+much as a report in it."""
+
+BUNDLE = 1 << 20
+"""Bytes of reports in one message, unless a single one is larger."""
 
 
 class Uplink(Protocol):
@@ -79,7 +89,7 @@ class RemoteUplink:
         self._metadata = ((SECRET_KEY, secret),)
         self._hello, self._address, self._on_order, self._resync = hello, address, on_order, resync
         self._queue: asyncio.Queue[pb.Report | None] | None = None
-        self._channel = grpc.aio.insecure_channel(address, options=[*OPTIONS, *KEEPALIVE])
+        self._channel = grpc.aio.insecure_channel(address, options=[*OPTIONS, *KEEPALIVE, *BACKOFF])
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
         self._task = asyncio.ensure_future(self._run())
 
@@ -133,6 +143,28 @@ class RemoteUplink:
             queue.put_nowait(None)  # grpc does not end who waits for the next report of a call that has ended
 
     @staticmethod
-    async def _reports(reports: asyncio.Queue[pb.Report | None]) -> AsyncIterator[pb.Report]:
-        while (report := await reports.get()) is not None:
-            yield report
+    async def _reports(queue: asyncio.Queue[pb.Report | None]) -> AsyncIterator[pb.Report]:
+        while True:
+            waiting = [await queue.get()]
+            while not queue.empty():
+                waiting.append(queue.get_nowait())
+            for message in bundles(report for report in waiting if report is not None):
+                yield message
+            if None in waiting:
+                return
+            await asyncio.sleep(GATHER)
+
+
+def bundles(reports: Iterable[pb.Report]) -> Iterator[pb.Report]:
+    """Put reports, in their order, into as few messages as make sense."""
+    bundle: list[pb.Report] = []
+    nbytes = 0
+    for report in reports:
+        size = report.ByteSize()
+        if bundle and nbytes + size > BUNDLE:
+            yield bundle[0] if len(bundle) == 1 else pb.Report(more=bundle)
+            bundle, nbytes = [], 0
+        bundle.append(report)
+        nbytes += size
+    if bundle:
+        yield bundle[0] if len(bundle) == 1 else pb.Report(more=bundle)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 
 from ckptsvc.control.effects import AllotEpoch, Decision, EpochDone, Send
+from ckptsvc.control.runs import runs_of
 from ckptsvc.control.save import Saves
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -177,7 +178,7 @@ class Job:
         holders = pb.Holders(
             attempt=self.attempt,
             generation=event.generation,
-            groups=[pb.HolderGroup(ranks=g) for g in groups.values()],
+            groups=[pb.HolderGroup(runs=runs_of(g)) for g in groups.values()],
         )
         self.agreed = pb.Order(job=self.name, holders=holders)
         return Decision([Send(node, self.agreed) for node in self.nodes])

@@ -1,0 +1,18 @@
+"""How often the agents of a large job speak, so that their coordinator has time for what matters."""
+
+from __future__ import annotations
+
+PROGRESS_EVERY = 0.25
+"""Seconds between two reports of a node's progress, in a small job."""
+
+PROGRESS_REPORTS = 2000.0
+"""Reports of progress that a coordinator takes in a second: a fifth of a core (`ckptsvc bench control`)."""
+
+
+def progress_every(nodes: float) -> float:
+    """Seconds between two reports of how far a node's ranks are, in a job of so many nodes.
+
+    What is wanted is the newest step of any rank. Agents report at times of their own: in a large job somebody always
+    just has, and the ranks of a job are hardly ever more than a step apart.
+    """
+    return max(PROGRESS_EVERY, nodes / PROGRESS_REPORTS)
