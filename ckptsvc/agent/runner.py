@@ -52,7 +52,8 @@ LIST_TIMEOUT = 10.0
 MAX_SKEW = 30.0
 """Seconds by which a node's clock may differ unsaid: certificates, and what people make of two logs, need no better."""
 
-Deliver = Callable[[pb.Order], None]
+Deliver = Callable[[pb.Order | None], None]
+"""Takes an order to an agent; None when there will be no more."""
 
 
 class CoordinatorShell:
@@ -70,7 +71,6 @@ class CoordinatorShell:
         incidents: the latest, by job and id, oldest first.
         on_incident: called with every incident, and again whenever there is more to say of it.
         dropped: effects that came too late.
-        ended: set when it has stopped.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class CoordinatorShell:
         self.core = Coordinator(save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2))
         self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
         self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
-        self.term, self.dropped, self.ended = term, 0, asyncio.Event()
+        self.term, self.dropped = term, 0
         self._state = state
         self._listing = asyncio.Lock()
         self._workers, self._may_act = workers, may_act
@@ -124,7 +124,8 @@ class CoordinatorShell:
 
     async def stop(self) -> None:
         """Cancel what is running."""
-        self.ended.set()
+        for deliver in self._peers.values():
+            deliver(None)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

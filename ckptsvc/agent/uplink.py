@@ -56,8 +56,12 @@ class LocalUplink:
     def __init__(self, node: str, shell: CoordinatorShell, on_order: Callable[[pb.Order], None]) -> None:
         self._node, self._shell = node, shell
         loop = asyncio.get_running_loop()
-        # Not at once: an order must not change what its cause is still working on.
-        shell.attend(node, lambda order: (loop.call_soon(on_order, order), None)[1])
+
+        def deliver(order: pb.Order | None) -> None:
+            if order is not None:  # not at once: an order must not change what its cause is still working on
+                loop.call_soon(on_order, order)
+
+        shell.attend(node, deliver)
 
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator."""

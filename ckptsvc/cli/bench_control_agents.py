@@ -50,8 +50,8 @@ _LOG = "\n".join(f"step {n}: loss 2.{n:03d}, 0.51 s, 38.2 GiB" for n in range(60
 class Doorbell:
     """The door of a launcher (see agent.doorbell): it answers, is gone, or is silent as a host that is cut off."""
 
-    def __init__(self) -> None:
-        self._socket = socket.create_server(("127.0.0.1", 0), backlog=0)
+    def __init__(self, backlog: int = 0) -> None:
+        self._socket = socket.create_server(("127.0.0.1", 0), backlog=backlog)
         self._socket.setblocking(False)
         self.port: int = self._socket.getsockname()[1]
         self._full: list[socket.socket] = []
@@ -59,7 +59,8 @@ class Doorbell:
 
     def _answer(self) -> None:
         with contextlib.suppress(OSError):
-            self._socket.accept()[0].close()
+            while True:
+                self._socket.accept()[0].close()
 
     def mute(self) -> None:
         """Answer no more: the kernel drops who calls while nobody takes in those who wait."""
@@ -123,6 +124,7 @@ class Fleet:
         seen: kind of order -> number of an agent -> when it got the last one (CLOCK_MONOTONIC).
         reports, orders: how many messages were sent and received.
         failed: why a save was not committed.
+        pause: the most seconds for which this process has done something else than to answer.
     """
 
     address: tuple[str, int]
@@ -137,6 +139,7 @@ class Fleet:
     orders: int = 0
     born: float = field(default_factory=time.monotonic)
     failed: str = ""
+    pause: float = 0.0
     culprit: int = -1  # the rank that is stopped
     _bell: Doorbell | None = None
     _connections: dict[int, Connection] = field(default_factory=dict)
@@ -148,7 +151,7 @@ class Fleet:
 
     def join(self, spares: int, own_bells: Iterable[int]) -> None:
         """Let all agents come, with a launcher that is ready."""
-        self._bell = Doorbell()
+        self._bell = Doorbell(4096)
         self.agents = [Agent(n, f"n{n:05d}") for n in range(self.nodes + spares)]
         for number in own_bells:
             self.agents[number].bell = Doorbell()
@@ -269,10 +272,11 @@ class Fleet:
 
     async def _beat(self) -> None:
         """All agents tell how far their ranks are, each in its turn, as often as agents of so large a job do."""
-        turn = 0
+        turn, now = 0, time.monotonic()
         while True:
             await asyncio.sleep(0.02)
-            now = time.monotonic()
+            now, before = time.monotonic(), now
+            self.pause = max(self.pause, now - before)
             step = int((now - self.born) / STEP)
             period = progress_every(self.nodes)
             due = int((now - self.born) * len(self.agents) / period)
@@ -393,9 +397,12 @@ class Fleet:
         self._connections.pop(agent.number // self.share, None) if self.share == 1 else None
         self._spawn(self._connect(agent))
 
-    def save(self, step: int, named: Callable[[int], str], columns: Callable[[int], bytes], held_back: int) -> None:
+    async def save(
+        self, step: int, named: Callable[[int], str], columns: Callable[[int], bytes], held_back: int
+    ) -> None:  # fmt: skip
         """All ranks stage and write a shard, but for the last word of one rank."""
         for agent in self.agents:
+            await asyncio.sleep(0)  # pings want an answer
             if agent.runs:
                 self._send(agent, [
                     pb.Report(staged=pb.Staged(job=RUN, epoch=agent.epoch, step=step, node=agent.name, rank=rank,
@@ -424,5 +431,5 @@ class Fleet:
             if time.monotonic() > deadline:
                 got = len(self.seen.get(kind, {}))
                 raise TimeoutError(f"{got} of {len(self.agents)} agents have got the order {kind!r} in {patience:g} s")
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.02)
         return self.seen[kind]

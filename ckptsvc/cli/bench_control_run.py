@@ -145,6 +145,8 @@ class Control:
             " examination 0.3 s"
         )
 
+        self.notes.append(f"the longest pause of the process that simulates them: {self._fleet.pause:.2f} s")
+
     def _add(self, what: str, unit: str, values: list[float], bar: float | None = None) -> None:
         self.rows.append(Row(what, unit, values, bar))
 
@@ -169,7 +171,8 @@ class Control:
         return max(held.values()) - since, self._fleet.traffic[1]
 
     def _all(self, seen: dict[int, float]) -> bool:
-        return sum(number in seen for number in self._running()) >= self.agents
+        """Whether all nodes of the attempt are among them."""
+        return len(seen) >= self.agents and sum(number in seen for number in self._running()) >= self.agents
 
     def _running(self) -> list[int]:
         agents = self._fleet.agents
@@ -198,13 +201,12 @@ class Control:
         folder = Path(self._service.store.removeprefix("file://"), checkpoint_name(step, epoch))
         folder.mkdir(parents=True)
         token = secrets.token_hex(4)
-        for rank in range(world):
-            (folder / shard_name(rank, token)).touch()
+        await asyncio.to_thread(_touch, [folder / shard_name(rank, token) for rank in range(world)])
         columns = _columns(world)
         last = next(agent for agent in fleet.agents if agent.runs)
         began, used = time.monotonic(), self._service.cpu()
         fleet.seen.clear()
-        fleet.save(step, lambda rank: shard_name(rank, token), columns, last.ranks.start)
+        await fleet.save(step, lambda rank: shard_name(rank, token), columns, last.ranks.start)
         staged = await fleet.wait("snapshot_complete", self._all, PATIENCE)
         await self._quiet()
         self._add("save: until all know that it is whole in memory", "s", [max(staged.values()) - began])
@@ -288,6 +290,11 @@ class Control:
         self._add("coordinator killed: until the next one serves", "s", [up - began])
         self._add("coordinator killed: from then until all agents are back", "s", [back - up])
         self._add("coordinator killed: CPU of the next one", "s", [self._service.cpu()])
+
+
+def _touch(paths: list[Path]) -> None:
+    for path in paths:
+        path.touch()
 
 
 def _columns(world: int) -> Callable[[int], bytes]:
