@@ -136,10 +136,9 @@ class RemoteUplink:
 
     async def _attend(self) -> None:
         queue = self._queue = asyncio.Queue()
-        queue.put_nowait(pb.Report(agent_hello=self._hello))
         for report in self._resync():
             queue.put_nowait(report)
-        call = self._stub.Attend(self._reports(queue), metadata=self._metadata)
+        call = self._stub.Attend(self._reports(self._hello, queue), metadata=self._metadata)
         try:
             async for order in call:
                 self._on_order(order)
@@ -147,7 +146,8 @@ class RemoteUplink:
             queue.put_nowait(None)  # grpc does not end who waits for the next report of a call that has ended
 
     @staticmethod
-    async def _reports(queue: asyncio.Queue[pb.Report | None]) -> AsyncIterator[pb.Report]:
+    async def _reports(hello: pb.AgentHello, queue: asyncio.Queue[pb.Report | None]) -> AsyncIterator[pb.Report]:
+        yield pb.Report(agent_hello=hello)
         while True:
             waiting = [await queue.get()]
             while not queue.empty():

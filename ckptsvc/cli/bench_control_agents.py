@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ckptsvc.agent.evidence import WATCH
+from ckptsvc.agent.evidence import WATCH, shorten
 from ckptsvc.agent.uplink import RECONNECT, bundles
 from ckptsvc.cli.bench_control_wire import Call, Connection
-from ckptsvc.control.pace import progress_every
+from ckptsvc.control.pace import progress_every, stalls_within
 from ckptsvc.rpc.secret import SECRET_KEY
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -343,8 +343,9 @@ class Fleet:
             groups=[pb.GroupProgress(group=f"{name} nccl", enqueued=number, completed=41, collective=where)
                 for name in ("default", f"tp{rank // self.nproc}")],
         )  # fmt: skip
-        if not brief:
-            found.other_stacks, found.log_tail = _OTHERS, _LOG
+        found.other_stacks, found.log_tail = _OTHERS, _LOG
+        if brief:
+            shorten(found)
         return found
 
     # ---- what happens to them ----------------------------------------------------------------------------------------
@@ -374,9 +375,13 @@ class Fleet:
     def freeze_rank(self, agent: Agent, floor: float, looks_every: float) -> None:
         """SIGSTOP to a rank: a moment later all others wait for it, and all agents see it when `floor` has passed."""
         self.culprit = random.choice(agent.ranks)
+
+        def spread() -> float:
+            return random.uniform(0, STEP) + random.uniform(0, stalls_within(self.nodes))
+
         for one in self.agents:
             if one.runs:
-                late = floor + random.uniform(0, looks_every) + (0.0 if one is agent else random.uniform(0, STEP))
+                late = floor + random.uniform(0, looks_every) + (0.0 if one is agent else spread())
                 asyncio.get_running_loop().call_later(late, self._stall, one, one.attempt)
 
     def _stall(self, agent: Agent, attempt: int) -> None:

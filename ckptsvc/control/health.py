@@ -25,6 +25,7 @@ from ckptsvc.control.incidents import Incidents, record, standing
 from ckptsvc.control.membership import AGENT_PATIENCE, Job
 from ckptsvc.control.nic_job import JobNics
 from ckptsvc.control.nics import INFO
+from ckptsvc.control.pace import BRIEF_FROM
 from ckptsvc.control.restart import Accused, Attempts, Phase, launched_as
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -221,8 +222,9 @@ class Health:
         case.silent = job.unreachable
         case.awaited = set(job.nodes) - case.silent
         order = pb.Examine(
-            attempt=case.incident.attempt, incident=case.incident.id, seconds=EXAMINE_SECONDS, round=case.round
-        )
+            attempt=case.incident.attempt, incident=case.incident.id, seconds=EXAMINE_SECONDS, round=case.round,
+            brief=len(case.awaited) >= BRIEF_FROM,
+        )  # fmt: skip
         return Decision([Send(n, pb.Order(job=case.job, examine=order)) for n in sorted(case.awaited)])
 
     def _conclude(self, case: Case, job: Job, now: float) -> Decision:

@@ -9,6 +9,13 @@ PROGRESS_REPORTS = 2000.0
 """Reports of progress that a coordinator takes in a second: a fifth of a core (`ckptsvc bench control`)."""
 
 
+STALL_REPORTS = 2000.0
+"""Reports of stalled ranks in a second: when one rank hangs, all others soon stand still too."""
+
+BRIEF_FROM = 64
+"""Nodes from which on evidence is shortened: of 100,000 ranks, whole logs would be gigabytes."""
+
+
 def progress_every(nodes: float) -> float:
     """Seconds between two reports of how far a node's ranks are, in a job of so many nodes.
 
@@ -16,3 +23,11 @@ def progress_every(nodes: float) -> float:
     just has, and the ranks of a job are hardly ever more than a step apart.
     """
     return max(PROGRESS_EVERY, nodes / PROGRESS_REPORTS)
+
+
+def stalls_within(nodes: float) -> float:
+    """Seconds over which the agents of so many nodes spread their reports of ranks that stand still.
+
+    The first one has all nodes examined; an agent that sees why its rank does not move (it is stopped) does not wait.
+    """
+    return nodes / STALL_REPORTS

@@ -9,6 +9,7 @@ from ckptsvc.control.membership import (
     PATIENCE_WITH_PREDECESSOR,
     Job,
 )
+from ckptsvc.control.runs import ranks_of
 from ckptsvc.control.save import Saves
 
 
