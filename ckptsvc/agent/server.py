@@ -46,7 +46,7 @@ from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import parse_duration
-from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, PING_SPACING
+from ckptsvc.rpc.channel import OPTIONS, PING_SPACING, SERVER_KEEPALIVE
 from ckptsvc.rpc.dial import sockets
 from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.secret import require_loopback, shared_secret
@@ -222,7 +222,7 @@ class Agent:
         grpc_path, identity_path = sockets(self._options.directory)
         local = grpc.aio.server(options=OPTIONS)
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
-        between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE,
+        between = grpc.aio.server(options=[*OPTIONS, *SERVER_KEEPALIVE,
             ("grpc.http2.min_ping_interval_without_data_ms", PING_SPACING), ("grpc.so_reuseport", 0)])  # fmt: skip
         coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name, self.secret), between)
         for server, names in (

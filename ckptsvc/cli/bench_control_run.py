@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import os
 import random
 import secrets
 import statistics
@@ -199,9 +198,8 @@ class Control:
         fleet, world, step = self._fleet, self.agents * self.ranks, 100
         epoch = max(agent.epoch for agent in fleet.agents)
         folder = Path(self._service.store.removeprefix("file://"), checkpoint_name(step, epoch))
-        folder.mkdir(parents=True)
         token = secrets.token_hex(4)
-        await asyncio.to_thread(_touch, [folder / shard_name(rank, token) for rank in range(world)])
+        await asyncio.to_thread(_make_shards, folder, [shard_name(rank, token) for rank in range(world)])
         columns = _columns(world)
         last = next(agent for agent in fleet.agents if agent.runs)
         began, used = time.monotonic(), self._service.cpu()
@@ -292,9 +290,11 @@ class Control:
         self._add("coordinator killed: CPU of the next one", "s", [self._service.cpu()])
 
 
-def _touch(paths: list[Path]) -> None:
-    for path in paths:
-        path.touch()
+def _make_shards(folder: Path, names: list[str]) -> None:
+    """Empty files: the commit looks whether they are there."""
+    folder.mkdir(parents=True)
+    for name in names:
+        (folder / name).touch()
 
 
 def _columns(world: int) -> Callable[[int], bytes]:

@@ -58,7 +58,7 @@ class Service:
             finally:
                 service.stop()
         finally:
-            shutil.copy(directory/"agent.log","/tmp/w/control-agent.log"); shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(directory, ignore_errors=True)
 
     @property
     def secret(self) -> str:

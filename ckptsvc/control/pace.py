@@ -5,8 +5,8 @@ from __future__ import annotations
 PROGRESS_EVERY = 0.25
 """Seconds between two reports of a node's progress, in a small job."""
 
-PROGRESS_REPORTS = 2000.0
-"""Reports of progress that a coordinator takes in a second: a fifth of a core (`ckptsvc bench control`)."""
+PROGRESS_REPORTS = 1000.0
+"""Reports of progress that a coordinator takes in a second: a tenth of a core (`ckptsvc bench control`)."""
 
 
 STALL_REPORTS = 2000.0
