@@ -9,8 +9,9 @@ import contextlib
 import random
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from ckptsvc.agent.evidence import WATCH, shorten
 from ckptsvc.agent.uplink import RECONNECT, bundles
@@ -193,8 +194,8 @@ class Fleet:
         if not agent.lost:
             self._spawn(self._connect(agent))
 
-    def _spawn(self, coroutine: object) -> None:
-        task: asyncio.Task[None] = asyncio.ensure_future(coroutine)  # type: ignore[arg-type]
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

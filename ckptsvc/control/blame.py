@@ -259,7 +259,8 @@ def _collectives(scene: Scene) -> Found:
 def _stacks(scene: Scene) -> Found:
     """Most wait in a collective, and this one is somewhere else."""
     known = {r: stack for r, e in scene.ranks.items() if (stack := functions(e.stack))}
-    waiting, elsewhere = [], []
+    waiting: list[int] = []
+    elsewhere: list[int] = []
     for rank in known:
         (waiting if _stack_waits(scene.ranks[rank]) else elsewhere).append(rank)
     if waiting and 0 < len(elsewhere) <= len(waiting):
