@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import click
 
-from ckptsvc.cli.bench_control_run import Control, Row
+from ckptsvc.cli.bench_control_run import FAULTS, Control
 from ckptsvc.cli.bench_machine import facts, load
 from ckptsvc.cli.terminal import Screen, emit
 from ckptsvc.errors import ConfigError
@@ -29,26 +29,35 @@ SPARE_FILES = 256
 @click.option("--ranks", type=click.IntRange(1, 256), default=AURORA[1], show_default=True, help="Ranks of each.")
 @click.option("--kills", type=click.IntRange(1, 1000), default=5, show_default=True,
     help="Times that each fault is tried; each restarts the job.")  # fmt: skip
+@click.option("--faults", default=",".join(FAULTS), show_default=True, metavar="NAME,...", help="Which ones.")
 @click.option("--seconds", type=click.FloatRange(1, 3600), default=20.0, show_default=True,
     help="Seconds for which the steady state is watched.")  # fmt: skip
 @click.option("--json", "as_document", is_flag=True, help="One JSON document.")
-def command(agents: int, ranks: int, kills: int, seconds: float, as_document: bool) -> None:
+def command(agents: int, ranks: int, kills: int, faults: str, seconds: float, as_document: bool) -> None:
     """Measure what one coordinator costs, and how fast it is, in a job of that size.
 
     The coordinator is a real agent, alone in its process, reached by gRPC over loopback. The agents are simulated in
     this process: real reports, a call each, and an answer to every order and every ping; no ranks behind them.
 
     \b
+    rank    one is killed                    cut     a node is cut off: its connections stay, nothing answers
+    node    one ends, launcher and agent too frozen  a rank is stopped, so that all others wait for it
+
+    \b
     JSON: {"facts", "command", "rows": [{"what", "unit", "median", "p99", "times", "bar", "met"}], "notes"}
     """  # noqa: D301  \b is click's
     signal.signal(signal.SIGTERM, _terminated)
+    chosen = tuple(name for name in faults.split(",") if name)
+    if unknown := [name for name in chosen if name not in FAULTS]:
+        raise ConfigError(f"--faults {unknown[0]} is not known", hint=f"known: {', '.join(FAULTS)}")
     share = _share(agents)
     about = facts(os.getcwd())
-    control = Control(agents, ranks, kills, seconds, share)
+    control = Control(agents, ranks, kills, seconds, share, chosen)
     asyncio.run(control.run())
     about["load"] = f"{about['load']} before, {load()} after"
     if as_document:
-        spelled = f"ckptsvc bench control --agents {agents} --ranks {ranks} --kills {kills} --seconds {seconds:g}"
+        spelled = f"ckptsvc bench control --agents {agents} --ranks {ranks} --kills {kills}"
+        spelled += f" --faults {faults} --seconds {seconds:g}"
         rows = [row.document() for row in control.rows]
         emit({"facts": about, "command": spelled, "rows": rows, "notes": control.notes})
     else:
@@ -89,6 +98,3 @@ def _show(screen: Screen, about: dict[str, str], control: Control) -> None:
     screen.line()
     for note in control.notes:
         screen.line(note)
-
-
-__all__ = ["Row", "command"]

@@ -33,8 +33,13 @@ SPARES = 4
 PATIENCE = 300.0
 """Seconds after which something counts as stuck."""
 
-SETTLE = 2.0
-"""Seconds between two things that are measured."""
+SETTLE = 0.5
+"""Seconds between two looks whether the coordinator has become quiet, before the next thing is measured."""
+
+QUIET = 0.8
+"""Cores that it may use then."""
+
+FAULTS = ("rank", "node", "cut", "frozen")
 
 TENSORS = 16
 """Tensors of the checkpoint; every rank holds a part of each."""
@@ -98,6 +103,7 @@ class Control:
         kills: times that each fault is tried.
         seconds: for which the steady state is watched.
         share: agents on one connection.
+        faults: which ones.
 
     Attributes:
         rows, notes: what was found.
@@ -108,6 +114,7 @@ class Control:
     kills: int
     seconds: float
     share: int = 1
+    faults: tuple[str, ...] = FAULTS
     rows: list[Row] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _service: Service = field(init=False)
@@ -180,7 +187,7 @@ class Control:
 
     async def _watch(self) -> None:
         note("the steady state")
-        await asyncio.sleep(SETTLE)
+        await self._quiet()
         began, used, own = time.monotonic(), self._service.cpu(), time.process_time()
         traffic, reports = self._fleet.traffic, self._fleet.reports
         await asyncio.sleep(self.seconds)
@@ -222,9 +229,9 @@ class Control:
         """Wait until the coordinator has taken in what was sent."""
         used = self._service.cpu()
         while True:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(SETTLE)
             now = self._service.cpu()
-            if not self._fleet.waiting and now - used < 0.4:
+            if not self._fleet.waiting and now - used < QUIET * SETTLE:
                 return
             used = now
 
@@ -232,12 +239,14 @@ class Control:
         fleet = self._fleet
         plain = [agent for agent in fleet.agents if agent.bell is None]
         doors = [agent for agent in fleet.agents if agent.bell is not None]
-        for what, do, among, kind, bar in (
-            ("a rank is killed", fleet.kill_rank, plain, "stop", RANK_DEATH),
-            ("a node ends", fleet.cut, doors, "stop", NODE_LOSS),
-            ("a node is cut off", fleet.silence, doors, "stop", NODE_LOSS),
-            ("a rank is frozen", self._freeze, plain, "kill", HANG),
+        for name, what, do, among, kind, bar in (
+            ("rank", "a rank is killed", fleet.kill_rank, plain, "stop", RANK_DEATH),
+            ("node", "a node ends", fleet.cut, doors, "stop", NODE_LOSS),
+            ("cut", "a node is cut off", fleet.silence, doors, "stop", NODE_LOSS),
+            ("frozen", "a rank is frozen", self._freeze, plain, "kill", HANG),
         ):
+            if name not in self.faults:
+                continue
             note(what)
             found = []
             for _ in range(self.kills):
@@ -259,7 +268,7 @@ class Control:
     async def _fault(self, do: Callable[[Agent], None], victim: Agent, kind: str) -> tuple[float, float, float, float]:
         """Seconds until it is known, until the last agent has been told to stop, and to start; CPU until known."""
         fleet = self._fleet
-        await asyncio.sleep(SETTLE)
+        await self._quiet()
         fleet.seen.clear()
         running = sum(agent.runs for agent in fleet.agents)
         began, used = time.monotonic(), self._service.cpu()
@@ -281,7 +290,7 @@ class Control:
         self._fleet.seen.clear()
         self._service.kill()
         began = time.monotonic()
-        self._service.start()
+        await asyncio.to_thread(self._service.start)
         up = time.monotonic()
         await self._fleet.wait("epoch_allotted", self._all, PATIENCE)
         back = max((await self._fleet.wait("holders", self._all, PATIENCE)).values())

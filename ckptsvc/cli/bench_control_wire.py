@@ -37,6 +37,11 @@ def _literal(name: str, value: str) -> bytes:
     return b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in (name, value))
 
 
+_PINGED, _PONG = _frame(_PING, 0, 0, bytes(8))[:9], _frame(_PING, _ACK, 0, bytes(8))[:9]
+_PING_BYTES = 17
+
+_READ = bytearray(1 << 16)
+
 _HELLO = (
     b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     + _frame(_SETTINGS, 0, 0, _SETTING.pack(_INITIAL_WINDOW, _WIDE))
@@ -61,7 +66,7 @@ class Call:
     outgoing: deque[memoryview] = field(default_factory=deque)  # what the windows have not let through yet
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """One connection, with a call for each agent on it.
 
     Attributes:
@@ -136,9 +141,17 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> bytearray:
+        """One for all connections: it is empty again before the next one reads."""
+        return _READ
+
+    def buffer_updated(self, nbytes: int) -> None:
         """Frames, or parts of them."""
-        self.received += len(data)
+        self.received += nbytes
+        data = bytes(memoryview(_READ)[:nbytes])
+        if data.startswith(_PINGED) and nbytes == _PING_BYTES and not self._buffer:  # nearly all there is to read
+            self._write(_PONG + data[9:])
+            return
         buffer, at = self._buffer, 0
         buffer += data
         while len(buffer) - at >= 9:

@@ -58,8 +58,8 @@ compute. Loggers and monitors beside it use less."""
 
 SAMPLE = 64
 SAMPLES = 2
-"""Nodes, beside those that have reported, that are examined first where there are many times more, and how often: that a
-rank is stopped and the job is not can be seen in a moment, the evidence of 100,000 ranks takes seconds."""
+"""Nodes, beside those that have reported, that are examined first where there are many times more, and how often: that
+a rank is stopped and the job is not can be seen in a moment, the evidence of 100,000 ranks takes seconds."""
 
 SAMPLES_FROM = 4
 """Times `SAMPLE` nodes from which on there are many."""

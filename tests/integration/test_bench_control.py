@@ -35,22 +35,22 @@ def rows(document):
 
 
 def test_every_fault_is_known_and_the_job_starts_again():
-    document = bench("--agents", "40", "--ranks", "3", "--kills", "1", "--seconds", "1")
+    document = bench("--agents", "40", "--ranks", "3", "--kills", "1", "--seconds", "1", "--faults", "rank,cut")
     found = rows(document)
     assert not [note for note in document["notes"] if "failed" in note]
-    for fault in ("a rank is killed", "a node ends", "a node is cut off", "a rank is frozen"):
+    for fault in ("a rank is killed", "a node is cut off"):
         known, stopped, started = (
             found[f"{fault}: until {what}"]["median"]
             for what in ("that is known", "all agents are told to stop", "all are told to start again")
         )
         assert 0 < known <= stopped < started
-    assert found["a rank is frozen: until that is known"]["median"] > 4.0  # its agent has to wait for so long
     assert found["steady state: coordinator"]["median"] > 0
     assert found["steady state: messages to the coordinator"]["median"] > 40
     assert found["commit: until the last agent hears"]["median"] > 0
     assert found["coordinator killed: from then until all agents are back"]["median"] > 0
 
 
+@pytest.mark.slow
 def test_agents_share_connections_where_there_are_too_few_descriptors_and_that_is_said():
     document = bench("--agents", "40", "--ranks", "2", "--kills", "1", "--seconds", "1", files=256 + 25)
     assert "2 of them on a connection" in " ".join(document["notes"])
@@ -63,4 +63,6 @@ def test_agents_share_connections_where_there_are_too_few_descriptors_and_that_i
 @pytest.mark.timeout(600)
 def test_a_thousand_agents():
     found = rows(bench("--agents", "1000", "--ranks", "12", "--kills", "2", "--seconds", "5"))
+    assert found["a node ends: until that is known"]["times"] == 2
     assert found["a rank is frozen: until that is known"]["times"] == 2
+    assert found["a rank is frozen: until that is known"]["median"] > 4.0  # its agent has to wait for so long
