@@ -7,8 +7,6 @@ import os
 import resource
 import signal
 import sys
-from types import FrameType
-from typing import NoReturn
 
 import click
 
@@ -46,14 +44,16 @@ def command(agents: int, ranks: int, kills: int, faults: str, seconds: float, as
     \b
     JSON: {"facts", "command", "rows": [{"what", "unit", "median", "p99", "times", "bar", "met"}], "notes"}
     """  # noqa: D301  \b is click's
-    signal.signal(signal.SIGTERM, _terminated)
     chosen = tuple(name for name in faults.split(",") if name)
     if unknown := [name for name in chosen if name not in FAULTS]:
         raise ConfigError(f"--faults {unknown[0]} is not known", hint=f"known: {', '.join(FAULTS)}")
     share = _share(agents)
     about = facts(os.getcwd())
     control = Control(agents, ranks, kills, seconds, share, chosen)
-    asyncio.run(control.run())
+    try:
+        asyncio.run(_until_told_to_stop(control))
+    except asyncio.CancelledError:
+        sys.exit(128 + signal.SIGTERM)
     about["load"] = f"{about['load']} before, {load()} after"
     if as_document:
         spelled = f"ckptsvc bench control --agents {agents} --ranks {ranks} --kills {kills}"
@@ -64,9 +64,11 @@ def command(agents: int, ranks: int, kills: int, faults: str, seconds: float, as
         _show(Screen(), about, control)
 
 
-def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+async def _until_told_to_stop(control: Control) -> None:
     """SIGTERM ends the benchmark as Ctrl-C does: the coordinator and its files go first."""
-    sys.exit(128 + number)
+    running = asyncio.ensure_future(control.run())
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
+    await running
 
 
 def _share(agents: int) -> int:

@@ -144,6 +144,7 @@ class Fleet:
     culprit: int = -1  # the rank that is stopped
     _bell: Doorbell | None = None
     _connections: dict[int, Connection] = field(default_factory=dict)
+    _closed: bool = False
     _made: list[Connection] = field(default_factory=list)
     _dialling: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DIALLING))
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -191,7 +192,7 @@ class Fleet:
         """The coordinator is gone: look for the next one."""
         if agent.connection is connection:
             agent.connection = agent.call = None
-        if not agent.lost:
+        if not agent.lost and not self._closed:
             self._spawn(self._connect(agent))
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
@@ -201,6 +202,7 @@ class Fleet:
 
     async def close(self) -> None:
         """Hang up all."""
+        self._closed = True
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

@@ -3,9 +3,11 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,20 @@ def test_a_thousand_agents():
     assert found["a node ends: until that is known"]["times"] == 2
     assert found["a rank is frozen: until that is known"]["times"] == 2
     assert found["a rank is frozen: until that is known"]["median"] > 4.0  # its agent has to wait for so long
+
+
+def test_told_to_stop_it_ends_its_coordinator_and_says_nothing_unseemly(tmp_path):
+    with tempfile.TemporaryDirectory(prefix="ckptsvc-test-", dir="/tmp") as sockets:
+        environ = os.environ | {"CKPTSVC_AGENT_SOCKET_DIR": sockets}
+        with open(tmp_path / "said", "wb") as said:
+            running = subprocess.Popen(
+                [*COMMAND, "--agents", "8", "--ranks", "2"], env=environ, stdout=said, stderr=said
+            )
+        deadline = time.monotonic() + 60
+        while "steady" not in (tmp_path / "said").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        running.terminate()
+        assert running.wait(60) == 128 + signal.SIGTERM
+        assert "Traceback" not in (tmp_path / "said").read_text()
+        assert not list(Path(sockets).iterdir())
