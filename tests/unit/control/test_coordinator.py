@@ -152,6 +152,16 @@ def test_a_stop_that_was_asked_for_before_there_were_ranks_reaches_them(driver):
     assert "n0: stop_at" in kinds(driver.core.tick(2.1))
 
 
+def test_a_launched_job_that_has_ended_is_forgotten_after_a_while(driver):
+    driver.tell(node_joined("n0", min_nodes=1, max_nodes=1, nproc=1))
+    driver.tell(node_ready("n0"))
+    driver.tell(pb.RankExited(job="job", node="n0", attempt=1, rank=0, status=0))
+    driver.core.tick(FORGET_AFTER - 1.0)
+    assert list(driver.core.launched) == ["job"]
+    driver.core.tick(FORGET_AFTER + 10.0)
+    assert not driver.core.launched
+
+
 def test_a_launched_job_ends_with_what_is_committed(driver):
     driver.tell(node_joined("n0", min_nodes=1, max_nodes=1, nproc=1))
     driver.tell(node_ready("n0"))
