@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import select
 import socket
 
 from ckptsvc.control.effects import Answer
@@ -30,15 +32,28 @@ async def hang_up(address: str) -> tuple[asyncio.Server, int]:
 
 async def ring(address: str, port: int) -> Answer:
     """Whether there is still somebody at the door."""
-    try:
-        connecting = asyncio.open_connection(address, port, family=_family(address))
-        _, writer = await asyncio.wait_for(connecting, RING_TIMEOUT)
-    except ConnectionRefusedError:
-        return Answer.GONE
-    except OSError:  # a timeout too: no route, no name, no answer
-        return Answer.SILENT
-    writer.close()
+    connect = asyncio.get_running_loop().sock_connect
+    with socket.socket(_family(address), socket.SOCK_STREAM) as door:
+        door.setblocking(False)
+        try:
+            await asyncio.wait_for(connect(door, (address, port)), RING_TIMEOUT)
+        except ConnectionRefusedError:
+            return Answer.GONE
+        except TimeoutError:
+            return _heard(door)
+        except OSError:  # no route, no name
+            return Answer.SILENT
     return Answer.UP
+
+
+def _heard(door: socket.socket) -> Answer:
+    """What the kernel knows: a process that was too busy to look in time must not take that for silence."""
+    waiting = select.poll()
+    waiting.register(door, select.POLLOUT)
+    if not waiting.poll(0):
+        return Answer.SILENT
+    error = door.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return {0: Answer.UP, errno.ECONNREFUSED: Answer.GONE}.get(error, Answer.SILENT)
 
 
 def _family(address: str) -> socket.AddressFamily:

@@ -46,6 +46,9 @@ TICK = 0.2
 KEPT_INCIDENTS = 256
 """Incidents kept in memory, of all jobs together."""
 
+RINGS = 256
+"""Launchers that are looked after at the same time: when ten thousand agents are lost at once, descriptors are not."""
+
 LIST_TIMEOUT = 10.0
 """Seconds to read or write the list of nodes that have failed; it may be on a file system that hangs."""
 
@@ -88,7 +91,7 @@ class CoordinatorShell:
         self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
         self.term, self.dropped = term, 0
         self._state = state
-        self._listing = asyncio.Lock()
+        self._listing, self._ringing = asyncio.Lock(), asyncio.Semaphore(RINGS)
         self._workers, self._may_act = workers, may_act
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -166,7 +169,8 @@ class CoordinatorShell:
         elif isinstance(effect, Commit):
             self._execute(self.core.commit_done(await self._commit(effect), time.monotonic()))
         elif isinstance(effect, Probe):
-            answer = await ring(effect.address, effect.port)
+            async with self._ringing:
+                answer = await ring(effect.address, effect.port)
             self._execute(self.core.probed(Probed(effect.job, effect.node, answer), time.monotonic()))
         elif isinstance(effect, ReadNodes):
             self._execute(self.core.nodes_read(NodesRead(await self._read_nodes()), time.monotonic()))
