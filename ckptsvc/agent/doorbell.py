@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import select
 import socket
 
 from ckptsvc.control.effects import Answer
@@ -43,13 +45,13 @@ async def ring(address: str, port: int) -> Answer:
     try:
         async with asyncio.timeout_at(deadline):
             found = await loop.getaddrinfo(address, port, family=_family(address), type=socket.SOCK_STREAM)
-            host, every = str(found[0][4][0]), RING_TIMEOUT / RINGS
-            tries = [asyncio.ensure_future(_try(host, port, number * every)) for number in range(RINGS)]
-            for answered in asyncio.as_completed(tries):
-                answer = await answered
-                if answer is not Answer.SILENT:
-                    return answer
-    except OSError:  # a timeout too: no route, no name, no answer
+        host, every = str(found[0][4][0]), RING_TIMEOUT / RINGS
+        tries = [asyncio.ensure_future(_try(host, port, number * every, deadline)) for number in range(RINGS)]
+        for answered in asyncio.as_completed(tries):
+            answer = await answered
+            if answer is not Answer.SILENT:
+                return answer
+    except OSError:  # a timeout too: no name
         pass
     finally:
         for each in tries:
@@ -58,16 +60,31 @@ async def ring(address: str, port: int) -> Answer:
     return Answer.SILENT
 
 
-async def _try(host: str, port: int, delay: float) -> Answer:
+async def _try(host: str, port: int, delay: float, deadline: float) -> Answer:
     await asyncio.sleep(delay)
-    try:
-        _, writer = await asyncio.open_connection(host, port)
-    except ConnectionRefusedError:
-        return Answer.GONE
-    except OSError:
-        return Answer.SILENT
-    writer.close()
+    loop = asyncio.get_running_loop()
+    with socket.socket(_family(host), socket.SOCK_STREAM) as door:
+        door.setblocking(False)
+        try:
+            async with asyncio.timeout_at(deadline):
+                await loop.sock_connect(door, (host, port))
+        except ConnectionRefusedError:
+            return Answer.GONE
+        except TimeoutError:
+            return _heard(door)
+        except OSError:  # no route
+            return Answer.SILENT
     return Answer.UP
+
+
+def _heard(door: socket.socket) -> Answer:
+    """What the kernel knows: a process that was too busy to look in time must not take that for silence."""
+    waiting = select.poll()
+    waiting.register(door, select.POLLOUT)
+    if not waiting.poll(0):
+        return Answer.SILENT
+    error = door.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    return {0: Answer.UP, errno.ECONNREFUSED: Answer.GONE}.get(error, Answer.SILENT)
 
 
 def _family(address: str) -> socket.AddressFamily:

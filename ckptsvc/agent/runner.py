@@ -46,13 +46,17 @@ TICK = 0.2
 KEPT_INCIDENTS = 256
 """Incidents kept in memory, of all jobs together."""
 
+RINGS = 256
+"""Launchers that are looked after at the same time: when ten thousand agents are lost at once, descriptors are not."""
+
 LIST_TIMEOUT = 10.0
 """Seconds to read or write the list of nodes that have failed; it may be on a file system that hangs."""
 
 MAX_SKEW = 30.0
 """Seconds by which a node's clock may differ unsaid: certificates, and what people make of two logs, need no better."""
 
-Deliver = Callable[[pb.Order], None]
+Deliver = Callable[[pb.Order | None], None]
+"""Takes an order to an agent; None when there will be no more."""
 
 
 class CoordinatorShell:
@@ -70,7 +74,6 @@ class CoordinatorShell:
         incidents: the latest, by job and id, oldest first.
         on_incident: called with every incident, and again whenever there is more to say of it.
         dropped: effects that came too late.
-        ended: set when it has stopped.
     """
 
     def __init__(
@@ -86,9 +89,9 @@ class CoordinatorShell:
         self.core = Coordinator(save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2))
         self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
         self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
-        self.term, self.dropped, self.ended = term, 0, asyncio.Event()
+        self.term, self.dropped = term, 0
         self._state = state
-        self._listing = asyncio.Lock()
+        self._listing, self._ringing = asyncio.Lock(), asyncio.Semaphore(RINGS)
         self._workers, self._may_act = workers, may_act
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -124,7 +127,8 @@ class CoordinatorShell:
 
     async def stop(self) -> None:
         """Cancel what is running."""
-        self.ended.set()
+        for deliver in self._peers.values():
+            deliver(None)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -165,7 +169,8 @@ class CoordinatorShell:
         elif isinstance(effect, Commit):
             self._execute(self.core.commit_done(await self._commit(effect), time.monotonic()))
         elif isinstance(effect, Probe):
-            answer = await ring(effect.address, effect.port)
+            async with self._ringing:
+                answer = await ring(effect.address, effect.port)
             self._execute(self.core.probed(Probed(effect.job, effect.node, answer), time.monotonic()))
         elif isinstance(effect, ReadNodes):
             self._execute(self.core.nodes_read(NodesRead(await self._read_nodes()), time.monotonic()))

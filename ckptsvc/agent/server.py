@@ -47,7 +47,7 @@ from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import parse_duration
-from ckptsvc.rpc.channel import BETWEEN, KEEPALIVE, OPTIONS
+from ckptsvc.rpc.channel import BETWEEN, OPTIONS, SERVER_KEEPALIVE
 from ckptsvc.rpc.dial import sockets
 from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.proof import Gate
@@ -232,7 +232,7 @@ class Agent:
         reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), local)
         # The other port is open to every user of the host: whoever does not know the secret is told nothing there.
         gate = Gate(self.secret, self.metrics.calls_refused.inc)
-        between = grpc.aio.server(interceptors=[gate], options=[*OPTIONS, *KEEPALIVE, *BETWEEN])
+        between = grpc.aio.server(interceptors=[gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
         coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name), between)
         require_loopback(settings.listen.host, f"agent.listen is {settings.listen}")
         try:

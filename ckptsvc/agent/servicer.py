@@ -167,29 +167,22 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             shell = self._shell_of(hello.job, hello.term)
         except CkptsvcError as error:
             await context.abort(*trailers_of(error))
-        orders: asyncio.Queue[pb.Order] = asyncio.Queue()
+        orders: asyncio.Queue[pb.Order | None] = asyncio.Queue()
         deliver = orders.put_nowait
         shell.attend(node, deliver)
         reading = asyncio.ensure_future(self._read(shell, node, request_iterator))
-        getting = asyncio.ensure_future(orders.get())
-        ended = asyncio.ensure_future(shell.ended.wait())
+        reading.add_done_callback(lambda task: deliver(None))
         try:
-            while not ended.done():
-                await asyncio.wait((reading, getting, ended), return_when=asyncio.FIRST_COMPLETED)
-                if getting.done():
-                    yield getting.result()
-                    getting = asyncio.ensure_future(orders.get())
-                elif reading.done():
-                    return
+            while (order := await orders.get()) is not None:
+                yield order
         finally:
             reading.cancel()
-            getting.cancel()
-            ended.cancel()
             shell.depart(node, deliver)
 
     async def _read(self, shell: CoordinatorShell, node: str, reports: AsyncIterator[pb.Report]) -> None:
-        async for report in reports:
-            shell.report(node, report)
+        async for message in reports:
+            for report in (message, *message.more):
+                shell.report(node, report)
 
     @_errors
     async def ListComplete(self, request: pb.ListCompleteRequest, context: Any) -> agent_pb2.ListSnapshotsResponse:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Protocol
 
 import grpc
@@ -31,6 +31,16 @@ RECONNECT = 0.3
 LIST_TIMEOUT = 10.0
 """Seconds a coordinator has to say which snapshots are complete."""
 
+BACKOFF = [("grpc.initial_reconnect_backoff_ms", 300), ("grpc.max_reconnect_backoff_ms", 2000)]
+"""gRPC's own pauses between connections; by default they grow to two minutes."""
+
+GATHER = 0.02
+"""Seconds after a message in which further reports wait for each other: a message costs the coordinator ten times as
+much as a report in it."""
+
+BUNDLE = 1 << 20
+"""Bytes of reports in one message, unless a single one is larger."""
+
 
 class Uplink(Protocol):
     """The way to one coordinator."""
@@ -51,8 +61,12 @@ class LocalUplink:
     def __init__(self, node: str, shell: CoordinatorShell, on_order: Callable[[pb.Order], None]) -> None:
         self._node, self._shell = node, shell
         loop = asyncio.get_running_loop()
-        # Not at once: an order must not change what its cause is still working on.
-        shell.attend(node, lambda order: (loop.call_soon(on_order, order), None)[1])
+
+        def deliver(order: pb.Order | None) -> None:
+            if order is not None:  # not at once: an order must not change what its cause is still working on
+                loop.call_soon(on_order, order)
+
+        shell.attend(node, deliver)
 
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator."""
@@ -88,7 +102,7 @@ class RemoteUplink:
         self._address, self._secret = numeric(address), secret
         self._hello, self._on_order, self._resync = hello, on_order, resync
         self._queue: asyncio.Queue[pb.Report | None] | None = None
-        self._channel = grpc.aio.insecure_channel(self._address, options=[*OPTIONS, *KEEPALIVE])
+        self._channel = grpc.aio.insecure_channel(self._address, options=[*OPTIONS, *KEEPALIVE, *BACKOFF])
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
         self._task = asyncio.ensure_future(self._run())
 
@@ -155,6 +169,32 @@ class RemoteUplink:
         return await proof.ask(self._channel, self._address, self._secret, method)
 
     @staticmethod
-    async def _reports(reports: asyncio.Queue[pb.Report | None]) -> AsyncIterator[pb.Report]:
-        while (report := await reports.get()) is not None:
-            yield report
+    async def _reports(queue: asyncio.Queue[pb.Report | None]) -> AsyncIterator[pb.Report]:
+        hello = await queue.get()
+        if hello is None:
+            return
+        yield hello
+        while True:
+            waiting = [await queue.get()]
+            while not queue.empty():
+                waiting.append(queue.get_nowait())
+            for message in bundles(report for report in waiting if report is not None):
+                yield message
+            if None in waiting:
+                return
+            await asyncio.sleep(GATHER)
+
+
+def bundles(reports: Iterable[pb.Report]) -> Iterator[pb.Report]:
+    """Put reports, in their order, into as few messages as make sense."""
+    bundle: list[pb.Report] = []
+    nbytes = 0
+    for report in reports:
+        size = report.ByteSize()
+        if bundle and nbytes + size > BUNDLE:
+            yield bundle[0] if len(bundle) == 1 else pb.Report(more=bundle)
+            bundle, nbytes = [], 0
+        bundle.append(report)
+        nbytes += size
+    if bundle:
+        yield bundle[0] if len(bundle) == 1 else pb.Report(more=bundle)

@@ -41,7 +41,7 @@ _STAGED = 2
 """Copies that a peer makes that saves in the background."""
 
 
-OTHERS = {"faults": "ckptsvc.cli.bench_faults"}
+OTHERS = {"control": "ckptsvc.cli.bench_control", "faults": "ckptsvc.cli.bench_faults"}
 """Benchmarks with options of their own."""
 
 
@@ -82,6 +82,7 @@ def command(
     small    as save, for 20,000 tensors of 4 to 64 KiB, against torch's dcp.save
     overlap  slowdown of a compute loop beside a save, training time lost in all
     faults   what becomes of a job that is hurt; with options of its own: ckptsvc bench faults --help
+    control  cost and speed of a job's coordinator; with options of its own: ckptsvc bench control --help
 
     Limits (memcpy, direct write, cold read), ckptsvc and the systems given with --vs take turns, so that the moods of a
     shared machine fall on all alike. Medians are shown with minimum and maximum. A bar that is not met does not fail

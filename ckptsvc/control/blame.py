@@ -8,6 +8,7 @@ what sets one rank apart from those that wait for it.
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -165,6 +166,9 @@ _FUNCTION = re.compile(r"\s*(?:[\w<>]+\.)*([\w<>]+|\.+)")
 _LONG_PATH = re.compile(r"\((?:[^()]*/)?([^()/]+/[^()/]+:\d+\))$")
 _BACKWARD = "_engine_run_backward"
 
+_STACKS = 256
+"""Different stacks of which is remembered what they say: in a job of 100,000 ranks nearly all are the same."""
+
 
 def waits(evidence: pb.RankEvidence) -> bool:
     """Whether the rank waits for others: by its flight recorder, by its stack, or because it is idle."""
@@ -177,14 +181,22 @@ def waits(evidence: pb.RankEvidence) -> bool:
     return evidence.state == "S" and evidence.cpu <= IDLE
 
 
+@functools.lru_cache(maxsize=_STACKS)
 def functions(stack: str) -> tuple[str, ...]:
     """The functions of a stack, outermost first, without their classes: not everybody who looks can tell those."""
     return tuple(match[1] for line in stack.splitlines() if (match := _FUNCTION.match(line)))
 
 
 def _stack_waits(evidence: pb.RankEvidence) -> bool:
-    inner = functions(evidence.stack)[-4:]
-    return any(map(_WAITS_IN_TORCH.match, inner)) or (_BACKWARD in inner and evidence.cpu <= IDLE)
+    in_torch, in_backward = _waits_where(evidence.stack)
+    return in_torch or (in_backward and evidence.cpu <= IDLE)
+
+
+@functools.lru_cache(maxsize=_STACKS)
+def _waits_where(stack: str) -> tuple[bool, bool]:
+    """Whether a stack ends in a collective, and whether in the backward pass, which may wait for one."""
+    inner = functions(stack)[-4:]
+    return any(map(_WAITS_IN_TORCH.match, inner)), _BACKWARD in inner
 
 
 def _in(evidence: pb.RankEvidence) -> str:
@@ -248,9 +260,11 @@ def _collectives(scene: Scene) -> Found:
 
 def _stacks(scene: Scene) -> Found:
     """Most wait in a collective, and this one is somewhere else."""
-    known = {r: functions(e.stack) for r, e in scene.ranks.items() if functions(e.stack)}
-    waiting = [r for r in known if _stack_waits(scene.ranks[r])]
-    elsewhere = [r for r in known if r not in waiting]
+    known = {r: stack for r, e in scene.ranks.items() if (stack := functions(e.stack))}
+    waiting: list[int] = []
+    elsewhere: list[int] = []
+    for rank in known:
+        (waiting if _stack_waits(scene.ranks[rank]) else elsewhere).append(rank)
     if waiting and 0 < len(elsewhere) <= len(waiting):
         for rank in elsewhere:
             here = _innermost(scene.ranks[rank])

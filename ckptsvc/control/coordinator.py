@@ -114,7 +114,7 @@ class Coordinator:
         """Whatever time alone decides; call it a few times a second."""
         decision = Decision()
         for job in self.jobs.values():
-            known = dict(job.ranks) if job.away else {}
+            known = dict(job.ranks) if job.overdue(now) else {}
             decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
             for rank in known.keys() - job.ranks.keys():
                 self.health.missing(job, rank, known[rank])
@@ -130,6 +130,9 @@ class Coordinator:
                 del self.jobs[name]
                 self.incidents.forget(name)
                 self.nics.pop(name, None)
+        for name, attempts in list(self.launched.items()):
+            if attempts.phase is Phase.ENDED and now - attempts.ended > FORGET_AFTER:
+                del self.launched[name]
         return decision.add(self._epochs(now)).add(self._keep_nodes(now))
 
     def _keep_nodes(self, now: float) -> Decision:

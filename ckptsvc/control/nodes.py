@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ckptsvc.rpc.v1 import agent_pb2
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Node:
     """One `ckptsvc run`.
 

@@ -106,6 +106,7 @@ class Attempts:
     nodes: dict[str, Node] = field(default_factory=dict)
     running: dict[int, str] = field(default_factory=dict)  # rank -> node
     hosts: set[str] = field(default_factory=set)  # nodes with ranks of the attempt
+    unready: set[str] = field(default_factory=set)  # those of them that are there, and have not stopped their ranks
     places: dict[str, float] = field(default_factory=dict)  # where they stand, smaller is further in front
     world: int = 0  # ranks of the attempt; 0: not known
     statuses: dict[int, int] = field(default_factory=dict)
@@ -141,6 +142,7 @@ class Attempts:
         if node.doorbell != event.doorbell:
             node.doorbell, node.rung = event.doorbell, False
             decision.add(self._ring(node))  # to find out whether it can be heard from here
+        self._count(node)
         return decision.add(self._adopt(event, now)) if event.attempt else decision
 
     def _adopt(self, event: pb.NodeJoined, now: float) -> Decision:
@@ -154,11 +156,13 @@ class Attempts:
             self.restarts = max(self.restarts, event.attempt - 1)
             self.running, self.hosts, self.statuses, self.suspects = here, {event.node}, {}, {}
             self.places, self.world, self.began = {event.node: event.first_rank}, event.world_size, now
+            self._count_all()
             return stale
         stranger = self.gathered and self.phase is Phase.RUNNING and event.node not in self.hosts
         self.running.update(here)
         self.hosts.add(event.node)
         self.places[event.node] = event.first_rank
+        self._count(self.nodes[event.node])
         if stranger:  # spares were heard of before the nodes that ran, and were started beside them
             why = f"node {event.node} runs attempt {event.attempt} of an earlier coordinator"
             return self._fail(why, now)
@@ -177,6 +181,7 @@ class Attempts:
             del self.nodes[event.node]  # of a job of this name that has ended; the order to end was lost
             return self._end_node(event.node, *self.predecessor)
         before, node.ready, node.port = node.ready, event.attempt, event.port
+        self._count(node)
         if self.phase is Phase.RUNNING:
             if event.node not in self.hosts and event.attempt == self.attempt:
                 return self._fail(f"node {event.node} has stopped attempt {self.attempt} already", now)
@@ -187,9 +192,21 @@ class Attempts:
             return self._fail(f"node {event.node} has no rank of attempt {self.attempt} any more", now)
         if event.attempt < self.attempt:
             self.hosts.discard(event.node)  # the order to start never reached it, so there is nothing to stop
+            self._count(node)
         elif event.attempt > self.attempt:  # an earlier coordinator has got that far
             self.attempt, self.restarts = event.attempt, max(self.restarts, event.attempt)
+            self._count_all()
         return self._start_if_ready(now)
+
+    def _count(self, node: Node) -> None:
+        """Whether the node holds up the next attempt: all nodes are asked after each of ten thousand has answered."""
+        if node.name in self.hosts and node.ready != self.attempt:
+            self.unready.add(node.name)
+        else:
+            self.unready.discard(node.name)
+
+    def _count_all(self) -> None:
+        self.unready = {n.name for n in self.nodes.values() if n.name in self.hosts and n.ready != self.attempt}
 
     def agent_lost(self, name: str, now: float) -> Decision:
         """The connection to a node's agent has ended: see whether the node is still there."""
@@ -280,6 +297,7 @@ class Attempts:
         """A launcher is gone."""
         if self.nodes.pop(name, None) is None or self.phase is Phase.ENDED:
             return Decision()
+        self.unready.discard(name)
         gone = f"node {name} is gone ({detail[:SHOWN]})"
         if name in self.hosts and any(rank not in self.statuses for rank, n in self.running.items() if n == name):
             self._strike(name, LOST, detail[:SHOWN], now)
@@ -335,7 +353,7 @@ class Attempts:
         return self.attempt > 0 and sum(n.ready == self.attempt for n in self.nodes.values()) >= self.max_nodes
 
     def _start_if_ready(self, now: float) -> Decision:
-        if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes:
+        if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes or self.unready:
             return Decision()
         waited = now - self.since
         more = (self.inherited or len(self.nodes) < self.max_nodes) and not self._all_have_stopped
@@ -347,11 +365,9 @@ class Attempts:
         chosen = choose(self.nodes.values(), self.min_nodes, self.max_nodes, bad.__contains__, self.places)
         if not self.gathered and waited < LAST_CALL and any(node.name in bad for node in chosen):
             return Decision()  # a better one may come
-        for node in self.nodes.values():
-            # A node without ranks of the last attempt has nothing to stop.
-            stops = node.name in self.hosts and node.ready != self.attempt
-            if stops or (node in chosen and (node.ready < 0 or node.away_since is not None)):
-                return Decision()
+        # A node without ranks of the last attempt has nothing to stop, and may be ready for nothing yet.
+        if any(node.ready < 0 or node.away_since is not None for node in chosen):
+            return Decision()
         return self._start(chosen, now)
 
     def _start(self, chosen: list[Node], now: float) -> Decision:
@@ -360,6 +376,7 @@ class Attempts:
         self.phase, self.since, self.began, self.gathered = Phase.RUNNING, now, now, True
         self.running, self.hosts, self.statuses, self.suspects = {}, {n.name for n in chosen}, {}, {}
         self.world, self.places = world, {n.name: float(place) for place, n in enumerate(chosen)}
+        self._count_all()
         spares = sorted(self.nodes.keys() - self.hosts)
         without = f"; without {', '.join(spares)}" if spares else ""
         text = f"attempt {self.attempt} starts: {world} ranks on {len(chosen)} nodes{without}"

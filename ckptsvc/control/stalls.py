@@ -78,6 +78,7 @@ class Stalls:
     attempt: int
     limits: Limits
     looks_every: float = 0.25
+    patience: float = 0.0  # seconds after which a stall is reported, unless the process is stopped (see control.pace)
     _ranks: dict[int, _Rank] = field(default_factory=dict)
     _gaps: dict[str, Gaps] = field(default_factory=dict)
     _looked: float | None = None
@@ -176,7 +177,7 @@ class Stalls:
         return [pb.Report(slowed=event)]
 
     def _changes(self) -> list[pb.Report]:
-        late = {rank: self.quiet(rank) for rank in self.suspicious() if self.quiet(rank) > self.allowed(rank)}
+        late = {rank: self.quiet(rank) for rank in self.suspicious() if self.quiet(rank) > self._told_after(rank)}
         told = self._told
         if told in late or (told is None and not late):
             return []
@@ -185,6 +186,9 @@ class Stalls:
         if told is not None:
             changes.append(pb.Report(moved=pb.Moved(job=self.job, attempt=self.attempt, rank=told)))
         return changes
+
+    def _told_after(self, rank: int) -> float:
+        return self.allowed(rank) + (0.0 if self._ranks[rank].stopped else self.patience)
 
     def _stalled(self, rank: int) -> pb.Report:
         known = self._ranks[rank]

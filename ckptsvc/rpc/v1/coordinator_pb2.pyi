@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Report(_message.Message):
-    __slots__ = ("agent_hello", "rank_joined", "rank_left", "announced", "progressed", "staged", "durable", "shard_failed", "skipped", "dropped", "node_joined", "node_ready", "rank_exited", "node_left", "stop_requested", "rewound", "stalled", "moved", "examined", "nic_summary", "slowed")
+    __slots__ = ("agent_hello", "rank_joined", "rank_left", "announced", "progressed", "staged", "durable", "shard_failed", "skipped", "dropped", "node_joined", "node_ready", "rank_exited", "node_left", "stop_requested", "rewound", "stalled", "moved", "examined", "nic_summary", "slowed", "more")
     AGENT_HELLO_FIELD_NUMBER: _ClassVar[int]
     RANK_JOINED_FIELD_NUMBER: _ClassVar[int]
     RANK_LEFT_FIELD_NUMBER: _ClassVar[int]
@@ -29,6 +29,7 @@ class Report(_message.Message):
     EXAMINED_FIELD_NUMBER: _ClassVar[int]
     NIC_SUMMARY_FIELD_NUMBER: _ClassVar[int]
     SLOWED_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
     agent_hello: AgentHello
     rank_joined: RankJoined
     rank_left: RankLeft
@@ -50,7 +51,8 @@ class Report(_message.Message):
     examined: Examined
     nic_summary: NicSummary
     slowed: Slowed
-    def __init__(self, agent_hello: _Optional[_Union[AgentHello, _Mapping]] = ..., rank_joined: _Optional[_Union[RankJoined, _Mapping]] = ..., rank_left: _Optional[_Union[RankLeft, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., progressed: _Optional[_Union[Progressed, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., shard_failed: _Optional[_Union[ShardFailed, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ..., node_joined: _Optional[_Union[NodeJoined, _Mapping]] = ..., node_ready: _Optional[_Union[NodeReady, _Mapping]] = ..., rank_exited: _Optional[_Union[RankExited, _Mapping]] = ..., node_left: _Optional[_Union[NodeLeft, _Mapping]] = ..., stop_requested: _Optional[_Union[StopRequested, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., stalled: _Optional[_Union[Stalled, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., examined: _Optional[_Union[Examined, _Mapping]] = ..., nic_summary: _Optional[_Union[NicSummary, _Mapping]] = ..., slowed: _Optional[_Union[Slowed, _Mapping]] = ...) -> None: ...
+    more: _containers.RepeatedCompositeFieldContainer[Report]
+    def __init__(self, agent_hello: _Optional[_Union[AgentHello, _Mapping]] = ..., rank_joined: _Optional[_Union[RankJoined, _Mapping]] = ..., rank_left: _Optional[_Union[RankLeft, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., progressed: _Optional[_Union[Progressed, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., shard_failed: _Optional[_Union[ShardFailed, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ..., node_joined: _Optional[_Union[NodeJoined, _Mapping]] = ..., node_ready: _Optional[_Union[NodeReady, _Mapping]] = ..., rank_exited: _Optional[_Union[RankExited, _Mapping]] = ..., node_left: _Optional[_Union[NodeLeft, _Mapping]] = ..., stop_requested: _Optional[_Union[StopRequested, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., stalled: _Optional[_Union[Stalled, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., examined: _Optional[_Union[Examined, _Mapping]] = ..., nic_summary: _Optional[_Union[NicSummary, _Mapping]] = ..., slowed: _Optional[_Union[Slowed, _Mapping]] = ..., more: _Optional[_Iterable[_Union[Report, _Mapping]]] = ...) -> None: ...
 
 class AgentHello(_message.Message):
     __slots__ = ("node", "job", "term")
@@ -554,18 +556,20 @@ class Order(_message.Message):
     def __init__(self, job: _Optional[str] = ..., term: _Optional[int] = ..., epoch_allotted: _Optional[_Union[EpochAllotted, _Mapping]] = ..., job_refused: _Optional[_Union[JobRefused, _Mapping]] = ..., holders: _Optional[_Union[Holders, _Mapping]] = ..., save_at: _Optional[_Union[SaveAt, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., save_ended: _Optional[_Union[SaveEnded, _Mapping]] = ..., snapshot_complete: _Optional[_Union[SnapshotComplete, _Mapping]] = ..., start: _Optional[_Union[_agent_pb2.StartRanks, _Mapping]] = ..., stop: _Optional[_Union[_agent_pb2.StopRanks, _Mapping]] = ..., end: _Optional[_Union[_agent_pb2.JobEnd, _Mapping]] = ..., examine: _Optional[_Union[Examine, _Mapping]] = ..., kill: _Optional[_Union[Kill, _Mapping]] = ..., incident: _Optional[_Union[Incident, _Mapping]] = ...) -> None: ...
 
 class Examine(_message.Message):
-    __slots__ = ("attempt", "incident", "ranks", "seconds", "round")
+    __slots__ = ("attempt", "incident", "ranks", "seconds", "round", "brief")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     INCIDENT_FIELD_NUMBER: _ClassVar[int]
     RANKS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    BRIEF_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     incident: str
     ranks: _containers.RepeatedScalarFieldContainer[int]
     seconds: float
     round: int
-    def __init__(self, attempt: _Optional[int] = ..., incident: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., seconds: _Optional[float] = ..., round: _Optional[int] = ...) -> None: ...
+    brief: bool
+    def __init__(self, attempt: _Optional[int] = ..., incident: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., seconds: _Optional[float] = ..., round: _Optional[int] = ..., brief: bool = ...) -> None: ...
 
 class Kill(_message.Message):
     __slots__ = ("attempt", "rank", "reason", "state")
@@ -650,10 +654,20 @@ class Holders(_message.Message):
     def __init__(self, attempt: _Optional[int] = ..., groups: _Optional[_Iterable[_Union[HolderGroup, _Mapping]]] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class HolderGroup(_message.Message):
-    __slots__ = ("ranks",)
-    RANKS_FIELD_NUMBER: _ClassVar[int]
-    ranks: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, ranks: _Optional[_Iterable[int]] = ...) -> None: ...
+    __slots__ = ("runs",)
+    RUNS_FIELD_NUMBER: _ClassVar[int]
+    runs: _containers.RepeatedCompositeFieldContainer[RankRun]
+    def __init__(self, runs: _Optional[_Iterable[_Union[RankRun, _Mapping]]] = ...) -> None: ...
+
+class RankRun(_message.Message):
+    __slots__ = ("first", "count", "step")
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    first: int
+    count: int
+    step: int
+    def __init__(self, first: _Optional[int] = ..., count: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
 
 class SaveAt(_message.Message):
     __slots__ = ("attempt", "step")

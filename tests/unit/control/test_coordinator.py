@@ -66,7 +66,7 @@ def test_an_empty_report_and_a_hello_mean_nothing(driver):
     assert kinds(driver.tell(pb.AgentHello(node="n0"))) == []
 
 
-@pytest.mark.parametrize("kind", [field.name for field in pb.Report.DESCRIPTOR.fields])
+@pytest.mark.parametrize("kind", [field.name for field in pb.Report.DESCRIPTOR.fields if field.containing_oneof])
 def test_every_kind_of_report_of_a_job_nobody_knows_is_survived(driver, kind):
     report = pb.Report()
     getattr(report, kind).SetInParent()
@@ -152,6 +152,16 @@ def test_a_stop_that_was_asked_for_before_there_were_ranks_reaches_them(driver):
     assert "n0: stop_at" in kinds(driver.core.tick(2.1))
 
 
+def test_a_launched_job_that_has_ended_is_forgotten_after_a_while(driver):
+    driver.tell(node_joined("n0", min_nodes=1, max_nodes=1, nproc=1))
+    driver.tell(node_ready("n0"))
+    driver.tell(pb.RankExited(job="job", node="n0", attempt=1, rank=0, status=0))
+    driver.core.tick(FORGET_AFTER - 1.0)
+    assert list(driver.core.launched) == ["job"]
+    driver.core.tick(FORGET_AFTER + 10.0)
+    assert not driver.core.launched
+
+
 def test_a_launched_job_ends_with_what_is_committed(driver):
     driver.tell(node_joined("n0", min_nodes=1, max_nodes=1, nproc=1))
     driver.tell(node_ready("n0"))
@@ -191,6 +201,7 @@ class TestTwoJobsOfOneRun:
         assert kinds(running.tell(joined(0, job="other", store="file:///other"))) == ["AllotEpoch"]
 
     def test_the_first_may_register_again(self, running):
+        running.core.agent_lost("n0", 0.0)
         assert kinds(running.tell(joined(0, epoch=1))) == ["n0: epoch_allotted"]
 
     def test_the_second_comes_in_when_the_ranks_are_gone(self, running):

@@ -160,6 +160,13 @@ class TestFailure:
         gathered.joined(node_joined("b"), 9.0)
         assert [o.attempt for _, o in orders(gathered.ready(node_ready("b", 0), 9.0), "start")] == [2, 2]
 
+    def test_a_node_that_comes_back_in_between_has_to_be_ready_too(self, gathered):
+        gathered.rank_exited(1, 0, "a", 1, 10.0)
+        gathered.node_left("b", "its launcher has ended", 10.1)
+        gathered.joined(node_joined("b"), 10.2)
+        assert kinds(gathered.ready(node_ready("a", 1), 10.3)) == []
+        assert kinds(gathered.ready(node_ready("b", 0), 10.4)) == ["a: start", "b: start"]
+
     def test_no_restarts_left_ends_the_job(self, gathered):
         for attempt in (1, 2):
             gathered.rank_exited(attempt, 0, "a", 1, 1.0)

@@ -11,8 +11,8 @@ TICK = 0.25
 class Node:
     """A node under a virtual clock: ranks that step, and an agent that looks."""
 
-    def __init__(self, ranks=1, limits=LIMITS, clock_of_ranks=1000.0):
-        self.stalls = Stalls("job", "n0", 1, limits, TICK)
+    def __init__(self, ranks=1, limits=LIMITS, clock_of_ranks=1000.0, patience=0.0):
+        self.stalls = Stalls("job", "n0", 1, limits, TICK, patience)
         self.now, self.offset = 0.0, clock_of_ranks
         self.sights = {rank: Sight(0, self.time, 1, self.time, "step") for rank in range(ranks)}
         self.reports = []
@@ -225,6 +225,11 @@ class TestReports:
         node.beat()
         node.wait(1)
         assert [r.WhichOneof("event") for r in node.reports] == ["stalled", "moved"]
+
+    def test_in_a_large_job_it_is_reported_later_unless_its_process_is_stopped(self):
+        at_once, _ = Node().train(50).until_reported()
+        assert Node(patience=3.0).train(50).until_reported()[0] == pytest.approx(at_once + 3.0, abs=2 * TICK)
+        assert Node(patience=3.0).train(50).until_reported(stopped=[0])[0] == pytest.approx(at_once, abs=2 * TICK)
 
     def test_only_the_longest_stalled_of_a_node_is_reported(self):
         node = Node(ranks=4).train(50)
