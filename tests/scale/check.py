@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 COMMITTED = agent_pb2.OUTCOME_COMMITTED
 
+LATE = 3.0
+"""Seconds between the last look at a rank and its end. Whether it has come back from elsewhere shows at its next step."""
+
 REWRITE = 30.0
 """Seconds in which an agent that was away has certainly written and reported again what it holds."""
 
@@ -109,7 +112,8 @@ class Checks:
 
     def killing(self, rank: Rank) -> None:
         """An agent obeys the order to kill a rank."""
-        require(rank.hangs, f"rank {rank.number} of attempt {rank.attempt} is killed, and does not hang")
+        hung = rank.hangs or (rank.hung == "elsewhere" and self._world.now - rank.went_on_at < LATE)
+        require(hung, f"rank {rank.number} of attempt {rank.attempt} is killed, and does not hang")
         for_long = self._world.now - rank.stepped_at > self._world.brain.core.policy.confirm
         require(rank.hangs == "T" or for_long, f"rank {rank.number} is killed, and may be at work")
 

@@ -226,7 +226,7 @@ class Line:
         world = self._world
         if self.session is not None or not self._machine.agent_alive:
             return
-        if world.now < self.cut_until or not world.brain.alive:
+        if world.now < max(self.cut_until, self._machine.agent_stopped_until) or not world.brain.alive:
             world.later(0.3, self.connect)
             return
         if self.excused:
