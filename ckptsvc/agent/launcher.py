@@ -57,6 +57,8 @@ class Launch:
         preflight: where arenas are made, and other directories that are written to, to be checked before this node
             takes part in the job; None: nothing is checked.
         stop_grace: seconds ranks get to save and stop when this launcher gets SIGTERM.
+        grow: seconds that a job on fewer nodes than it could use waits for a checkpoint before it starts anew with
+            those that have come; None: they wait for the next restart.
     """
 
     command: Sequence[str]
@@ -76,6 +78,7 @@ class Launch:
     crash_loop: int = 0
     preflight: tuple[str, list[str]] | None = None
     stop_grace: float = 60.0
+    grow: float | None = None
 
 
 class Launcher:
@@ -227,6 +230,7 @@ class Launcher:
             doorbell=self._doorbell,
             unfit=self._unfit,
             crash_loop=launch.crash_loop,
+            grow=-1.0 if launch.grow is None else launch.grow,
             uptime=time.monotonic() - self._since,
         )
         yield agent_pb2.LaunchRequest(hello=hello)

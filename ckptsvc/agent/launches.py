@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -75,7 +76,7 @@ class Launches:
         hello = (await anext(aiter(requests))).hello
         nproc = 1 <= hello.nproc <= MAX_NPROC
         possible = 1 <= hello.min_nodes <= hello.max_nodes and 0 <= hello.doorbell < 1 << 16 and hello.crash_loop >= 0
-        if not hello.job or not nproc or not possible:
+        if not hello.job or not nproc or not possible or math.isnan(hello.grow):
             raise InvalidInput("the first message of a launcher must be a hello with a job, nproc and nodes")
         if hello.log_dir and not (hello.log_dir.startswith("/") and len(hello.log_dir) <= MAX_PATH):
             raise InvalidInput("the directory for the ranks' output must be an absolute path")
@@ -180,6 +181,7 @@ class Launches:
             unfit=hello.unfit,
             clock=time.time(),
             crash_loop=hello.crash_loop,
+            grow=hello.grow,
             uptime=hello.uptime + time.monotonic() - launcher.since,
         )
         yield pb.Report(node_joined=joined)

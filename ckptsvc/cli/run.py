@@ -60,6 +60,8 @@ from ckptsvc.rpc.secret import require_loopback
 @click.option("--preflight/--no-preflight", default=None, help="Check this node before it takes part; default: yes.")
 @click.option("--crash-loop", "--crash_loop", type=click.IntRange(0), metavar="N",
     help="Failed attempts in a row without progress that end the job; 0: never; default 3.")  # fmt: skip
+@click.option("--grow", metavar="TIME|off",
+    help="How long a job on too few nodes waits for a checkpoint when one has come; default 10m.")  # fmt: skip
 @click.option("--stop-grace", type=float, default=60.0, show_default=True,
     help="Seconds for a last save after SIGTERM; a second SIGTERM ends at once.")  # fmt: skip
 @click.option("--status-file", type=click.Path(path_type=Path),
@@ -70,7 +72,7 @@ def command(
     nnodes: str | None, nproc: str, node_rank: int, job: str | None, coordinator: str | None,
     master_addr: str | None, master_port: int, coordination: str | None, max_restarts: int, standalone: bool,
     node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool, standby: bool | None,
-    preload: str | None, preflight: bool | None, crash_loop: int | None, stop_grace: float,
+    preload: str | None, preflight: bool | None, crash_loop: int | None, grow: str | None, stop_grace: float,
     status_file: Path | None, script: str, arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
@@ -86,7 +88,7 @@ def command(
         coordinator = f"{master_addr}:{master_port}"
     if coordinator and coordination:
         raise ConfigError("--rdzv-endpoint and --coordination exclude each other")
-    flags = {"standby": standby, "preload": preload, "preflight": preflight, "crash_loop": crash_loop}
+    flags = {"standby": standby, "preload": preload, "preflight": preflight, "crash_loop": crash_loop, "grow": grow}
     launching = {f"launch.{key}": value for key, value in flags.items()}
     settings = load(os.environ, {"agent.coordination": coordination, **launching})
     etcd = "" if coordinator else settings.agent.coordination
@@ -116,6 +118,7 @@ def command(
         log_dir=log_dir,
         preflight=(settings.arena.dir, _written_to(settings, log_dir)) if settings.launch.preflight else None,
         crash_loop=settings.launch.crash_loop,
+        grow=settings.launch.grow,
         warm=None if no_python else _warm(settings.launch, script, module),
         stop_grace=stop_grace,
     )

@@ -43,6 +43,7 @@ class Job:
     agreed: pb.Order | None = None  # the last answer to them: copying it costs more than anything else here
     every_seconds: float = 0.0
     last_ordered: float = 0.0
+    save_wanted: bool = False  # a snapshot soon, whatever the interval
     progress: dict[str, int] = field(default_factory=dict)  # node -> step of its fastest rank
     highest: int = 0  # of them all
     pace: tuple[float, int] | None = None  # when, highest step: the last sample
@@ -90,7 +91,7 @@ class Job:
     def _begin(self, event: pb.RankJoined, now: float) -> None:
         self.attempt, self.world_size, self.store = event.attempt, event.world_size, event.store
         self.epoch, self.joined_at, self.asked_epoch_at = event.epoch, now, -math.inf
-        self.last_ordered = now
+        self.last_ordered, self.save_wanted = now, False
         self.saves.begin(event.attempt, now)
         self.ranks, self.seen, self.away = {}, {}, {}
         self.announced, self.agreed, self.progress, self.highest = {}, None, {}, 0
@@ -206,8 +207,9 @@ class Job:
             return Decision()
         decision = Decision()
         ahead = self.highest + 2 + math.ceil(self.steps_per_second * LEAD_SECONDS)
-        if self.every_seconds and self.epoch and now - self.last_ordered >= self.every_seconds:
-            self.last_ordered = now
+        due = self.every_seconds and now - self.last_ordered >= self.every_seconds
+        if self.epoch and (due or self.save_wanted):
+            self.last_ordered, self.save_wanted = now, False
             order = pb.Order(job=self.name, save_at=pb.SaveAt(attempt=self.attempt, step=ahead))
             decision.add(Decision([Send(n, order) for n in self.nodes], [f"job {self.name}: save at step {ahead}"]))
         if self.stop_wanted:

@@ -67,6 +67,7 @@ class Place:
         directory: of this node's agent.
         agent_arguments: for the agent, if it has to be started.
         join_timeout: seconds to wait for the other nodes.
+        grow: as in `agent.launcher.Launch`.
     """
 
     job: str
@@ -76,6 +77,7 @@ class Place:
     directory: Path
     agent_arguments: list[str]
     join_timeout: float
+    grow: float | None
 
 
 def place_of(parameters: RendezvousParameters) -> Place:
@@ -108,6 +110,7 @@ def place_of(parameters: RendezvousParameters) -> Place:
         directory=directory,
         agent_arguments=agent_arguments(node, listen),
         join_timeout=float(parameters.get("join_timeout", JOIN_TIMEOUT)),
+        grow=settings.launch.grow,
     )
 
 
@@ -319,6 +322,7 @@ class Rendezvous(RendezvousHandler):
             first_rank=running.first_rank if running else 0,
             world_size=running.world_size if running else 0,
             doorbell=self._door.getsockname()[1] if self._door else 0,
+            grow=-1.0 if place.grow is None else place.grow,
             uptime=time.monotonic() - self._since,
         )
         yield agent_pb2.LaunchRequest(hello=hello)

@@ -32,6 +32,7 @@ SLOTS = 2
 METRICS = Metrics("simulation")
 LIMITS = Limits(startup=20.0)
 LOOK_EVERY = 0.5
+GROW = 30.0
 
 
 class Memory(ArenaPool):
@@ -338,6 +339,7 @@ class Machine:
             first_rank=self._first_rank,
             world_size=self._world_size,
             doorbell=1,
+            grow=GROW,
             uptime=self._world.now - self._since,
         )
         launcher = self.launches._by_job[JOB] = Launcher(hello, "")
