@@ -49,6 +49,9 @@ UNWANTED_FOR = 10.0
 LIST_PATIENCE = 10.0
 """Seconds a rank that asks for snapshots waits for a coordinator to be there."""
 
+MEASURE_PATIENCE = 2.0
+"""Seconds that a node's first look at its network waits for a coordinator to be there."""
+
 MAX_VALUE = 4096
 """Bytes of a key's value that are looked at."""
 
@@ -193,6 +196,14 @@ class ElectedUplink:
             raise CoordinationUnavailable(f"job {self.job} has no coordinator", hint=self._problem) from None
         assert self._inner is not None
         return await self._inner.list_complete(job)
+
+    async def measure(self) -> float:
+        """Bytes per second to the coordinator's node and back."""
+        try:
+            await asyncio.wait_for(self._there.wait(), MEASURE_PATIENCE)
+        except TimeoutError:
+            return 0.0
+        return await self._inner.measure() if self._inner is not None else 0.0
 
     def status(self) -> dict[str, Any]:
         """Who coordinates, for the status document."""

@@ -231,6 +231,7 @@ class Launcher:
             unfit=self._unfit,
             crash_loop=launch.crash_loop,
             grow=-1.0 if launch.grow is None else launch.grow,
+            check_network=launch.preflight is not None and not self._unfit,
             uptime=time.monotonic() - self._since,
         )
         yield agent_pb2.LaunchRequest(hello=hello)

@@ -39,6 +39,7 @@ class Launcher:
 
     hello: agent_pb2.LauncherHello
     way: str  # to its coordinator
+    bandwidth: float = 0.0  # to the coordinator's node, when this one came; 0: not known
     orders: asyncio.Queue[agent_pb2.LaunchResponse] = field(default_factory=asyncio.Queue)
     ready: agent_pb2.LauncherReady | None = None
     leaving: str = "its launcher is gone"
@@ -85,6 +86,10 @@ class Launches:
         metadata = dict(context.invocation_metadata() or ())
         launcher = Launcher(hello, way_to(str(metadata.get(COORDINATOR_KEY, "")), hello.job))
         uplink = self._local.uplink(launcher.way)
+        if hello.check_network and not hello.attempt:
+            launcher.bandwidth = await uplink.measure()
+            if hello.job in self._by_job:
+                raise InvalidInput(f"job {hello.job} is already launched on this node")
         self._by_job[hello.job] = launcher
         for report in self._reports_of(launcher):
             uplink.report(report)
@@ -182,6 +187,7 @@ class Launches:
             clock=time.time(),
             crash_loop=hello.crash_loop,
             grow=hello.grow,
+            bandwidth=launcher.bandwidth,
             uptime=hello.uptime + time.monotonic() - launcher.since,
         )
         yield pb.Report(node_joined=joined)

@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 import msgspec
 
+from ckptsvc.agent.bandwidth import Mirror
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
@@ -156,6 +157,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     def __init__(self, shell_of: Callable[[str, int], CoordinatorShell], node: str, secret: str) -> None:
         self._shell_of, self._node, self._secret = shell_of, node, secret
+        self._mirror = Mirror()
 
     async def Attend(self, request_iterator: AsyncIterator[pb.Report], context: Any) -> AsyncIterator[pb.Order]:
         """See coordinator.proto."""
@@ -199,3 +201,14 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         check_secret(context.invocation_metadata(), self._secret)
         shell = self._shell_of(launched_as(request.job), request.term)
         return agent_pb2.ListSnapshotsResponse(snapshots=shell.list_complete(request.job))
+
+    async def Measure(self, request_iterator: AsyncIterator[pb.Load], context: Any) -> AsyncIterator[pb.Load]:
+        """See coordinator.proto."""
+        try:
+            check_secret(context.invocation_metadata(), self._secret)
+            async for load in self._mirror.reflect(request_iterator):
+                yield load
+        except CkptsvcError as error:
+            await context.abort(*trailers_of(error))
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "a measurement takes less")

@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 
+from ckptsvc.agent.bandwidth import SECONDS, measure
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.errors import AgentUnavailable
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, error_of
@@ -36,6 +37,9 @@ class Uplink(Protocol):
     async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job in memory, newest first."""
 
+    async def measure(self) -> float:
+        """Bytes per second to the coordinator's node and back (agent.bandwidth); 0.0 where that is this one."""
+
     async def close(self) -> None:
         """Stop."""
 
@@ -56,6 +60,10 @@ class LocalUplink:
     async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job."""
         return self._shell.list_complete(job)
+
+    async def measure(self) -> float:
+        """There is no way to measure."""
+        return 0.0
 
     async def close(self) -> None:
         """Nothing to do."""
@@ -96,6 +104,14 @@ class RemoteUplink:
         except grpc.RpcError as error:
             raise error_of(error) from None
         return list(answer.snapshots)
+
+    async def measure(self) -> float:
+        """Bytes per second to the coordinator's node and back."""
+
+        async def begin(loads: AsyncIterator[pb.Load]) -> Any:
+            return self._stub.Measure(loads, timeout=2 * SECONDS, metadata=self._metadata, wait_for_ready=True)
+
+        return await measure(begin)
 
     async def close(self) -> None:
         """Stop."""

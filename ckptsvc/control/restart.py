@@ -29,7 +29,7 @@ from ckptsvc.control.crashloop import Crash, CrashLoop
 from ckptsvc.control.effects import Answer, Decision, Probe, Probed, Restarted, Send
 from ckptsvc.control.exclusion import DIED, FAILED, LOST, Exclusion
 from ckptsvc.control.growth import Growth
-from ckptsvc.control.nodes import Node, choose
+from ckptsvc.control.nodes import Node, choose, too_slow
 from ckptsvc.errors import EXIT_STATUS
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -134,6 +134,7 @@ class Attempts:
             return self._end_node(event.node, EXIT_STATUS["node-unfit"], unfit)
         if node is None:
             node = Node(event.node, event.node_rank, self.arrivals, event.address, event.nproc)
+            node.bandwidth = event.bandwidth
             self.nodes[event.node] = node
             self.arrivals += 1
             self.since = now
@@ -145,7 +146,17 @@ class Attempts:
         if node.doorbell != event.doorbell:
             node.doorbell, node.rung = event.doorbell, False
             decision.add(self._ring(node))  # to find out whether it can be heard from here
-        return decision.add(self._adopt(event, now)) if event.attempt else decision
+        return decision.add(self._adopt(event, now) if event.attempt else self._turn_away())
+
+    def _turn_away(self) -> Decision:
+        """Send nodes home whose network is too slow. Of the first ones, that shows only when there are others."""
+        decision = Decision()
+        for name in sorted(self.nodes.keys() - self.hosts):
+            why = too_slow(self.nodes[name], self.nodes.values())
+            if why:
+                del self.nodes[name]
+                decision.add(self._end_node(name, EXIT_STATUS["node-unfit"], f"node {name} is not taken in: {why}"))
+        return decision
 
     def _adopt(self, event: pb.NodeJoined, now: float) -> Decision:
         """Ranks run on that node: those this coordinator or an earlier one has started, or such that should be gone."""
