@@ -29,7 +29,7 @@ from ckptsvc.config import EtcdSettings
 from ckptsvc.control.election import CANDIDATES_WAIT, RENEWALS, Campaign, Election, Follow, Holder, Lead, Verdict
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, CoordinationUnavailable
 from ckptsvc.quantities import parse_address
-from ckptsvc.rpc.etcd import Etcd, EtcdUrl, Found, Login, parse_url
+from ckptsvc.rpc.etcd import Etcd, EtcdUrl, Found, Login, check_reachable, parse_url
 from ckptsvc.rpc.secret import is_loopback
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -95,6 +95,18 @@ def login_of(url: EtcdUrl, settings: EtcdSettings) -> Login:
         except UnicodeError:
             raise ConfigError(f"etcd.password_file: {settings.password_file} is not UTF-8") from None
     return Login(tls, settings.user, password)
+
+
+def reachable(where: str, settings: EtcdSettings) -> str:
+    """The URL of etcd in its normal form, once it has answered: who starts a job hears at once what is wrong.
+
+    Raises:
+        ConfigError: it is none, or the settings for it are wrong.
+        CoordinationUnavailable: nobody answers there.
+    """
+    url = parse_url(where)
+    asyncio.run(check_reachable(url, login_of(url, settings)))
+    return str(url)
 
 
 def _read(key: str, name: str, *, private: bool = False) -> bytes:

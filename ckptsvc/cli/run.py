@@ -14,7 +14,7 @@ from typing import Any
 import click
 import xxhash
 
-from ckptsvc.agent.coordination import login_of
+from ckptsvc.agent.coordination import reachable
 from ckptsvc.agent.launcher import Launch, Launcher
 from ckptsvc.agent.standby import Standby, place_of, reason_against
 from ckptsvc.cli import torchrun_flags
@@ -24,7 +24,6 @@ from ckptsvc.config import LaunchSettings, Settings, load, runtime_dir
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.dial import address_of, agent_arguments, is_alive
-from ckptsvc.rpc.etcd import check_reachable, parse_url
 from ckptsvc.rpc.secret import require_loopback
 
 
@@ -94,7 +93,7 @@ def command(
     etcd = "" if coordinator else settings.agent.coordination
     given = Nodes(low, high, node_rank, job or "", coordinator or etcd, node or "", address)
     nodes = placed(given, os.environ, socket.gethostname())
-    elected = _elected(etcd, settings) if etcd and nodes.high > 1 else ""
+    elected = reachable(etcd, settings.etcd) if etcd and nodes.high > 1 else ""
     nodes = dataclasses.replace(nodes, coordinator="" if etcd else nodes.coordinator)
     name = nodes.node or settings.agent.name or socket.gethostname()
     leads = nodes.high == 1 or (nodes.node_rank == 0 and not elected)
@@ -126,13 +125,6 @@ def command(
     if status_file is not None:
         _note(status_file, f"{status} {name}\n")
     return status
-
-
-def _elected(etcd: str, settings: Settings) -> str:
-    """Where the job's coordinator is elected; fails now if nobody answers there."""
-    url = parse_url(etcd)
-    asyncio.run(check_reachable(url, login_of(url, settings.etcd)))
-    return str(url)
 
 
 def _agent_directory(base: Path, nodes: Nodes, leads: bool) -> Path:
