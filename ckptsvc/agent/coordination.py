@@ -195,6 +195,11 @@ class ElectedUplink:
         self._unwanted_since: float | None = None
         self._tasks = [asyncio.ensure_future(self._run()), asyncio.ensure_future(self._renew())]
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a coordinator, and it can be reached."""
+        return self._inner is not None and self._inner.is_connected
+
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator, if there is one."""
         if self._inner is not None:

@@ -31,6 +31,9 @@ from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
 RECONNECT = 1.0
 """Seconds between attempts to reach the agent again."""
 
+START_PATIENCE = 30.0
+"""Seconds for the first agent to start. What is in its way may go: the port of a job that is just ending."""
+
 AGENT_PATIENCE = 120.0
 """Seconds without an agent after which a launcher whose ranks have all ended gives up."""
 
@@ -153,7 +156,7 @@ class Launcher:
         self._reports.put_nowait(agent_pb2.LaunchRequest(stop_wanted=wanted))
 
     async def _serve(self) -> int:
-        without_agent = 0.0
+        found, without_agent, said = False, 0.0, ""
         if self._launch.preflight is not None:
             self._unfit = await reason_against(*self._launch.preflight, self._launch.address)
         while not self._is_over():
@@ -162,6 +165,7 @@ class Launcher:
                 await asyncio.get_running_loop().run_in_executor(
                     None, ensure_agent, self._launch.directory, self._launch.agent_arguments
                 )
+                found, said = True, ""
                 await self._talk()
                 without_agent = 0.0
             except (grpc.RpcError, AgentUnavailable) as failure:
@@ -170,7 +174,12 @@ class Launcher:
                     raise error from None
                 if self._unfit:
                     raise NodeUnfit(self._unfit) from None
-                self._say(f"lost the agent ({error.what}); the ranks go on")
+                if not found and time.monotonic() - self._since > START_PATIENCE:
+                    raise error from None
+                missed = f"lost the agent ({error.what}); the ranks go on" if found else f"no agent: {error}"
+                if missed != said:
+                    self._say(missed)
+                said = missed
             if self._failure is not None:
                 raise self._failure
             if not self._is_over():
@@ -205,6 +214,8 @@ class Launcher:
                 elif kind == "stop" and response.stop.attempt == self._attempt:
                     self._say(f"stopping attempt {self._attempt}: {response.stop.reason}")
                     await self._stop(response.stop.grace)
+                elif kind == "notice":
+                    self._say(response.notice.text)
                 elif kind == "end":
                     self._say(f"the job ends: {response.end.reason}")
                     self._status = response.end.status

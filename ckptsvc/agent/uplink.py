@@ -31,6 +31,10 @@ RECONNECT = 0.3
 class Uplink(Protocol):
     """The way to one coordinator."""
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether a coordinator hears what is reported."""
+
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator; never blocks."""
 
@@ -52,6 +56,11 @@ class LocalUplink:
         loop = asyncio.get_running_loop()
         # Not at once: an order must not change what its cause is still working on.
         shell.attend(node, lambda order: (loop.call_soon(on_order, order), None)[1])
+
+    @property
+    def is_connected(self) -> bool:
+        """It always is."""
+        return True
 
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator."""
@@ -90,6 +99,11 @@ class RemoteUplink:
         self._channel = grpc.aio.insecure_channel(address, options=[*OPTIONS, *KEEPALIVE])
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
         self._task = asyncio.ensure_future(self._run())
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the stream is up."""
+        return self._queue is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
 
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator, if it is connected."""

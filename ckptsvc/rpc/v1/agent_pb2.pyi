@@ -298,14 +298,22 @@ class StopWanted(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class LaunchResponse(_message.Message):
-    __slots__ = ("start", "stop", "end")
+    __slots__ = ("start", "stop", "end", "notice")
     START_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
     start: StartRanks
     stop: StopRanks
     end: JobEnd
-    def __init__(self, start: _Optional[_Union[StartRanks, _Mapping]] = ..., stop: _Optional[_Union[StopRanks, _Mapping]] = ..., end: _Optional[_Union[JobEnd, _Mapping]] = ...) -> None: ...
+    notice: Notice
+    def __init__(self, start: _Optional[_Union[StartRanks, _Mapping]] = ..., stop: _Optional[_Union[StopRanks, _Mapping]] = ..., end: _Optional[_Union[JobEnd, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ...) -> None: ...
+
+class Notice(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class StartRanks(_message.Message):
     __slots__ = ("attempt", "world_size", "first_rank", "node_rank", "nodes", "master_addr", "master_port")
