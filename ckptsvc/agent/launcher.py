@@ -23,7 +23,7 @@ from ckptsvc.agent.launches import COORDINATOR_KEY
 from ckptsvc.agent.preflight import reason_against
 from ckptsvc.agent.ranks import Rank, Ranks
 from ckptsvc.control.restart import describe_status
-from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, NodeUnfit
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, ConfigError, NodeUnfit
 from ckptsvc.rpc.channel import OPTIONS, error_of
 from ckptsvc.rpc.dial import ensure_agent, sockets
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
@@ -62,6 +62,7 @@ class Launch:
         stop_grace: seconds ranks get to save and stop when this launcher gets SIGTERM.
         grow: seconds that a job on fewer nodes than it could use waits for a checkpoint before it starts anew with
             those that have come; None: they wait for the next restart.
+        virtual_local_rank: each rank sees one GPU, and has the local rank 0.
     """
 
     command: Sequence[str]
@@ -82,6 +83,7 @@ class Launch:
     preflight: tuple[str, list[str]] | None = None
     stop_grace: float = 60.0
     grow: float | None = None
+    virtual_local_rank: bool = False
 
 
 class Launcher:
@@ -94,6 +96,8 @@ class Launcher:
         given = dict(environ)
         if launch.nproc > 1:
             given.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
+        given.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun does
+        self._devices = _devices(launch.nproc, given) if launch.virtual_local_rank else None
         self._ranks = Ranks(launch.command, given, launch.warm, launch.log_dir, self._ended, self._say)
         self._attempt = 0
         self._first_rank = self._world = 0
@@ -288,6 +292,7 @@ class Launcher:
 
     def _variables(self, order: agent_pb2.StartRanks, local: int) -> dict[str, str]:
         launch, rank = self._launch, order.first_rank + local
+        own = {} if self._devices is None else {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": self._devices[local]}
         return {
             "RANK": str(rank),
             "WORLD_SIZE": str(order.world_size),
@@ -303,11 +308,13 @@ class Launcher:
             "TORCHELASTIC_RUN_ID": launch.job,
             "TORCHELASTIC_RESTART_COUNT": str(order.attempt - 1),
             "TORCHELASTIC_MAX_RESTARTS": str(launch.max_restarts),
+            "TORCHELASTIC_USE_AGENT_STORE": "False",
             "CKPTSVC_JOB": launch.job,
             "CKPTSVC_ATTEMPT": str(order.attempt),
             "CKPTSVC_NODE": launch.node,
             "CKPTSVC_SOCKET": str(launch.directory),
             "CKPTSVC_COORDINATOR": launch.coordinator,
+            **own,
         }
 
     def _ended(self, rank: Rank) -> None:
@@ -323,3 +330,16 @@ class Launcher:
 
     def _say(self, message: str) -> None:
         print(f"ckptsvc run [{self._launch.node}]: {message}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def _devices(nproc: int, environ: Mapping[str, str]) -> list[str]:
+    """The one GPU that each rank of a node is to see.
+
+    Raises:
+        ConfigError: there are fewer than ranks.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    found = [str(n) for n in range(nproc)] if visible is None else [name.strip() for name in visible.split(",")]
+    if len(found) < nproc:
+        raise ConfigError(f"--virtual-local-rank: {nproc} ranks, and CUDA_VISIBLE_DEVICES={visible}")
+    return found

@@ -161,6 +161,30 @@ def test_the_coordinator_is_elected_where_that_is_wanted(
     assert runtime.log().count("this agent coordinates") == 2
 
 
+def test_ranks_of_ckptsvc_run_find_the_variables_that_torchrun_sets(runtime: Runtime) -> None:
+    """Both start the same program, which tells its environment."""
+    environ = runtime.environ
+    flags = ["--standalone", "--nproc-per-node", "2", "--virtual-local-rank", "--no-python", "sh", "-c"]
+    found = []
+    for module in ("torch.distributed.run", "ckptsvc.cli.main"):
+        folder = runtime.root / module
+        folder.mkdir()
+        program = [*flags, f'env -0 > "{folder}/$RANK"']
+        command = [sys.executable, "-m", module, *(["run", "--no-preflight"] if "ckptsvc" in module else []), *program]
+        subprocess.run(command, env=environ, check=True, capture_output=True, timeout=120)
+        lines = (folder / "1").read_text().split("\0")
+        found.append({name: value for name, _, value in (x.partition("=") for x in lines) if name not in environ})
+    theirs, ours = found
+    own = {"TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_SIGNALS_TO_HANDLE"}  # between torchrun and what it forks
+    assert set(theirs) - set(ours) <= own
+    assert len(theirs.keys() & ours.keys()) >= 15
+    different = {name for name in theirs if name in ours and theirs[name] != ours[name]}
+    assert different <= {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_MAX_RESTARTS"} | {
+        "TORCHELASTIC_USE_AGENT_STORE"  # torchrun lends the ranks its own store; here rank 0 makes one
+    }
+    assert (ours["LOCAL_RANK"], ours["CUDA_VISIBLE_DEVICES"], ours["RANK"]) == ("0", "1", "1")
+
+
 @pytest.mark.slow
 def test_an_endpoint_and_an_election_exclude_each_other(torchruns: Torchruns, etcd: EtcdServer) -> None:
     process = torchruns.start("2", 0, "--rdzv-endpoint", "127.0.0.1:9", where=etcd.url)
