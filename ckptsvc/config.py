@@ -167,7 +167,9 @@ class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     standby: bool = True
-    preload: Annotated[tuple[str, ...], parse_names] = ("torch", "torch._dynamo", "ckptsvc.client.session")
+    preload: Annotated[tuple[str, ...], parse_names] = (
+        "torch", "torch._dynamo", "ckptsvc.client.session", "grpc.experimental", "ckptsvc_drivers.posix",
+    )  # fmt: skip
     standby_memory: Annotated[int, parse_size] = 2 << 30
     preflight: bool = True
     grow: Annotated[float | None, parse_duration_or_off] = 600.0
