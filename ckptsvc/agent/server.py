@@ -236,7 +236,11 @@ class Agent:
                 await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
             reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         require_loopback(settings.listen.host, f"agent.listen is {settings.listen}")
-        port = _bound(between, str(settings.listen))
+        try:
+            port = between.add_insecure_port(str(settings.listen))
+        except RuntimeError:  # grpc has no other, and tells the reason to standard error only
+            why = f"agent.listen: cannot listen at {settings.listen}"
+            raise ConfigError(why, hint="has another program that port?") from None
         self.address = f"{settings.listen.host}:{port}"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(grpc_path)
@@ -264,19 +268,6 @@ class Agent:
 
     def _ready_text(self) -> str:
         return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n"
-
-
-def _bound(server: grpc.aio.Server, address: str) -> int:
-    """Listen at an address; returns the port.
-
-    Raises:
-        ConfigError: that is not possible.
-    """
-    try:
-        return int(server.add_insecure_port(address))
-    except RuntimeError:  # all that grpc tells
-        raise ConfigError(f"the agent cannot listen at {address}: the port is in use, or the address not this host's",
-            hint="another port: --rdzv-endpoint, --listen or agent.listen") from None  # fmt: skip
 
 
 def _limits(settings: HealthSettings) -> Limits:

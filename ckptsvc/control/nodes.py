@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ckptsvc.rpc.v1 import agent_pb2
@@ -80,13 +80,18 @@ def choose(
     return sorted(chosen, key=lambda n: place[n.name])
 
 
-def too_slow(node: Node, others: Iterable[Node]) -> str:
-    """Why a node's network makes it unfit, as a clause; "" if it does not."""
-    known = [other.bandwidth for other in others if other.bandwidth and other is not node]
-    if not node.bandwidth or len(known) < FEWEST or node.bandwidth * SLOW >= statistics.median(known):
-        return ""
-    rates = f"{node.bandwidth / 1e6:.1f} MB/s between it and the coordinator's node"
-    return f"network: {rates}, where the median of {len(known)} others is {statistics.median(known) / 1e6:.1f} MB/s"
+def too_slow(nodes: Collection[Node]) -> dict[str, str]:
+    """The nodes whose network makes them unfit, each with why, as a clause."""
+    known = sorted(node.bandwidth for node in nodes if node.bandwidth)
+    if len(known) <= FEWEST:
+        return {}
+    median = statistics.median(known[1:])  # that of the others: whichever slow one is left out, the middle is the same
+    return {
+        node.name: f"network: {node.bandwidth / 1e6:.1f} MB/s between it and the coordinator's node, where the median"
+        f" of {len(known) - 1} others is {median / 1e6:.1f} MB/s"
+        for node in nodes
+        if 0 < node.bandwidth * SLOW < median
+    }
 
 
 def _order(node: Node) -> tuple[int, int, str]:

@@ -146,14 +146,15 @@ class Attempts:
         if node.doorbell != event.doorbell:
             node.doorbell, node.rung = event.doorbell, False
             decision.add(self._ring(node))  # to find out whether it can be heard from here
-        return decision.add(self._adopt(event, now) if event.attempt else self._turn_away())
+        if not event.attempt and event.bandwidth:
+            decision.add(self._turn_away())
+        return decision.add(self._adopt(event, now)) if event.attempt else decision
 
     def _turn_away(self) -> Decision:
         """Send nodes home whose network is too slow. Of the first ones, that shows only when there are others."""
         decision = Decision()
-        for name in sorted(self.nodes.keys() - self.hosts):
-            why = too_slow(self.nodes[name], self.nodes.values())
-            if why:
+        for name, why in too_slow(self.nodes.values()).items():
+            if name not in self.hosts:
                 del self.nodes[name]
                 decision.add(self._end_node(name, EXIT_STATUS["node-unfit"], f"node {name} is not taken in: {why}"))
         return decision
@@ -404,10 +405,11 @@ class Attempts:
     def waiting(self, now: float) -> list[str]:
         """Nodes that the attempt could have and has not; none where anything else is about to happen to it."""
         accused = self.accused is not None and self.accused.attempt == self.attempt
-        if self.phase is not Phase.RUNNING or self._is_partial or self.stop_wanted or self.statuses or accused:
+        busy = self._is_partial or self.stop_wanted or self.statuses or self.suspects or accused
+        if self.phase is not Phase.RUNNING or len(self.hosts) >= min(self.max_nodes, len(self.nodes)) or busy:
             return []
         here = [n for n in self.nodes.values() if n.away_since is None and (n.ready >= 0 or n.name in self.hosts)]
-        if self.suspects or len(self.hosts) >= self.max_nodes or not self.hosts <= {node.name for node in here}:
+        if not self.hosts <= {node.name for node in here}:
             return []
         chosen = choose(here, self.min_nodes, self.max_nodes, lambda n: self.exclusion.excluded(n, now), self.places)
         return [n.name for n in chosen if n.name not in self.hosts] if len(chosen) > len(self.hosts) else []
