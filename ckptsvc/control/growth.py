@@ -61,10 +61,10 @@ class Growth:
             return ""
         if reach.done is None and told:
             return "at once, for its ranks do not tell of steps that could be lost"
-        if reach.done is not None and reach.done <= max(reach.committed, 0):
-            return "and loses no step"
         if reach.committed > self.known:
             return f"at the checkpoint of step {reach.committed}"
+        if reach.done is not None and reach.done <= max(reach.committed, 0):
+            return "and loses no step"
         if waited >= self.patience:
             return f"after {waited:.0f} s in which no checkpoint was committed"
         return ""

@@ -447,6 +447,16 @@ class TestGrowing:
         assert "grows from 1 to 2 nodes, at the checkpoint of step 90" in decision.reasons[-1]
         assert [n for n, _ in orders(shrunk.tell(node_ready("a", 1)), "start")] == ["a", "b"]
 
+    def test_and_asked_for_again_if_a_rank_skips_it(self, shrunk):
+        shrunk.core.tick(10.0 + SETTLE)
+        ((_, order),) = orders(shrunk.core.tick(11.0 + SETTLE), "save_at")
+        shrunk.now = 12.0 + SETTLE
+        shrunk.tell(skipped(0, job="job@1", step=order.step - 1))
+        assert kinds(shrunk.core.tick(13.0 + SETTLE)) == []
+        shrunk.tell(skipped(0, job="job@1", step=order.step))
+        assert kinds(shrunk.core.tick(14.0 + SETTLE)) == ["a: save_at"]
+        assert kinds(shrunk.core.tick(15.0 + SETTLE)) == []
+
     def test_but_not_longer_than_was_agreed_on(self, shrunk):
         shrunk.core.tick(50.0)
         assert kinds(shrunk.core.tick(109.9)) == ["a: save_at"]
