@@ -159,15 +159,20 @@ class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True):
         preload: what it imports, comma-separated; it is of no use without the first.
         standby_memory: the most memory it may take; with more, ranks are started without it.
         preflight: check a node before it takes part in a job.
+        grow: how long a job that runs on fewer nodes than it may waits for its next checkpoint before it starts anew
+            with those that have come; "off": they wait for the next restart.
         crash_loop: failed attempts in a row without a newer step to restore that end a job; 0: they never do.
         state: directory in which the list of nodes that have failed is kept from job to job, best on a file system that
             all nodes share; "" means $XDG_STATE_HOME/ckptsvc or ~/.local/state/ckptsvc.
     """
 
     standby: bool = True
-    preload: Annotated[tuple[str, ...], parse_names] = ("torch", "torch._dynamo", "ckptsvc.client.session")
+    preload: Annotated[tuple[str, ...], parse_names] = (
+        "torch", "torch._dynamo", "ckptsvc.client.session", "grpc.experimental", "ckptsvc_drivers.posix",
+    )  # fmt: skip
     standby_memory: Annotated[int, parse_size] = 2 << 30
     preflight: bool = True
+    grow: Annotated[float | None, parse_duration_or_off] = 600.0
     crash_loop: Annotated[int, msgspec.Meta(ge=0)] = 3
     state: str = ""
 

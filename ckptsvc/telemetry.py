@@ -55,13 +55,22 @@ class ArenaState(StrEnum):
     KEPT = "kept"
 
 
+class IncidentKind(StrEnum):
+    """What has happened to a job; a rank that goes on by itself after all is slow."""
+
+    DIED = "died"
+    HUNG = "hung"
+    SLOW = "slow"
+    NODE_LOST = "node-lost"
+
+
 class Cause(StrEnum):
     """Why a job was restarted."""
 
     DIED = "died"
     HUNG = "hung"
     NODE_LOST = "node-lost"
-    REQUESTED = "requested"
+    GROWN = "grown"
 
 
 class NicSignal(StrEnum):
@@ -170,7 +179,15 @@ class Metrics:
         self.heartbeat_age = Gauge(
             "ckptsvc_rank_heartbeat_age_seconds", "Age of the oldest local heartbeat.", registry=registry
         )
-        self.restarts = Counter("ckptsvc_restarts_total", "Restarts of jobs.", ["cause"], registry=registry)
+        self.restarts = Counter(
+            "ckptsvc_restarts_total", "Restarts of the jobs coordinated here.", ["cause"], registry=registry
+        )
+        self.incidents = Counter(
+            "ckptsvc_incidents_total",
+            "Incidents of the jobs coordinated here, by what each was first taken for.",
+            ["kind"],
+            registry=registry,
+        )
         self.store_errors = Counter(
             "ckptsvc_store_errors_total",
             "Failed requests to a store, retried ones too; kind is an error code.",
@@ -227,6 +244,8 @@ class Metrics:
             self.snapshots_skipped.labels(reason)
         for cause in Cause:
             self.restarts.labels(cause)
+        for incident in IncidentKind:
+            self.incidents.labels(incident)
         for kind in NicTrouble:
             self.nic_findings.labels(kind)
 

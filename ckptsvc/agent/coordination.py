@@ -27,7 +27,7 @@ from ckptsvc.config import EtcdSettings
 from ckptsvc.control.election import CANDIDATES_WAIT, RENEWALS, Campaign, Election, Follow, Holder, Lead, Verdict
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, CoordinationUnavailable
 from ckptsvc.quantities import parse_address
-from ckptsvc.rpc.etcd import Etcd, EtcdUrl, Found, Login, parse_url
+from ckptsvc.rpc.etcd import Etcd, EtcdUrl, Found, Login, check_reachable, parse_url
 from ckptsvc.rpc.proof import proof, same
 from ckptsvc.rpc.secret import is_loopback
 from ckptsvc.rpc.v1 import agent_pb2
@@ -47,6 +47,9 @@ UNWANTED_FOR = 10.0
 
 LIST_PATIENCE = 10.0
 """Seconds a rank that asks for snapshots waits for a coordinator to be there."""
+
+MEASURE_PATIENCE = 2.0
+"""Seconds that a node's first look at its network waits for a coordinator to be there."""
 
 MAX_VALUE = 4096
 """Bytes of a key's value that are looked at."""
@@ -91,6 +94,18 @@ def login_of(url: EtcdUrl, settings: EtcdSettings) -> Login:
         except UnicodeError:
             raise ConfigError(f"etcd.password_file: {settings.password_file} is not UTF-8") from None
     return Login(tls, settings.user, password)
+
+
+def reachable(where: str, settings: EtcdSettings) -> str:
+    """The URL of etcd in its normal form, once it has answered: who starts a job hears at once what is wrong.
+
+    Raises:
+        ConfigError: it is none, or the settings for it are wrong.
+        CoordinationUnavailable: nobody answers there.
+    """
+    url = parse_url(where)
+    asyncio.run(check_reachable(url, login_of(url, settings)))
+    return str(url)
 
 
 def _read(key: str, name: str, *, private: bool = False) -> bytes:
@@ -179,6 +194,11 @@ class ElectedUplink:
         self._unwanted_since: float | None = None
         self._tasks = [asyncio.ensure_future(self._run()), asyncio.ensure_future(self._renew())]
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a coordinator, and it can be reached."""
+        return self._inner is not None and self._inner.is_connected
+
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator, if there is one."""
         if self._inner is not None:
@@ -192,6 +212,14 @@ class ElectedUplink:
             raise CoordinationUnavailable(f"job {self.job} has no coordinator", hint=self._problem) from None
         assert self._inner is not None
         return await self._inner.list_complete(job)
+
+    async def measure(self) -> float:
+        """Bytes per second to the coordinator's node and back."""
+        try:
+            await asyncio.wait_for(self._there.wait(), MEASURE_PATIENCE)
+        except TimeoutError:
+            return 0.0
+        return await self._inner.measure() if self._inner is not None else 0.0
 
     def status(self) -> dict[str, Any]:
         """Who coordinates, for the status document."""

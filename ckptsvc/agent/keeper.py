@@ -51,7 +51,8 @@ FAIL = "raise SystemExit(1)"
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as a shell says it
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+# Slurm hands SIGUSR1 on to every process of a step, sessions or not; a keeper that it ended would take the ranks along.
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 

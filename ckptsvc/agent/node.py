@@ -25,7 +25,7 @@ from ckptsvc.agent.workers import Workers
 from ckptsvc.control.pace import PROGRESS_EVERY, progress_every
 from ckptsvc.control.restart import launched_as
 from ckptsvc.control.runs import ranks_of
-from ckptsvc.errors import BY_CODE, Fenced, InvalidInput
+from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput
 from ckptsvc.pipeline.arena import State
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -248,9 +248,9 @@ class Node:
         if kind == "epoch_allotted":
             attempt.rewinds = max(attempt.rewinds, effect.rewinds)  # another node's rank was faster than ours
             attempt.epoch = effect.epoch
-            attempt.epoch_error = None if effect.epoch else BY_CODE[effect.code](effect.why)
+            attempt.epoch_error = None if effect.epoch else _error(effect)
         elif kind == "job_refused":
-            attempt.refused = BY_CODE[effect.code](effect.why)
+            attempt.refused = _error(effect)
         elif kind == "holders":
             attempt.groups[effect.generation] = [ranks_of(group.runs) for group in effect.groups]
         attempt.wake()
@@ -338,3 +338,8 @@ class Node:
         await self._local.close()
         for token in list(self._local.sessions):
             self._forget(token)
+
+
+def _error(told: Any) -> CkptsvcError:
+    """What a coordinator says is wrong; one of a later version may know more codes."""
+    return BY_CODE.get(told.code, CkptsvcError)(told.why)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptsvc.agent.doorbell import ring
+from ckptsvc.agent.drain import drain
 from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.coordinator import Coordinator
@@ -20,6 +21,7 @@ from ckptsvc.control.effects import (
     Commit,
     CommitDone,
     Decision,
+    Drain,
     Effect,
     EpochDone,
     KeepNodes,
@@ -30,6 +32,7 @@ from ckptsvc.control.effects import (
     Probed,
     ReadNodes,
     Record,
+    Restarted,
     Send,
     Strike,
 )
@@ -37,6 +40,7 @@ from ckptsvc.control.health import Policy
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.telemetry import IncidentKind, Metrics
 
 log = logging.getLogger("ckptsvc.coordinator")
 
@@ -69,6 +73,8 @@ class CoordinatorShell:
         state: directory of the list of nodes that have failed; None: it is not kept.
         term: of an elected coordinator, 0 of any other; every order carries it.
         may_act: whether it may still decide; asked before every effect.
+        drains: ask the scheduler to drain nodes that have failed too often.
+        metrics: where incidents and restarts are counted; None: nowhere.
 
     Attributes:
         incidents: the latest, by job and id, oldest first.
@@ -85,6 +91,8 @@ class CoordinatorShell:
         *,
         term: int = 0,
         may_act: Callable[[], bool] = lambda: True,
+        drains: bool = False,
+        metrics: Metrics | None = None,
     ) -> None:
         self.core = Coordinator(save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2))
         self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
@@ -93,6 +101,7 @@ class CoordinatorShell:
         self._state = state
         self._listing, self._ringing = asyncio.Lock(), asyncio.Semaphore(RINGS)
         self._workers, self._may_act = workers, may_act
+        self._drains, self._metrics = drains, metrics
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: dict[tuple[str, int, int], str] = {}
@@ -146,6 +155,9 @@ class CoordinatorShell:
                     deliver(effect.order)
             elif isinstance(effect, Record):
                 self._record(effect.incident)
+            elif isinstance(effect, Restarted):
+                if self._metrics is not None:
+                    self._metrics.restarts.labels(effect.cause).inc()
             else:
                 task = asyncio.ensure_future(self._do(effect))
                 self._tasks.add(task)
@@ -155,12 +167,14 @@ class CoordinatorShell:
         key = (incident.job, incident.id)
         known = self.incidents.get(key)
         incident.opened = known.opened if known else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        if known is None and self._metrics is not None:
+            self._metrics.incidents.labels(IncidentKind(incident.kind)).inc()
         self.incidents[key] = incident
         while len(self.incidents) > KEPT_INCIDENTS:
             self.incidents.popitem(last=False)
         self.on_incident(incident)
 
-    async def _do(self, effect: AllotEpoch | Commit | Lookup | Probe | ReadNodes | KeepNodes) -> None:
+    async def _do(self, effect: AllotEpoch | Commit | Lookup | Probe | ReadNodes | KeepNodes | Drain) -> None:
         if not self._may_act():
             self._drop(effect)
         elif isinstance(effect, AllotEpoch):
@@ -178,6 +192,8 @@ class CoordinatorShell:
             at = time.time()
             entries = {n: {"score": s, "at": at - age, "why": why} for n, (s, age, why) in effect.strikes.items()}
             await self._list_nodes("keep_nodes", nodes=entries)
+        elif isinstance(effect, Drain):
+            await drain(effect.node, effect.reason, enabled=self._drains)
         else:
             found = await self._lookup(effect)
             if found:

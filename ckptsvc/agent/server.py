@@ -161,7 +161,8 @@ class Agent:
         health = settings.health
         policy = Policy(health.automatic, health.confirm, health.give_up)
         listed = nodelist.directory_of(os.environ, settings.launch)
-        shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act)
+        shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act,
+            drains=settings.scheduler.drain, metrics=self.metrics)  # fmt: skip
         shell.on_incident = lambda incident: self._on_incident(incident)
         return shell
 

@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 import msgspec
 
+from ckptsvc.agent.bandwidth import Mirror
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
@@ -155,6 +156,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     def __init__(self, shell_of: Callable[[str, int], CoordinatorShell], node: str) -> None:
         self._shell_of, self._node = shell_of, node
+        self._mirror = Mirror()
 
     async def Attend(self, request_iterator: AsyncIterator[pb.Report], context: Any) -> AsyncIterator[pb.Order]:
         """See coordinator.proto."""
@@ -189,3 +191,13 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         """See coordinator.proto."""
         shell = self._shell_of(launched_as(request.job), request.term)
         return agent_pb2.ListSnapshotsResponse(snapshots=shell.list_complete(request.job))
+
+    async def Measure(self, request_iterator: AsyncIterator[pb.Load], context: Any) -> AsyncIterator[pb.Load]:
+        """See coordinator.proto."""
+        try:
+            async for load in self._mirror.reflect(request_iterator):
+                yield load
+        except CkptsvcError as error:
+            await context.abort(*trailers_of(error))
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "a measurement takes less")

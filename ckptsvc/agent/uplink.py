@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 
+from ckptsvc.agent.bandwidth import SECONDS, measure
 from ckptsvc.agent.fresh import fresh
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.errors import AgentUnavailable, CkptsvcError
@@ -45,11 +46,18 @@ BUNDLE = 1 << 20
 class Uplink(Protocol):
     """The way to one coordinator."""
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether a coordinator hears what is reported."""
+
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator; never blocks."""
 
     async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job in memory, newest first."""
+
+    async def measure(self) -> float:
+        """Bytes per second to the coordinator's node and back (agent.bandwidth); 0.0 where that is this one."""
 
     async def close(self) -> None:
         """Stop."""
@@ -68,6 +76,11 @@ class LocalUplink:
 
         shell.attend(node, deliver)
 
+    @property
+    def is_connected(self) -> bool:
+        """It always is."""
+        return True
+
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator."""
         self._shell.report(self._node, report)
@@ -75,6 +88,10 @@ class LocalUplink:
     async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job."""
         return self._shell.list_complete(job)
+
+    async def measure(self) -> float:
+        """There is no way to measure."""
+        return 0.0
 
     async def close(self) -> None:
         """Nothing to do."""
@@ -106,6 +123,11 @@ class RemoteUplink:
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
         self._task = asyncio.ensure_future(self._run())
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the stream is up."""
+        return self._queue is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
+
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator, if it is connected."""
         if self._queue is not None:
@@ -125,6 +147,17 @@ class RemoteUplink:
         except TimeoutError:
             raise AgentUnavailable(f"coordinator {self._address} did not answer in time") from None
         return list(answer.snapshots)
+
+    async def measure(self) -> float:
+        """Bytes per second to the coordinator's node and back."""
+
+        async def begin(loads: AsyncIterator[pb.Load]) -> Any:
+            admission = await self._ask("Measure")
+            call = self._stub.Measure(loads, timeout=2 * SECONDS, metadata=admission.metadata, wait_for_ready=True)
+            await admission.check(call)
+            return call
+
+        return await measure(begin)
 
     async def close(self) -> None:
         """Stop."""

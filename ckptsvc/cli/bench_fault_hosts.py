@@ -75,6 +75,11 @@ class Hosts:
         """Mend it again."""
         _in(self._holders[0].pid, f"ip link set link{number} up")
 
+    def slow(self, number: int, rate: str) -> None:
+        """Let no more than so much through to a host ("4mbit")."""
+        limit = f"tc qdisc add dev link{number} root tbf rate {rate} burst 32kb latency 400ms"
+        _in(self._holders[0].pid, limit)
+
     def mend_all(self) -> None:
         """Mend every link."""
         for number in range(1, len(self._holders)):

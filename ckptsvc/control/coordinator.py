@@ -8,6 +8,7 @@ from ckptsvc.control.crashloop import CrashLoop
 from ckptsvc.control.effects import (
     CommitDone,
     Decision,
+    Drain,
     EpochDone,
     KeepNodes,
     LookupDone,
@@ -17,6 +18,7 @@ from ckptsvc.control.effects import (
     Send,
 )
 from ckptsvc.control.exclusion import Exclusion, Strikes
+from ckptsvc.control.growth import Growth, Reach
 from ckptsvc.control.health import Health, Policy
 from ckptsvc.control.incidents import Incidents, standing
 from ckptsvc.control.membership import Job
@@ -133,12 +135,21 @@ class Coordinator:
         for name, attempts in list(self.launched.items()):
             if attempts.phase is Phase.ENDED and now - attempts.ended > FORGET_AFTER:
                 del self.launched[name]
-        return decision.add(self._epochs(now)).add(self._keep_nodes(now))
+        return decision.add(self._epochs(now)).add(self._keep_nodes(now)).add(self._drain())
 
     def _keep_nodes(self, now: float) -> Decision:
         if not self.exclusion.changed or not self.exclusion.known:
             return Decision()
         return Decision([KeepNodes({n: (s.score, now - s.at, s.why) for n, s in self.exclusion.listed(now).items()})])
+
+    def _drain(self) -> Decision:
+        decision = Decision()
+        for node, why in self.exclusion.fresh.items():
+            about = self.incidents.about(node)
+            decision.effects.append(Drain(node, f"{about}: {why}" if about else why))
+            decision.reasons.append(f"node {node} has failed too often and is not used while there are others: {why}")
+        self.exclusion.fresh.clear()
+        return decision
 
     def _tick_launched(self, attempts: Attempts, now: float) -> Decision:
         before, nodes = standing(attempts), list(attempts.nodes)
@@ -147,7 +158,24 @@ class Coordinator:
         if suspects:
             return decision.add(self.incidents.failed(attempts, before, "died", *suspects[0]))
         lost = next((node for node in nodes if node not in attempts.nodes), "")
-        return decision.add(self.incidents.failed(attempts, before, "node-lost", node=lost))
+        decision.add(self.incidents.failed(attempts, before, "node-lost", node=lost))
+        return decision.add(self._grow(attempts, now))
+
+    def _grow(self, attempts: Attempts, now: float) -> Decision:
+        """Start a job anew that runs on fewer nodes than there are, when it loses little by it."""
+        growth, waiting = attempts.growth, attempts.waiting(now)
+        jobs = [j for j in self.jobs.values() if (launched_as(j.name), j.attempt) == (attempts.job, attempts.attempt)]
+        done = max((job.highest for job in jobs if job.progress), default=None)
+        committed = (
+            max((s for job in jobs if (s := job.saves.committed_step) is not None), default=-1) if waiting else -1
+        )
+        why = growth.look(waiting, Reach(done, committed), now, told=attempts.gathered)
+        if why:
+            return attempts.grow(waiting, why, now)
+        if growth.wants_checkpoint(now):
+            for job in jobs:
+                job.save_wanted = True
+        return Decision()
 
     def snapshots(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job in memory, newest first (`local` is filled in by each agent)."""
@@ -261,6 +289,7 @@ class Coordinator:
                 CrashLoop(event.crash_loop),
                 self.exclusion,
                 lambda: self._reached(event.job),
+                Growth(event.grow if event.grow >= 0 else None),
                 since=now,
                 predecessor=before,
             )

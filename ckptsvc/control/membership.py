@@ -51,6 +51,8 @@ class Job:
     agreed: pb.Order | None = None  # the last answer to them: copying it costs more than anything else here
     every_seconds: float = 0.0
     last_ordered: float = 0.0
+    save_wanted: bool = False  # a snapshot soon, whatever the interval
+    wanted_at: int = -1  # the step at which that was ordered
     progress: dict[str, int] = field(default_factory=dict)  # node -> step of its fastest rank
     highest: int = 0  # of them all
     pace: tuple[float, int] | None = None  # when, highest step: the last sample
@@ -99,7 +101,7 @@ class Job:
     def _begin(self, event: pb.RankJoined, now: float) -> None:
         self.attempt, self.world_size, self.store = event.attempt, event.world_size, event.store
         self.epoch, self.joined_at, self.asked_epoch_at = event.epoch, now, -math.inf
-        self.last_ordered = now
+        self.last_ordered, self.save_wanted, self.wanted_at = now, False, -1
         self.saves.begin(event.attempt, now)
         self.ranks, self.seen, self.away = {}, {}, {}
         self.announced, self.agreed, self.progress, self.highest = {}, None, {}, 0
@@ -239,8 +241,10 @@ class Job:
             return Decision()
         decision = Decision()
         ahead = self.highest + 2 + math.ceil(self.steps_per_second * LEAD_SECONDS)
-        if self.every_seconds and self.epoch and now - self.last_ordered >= self.every_seconds:
-            self.last_ordered = now
+        due = self.every_seconds and now - self.last_ordered >= self.every_seconds
+        if self.epoch and (due or self.save_wanted):
+            self.wanted_at = ahead if self.save_wanted else self.wanted_at
+            self.last_ordered, self.save_wanted = now, False
             order = pb.Order(job=self.name, save_at=pb.SaveAt(attempt=self.attempt, step=ahead))
             decision.add(Decision([Send(n, order) for n in self.nodes], [f"job {self.name}: save at step {ahead}"]))
         if self.stop_wanted:
@@ -256,7 +260,9 @@ class Job:
             self.stop_wanted = self.stop_wanted or why
 
     def missed(self, step: int) -> None:
-        """A rank got an order for this step too late. If it was the order to stop, another one will follow."""
+        """A rank has skipped the snapshot of this step. If it was the last one, or wanted, another one will follow."""
+        if step == self.wanted_at:
+            self.save_wanted, self.wanted_at = True, -1
         ordered, why = self.stop_ordered
         if step == ordered:
             self.stop_wanted, self.stop_ordered = why, (-1, "")

@@ -1,6 +1,7 @@
 r"""Attempts of a job that `ckptsvc run` launches: when its nodes start ranks, when they stop them, when the job ends.
 
 gathering --all nodes ready--> running --a rank fails--> stopping --all nodes ready--> running ...
+                               running --nodes have come--> stopping       (control.growth)
 \--all ranks exit 0--> ended          \--no restarts left--> ended
 
 When is a node lost? Its agent's connection ends: at once if the agent dies, after an unanswered ping if the network or
@@ -25,12 +26,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ckptsvc.control.crashloop import Crash, CrashLoop
-from ckptsvc.control.effects import Answer, Decision, Probe, Probed, Send
+from ckptsvc.control.effects import Answer, Decision, Probe, Probed, Restarted, Send
 from ckptsvc.control.exclusion import DIED, FAILED, LOST, Exclusion
-from ckptsvc.control.nodes import Node, choose
+from ckptsvc.control.growth import Growth
+from ckptsvc.control.nodes import Node, choose, too_slow
 from ckptsvc.errors import EXIT_STATUS
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.telemetry import Cause
 
 GRACE = 0.5
 """Seconds between SIGTERM and SIGKILL for the healthy ranks of an attempt that is being stopped."""
@@ -95,6 +98,7 @@ class Attempts:
     loop: CrashLoop = field(default_factory=lambda: CrashLoop(0))
     exclusion: Exclusion = field(default_factory=Exclusion)
     reached: Callable[[], tuple[int, int | None]] = lambda: (-1, None)  # newest step to restore, steps done
+    growth: Growth = field(default_factory=Growth)
     phase: Phase = Phase.GATHERING
     attempt: int = 0
     restarts: int = 0
@@ -131,6 +135,7 @@ class Attempts:
             return self._end_node(event.node, EXIT_STATUS["node-unfit"], unfit)
         if node is None:
             node = Node(event.node, event.node_rank, self.arrivals, event.address, event.nproc)
+            node.bandwidth = event.bandwidth
             self.nodes[event.node] = node
             self.arrivals += 1
             self.since = now
@@ -143,7 +148,18 @@ class Attempts:
             node.doorbell, node.rung = event.doorbell, False
             decision.add(self._ring(node))  # to find out whether it can be heard from here
         self._count(node)
+        if not event.attempt and event.bandwidth:
+            decision.add(self._turn_away())
         return decision.add(self._adopt(event, now)) if event.attempt else decision
+
+    def _turn_away(self) -> Decision:
+        """Send nodes home whose network is too slow. Of the first ones, that shows only when there are others."""
+        decision = Decision()
+        for name, why in too_slow(self.nodes.values()).items():
+            if name not in self.hosts:
+                del self.nodes[name]
+                decision.add(self._end_node(name, EXIT_STATUS["node-unfit"], f"node {name} is not taken in: {why}"))
+        return decision
 
     def _adopt(self, event: pb.NodeJoined, now: float) -> Decision:
         """Ranks run on that node: those this coordinator or an earlier one has started, or such that should be gone."""
@@ -327,7 +343,7 @@ class Attempts:
         elif self.phase is Phase.GATHERING or self.phase is Phase.STOPPING:
             there = f"only {len(self.nodes)} of {self.min_nodes} nodes"
             why, patience = f"{there} have come", JOIN_PATIENCE
-            if self.restarts:
+            if self.attempt:
                 why, patience = f"{there} are left: {self.last_failure}", NODE_PATIENCE
             if len(self.nodes) < self.min_nodes and now - self.since > patience:
                 return decision.add(self._end(1, why, now))
@@ -410,6 +426,27 @@ class Attempts:
                     f"has failed too often: {self.exclusion.strikes[node.name].why}" if bad else "a spare"
                 )
         return found
+
+    def waiting(self, now: float) -> list[str]:
+        """Nodes that the attempt could have and has not; none where anything else is about to happen to it."""
+        accused = self.accused is not None and self.accused.attempt == self.attempt
+        busy = self._is_partial or self.stop_wanted or self.statuses or self.suspects or accused
+        if self.phase is not Phase.RUNNING or len(self.hosts) >= min(self.max_nodes, len(self.nodes)) or busy:
+            return []
+        here = [n for n in self.nodes.values() if n.away_since is None and (n.ready >= 0 or n.name in self.hosts)]
+        if not self.hosts <= {node.name for node in here}:
+            return []
+        chosen = choose(here, self.min_nodes, self.max_nodes, lambda n: self.exclusion.excluded(n, now), self.places)
+        return [n.name for n in chosen if n.name not in self.hosts] if len(chosen) > len(self.hosts) else []
+
+    def grow(self, nodes: list[str], why: str, now: float) -> Decision:
+        """Start anew with these nodes as well. That is no failure, and takes none of the restarts."""
+        before = len(self.hosts)
+        names = f"node{'s' if len(nodes) > 1 else ''} {', '.join(nodes)}"
+        why = f"{names} can be used: the job grows from {before} to {before + len(nodes)} nodes, {why}"
+        self.last_failure, self.since, self.phase = why, now, Phase.STOPPING
+        grown = Decision([Restarted(self.job, Cause.GROWN)], [f"job {self.job}: {why}"])
+        return grown.add(self._stop(self.attempt, why, self.nodes))
 
     def _finish(self, now: float) -> Decision:
         worst = max(self.statuses.values())

@@ -234,7 +234,7 @@ class Dropped(_message.Message):
     def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class NodeJoined(_message.Message):
-    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "doorbell", "world_size", "unfit", "clock", "crash_loop", "uptime")
+    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "doorbell", "world_size", "unfit", "clock", "crash_loop", "uptime", "grow", "bandwidth")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     NODE_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -251,6 +251,8 @@ class NodeJoined(_message.Message):
     CLOCK_FIELD_NUMBER: _ClassVar[int]
     CRASH_LOOP_FIELD_NUMBER: _ClassVar[int]
     UPTIME_FIELD_NUMBER: _ClassVar[int]
+    GROW_FIELD_NUMBER: _ClassVar[int]
+    BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     node_rank: int
@@ -267,7 +269,9 @@ class NodeJoined(_message.Message):
     clock: float
     crash_loop: int
     uptime: float
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., doorbell: _Optional[int] = ..., world_size: _Optional[int] = ..., unfit: _Optional[str] = ..., clock: _Optional[float] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ...) -> None: ...
+    grow: float
+    bandwidth: float
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., doorbell: _Optional[int] = ..., world_size: _Optional[int] = ..., unfit: _Optional[str] = ..., clock: _Optional[float] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ..., grow: _Optional[float] = ..., bandwidth: _Optional[float] = ...) -> None: ...
 
 class NodeReady(_message.Message):
     __slots__ = ("job", "node", "attempt", "port")
@@ -711,6 +715,12 @@ class SnapshotComplete(_message.Message):
     world_size: int
     aliases: _containers.ScalarMap[str, str]
     def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., world_size: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class Load(_message.Message):
+    __slots__ = ("data",)
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    data: bytes
+    def __init__(self, data: _Optional[bytes] = ...) -> None: ...
 
 class ListCompleteRequest(_message.Message):
     __slots__ = ("job", "term")

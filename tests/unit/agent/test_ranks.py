@@ -146,6 +146,23 @@ class TestOneRank:
         grep = ["grep", "-E", "SigIgn|SigBlk", "/proc/self/status"]
         assert text == subprocess.run(grep, capture_output=True, text=True, check=True).stdout
 
+    def test_signals_that_a_scheduler_sends_to_all_processes_do_not_end_the_keeper(self, tmp_path):
+        async def run():
+            async with kept(
+                f"trap 'exit 3' USR1; echo $$ > {tmp_path}/rank; while :; do sleep 0.05; done", tmp_path
+            ) as found:
+                await found.start()
+                rank = await there(tmp_path / "rank")
+                for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP):
+                    os.kill(found.ranks._process.pid, number)
+                await asyncio.sleep(0.2)
+                os.kill(rank, signal.SIGUSR1)
+                assert await found.all_ended() == [3]
+                assert found.said == []
+                await found.ranks.stop(0.0)
+
+        asyncio.run(run())
+
     def test_a_program_that_is_not_there(self, tmp_path):
         async def run():
             async with kept("", tmp_path) as found:

@@ -1,4 +1,4 @@
-"""The way to a coordinator: what goes in one message; and that whoever has its port learns nothing and is not obeyed."""
+"""The way to a coordinator: what goes in one message; whoever else has its port learns nothing and is not obeyed."""
 
 import asyncio
 import logging

@@ -97,6 +97,22 @@ class TestGathering:
         assert (node, end.status, end.reason) == ("c", 87, "node c is not taken in: memory: none left")
         assert attempts.nodes == {}
 
+    def test_nor_is_one_with_a_slow_network_taken_in(self):
+        attempts = make(min_nodes=1, max_nodes=9)
+        for node, rate in (("a", 0.0), ("b", 1e6), ("c", 90e6)):
+            assert kinds(attempts.joined(node_joined(node, bandwidth=rate), 0.0)) == []
+        ((node, end),) = orders(attempts.joined(node_joined("d", bandwidth=110e6), 0.0), "end")
+        assert (node, end.status) == ("b", 87)
+        assert end.reason.startswith("node b is not taken in: network: 1.0 MB/s between it and the coordinator's node")
+        assert list(attempts.nodes) == ["a", "c", "d"]
+
+    def test_but_one_that_runs_stays(self, gathered):
+        gathered.nodes["b"].bandwidth = 1e6
+        gathered.max_nodes = 9
+        for node in "cde":
+            assert kinds(gathered.joined(node_joined(node, bandwidth=99e6), 1.0)) == []
+        assert "b" in gathered.nodes
+
     def test_a_node_that_runs_ranks_is_fit(self, gathered):
         assert kinds(gathered.joined(node_joined("a", unfit="clock: wrong", attempt=1), 1.0)) == []
         assert "a" in gathered.nodes
