@@ -179,6 +179,21 @@ class Metrics:
         self.heartbeat_age = Gauge(
             "ckptsvc_rank_heartbeat_age_seconds", "Age of the oldest local heartbeat.", registry=registry
         )
+        self.store_errors = Counter(
+            "ckptsvc_store_errors_total",
+            "Failed requests to a store, retried ones too; kind is an error code.",
+            ["scheme", "kind"],
+            registry=registry,
+        )
+        self._coordination(registry)
+        self._nics(registry)
+        Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})
+        self._start_at_zero()
+
+    def _coordination(self, registry: CollectorRegistry) -> None:
+        """Those of the agent that leads jobs, and of those that follow."""
+        from prometheus_client import Counter
+
         self.restarts = Counter(
             "ckptsvc_restarts_total", "Restarts of the jobs coordinated here.", ["cause"], registry=registry
         )
@@ -186,12 +201,6 @@ class Metrics:
             "ckptsvc_incidents_total",
             "Incidents of the jobs coordinated here, by what each was first taken for.",
             ["kind"],
-            registry=registry,
-        )
-        self.store_errors = Counter(
-            "ckptsvc_store_errors_total",
-            "Failed requests to a store, retried ones too; kind is an error code.",
-            ["scheme", "kind"],
             registry=registry,
         )
         self.coordinator_changes = Counter(
@@ -205,9 +214,6 @@ class Metrics:
             "Calls by who is no agent of this user.",
             registry=registry,
         )
-        self._nics(registry)
-        Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})
-        self._start_at_zero()
 
     def _nics(self, registry: CollectorRegistry) -> None:
         """Those of the network cards; `nic` is a card of this node, of which there are a handful."""
