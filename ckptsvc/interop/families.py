@@ -1,7 +1,8 @@
 """The families of models that ship: their layout rules, their name maps, and what tells them apart.
 
 Each is a TOML file in `interop/maps`: `[[rule]]` (see `geometry.rules`) for its names, `[names]` (see `interop.names`)
-for what another framework calls them. A file of the same form can be given instead.
+for what another framework calls them. `include` takes over all that another family has. A file of the same form can be
+given instead.
 """
 
 from __future__ import annotations
@@ -47,11 +48,13 @@ class Guess(NamedTuple):
         family: its name.
         taken: parameters that exactly one of its rules takes.
         parameters: how many there are.
+        used: the part of its rules that take something; tells apart families that include one another.
     """
 
     family: str
     taken: int
     parameters: int
+    used: float
 
     @property
     def sure(self) -> float:
@@ -61,11 +64,7 @@ class Guess(NamedTuple):
 
 def families() -> list[str]:
     """Names of the families that ship."""
-    return sorted(
-        file.name.removesuffix(".toml")
-        for file in _ROOM.iterdir()
-        if file.name.endswith(".toml") and file.name != "variables.toml"
-    )
+    return [name for name, whole in _files().items() if whole]
 
 
 @cache
@@ -77,7 +76,7 @@ def family(name: str) -> Family:
     """
     if name not in families():
         raise InvalidInput(f"{name!r} is no family of models", hint=f"known are {', '.join(families())}")
-    return _parsed(name, _ROOM.joinpath(f"{name}.toml").read_text("utf-8"), name)
+    return _parsed(name, _shipped(name), name)
 
 
 def read_family(path: str) -> Family:
@@ -97,8 +96,12 @@ def read_family(path: str) -> Family:
 def guess(parameters: Iterable[str]) -> list[Guess]:
     """The families by how many of the parameters their rules take, the best first."""
     names = list(parameters)
-    found = [Guess(name, sum(len(family(name).rules.claims(n)) == 1 for n in names), len(names)) for name in families()]
-    return sorted(found, key=lambda one: -one.taken)
+    found = []
+    for name in families():
+        rules = family(name).rules
+        claims = [claims[0].rule.number for n in names if len(claims := rules.claims(n)) == 1]
+        found.append(Guess(name, len(claims), len(names), len(set(claims)) / len(rules.rules)))
+    return sorted(found, key=lambda one: (-one.taken, -one.used))
 
 
 def variables(document: Mapping[str, Any], shapes: Mapping[str, Shape]) -> dict[str, int]:
@@ -150,17 +153,57 @@ def _variables() -> dict[str, dict[str, Any]]:
     return tomllib.loads(_ROOM.joinpath("variables.toml").read_text("utf-8"))
 
 
+@cache
+def _files() -> dict[str, bool]:
+    """Names of the files that ship, and whether each is a whole family or a part that others include."""
+    names = sorted(file.name.removesuffix(".toml") for file in _ROOM.iterdir() if file.name.endswith(".toml"))
+    return {name: "part" not in tomllib.loads(_shipped(name)) for name in names if name != "variables"}
+
+
+def _shipped(name: str) -> str:
+    return _ROOM.joinpath(f"{name}.toml").read_text("utf-8")
+
+
 def _parsed(name: str, text: str, origin: str) -> Family:
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise InvalidInput(f"{origin} is no TOML: {error}") from None
+    table = _table(text, origin)
     title = table.get("title", name)
     if not isinstance(title, str) or table.keys() - {"title", "rule", "names"}:
-        raise InvalidInput(f"{origin} has a title, [[rule]] and [names], and nothing else")
+        raise InvalidInput(f"{origin} has a title, include, [[rule]] and [names], and nothing else")
     return Family(
         name,
         title,
         Rules.parse(table, origin=origin),
         NameMap.parse(table, origin=origin) if "names" in table else None,
     )
+
+
+def _table(text: str, origin: str, depth: int = 0) -> dict[str, Any]:
+    """The TOML document, what it includes in front of its own."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidInput(f"{origin} is no TOML: {error}") from None
+    include = table.pop("include", None)
+    if include is None:
+        return table
+    if include not in _files() or depth > _DEPTH:
+        raise InvalidInput(
+            f"{origin} includes {include!r}, which is no family", hint=f"known are {', '.join(families())}"
+        )
+    base = _table(_shipped(include), include, depth + 1)
+    base.pop("part", None)
+    names, base_names = table.get("names"), base.get("names")
+    if isinstance(names, dict) and isinstance(base_names, dict):
+        if names.get("sides") != base_names.get("sides"):
+            raise InvalidInput(f"{origin} and {include}, which it includes, have different sides")
+        joined = {key: [*base_names.get(key, []), *_list(names, key, origin)] for key in ("pair", "drop")}
+        base_names = {**base_names, **names, **joined}
+    rules = [*base.get("rule", []), *_list(table, "rule", origin)]
+    return {**base, **table, "rule": rules, **({"names": base_names or names} if base_names or names else {})}
+
+
+def _list(table: dict[str, Any], key: str, origin: str) -> list[Any]:
+    found = table.get(key, [])
+    if not isinstance(found, list):
+        raise InvalidInput(f"{origin}: {key} is no list")
+    return found

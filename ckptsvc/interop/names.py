@@ -18,8 +18,9 @@ A map is a list of pairs, in TOML, each of a left and a right side that hold the
     groups     the joined parts are interleaved: the first of so many equal shares of each, then the second of each, ...
     transpose  true: matrices of the left side are transposed (GPT-2's Conv1D)
     rows       how many rows there really are: the right side may have more, which are padding (vocabulary)
-    form       a spelling that is always understood, but written only on request (`forms`)
-    when       a pattern of the left: written to the right where such a tensor exists
+    form       {side = word}: a spelling of that side that is always understood, but written only on request (`forms`),
+               or where there is no other
+    when       {side = pattern}: read from that side only where a tensor so called exists
     unless     ... where it does not
 
 `{layer}` or `{expert}` on one side only: on the other side that dimension is stacked, in front. `[[names.drop]]` lists
@@ -57,9 +58,9 @@ class Pair(msgspec.Struct, frozen=True):
     groups: Size = 1
     transpose: bool = False
     rows: Size | None = None
-    form: str = ""
-    when: Pattern | None = None
-    unless: Pattern | None = None
+    form: tuple[str, str] = ("", "")
+    when: tuple[Pattern | None, Pattern | None] = (None, None)
+    unless: tuple[Pattern | None, Pattern | None] = (None, None)
 
     def __str__(self) -> str:
         return f"pair {self.number} ({self.left[0].text} = {self.right.text})"
@@ -155,7 +156,7 @@ class NameMap:
         Args:
             name: of the parameter.
             side: on which side the name is.
-            existing: all names of the left side, for `when` and `unless`.
+            existing: all names of that side, for `when` and `unless`.
             forms: forms of pairs that are wanted on the other side.
 
         Raises:
@@ -164,10 +165,11 @@ class NameMap:
         found = []
         for pair, part, pattern in self._candidates(name, side):
             values = pattern.match(name)
-            if values is not None and (side or _applies(pair, values, existing)):
+            if values is not None and _applies(pair, side, values, existing):
                 found.append(Match(pair, part, values))
         if len(found) > 1:
-            found = [m for m in found if m.pair.form in forms] or [m for m in found if not m.pair.form] or found
+            written = [(m, m.pair.form[1 - side]) for m in found]
+            found = [m for m, form in written if form in forms] or [m for m, form in written if not form] or found
             found = [m for m in found if not _pattern(m, side).wide] or found
         if len(found) > 1:
             raise LayoutError(f"{name} is taken by {found[0].pair} and by {found[1].pair}")
@@ -236,24 +238,26 @@ def _pattern(match: Match, side: int) -> Pattern:
     return match.pair.right if side else match.pair.left[match.part]
 
 
-def _applies(pair: Pair, values: Mapping[str, str], existing: Collection[str]) -> bool:
-    if pair.when is not None and pair.when.fill(values) not in existing:
+def _applies(pair: Pair, side: int, values: Mapping[str, str], existing: Collection[str]) -> bool:
+    when, unless = pair.when[side], pair.unless[side]
+    if when is not None and when.fill(values) not in existing:
         return False
-    return pair.unless is None or pair.unless.fill(values) not in existing
+    return unless is None or unless.fill(values) not in existing
 
 
 def _pair(number: int, row: dict[str, Any], sides: tuple[str, str], where: str) -> Pair:
     if unknown := row.keys() - _KEYS - set(sides):
-        raise InvalidInput(f"{where} says {min(unknown)!r}", hint=f"known are {', '.join([*sides, *sorted(_KEYS)])}")
+        allowed = ", ".join([*sides, *sorted(_KEYS)])
+        raise InvalidInput(f"{where} says {min(unknown)!r}", hint=f"known are {allowed}")
     if not all(row.get(side) for side in sides) or not isinstance(row[sides[1]], str):
         raise InvalidInput(f"{where} needs a name for {sides[0]} and one for {sides[1]}")
-    for key, kind in (("transpose", bool), ("form", str), ("when", str), ("unless", str)):
-        if key in row and not isinstance(row[key], kind):
-            raise InvalidInput(f"{where}: {key} = {row[key]!r} is not a {'text' if kind is str else 'true or false'}")
+    if not isinstance(row.get("transpose", False), bool):
+        raise InvalidInput(f"{where}: transpose is true or false")
     try:
         left = tuple(Pattern(text) for text in texts(row[sides[0]], sides[0]))
         right = Pattern(row[sides[1]])
-        conditions = [Pattern(row[key]) if key in row else None for key in ("when", "unless")]
+        form, when, unless = (_by_side(row, key, sides) for key in ("form", "when", "unless"))
+        conditions = [tuple(Pattern(text) if text else None for text in both) for both in (when, unless)]
         sections, groups, rows = (sizes(row.get(key, default)) for key, default in _SIZES.items())
     except InvalidInput as error:
         raise InvalidInput(f"{where}: {error.what}", hint=error.hint) from None
@@ -262,14 +266,22 @@ def _pair(number: int, row: dict[str, Any], sides: tuple[str, str], where: str) 
         raise InvalidInput(f"{where}: the names of {sides[0]} have different holes")
     if alone := (holes ^ set(right.holes)) - set(NUMBERS):
         raise InvalidInput(f"{where}: {{{min(alone)}}} is on one side only")
-    if any(set(condition.holes) - holes for condition in conditions if condition is not None):
-        raise InvalidInput(f"{where}: a condition has a hole that {sides[0]} has not")
+    for both in conditions:
+        if any(c is not None and set(c.holes) - h for c, h in zip(both, (holes, set(right.holes)), strict=True)):
+            raise InvalidInput(f"{where}: a condition has a hole that its side has not")
     if len(left) > 1 and sections and len(sections) != len(left):
         raise InvalidInput(f"{where} has {len(sections)} sections for {len(left)} names")
     return Pair(
         number, left, right, sections, groups[0] if groups else 1, row.get("transpose", False),
-        rows[0] if rows else None, row.get("form", ""), *conditions,
+        rows[0] if rows else None, form, (conditions[0][0], conditions[0][1]), (conditions[1][0], conditions[1][1]),
     )  # fmt: skip
+
+
+def _by_side(row: dict[str, Any], key: str, sides: tuple[str, str]) -> tuple[str, str]:
+    said = row.get(key, {})
+    if not isinstance(said, dict) or any(side not in sides or not isinstance(said[side], str) for side in said):
+        raise InvalidInput(f"{key} = {said!r} does not say a side and a text", hint=f'{key} = {{{sides[0]} = "..."}}')
+    return said.get(sides[0], ""), said.get(sides[1], "")
 
 
 def _drops(row: dict[str, Any], sides: tuple[str, str], where: str) -> Iterable[Drop]:
