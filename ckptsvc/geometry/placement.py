@@ -7,15 +7,14 @@ tensors + rules + layout -> Placement -> held(rank): the rank's tensors as its f
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ckptsvc.errors import LayoutError
-from ckptsvc.geometry.box import Box, Region, Shape
-from ckptsvc.geometry.layout import Piece, split_replicated
-from ckptsvc.geometry.parallel import Chunk, Coordinate, Parallel
+from ckptsvc.geometry.box import Box, Shape
+from ckptsvc.geometry.layout import Piece
+from ckptsvc.geometry.parallel import Chunk, Parallel
 from ckptsvc.geometry.rules import Claim, Local, Rules, local_part
-from ckptsvc.geometry.zero import Flat, logical_regions, split
 
 _SHOWN = 5
 
@@ -54,20 +53,11 @@ class Held(NamedTuple):
     local: Local
 
 
-class _Home(NamedTuple):
+class Home(NamedTuple):
     """Where a parameter lives, apart from tensor parallelism: the chunks, and the expert-parallel rank (None: all)."""
 
     claim: Claim
     chunks: tuple[Chunk, ...]
-    ep: int | None
-
-
-class _Group(NamedTuple):
-    """Tensors that the same ranks hold: whether ZeRO divides them, their stages, tensor ranks, and expert rank."""
-
-    divided: bool
-    stages: tuple[int, ...]
-    members: tuple[int, ...]
     ep: int | None
 
 
@@ -104,11 +94,10 @@ class Placement:
         self._shapes |= {entry.parameter: entry.shape for entry in self.entries if not entry.state}
         self.variables = {**self._counted(), **variables}
         self._chunks: list[Chunk] | None = None
-        self._homes: dict[str, _Home] = {}
+        self._of_layer: dict[int, Chunk] = {}
+        self._homes: dict[str, Home] = {}
         self._locals: dict[tuple[int, Shape, int, int], Local] = {}
-        self._members: dict[tuple[int, Shape, int], tuple[tuple[int, ...], ...]] = {}
         self._by_place: dict[tuple[int, int | None], list[Entry]] | None = None
-        self._shares: dict[_Group, list[list[tuple[str, Box]]]] = {}
 
     def check(self) -> Placement:
         """Itself, if every tensor has exactly one rule and its place can be worked out.
@@ -126,14 +115,16 @@ class Placement:
                 f"no rule takes {', '.join(self.unclaimed[:_SHOWN])}{more}",
                 hint="`ckptsvc layout --explain` shows what each rule takes; rules of your own: --rules FILE",
             )
-        for entry in self.entries:
-            experts = self.claims[entry.parameter].rule.is_expert
-            for tp in range(self.parallel.expert_tp if experts else self.parallel.tp):
-                self.local(entry, tp, 0)
-            self.home(entry.parameter)
+        alike = set()
+        for parameter, shape in self._shapes.items():
+            rule = self.home(parameter).claim.rule
+            if (rule.number, shape) not in alike:
+                alike.add((rule.number, shape))
+                for tp in range(self.parallel.expert_tp if rule.is_expert else self.parallel.tp):
+                    self.local(Entry(parameter, parameter, shape, 1), tp, 0)
         return self
 
-    def home(self, parameter: str) -> _Home:
+    def home(self, parameter: str) -> Home:
         """The chunks of layers that hold a parameter (one per stage), and the expert-parallel rank (None: all of them).
 
         Raises:
@@ -142,7 +133,7 @@ class Placement:
         home = self._homes.get(parameter)
         if home is None:
             claim = self.claims[parameter]
-            home = self._homes[parameter] = _Home(claim, self._held_by(claim), self._expert_rank(parameter, claim))
+            home = self._homes[parameter] = Home(claim, self._held_by(claim), self._expert_rank(parameter, claim))
         return home
 
     def local(self, entry: Entry, tp: int, ep: int) -> Local:
@@ -157,7 +148,7 @@ class Placement:
             LayoutError: it does not divide.
         """
         shape, claim = entry.shape, self.claims[entry.parameter]
-        if shape != self._shapes[entry.parameter]:
+        if self.is_odd(entry):
             whole = Box.full(shape)
             return Local(shape, () if whole.is_empty else (Piece(whole, whole),))
         rule = claim.rule
@@ -175,7 +166,7 @@ class Placement:
         """
         at = self.parallel.coordinate(rank)
         found = []
-        for entry in self._at(at):
+        for entry in (*self.at(at.pp, None), *self.at(at.pp, at.ep)):
             home = self.home(entry.parameter)
             tp = at.etp if home.claim.rule.is_expert else at.tp
             local = self.local(entry, tp, at.ep)
@@ -186,38 +177,30 @@ class Placement:
             ]
         return found
 
+    def is_odd(self, entry: Entry) -> bool:
+        """Whether it is state of another shape than its parameter: nothing divides it."""
+        return entry.shape != self._shapes[entry.parameter]
+
     def bytes_held(self, rank: int) -> int:
         """Bytes that a rank has in memory of what is placed: ZeRO counted, padding too."""
-        nbytes = 0
+        parallel, nbytes = self.parallel, 0
         for held in self.held(rank):
-            size = Box.full(held.local.shape).size
-            if self._divided(held.entry):
-                size = -(-size // self._replicas(held.entry))
-            nbytes += size * held.entry.itemsize
+            entry, size = held.entry, Box.full(held.local.shape).size
+            if not self.is_odd(entry) and (parallel.zero == 3 or (parallel.zero and entry.state)):
+                expert = self.claims[entry.parameter].rule.is_expert
+                size = -(-size // (parallel.expert_dp if expert else parallel.dp * parallel.cp))
+            nbytes += size * entry.itemsize
         return nbytes
 
-    def regions(self, rank: int) -> list[tuple[str, Region]]:
-        """What a rank stores: over all ranks every element of every tensor exactly once.
-
-        What several ranks hold is shared out among them (`geometry.layout.split_replicated`); what ZeRO divides is
-        where ZeRO puts it, all parameters of a rank in one group, in the order given.
-        """
-        at = self.parallel.coordinate(rank)
-        found: list[tuple[str, Region]] = []
-        groups: dict[_Group, list[Entry]] = defaultdict(list)
-        for entry in self._at(at):
-            groups[self._group(entry, at)].append(entry)
-        for key, entries in groups.items():
-            tp = at.etp if self._is_expert(entries[0]) else at.tp
-            replica, number = self._replica(at, entries[0], key, tp)
-            if key.divided:
-                if replica < number:
-                    found.extend(self._divide(entries, tp, at.ep, replica, number))
-                continue
-            if key not in self._shares:
-                self._shares[key] = self._share(entries, tp, at.ep, number)
-            found.extend(self._shares[key][replica])
-        return found
+    def at(self, stage: int, ep: int | None) -> Sequence[Entry]:
+        """What a stage holds of the experts that have a name each, at an expert-parallel rank; None: all the rest."""
+        if self._by_place is None:
+            self._by_place = defaultdict(list)
+            for entry in self.entries:
+                home = self.home(entry.parameter)
+                for chunk in home.chunks:
+                    self._by_place[chunk.stage, home.ep].append(entry)
+        return self._by_place.get((stage, ep), ())
 
     # ---- where ------------------------------------------------------------------------------------------------
 
@@ -237,10 +220,10 @@ class Placement:
     def _held_by(self, claim: Claim) -> tuple[Chunk, ...]:
         if self._chunks is None:
             self._chunks = self.parallel.chunks(self.variables.get("layers", self.parallel.pp * self.parallel.vpp))
+            self._of_layer = {layer: c for c in self._chunks for layer in range(c.first, c.first + c.layers)}
         chunks = self._chunks
         if claim.rule.stage == ("layer",):
-            layer = claim.layer or 0
-            return next(((c,) for c in chunks if c.first <= layer < c.first + c.layers), (chunks[-1],))
+            return (self._of_layer.get(claim.layer or 0, chunks[-1]),)
         ends = {"first": chunks[:1], "last": chunks[-1:], "all": chunks[: self.parallel.pp]}
         found = {c.stage: c for stage in reversed(claim.rule.stage) for c in ends[stage]}
         if claim.rule.tied and claim.rule.tied not in self._shapes:
@@ -255,7 +238,7 @@ class Placement:
             raise LayoutError(f"{parameter}: {claim.rule} divides {experts} experts over ep={ep}, which does not go")
         return claim.expert // (experts // ep)
 
-    def _local_name(self, home: _Home, chunk: Chunk) -> str:
+    def _local_name(self, home: Home, chunk: Chunk) -> str:
         values = dict(home.claim.values)
         if home.claim.rule.stage == ("layer",):
             values["layer"] = str(int(values["layer"]) - chunk.first)
@@ -264,85 +247,3 @@ class Placement:
         if home.claim.rule.tied and len(home.chunks) > 1 and chunk is home.chunks[-1]:
             return home.claim.rule.tied
         return home.claim.pattern.fill(values)
-
-    def _at(self, at: Coordinate) -> Iterator[Entry]:
-        if self._by_place is None:
-            self._by_place = defaultdict(list)
-            for entry in self.entries:
-                home = self.home(entry.parameter)
-                for chunk in home.chunks:
-                    self._by_place[chunk.stage, home.ep].append(entry)
-        yield from self._by_place.get((at.pp, None), ())
-        yield from self._by_place.get((at.pp, at.ep), ())
-
-    # ---- who of several stores it -----------------------------------------------------------------------------
-
-    def _is_expert(self, entry: Entry) -> bool:
-        return self.claims[entry.parameter].rule.is_expert
-
-    def _divided(self, entry: Entry) -> bool:
-        if entry.shape != self._shapes[entry.parameter]:
-            return False
-        return self.parallel.zero == 3 or (self.parallel.zero > 0 and entry.state)
-
-    def _replicas(self, entry: Entry) -> int:
-        parallel = self.parallel
-        return parallel.expert_dp if self._is_expert(entry) else parallel.dp * parallel.cp
-
-    def _group(self, entry: Entry, at: Coordinate) -> _Group:
-        """What is the same for all tensors that the same ranks hold."""
-        home = self.home(entry.parameter)
-        rule = home.claim.rule
-        ranks = self.parallel.expert_tp if rule.is_expert else self.parallel.tp
-        tp, ep = (at.etp, at.ep) if rule.is_expert else (at.tp, 0)
-        key = (rule.number, entry.shape, ep)
-        members = self._members.get(key)
-        if members is None:
-            parts = [self.local(entry, t, ep).pieces for t in range(ranks)]
-            members = tuple(tuple(u for u in range(ranks) if parts[u] == part) for part in parts)
-            self._members[key] = members
-        stages = tuple(chunk.stage for chunk in home.chunks)
-        return _Group(self._divided(entry), stages, members[tp], ep if rule.is_expert else None)
-
-    def _replica(self, at: Coordinate, entry: Entry, group: _Group, tp: int) -> tuple[int, int]:
-        """(index, number) of a rank among those that store a tensor; an index past the number stores nothing."""
-        number = self._replicas(entry)
-        index = at.edp if self._is_expert(entry) else at.cp + self.parallel.cp * at.dp
-        outer = group.stages.index(at.pp) * len(group.members) + group.members.index(tp)
-        if group.divided:  # copies of what ZeRO divides are stored by the first rank that has them
-            return (index, number) if outer == 0 else (number, number)
-        return outer * number + index, len(group.stages) * len(group.members) * number
-
-    def _share(self, entries: Sequence[Entry], tp: int, ep: int, number: int) -> list[list[tuple[str, Box]]]:
-        named = [
-            (entry.name, piece.box, entry.itemsize) for entry in entries for piece in self.local(entry, tp, ep).pieces
-        ]
-        shares: list[list[tuple[str, Box]]] = [[] for _ in range(number)]
-        parts = split_replicated([(box, itemsize) for _, box, itemsize in named], number)
-        for (name, _, _), held in zip(named, parts, strict=True):
-            for holder, box in held:
-                shares[holder].append((name, box))
-        return shares
-
-    def _divide(
-        self, entries: Sequence[Entry], tp: int, ep: int, replica: int, number: int
-    ) -> Iterable[tuple[str, Region]]:
-        """The shares of one data-parallel rank."""
-        same: dict[str, list[Entry]] = defaultdict(list)
-        for entry in entries:
-            same[entry.parameter].append(entry)
-        parts = [self._local_of(parameter, tp, ep) for parameter in same]
-        numels = [Box.full(part.shape).size for part in parts]
-        if self.parallel.zero == 3:
-            pieces = [(i, split(numel, number)[1][replica]) for i, numel in enumerate(numels)]
-            ranges = [(i, piece.start, piece.length) for i, piece in pieces if piece.length]
-        else:
-            ranges = [share[:3] for share in Flat(numels, number).shares(replica)]
-        groups = list(same.values())
-        for i, start, length in ranges:
-            for entry in groups[i]:
-                for region in logical_regions(entry.shape, parts[i], start, length):
-                    yield entry.name, region
-
-    def _local_of(self, parameter: str, tp: int, ep: int) -> Local:
-        return self.local(Entry(parameter, parameter, self._shapes[parameter], 1), tp, ep)

@@ -92,10 +92,11 @@ class Flat:
         return min(max((rank + 1) * self.partition - used, 0), self.partition)
 
 
-def split(numel: int, ranks: int) -> tuple[int, list[FlatRange]]:
-    """(elements of each rank's fragment with padding, what of the tensor each rank has), for ZeRO stage 3."""
+def fragment(numel: int, ranks: int, rank: int) -> tuple[int, FlatRange]:
+    """(elements of a rank's fragment with padding, what of the tensor it is), for ZeRO stage 3."""
     length = -(-numel // ranks)
-    return length, [FlatRange(min(r * length, numel), min(length, max(numel - r * length, 0))) for r in range(ranks)]
+    start = min(rank * length, numel)
+    return length, FlatRange(start, min(length, numel - start))
 
 
 def logical_regions(shape: Shape, local: Local, start: int, length: int) -> Iterable[Region]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from ckptsvc.errors import InvalidInput, LayoutError, NotFound
 from ckptsvc.geometry.box import Shape
-from ckptsvc.geometry.patterns import evaluate
+from ckptsvc.geometry.patterns import evaluate, skeleton
 from ckptsvc.geometry.rules import Rules
 from ckptsvc.interop.names import NameMap
 
@@ -95,12 +95,18 @@ def read_family(path: str) -> Family:
 
 def guess(parameters: Iterable[str]) -> list[Guess]:
     """The families by how many of the parameters their rules take, the best first."""
-    names = list(parameters)
+    examples: dict[str, tuple[str, int]] = {}  # names that differ in numbers only are counted, not asked about
+    for parameter in parameters:
+        key = skeleton(parameter)
+        examples[key] = (parameter, examples[key][1] + 1 if key in examples else 1)
+    total = sum(number for _, number in examples.values())
     found = []
     for name in families():
         rules = family(name).rules
-        claims = [claims[0].rule.number for n in names if len(claims := rules.claims(n)) == 1]
-        found.append(Guess(name, len(claims), len(names), len(set(claims)) / len(rules.rules)))
+        claims = [(rules.claims(example), number) for example, number in examples.values()]
+        taken = [(taken[0].rule.number, number) for taken, number in claims if len(taken) == 1]
+        used = len({number for number, _ in taken}) / len(rules.rules)
+        found.append(Guess(name, sum(number for _, number in taken), total, used))
     return sorted(found, key=lambda one: (-one.taken, -one.used))
 
 
