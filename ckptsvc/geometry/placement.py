@@ -66,7 +66,8 @@ class Placement:
 
     Attributes:
         parallel: the layout.
-        entries: the tensors that are placed, in the order given.
+        tensors: all tensors, in the order given.
+        entries: those that are placed.
         claims: parameter -> the rule that takes it.
         unclaimed: parameters no rule takes.
         contested: parameters that several take.
@@ -78,6 +79,7 @@ class Placement:
     ) -> None:
         """Find the rule of every tensor; `check` complains about those that have none."""
         self.parallel = parallel
+        self.tensors = list(entries)
         self.claims: dict[str, Claim] = {}
         self.unclaimed: list[str] = []
         self.contested: dict[str, list[Claim]] = {}
@@ -90,8 +92,10 @@ class Placement:
             else:
                 self.unclaimed.append(parameter)
         self.entries = [entry for entry in entries if entry.parameter in self.claims]
-        self._shapes = {entry.parameter: entry.shape for entry in reversed(self.entries)}
-        self._shapes |= {entry.parameter: entry.shape for entry in self.entries if not entry.state}
+        self._shapes: dict[str, Shape] = {}
+        for entry in self.entries:  # the model's own, or else the first there is
+            if not entry.state or entry.parameter not in self._shapes:
+                self._shapes[entry.parameter] = entry.shape
         self.variables = {**self._counted(), **variables}
         self._chunks: list[Chunk] | None = None
         self._of_layer: dict[int, Chunk] = {}
@@ -181,16 +185,21 @@ class Placement:
         """Whether it is state of another shape than its parameter: nothing divides it."""
         return entry.shape != self._shapes[entry.parameter]
 
+    def bytes_of(self, entry: Entry, tp: int, ep: int) -> int:
+        """Bytes that a rank that holds a tensor has of it: padding counted, what ZeRO puts elsewhere not."""
+        parallel, nbytes = self.parallel, Box.full(self.local(entry, tp, ep).shape).size
+        if not self.is_odd(entry) and (parallel.zero == 3 or (parallel.zero and entry.state)):
+            expert = self.claims[entry.parameter].rule.is_expert
+            nbytes = -(-nbytes // (parallel.expert_dp if expert else parallel.dp * parallel.cp))
+        return nbytes * entry.itemsize
+
     def bytes_held(self, rank: int) -> int:
-        """Bytes that a rank has in memory of what is placed: ZeRO counted, padding too."""
-        parallel, nbytes = self.parallel, 0
-        for held in self.held(rank):
-            entry, size = held.entry, Box.full(held.local.shape).size
-            if not self.is_odd(entry) and (parallel.zero == 3 or (parallel.zero and entry.state)):
-                expert = self.claims[entry.parameter].rule.is_expert
-                size = -(-size // (parallel.expert_dp if expert else parallel.dp * parallel.cp))
-            nbytes += size * entry.itemsize
-        return nbytes
+        """Bytes that a rank has in memory of what is placed."""
+        at = self.parallel.coordinate(rank)
+        return sum(
+            self.bytes_of(held.entry, at.etp if self.claims[held.entry.parameter].rule.is_expert else at.tp, at.ep)
+            for held in self.held(rank)
+        )
 
     def at(self, stage: int, ep: int | None) -> Sequence[Entry]:
         """What a stage holds of the experts that have a name each, at an expert-parallel rank; None: all the rest."""
@@ -201,6 +210,17 @@ class Placement:
                 for chunk in home.chunks:
                     self._by_place[chunk.stage, home.ep].append(entry)
         return self._by_place.get((stage, ep), ())
+
+    def chunks(self) -> list[Chunk]:
+        """Which layers are where.
+
+        Raises:
+            LayoutError: they do not divide.
+        """
+        if self._chunks is None:
+            self._chunks = self.parallel.chunks(self.variables.get("layers", self.parallel.pp * self.parallel.vpp))
+            self._of_layer = {layer: c for c in self._chunks for layer in range(c.first, c.first + c.layers)}
+        return self._chunks
 
     # ---- where ------------------------------------------------------------------------------------------------
 
@@ -218,10 +238,7 @@ class Placement:
         return counted
 
     def _held_by(self, claim: Claim) -> tuple[Chunk, ...]:
-        if self._chunks is None:
-            self._chunks = self.parallel.chunks(self.variables.get("layers", self.parallel.pp * self.parallel.vpp))
-            self._of_layer = {layer: c for c in self._chunks for layer in range(c.first, c.first + c.layers)}
-        chunks = self._chunks
+        chunks = self.chunks()
         if claim.rule.stage == ("layer",):
             return (self._of_layer.get(claim.layer or 0, chunks[-1]),)
         ends = {"first": chunks[:1], "last": chunks[-1:], "all": chunks[: self.parallel.pp]}
@@ -235,7 +252,7 @@ class Placement:
             return None
         experts, ep = self.variables["experts"], self.parallel.ep
         if experts % ep or claim.expert >= experts:
-            raise LayoutError(f"{parameter}: {claim.rule} divides {experts} experts over ep={ep}, which does not go")
+            raise LayoutError(f"{parameter}: {experts} experts cannot be divided over ep={ep}, as {claim.rule} says")
         return claim.expert // (experts // ep)
 
     def _local_name(self, home: Home, chunk: Chunk) -> str:

@@ -190,7 +190,7 @@ def local_part(
     if rule.experts is not None:
         n = shape[rule.experts]
         if n % parallel.ep:
-            raise LayoutError(f"{name}: {rule} divides {n} experts over ep={parallel.ep}, which does not go")
+            raise LayoutError(f"{name}: {n} experts cannot be divided over ep={parallel.ep}, as {rule} says")
         local[rule.experts] = n // parallel.ep
         held[rule.experts] = [(ep * (n // parallel.ep), n // parallel.ep)]
     if rule.cut is not None:
@@ -268,7 +268,7 @@ class _Cutter(NamedTuple):
         if not self.uneven:
             unit = "" if units == size else f" ({units} units of {size // units})"
             raise LayoutError(
-                f"{self.name}: {self.rule} divides {size}{unit} over tp={self.ranks}, which does not go",
+                f"{self.name}: {size}{unit} cannot be divided over tp={self.ranks}, as {self.rule} says",
                 hint="take another degree, or say uneven=1 to cut as torch.chunk does",
             )
         unit_size, chunk = size // units, -(-units // ranks)

@@ -25,6 +25,10 @@ from ckptsvc.types import DTYPES, TensorMeta
 Config = Mapping[str, Any]
 Shapes = Iterator[tuple[str, Shape]]
 
+SHARD = 16 << 30
+"""Bytes of the files that a declared checkpoint is said to lie in."""
+
+_ALIGNMENT = 64
 _STATE = {"exp_avg": "float32", "exp_avg_sq": "float32", MASTER: "float32"}
 
 
@@ -158,23 +162,30 @@ def declared(name: str, *, optimizer: bool = True) -> Declared:
 
 
 class Declared:
-    """A checkpoint of which there are no bytes; see `interop.logical.Logical`. All tensors are whole, in one shard."""
+    """A checkpoint of which there are no bytes; see `interop.logical.Logical`.
+
+    Its tensors are whole, one after another in files of about `SHARD` bytes.
+    """
 
     extent = EXTENT
     step = 0
     world_size = 1
 
     def __init__(self, name: str, metas: Sequence[TensorMeta], document: Mapping[str, Any]) -> None:
-        self.origin = f"declared:{name}"
+        self.origin = self.identity = f"declared:{name}"
         self.aliases: dict[str, str] = {}
         self.notes: list[Note] = []
         self._metas = {meta.name: meta for meta in metas}
         self._document = dict(document)
-        self._offsets: dict[str, int] = {}
-        self.nbytes = 0
+        self._places: dict[str, tuple[int, int, int]] = {}
+        self.sizes = [0]
         for meta in metas:
-            self._offsets[meta.name] = self.nbytes
-            self.nbytes += prod(meta.shape) * DTYPES[meta.dtype].itemsize
+            nbytes = prod(meta.shape) * DTYPES[meta.dtype].itemsize
+            if self.sizes[-1] and self.sizes[-1] + nbytes > SHARD:
+                self.sizes.append(0)
+            start = -(-self.sizes[-1] // _ALIGNMENT) * _ALIGNMENT
+            self._places[meta.name] = len(self.sizes) - 1, start, nbytes
+            self.sizes[-1] = start + nbytes
         self.source: Source = _NoSource(self)
 
     def names(self) -> list[str]:
@@ -203,13 +214,11 @@ class Declared:
 
     def touching(self, name: str, wanted: Sequence[Region]) -> list[StoredRegion]:
         """See Catalogue."""
-        meta = self.meta(name)
-        nbytes = prod(meta.shape) * DTYPES[meta.dtype].itemsize
-        return [StoredRegion(name, Box.full(meta.shape), 0, self._offsets[name], nbytes)]
+        return [StoredRegion(name, Box.full(self.meta(name).shape), *self._places[name])]
 
     def shard_name(self, shard: int) -> str:
         """See Catalogue."""
-        return self.origin
+        return f"{self.origin}, file {shard}"
 
 
 class _NoSource:
@@ -219,13 +228,13 @@ class _NoSource:
         self._declared = declared
 
     def size(self, shard: int) -> int:
-        return self._declared.nbytes
+        return self._declared.sizes[shard]
 
     def digests(self, shard: int) -> Digests | None:
         return None
 
     def name(self, shard: int) -> str:
-        return self._declared.origin
+        return self._declared.shard_name(shard)
 
     def read_into(self, shard: int, offset: int, buffer: memoryview) -> None:
         raise InvalidInput(f"{self._declared.origin} has no bytes: it can be planned with, not read")
