@@ -276,7 +276,7 @@ class _Cutter(NamedTuple):
         return low * unit_size, (high - low) * unit_size
 
     def _padded(self, size: int) -> tuple[list[tuple[int, int]], int]:
-        multiple = evaluate(self.rule.pad or 1, self.variables)
+        multiple = 1 if self.rule.pad is None else evaluate(self.rule.pad, self.variables)
         if multiple < 1:
             raise LayoutError(f"{self.name}: {self.rule} pads to a multiple of {multiple}")
         padded = -(-size // multiple) * multiple

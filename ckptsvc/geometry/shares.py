@@ -34,6 +34,14 @@ class _Holders(NamedTuple):
     members: tuple[int, ...]
 
 
+class _Key(NamedTuple):
+    """What tells bundles apart: holders, the expert-parallel rank (None: any), and whether experts are stacked."""
+
+    holders: _Holders
+    ep: int | None
+    stacked: bool
+
+
 class _Item(NamedTuple):
     """Tensors of one parameter that are divided alike: the parameter and its state, or some of it."""
 
@@ -97,7 +105,7 @@ class Shares:
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
         self._members: dict[tuple[int, Shape, bool, int], tuple[tuple[int, ...], ...]] = {}
-        self._by_holders: dict[tuple[_Holders, int | None], _Bundle] = {}
+        self._by_holders: dict[_Key, _Bundle] = {}
         self._bundles: dict[tuple[int, int, int, int], list[_Bundle]] = {}
 
     def regions(self, rank: int) -> list[tuple[str, Region]]:
@@ -124,15 +132,15 @@ class Shares:
 
     def _grouped(self, entries: Sequence[Entry], at: Coordinate, ep: int | None) -> list[_Bundle]:
         """Bundles of entries; what bundles are known already is not worked out again."""
-        grouped: dict[tuple[_Holders, int | None], dict[tuple[str, Shape], list[Entry]]] = defaultdict(dict)
+        grouped: dict[_Key, dict[tuple[str, Shape], list[Entry]]] = defaultdict(dict)
         for entry in entries:
             holders, stacked = self._holders(entry, at)
-            key = holders, at.ep if stacked else ep
+            key = _Key(holders, at.ep if stacked else ep, stacked)
             grouped[key].setdefault((entry.parameter, entry.shape), []).append(entry)
         found = []
         for key, items in grouped.items():
             if key not in self._by_holders:
-                self._by_holders[key] = self._bundle(key[0], list(items.values()), at)
+                self._by_holders[key] = self._bundle(key.holders, list(items.values()), at)
             found.append(self._by_holders[key])
         return found
 
