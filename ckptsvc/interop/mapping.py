@@ -97,7 +97,7 @@ def mapped(
     views += [whole(logical.meta(name), name) for name in others]
     notes = [Note("lost", f"{name}: {drop.why}") for name, drop in dropped]
     notes += [
-        Note("lost", f"{recipe.left_out} rows of padding of {recipe.made_of[0]}") for recipe in made if recipe.left_out
+        Note("lost", f"{recipe.made_of[0]}: rows of padding: {recipe.left_out:,}") for recipe in made if recipe.left_out
     ]
     aliases = _aliases(logical, table, side, forms, known, {view.meta.name for view in views}, notes)
     document = _document(logical.document(), made)

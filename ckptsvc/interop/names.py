@@ -144,7 +144,9 @@ class NameMap:
             raise InvalidInput(f"{origin}: {sides} are no names of sides")
         both = (sides[0], sides[1])
         rows = [names.get(key, []) for key in ("pair", "drop")]
-        if not all(isinstance(row, dict) for table in rows if isinstance(table, list) for row in table) or not rows[0]:
+        if not all(isinstance(tables, list) and all(isinstance(row, dict) for row in tables) for tables in rows):
+            raise InvalidInput(f"{origin}: pair and drop are lists of tables", hint="[[names.pair]]")
+        if not rows[0]:
             raise InvalidInput(f"{origin} has no pairs", hint="each begins with [[names.pair]]")
         pairs = [_pair(number, row, both, f"{origin}: pair {number}") for number, row in enumerate(rows[0], 1)]
         drops = [drop for row in rows[1] for drop in _drops(row, both, f"{origin}: drop")]
