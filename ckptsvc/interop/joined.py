@@ -12,7 +12,8 @@ from ckptsvc.geometry.box import Box, Shape
 from ckptsvc.geometry.patterns import evaluate
 from ckptsvc.interop.names import Bound, Pair
 
-Values = tuple[tuple[str, str], ...]
+MOST = 1 << 20
+"""A stacked tensor of more than so many is refused: its shape is damaged."""
 
 
 class Source(NamedTuple):
@@ -81,6 +82,8 @@ def recipes(bound: Bound, side: int, shapes: Mapping[str, Shape], variables: Map
     inner = {part: _same([shapes[members[part, i]] for i in indices], bound, len(outward)) for part, _ in members}
     depth = tuple(map(len, map(set, zip(*indices, strict=True)))) if inward else ()
     outer = next(shapes[name] for name in members.values())[: len(outward)]
+    if prod(outer) > MOST:
+        raise LayoutError(f"{next(iter(members.values()))}: {pair} would make {prod(outer):,} tensors of it")
     sizes = _resolve(bound, side, [inner[part] for part in sorted(inner)], variables)
     links = _links(pair, sizes, variables)
     shared = dict(next(iter(bound.members))[1])
@@ -176,8 +179,13 @@ def _sections(bound: Bound, given: list[int] | None, total: int, variables: Mapp
         said = [evaluate(size, variables) for size in pair.sections]
         if len(said) == 1:
             number = said[0]
-            said = [total // number] * number if number > 0 and total % number == 0 else []
-        if sum(said) != total or min(said, default=-1) < 0 or (given is not None and len(given) > 1 and given != said):
+            said = [total // number] * number if 0 < number <= total and total % number == 0 else []
+        if (
+            sum(said) != total
+            or not said
+            or min(said, default=-1) < 0
+            or (given is not None and len(given) > 1 and given != said)
+        ):
             there = f"{total}" if given is None else " + ".join(map(str, given))
             raise LayoutError(
                 f"{name}: {pair} says {' + '.join(map(str, said)) or pair.sections}, and there are {there} rows",
@@ -202,7 +210,7 @@ def _links(pair: Pair, sizes: _Sizes, variables: Mapping[str, int]) -> list[_Lin
     if pair.sections and len(pair.left) == 1:
         said = [evaluate(size, variables) for size in pair.sections]
         sections = said if len(said) > 1 else [heads[0] // said[0]] * said[0]
-    groups = evaluate(pair.groups, variables)
+    groups = evaluate(pair.groups, variables) if any(sections) else 1
     if groups < 1 or any(size % groups for size in sections):
         raise LayoutError(f"{pair}: {groups} groups do not divide {' + '.join(map(str, sections))} rows")
     links = []

@@ -253,6 +253,8 @@ def _pair(number: int, row: dict[str, Any], sides: tuple[str, str], where: str) 
         raise InvalidInput(f"{where} says {min(unknown)!r}", hint=f"known are {allowed}")
     if not all(row.get(side) for side in sides) or not isinstance(row[sides[1]], str):
         raise InvalidInput(f"{where} needs a name for {sides[0]} and one for {sides[1]}")
+    if isinstance(row.get("groups"), list) or isinstance(row.get("rows"), list):
+        raise InvalidInput(f"{where}: groups and rows are one size each")
     if not isinstance(row.get("transpose", False), bool):
         raise InvalidInput(f"{where}: transpose is true or false")
     try:

@@ -3,6 +3,7 @@
 import argparse
 import tomllib
 from collections.abc import Callable
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ def mlp(at: str, ffn: int = FFN) -> Shapes:
     }
 
 
-def llama(feed_forward: Callable[[int], Shapes] | None = None, attention: Callable[[str], Shapes] | None = None) -> Shapes:
+def llama(
+    feed_forward: Callable[[int], Shapes] | None = None, attention: Callable[[str], Shapes] | None = None
+) -> Shapes:
     shapes: Shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "lm_head.weight": (VOCAB, HIDDEN)}
     shapes["model.norm.weight"] = (HIDDEN,)
     for layer in range(LAYERS):
@@ -94,7 +97,9 @@ def mixtral(layer: int) -> Shapes:
     at = f"model.layers.{layer}.block_sparse_moe"
     shapes: Shapes = {f"{at}.gate.weight": (EXPERTS, HIDDEN)}
     for e in range(EXPERTS):
-        shapes |= {f"{at}.experts.{e}.{w}.weight": (HIDDEN, FFN) if w == "w2" else (FFN, HIDDEN) for w in ("w1", "w2", "w3")}
+        shapes |= {
+            f"{at}.experts.{e}.{w}.weight": (HIDDEN, FFN) if w == "w2" else (FFN, HIDDEN) for w in ("w1", "w2", "w3")
+        }
     return shapes
 
 
@@ -214,7 +219,9 @@ def test_names_tell_families_apart(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@pytest.mark.parametrize("layout", ["tp=2,pp=3", "dp=4,tp=2,ep=2,zero=1", "tp=4,uneven=1", "dp=2,pp=2,vpp=2,stages=balanced,zero=3"])
+@pytest.mark.parametrize(
+    "layout", ["tp=2,pp=3", "dp=4,tp=2,ep=2,zero=1", "tp=4,uneven=1", "dp=2,pp=2,vpp=2,stages=balanced,zero=3"]
+)
 def test_their_rules_place_every_tensor_and_megatrons_place_what_they_become(name: str, layout: str) -> None:
     base = model(name)
     names = family(name.split()[0]).names
@@ -244,7 +251,9 @@ def test_sizes_come_from_a_config_anywhere_in_the_document() -> None:
 
 def test_shapes_show_whether_an_mlp_is_gated_whatever_the_arguments_say() -> None:
     at = "decoder.layers.0.mlp.linear_fc"
-    assert variables({"swiglu": True, "num_layers": 2}, {f"{at}1.weight": (8, 4), f"{at}2.weight": (4, 8)})["gated"] == 0
+    assert (
+        variables({"swiglu": True, "num_layers": 2}, {f"{at}1.weight": (8, 4), f"{at}2.weight": (4, 8)})["gated"] == 0
+    )
     assert variables({}, {f"{at}1.weight": (16, 4), f"{at}2.weight": (4, 8)})["gated"] == 1
 
 
@@ -279,7 +288,9 @@ class TestFiles:
             arrange(base, Parallel())
 
 
-@pytest.mark.parametrize(("name", "billions"), [("llama3-8b", 8.03), ("llama3-70b", 70.6), ("llama3-405b", 405.9), ("gpt-1t", 1008)])
+@pytest.mark.parametrize(
+    ("name", "billions"), [("llama3-8b", 8.03), ("llama3-70b", 70.6), ("llama3-405b", 405.9), ("gpt-1t", 1008)]
+)
 def test_declared_models_have_the_parameters_that_their_papers_say(name: str, billions: float) -> None:
     logical = declared(name)
     assert sum(prod(logical.meta(n).shape) for n in logical.names() if n.startswith("model/")) / 1e9 == pytest.approx(
@@ -288,7 +299,7 @@ def test_declared_models_have_the_parameters_that_their_papers_say(name: str, bi
     assert guess(parameters(logical)[0])[0].sure == 1.0
     pieces = [stored for n in logical.names() for stored in logical.touching(n, [])]
     spans = sorted((piece.shard, piece.offset, piece.nbytes) for piece in pieces)
-    for (shard, offset, nbytes), (next_shard, next_offset, _) in zip(spans, spans[1:], strict=False):
+    for (shard, offset, nbytes), (next_shard, next_offset, _) in pairwise(spans):
         assert (shard, offset + nbytes) <= (next_shard, next_offset)
     with pytest.raises(InvalidInput, match="planned with, not read"):
         logical.source.read_into(0, 0, memoryview(bytearray(4)))
@@ -312,7 +323,7 @@ def test_llama_405b_on_8192_ranks_is_stored_exactly_once() -> None:
 
 
 def test_ranks_of_a_real_megatron_checkpoint_hold_what_the_rules_say(foreign: Callable[[str], Path]) -> None:
-    """Megatron-Core 0.16.1, TP 2 x PP 2, vocabulary of 67 padded to 68, tied output, norms outside the linear layers."""
+    """Megatron-Core 0.16.1, TP 2 x PP 2, vocabulary of 67 padded to 68, tied output, norms by themselves."""
     root = foreign("megatron-tp2pp2_legacy")
     truth = torch.load(next(root.rglob("truth.pt")), weights_only=True)["params"]
     files = {}
@@ -321,7 +332,10 @@ def test_ranks_of_a_real_megatron_checkpoint_hold_what_the_rules_say(foreign: Ca
             files[path.parent.name] = torch.load(path, weights_only=True)
     full = {name: (value["param"] if isinstance(value, dict) else value) for name, value in truth.items()}
     args = vars(files["mp_rank_00_000"]["args"])
-    sizes = variables({"args": args}, {name: tuple(t.shape) for name, t in full.items()}) | {"vocab_multiple": 1, "kv_heads": 2}
+    sizes = variables({"args": args}, {name: tuple(t.shape) for name, t in full.items()}) | {
+        "vocab_multiple": 1,
+        "kv_heads": 2,
+    }
     parallel = Parallel.parse("tp=2,pp=2")
     entries = [Entry(name, name, tuple(tensor.shape), 4) for name, tensor in full.items()]
     placement = Placement(family("megatron").rules, parallel, entries, sizes).check()

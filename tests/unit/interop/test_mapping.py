@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from harness.tensors import arrays, checkpoint, same, trained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsvc.errors import InvalidInput, LayoutError
+from ckptsvc.errors import CkptsvcError, InvalidInput, LayoutError
 from ckptsvc.interop.mapping import mapped
 from ckptsvc.interop.names import NameMap
 
@@ -87,7 +88,9 @@ def test_groups_of_heads_are_interleaved() -> None:
 
 
 def test_a_transposed_matrix_is_and_a_vector_is_not() -> None:
-    pairs = table('[names]\nsides=["a","b"]\n[[names.pair]]\na="c.{k}"\nb="d.{k}"\ntranspose=true\nsections=3\ngroups=2')
+    pairs = table(
+        '[names]\nsides=["a","b"]\n[[names.pair]]\na="c.{k}"\nb="d.{k}"\ntranspose=true\nsections=3\ngroups=2'
+    )
     tensors = random({"model/c.w": (3, 12), "model/c.b": (12,)})
     over = arrays(mapped(checkpoint(tensors), pairs, {}, to="b"))
     split = [np.split(part, 2) for part in np.split(np.arange(12), 3)]  # Q, K, V of two heads
@@ -130,7 +133,9 @@ class TestStacks:
 
     def test_one_of_another_shape_is_named(self) -> None:
         with pytest.raises(LayoutError, match="different shapes"):
-            mapped(checkpoint(random({"model/l.0.e.0.w": (2,), "model/l.1.e.0.w": (3,)})), table(self.STACK), {}, to="b")
+            mapped(
+                checkpoint(random({"model/l.0.e.0.w": (2,), "model/l.1.e.0.w": (3,)})), table(self.STACK), {}, to="b"
+            )
 
     def test_what_is_stacked_on_the_left_is_one_each_on_the_right(self) -> None:
         pairs = table('[names]\nsides=["a","b"]\n[[names.pair]]\na="e.{kind}"\nb="e.{expert}.{kind}"')
@@ -259,8 +264,25 @@ class TestForms:
 
     def test_two_tensors_of_one_new_name_are_an_error(self) -> None:
         twice = '[names]\nsides=["a","b"]\n[[names.pair]]\na="n"\nb="m"\n[[names.pair]]\na="o"\nb="m"'
-        with pytest.raises(LayoutError, match="two tensors .* called m"):
+        with pytest.raises(LayoutError, match=r"two tensors .* called m"):
             mapped(checkpoint(random({"model/n": (2,), "model/o": (2,)})), table(twice), {}, to="b")
+
+
+VALUES = st.one_of(
+    st.integers(-2, 5), st.booleans(), st.sampled_from(["", "a", "{layer}.x", "{x:*}", "n // 2", "{"]),
+    st.lists(st.one_of(st.integers(0, 3), st.sampled_from(["a.{layer}", "b"])), max_size=3),
+    st.dictionaries(st.sampled_from(["a", "b", "c"]), st.sampled_from(["", "x", 1]), max_size=2),
+)  # fmt: skip
+KEYS = ["a", "b", "sections", "groups", "transpose", "rows", "form", "when", "unless", "colour"]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.dictionaries(st.sampled_from(KEYS), VALUES), max_size=3), st.integers(0, 4))
+def test_a_map_of_anything_is_a_map_or_a_clear_error(pairs: list[dict[str, Any]], size: int) -> None:
+    with suppress(CkptsvcError):
+        made = NameMap.parse({"names": {"sides": ["a", "b"], "pair": pairs, "keep": True}})
+        base = checkpoint({"model/a": np.zeros((size, 2), np.float32), "model/0.x": np.zeros(size, np.float32)})
+        mapped(base, made, {"n": 4}, to="b")
 
 
 @pytest.mark.parametrize(
