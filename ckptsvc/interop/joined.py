@@ -33,12 +33,13 @@ class Recipe(NamedTuple):
         shape: its shape.
         sources: its parts.
         left_out: rows of the tensors it is made of that are in no tensor of this side (padding of a vocabulary).
+            None: there may be some, and nobody says how many.
     """
 
     name: str
     shape: Shape
     sources: tuple[Source, ...]
-    left_out: int = 0
+    left_out: int | None = 0
 
     @property
     def made_of(self) -> list[str]:
@@ -59,7 +60,7 @@ class _Sizes(NamedTuple):
 
     left: tuple[Shape, ...]
     right: Shape
-    left_out: int
+    left_out: int | None
 
 
 def recipes(bound: Bound, side: int, shapes: Mapping[str, Shape], variables: Mapping[str, int]) -> list[Recipe]:
@@ -76,7 +77,9 @@ def recipes(bound: Bound, side: int, shapes: Mapping[str, Shape], variables: Map
     """
     pair = bound.pair
     # Holes of the names that are read only are dimensions of what is made, and the other way round.
-    inward, outward = (pair.stacked_right, pair.stacked_left)[:: -1 if side else 1]
+    inward, outward = pair.stacked_right, pair.stacked_left
+    if side:
+        inward, outward = outward, inward
     members = _arranged(bound, side, inward)
     indices = sorted({index for _, index in members})
     inner = {part: _same([shapes[members[part, i]] for i in indices], bound, len(outward)) for part, _ in members}
@@ -119,7 +122,7 @@ def _arranged(bound: Bound, side: int, inward: Sequence[str]) -> dict[tuple[int,
     }
     known = next(iter(bound.members.values()))
     extents = [max(index[d] for _, index in members) + 1 for d in range(len(inward))]
-    wanted = len(bound.pair.left) * (not side) + side
+    wanted = 1 if side else len(bound.pair.left)
     if prod(extents) * wanted == len(members):
         return members
     if prod(extents) > len(bound.members) * 1000:
@@ -155,18 +158,22 @@ def _resolve(bound: Bound, side: int, inner: Sequence[Shape], variables: Mapping
         _sections(bound, [shape[0] for shape in shapes], sum(shape[0] for shape in shapes), variables)
         return _Sizes(tuple(inner), (sum(shape[0] for shape in shapes), *shapes[0][1:]), 0)
     right = shapes[0]
-    rows, rest = right[0], right[1:]
-    if pair.rows is not None:
-        rows = min(rows, _rows(name, pair, rows, variables))
+    real, rest = _rows(name, pair, right[0], variables), right[1:]
+    rows = right[0] if real is None else real
     parts = _sections(bound, None, rows, variables)
     heads = parts if len(pair.left) > 1 else [rows]
-    return _Sizes(tuple(_turned(pair, (n, *rest)) for n in heads), (rows, *rest), right[0] - rows)
+    return _Sizes(
+        tuple(_turned(pair, (n, *rest)) for n in heads), (rows, *rest), None if real is None else right[0] - rows
+    )
 
 
-def _rows(name: str, pair: Pair, rows: int, variables: Mapping[str, int]) -> int:
+def _rows(name: str, pair: Pair, rows: int, variables: Mapping[str, int]) -> int | None:
+    """How many rows of the right tensor are no padding; None if nobody has said."""
+    if pair.rows is None:
+        return rows
     if isinstance(pair.rows, str) and pair.rows.isidentifier() and pair.rows not in variables:
-        return rows  # nobody has said how many there are: none is known to be padding
-    real = evaluate(pair.rows or 0, variables)
+        return None
+    real = evaluate(pair.rows, variables)
     if not 0 < real <= rows:
         raise LayoutError(f"{name} has {rows} rows, and {pair.rows} is {real} ({pair})")
     return real

@@ -17,7 +17,7 @@ from ckptsvc.errors import InvalidInput, LayoutError, NotFound
 from ckptsvc.geometry.parallel import Parallel
 from ckptsvc.geometry.placement import Entry, Placement
 from ckptsvc.interop.families import families, family, guess, read_family, variables
-from ckptsvc.interop.layouts import arrange
+from ckptsvc.interop.layouts import arrange, translate
 from ckptsvc.interop.mapping import mapped, parameters
 from ckptsvc.interop.shapes import MODELS, declared
 
@@ -209,6 +209,18 @@ def test_the_two_halves_of_gate_and_up_are_in_order() -> None:
     at = "model/model.layers.1.mlp"
     expected = np.concatenate([found[f"{at}.gate_proj.weight"], found[f"{at}.up_proj.weight"]])
     assert np.array_equal(over["model/decoder.layers.1.mlp.linear_fc1.weight"], expected)
+
+
+def test_a_checkpoint_is_translated_by_the_family_that_its_names_tell() -> None:
+    base = model("llama")
+    over = translate(base, to="megatron")
+    assert "model/decoder.layers.2.mlp.linear_fc1.weight" in over.names()
+    with pytest.raises(InvalidInput, match="no side 'hf'"):  # Megatron's names do not tell whose model it is
+        translate(over, to="hf")
+    same(arrays(translate(over, to="hf", model=family("llama"))), arrays(base))
+    with pytest.raises(LayoutError, match=r"says 48 \+ 12 \+ 12"):
+        translate(over, to="hf", model=family("llama"), given={"heads": 8})
+    assert translate(over, to="stacked").meta("model/decoder.layers.mlp.linear_fc2.weight").shape == (3, HIDDEN, FFN)
 
 
 @pytest.mark.parametrize("name", WHOLE)

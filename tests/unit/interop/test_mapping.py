@@ -152,10 +152,11 @@ class TestVocabulary:
         assert np.array_equal(arrays(over)["model/vocab"], arrays(base)["model/embedding"][:7])
         assert [(note.kind, note.what) for note in over.notes] == [("lost", "embedding: rows of padding: 1")]
 
-    def test_without_a_known_size_nothing_is_padding(self) -> None:
+    def test_without_a_known_size_all_is_kept_with_a_warning(self) -> None:
         over = mapped(checkpoint(random({"model/embedding": (8, 3)})), table(QKV), {}, to="a")
         assert over.meta("model/vocab").shape == (8, 3)
-        assert not over.notes
+        assert [note.kind for note in over.notes] == ["warning"]
+        assert "all 8 rows are kept" in over.notes[0].what
 
     def test_a_vocabulary_larger_than_its_tensor_is_refused(self) -> None:
         with pytest.raises(LayoutError, match="embedding has 8 rows, and rows is 9"):
