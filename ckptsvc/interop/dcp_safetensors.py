@@ -4,7 +4,7 @@ A safetensors file is the length of its header (uint64, little-endian), the head
 the header's `__metadata__` where the pieces belong: DCP_SHARDING_INFO = {name: {"saved_offsets": [...]}}. Nothing says
 the shape of the whole tensor: it is as large as its pieces reach.
 
-With `SerializationFormat.SAFETENSORS` such a file stands at the end of every `.distcp` file, and all tensors of the file
+With `SerializationFormat.SAFETENSORS` such a file stands at the end of every `.distcp` file, and all its tensors
 have its first byte as their offset; torch 2.13 cannot read that back.
 """
 
