@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import threading
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
@@ -274,9 +274,12 @@ class Foreign:
         Who wants many tensors wants them in the order of their names: as many entries of the next ones are looked into
         as there were before, so that many are at a time and few in vain.
         """
+        if not any(isinstance(chunk.where, Entry) for chunk in tensor.chunks.values()):
+            return
         found: dict[Callable[..., Any], list[tuple[_Chunk, Entry]]] = {}
-        first, count = bisect_left(self._order, tensor.meta.name), 0
-        for one in chain((tensor,), (self._tensors[name] for name in islice(self._order, first + 1, None))):
+        next_ones = islice(self._order, bisect_right(self._order, tensor.meta.name), None)
+        count = 0
+        for one in chain((tensor,), (self._tensors[name] for name in next_ones)):
             if count > self._looked:
                 break
             for chunk in one.chunks.values():
