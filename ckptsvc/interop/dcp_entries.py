@@ -10,9 +10,9 @@ from __future__ import annotations
 import importlib
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -77,13 +77,29 @@ def check_transforms(place: Place) -> None:
         raise InvalidInput(f"{place.key}: its entries were transformed by {sorted(unknown)}; only {ZSTD!r} is known")
 
 
-def read_value(files: Files, place: Place) -> Any:
-    """The object of an entry, read by the restricted reader, with `StoredTensor` in the places of tensors.
+def read_values(files: Files, places: Sequence[Place]) -> list[Any]:
+    """The objects of entries, read by the restricted reader, with `StoredTensor` in the places of tensors.
+
+    Equal small objects may be one object: they must not be changed.
 
     Raises:
-        InvalidInput: it is of a type that is not on the list, or was transformed in a way that is not known.
-        Damaged: it is not a file of torch.save.
+        InvalidInput: one is of a type that is not on the list, or was transformed in a way that is not known.
+        Damaged: one is not a file of torch.save.
     """
+    known: dict[bytes, Any] = {}
+
+    def take(place: Place, head: bytearray) -> Any:
+        found = None if place.transforms else _pickle(head)
+        if found is None or b"Q" in found[0]:  # it may refer to storages (BINPERSID)
+            return _read_value(files, place)
+        if found[0] not in known:
+            known[found[0]] = loads(found[0], TORCH, f"{files.url}/{place.key}: the entry at byte {place.start}")
+        return known[found[0]]
+
+    return _in_runs(files, places, take)
+
+
+def _read_value(files: Files, place: Place) -> Any:
     if not place.transforms:
         return read_torch(files, place.key, place.start, place.nbytes).root
     return read_torch(Memory(unpacked(files, place), f"{files.url}/{place.key}"), "").root
@@ -99,15 +115,26 @@ def locate(files: Files, entries: Sequence[Entry]) -> list[StoredTensor]:
         Damaged: one is not a `torch.save` file of one tensor.
         InvalidInput: one was pickled with something that is not on the list.
     """
-    order = sorted(range(len(entries)), key=lambda i: entries[i][:2])
-    runs = list(_runs(entries, order))
-    tensors: list[Any] = [None] * len(entries)
     known: dict[bytes, StoredTensor] = {}
+    return _in_runs(files, entries, lambda entry, head: _at_sight(entry, head, known) or _by_directory(files, entry))
+
+
+_Ranged = TypeVar("_Ranged", Entry, Place)
+
+
+def _in_runs(files: Files, items: Sequence[_Ranged], take: Callable[[_Ranged, bytearray], Any]) -> list[Any]:
+    """What `take` makes of each item and its first bytes, of which there are at most `HEAD`; in several threads."""
+    results: list[Any] = [None] * len(items)
+    runs = list(_runs(items, sorted(range(len(items)), key=lambda i: items[i][:2])))
 
     def look(some: Sequence[Sequence[int]]) -> None:
         for run in some:
-            for i, tensor in zip(run, _look(files, [entries[i] for i in run], known), strict=True):
-                tensors[i] = tensor
+            first, last = items[run[0]], items[run[-1]]
+            data = bytearray(last.start - first.start + min(HEAD, last.nbytes))
+            files.read_into(first.key, first.start, memoryview(data))
+            for i in run:
+                at = items[i].start - first.start
+                results[i] = take(items[i], data[at : at + min(HEAD, items[i].nbytes)])
 
     if len(runs) < READERS:
         look(runs)
@@ -116,17 +143,17 @@ def locate(files: Files, entries: Sequence[Entry]) -> list[StoredTensor]:
         with ThreadPoolExecutor(READERS, thread_name_prefix="ckptsvc-look") as pool:
             for _ in pool.map(look, (runs[i : i + share] for i in range(0, len(runs), share))):
                 pass
-    return tensors
+    return results
 
 
-def _runs(entries: Sequence[Entry], order: Sequence[int]) -> Iterator[list[int]]:
+def _runs(items: Sequence[Entry] | Sequence[Place], order: Sequence[int]) -> Iterator[list[int]]:
     """Neighbours in a file that are looked at together."""
     run: list[int] = []
     for i in order:
-        entry = entries[i]
+        item = items[i]
         if run:
-            first, last = entries[run[0]], entries[run[-1]]
-            if entry.key != first.key or entry.start - last.start > NEAR or entry.start - first.start > RUN:
+            first, last = items[run[0]], items[run[-1]]
+            if item.key != first.key or item.start - last.start > NEAR or item.start - first.start > RUN:
                 yield run
                 run = []
         run.append(i)
@@ -134,46 +161,33 @@ def _runs(entries: Sequence[Entry], order: Sequence[int]) -> Iterator[list[int]]
         yield run
 
 
-def _look(files: Files, run: Sequence[Entry], known: dict[bytes, StoredTensor]) -> list[StoredTensor]:
-    """The tensors of neighbours.
-
-    Args:
-        files: where they are.
-        run: the entries, in one file, ascending.
-        known: tensors by their pickle, without a place; added to.
-    """
-    key, start, last = run[0].key, run[0].start, run[-1]
-    data = bytearray(last.start - start + min(HEAD, last.nbytes))
-    files.read_into(key, start, memoryview(data))
-    found = []
-    for entry in run:
-        at = entry.start - start
-        head = data[at : at + min(HEAD, entry.nbytes)]
-        found.append(_at_sight(entry, head, known) or _by_directory(files, entry))
-    return found
-
-
-def _at_sight(entry: Entry, head: bytearray, known: dict[bytes, StoredTensor]) -> StoredTensor | None:
-    """The tensor of an entry of which these are the first bytes, if it is laid out as torch does it."""
+def _pickle(head: bytearray) -> tuple[bytes, int, bytes] | None:
+    """The pickle at the beginning of a zip file, where it ends, and the archive's name; None if it is not there."""
     first = _FIRST.match(head)
     if first is None:
         return None
     begin = 30 + int.from_bytes(first[1], "little") + int.from_bytes(first[2], "little")
     end = min((i for i in (head.find(_LOCAL, begin), head.find(_DESCRIPTOR, begin)) if i > 0), default=0)
-    header = head.find(b"%b/data/0" % first[3], end) - 30
-    if not end or header < end or head[header : header + 4] != _LOCAL:
+    return (bytes(head[begin:end]), end, bytes(first[3])) if end else None
+
+
+def _at_sight(entry: Entry, head: bytearray, known: dict[bytes, StoredTensor]) -> StoredTensor | None:
+    """The tensor of an entry of which these are the first bytes, if it is laid out as torch does it.
+
+    `known` has tensors by their pickle, without a place; it is added to.
+    """
+    found = _pickle(head)
+    if found is None or (b"/byteorder" in head and b"little" not in head):
         return None
-    if b"/byteorder" in head and b"little" not in head:
+    pickled, end, archive = found
+    header = head.find(b"%b/data/0" % archive, end) - 30
+    if header < end or head[header : header + 4] != _LOCAL:
         return None
-    pickled = bytes(head[begin:end])
     tensor = known.get(pickled)
     if tensor is None:
         tensor = known[pickled] = _tensor(pickled, entry)
-    lengths = (
-        int.from_bytes(head[header + 26 : header + 28], "little"),
-        int.from_bytes(head[header + 28 : header + 30], "little"),
-    )
-    data = header + 30 + sum(lengths)
+    name, extra = head[header + 26 : header + 28], head[header + 28 : header + 30]
+    data = header + 30 + int.from_bytes(name, "little") + int.from_bytes(extra, "little")
     if data + tensor.storage.nbytes > entry.nbytes:
         raise Damaged(f"{entry.key}: the entry at byte {entry.start} is shorter than its tensor")
     return _placed(tensor, Storage(entry.key, entry.start + data, tensor.storage.nbytes, tensor.storage.dtype))
