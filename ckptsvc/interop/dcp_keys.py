@@ -124,8 +124,8 @@ def _of_optimizer(path: Path) -> Key | None:
             return Key("group", "", tuple(rest))
         case (str() as flat,) if _flat_state(flat):
             kind, _, both = flat.partition(".")
-            name, _, slot = both.rpartition(".")
-            return Key("state" if kind == "state" else "group", name, (slot,))
+            name, _, last = both.rpartition(".")
+            return Key("state" if kind == "state" else "group", name, (last,))
     return None
 
 
