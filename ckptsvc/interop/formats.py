@@ -41,7 +41,9 @@ class Format(NamedTuple):
     write: str = ""
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
+}
 """By the name in addresses."""
 
 
