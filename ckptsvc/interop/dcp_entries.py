@@ -41,6 +41,9 @@ MAX_ENTRY = 4 << 30
 
 ZSTD = "stream.zstd/1"
 
+UNREADABLE = object()
+"""Stands for a value that may not be read."""
+
 _LOCAL, _DESCRIPTOR = b"PK\x03\x04", b"PK\x07\x08"
 _FIRST = re.compile(rb"PK\x03\x04.{22}(..)(..)([^/]{1,100})/data\.pkl", re.DOTALL)
 
@@ -77,10 +80,15 @@ def check_transforms(place: Place) -> None:
         raise InvalidInput(f"{place.key}: its entries were transformed by {sorted(unknown)}; only {ZSTD!r} is known")
 
 
-def read_values(files: Files, places: Sequence[Place]) -> list[Any]:
+def read_values(files: Files, places: Sequence[Place], refused: list[InvalidInput] | None = None) -> list[Any]:
     """The objects of entries, read by the restricted reader, with `StoredTensor` in the places of tensors.
 
     Equal small objects may be one object: they must not be changed.
+
+    Args:
+        files: where they are.
+        places: the entries.
+        refused: collects why entries are not read, and `UNREADABLE` is in their places; None raises it.
 
     Raises:
         InvalidInput: one is of a type that is not on the list, or was transformed in a way that is not known.
@@ -89,6 +97,15 @@ def read_values(files: Files, places: Sequence[Place]) -> list[Any]:
     known: dict[bytes, Any] = {}
 
     def take(place: Place, head: bytearray) -> Any:
+        try:
+            return read(place, head)
+        except InvalidInput as error:
+            if refused is None:
+                raise
+            refused.append(error)
+            return UNREADABLE
+
+    def read(place: Place, head: bytearray) -> Any:
         found = None if place.transforms else _pickle(head)
         if found is None or b"Q" in found[0]:  # it may refer to storages (BINPERSID)
             return _read_value(files, place)

@@ -9,6 +9,7 @@ from typing import Any
 
 from ckptsvc.errors import Damaged
 from ckptsvc.interop.logical import Note
+from ckptsvc.interop.plain import put
 
 Group = dict[str, Any]
 """Hyper-parameters, and "params": the names of the parameters."""
@@ -31,8 +32,8 @@ def by_number(found: Mapping[tuple[str | int, ...], Any], what: str) -> list[Gro
                 groups.update(enumerate(value if isinstance(value, list) else ()))
             case (int() as number,) if isinstance(value, dict):
                 groups[number] = value
-            case (int() as number, str() as key):
-                groups.setdefault(number, {})[key] = value
+            case (int() as number, *keys):
+                put(groups.setdefault(number, {}), keys, value)
             case _:
                 raise Damaged(f"{what}: it has a parameter group at {'.'.join(map(str, path))[:200]!r}")
     made = [groups[number] for number in sorted(groups)]

@@ -80,6 +80,7 @@ class Directory(msgspec.Struct, frozen=True):
         tensors: every tensor.
         values: every other value: the entry is a file of `torch.save` (see `dcp_entries.read_value`).
         paths: for a name the keys under which it stood in the nested state; empty where the writer did not say.
+        plain: values that are not in an entry.
         extra: attributes of the metadata beyond DCP's own, read by the restricted reader ("mcore_data").
     """
 
@@ -87,6 +88,7 @@ class Directory(msgspec.Struct, frozen=True):
     values: Mapping[str, Place]
     paths: Mapping[str, tuple[str | int, ...]]
     extra: Mapping[str, Any]
+    plain: Mapping[str, Any] = {}
 
     def path(self, name: str) -> tuple[str | int, ...]:
         """The keys of a name in the nested state."""

@@ -42,6 +42,7 @@ class Format(NamedTuple):
 
 
 FORMATS: dict[str, Format] = {
+    "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
     "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
 }
 """By the name in addresses."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptsvc.errors import Damaged
 from ckptsvc.format.document import join
+from ckptsvc.format.objects import TensorRef
+from ckptsvc.geometry.box import Box
 from ckptsvc.interop.logical import Foreign, Note
 from ckptsvc.interop.pickles import MAX_DEPTH, Stub
 from ckptsvc.interop.torch_file import StoredTensor
+from ckptsvc.types import TensorMeta
 
 SCALARS = (type(None), bool, int, float, complex, str, bytes, bytearray)
 
@@ -18,16 +21,16 @@ _LEFT_OUT = object()
 
 
 class Plain:
-    """Makes plain values, and remembers what it left out.
+    """Makes plain values of what a pickle held; tensors in it become tensors of the checkpoint.
 
     Attributes:
         left_out: names (JSON pointers) of what is neither plain nor a tensor, in the order they were met.
     """
 
-    def __init__(self, keep: Callable[[str, StoredTensor], Any]) -> None:
-        """`keep` takes the name and the tensor and makes what stands for it."""
+    def __init__(self, foreign: Foreign) -> None:
+        """`foreign` is the checkpoint that the values are of."""
         self.left_out: list[str] = []
-        self._keep = keep
+        self._foreign = foreign
 
     def value(self, value: Any, path: str) -> Any:
         """A value of a pickle as plain Python; None where it is of a type that no document has.
@@ -42,12 +45,12 @@ class Plain:
         made = self._value(value, path, 0)
         return None if made is _LEFT_OUT else made
 
-    def note(self, foreign: Foreign) -> None:
+    def note(self) -> None:
         """Note what was left out, if there is any."""
         if self.left_out:
             more = f" and {len(self.left_out) - 5} more" if len(self.left_out) > 5 else ""
             names = ", ".join(self.left_out[:5])
-            foreign.notes.append(Note("lost", f"values that are neither plain nor tensors: {names}{more}"))
+            self._foreign.notes.append(Note("lost", f"values that are neither plain nor tensors: {names}{more}"))
 
     def _value(self, value: Any, path: str, depth: int) -> Any:
         if depth > MAX_DEPTH:
@@ -67,6 +70,14 @@ class Plain:
             return value
         self.left_out.append(path)
         return _LEFT_OUT
+
+    def _keep(self, path: str, tensor: StoredTensor) -> Any:
+        if not tensor.storage.key:
+            self.left_out.append(f"{path} (a tensor in a compressed value)")
+            return _LEFT_OUT
+        meta = TensorMeta(path, tensor.dtype, tensor.shape)
+        self._foreign.add(meta, Box.full(tensor.shape), tensor.where, tensor.block())
+        return TensorRef(path)
 
     def _mapping(self, value: Mapping[Any, Any], path: str, depth: int) -> dict[Any, Any]:
         made: dict[Any, Any] = OrderedDict() if isinstance(value, OrderedDict) else {}

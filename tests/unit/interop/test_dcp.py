@@ -41,7 +41,9 @@ def job(seed: int = 0, steps: int = 2) -> tuple[Model, torch.optim.Optimizer]:
     model = Model()
     trained = [p for p in model.parameters() if p.requires_grad]
     matrices, rest = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=0.01)
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=0.01
+    )
     for _ in range(steps):
         tokens = torch.randint(13, (5,))
         nn.functional.cross_entropy(model(tokens), tokens).backward()
