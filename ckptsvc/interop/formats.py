@@ -43,6 +43,7 @@ class Format(NamedTuple):
 
 FORMATS: dict[str, Format] = {
     "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
+    "torchsnapshot": Format("torchsnapshot", "torchsnapshot:detect", "torchsnapshot:read"),
     "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
 }
 """By the name in addresses."""
