@@ -45,12 +45,14 @@ def by_number(found: Mapping[tuple[str | int, ...], Any], what: str) -> list[Gro
 def by_parameter(found: Mapping[str, Mapping[str, Any]]) -> list[Group]:
     """Groups of flatten_optimizer_state_dict, which has none: parameters of equal hyper-parameters are one group.
 
+    Nothing says their order; parameters are sorted by name, numbers in it by value, and groups by their first.
+
     Args:
         found: hyper-parameters by parameter.
     """
     groups: dict[str, Group] = {}
-    for name, values in found.items():
-        group = groups.setdefault(repr(sorted(values.items())), {**values, "params": []})
+    for name in sorted(found, key=_natural):
+        group = groups.setdefault(repr(sorted(found[name].items())), {**found[name], "params": []})
         group["params"].append(name)
     return list(groups.values())
 
@@ -99,6 +101,10 @@ def with_all(groups: list[Group], names: Iterable[str], dims: Callable[[str], in
                  f" guess: {', '.join(guessed[:5])}")
         )  # fmt: skip
     return notes
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,18})", name)]
 
 
 def _pattern(name: str) -> str:
