@@ -150,7 +150,7 @@ class State:
         elif self._keys is not None:
             for group in groups:
                 group["params"] = [self._keys.stripped(str(name)) for name in group["params"]]
-        foreign.notes += dcp_groups.with_all(groups, trained, self._dims)
+        foreign.notes += dcp_groups.with_all(groups, trained, self._dims) + dcp_groups.uneven(groups)
         optimizer = foreign.plain.setdefault("optimizer", {})
         optimizer.setdefault("state", {})
         optimizer["param_groups"] = groups

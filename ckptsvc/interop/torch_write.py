@@ -60,7 +60,7 @@ class Global(msgspec.Struct, frozen=True):
     name: str
 
 
-class Call(msgspec.Struct, frozen=True):
+class Call(msgspec.Struct, frozen=True, gc=False):
     """The result of calling a global with plain arguments, given a state if that is not None."""
 
     function: Global
@@ -68,7 +68,7 @@ class Call(msgspec.Struct, frozen=True):
     state: Any = None
 
 
-class New(msgspec.Struct, frozen=True, eq=False):
+class New(msgspec.Struct, frozen=True, eq=False, gc=False):
     """An object of a class made without calling its constructor, given a state if that is not None."""
 
     cls: Global
@@ -189,8 +189,9 @@ class Pickler:
             return
         self._out += b"("
         for name, item in value.items():
-            self._value(name, f"{path}/(key)", depth + 1)
-            self._value(item, f"{path}/{name}", depth + 1)
+            below = f"{path}/{name if type(name) in (str, int) else '(key)'}"
+            self._value(name, below, depth + 1)
+            self._value(item, below, depth + 1)
         self._out += b"u"
 
     def _list(self, value: list[Any], path: str, depth: int) -> None:

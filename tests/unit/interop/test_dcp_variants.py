@@ -140,6 +140,9 @@ def test_two_directories_of_accelerate_are_one_checkpoint(tmp_path: Path) -> Non
     saved(tmp_path / "optimizer_0", {"optimizer": {"state": state, "param_groups": [{"lr": 1.0, "params": ["w"]}]}})
     logical = open_foreign(str(tmp_path))
     assert logical.names() == ["model/w", "optimizer/state/w/exp_avg", "optimizer/state/w/step"]
+    assert logical.notes == []
+    (tmp_path / "scheduler.bin").write_bytes(b"")
+    assert [note.kind for note in open_foreign(str(tmp_path)).notes] == ["lost"]
 
 
 def test_equal_tensors_are_tied_only_where_all_speaks_for_it(tmp_path: Path) -> None:
