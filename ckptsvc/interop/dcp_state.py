@@ -144,7 +144,7 @@ class State:
         trained = _trained(foreign)
         if not groups and not trained:
             return
-        if trained and all(name.isdigit() for name in trained):
+        if trained and all(name.isdigit() and join(MODEL[:-1], name) not in foreign for name in trained):
             give_names(foreign, groups, self._options.get("names"))
             trained = _trained(foreign)
         elif self._keys is not None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ckptsvc.errors import Damaged, InvalidInput
+from ckptsvc.interop.pickled_numpy import NUMPY
 
 Allowed = Mapping[tuple[str, str], Any]
 """(module, qualified name) -> what stands for it here."""
@@ -63,6 +64,7 @@ PLAIN: Allowed = {
     ("argparse", "Namespace"): stub("Namespace"),
     ("pathlib", "PosixPath"): lambda *parts: "/".join(map(str, parts)),
     ("pathlib._local", "PosixPath"): lambda *parts: "/".join(map(str, parts)),
+    **NUMPY,
 }
 """Plain types that many frameworks' pickles name."""
 
@@ -102,8 +104,12 @@ class Unpickler(pickle.Unpickler):
         _check_memo(self._file.getbuffer()[self._file.tell() :], self._what)
         try:
             return super().load()
-        except (InvalidInput, Damaged):
+        except InvalidInput:
             raise
+        except Damaged as error:
+            if self._what in error.what:
+                raise
+            raise Damaged(f"{self._what}: {error.what}") from None
         except Exception as error:  # noqa: BLE001  what a broken pickle raises is not listed anywhere
             raise Damaged(f"{self._what} is not a readable pickle: {type(error).__name__}: {error}") from None
 
