@@ -48,6 +48,9 @@ NATIVE = "ckptsvc"
 FORMATS: dict[str, Format] = {
     "hf": Format("Hugging Face", "huggingface:detect", "huggingface:read", "huggingface:write"),
     "torch": Format("torch.save", "torch_save:detect", "torch_save:read", "torch_save:write"),
+    "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
+    "torchsnapshot": Format("torchsnapshot", "torchsnapshot:detect", "torchsnapshot:read"),
+    "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
 }
 """By the name in addresses."""
 
