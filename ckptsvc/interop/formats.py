@@ -41,7 +41,9 @@ class Format(NamedTuple):
     write: str = ""
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    "deepspeed": Format("DeepSpeed", "deepspeed:detect", "deepspeed:read"),
+}
 """By the name in addresses."""
 
 

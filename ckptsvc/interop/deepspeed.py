@@ -1,0 +1,303 @@
+"""Checkpoints of DeepSpeed as it writes them: ZeRO stages 0 to 3, pipeline stages, tensor parallelism.
+
+Names are those of the model that DeepSpeed was given; of a pipeline, those of its PipelineModule ("3.ln1.weight",
+"tied_modules.embed.weight"). With low precision `model/<name>` is what the ranks computed with, and the fp32 master is
+`optimizer/state/<name>/master`; stage 3 keeps masters only, and they are `model/<name>` then.
+
+Options:
+    tag        the directory of the checkpoint; else what `latest` says, or the given directory itself.
+    weights    "model": as said above. "master": `model/<name>` is the fp32 master everywhere, for a job that trains in
+               fp32, or whose optimizer keeps no master of its own.
+    tp_dims    PATTERN:DIM,...: the dimension in which tensor-parallel ranks divide the tensors whose names match the
+               glob, "-" where each has all of it. Goes before what the checkpoint says.
+    params     stage 0: a JSON file with the names of the parameters in the optimizer's order, one list for each group.
+    pp         number of pipeline stages, for checkpoints before 0.19 that do not say it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ckptsvc.errors import Damaged, InvalidInput
+from ckptsvc.format.document import join
+from ckptsvc.format.objects import TensorRef
+from ckptsvc.geometry.box import Box
+from ckptsvc.interop.deepspeed_assemble import Assembly
+from ckptsvc.interop.deepspeed_cut import Cuts
+from ckptsvc.interop.deepspeed_files import ModelState, Pickled, Tag, find_tag, list_tag, plain, read_model
+from ckptsvc.interop.deepspeed_order import Groups, optimizer_of_stage0
+from ckptsvc.interop.deepspeed_pipeline import read_layers
+from ckptsvc.interop.deepspeed_zero import FP32, Share, cut_frozen, read_share
+from ckptsvc.interop.files import Files
+from ckptsvc.interop.logical import MASTER, MODEL, STATE, Foreign, Logical, Note
+from ckptsvc.interop.torch_file import StoredTensor
+from ckptsvc.types import TensorMeta
+
+OPTIONS = ("tag", "weights", "tp_dims", "params", "pp")
+
+KNOWN = frozenset((
+    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
+    "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
+    "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config",
+    "checkpoint_parallel_dimensions", "ds_version", "universal_checkpoint_info", "num_experts", "ds_autoep_layers",
+))  # fmt: skip
+"""What DeepSpeed itself writes into model states; everything else there is the job's own client state."""
+
+_CARRIED = ("ds_version", "ds_config", "global_steps", "global_samples", "skipped_steps", "dp_world_size",
+            "mp_world_size", "lr_scheduler", "data_sampler", "random_ltd", "universal_checkpoint_info")  # fmt: skip
+
+
+def detect(files: Files) -> bool:
+    """Whether there are model states of DeepSpeed, here or in the directory that `latest` names."""
+    return bool(list_tag(files, find_tag(files)).models)
+
+
+def read(files: Files, origin: str, options: Mapping[str, str]) -> Logical:
+    """Open a checkpoint of DeepSpeed; see the module for the options.
+
+    Raises:
+        InvalidInput: it is none, or of a kind that is not read; or an option is unknown.
+        Damaged: files are missing or contradict each other.
+        LayoutError: nothing says how tensor-parallel ranks divide a tensor, or a part of one is missing.
+    """
+    check_options(options, OPTIONS)
+    if options.get("weights", "model") not in ("model", "master"):
+        raise InvalidInput(f"weights={options['weights']}: it is either model or master")
+    tag = list_tag(files, find_tag(files, options.get("tag", "")))
+    return _Reader(files, origin, tag, options).read()
+
+
+def check_options(options: Mapping[str, str], known: Iterable[str]) -> None:
+    """Raises InvalidInput for an option that is not known."""
+    for name in options:
+        if name not in known:
+            raise InvalidInput(f"{name!r} is no option of this format", hint=f"there are {', '.join(known)}")
+
+
+class _Reader:
+    """Reads the states of all ranks and adds what they have to one `Foreign`."""
+
+    def __init__(self, files: Files, origin: str, tag: Tag, options: Mapping[str, str]) -> None:
+        self._files, self._tag, self._options = files, tag, options
+        self._foreign = Foreign(origin, files)
+        ranks = 1 + max(mp for _, mp in tag.models)
+        self._models = [read_model(files, tag.models[0 if tag.is_stage3 else -1, mp]) for mp in range(ranks)]
+        self._pp, self._tp = self._degrees()
+        cuts = Cuts(self._info(), options.get("tp_dims", ""), f"{files.url}/{tag.name}")
+        self._all = Assembly(self._foreign, cuts)
+        self._masters_only = options.get("weights") == "master"
+        self._dtypes: dict[str, str] = {}
+        self._low: set[str] = set()
+
+    def read(self) -> Logical:
+        dps = 1 + max((dp for dp, _ in self._tag.optims), default=-1)
+        keys = [[self._tag.optims[dp, mp] for dp in range(dps)] for mp in range(len(self._models))] if dps else []
+        shares = [read_share(self._files, model, own) for model, own in zip(self._models, keys, strict=False)]
+        groups = _Groups()
+        trainable = {name for share in shares for name in share.shapes}
+        if self._tag.layers:
+            for name, tensors in read_layers(self._files, self._tag, self._models).items():
+                self._weight(0, name, tensors, trainable)
+        for stage in range(self._pp):
+            ranks = range(stage * self._tp, (stage + 1) * self._tp)
+            self._module(stage, [self._models[mp] for mp in ranks], trainable)
+            if shares:
+                self._optimizer(stage, [shares[mp] for mp in ranks])
+                groups.add(shares[ranks[0]].groups)
+            if self._tag.is_stage3:
+                self._frozen(stage, ranks)
+        found: Groups | None = groups.merged
+        if not dps:
+            found = optimizer_of_stage0(self._files, self._foreign, self._models[0], self._options.get("params", ""))
+        self._document(found, shares)
+        self._notes()
+        return self._foreign.seal()
+
+    def _degrees(self) -> tuple[int, int]:
+        """(pipeline stages, tensor-parallel ranks); model-parallel ranks count through the latter first."""
+        ranks, first = len(self._models), self._models[0].pickled
+        said = Pickled(first.where, first.mapping("checkpoint_parallel_dimensions", optional=True))
+        pp, tp = said.number("pp_degree", 0), said.number("tp_degree", 0)
+        if "pp" in self._options:
+            if not self._options["pp"].isdecimal():
+                raise InvalidInput(f"pp={self._options['pp']}: it is a number")
+            pp = int(self._options["pp"])
+            tp = ranks // max(pp, 1)
+        elif not pp or not tp:
+            tp = 1 + max(tp for _, tp in self._tag.layers) if self._tag.layers else ranks
+            pp = ranks // tp
+        if pp * tp != ranks:
+            raise Damaged(f"{first.where}: {pp} pipeline stages x {tp} tensor-parallel ranks, and {ranks} files")
+        return pp, tp
+
+    def _info(self) -> Mapping[Any, Any]:
+        """How parameters are cut, as all ranks of the first stage say together: pattern lists differ by stage."""
+        merged: dict[Any, Any] = {}
+        for model in self._models[:: self._tp]:
+            for key, value in model.info.items():
+                known = merged.setdefault(key, value)
+                if isinstance(known, list) and isinstance(value, list):
+                    merged[key] = known + [item for item in value if item not in known]
+                elif key == "affine_map" and isinstance(known, Mapping) and isinstance(value, Mapping):
+                    merged[key] = {**known, "params": {**known.get("params", {}), **value.get("params", {})}}
+        return merged
+
+    # ---- tensors ------------------------------------------------------------------------------------------------
+
+    def _module(self, stage: int, models: Sequence[ModelState], trainable: set[str]) -> None:
+        if any(model.module is None for model in models):
+            return
+        modules = [model.module or {} for model in models]
+        if any(set(module) != set(modules[0]) for module in modules):
+            raise Damaged(f"{models[0].pickled.where}: tensor-parallel ranks have different tensors")
+        places: dict[Any, str] = {}
+        for name, tensor in modules[0].items():
+            kept = models[0].shared.get(name, name)
+            if kept not in modules[0]:
+                kept = name
+            is_absent = self._tag.is_stage3 and tensor.shape == (0,) and name not in models[0].buffers
+            if kept == name and not is_absent and tensor.nbytes:
+                kept = places.setdefault((tensor.where, tensor.shape, tensor.strides), name)
+            if kept != name:
+                self._foreign.aliases[_model(name)] = _model(kept)
+            elif not is_absent:
+                self._weight(stage, name, [module[name] for module in modules], trainable)
+            elif tensor.dtype != "float32":
+                self._low.add(tensor.dtype)
+        self._lose("objects in the module's state that are no tensors", models[0].objects)
+
+    def _weight(self, stage: int, name: str, tensors: Sequence[StoredTensor], trainable: set[str]) -> None:
+        if self._masters_only and name in trainable:
+            return
+        self._dtypes[name] = tensors[0].dtype
+        is_buffer = any(name in model.buffers for model in self._models)
+        self._all.add_tensors(_model(name), stage, name, tensors, is_buffer=is_buffer)
+
+    def _optimizer(self, stage: int, shares: Sequence[Share]) -> None:
+        first = shares[0]
+        if any(set(share.slots) != set(first.slots) for share in shares):
+            raise Damaged(f"{self._files.url}/{self._tag.name}: tensor-parallel ranks have different parameters")
+        for name, slots in first.slots.items():
+            each = [share.slots[name] for share in shares]
+            shapes = [share.shapes[name] for share in shares]
+            for slot, dtype in slots.dtypes.items():
+                logical = join(STATE.rstrip("/"), name, slot)
+                if slot == FP32:
+                    if self._dtypes.get(name) == dtype:
+                        continue
+                    logical = join(STATE.rstrip("/"), name, MASTER) if name in self._dtypes else _model(name)
+                if any(slot not in own.runs for own in each):
+                    raise Damaged(f"{self._files.url}/{self._tag.name}: a rank has no {slot} of {name[:200]}")
+                self._all.add_runs(logical, stage, name, dtype, shapes, [own.runs[slot] for own in each])
+            logical = join(STATE.rstrip("/"), name, "step")
+            if slots.step is not None and logical not in self._foreign:
+                self._foreign.add_value(TensorMeta(logical, "float32", ()), struct.pack("<f", slots.step))
+
+    def _frozen(self, stage: int, ranks: range) -> None:
+        """Parameters without gradients in stage 3: each rank has a fragment of them in its model states."""
+        first = self._models[ranks[0]]
+        if not first.frozen_shapes:
+            return
+        dps = 1 + max(dp for dp, _ in self._tag.models)
+        models = [[self._models[mp], *self._others(mp, dps)] for mp in ranks]
+        for name in first.frozen_shapes:
+            where = f"{first.pickled.where}: {name[:200]}"
+            if any(name not in model.frozen for each in models for model in each):
+                raise Damaged(f"{where} is without a fragment in some rank")
+            shapes = [each[0].frozen_shapes[name] for each in models]
+            pieces = [[model.frozen[name] for model in each] for each in models]
+            runs = [cut_frozen(shape, own, where) for shape, own in zip(shapes, pieces, strict=True)]
+            self._all.add_runs(_model(name), stage, name, pieces[0][0].dtype, shapes, runs)
+
+    def _others(self, mp: int, dps: int) -> list[ModelState]:
+        return [read_model(self._files, self._tag.models[dp, mp]) for dp in range(1, dps)]
+
+    # ---- plain values -------------------------------------------------------------------------------------------
+
+    def _document(self, groups: Groups | None, shares: Sequence[Share]) -> None:
+        root = self._models[0].pickled.root
+        left_out: list[str] = []
+        carried = {name: root[name] for name in _CARRIED if root.get(name) is not None}
+        client = {name: value for name, value in root.items() if name not in KNOWN}
+        stage = self._models[0].pickled
+        own = {
+            **carried,
+            "tag": self._tag.name,
+            "zero_stage": self._zero_stage(),
+            "pp_degree": self._pp,
+            "tp_degree": self._tp,
+            "loss_scaler": shares[0].loss_scaler if shares else {},
+            "client_state": client,
+        }
+        self._foreign.step = stage.number("global_steps", 0)
+        self._foreign.plain = {"deepspeed": plain(own, "deepspeed", self._keep, left_out)}
+        if groups is not None:
+            made = [
+                {**plain(values, "param_groups", self._keep, left_out), "params": names} for values, names in groups
+            ]
+            self._foreign.plain["optimizer"] = {"state": {}, "param_groups": made}
+        self._lose("values that are neither plain nor tensors", left_out)
+
+    def _keep(self, path: str, tensor: StoredTensor) -> TensorRef:
+        self._foreign.add(
+            TensorMeta(path, tensor.dtype, tensor.shape), Box.full(tensor.shape), tensor.where, tensor.block()
+        )
+        return TensorRef(path)
+
+    def _zero_stage(self) -> int:
+        config = self._models[0].pickled.mapping("ds_config", optional=True)
+        zero = config.get("zero_optimization")
+        said = zero.get("stage") if isinstance(zero, Mapping) else None
+        return 3 if self._tag.is_stage3 else said if type(said) is int else int(bool(self._tag.optims))
+
+    def _notes(self) -> None:
+        for alias, name in list(self._foreign.aliases.items()):
+            if name not in self._foreign:
+                del self._foreign.aliases[alias]
+        if self._low:
+            what = f"stage 3 keeps no weights in {', '.join(sorted(self._low))}: model/... are the fp32 masters"
+            self._foreign.notes.append(Note("warning", what))
+        config = self._models[0].pickled.mapping("ds_config", optional=True)
+        zero = config.get("zero_optimization")
+        if isinstance(zero, Mapping) and zero.get("round_robin_gradients") and self._zero_stage() == 2:
+            what = (
+                "partitions were read in round-robin order; DeepSpeed's own universal checkpoint of this one is wrong"
+            )
+            self._foreign.notes.append(Note("repaired", what))
+        self._foreign.notes.extend(self._all.compare())
+
+    def _lose(self, what: str, names: Sequence[str]) -> None:
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            self._foreign.notes.append(Note("lost", f"{what}: {', '.join(names[:5])}{more}"))
+
+
+class _Groups:
+    """The parameter groups of all stages.
+
+    Groups of two stages are one if their hyper-parameters are: a stage without parameters of a group does not have
+    the group, so that its number says nothing.
+    """
+
+    def __init__(self) -> None:
+        self._merged: dict[tuple[str, int], tuple[dict[str, Any], dict[str, None]]] = {}
+
+    def add(self, groups: Groups) -> None:
+        """Those of one more stage."""
+        seen: dict[str, int] = {}
+        for values, names in groups:
+            said = repr(sorted(values.items()))
+            key = (said, seen.setdefault(said, 0))
+            seen[said] += 1
+            self._merged.setdefault(key, (values, {}))[1].update(dict.fromkeys(names))
+
+    @property
+    def merged(self) -> Groups:
+        """Hyper-parameters and names of the parameters."""
+        return [(values, list(names)) for values, names in self._merged.values()]
+
+
+def _model(name: str) -> str:
+    return join(MODEL.rstrip("/"), name)
