@@ -22,12 +22,11 @@ from typing import Any
 
 from ckptsvc.errors import Damaged, InvalidInput
 from ckptsvc.format.document import join
-from ckptsvc.format.objects import TensorRef
-from ckptsvc.geometry.box import Box
 from ckptsvc.interop.deepspeed_assemble import Assembly
 from ckptsvc.interop.deepspeed_cut import Cuts
-from ckptsvc.interop.deepspeed_files import ModelState, Pickled, Tag, find_tag, list_tag, plain, read_model
-from ckptsvc.interop.deepspeed_order import Groups, optimizer_of_stage0
+from ckptsvc.interop.deepspeed_document import Groups, MergedGroups, fill_document, lose, zero_config
+from ckptsvc.interop.deepspeed_files import ModelState, Pickled, Tag, find_tag, list_tag, read_model
+from ckptsvc.interop.deepspeed_order import optimizer_of_stage0
 from ckptsvc.interop.deepspeed_pipeline import read_layers
 from ckptsvc.interop.deepspeed_zero import FP32, Share, cut_frozen, read_share
 from ckptsvc.interop.files import Files
@@ -36,17 +35,6 @@ from ckptsvc.interop.torch_file import StoredTensor
 from ckptsvc.types import TensorMeta
 
 OPTIONS = ("tag", "weights", "tp_dims", "params", "pp")
-
-KNOWN = frozenset((
-    "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
-    "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names",
-    "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config",
-    "checkpoint_parallel_dimensions", "ds_version", "universal_checkpoint_info", "num_experts", "ds_autoep_layers",
-))  # fmt: skip
-"""What DeepSpeed itself writes into model states; everything else there is the job's own client state."""
-
-_CARRIED = ("ds_version", "ds_config", "global_steps", "global_samples", "skipped_steps", "dp_world_size",
-            "mp_world_size", "lr_scheduler", "data_sampler", "random_ltd", "universal_checkpoint_info")  # fmt: skip
 
 
 def detect(files: Files) -> bool:
@@ -95,7 +83,7 @@ class _Reader:
         dps = 1 + max((dp for dp, _ in self._tag.optims), default=-1)
         keys = [[self._tag.optims[dp, mp] for dp in range(dps)] for mp in range(len(self._models))] if dps else []
         shares = [read_share(self._files, model, own) for model, own in zip(self._models, keys, strict=False)]
-        groups = _Groups()
+        groups = MergedGroups()
         trainable = {name for share in shares for name in share.shapes}
         if self._tag.layers:
             for name, tensors in read_layers(self._files, self._tag, self._models).items():
@@ -111,7 +99,7 @@ class _Reader:
         found: Groups | None = groups.merged
         if not dps:
             found = optimizer_of_stage0(self._files, self._foreign, self._models[0], self._options.get("params", ""))
-        self._document(found, shares)
+        fill_document(self._foreign, self._models, found, self._facts(shares))
         self._notes()
         return self._foreign.seal()
 
@@ -161,19 +149,19 @@ class _Reader:
             if kept == name and not is_absent and tensor.nbytes:
                 kept = places.setdefault((tensor.where, tensor.shape, tensor.strides), name)
             if kept != name:
-                self._foreign.aliases[_model(name)] = _model(kept)
+                self._foreign.aliases[model_name(name)] = model_name(kept)
             elif not is_absent:
                 self._weight(stage, name, [module[name] for module in modules], trainable)
             elif tensor.dtype != "float32":
                 self._low.add(tensor.dtype)
-        self._lose("objects in the module's state that are no tensors", models[0].objects)
+        lose(self._foreign, "objects in the module's state that are no tensors", models[0].objects)
 
     def _weight(self, stage: int, name: str, tensors: Sequence[StoredTensor], trainable: set[str]) -> None:
         if self._masters_only and name in trainable:
             return
         self._dtypes[name] = tensors[0].dtype
         is_buffer = any(name in model.buffers for model in self._models)
-        self._all.add_tensors(_model(name), stage, name, tensors, is_buffer=is_buffer)
+        self._all.add_tensors(model_name(name), stage, name, tensors, is_buffer=is_buffer)
 
     def _optimizer(self, stage: int, shares: Sequence[Share]) -> None:
         first = shares[0]
@@ -183,15 +171,15 @@ class _Reader:
             each = [share.slots[name] for share in shares]
             shapes = [share.shapes[name] for share in shares]
             for slot, dtype in slots.dtypes.items():
-                logical = join(STATE.rstrip("/"), name, slot)
+                logical = state_name(name, slot)
                 if slot == FP32:
                     if self._dtypes.get(name) == dtype:
                         continue
-                    logical = join(STATE.rstrip("/"), name, MASTER) if name in self._dtypes else _model(name)
+                    logical = state_name(name, MASTER) if name in self._dtypes else model_name(name)
                 if any(slot not in own.runs for own in each):
                     raise Damaged(f"{self._files.url}/{self._tag.name}: a rank has no {slot} of {name[:200]}")
                 self._all.add_runs(logical, stage, name, dtype, shapes, [own.runs[slot] for own in each])
-            logical = join(STATE.rstrip("/"), name, "step")
+            logical = state_name(name, "step")
             if slots.step is not None and logical not in self._foreign:
                 self._foreign.add_value(TensorMeta(logical, "float32", ()), struct.pack("<f", slots.step))
 
@@ -209,47 +197,24 @@ class _Reader:
             shapes = [each[0].frozen_shapes[name] for each in models]
             pieces = [[model.frozen[name] for model in each] for each in models]
             runs = [cut_frozen(shape, own, where) for shape, own in zip(shapes, pieces, strict=True)]
-            self._all.add_runs(_model(name), stage, name, pieces[0][0].dtype, shapes, runs)
+            self._all.add_runs(model_name(name), stage, name, pieces[0][0].dtype, shapes, runs)
 
     def _others(self, mp: int, dps: int) -> list[ModelState]:
         return [read_model(self._files, self._tag.models[dp, mp]) for dp in range(1, dps)]
 
     # ---- plain values -------------------------------------------------------------------------------------------
 
-    def _document(self, groups: Groups | None, shares: Sequence[Share]) -> None:
-        root = self._models[0].pickled.root
-        left_out: list[str] = []
-        carried = {name: root[name] for name in _CARRIED if root.get(name) is not None}
-        client = {name: value for name, value in root.items() if name not in KNOWN}
-        stage = self._models[0].pickled
-        own = {
-            **carried,
+    def _facts(self, shares: Sequence[Share]) -> dict[str, Any]:
+        return {
             "tag": self._tag.name,
             "zero_stage": self._zero_stage(),
             "pp_degree": self._pp,
             "tp_degree": self._tp,
             "loss_scaler": shares[0].loss_scaler if shares else {},
-            "client_state": client,
         }
-        self._foreign.step = stage.number("global_steps", 0)
-        self._foreign.plain = {"deepspeed": plain(own, "deepspeed", self._keep, left_out)}
-        if groups is not None:
-            made = [
-                {**plain(values, "param_groups", self._keep, left_out), "params": names} for values, names in groups
-            ]
-            self._foreign.plain["optimizer"] = {"state": {}, "param_groups": made}
-        self._lose("values that are neither plain nor tensors", left_out)
-
-    def _keep(self, path: str, tensor: StoredTensor) -> TensorRef:
-        self._foreign.add(
-            TensorMeta(path, tensor.dtype, tensor.shape), Box.full(tensor.shape), tensor.where, tensor.block()
-        )
-        return TensorRef(path)
 
     def _zero_stage(self) -> int:
-        config = self._models[0].pickled.mapping("ds_config", optional=True)
-        zero = config.get("zero_optimization")
-        said = zero.get("stage") if isinstance(zero, Mapping) else None
+        said = zero_config(self._models[0]).get("stage")
         return 3 if self._tag.is_stage3 else said if type(said) is int else int(bool(self._tag.optims))
 
     def _notes(self) -> None:
@@ -259,45 +224,19 @@ class _Reader:
         if self._low:
             what = f"stage 3 keeps no weights in {', '.join(sorted(self._low))}: model/... are the fp32 masters"
             self._foreign.notes.append(Note("warning", what))
-        config = self._models[0].pickled.mapping("ds_config", optional=True)
-        zero = config.get("zero_optimization")
-        if isinstance(zero, Mapping) and zero.get("round_robin_gradients") and self._zero_stage() == 2:
+        if zero_config(self._models[0]).get("round_robin_gradients") and self._zero_stage() == 2:
             what = (
                 "partitions were read in round-robin order; DeepSpeed's own universal checkpoint of this one is wrong"
             )
             self._foreign.notes.append(Note("repaired", what))
         self._foreign.notes.extend(self._all.compare())
 
-    def _lose(self, what: str, names: Sequence[str]) -> None:
-        if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            self._foreign.notes.append(Note("lost", f"{what}: {', '.join(names[:5])}{more}"))
 
-
-class _Groups:
-    """The parameter groups of all stages.
-
-    Groups of two stages are one if their hyper-parameters are: a stage without parameters of a group does not have
-    the group, so that its number says nothing.
-    """
-
-    def __init__(self) -> None:
-        self._merged: dict[tuple[str, int], tuple[dict[str, Any], dict[str, None]]] = {}
-
-    def add(self, groups: Groups) -> None:
-        """Those of one more stage."""
-        seen: dict[str, int] = {}
-        for values, names in groups:
-            said = repr(sorted(values.items()))
-            key = (said, seen.setdefault(said, 0))
-            seen[said] += 1
-            self._merged.setdefault(key, (values, {}))[1].update(dict.fromkeys(names))
-
-    @property
-    def merged(self) -> Groups:
-        """Hyper-parameters and names of the parameters."""
-        return [(values, list(names)) for values, names in self._merged.values()]
-
-
-def _model(name: str) -> str:
+def model_name(name: str) -> str:
+    """The canonical name of a tensor of the model."""
     return join(MODEL.rstrip("/"), name)
+
+
+def state_name(name: str, slot: str) -> str:
+    """The canonical name of a tensor of the optimizer's state of a parameter."""
+    return join(STATE.rstrip("/"), name, slot)

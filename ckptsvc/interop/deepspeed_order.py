@@ -18,6 +18,7 @@ import msgspec
 from ckptsvc.errors import Damaged, InvalidInput
 from ckptsvc.format.document import join
 from ckptsvc.geometry.box import Box
+from ckptsvc.interop.deepspeed_document import Groups
 from ckptsvc.interop.deepspeed_files import ModelState, Shape, groups_of, scalar
 from ckptsvc.interop.files import Files, LocalFiles
 from ckptsvc.interop.logical import MODEL, STATE, Foreign, Note
@@ -26,9 +27,6 @@ from ckptsvc.types import TensorMeta
 
 MAX_STATES = 100_000
 """Where the shapes leave more open than this, they are taken as ambiguous."""
-
-Groups = list[tuple[dict[str, Any], list[str]]]
-"""Hyper-parameters of each group and the names of its parameters."""
 
 
 def optimizer_of_stage0(files: Files, foreign: Foreign, model: ModelState, listed: str) -> Groups | None:

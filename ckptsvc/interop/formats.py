@@ -42,6 +42,9 @@ class Format(NamedTuple):
 
 
 FORMATS: dict[str, Format] = {
+    "deepspeed-universal": Format(
+        "DeepSpeed universal", "deepspeed_universal:detect", "deepspeed_universal:read", "deepspeed_write:write"
+    ),
     "deepspeed": Format("DeepSpeed", "deepspeed:detect", "deepspeed:read"),
 }
 """By the name in addresses."""
