@@ -79,6 +79,8 @@ class _Writer:
         self._notes: list[Note] = []
         self._groups = self._param_groups()
         self._slots = self._slots_by_name()
+        self._names = set(logical.names())
+        self._trainable = {name for group in self._groups for name in group["params"]} | set(self._slots)
 
     def output(self) -> Output:
         names = [split(name)[1] for name in self._logical.names() if name.startswith(MODEL)]
@@ -109,8 +111,7 @@ class _Writer:
         slots = self._slots.get(name, [])
         shape = self._logical.meta(model_name(name)).shape
         master = state_name(name, MASTER) if MASTER in slots else model_name(name)
-        is_trainable = bool(slots) or any(name in group["params"] for group in self._groups)
-        dtype = "float32" if is_trainable else self._logical.meta(master).dtype
+        dtype = "float32" if name in self._trainable else self._logical.meta(master).dtype
         yield self._tensor(name, "fp32", master, dtype)
         for slot in slots:
             source = state_name(name, slot)
@@ -183,7 +184,7 @@ class _Writer:
         found = {}
         for number, group in enumerate(self._groups):
             names = [state_name(name, "step") for name in group["params"]]
-            if step := next((name for name in names if name in self._logical), None):
+            if step := next((name for name in names if name in self._names), None):
                 found[number] = {"step": self._slot(step, "float32")}
         adam = all(
             set(_MOMENTS) <= set(self._slots.get(name, ())) for group in self._groups for name in group["params"]
@@ -205,13 +206,15 @@ class _Writer:
         return Call(Global("deepspeed.runtime.fp16.loss_scaler", kind), args, state)
 
     def _model_state(self, names: Sequence[str]) -> dict[str, Any]:
-        trainable = {name for group in self._groups for name in group["params"]} | set(self._slots)
-        rest = [name for name in names if name not in trainable]
+        rest = [name for name in names if name not in self._trainable]
         own = self._own
         buffers = set(own.get("buffer_names") or ())
         kept = ("lr_scheduler", "data_sampler", "random_ltd", "ds_config")
         client = own.get("client_state")
-        shapes = [OrderedDict((n, self._size(n)) for n in group["params"] if n in names) for group in self._groups]
+        shapes = [
+            OrderedDict((n, self._size(n)) for n in group["params"] if model_name(n) in self._names)
+            for group in self._groups
+        ]
         return {
             **(self._plain(client) if isinstance(client, dict) else {}),
             "module": OrderedDict(
@@ -247,7 +250,7 @@ class _Writer:
     def _plain(self, value: Any) -> Any:
         """A value of the document as torch.load(weights_only=True) takes it; what it does not take becomes None."""
         if isinstance(value, TensorRef):
-            return self._slot(value.name, self._logical.meta(value.name).dtype) if value.name in self._logical else None
+            return self._slot(value.name, self._logical.meta(value.name).dtype) if value.name in self._names else None
         if isinstance(value, Mapping):
             return {key: self._plain(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -278,10 +281,12 @@ class _Writer:
         return torch_output(f"{self._tag}/{key}", root)
 
     def _say(self) -> None:
-        rest = [name for name in self._logical.names() if name.startswith(MODEL) and split(name)[1] not in self._slots]
-        if rest and self._slots:
+        rest = [
+            name for name in self._logical.names() if name.startswith(MODEL) and split(name)[1] not in self._trainable
+        ]
+        if rest and self._trainable:
             what = (
-                f"DeepSpeed restores neither buffers nor frozen parameters from a universal checkpoint ({len(rest)} here):"
+                f"DeepSpeed restores neither buffers nor frozen parameters ({len(rest)} here) of a universal form:"
                 ' load them from "module" of the model states before deepspeed.initialize'
             )
             self._notes.append(Note("warning", what))
