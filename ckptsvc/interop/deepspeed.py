@@ -11,6 +11,7 @@ Options:
     tp_dims    PATTERN:DIM,...: the dimension in which tensor-parallel ranks divide the tensors whose names match the
                glob, "-" where each has all of it. Goes before what the checkpoint says.
     params     stage 0: a JSON file with the names of the parameters in the optimizer's order, one list for each group.
+    frozen     stage 0: PATTERN,...: parameters that the optimizer does not have. Often the shapes then say the rest.
     pp         number of pipeline stages, for checkpoints before 0.19 that do not say it.
 """
 
@@ -34,7 +35,7 @@ from ckptsvc.interop.logical import MASTER, MODEL, STATE, Foreign, Logical, Note
 from ckptsvc.interop.torch_file import StoredTensor
 from ckptsvc.types import TensorMeta
 
-OPTIONS = ("tag", "weights", "tp_dims", "params", "pp")
+OPTIONS = ("tag", "weights", "tp_dims", "params", "frozen", "pp")
 
 
 def detect(files: Files) -> bool:
@@ -98,7 +99,7 @@ class _Reader:
                 self._frozen(stage, ranks)
         found: Groups | None = groups.merged
         if not dps:
-            found = optimizer_of_stage0(self._files, self._foreign, self._models[0], self._options.get("params", ""))
+            found = optimizer_of_stage0(self._files, self._foreign, self._models[0], self._options)
         fill_document(self._foreign, self._models, found, self._facts(shares))
         self._notes()
         return self._foreign.seal()

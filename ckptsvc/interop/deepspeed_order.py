@@ -7,6 +7,7 @@ the parameters of each group are in the order of the module and there is only on
 
 from __future__ import annotations
 
+import fnmatch
 import math
 import struct
 from collections.abc import Mapping, Sequence
@@ -29,14 +30,15 @@ MAX_STATES = 100_000
 """Where the shapes leave more open than this, they are taken as ambiguous."""
 
 
-def optimizer_of_stage0(files: Files, foreign: Foreign, model: ModelState, listed: str) -> Groups | None:
+def optimizer_of_stage0(files: Files, foreign: Foreign, model: ModelState, options: Mapping[str, str]) -> Groups | None:
     """Add the optimizer's state under the names of its parameters.
 
     Args:
         files: of the checkpoint.
         foreign: has the model's tensors already; takes the optimizer's, and notes.
         model: the model states.
-        listed: path of a JSON file with the names of each group's parameters; "" if there is none.
+        options: `params`, the path of a JSON file with the names of each group's parameters; `frozen`, globs of names
+            that the optimizer has not.
 
     Returns:
         the groups, or None if there is no optimizer or its parameters cannot be named.
@@ -53,11 +55,11 @@ def optimizer_of_stage0(files: Files, foreign: Foreign, model: ModelState, liste
         return None
     groups = groups_of(optimizer.get("param_groups"), where)
     numbers = [_numbers(group.get("params"), where) for group in groups]
-    names = _names(foreign, model, states, groups, numbers, listed)
+    names = _names(foreign, model, states, groups, numbers, options)
     if names is None:
         what = (
             "the optimizer's state: its parameters are numbered, and nothing says which they are;"
-            " give the option params=FILE, a JSON list of names for each group"
+            " give params=FILE, a JSON list of names for each group; or frozen=PATTERN,..., if some are"
         )
         foreign.notes.append(Note("lost", what))
         return None
@@ -82,15 +84,17 @@ def _names(
     states: Mapping[Any, Any],
     groups: Sequence[Mapping[str, Any]],
     numbers: Sequence[Sequence[int]],
-    listed: str,
+    options: Mapping[str, str],
 ) -> list[list[str]] | None:
-    if listed:
+    if listed := options.get("params", ""):
         names = _read_list(listed)
     elif all(group.get("param_names") for group in groups):
         names = [[str(name) for name in group["param_names"]] for group in groups]
     else:
         shapes = [[_shape(states.get(n)) for n in ids] for ids in numbers]
-        found = _dealt(_parameters(model), shapes)
+        frozen = options.get("frozen", "").split(",")
+        known = [(n, s) for n, s in _parameters(model) if not any(fnmatch.fnmatchcase(n, p) for p in frozen)]
+        found = _dealt(known, shapes)
         if found is None:
             return None
         what = (
