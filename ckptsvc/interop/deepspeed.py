@@ -22,16 +22,23 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ckptsvc.errors import Damaged, InvalidInput
-from ckptsvc.format.document import join
 from ckptsvc.interop.deepspeed_assemble import Assembly
 from ckptsvc.interop.deepspeed_cut import Cuts
-from ckptsvc.interop.deepspeed_document import Groups, MergedGroups, fill_document, lose, zero_config
+from ckptsvc.interop.deepspeed_document import (
+    Groups,
+    MergedGroups,
+    fill_document,
+    lose,
+    model_name,
+    state_name,
+    zero_config,
+)
 from ckptsvc.interop.deepspeed_files import ModelState, Pickled, Tag, find_tag, list_tag, read_model
-from ckptsvc.interop.deepspeed_order import optimizer_of_stage0
 from ckptsvc.interop.deepspeed_pipeline import read_layers
+from ckptsvc.interop.deepspeed_stage0 import optimizer_of_stage0
 from ckptsvc.interop.deepspeed_zero import FP32, Share, cut_frozen, read_share
 from ckptsvc.interop.files import Files
-from ckptsvc.interop.logical import MASTER, MODEL, STATE, Foreign, Logical, Note
+from ckptsvc.interop.logical import MASTER, Foreign, Logical, Note
 from ckptsvc.interop.torch_file import StoredTensor
 from ckptsvc.types import TensorMeta
 
@@ -231,13 +238,3 @@ class _Reader:
             )
             self._foreign.notes.append(Note("repaired", what))
         self._foreign.notes.extend(self._all.compare())
-
-
-def model_name(name: str) -> str:
-    """The canonical name of a tensor of the model."""
-    return join(MODEL.rstrip("/"), name)
-
-
-def state_name(name: str, slot: str) -> str:
-    """The canonical name of a tensor of the optimizer's state of a parameter."""
-    return join(STATE.rstrip("/"), name, slot)

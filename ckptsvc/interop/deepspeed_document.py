@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ckptsvc.format.document import join
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop.deepspeed_files import ModelState, plain
-from ckptsvc.interop.logical import Foreign, Note
+from ckptsvc.interop.logical import MODEL, STATE, Foreign, Note
 from ckptsvc.interop.torch_file import StoredTensor
 from ckptsvc.types import TensorMeta
 
@@ -96,3 +97,13 @@ class MergedGroups:
     def merged(self) -> Groups:
         """Hyper-parameters and names of the parameters."""
         return [(values, list(names)) for values, names in self._merged.values()]
+
+
+def model_name(name: str) -> str:
+    """The canonical name of a tensor of the model."""
+    return join(MODEL.rstrip("/"), name)
+
+
+def state_name(name: str, slot: str) -> str:
+    """The canonical name of a tensor of the optimizer's state of a parameter."""
+    return join(STATE.rstrip("/"), name, slot)

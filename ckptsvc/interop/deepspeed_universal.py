@@ -27,8 +27,8 @@ from typing import Any
 
 from ckptsvc.errors import Damaged, InvalidInput
 from ckptsvc.geometry.box import Box, FlatRange
-from ckptsvc.interop.deepspeed import check_options, model_name, state_name
-from ckptsvc.interop.deepspeed_document import Groups, MergedGroups, fill_document, zero_config
+from ckptsvc.interop.deepspeed import check_options
+from ckptsvc.interop.deepspeed_document import Groups, MergedGroups, fill_document, model_name, state_name, zero_config
 from ckptsvc.interop.deepspeed_files import (
     ALLOWED,
     ModelState,

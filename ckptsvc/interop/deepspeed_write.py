@@ -31,8 +31,9 @@ from ckptsvc.errors import InvalidInput
 from ckptsvc.format.document import split
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.geometry.box import Box, FlatRange
-from ckptsvc.interop.deepspeed import check_options, model_name, state_name
+from ckptsvc.interop.deepspeed import check_options
 from ckptsvc.interop.deepspeed_cut import parse_dims
+from ckptsvc.interop.deepspeed_document import model_name, state_name
 from ckptsvc.interop.deepspeed_universal import LATEST, WRITER
 from ckptsvc.interop.logical import MASTER, MODEL, STATE, Logical, Note
 from ckptsvc.interop.outputs import Output, OutputFile, Small

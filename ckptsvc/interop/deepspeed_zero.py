@@ -85,13 +85,6 @@ class Share(msgspec.Struct):
     loss_scaler: dict[str, Any]
 
 
-class _Group(NamedTuple):
-    """A flat group in the files of all data-parallel ranks: slot -> one tensor for each rank."""
-
-    slots: dict[str, list[StoredTensor]]
-    step: float | None
-
-
 def read_share(files: Files, model: ModelState, keys: Sequence[str]) -> Share:
     """Find the parameters of a model-parallel rank in its optimizer's files.
 
@@ -167,7 +160,7 @@ def _stage12(files: Files, model: ModelState, states: Sequence[Pickled]) -> _Rea
         each = [(b[0].get(number, {}), m[number]) for b, m in zip(base, masters, strict=True)]
         pads = _paddings(paddings[number] if number < len(paddings) else None, len(shapes), where)
         step = _step(files, each[0][0], hyper[number] if hyper else {}, base[0][2], where)
-        found.append(_cut_flat(_Group(_tensors(each, where), step), shapes, pads, where))
+        found.append(cut_flat(_tensors(each, where), step, shapes, pads, where))
     return hyper or [{} for _ in range(count)], [[n] for n in range(count)], found
 
 
@@ -212,20 +205,37 @@ def _tensors(each: Sequence[tuple[Mapping[Any, Any], Any]], where: str) -> dict[
     return slots
 
 
-def _cut_flat(group: _Group, shapes: Mapping[str, Shape], pads: Sequence[int], where: str) -> dict[str, Slots]:
-    """Cut the partitions of a flat group where its parameters begin and end."""
+def cut_flat(
+    slots: Mapping[str, list[StoredTensor]],
+    step: float | None,
+    shapes: Mapping[str, Shape],
+    pads: Sequence[int],
+    where: str,
+) -> dict[str, Slots]:
+    """Cut the partitions of a flat group where its parameters begin and end.
+
+    Args:
+        slots: slot -> the partitions, by rank; `FP32` among them.
+        step: number of updates.
+        shapes: parameter -> shape, in flat order.
+        pads: elements between each parameter and the next.
+        where: for messages.
+
+    Raises:
+        Damaged: the partitions are longer or shorter than the parameters explain.
+    """
     sizes = [math.prod(shape) for shape in shapes.values()]
     starts = [0, *accumulate(n + pad for n, pad in zip(sizes, pads, strict=True))]
-    ranks = len(group.slots[FP32])
+    ranks = len(slots[FP32])
     end = max((s + n for s, n in zip(starts, sizes, strict=False)), default=0)
-    part = max(tensors[0].shape[0] for tensors in group.slots.values())
+    part = max(tensors[0].shape[0] for tensors in slots.values())
     if part * ranks < end or (ranks > 1 and part * ranks - starts[-1] >= 2 * ranks + max(pads, default=0)):
         raise Damaged(
             f"{where}: {ranks} partitions of {part} elements; the parameters with their paddings are {starts[-1]}"
         )
     names = list(shapes)
-    found = {name: Slots({slot: t[0].dtype for slot, t in group.slots.items()}, {}, group.step) for name in names}
-    for slot, tensors in group.slots.items():
+    found = {name: Slots({slot: t[0].dtype for slot, t in slots.items()}, {}, step) for name in names}
+    for slot, tensors in slots.items():
         for name in names:
             found[name].runs[slot] = []
         for rank, tensor in enumerate(tensors):
@@ -266,7 +276,7 @@ def _stage3(files: Files, model: ModelState, states: Sequence[Pickled]) -> _Read
         where = f"{states[0].where}: sub-group {number}"
         each = [(_sub_state(s, number), m[number]) for s, m in zip(inner, masters, strict=True)]
         step = _step(files, each[0][0], hyper[owner[number]], None, where)
-        found.append(_cut_each(_Group(_tensors(each, where), step), shapes, where))
+        found.append(_cut_each(_tensors(each, where), step, shapes, where))
     return hyper, members, found
 
 
@@ -283,18 +293,20 @@ def _sub_state(state: Pickled, number: int) -> Mapping[Any, Any]:
     return slots
 
 
-def _cut_each(group: _Group, shapes: Mapping[str, Shape], where: str) -> dict[str, Slots]:
+def _cut_each(
+    tensors: Mapping[str, list[StoredTensor]], step: float | None, shapes: Mapping[str, Shape], where: str
+) -> dict[str, Slots]:
     """Find each rank's piece of every parameter in the rank's flat tensor."""
-    ranks = len(group.slots[FP32])
+    ranks = len(tensors[FP32])
     found = {}
     at = 0
     for name, shape in shapes.items():
         size = math.prod(shape)
         per = -(-size // ranks)
-        slots = Slots({slot: t[0].dtype for slot, t in group.slots.items()}, {}, group.step)
-        for slot, tensors in group.slots.items():
+        slots = Slots({slot: t[0].dtype for slot, t in tensors.items()}, {}, step)
+        for slot, parts in tensors.items():
             runs = slots.runs[slot] = []
-            for rank, tensor in enumerate(tensors):
+            for rank, tensor in enumerate(parts):
                 real = max(0, min(per, size - rank * per))
                 if at + real > tensor.shape[0]:
                     raise Damaged(
@@ -305,7 +317,7 @@ def _cut_each(group: _Group, shapes: Mapping[str, Shape], where: str) -> dict[st
                     runs.append(Run(rank * per, real, _place(tensor, at)))
         found[name] = slots
         at += per
-    longest = max((t.shape[0] for t in group.slots[FP32]), default=0)
+    longest = max((t.shape[0] for t in tensors[FP32]), default=0)
     if longest - at >= max(2 * ranks, 8):
         raise Damaged(f"{where}: a rank has {longest} elements, its parameters are {at}")
     return found
