@@ -15,6 +15,7 @@ import math
 import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import msgspec
@@ -30,6 +31,9 @@ Shape = tuple[int, ...]
 
 MAX_RANK = 1 << 20
 """Largest rank that a file name may carry."""
+
+READERS = 8
+"""Files whose pickles are read at the same time."""
 
 ALLOWED: Allowed = {
     (module, name): stub(name)
@@ -182,6 +186,12 @@ def read_pickle(files: Files, key: str) -> Pickled:
     if not isinstance(root, Mapping):
         raise Damaged(f"{where} holds {_kind(root)}, not a dict")
     return Pickled(where, root)
+
+
+def read_pickles(files: Files, keys: Sequence[str]) -> list[Pickled]:
+    """The objects in several files, read at the same time: on a parallel file system each takes a while to answer."""
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda key: read_pickle(files, key), keys))
 
 
 def enum_value(value: Any) -> Any:

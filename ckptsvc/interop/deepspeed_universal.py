@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ckptsvc.errors import Damaged, InvalidInput
@@ -31,6 +32,7 @@ from ckptsvc.interop.deepspeed import check_options
 from ckptsvc.interop.deepspeed_document import Groups, MergedGroups, fill_document, model_name, state_name, zero_config
 from ckptsvc.interop.deepspeed_files import (
     ALLOWED,
+    READERS,
     ModelState,
     Pickled,
     Shape,
@@ -96,18 +98,19 @@ class _Reader:
     def read(self) -> Logical:
         self._refuse_wrong()
         groups = self._groups()
-        present = set(self._files.children(self._zero)) - {"optimizer_state.pt"}
+        present = sorted(set(self._files.children(self._zero)) - {"optimizer_state.pt"})
+        with ThreadPoolExecutor(READERS) as pool:
+            roots = dict(zip(present, pool.map(self._opened, present), strict=True))
         trainable = {name for _, names in groups for name in names}
         shared = self._models[0].shared
-        for name in sorted(present):
-            tensors = self._files.children(f"{self._zero}/{name}")
-            if name in trainable or "exp_avg.pt" in tensors:
-                self._parameter(name, tensors)
-            elif name not in shared and name not in self._module:
-                self._tensor(model_name(name), name, FP32)
-        if missing := sorted(trainable - present):
+        for name, slots in roots.items():
+            if name in trainable or "exp_avg" in slots:
+                self._parameter(name, slots)
+            elif name not in shared and name not in self._module and FP32 in slots:
+                self._tensor(model_name(name), name, FP32, slots[FP32])
+        if missing := sorted(trainable - set(present)):
             raise Damaged(f"{self._files.url}/{self._zero}/{missing[0]} is missing ({len(missing)} such parameters)")
-        self._rest(present)
+        self._rest()
         stage = 3 if self._tag.is_stage3 else zero_config(self._models[0]).get("stage")
         facts = {"tag": self._tag.name, "zero_stage": stage}
         fill_document(self._foreign, self._models, groups, facts)
@@ -163,34 +166,36 @@ class _Reader:
 
     # ---- tensors ------------------------------------------------------------------------------------------------
 
-    def _parameter(self, name: str, tensors: Sequence[str]) -> None:
+    def _opened(self, name: str) -> dict[str, Any]:
+        """What the files in the directory of a parameter hold, by slot."""
+        found = {}
+        for file in self._files.children(f"{self._zero}/{name}"):
+            slot, dot, suffix = file.rpartition(".")
+            if dot and suffix == "pt":
+                found[slot] = read_torch(self._files, f"{self._zero}/{name}/{file}", allowed=ALLOWED).root
+        return found
+
+    def _parameter(self, name: str, slots: Mapping[str, Any]) -> None:
         logical = model_name(name)
         low = self._module.get(name)
         if low is not None and low.dtype != "float32" and low.nbytes and self._options.get("weights") != "master":
             self._add(logical, low.shape, low)
             logical = state_name(name, MASTER)
-        for file in tensors:
-            slot, dot, suffix = file.rpartition(".")
-            if dot and suffix == "pt" and slot != "step":
-                self._tensor(logical if slot == FP32 else state_name(name, slot), name, slot)
+        for slot, root in slots.items():
+            if slot != "step":
+                self._tensor(logical if slot == FP32 else state_name(name, slot), name, slot, root)
         step = self._steps.get(name)
-        if "step.pt" in tensors:
-            key = f"{self._zero}/{name}/step.pt"
-            step = scalar(self._files, read_torch(self._files, key, allowed=ALLOWED).root, key)
+        if "step" in slots:
+            step = scalar(self._files, slots["step"], f"{self._files.url}/{self._zero}/{name}/step.pt")
         if step is not None:
             self._foreign.add_value(TensorMeta(state_name(name, "step"), "float32", ()), struct.pack("<f", step))
 
-    def _tensor(self, logical: str, name: str, slot: str) -> None:
-        key = f"{self._zero}/{name}/{slot}.pt"
-        found = read_torch(self._files, key, allowed=ALLOWED).root
-        if isinstance(found, Mapping):
-            found = found.get("param")
-            shape = found.shape if isinstance(found, StoredTensor) else ()
-        else:
-            shape = self._shapes.get(name, found.shape if isinstance(found, StoredTensor) else ())
+    def _tensor(self, logical: str, name: str, slot: str, root: Any) -> None:
+        found = root.get("param") if isinstance(root, Mapping) else root
         if not isinstance(found, StoredTensor):
-            raise Damaged(f"{self._files.url}/{key} holds no tensor")
-        self._add(logical, shape, found)
+            raise Damaged(f"{self._files.url}/{self._zero}/{name}/{slot}.pt holds no tensor")
+        # a tensor alone is flat, and its shape is in the model states
+        self._add(logical, found.shape if isinstance(root, Mapping) else self._shapes.get(name, found.shape), found)
 
     def _add(self, logical: str, shape: Shape, tensor: StoredTensor) -> None:
         """A stored tensor of that shape, or flat."""
@@ -203,7 +208,7 @@ class _Reader:
             raise Damaged(f"{self._foreign.origin}: {logical} is flat in its file, and has gaps there")
         self._foreign.add(meta, FlatRange(0, size) if block is None else Box.full(shape), tensor.where, block)
 
-    def _rest(self, present: set[str]) -> None:
+    def _rest(self) -> None:
         """Buffers, frozen parameters, further names of tied ones: in the copies of the model states, if anywhere."""
         shared, first = self._models[0].shared, self._models[0]
         for alias, name in shared.items():

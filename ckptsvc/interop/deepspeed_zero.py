@@ -31,7 +31,7 @@ from ckptsvc.interop.deepspeed_files import (
     Shape,
     flat,
     groups_of,
-    read_pickle,
+    read_pickles,
     scalar,
 )
 from ckptsvc.interop.files import Files
@@ -97,7 +97,7 @@ def read_share(files: Files, model: ModelState, keys: Sequence[str]) -> Share:
         Damaged: the files contradict each other or the shapes of the parameters.
         InvalidInput: a layout that is not read.
     """
-    pickles = [read_pickle(files, key) for key in keys]
+    pickles = read_pickles(files, keys)
     states = [Pickled(p.where, p.mapping("optimizer_state_dict")) for p in pickles]
     for state in states:
         _check_partitions(state, len(keys))
