@@ -101,7 +101,7 @@ class _Reader:
             self._module(stage, [self._models[mp] for mp in ranks], trainable)
             if shares:
                 self._optimizer(stage, [shares[mp] for mp in ranks])
-                groups.add(shares[ranks[0]].groups)
+                groups.add([(values, self._given_order(names, dps)) for values, names in shares[ranks[0]].groups])
             if self._tag.is_stage3:
                 self._frozen(stage, ranks)
         found: Groups | None = groups.merged
@@ -225,6 +225,16 @@ class _Reader:
         said = zero_config(self._models[0]).get("stage")
         return 3 if self._tag.is_stage3 else said if type(said) is int else int(bool(self._tag.optims))
 
+    def _is_round_robin(self) -> bool:
+        return bool(zero_config(self._models[0]).get("round_robin_gradients")) and self._zero_stage() in (1, 2)
+
+    def _given_order(self, names: list[str], dps: int) -> list[str]:
+        """The parameters of a group as the job gave them; round-robin gradients deal them to `dps` ranks in turn."""
+        if not self._is_round_robin():
+            return names
+        dealt = [i for rank in range(dps) for i in range(rank, len(names), dps)]
+        return [name for _, name in sorted(zip(dealt, names, strict=True))]
+
     def _notes(self) -> None:
         for alias, name in list(self._foreign.aliases.items()):
             if name not in self._foreign:
@@ -232,7 +242,7 @@ class _Reader:
         if self._low:
             what = f"stage 3 keeps no weights in {', '.join(sorted(self._low))}: model/... are the fp32 masters"
             self._foreign.notes.append(Note("warning", what))
-        if zero_config(self._models[0]).get("round_robin_gradients") and self._zero_stage() == 2:
+        if self._is_round_robin():
             what = (
                 "partitions were read in round-robin order; DeepSpeed's own universal checkpoint of this one is wrong"
             )

@@ -53,9 +53,6 @@ LATEST = "latest_universal"
 
 OPTIONS = ("tag", "weights", "trust")
 
-WRITER = "written_by"
-"""In `universal_checkpoint_info`: says that not DeepSpeed's own converter made it."""
-
 
 def detect(files: Files) -> bool:
     """Whether it is the directory of a universal checkpoint, or one that holds nothing else."""
@@ -117,8 +114,8 @@ class _Reader:
         return self._foreign.seal()
 
     def _refuse_wrong(self) -> None:
-        zero, info = zero_config(self._models[0]), self._models[0].info
-        wrong = zero.get("round_robin_gradients") and zero.get("stage") == 2 and WRITER not in info
+        zero = zero_config(self._models[0])
+        wrong = zero.get("round_robin_gradients") and zero.get("stage") in (1, 2)
         if wrong and self._models[0].pickled.number("dp_world_size", 2) > 1:
             what = "made of round-robin gradients by DeepSpeed's converter, which mixes the parameters up"
             if self._options.get("trust") != "yes":

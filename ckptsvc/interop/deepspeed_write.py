@@ -21,31 +21,21 @@ Options:
 from __future__ import annotations
 
 import fnmatch
-import math
 import re
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptsvc.errors import InvalidInput
-from ckptsvc.format.document import split
-from ckptsvc.format.objects import TensorRef
-from ckptsvc.geometry.box import Box, FlatRange
 from ckptsvc.interop.deepspeed import check_options
+from ckptsvc.interop.deepspeed_contents import MAX_FILES, VERSION, Contents, count_of, tag_of
 from ckptsvc.interop.deepspeed_cut import parse_dims
 from ckptsvc.interop.deepspeed_document import model_name, state_name
-from ckptsvc.interop.deepspeed_universal import LATEST, WRITER
-from ckptsvc.interop.logical import MASTER, MODEL, STATE, Logical, Note
+from ckptsvc.interop.deepspeed_universal import LATEST
+from ckptsvc.interop.logical import MASTER, Logical, Note
 from ckptsvc.interop.outputs import Output, OutputFile, Small
-from ckptsvc.interop.torch_write import Call, Global, Slot, torch_output
+from ckptsvc.interop.torch_write import Call, Global, torch_output
 
 OPTIONS = ("stage", "dp", "tp", "pp", "tag", "tp_dims")
-
-VERSION = "0.19.8"
-"""The version of DeepSpeed whose format this is; its loader wants one."""
-
-MAX_FILES = 1 << 16
-"""Most files of model states."""
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -66,74 +56,51 @@ class _Writer:
     """Plans the files of one universal checkpoint."""
 
     def __init__(self, logical: Logical, options: Mapping[str, str]) -> None:
-        self._logical, self._options = logical, options
-        self._document = logical.document(0)
-        framework = self._document.get("deepspeed")
-        self._own: dict[str, Any] = framework if isinstance(framework, dict) else {}
-        info = self._own.get("universal_checkpoint_info")
-        self._info: dict[str, Any] = info if isinstance(info, dict) else {}
+        self._all = Contents(logical)
         self._stage = options.get("stage", "any")
-        self._tag = options.get("tag") or f"global_step{logical.step}_universal"
-        if "/" in self._tag or self._tag.startswith("."):
-            raise InvalidInput(f"tag={self._tag}: it is the name of a directory")
+        self._dp, self._mp = count_of(options, "dp"), count_of(options, "tp") * count_of(options, "pp")
+        self._degrees = {"pp_degree": count_of(options, "pp"), "tp_degree": count_of(options, "tp")}
+        if self._dp * self._mp > MAX_FILES:
+            raise InvalidInput(f"{self._dp} x {self._mp} files of model states; {MAX_FILES} are allowed")
+        self._tag = tag_of(options, f"global_step{logical.step}_universal")
         self._dims = list(parse_dims(options.get("tp_dims", "")))
-        self._notes: list[Note] = []
-        self._groups = self._param_groups()
-        self._slots = self._slots_by_name()
-        self._names = set(logical.names())
-        self._trainable = {name for group in self._groups for name in group["params"]} | set(self._slots)
+        info = self._all.own.get("universal_checkpoint_info")
+        self._info: dict[str, Any] = info if isinstance(info, dict) else {}
 
     def output(self) -> Output:
-        names = [split(name)[1] for name in self._logical.names() if name.startswith(MODEL)]
-        files = [file for name in names for file in self._parameter(name)]
+        files = [file for name in self._all.parameters for file in self._parameter(name)]
         files.append(self._file("zero/optimizer_state.pt", self._optimizer_state()))
-        root = self._model_state(names)
+        root = self._model_state()
         files.extend(self._file(key, root) for key in self._model_files())
         self._say()
         return Output(
             files,
             lambda _: [Small(LATEST, self._tag.encode())],
-            self._notes,
+            self._all.notes,
             {"stage": self._stage, "tag": self._tag, "files": len(files)},
         )
 
     # ---- tensors ------------------------------------------------------------------------------------------------
 
-    def _slots_by_name(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for name in self._logical.names():
-            if name.startswith(STATE):
-                parts = split(name)
-                if len(parts) == 4:
-                    found.setdefault(parts[2], []).append(parts[3])
-        return found
-
     def _parameter(self, name: str) -> Iterator[OutputFile]:
-        slots = self._slots.get(name, [])
-        shape = self._logical.meta(model_name(name)).shape
-        master = state_name(name, MASTER) if MASTER in slots else model_name(name)
-        dtype = "float32" if name in self._trainable else self._logical.meta(master).dtype
+        master = self._all.master(name)
+        dtype = "float32" if name in self._all.trainable else self._all.logical.meta(master).dtype
         yield self._tensor(name, "fp32", master, dtype)
-        for slot in slots:
+        for slot in self._all.slots.get(name, ()):
             source = state_name(name, slot)
             if slot == "step" and self._stage != "3":
-                yield self._file(f"zero/{name}/step.pt", self._slot(source, "float32"))
+                yield self._file(f"zero/{name}/step.pt", self._all.slot(source, "float32"))
             elif slot not in ("step", MASTER):
-                if self._logical.meta(source).shape != shape or "/" in slot:
-                    self._notes.append(Note("lost", f"{source}: DeepSpeed keeps no state of another shape"))
+                if self._all.logical.meta(source).shape != self._all.shape(name) or "/" in slot:
+                    self._all.notes.append(Note("lost", f"{source}: DeepSpeed keeps no state of another shape"))
                 else:
                     yield self._tensor(name, slot, source, "float32")
 
     def _tensor(self, name: str, slot: str, source: str, dtype: str) -> OutputFile:
         key = f"zero/{name}/{slot}.pt"
         if self._stage == "3":
-            return self._file(key, self._slot(source, dtype, flat=True))
-        return self._file(key, {**self._cut(name), "param": self._slot(source, dtype)})
-
-    def _slot(self, source: str, dtype: str, *, flat: bool = False) -> Slot:
-        shape = self._logical.meta(source).shape
-        size = math.prod(shape)
-        return Slot(source, FlatRange(0, size) if flat else Box.full(shape), dtype, (size,) if flat else shape)
+            return self._file(key, self._all.slot(source, dtype, flat=True))
+        return self._file(key, {**self._cut(name), "param": self._all.slot(source, dtype)})
 
     def _cut(self, name: str) -> dict[str, Any]:
         """How tensor-parallel ranks are to divide a parameter."""
@@ -160,22 +127,17 @@ class _Writer:
 
     # ---- plain values -------------------------------------------------------------------------------------------
 
-    def _param_groups(self) -> list[dict[str, Any]]:
-        optimizer = self._document.get("optimizer")
-        groups = optimizer.get("param_groups") if isinstance(optimizer, dict) else None
-        return [dict(group) for group in groups or ()]
-
     def _optimizer_state(self) -> dict[str, Any]:
-        groups = [{**self._plain(group), "params": [i]} for i, group in enumerate(self._groups)]
+        groups = [{**values, "params": [i]} for i, values in enumerate(self._all.hyper())]
         state: dict[str, Any] = {
             "ds_version": VERSION,
-            "zero_stage": 3 if self._stage == "3" else 2 if self._stage == "2" else 1,
-            "dynamic_loss_scale": bool(self._scaler().get("dynamic")),
+            "zero_stage": {"2": 2, "3": 3}.get(self._stage, 1),
+            "dynamic_loss_scale": bool(self._all.scaler.get("dynamic")),
             "overflow": False,
             "param_groups": groups,
         }
-        if self._scaler():
-            state["loss_scaler"] = self._loss_scaler()
+        if self._all.scaler:
+            state["loss_scaler"] = self._all.loss_scaler()
         if self._stage in ("any", "3"):
             state["optimizer_state_dict"] = {"state": self._steps(), "param_groups": groups}
         return state
@@ -183,119 +145,54 @@ class _Writer:
     def _steps(self) -> dict[int, dict[str, Any]]:
         """What stage 3 reads of the state: the step of the first group."""
         found = {}
-        for number, group in enumerate(self._groups):
+        for number, group in enumerate(self._all.groups):
             names = [state_name(name, "step") for name in group["params"]]
-            if step := next((name for name in names if name in self._names), None):
-                found[number] = {"step": self._slot(step, "float32")}
-        adam = all(
-            set(_MOMENTS) <= set(self._slots.get(name, ())) for group in self._groups for name in group["params"]
-        )
+            if step := next((name for name in names if name in self._all.names), None):
+                found[number] = {"step": self._all.slot(step, "float32")}
+        members = [name for group in self._all.groups for name in group["params"]]
+        adam = all(set(_MOMENTS) <= set(self._all.slots.get(name, ())) for name in members)
         if self._stage == "3" and (0 not in found or not adam):
-            raise InvalidInput(
-                f"{self._logical.origin} has no complete state of Adam, without which stage 3 loads nothing"
-            )
+            origin = self._all.logical.origin
+            raise InvalidInput(f"{origin} has no complete state of Adam, without which stage 3 loads nothing")
         return found
 
-    def _scaler(self) -> dict[str, Any]:
-        scaler = self._own.get("loss_scaler")
-        return scaler if isinstance(scaler, dict) else {}
-
-    def _loss_scaler(self) -> Call:
-        kind = "DynamicLossScaler" if self._scaler().get("class") == "DynamicLossScaler" else "LossScaler"
-        state = {key: value for key, value in self._scaler().items() if key != "class"}
-        args = (1.0,) if kind == "LossScaler" else ()
-        return Call(Global("deepspeed.runtime.fp16.loss_scaler", kind), args, state)
-
-    def _model_state(self, names: Sequence[str]) -> dict[str, Any]:
-        rest = [name for name in names if name not in self._trainable]
-        own = self._own
-        buffers = set(own.get("buffer_names") or ())
-        kept = ("lr_scheduler", "data_sampler", "random_ltd", "ds_config")
-        client = own.get("client_state")
-        shapes = [
-            OrderedDict((n, self._size(n)) for n in group["params"] if model_name(n) in self._names)
-            for group in self._groups
-        ]
+    def _model_state(self) -> dict[str, Any]:
+        rest = [name for name in self._all.parameters if name not in self._all.trainable]
+        stage = int(self._stage) if self._stage.isdecimal() else None
+        groups = [[n for n in group["params"] if model_name(n) in self._all.names] for group in self._all.groups]
         return {
-            **(self._plain(client) if isinstance(client, dict) else {}),
-            "module": OrderedDict(
-                (n, self._slot(model_name(n), self._logical.meta(model_name(n)).dtype)) for n in rest
-            ),
-            "buffer_names": [name for name in rest if name in buffers],
-            "optimizer": None,
-            "param_shapes": shapes,
-            "frozen_param_shapes": None,
-            "shared_params": self._aliases(),
-            "frozen_param_fragments": None,
-            **{key: self._plain(own.get(key)) for key in kept},
-            "skipped_steps": int(own.get("skipped_steps") or 0),
-            "global_steps": self._logical.step,
-            "global_samples": int(own.get("global_samples") or 0),
-            "dp_world_size": self._count("dp"),
-            "mp_world_size": self._count("tp") * self._count("pp"),
-            "checkpoint_parallel_dimensions": {"pp_degree": self._count("pp"), "tp_degree": self._count("tp")},
-            "ds_version": VERSION,
+            **self._all.model_state({n: self._all.slot(model_name(n)) for n in rest}, groups, self._dp, stage),
+            "mp_world_size": self._mp,
+            "checkpoint_parallel_dimensions": self._degrees,
             "universal_checkpoint_info": {
                 "universal_checkpoint_version": 0.4,
-                **self._plain(self._info),
-                WRITER: "ckptsvc",
+                **self._all.plain(self._info),
             },
         }
-
-    def _aliases(self) -> dict[str, str]:
-        return {split(a)[1]: split(n)[1] for a, n in self._logical.aliases.items() if a.startswith(MODEL)}
-
-    def _size(self, name: str) -> Call:
-        return Call(Global("torch", "Size"), (tuple(self._logical.meta(model_name(name)).shape),))
-
-    def _plain(self, value: Any) -> Any:
-        """A value of the document as torch.load(weights_only=True) takes it; what it does not take becomes None."""
-        if isinstance(value, TensorRef):
-            return self._slot(value.name, self._logical.meta(value.name).dtype) if value.name in self._names else None
-        if isinstance(value, Mapping):
-            return {key: self._plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            items = [self._plain(item) for item in value]
-            return items if isinstance(value, list) else tuple(items)
-        if value is None or type(value) in (bool, int, float, str):
-            return value
-        self._notes.append(Note("lost", f"a value of type {type(value).__name__} in the document"))
-        return None
 
     # ---- files --------------------------------------------------------------------------------------------------
 
     def _model_files(self) -> list[str]:
-        dp, mp = self._count("dp"), self._count("tp") * self._count("pp")
-        if dp * mp > MAX_FILES:
-            raise InvalidInput(f"{dp} x {mp} files of model states; {MAX_FILES} are allowed")
-        low = [f"mp_rank_{m:02d}_model_states.pt" for m in range(mp)]
-        three = [f"zero_pp_rank_{d}_mp_rank_{m:02d}_model_states.pt" for d in range(dp) for m in range(mp)]
+        ranks = [(dp, mp) for dp in range(self._dp) for mp in range(self._mp)]
+        low = [f"mp_rank_{mp:02d}_model_states.pt" for mp in range(self._mp)]
+        three = [f"zero_pp_rank_{dp}_mp_rank_{mp:02d}_model_states.pt" for dp, mp in ranks]
         return {"any": [*low, *three], "3": three}.get(self._stage, low)
-
-    def _count(self, option: str) -> int:
-        value = self._options.get(option, "1")
-        if not value.isdecimal() or not 1 <= int(value) <= MAX_FILES:
-            raise InvalidInput(f"{option}={value}: it is a number of ranks")
-        return int(value)
 
     def _file(self, key: str, root: Any) -> OutputFile:
         return torch_output(f"{self._tag}/{key}", root)
 
     def _say(self) -> None:
-        rest = [
-            name for name in self._logical.names() if name.startswith(MODEL) and split(name)[1] not in self._trainable
-        ]
-        if rest and self._trainable:
+        rest = [name for name in self._all.parameters if name not in self._all.trainable]
+        if rest and self._all.trainable:
             what = (
-                f"DeepSpeed restores neither buffers nor frozen parameters ({len(rest)} here) of a universal form:"
-                ' load them from "module" of the model states before deepspeed.initialize'
+                f"DeepSpeed restores neither buffers nor frozen parameters ({len(rest)} here) of a universal form: load"
+                ' them from "module" of the model states before deepspeed.initialize, or write format deepspeed'
             )
-            self._notes.append(Note("warning", what))
-        if self._stage in ("any", "3") and len(self._groups) > 1:
+            self._all.notes.append(Note("warning", what))
+        if self._stage in ("any", "3") and len(self._all.groups) > 1:
             what = (
-                "stage 3 of DeepSpeed 0.19.8 gives every parameter group the values of the first, and all one step"
-                " tensor: set the groups again after loading; stages 1 and 2 load them right"
+                "stage 3 of DeepSpeed 0.19.8 gives every parameter group of a universal form the values of the first,"
+                " and all one step: write format deepspeed for it; stages 1 and 2 load this one right"
             )
-            self._notes.append(Note("warning", what))
-        if not self._own.get("lr_scheduler"):
-            self._notes.append(Note("warning", "no state of a learning rate scheduler: load_lr_scheduler_states=False"))
+            self._all.notes.append(Note("warning", what))
+        self._all.warn_of_scheduler()

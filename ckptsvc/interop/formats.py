@@ -45,7 +45,7 @@ FORMATS: dict[str, Format] = {
     "deepspeed-universal": Format(
         "DeepSpeed universal", "deepspeed_universal:detect", "deepspeed_universal:read", "deepspeed_write:write"
     ),
-    "deepspeed": Format("DeepSpeed", "deepspeed:detect", "deepspeed:read"),
+    "deepspeed": Format("DeepSpeed", "deepspeed:detect", "deepspeed:read", "deepspeed_native_write:write"),
 }
 """By the name in addresses."""
 
