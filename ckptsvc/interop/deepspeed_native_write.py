@@ -30,7 +30,8 @@ from ckptsvc.geometry.box import FlatRange, Region
 from ckptsvc.interop.deepspeed import check_options
 from ckptsvc.interop.deepspeed_contents import VERSION, Contents, count_of, size_of, stage_of, tag_of
 from ckptsvc.interop.deepspeed_document import model_name, state_name
-from ckptsvc.interop.logical import MASTER, Logical
+from ckptsvc.interop.deepspeed_pipeline import TIED
+from ckptsvc.interop.logical import MASTER, Logical, Note
 from ckptsvc.interop.outputs import Output, OutputFile, Small
 from ckptsvc.interop.torch_write import Call, Global, Inline, Packed, torch_output
 
@@ -98,6 +99,11 @@ class _Writer:
         else:
             files.append(self._file("mp_rank_00_model_states.pt", self._model()))
         self._all.warn_of_scheduler()
+        if any(name.startswith(TIED) for name in self._all.parameters):
+            what = (
+                "names of a pipeline: DeepSpeed loads these files into a plain model of such names, not into a pipeline"
+            )
+            self._all.notes.append(Note("warning", what))
         facts = {"stage": self._stage, "dp": self._dp, "dtype": self._dtype, "tag": self._tag}
         return Output(files, lambda _: [Small("latest", self._tag.encode())], self._all.notes, facts)
 

@@ -43,7 +43,7 @@ from ckptsvc.interop.deepspeed_files import (
     read_pickle,
     scalar,
 )
-from ckptsvc.interop.deepspeed_zero import FP32, cut_frozen
+from ckptsvc.interop.deepspeed_zero import FP32, cut_frozen, loss_scaler_of
 from ckptsvc.interop.files import Files
 from ckptsvc.interop.logical import MASTER, Foreign, Logical, Note
 from ckptsvc.interop.torch_file import StoredTensor, read_torch
@@ -91,6 +91,7 @@ class _Reader:
         self._shapes = {n: s for model in self._models for group in model.shapes for n, s in group.items()}
         self._module = self._models[0].module or {} if ranks == 1 else {}
         self._steps: dict[str, float] = {}
+        self._scaler: dict[str, Any] = {}
 
     def read(self) -> Logical:
         self._refuse_wrong()
@@ -109,7 +110,7 @@ class _Reader:
             raise Damaged(f"{self._files.url}/{self._zero}/{missing[0]} is missing ({len(missing)} such parameters)")
         self._rest()
         stage = 3 if self._tag.is_stage3 else zero_config(self._models[0]).get("stage")
-        facts = {"tag": self._tag.name, "zero_stage": stage}
+        facts = {"tag": self._tag.name, "zero_stage": stage, "loss_scaler": self._scaler}
         fill_document(self._foreign, self._models, groups, facts)
         return self._foreign.seal()
 
@@ -128,6 +129,7 @@ class _Reader:
     def _groups(self) -> Groups:
         state = read_pickle(self._files, f"{self._zero}/optimizer_state.pt")
         inner = Pickled(state.where, state.mapping("optimizer_state_dict", optional=True))
+        self._scaler = loss_scaler_of(state)
         hyper = groups_of(state.root.get("param_groups") or inner.root.get("param_groups") or [], state.where)
         merged = MergedGroups()
         for model in self._models:

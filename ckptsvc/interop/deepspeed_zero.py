@@ -106,7 +106,7 @@ def read_share(files: Files, model: ModelState, keys: Sequence[str]) -> Share:
         raise Damaged(f"{model.pickled.where} has {len(model.shapes)} groups of parameters")
     read = _stage3 if first.number("zero_stage", 1) == 3 else _stage12
     hyper, members, flat_groups = read(files, model, states)
-    share = Share({}, {}, [], _loss_scaler(first))
+    share = Share({}, {}, [], loss_scaler_of(first))
     for number, shapes in enumerate(model.shapes):
         for name in shapes:
             if name in share.shapes:
@@ -131,7 +131,8 @@ def _check_partitions(state: Pickled, ranks: int) -> None:
         raise InvalidInput(f"{state.where} has experts that are partitioned on their own, which are not read")
 
 
-def _loss_scaler(state: Pickled) -> dict[str, Any]:
+def loss_scaler_of(state: Pickled) -> dict[str, Any]:
+    """The class and the attributes of the loss scaler in an optimizer's state; empty if there is none."""
     scaler = state.root.get("loss_scaler")
     found = getattr(scaler, "state", None)
     kept = {k: v for k, v in found.items() if type(v) in (bool, int, float)} if isinstance(found, Mapping) else {}

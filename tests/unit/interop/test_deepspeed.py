@@ -212,12 +212,13 @@ def test_a_missing_rank_is_named(foreign: Get, tmp_path: Path) -> None:
         shutil.rmtree(copy)
 
 
-@pytest.mark.parametrize("name", NATIVE)
-def test_damaged_files_give_errors_of_ours(foreign: Get, tmp_path: Path, name: str) -> None:
-    copy = copied(foreign(name) / "ckpt" / "global_step5", tmp_path)
-    rng = random.Random(name)
-    files = sorted(copy.glob("*.pt"))
-    for _ in range(60):
+@pytest.mark.parametrize("form", ["global_step5", "global_step5_universal"])
+@pytest.mark.parametrize("name", [NATIVE[0], NATIVE[2], NATIVE[3]])
+def test_damaged_files_give_errors_of_ours(foreign: Get, tmp_path: Path, name: str, form: str) -> None:
+    copy = copied(foreign(name) / "ckpt" / form, tmp_path)
+    rng = random.Random(name + form)
+    files = sorted(copy.rglob("*.pt"))
+    for _ in range(40):
         file = rng.choice(files)
         data = file.read_bytes()
         if rng.random() < 0.2:
@@ -229,13 +230,42 @@ def test_damaged_files_give_errors_of_ours(foreign: Get, tmp_path: Path, name: s
             broken = bytes(changed)
         file.write_bytes(broken)
         try:
-            logical = open_foreign(f"deepspeed:{copy}")
+            logical = open_foreign(str(copy))
             for tensor in rng.sample(logical.names(), 5):
                 value(logical, tensor)
             logical.close()
         except CkptsvcError:
             pass
         file.write_bytes(data)
+
+
+def test_what_cannot_be_written_is_said(foreign: Get) -> None:
+    logical: Any = open_foreign(f"deepspeed:{foreign(NATIVE[0])}/ckpt")
+    for form, options, match in (
+        ("deepspeed", {"stage": "4"}, "1, 2 or 3"),
+        ("deepspeed", {"dp": "0"}, "number of ranks"),
+        ("deepspeed", {"dtype": "int8"}, "one of bfloat16"),
+        ("deepspeed", {"tag": "../x"}, "name of a directory"),
+        ("deepspeed-universal", {"tp_dims": "a"}, "PATTERN:DIMENSION"),
+        ("deepspeed-universal", {"dp": "65536", "tp": "2"}, "are allowed"),
+    ):
+        with pytest.raises(InvalidInput, match=match):
+            exporter(form)(logical, options)
+    del logical.plain["optimizer"]
+    with pytest.raises(InvalidInput, match="no parameter groups"):
+        exporter("deepspeed")(logical, {})
+    logical.drop("optimizer/state/ln_f.bias/exp_avg")
+    with pytest.raises(InvalidInput, match="no complete state of Adam"):
+        exporter("deepspeed-universal")(logical, {"stage": "3"})
+
+
+@pytest.mark.parametrize("form", ["deepspeed", "deepspeed-universal"])
+def test_a_loss_scaler_is_carried(foreign: Get, tmp_path: Path, form: str) -> None:
+    logical: Any = open_foreign(f"deepspeed:{foreign(NATIVE[0])}/ckpt")
+    scaler = {"class": "DynamicLossScaler", "cur_scale": 1024.0, "dynamic": True, "scale_window": 2000}
+    logical.plain["deepspeed"]["loss_scaler"] = scaler
+    render(exporter(form)(logical, {}), logical, tmp_path)
+    assert open_foreign(str(tmp_path)).document()["deepspeed"]["loss_scaler"] == scaler
 
 
 def test_an_unknown_option_is_refused(foreign: Get) -> None:
