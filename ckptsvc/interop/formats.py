@@ -46,6 +46,11 @@ NATIVE = "ckptsvc"
 """The name of our own format; the engine knows how it is read and written."""
 
 FORMATS: dict[str, Format] = {
+    "deepspeed-universal": Format(
+        "DeepSpeed universal", "deepspeed_universal:detect", "deepspeed_universal:read", "deepspeed_write:write"
+    ),
+    # Before hf: checkpoints of Hugging Face's Trainer with DeepSpeed have weights beside, and the optimizer only here.
+    "deepspeed": Format("DeepSpeed", "deepspeed:detect", "deepspeed:read", "deepspeed_native_write:write"),
     "hf": Format("Hugging Face", "huggingface:detect", "huggingface:read", "huggingface:write"),
     "torch": Format("torch.save", "torch_save:detect", "torch_save:read", "torch_save:write"),
     "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
