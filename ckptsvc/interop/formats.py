@@ -41,7 +41,10 @@ class Format(NamedTuple):
     write: str = ""
 
 
-FORMATS: dict[str, Format] = {}
+FORMATS: dict[str, Format] = {
+    # First, because it is told by the names of its folders; it is written by `convert` itself (see interop.native).
+    "ckptsvc": Format("ckptsvc's own", "native:detect_native", "native:read_native"),
+}
 """By the name in addresses."""
 
 

@@ -77,6 +77,9 @@ class Logical(Catalogue, Protocol):
     def names(self) -> list[str]:
         """All tensors, sorted, without aliases."""
 
+    def __contains__(self, name: object) -> bool:
+        """Whether it is the name or an alias of a tensor."""
+
     def document(self, rank: int = 0) -> dict[str, Any]:
         """The plain values of a rank."""
 
