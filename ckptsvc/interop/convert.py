@@ -153,6 +153,10 @@ class Conversion:
                 self.infinite += production.infinite
                 self.bytes_read += production.bytes_read
 
+    def reread(self) -> None:
+        """Look again at what is finished, by whomever."""
+        self.finished = self._recorded()
+
     def finish(self, alone: bool = True) -> bool:
         """Complete the target if all tasks are finished, by whomever.
 
@@ -168,7 +172,7 @@ class Conversion:
         if not alone:
             if self.target.ledger.read() is None:
                 return True  # another process has completed it
-            self.finished = self._recorded()
+            self.reread()
         if len(self.finished) < len(self.tasks):
             return False
         if not alone and not self._elected():
