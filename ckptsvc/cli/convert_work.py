@@ -43,7 +43,7 @@ def be_worker(request: Request, memory: int, number: int, of: int) -> int:
 
 
 def _end_with_parent() -> None:
-    if not sys.stdin.buffer.read(1):
+    if not os.read(sys.stdin.fileno(), 1):
         os._exit(1)
 
 
@@ -138,7 +138,12 @@ def run_workers(conversion: Conversion, request: Request, shares: Sequence[int],
         for number in shares
         if conversion.left(number, of)
     ]
-    watchers = [threading.Thread(target=lambda w=worker: (w.process.wait(), ended.release())) for worker in workers]
+
+    def watch(worker: _Worker) -> None:
+        worker.process.wait()
+        ended.release()
+
+    watchers = [threading.Thread(target=watch, args=(worker,)) for worker in workers]
     for watcher in watchers:
         watcher.start()
     try:

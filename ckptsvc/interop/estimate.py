@@ -16,7 +16,7 @@ from ckptsvc.interop.tasks import Step, Task, least, split, steps
 from ckptsvc.pipeline.read import flat_bounds, window_bytes
 from ckptsvc.types import DTYPES
 
-_COARSE = 1 << 30  # bytes of a step here: what is read does not depend on it, the time to find out does
+_COARSE = 16 << 30  # bytes of a step here: as a rule what is read does not depend on it, and the time to find out does
 
 
 class Estimate(NamedTuple):
@@ -59,8 +59,12 @@ def estimate(logical: Logical, tasks: Sequence[Task], budget: Budget) -> Estimat
         for group in task.groups:
             for part in split(group, budget.held // 2):
                 most = max(most, sum(map(least, part)))
-                for step in steps(part, logical, max(budget.step, _COARSE)):
-                    reads.add(step)
+                before = reads.state()
+                turned = [reads.add(step) for step in steps(part, logical, max(budget.step, _COARSE))]
+                if any(turned):  # slabs of a transposed tensor are everywhere in the source
+                    reads.reset(before)
+                    for step in steps(part, logical, budget.step):
+                        reads.add(step)
     files = [file for task in tasks for file in task.files]
     written = sum(file.nbytes for file in files)
     buffers = (budget.readers + 1) * window_bytes(logical.extent)
@@ -91,8 +95,17 @@ class _Reads:
         self._room = limit // self._extent
         self.nbytes = 0
 
-    def add(self, step: Step) -> None:
-        """Count a step."""
+    def state(self) -> tuple[int, OrderedDict[tuple[int, int], None]]:
+        """To come back to with `reset`."""
+        return self.nbytes, self._edges.copy()
+
+    def reset(self, state: tuple[int, OrderedDict[tuple[int, int], None]]) -> None:
+        """Forget what was counted since."""
+        self.nbytes, self._edges = state
+
+    def add(self, step: Step) -> bool:
+        """Count a step; returns whether dimensions are put in another order in it."""
+        turned = False
         regions: dict[str, list[Region]] = defaultdict(list)
         for piece in step.pieces:
             regions[piece.want.name].append(piece.want.region)
@@ -102,6 +115,7 @@ class _Reads:
             itemsize = DTYPES[meta.dtype].itemsize
             stored = self._logical.touching(name, wanted)
             for copy in plan(stored, wanted, itemsize, meta.shape, name=name):
+                turned = turned or (copy.order is not None and list(copy.order) != sorted(copy.order))
                 source = stored[copy.stored]
                 first, last = flat_bounds(copy.source, itemsize)
                 base = source.offset + copy.source.offset * itemsize
@@ -114,6 +128,7 @@ class _Reads:
         for shard, found in spans.items():
             for first, last in _merged(found):
                 self._read(shard, first, last)
+        return turned
 
     def _read(self, shard: int, first: int, last: int) -> None:
         end = min(last * self._extent, self._logical.source.size(shard))

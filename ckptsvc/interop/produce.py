@@ -69,7 +69,7 @@ class Budget(NamedTuple):
             InvalidInput: it is too little for anything.
         """
         window = window_bytes(extent)
-        readers = min(max(memory // (10 * window), 1), READERS)
+        readers = min(max(memory // (8 * (window + _CASTING)), 1), READERS)
         edges = min(memory // 8, 256 << 20)
         held = memory - edges - (readers + 1) * (window + _CASTING)
         if held < 2 * WRITE_BLOCK:

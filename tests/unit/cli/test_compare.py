@@ -9,6 +9,7 @@ from harness.stored import EXTENT, Run, Tensor
 from ckptsvc.cli import address, compare
 from ckptsvc.cli.compare import Comparison, Pair
 from ckptsvc.errors import Damaged
+from ckptsvc.interop.native import NativeLogical
 from ckptsvc.pipeline.catalog import Checkpoint
 from ckptsvc.pipeline.sources import StoreSource
 
@@ -42,7 +43,7 @@ def saved(arrays: dict[str, np.ndarray], layout: str = "one", **more) -> Checkpo
 
 
 def compared(a: Checkpoint, b: Checkpoint, *, tolerance: float | None = None, match: str = "") -> Comparison:
-    return Pair(a, b, lambda name: match in name).compare(tolerance)
+    return Pair(NativeLogical(a), NativeLogical(b), lambda name: match in name).compare(tolerance)
 
 
 @pytest.fixture(params=[64 << 20, 700], ids=["one batch", "many batches"])
