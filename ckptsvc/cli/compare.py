@@ -1,8 +1,7 @@
 """Two checkpoints side by side: which tensors and plain values differ, and by how much.
 
-Logical tensors are compared, whatever layout, world size and format each side was saved with. What is compared is read in
-batches, in the order of the first side's shards, so that memory stays bounded and every extent of that side is read
-about once.
+Logical tensors are compared, whatever layout, world size and format each side has. What is compared is read in batches,
+in the order of the first side's shards, so that memory stays bounded and every extent of that side is read about once.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ Progress = Callable[[int], None]
 
 
 class Different(NamedTuple):
-    """A tensor of one name, dtype and shape whose elements differ, the first of them (in row-major order) at `first`."""
+    """A tensor of one name, dtype and shape whose elements differ, the first in row-major order at `first`."""
 
     meta: TensorMeta
     distance: Distance

@@ -128,7 +128,7 @@ def command(
         raise
     try:
         if dry_run:
-            cost = estimate(conversion.logical, conversion.tasks, conversion.budget())
+            cost = estimate(conversion.logical, conversion.tasks, conversion.budget)
             show_plan(conversion, cost, cost.seconds(read_bandwidth, write_bandwidth), as_json)
             return 0
         resumed = sum(task.nbytes for task in conversion.tasks if task.number in conversion.finished)

@@ -55,6 +55,7 @@ class Conversion:
         restart: throw away what an unfinished conversion into the target has done.
 
     Attributes:
+        budget: how memory is divided.
         output: the files.
         tasks: the work.
         finished: digests by file of what was finished before, by the number of its task.
@@ -82,7 +83,8 @@ class Conversion:
         self.memory = memory
         self.format, place = target_format(request.target), split_address(request.target)[1]
         self._step = step_of(self._logical, request.options) if self.format == NATIVE else 0
-        self.target = Target(self.format, place, self._step)
+        self.budget = Budget.of(memory - resident(), self._logical.extent)
+        self.target = Target(self.format, place, self._step, self.budget.block)
         self.infinite: Counter[str] = Counter()
         self.bytes_read = 0
         self.finished: dict[int, dict[str, Digests]] = {}
@@ -123,10 +125,6 @@ class Conversion:
         """The tasks of one of several workers that are not finished."""
         return [task for task in share(self.tasks, number, of) if task.number not in self.finished]
 
-    def budget(self) -> Budget:
-        """How memory is divided. Raises InvalidInput where it is too little."""
-        return Budget.of(self.memory - resident(), self._logical.extent)
-
     def run(self, progress: Callable[[int], None], number: int = 0, of: int = 1) -> None:
         """Make what is left of one share.
 
@@ -138,9 +136,8 @@ class Conversion:
         Raises:
             CkptsvcError: as the source and the target raise.
         """
-        budget = self.budget()
         for attempt in range(1, TRIES + 1):
-            production = Production(self._logical, self.target.store, budget, progress, self._done)
+            production = Production(self._logical, self.target.store, self.budget, progress, self._done)
             try:
                 production.run(self.left(number, of))
             except StoreError as error:
@@ -207,7 +204,6 @@ class Conversion:
             self.plan = begun
         self.output = self._planned()
         self.casts = self._checked_casts()
-        self.budget()
         self.tasks = tasks(self.output.files, self._logical)
         self.complete = earlier is not None or (begun is not None and self.target.is_renamed())
         if dry or self.complete:

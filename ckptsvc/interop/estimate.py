@@ -57,8 +57,8 @@ def estimate(logical: Logical, tasks: Sequence[Task], budget: Budget) -> Estimat
     most = 0
     for task in tasks:
         for group in task.groups:
-            for part in split(group, budget.held // 2):
-                most = max(most, sum(map(least, part)))
+            for part in split(group, budget.held // 2, budget.block):
+                most = max(most, sum(least(file, budget.block) for file in part))
                 before = reads.state()
                 turned = [reads.add(step) for step in steps(part, logical, max(budget.step, _COARSE))]
                 if any(turned):  # slabs of a transposed tensor are everywhere in the source

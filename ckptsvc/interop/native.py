@@ -42,7 +42,8 @@ JOB = "convert"
 SHARD_BYTES = 1 << 30
 MAX_FILES = 1024
 
-_DOCUMENTS = 64  # read at a time
+DOCUMENTS = 64
+"""Documents of plain values that are read and kept at a time."""
 
 
 class NativeLogical:
@@ -100,8 +101,8 @@ class NativeLogical:
     def document(self, rank: int = 0) -> dict[str, Any]:
         """See Logical; values without a codec here come as `format.objects.Opaque`."""
         if rank not in self._documents:
-            first = rank - rank % _DOCUMENTS
-            names = [objects_name(r) for r in range(first, min(first + _DOCUMENTS, self.world_size))]
+            first = rank - rank % DOCUMENTS
+            names = [objects_name(r) for r in range(first, min(first + DOCUMENTS, self.world_size))]
             metas = [self._index.meta(name) for name in names]
             wants = [Want(m.name, m.dtype, m.shape, Box.full(m.shape)) for m in metas]
             found = read_arrays(self._index, self.source, wants)

@@ -23,7 +23,7 @@ from ckptsvc.geometry.reshard import View
 from ckptsvc.interop.casts import cast_into
 from ckptsvc.interop.logical import Logical
 from ckptsvc.interop.stream import Gate, StoppedError, Stream
-from ckptsvc.interop.tasks import WRITE_BLOCK, Group, Step, Task, split, steps
+from ckptsvc.interop.tasks import LEAST_BLOCK, MOST_BLOCK, Group, Step, Task, least, split, steps
 from ckptsvc.pipeline.read import (
     READERS,
     Source,
@@ -44,6 +44,7 @@ MAX_OPEN = 512
 
 _CASTING = 12 << 20  # bytes of temporary arrays while a thread casts (see casts.BLOCK)
 _STEP = 64 << 20
+_SIDE_BY_SIDE = 256  # blocks that fit in what is held: so 14 files can advance side by side (see tasks.least)
 
 
 class Budget(NamedTuple):
@@ -54,12 +55,14 @@ class Budget(NamedTuple):
         edges: kept of what was read, because neighbours may need it.
         held: of files, filled and not yet written.
         step: of files, that are read for at a time.
+        block: that the driver is to write at a time, where it can be told.
     """
 
     readers: int
     edges: int
     held: int
     step: int
+    block: int
 
     @classmethod
     def of(cls, memory: int, extent: int) -> Budget:
@@ -72,13 +75,16 @@ class Budget(NamedTuple):
         readers = min(max(memory // (8 * (window + _CASTING)), 1), READERS)
         edges = min(memory // 8, 256 << 20)
         held = memory - edges - (readers + 1) * (window + _CASTING)
-        if held < 2 * WRITE_BLOCK:
-            least = ((2 * (window + _CASTING) + 2 * WRITE_BLOCK) * 8 // 7 >> 20) + 1
+        if held < 2 * least(None, LEAST_BLOCK):
+            enough = ((2 * (window + _CASTING) + 2 * least(None, LEAST_BLOCK)) * 8 // 7 >> 20) + 1
             raise InvalidInput(
-                f"{memory >> 20} MiB are too little memory for a conversion",
-                hint=f"beside the program itself it needs {least} MiB: give --memory more",
+                f"{max(memory, 0) >> 20} MiB are too little memory for a conversion",
+                hint=f"beside the program itself it needs {enough} MiB: give --memory more",
             )
-        return cls(readers, edges, held, min(max(held // 4, 1 << 20), _STEP))
+        block = LEAST_BLOCK
+        while block < MOST_BLOCK and 2 * block * _SIDE_BY_SIDE <= held:
+            block *= 2
+        return cls(readers, edges, held, min(max(held // 8, 1 << 20), _STEP), block)
 
 
 class EdgeCache:
@@ -186,7 +192,9 @@ class Production:
     ) -> None:
         self._logical, self._store, self._budget = logical, store, budget
         self._progress, self._done = progress, done
-        self._gate = Gate(budget.held)
+        self._gate = Gate(
+            max(budget.held - budget.step, budget.step)
+        )  # where all are stuck, a step is let in beyond it
         self._source = EdgeCache(logical.source, logical.extent, budget.edges)
         self._planning = threading.Lock()
         self._reading = threading.Semaphore(budget.readers)
@@ -268,7 +276,7 @@ class Production:
         for task in tasks:
             left = _Left(task, self._done)
             for group in task.groups:
-                for part in split(group, self._budget.held // 2):
+                for part in split(group, self._budget.held // 2, self._budget.block):
                     yield from self._plan_group(part, left)
 
     def _plan_group(self, group: Group, left: _Left) -> Iterator[tuple[_Filling, Window]]:

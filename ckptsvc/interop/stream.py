@@ -107,6 +107,7 @@ class Stream:
         self._view = memoryview(b"")
         self._thread: threading.Thread | None = None
         self._final = self._asked = self._prepared = self._written = self._dropped = 0
+        self._blocked = False
         self._fixed = self._crc = 0
         self._sum = 0
         self._patches: list[tuple[int, bytes]] = []
@@ -150,6 +151,9 @@ class Stream:
     def publish(self, final: int) -> None:
         """All fills before this byte are made. The caller holds `gate.changed` and wakes those who wait."""
         self._final = final
+        if self._blocked and final >= self._asked:  # not when it wakes up: until then it would seem to be stuck
+            self._blocked = False
+            self._gate.waiting -= 1
 
     def _write(self, done: Callable[[Stream], None]) -> None:
         try:
@@ -187,10 +191,10 @@ class Stream:
         self._asked = nbytes
         with self._gate.changed:
             if self._final < nbytes and not self._gate.error:
+                self._blocked = True
                 self._gate.waiting += 1
                 self._gate.changed.notify_all()
-                self._gate.changed.wait_for(lambda: self._final >= nbytes or self._gate.error)
-                self._gate.waiting -= 1
+                self._gate.changed.wait_for(lambda: not self._blocked or self._gate.error)
             if self._gate.error:
                 raise StoppedError
         start, self._prepared = self._prepared, nbytes

@@ -34,6 +34,7 @@ class Target:
         name: of the format, as in interop.formats.FORMATS.
         place: path or URL.
         step: of a checkpoint of our own.
+        block: bytes that a driver of files shall write at a time.
 
     Attributes:
         store: where the files go.
@@ -41,12 +42,13 @@ class Target:
         url: what is shown to people.
     """
 
-    def __init__(self, name: str, place: str, step: int = 0) -> None:
+    def __init__(self, name: str, place: str, step: int, block: int) -> None:
         url = canonical(place).rstrip("/")
         self.url = url
         self.native = name == NATIVE
         self.local = None if self.native or not url.startswith("file://") else Path(url.removeprefix("file://"))
-        self.store: Store = connect(f"{url}.partial" if self.local else url)
+        options = {"block": block} if url.startswith("file://") else {}
+        self.store: Store = connect(f"{url}.partial" if self.local else url, options)
         self._records = self.store if self.native else connect(f"{url}.convert")
         self.ledger = Ledger(self._records, f"convert-step-{step:012d}" if self.native else "")
 

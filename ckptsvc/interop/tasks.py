@@ -19,14 +19,14 @@ from ckptsvc.interop.outputs import Fill, OutputFile
 from ckptsvc.pipeline.read import Want
 from ckptsvc.types import DTYPES
 
-SLICED = 64 << 10
-"""Bytes of a tensor from which on files that hold columns of it belong together."""
-
 REPEATED = 1 << 20
 """Bytes of a region from which on files that all hold it belong together; smaller ones are read again."""
 
-TASK_BYTES = 256 << 20
-"""Small files are gathered into tasks of so many bytes: a task costs a record, which costs a sync."""
+TASK_BYTES = 16 << 20
+"""Small files are gathered into tasks of so many bytes at least: a task costs a record, which costs a sync."""
+
+MANY = 4096
+"""Files are gathered into about so many tasks at most, but for files that are tasks by themselves."""
 
 TASK_FILES = 256
 """Most files of a task that is gathered, and most files of a group: each is a thread while it is written."""
@@ -95,9 +95,10 @@ def tasks(files: Sequence[OutputFile], logical: Logical) -> list[Task]:
     found: list[Task] = []
     groups: list[Group] = []
     nbytes = count = 0
+    most = max(TASK_BYTES, sum(file.nbytes for file in files) // MANY)
     for group in _groups(files, logical):
         size = sum(file.nbytes for file in group)
-        if groups and (nbytes + size > TASK_BYTES or count + len(group) > TASK_FILES):
+        if groups and (nbytes + size > most or count + len(group) > TASK_FILES):
             found.append(Task(len(found), tuple(groups)))
             groups, nbytes, count = [], 0, 0
         groups.append(group)
@@ -148,10 +149,9 @@ def _groups(files: Sequence[OutputFile], logical: Logical) -> Iterator[Group]:
 
 
 def _together(held: Sequence[tuple[int, Region, int]], shape: tuple[int, ...]) -> bool:
-    size = prod(shape)
     seen: set[Region] = set()
     for _, region, itemsize in held:
-        if isinstance(region, Box) and as_flat(shape, region) is None and size * itemsize >= SLICED:
+        if isinstance(region, Box) and as_flat(shape, region) is None:
             return True
         if region in seen and region.size * itemsize >= REPEATED:
             return True
@@ -159,15 +159,15 @@ def _together(held: Sequence[tuple[int, Region, int]], shape: tuple[int, ...]) -
     return False
 
 
-def split(group: Group, most: int) -> list[Group]:
-    """A group in parts whose files need at most so many bytes of memory to get on side by side.
+def split(group: Group, most: int, block: int) -> list[Group]:
+    """A group in parts whose files need at most so many bytes of memory to get on side by side (see `least`).
 
     Source bytes that several parts need are read by each.
     """
     parts: list[list[OutputFile]] = [[]]
     nbytes = 0
     for file in group:
-        needs = least(file)
+        needs = least(file, block)
         if parts[-1] and nbytes + needs > most:
             parts.append([])
             nbytes = 0
@@ -176,13 +176,16 @@ def split(group: Group, most: int) -> list[Group]:
     return [part for part in parts if part]
 
 
-WRITE_BLOCK = 8 << 20
-"""Bytes that a driver takes at a time, as a rule: so many of a file must be there before any of them goes."""
+LEAST_BLOCK, MOST_BLOCK = 256 << 10, 8 << 20
+"""Bytes that a driver writes at a time: smaller blocks cost time, larger ones gain nothing (measured on local disks)."""
+
+_IN_FLIGHT = 9  # blocks of a file that are written and not reported yet, and one that is not complete
 
 
-def least(file: OutputFile) -> int:
-    """Bytes of memory that a file needs at least while it is made."""
-    return min(file.nbytes, WRITE_BLOCK)
+def least(file: OutputFile | None, block: int) -> int:
+    """Bytes of memory that a file (any, if None) may need to get on, whatever else waits."""
+    needs = _IN_FLIGHT * block
+    return needs if file is None else min(file.nbytes, needs)
 
 
 def steps(group: Group, logical: Logical, step_bytes: int) -> Iterator[Step]:

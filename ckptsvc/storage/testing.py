@@ -208,6 +208,20 @@ class StoreTests:
         assert all(nbytes > 0 for nbytes in seen)
         assert threads <= {threading.get_ident()}
 
+    @pytest.mark.parametrize("size", [9 * MiB + 1, 24 * MiB])
+    def test_what_is_reported_is_not_read_again(self, store: Store, size: int) -> None:
+        """Memory behind the progress may be given back while the rest is written."""
+        content, written = content_of(size), 0
+        with pages_with(content) as data:
+
+            def progress(nbytes: int) -> None:
+                nonlocal written
+                data[written : written + nbytes] = bytes(nbytes)
+                written += nbytes
+
+            store.write("a", data, size, progress=progress)
+        assert self.raw_read(store, "a") == content
+
     def test_progress_can_stop_a_write(self, store: Store) -> None:
         """What it raises comes out; the memory is free at once, and the store goes on working."""
 
