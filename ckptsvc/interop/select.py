@@ -212,7 +212,7 @@ def renaming(rules: Sequence[str]) -> Rename:
 
 
 def _fits(name: str, patterns: Sequence[str]) -> bool:
-    if not patterns or name.startswith("@"):
+    if not patterns:
         return True
     spellings = (name, name.replace("/", "."), _parameter(name))
     return any(fnmatch.fnmatchcase(spelling, pattern) for spelling in spellings for pattern in patterns)

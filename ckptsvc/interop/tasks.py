@@ -177,7 +177,7 @@ def split(group: Group, most: int, block: int) -> list[Group]:
 
 
 LEAST_BLOCK, MOST_BLOCK = 256 << 10, 8 << 20
-"""Bytes that a driver writes at a time: smaller blocks cost time, larger ones gain nothing (measured on local disks)."""
+"""Bytes that a driver writes at a time: smaller blocks cost time, larger ones gain nothing."""
 
 _IN_FLIGHT = 9  # blocks of a file that are written and not reported yet, and one that is not complete
 
