@@ -122,7 +122,7 @@ def command(
     each = checked_memory(memory, workers * beside)
     opened = open_sources(request, [declared(shape)] if shape else ())
     try:
-        conversion = Conversion(request, opened, each, dry=dry_run, restart=restart)
+        conversion = Conversion(request, opened, each, dry=dry_run, restart=restart, beside=rank > 0)
     except BaseException:
         opened.logical.close()
         raise

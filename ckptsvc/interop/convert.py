@@ -53,6 +53,7 @@ class Conversion:
         ranks: of `placing`.
         dry: plan only: nothing is written, not even that it was begun.
         restart: throw away what an unfinished conversion into the target has done.
+        beside: other processes began with this one; so what is there may be what they have completed.
 
     Attributes:
         budget: how memory is divided.
@@ -77,6 +78,7 @@ class Conversion:
         ranks: int = 0,
         dry: bool = False,
         restart: bool = False,
+        beside: bool = False,
     ) -> None:
         self._request, self._sources, self._logical = request, sources, sources.logical
         self._placing, self._ranks = placing, ranks
@@ -89,7 +91,7 @@ class Conversion:
         self.bytes_read = 0
         self.finished: dict[int, dict[str, Digests]] = {}
         try:
-            self._begin(dry=dry, restart=restart)
+            self._begin(dry=dry, restart=restart, beside=beside)
         except BaseException:
             self.target.close()
             raise
@@ -164,7 +166,7 @@ class Conversion:
             whether the target is complete.
         """
         if self.complete:
-            self.target.ledger.forget()
+            self.target.forget()
             return True
         if not alone:
             if self.target.ledger.read() is None:
@@ -187,7 +189,7 @@ class Conversion:
 
     # ---- beginning ------------------------------------------------------------------------------------------
 
-    def _begin(self, *, dry: bool, restart: bool) -> None:
+    def _begin(self, *, dry: bool, restart: bool, beside: bool) -> None:
         """Plan, see that it can be done, and only then note that it has begun."""
         ledger = self.target.ledger
         begun = ledger.read()
@@ -198,14 +200,14 @@ class Conversion:
         earlier = self.target.completed(self.plan.identity, self._step)
         if earlier is not None:
             self.plan = msgspec.structs.replace(self.plan, epoch=earlier.epoch)
-        elif begun is None:
+        elif begun is None and not (beside and self.target.is_there()):
             self.target.check_free()
-        elif begun.identity == self.plan.identity:
+        elif begun is not None and begun.identity == self.plan.identity:
             self.plan = begun
         self.output = self._planned()
         self.casts = self._checked_casts()
         self.tasks = tasks(self.output.files, self._logical)
-        self.complete = earlier is not None or (begun is not None and self.target.is_renamed())
+        self.complete = earlier is not None or ((begun is not None or beside) and self.target.is_there())
         if dry or self.complete:
             return
         if begun is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreError, StoreFull
@@ -71,8 +72,8 @@ class Target:
         elif self.local is None and any(not name.startswith(".") for name in self.store.children()):
             raise InvalidInput(f"{self.url} is not empty", hint="choose another target")
 
-    def is_renamed(self) -> bool:
-        """Whether a local target has its name, so that only its records are left to be removed."""
+    def is_there(self) -> bool:
+        """Whether a local target has its name: then at most its records are left to be removed."""
         return self.local is not None and self.local.exists() and not Path(f"{self.local}.partial").exists()
 
     def completed(self, writer: str, step: int) -> Ref | None:
@@ -124,7 +125,14 @@ class Target:
                 self.store.write(small.key, memoryview(small.data), len(small.data))
         if self.local is not None:
             _rename(self.local, single=keys[0] if len(keys) == 1 and not smalls else "")
+        self.forget()
+
+    def forget(self) -> None:
+        """Remove the records: the target is complete, or what was done is thrown away."""
         self.ledger.forget()
+        if self.local is not None:
+            with suppress(OSError):
+                os.rmdir(f"{self.local}.convert")
 
     def discard(self, ref: Ref | None) -> None:
         """Throw away what an unfinished conversion has done; `ref` is the checkpoint of our own that it made."""
@@ -134,7 +142,7 @@ class Target:
                 self._delete(ref.name)
         elif plan is not None:  # without one the files could be anybody's
             self._delete("")
-        self.ledger.forget()
+        self.forget()
 
     def _delete(self, prefix: str) -> None:
         for entry in list(self.store.list(prefix)):
