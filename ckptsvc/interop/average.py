@@ -20,11 +20,17 @@ from ckptsvc.interop.casts import decode, encode, is_float
 from ckptsvc.interop.logical import MODEL, Logical, Note
 from ckptsvc.interop.produce import EdgeCache
 from ckptsvc.interop.select import Derived, select
-from ckptsvc.pipeline.read import Source, Want, carrier, read_arrays
+from ckptsvc.pipeline.read import READERS, Source, Want, carrier, read_arrays, window_bytes
 from ckptsvc.types import DTYPES
 
 _BLOCK = 1 << 20  # elements that are averaged at a time
 _EDGES = 16 << 20  # bytes kept of what was read of each checkpoint
+
+
+def memory_for(members: int, extent: int) -> int:
+    """Bytes of memory that the mean of so many checkpoints takes, beside what any conversion does."""
+    reading = 2 * window_bytes(extent) + 4 * 8 * _BLOCK if members else 0
+    return members * _EDGES + (READERS + 1) * reading
 
 
 class Averaged(Derived):

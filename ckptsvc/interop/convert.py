@@ -19,6 +19,7 @@ import msgspec
 
 from ckptsvc.errors import InvalidInput, SaveFailed, StoreError
 from ckptsvc.format.checksum import Digests, digest128
+from ckptsvc.interop.average import memory_for
 from ckptsvc.interop.casts import can_cast, is_lossless
 from ckptsvc.interop.formats import exporter, split_address
 from ckptsvc.interop.ledger import Plan
@@ -85,7 +86,8 @@ class Conversion:
         self.memory = memory
         self.format, place = target_format(request.target), split_address(request.target)[1]
         self._step = step_of(self._logical, request.options) if self.format == NATIVE else 0
-        self.budget = Budget.of(memory - resident(), self._logical.extent)
+        averaging = memory_for(request.average, self._logical.extent)
+        self.budget = Budget.of(memory - resident() - averaging, self._logical.extent)
         self.target = Target(self.format, place, self._step, self.budget.block)
         self.infinite: Counter[str] = Counter()
         self.bytes_read = 0

@@ -224,11 +224,12 @@ class Production:
         pool = ThreadPoolExecutor(count, thread_name_prefix="ckptsvc-read")
         try:
             with pool:
-                for future in [pool.submit(self._work) for _ in range(count)]:
-                    future.result()
-        except BaseException as error:
-            self._gate.fail(error)
-            raise
+                try:
+                    for future in [pool.submit(self._work) for _ in range(count)]:
+                        future.result()
+                except BaseException as error:  # an interrupt from the keyboard
+                    self._gate.fail(error)
+                    raise
         finally:
             for stream in self._streams:
                 stream.join()

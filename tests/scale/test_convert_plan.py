@@ -47,7 +47,10 @@ def planned(source: Declared, layers: int) -> Estimate:
     return estimate(source, tasks(output.files, source), Budget.of(8 << 30, source.extent))
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("llama3-405b", 405.9e9), ("gpt-1t", 1.009e12)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [pytest.param("llama3-405b", 405.9e9, marks=pytest.mark.slow), ("gpt-1t", 1.009e12)],
+)
 def test_tp8_pp64_dp4_is_planned_in_seconds_and_reads_every_byte_once(name: str, parameters: float) -> None:
     began = time.monotonic()
     found = planned(declared(name), MODELS[name].layers)

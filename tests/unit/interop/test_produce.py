@@ -5,6 +5,7 @@ import uuid
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from harness.declared import EXTENT, Arrays, columns, rows
 
 from ckptsvc.errors import InvalidInput, StoreError, StoreFull
 from ckptsvc.format.checksum import extent_digests
-from ckptsvc.geometry.box import Box
+from ckptsvc.geometry.box import Box, FlatRange
 from ckptsvc.interop import stream
 from ckptsvc.interop.outputs import Crc, Fill, OutputFile
 from ckptsvc.interop.produce import Budget, Production
@@ -194,3 +195,39 @@ def test_what_is_written_goes_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert store.read("w0")[10:] == source.arrays["w"].tobytes()
     assert [start for start, _ in dropped] == [sum(n for _, n in dropped[:i]) for i in range(len(dropped))]
     assert sum(n for _, n in dropped) > 14 << 20
+
+
+def some_region(random: Random, shape: tuple[int, ...]) -> Box | FlatRange:
+    if random.random() < 0.4:
+        start = random.randrange(int(np.prod(shape)))
+        return FlatRange(start, random.randint(0, int(np.prod(shape)) - start))
+    origin = tuple(random.randrange(n) for n in shape)
+    return Box(origin, tuple(random.randint(1, n - o) for n, o in zip(shape, origin, strict=True)))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_files_of_any_regions_in_any_order(seed: int, tmp_path: Path) -> None:
+    """Regions overlap, repeat, come in orders that contradict each other, with gaps and other types between."""
+    random = Random(seed)
+    shapes = [tuple(random.randint(1, 40) for _ in range(random.randint(1, 3))) for _ in range(6)]
+    source = Arrays({f"t{i}": RNG.standard_normal(shape).astype(np.float32) for i, shape in enumerate(shapes)})
+    files, truth = [], {}
+    for number in range(random.randint(1, 9)):
+        fills, content = [], bytearray()
+        for _ in range(random.randint(0, 8)):
+            name = random.choice(source.names())
+            region, dtype = some_region(random, source.arrays[name].shape), random.choice(["float32", "float64"])
+            content += bytes(random.randint(0, 300))
+            fills.append(Fill(len(content), name, region, dtype))
+            array = source.arrays[name]
+            flat = isinstance(region, FlatRange)
+            part = array.reshape(-1)[region.start : region.stop] if flat else array[region.slices()]
+            content += part.astype(dtype).tobytes()
+        content += bytes(random.randint(0, 3000))
+        files.append(OutputFile(str(number), len(content), fills=fills))
+        truth[str(number)] = bytes(content)
+    store = connect(str(tmp_path), {"block": 1 << 16})
+    held, edges = random.choice([1, 5000, 1 << 20]), random.choice([0, 1 << 20])
+    produce(source, files, store, Budget(random.randint(1, 3), edges, held, random.choice([100, 4000]), 64))
+    assert all(store.read(key) == content for key, content in truth.items())
+    store.close()
