@@ -25,7 +25,7 @@ from ckptsvc.interop.formats import exporter, split_address
 from ckptsvc.interop.ledger import Plan
 from ckptsvc.interop.logical import Logical, Note
 from ckptsvc.interop.memory import resident
-from ckptsvc.interop.native import JOB, Naming, Placing, step_of, write_native
+from ckptsvc.interop.native import JOB, Holding, Naming, step_of, write_native
 from ckptsvc.interop.outputs import Output
 from ckptsvc.interop.produce import Budget, Production
 from ckptsvc.interop.request import Request, Sources, target_format
@@ -50,8 +50,8 @@ class Conversion:
         request: what is asked for.
         sources: opened.
         memory: bytes that this process may have.
-        placing: who of `ranks` ranks holds what, for a target of our own format with a layout.
-        ranks: of `placing`.
+        holding: what each of `ranks` ranks stores, for a target of our own format with a layout.
+        ranks: of `holding`.
         dry: plan only: nothing is written, not even that it was begun.
         restart: throw away what an unfinished conversion into the target has done.
         beside: other processes began with this one; so what is there may be what they have completed.
@@ -75,14 +75,14 @@ class Conversion:
         sources: Sources,
         memory: int,
         *,
-        placing: Placing | None = None,
+        holding: Holding | None = None,
         ranks: int = 0,
         dry: bool = False,
         restart: bool = False,
         beside: bool = False,
     ) -> None:
         self._request, self._sources, self._logical = request, sources, sources.logical
-        self._placing, self._ranks = placing, ranks
+        self._holding, self._ranks = holding, ranks
         self.memory = memory
         self.format, place = target_format(request.target), split_address(request.target)[1]
         self._step = step_of(self._logical, request.options) if self.format == NATIVE else 0
@@ -236,7 +236,7 @@ class Conversion:
         if self.ref is None:
             return exporter(self.format)(logical, self._request.options)
         naming = Naming(self.target.url, self.ref, self.plan.created, self.plan.identity)
-        return write_native(logical, self._request.options, naming, self._placing, self._ranks)
+        return write_native(logical, self._request.options, naming, self._holding, self._ranks)
 
     def _recorded(self) -> dict[int, dict[str, Digests]]:
         return self.target.ledger.done(self.tasks, [_layout(task) for task in self.tasks], self.target.store)

@@ -42,7 +42,8 @@ def checked_memory(wanted: int | None, processes: int = 1) -> int:
     """Bytes that each of some processes on this machine may take.
 
     Args:
-        wanted: what was asked for, for all of them together; None is a quarter of what is there, 4 GiB at most.
+        wanted: what was asked for, for all of them together, with the program itself; None is a quarter of what is
+            free, at most 4 GiB each.
         processes: how many.
 
     Raises:
@@ -50,7 +51,7 @@ def checked_memory(wanted: int | None, processes: int = 1) -> int:
     """
     there = available()
     if wanted is None:
-        return max(min(there // 4, MOST_BY_DEFAULT * processes) // processes, LEAST_BY_DEFAULT)
+        return max(min(there // 4, MOST_BY_DEFAULT * processes) // processes, LEAST_BY_DEFAULT) + resident()
     if wanted > there:
         raise InvalidInput(
             f"--memory {wanted >> 20} MiB is more than the {there >> 20} MiB that are free here",

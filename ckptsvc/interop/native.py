@@ -160,15 +160,8 @@ def _nothing(url: str, step: int | None, name: str | None) -> Exception:
 # ---- writing
 
 
-class Held(NamedTuple):
-    """What a rank is to hold of a tensor."""
-
-    rank: int
-    region: Region
-
-
-Placing = Callable[[TensorMeta], Sequence[Held]]
-"""Who holds what of a tensor; together all of it, one holder for every part."""
+Holding = Callable[[int], Iterable[tuple[str, Region]]]
+"""What a rank stores: names and regions; over all ranks every element of every tensor, each once."""
 
 
 class Naming(NamedTuple):
@@ -191,7 +184,7 @@ def write_native(
     logical: Logical,
     options: Mapping[str, str],
     naming: Naming,
-    placing: Placing | None = None,
+    holding: Holding | None = None,
     ranks: int = 0,
 ) -> Output:
     """The files of a checkpoint of our own.
@@ -200,9 +193,9 @@ def write_native(
         logical: what it holds.
         options: see the module.
         naming: what it is called.
-        placing: who of `ranks` ranks holds what; None cuts the tensors, as they lie in the source, into `shards` files
-            of about the same size.
-        ranks: of `placing`.
+        holding: what each of `ranks` ranks stores; None cuts the tensors, as they lie in the source, into `shards`
+            files of about the same size.
+        ranks: of `holding`.
 
     Raises:
         ConfigError: an option is unknown or no number.
@@ -210,16 +203,17 @@ def write_native(
     """
     _known(options, ("shards", "step"))
     metas = [logical.meta(name) for name in logical.names()]
-    if placing is None:
-        in_order = [meta for _, meta in sorted(_positions(logical, metas))]
+    in_order = [meta for _, meta in sorted(_positions(logical, metas))]
+    notes = []
+    if holding is None:
         files = _cut(in_order, _number(options, "shards"))
+        files += [[] for _ in range(logical.world_size - len(files))]
     else:
-        files = [[] for _ in range(ranks)]
-        for meta in metas:
-            for held in placing(meta):
-                files[held.rank].append(Part(meta, held.region))
-    world = max(len(files), logical.world_size)
-    files += [[] for _ in range(world - len(files))]
+        places = {meta.name: (number, meta) for number, meta in enumerate(in_order)}
+        files = [_held(holding(rank), places) for rank in range(ranks)]
+        if ranks < logical.world_size:
+            notes.append(Note("lost", f"the plain values of ranks {ranks} to {logical.world_size - 1}"))
+    world = len(files)
     shards = [_shard(logical, rank, world, parts, naming) for rank, parts in enumerate(files)]
     info = IndexInfo(
         step=naming.ref.step, epoch=naming.ref.epoch, attempt=0, job=JOB, world_size=world, created=naming.created,
@@ -228,6 +222,7 @@ def write_native(
     return Output(
         [file for file, _ in shards],
         lambda digests: _commit(info, [_recorded(*shard, digests) for shard in shards], naming),
+        notes=notes,
         facts={"ranks": world},
     )
 
@@ -275,6 +270,12 @@ def _cut(metas: Sequence[TensorMeta], shards: int | None) -> list[list[Part]]:
                 start = stop
         position += nbytes
     return files
+
+
+def _held(parts: Iterable[tuple[str, Region]], places: Mapping[str, tuple[int, TensorMeta]]) -> list[Part]:
+    """The parts of a rank in the order of the tensors, which all ranks have in common."""
+    ordered = sorted(((*places[name], region) for name, region in parts), key=lambda part: part[0])
+    return [Part(meta, region) for _, meta, region in ordered]
 
 
 def _nbytes(meta: TensorMeta) -> int:

@@ -34,7 +34,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         only, drop_optimizer, rename: see interop.select; rules as in `renaming`.
         dtype: of the weights, "" leaves it.
         average: 0 for none; otherwise the mean of so many newest checkpoints of the source, or of all sources.
-        layout: what identifies `placing` (see Conversion); "" without.
+        layout: what identifies `holding` (see Conversion); "" without.
     """
 
     sources: tuple[str, ...]

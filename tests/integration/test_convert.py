@@ -28,7 +28,6 @@ STATE = {
 }
 GROUPS = [{"lr": 0.1, "params": [f"layers.{i}.weight" for i in range(12)]}]
 VALUES = {"optimizer": {"state": {}, "param_groups": GROUPS}}
-MEMORY = "700MiB"
 
 
 @pytest.fixture
@@ -40,7 +39,7 @@ def source(tmp_path: Path) -> str:
 
 
 def convert(*arguments: object, status: int = 0) -> dict[str, Any]:
-    ended = cli("convert", *arguments, "--memory", MEMORY, "--json")
+    ended = cli("convert", *arguments, "--json")
     assert ended.status == status, (ended.out, ended.err)
     found: dict[str, Any] = json.loads(ended.out)
     return found
@@ -48,7 +47,7 @@ def convert(*arguments: object, status: int = 0) -> dict[str, Any]:
 
 def program(*arguments: object, **environ: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "ckptsvc.cli.main", "convert", *map(str, arguments), "--memory", MEMORY, "--json"],
+        [sys.executable, "-m", "ckptsvc.cli.main", "convert", *map(str, arguments), "--json"],
         env=os.environ | environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -90,7 +89,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(source: str, tmp_path: Pat
     process.communicate()
     assert not list(out.rglob(COMMIT)), "it must not look whole"
     assert cli("verify", out).status == 10
-    other = cli("convert", source, out, "--option", "shards=2", "--memory", MEMORY)
+    other = cli("convert", source, out, "--option", "shards=2")
     assert other.status == 11
     assert "another conversion is unfinished here" in other.err
     found = convert(*arguments)
@@ -166,7 +165,7 @@ def test_a_worker_that_is_killed_is_named(source: str, tmp_path: Path) -> None:
 
 
 def test_a_target_too_small_is_found_before_the_work_starts(source: str, tmp_path: Path, small: Path) -> None:
-    ended = cli("convert", source, small / "out", "--memory", MEMORY)
+    ended = cli("convert", source, small / "out")
     assert ended.status == 5
     assert "are free" in ended.err
     assert list(small.iterdir()) == [], "nothing was begun"
@@ -205,8 +204,7 @@ BAD: list[tuple[list[str], int, str]] = [
 def test_bad_input_is_refused_before_anything_is_written(
     source: str, tmp_path: Path, extra: list[str], status: int, what: str
 ) -> None:
-    memory = [] if "--memory" in extra else ["--memory", MEMORY]
-    ended = cli("convert", source, tmp_path / "out", *extra, *memory)
+    ended = cli("convert", source, tmp_path / "out", *extra)
     assert (ended.status, what in ended.err) == (status, True), ended.err
     assert not (tmp_path / "out").exists()
 
@@ -217,7 +215,7 @@ def test_a_run_that_a_job_saves_to_is_left_alone(source: str, tmp_path: Path) ->
 
     store = connect(str(tmp_path / "busy"))
     take_epoch(store, "training", 0, "owner", "now")
-    ended = cli("convert", source, tmp_path / "busy", "--memory", MEMORY)
+    ended = cli("convert", source, tmp_path / "busy")
     assert ended.status == 2
     assert "the run of job training" in ended.err
 
@@ -227,7 +225,7 @@ def test_damage_of_the_source_is_named_and_the_target_is_not_whole(source: str, 
     with victim.open("r+b") as file:
         file.seek(victim.stat().st_size // 2)
         file.write(b"\xff\xfe\xfd")
-    ended = cli("convert", source, tmp_path / "out", "--memory", MEMORY)
+    ended = cli("convert", source, tmp_path / "out")
     assert ended.status == 12
     assert victim.name in ended.err
     assert not list((tmp_path / "out").rglob(COMMIT))

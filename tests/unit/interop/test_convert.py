@@ -17,13 +17,13 @@ from ckptsvc.interop import convert, target
 from ckptsvc.interop.convert import Conversion
 from ckptsvc.interop.formats import FORMATS, Format
 from ckptsvc.interop.logical import Logical
-from ckptsvc.interop.memory import available, checked_memory
+from ckptsvc.interop.memory import available, checked_memory, resident
 from ckptsvc.interop.outputs import Fill, Output, OutputFile, Small
 from ckptsvc.interop.request import Request, open_sources
 from ckptsvc.storage import connect
 from ckptsvc.types import DTYPES
 
-MEMORY = 600 << 20
+MEMORY = (600 << 20) + resident()
 RNG = np.random.default_rng(5)
 
 

@@ -13,7 +13,8 @@ from ckptsvc.format.commit import COMMIT
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop.convert import Conversion
 from ckptsvc.interop.formats import open_foreign
-from ckptsvc.interop.native import Held, Naming, NativeLogical, step_of, write_native
+from ckptsvc.interop.memory import resident
+from ckptsvc.interop.native import Naming, NativeLogical, step_of, write_native
 from ckptsvc.interop.request import Request, open_sources
 from ckptsvc.pipeline.catalog import Ref, open_checkpoint
 from ckptsvc.pipeline.read import Want, read_arrays
@@ -46,9 +47,9 @@ def value(logical, name: str) -> np.ndarray:
     return read_arrays(logical, logical.source, [Want(meta.name, meta.dtype, meta.shape, Box.full(meta.shape))])[0]
 
 
-def converted(run: Run, place: Path, placing=None, ranks: int = 0, **options: str) -> NativeLogical:
+def converted(run: Run, place: Path, holding=None, ranks: int = 0, **options: str) -> NativeLogical:
     request = Request(sources=(run.url,), target=str(place), options=options)
-    conversion = Conversion(request, open_sources(request), 600 << 20, placing=placing, ranks=ranks)
+    conversion = Conversion(request, open_sources(request), (600 << 20) + resident(), holding=holding, ranks=ranks)
     conversion.run(lambda nbytes: None)
     assert conversion.finish()
     conversion.close()
@@ -100,25 +101,28 @@ def test_shards_are_of_about_one_size() -> None:
 
 def test_a_rank_holds_what_it_is_told_to(run: Run, tmp_path: Path) -> None:
     """What `--to` makes of a layout: here the columns of a matrix on two ranks, all else on the first."""
+    names = [name for name in ARRAYS if name != "model/a"]
 
-    def placing(meta):
-        if meta.name != "model/a":
-            return [Held(0, Box.full(meta.shape))]
-        return [Held(rank, Box((0, 35 * rank), (300, 35))) for rank in range(2)]
+    def holding(rank: int):
+        rest = [] if rank else [(name, Box.full(ARRAYS[name].shape)) for name in names]
+        return [*rest, ("model/a", Box((0, 35 * rank), (300, 35)))]
 
-    made = converted(run, tmp_path / "out", placing, 2)
+    made = converted(run, tmp_path / "out", holding, 2)
+    assert made.world_size == 2
+    assert [made.document(rank) for rank in range(2)] == VALUES[:2]
     regions = made.checkpoint.index.regions("model/a")
     shards = made.checkpoint.index.shards
     assert sorted((shards[r.shard].rank, r.region.origin[1]) for r in regions) == [(0, 0), (1, 35)]
     assert np.array_equal(value(made, "model/a").view(np.float32), ARRAYS["model/a"])
 
 
-def test_a_placing_that_leaves_a_hole_is_refused(run: Run, tmp_path: Path) -> None:
-    def placing(meta):
-        return [Held(0, Box.full(meta.shape))] if meta.name != "model/a" else [Held(0, Box((0, 0), (299, 70)))]
+def test_a_layout_that_leaves_a_hole_is_refused(run: Run, tmp_path: Path) -> None:
+    def holding(rank: int):
+        whole = {name: Box.full(array.shape) for name, array in ARRAYS.items()}
+        return (whole | {"model/a": Box((0, 0), (299, 70))}).items()
 
     with pytest.raises(LayoutError, match="no region has"):
-        converted(run, tmp_path / "out", placing, 1)
+        converted(run, tmp_path / "out", holding, 1)
     assert not list((tmp_path / "out").rglob(COMMIT))
 
 
