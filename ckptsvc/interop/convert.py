@@ -212,13 +212,14 @@ class Conversion:
         self.complete = earlier is not None or ((begun is not None or beside) and self.target.is_there())
         if dry or self.complete:
             return
+        planned = self.plan
         if begun is None:
             self.target.check_space(self.nbytes)
             if self.format == NATIVE:
                 epoch = take_epoch(self.target.store, JOB, 0, self.plan.identity, self.plan.created)
                 self.plan = msgspec.structs.replace(self.plan, epoch=epoch)
-        planned, self.plan = self.plan, ledger.claim(self.plan)
-        if self.format == NATIVE and (begun is None or planned != self.plan):
+        self.plan = ledger.claim(self.plan)
+        if self.format == NATIVE and planned != self.plan:  # another writer took the epoch, or began first
             self.output = self._planned()
             self.tasks = tasks(self.output.files, self._logical)
         self.finished = self._recorded()

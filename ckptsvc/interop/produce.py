@@ -39,7 +39,7 @@ from ckptsvc.pipeline.read import (
 )
 from ckptsvc.storage import Store
 
-MAX_OPEN = 512
+MAX_OPEN = 256
 """Most files that are being written at a time: the last bytes of small ones are synced side by side."""
 
 _CASTING = 12 << 20  # bytes of temporary arrays while a thread casts (see casts.BLOCK)

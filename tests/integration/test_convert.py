@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -292,3 +293,21 @@ def test_a_dry_run_writes_nothing_and_says_what_it_costs(source: str, tmp_path: 
     real = convert(source, tmp_path / "out")
     assert real["bytes"] == found["bytes_written"]
     assert real["bytes_read"] <= found["bytes_read"]
+
+
+def test_what_a_person_sees(source: str, tmp_path: Path) -> None:
+    plan = cli("convert", source, tmp_path / "out", "--dry-run", "--write-bandwidth", "1MB/s")
+    assert re.search(r"read +36.6 MiB, 1.0\d\d for every byte that is needed", plan.out)
+    assert re.search(r"time +38 s at these bandwidths", plan.out)
+    made = cli("convert", source, tmp_path / "out", "--dtype", "float16", "--drop-optimizer")
+    assert re.search(r"complete: 7\d\d.\d KiB in 2 files; 1.5 MiB read", made.out)
+    assert "lost: 12 tensors are rounded from float32 to float16" in made.out
+    again = cli("convert", source, tmp_path / "out", "--dtype", "float16", "--drop-optimizer")
+    assert "complete already, nothing was done" in again.out
+
+
+def test_a_known_shape_is_planned_without_a_source(tmp_path: Path) -> None:
+    found = convert("--dry-run", "--shape", "llama3-8b", tmp_path / "out", "--read-bandwidth", "10GB/s")
+    assert found["bytes_needed"] == pytest.approx(8.03e9 * 14, rel=0.01)
+    assert found["amplification"] < 1.01
+    assert cli("convert", "--dry-run", "--shape", "llama9", tmp_path / "out").status == 2
