@@ -311,3 +311,12 @@ def test_a_known_shape_is_planned_without_a_source(tmp_path: Path) -> None:
     assert found["bytes_needed"] == pytest.approx(8.03e9 * 14, rel=0.01)
     assert found["amplification"] < 1.01
     assert cli("convert", "--dry-run", "--shape", "llama9", tmp_path / "out").status == 2
+
+
+def test_the_mean_of_several_runs(tmp_path: Path) -> None:
+    for name, number in (("a", 1.0), ("b", 4.0)):
+        Run(str(tmp_path / name)).save(1, {"model/w": Tensor(np.full((5, 7), number))})
+    assert cli("convert", tmp_path / "a", tmp_path / "b", tmp_path / "mean").status == 2, "only when it is said"
+    convert(tmp_path / "a", tmp_path / "b", tmp_path / "mean", "--average", "all", "--workers", "2")
+    Run(str(tmp_path / "truth")).save(1, {"model/w": Tensor(np.full((5, 7), 2.5))})
+    assert cli("verify", tmp_path / "mean", "--against", tmp_path / "truth").status == 0

@@ -18,9 +18,11 @@ from ckptsvc.interop import stream
 from ckptsvc.interop.outputs import Crc, Fill, OutputFile
 from ckptsvc.interop.produce import Budget, Production
 from ckptsvc.interop.tasks import TASK_BYTES, least, tasks
+from ckptsvc.interop.views import Mapped, Part, View
 from ckptsvc.pipeline.read import READERS, window_bytes
 from ckptsvc.storage import Store, connect
 from ckptsvc.storage.wrappers import Fault, Faulty, Retrying
+from ckptsvc.types import TensorMeta
 
 RNG = np.random.default_rng(3)
 SMALL = Budget(readers=1, edges=16 * EXTENT, held=100_000, step=30_000, block=256)
@@ -231,3 +233,34 @@ def test_any_files_of_any_regions_in_any_order(seed: int, tmp_path: Path) -> Non
     produce(source, files, store, Budget(random.randint(1, 3), edges, held, random.choice([100, 4000]), 64))
     assert all(store.read(key) == content for key, content in truth.items())
     store.close()
+
+
+@pytest.mark.parametrize("step", [2000, 1 << 20])
+def test_views_of_stored_tensors_are_written_as_tensors(step: int) -> None:
+    """Transposed, fused and stacked at plan time, in slabs too."""
+    source = Arrays({name: RNG.standard_normal((60, 40)).astype(np.float32) for name in "abc"})
+    full = Box((0, 0), (60, 40))
+    turned = View(TensorMeta("t", "float32", (40, 60)), (Part(Box((0, 0), (40, 60)), "a", full, (1, 0)),))
+    fused = View(
+        TensorMeta("f", "float32", (120, 40)),
+        tuple(Part(Box((60 * i, 0), (60, 40)), name, full) for i, name in enumerate("bc")),
+    )
+    stacked = View(
+        TensorMeta("s", "float32", (2, 40, 60)),
+        tuple(Part(Box((i, 0, 0), (1, 40, 60)), name, full, (-1, 1, 0)) for i, name in enumerate("ab")),
+    )
+    mapped = Mapped(source, [turned, fused, stacked])
+    a, b, c = (source.arrays[name] for name in "abc")
+    truth = {"t": a.T, "f": np.concatenate([b, c]), "s": np.stack([a.T, b.T])}
+    files = []
+    for name, array in truth.items():
+        for number in range(2):  # two files with the halves of the last dimension of each
+            half = array.shape[-1] // 2
+            region = Box((*(0,) * (array.ndim - 1), number * half), (*array.shape[:-1], half))
+            files.append(OutputFile(f"{name}{number}", array.nbytes // 2, fills=[Fill(0, name, region, "float32")]))
+    store = memory()
+    produce(mapped, files, store, Budget(2, 64 * EXTENT, 1 << 20, step, 256))
+    for name, array in truth.items():
+        halves = [np.frombuffer(store.read(f"{name}{i}"), np.float32) for i in range(2)]
+        shape = (*array.shape[:-1], -1)
+        assert np.array_equal(np.concatenate([half.reshape(shape) for half in halves], axis=-1), array), name
