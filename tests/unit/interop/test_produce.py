@@ -1,5 +1,7 @@
 """Files made in lock step: every byte read once, memory bounded, and nothing waits for ever."""
 
+import os
+import signal
 import threading
 import uuid
 import zlib
@@ -264,3 +266,23 @@ def test_views_of_stored_tensors_are_written_as_tensors(step: int) -> None:
         halves = [np.frombuffer(store.read(f"{name}{i}"), np.float32) for i in range(2)]
         shape = (*array.shape[:-1], -1)
         assert np.array_equal(np.concatenate([half.reshape(shape) for half in halves], axis=-1), array), name
+
+
+def test_an_interrupt_from_the_keyboard_ends_all_soon(matrices: Arrays, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it reads, and while all threads wait for each other."""
+    read_into, before = matrices.read_into, threading.active_count()
+
+    def slow(shard: int, offset: int, buffer: memoryview) -> None:
+        read_into(shard, offset, buffer)
+        ended.wait(0.2)
+
+    ended = threading.Event()
+    monkeypatch.setattr(matrices, "read_into", slow)
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    files = [file for name in "abc" for file in columns(matrices, name, 7)]
+    with pytest.raises(KeyboardInterrupt):
+        produce(matrices, files, memory(), SMALL._replace(edges=0, step=2000))
+    timer.join()
+    assert threading.active_count() == before
+    assert matrices.bytes_read < len(matrices.content) / 2
