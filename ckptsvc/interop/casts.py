@@ -17,7 +17,7 @@ from ckptsvc.types import DTYPES
 
 Array = NDArray[Any]
 
-BLOCK = 1 << 19
+BLOCK = 1 << 17
 """Elements cast at a time: a few arrays of so many stay in the cache of a core."""
 
 
@@ -94,10 +94,43 @@ def cast_into(target: Array, source: Array, to: str, of: str) -> int:
     if source.size > BLOCK:
         return cast_into(target[0], source[0], to, of)
     with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        if _cast_plain(target, source, to, of):
+            return 0
         values = decode(np.ascontiguousarray(source), of)
         encoded, infinite = _encode(values, to)
     target[...] = encoded
     return infinite
+
+
+_NATIVE = {"float16": np.float16, "float32": np.float32, "float64": np.float64}
+
+# As bits of a float32 without its sign: from here on rounding makes it infinite (or it is that, or NaN, already).
+_TOO_LARGE = {"float16": 0x477FF000, "bfloat16": 0x7F7F8000}
+
+
+def _cast_plain(target: Array, source: Array, to: str, of: str) -> bool:
+    """Make the casts that most conversions are made of, in few passes; False where a value takes more care."""
+    if of == "bfloat16" and to == "float32":
+        target[...] = source
+        np.left_shift(target, 16, out=target)
+        return True
+    if of in _NATIVE and to in _NATIVE and is_lossless(of, to):
+        target.view(_NATIVE[to])[...] = source.view(_NATIVE[of])
+        return True
+    if of != "float32" or to not in _TOO_LARGE:
+        return False
+    word = np.ascontiguousarray(source)
+    if int((word & np.uint32(0x7FFFFFFF)).max(initial=0)) >= _TOO_LARGE[to]:
+        return False
+    if to == "float16":
+        target.view(np.float16)[...] = word.view(np.float32)
+        return True
+    rounded = word >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += word
+    target[...] = rounded.view(np.uint16)[..., 1::2]  # the upper half of each
+    return True
 
 
 def decode(raw: Array, dtype: str) -> Array:

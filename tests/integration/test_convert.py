@@ -320,3 +320,20 @@ def test_the_mean_of_several_runs(tmp_path: Path) -> None:
     convert(tmp_path / "a", tmp_path / "b", tmp_path / "mean", "--average", "all", "--workers", "2")
     Run(str(tmp_path / "truth")).save(1, {"model/w": Tensor(np.full((5, 7), 2.5))})
     assert cli("verify", tmp_path / "mean", "--against", tmp_path / "truth").status == 0
+
+
+def test_workers_end_with_the_process_that_started_them(source: str, tmp_path: Path) -> None:
+    points = tmp_path / "points"
+    points.mkdir()
+    (points / "after_task").touch()
+    arguments = (source, tmp_path / "out", "--option", "shards=4", "--workers", "2")
+    process = program(*arguments, **{VARIABLE: str(points)})
+    held(points, "after_task", process)
+    worker = Path("/proc") / (points / "after_task.held").read_text()
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 30
+    while worker.exists() and "\nState:\tZ" not in (worker / "status").read_text():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    assert convert(*arguments)["resumed"] > 0

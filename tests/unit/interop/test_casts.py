@@ -53,8 +53,9 @@ def test_every_rounding_from_float32(to: str) -> None:
     every = every[torch.isfinite(every)].sort().values
     half = ((every[1:].double() + every[:-1].double()) / 2).float()
     near = torch.cat([half, torch.nextafter(half, torch.tensor(np.inf)), torch.nextafter(half, torch.tensor(-np.inf))])
-    found, _ = cast(raw(near), "float32", to)
-    assert equal(found, as_torch(near, to), to)
+    for some in (near, near[near.abs() < 65000]):  # the largest make the others of their block take the longer way
+        found, _ = cast(raw(some), "float32", to)
+        assert equal(found, as_torch(some, to), to)
 
 
 @pytest.mark.parametrize("to", ["float16", "bfloat16", "float32"])
