@@ -209,7 +209,8 @@ class Conversion:
         self.output = self._planned()
         self.casts = self._checked_casts()
         self.tasks = tasks(self.output.files, self._logical)
-        self.complete = earlier is not None or ((begun is not None or beside) and self.target.is_there())
+        late = beside and begun is None and self.target.is_there()
+        self.complete = earlier is not None or late or (begun is not None and self.target.is_renamed())
         if dry or self.complete:
             return
         planned = self.plan

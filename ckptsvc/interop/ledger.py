@@ -3,6 +3,7 @@
     plan            what is being made, from what: put if absent, so that a second conversion into the target sees it
     done-000007     a finished task: its files, their sizes and digests
     turn-0          one of several processes completes the target
+    renaming        all files are there, and only the target's name is missing
 
 The first two verify themselves. All of it is removed when the target is complete.
 """
@@ -20,7 +21,7 @@ from ckptsvc.format.record import R
 from ckptsvc.interop.tasks import Task
 from ckptsvc.storage import Store
 
-_PLAN = "plan"
+_PLAN, _RENAMING = "plan", "renaming"
 _LIMIT = 1 << 30  # bytes of a record: 8 for every MiB of a task
 
 
@@ -128,11 +129,21 @@ class Ledger:
         """Whether this process is the one of several that completes the target in this turn."""
         return self._store.put_if_absent(self._key(f"turn-{turn}"), b"1")
 
+    def note_renaming(self) -> None:
+        """Note that all is written, and only the target's name is missing."""
+        self._store.put_if_absent(self._key(_RENAMING), b"1")
+
+    def is_renaming(self) -> bool:
+        """Whether that was noted."""
+        return _RENAMING in self._store.children(self._folder)
+
     def forget(self) -> None:
-        """Remove all records, the plan last."""
-        names = [name for name in self._store.children(self._folder) if name.startswith(("done-", "turn-"))]
-        for name in [*names, _PLAN]:
-            self._store.delete(self._key(name))
+        """Remove all records and what interrupted writes of them have left, the plan last."""
+        plan = self._key(_PLAN)
+        for entry in list(self._store.list(self._folder)):
+            if entry.key != plan:
+                self._store.delete(entry.key)
+        self._store.delete(plan)
 
     def _record(self, name: str, layout: str) -> _Done:
         assert self._plan is not None

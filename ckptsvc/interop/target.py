@@ -67,14 +67,20 @@ class Target:
         """
         if self.native:
             self._check_run()
-        elif self.local is not None and (self.local.is_file() or (self.local.is_dir() and any(self.local.iterdir()))):
-            raise InvalidInput(f"{self.local} is there already", hint="choose another target, or remove it")
-        elif self.local is None and any(not name.startswith(".") for name in self.store.children()):
+        elif self.local is not None:
+            for place in (self.local, Path(f"{self.local}.partial")):
+                if _is_something(place):
+                    raise InvalidInput(f"{place} is there already", hint="choose another target, or remove it")
+        elif any(not name.startswith(".") for name in self.store.children()):
             raise InvalidInput(f"{self.url} is not empty", hint="choose another target")
 
     def is_there(self) -> bool:
-        """Whether a local target has its name: then at most its records are left to be removed."""
-        return self.local is not None and self.local.exists() and not Path(f"{self.local}.partial").exists()
+        """Whether a local target has its name."""
+        return self.local is not None and _is_something(self.local) and not Path(f"{self.local}.partial").exists()
+
+    def is_renamed(self) -> bool:
+        """Whether the target was completed, and only its records are left to be removed."""
+        return self.is_there() and self.ledger.is_renaming()
 
     def completed(self, writer: str, step: int) -> Ref | None:
         """The checkpoint of our own that this very conversion has made before, if there is one."""
@@ -124,6 +130,11 @@ class Target:
             else:
                 self.store.write(small.key, memoryview(small.data), len(small.data))
         if self.local is not None:
+            known = {*keys, *(small.key for small in smalls)}
+            for entry in list(self.store.list()):  # what interrupted writes have left
+                if entry.key not in known:
+                    self.store.delete(entry.key)
+            self.ledger.note_renaming()
             _rename(self.local, single=keys[0] if len(keys) == 1 and not smalls else "")
         self.forget()
 
@@ -161,6 +172,10 @@ class Target:
                 f"{self.url} is the run of job {owner}, which could not save there any more",
                 hint="convert into a new folder; a job resumes from it with init_from",
             )
+
+
+def _is_something(place: Path) -> bool:
+    return any(place.iterdir()) if place.is_dir() else place.exists()
 
 
 def _rename(target: Path, single: str) -> None:

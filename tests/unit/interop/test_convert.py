@@ -79,6 +79,8 @@ def test_a_local_target_gets_its_name_when_it_is_whole(source: Arrays, tmp_path:
     conversion = begin(source, tmp_path / "out")
     conversion.run(lambda nbytes: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.convert", "out.partial"]
+    for folder in ("out.convert", "out.partial/data"):
+        (tmp_path / folder / ".tmp-0123").touch()  # as an interrupted write leaves it
     assert conversion.finish()
     conversion.close()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -138,6 +140,27 @@ def test_what_was_completed_but_for_its_records_is_complete(
     assert again.complete
     assert again.finish()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_made_meanwhile_is_not_taken_for_the_target(source: Arrays, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    begin(source, tmp_path / "out").close()  # killed before it wrote anything
+    (tmp_path / "out/mine").touch()
+    again = begin(source, tmp_path / "out")
+    assert not again.complete
+    again.run(lambda nbytes: None)
+    with pytest.raises(StoreError, match="cannot be renamed"):
+        again.finish()
+    (tmp_path / "out/mine").unlink()
+    assert again.finish()
+    assert "list" in below(tmp_path / "out")
+
+
+def test_what_nobody_knows_is_not_built_upon(source: Arrays, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial/stray").touch()
+    with pytest.raises(InvalidInput, match=r"out.partial is there already"):
+        begin(source, tmp_path / "out")
 
 
 def test_another_plan_for_the_same_target_is_refused(source: Arrays, tmp_path: Path) -> None:
