@@ -17,9 +17,9 @@ from ckptsvc.interop.formats import open_foreign, split_address
 from ckptsvc.interop.logical import Logical
 from ckptsvc.interop.native import NativeLogical
 from ckptsvc.interop.select import renaming, select
-from ckptsvc.interop.target import NATIVE
+from ckptsvc.interop.target import NATIVE, PARTIAL, RECORDS
 from ckptsvc.pipeline.catalog import find, open_checkpoint
-from ckptsvc.storage import connect
+from ckptsvc.storage import canonical, connect
 
 _DEPTH, _MOST_FILES = 5, 1_000_000  # of a source, when it is fingerprinted
 
@@ -77,7 +77,7 @@ def open_sources(request: Request, opened: Sequence[Logical] = ()) -> Sources:
         else:
             opened = [open_foreign(address, request.from_options) for address in request.sources]
     try:
-        identity = digest128("\n".join(_identity(one) for one in opened).encode())
+        identity = digest128("\n".join(_identity(one, request.target) for one in opened).encode())
         logical: Logical = Averaged(opened) if request.average else opened[0]
         native = target_format(request.target) == NATIVE
         if not native or request.only or request.rename or request.drop_optimizer:
@@ -116,32 +116,37 @@ def _newest(address: str, count: int) -> list[Logical]:
     return found
 
 
-def _identity(logical: Logical) -> str:
+def _identity(logical: Logical, target: str) -> str:
     """What tells a source from another, also from itself rewritten."""
     known = getattr(logical, "identity", "")
     if known:
         return f"{known}"
     metas = [logical.meta(name) for name in logical.names()]
     name, place = split_address(logical.origin)
-    files = _fingerprint(open_files(place)) if name else []
+    files = _fingerprint(open_files(place), target) if name else []
     return digest128(msgspec.json.encode([name, logical.step, metas, dict(logical.aliases), files]))
 
 
-def _fingerprint(files: Files) -> list[tuple[str, int, int]]:
-    """Name, size and time (where there is one) of every file."""
+def _fingerprint(files: Files, target: str) -> list[tuple[str, int, int]]:
+    """Name, size and time (where there is one) of every file, but for the target's and those of conversions that are under way."""
     found: list[tuple[str, int, int]] = []
-    waiting = [("", 0)]
-    root = Path(files.url) if "://" not in files.url else None
+    only = getattr(files, "only", "")  # a file that was named; others beside it do not matter
+    root = Path(files.url).parent if only else Path(files.url)
+    skipped = canonical(split_address(target)[1]).removeprefix("file://")
+    waiting = [] if only else [("", 0)]
+    if only:
+        found.append((only, files.size(only), os.stat(root / only).st_mtime_ns))
     while waiting and len(found) < _MOST_FILES:
         folder, depth = waiting.pop()
         for name in files.children(folder):
             key = f"{folder}/{name}" if folder else name
             try:
                 size = files.size(key)
-            except CkptsvcError:
-                if depth < _DEPTH:
+            except CkptsvcError:  # a folder
+                own = name.endswith((PARTIAL, RECORDS)) or f"{root / key}" == skipped
+                if depth < _DEPTH and not own:
                     waiting.append((key, depth + 1))
                 continue
-            found.append((key, size, os.stat(root / key).st_mtime_ns if root and root.is_dir() else 0))
+            found.append((key, size, os.stat(root / key).st_mtime_ns if root.is_dir() else 0))
     files.close()
     return sorted(found)

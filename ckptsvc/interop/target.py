@@ -25,6 +25,9 @@ from ckptsvc.storage import Store, canonical, connect
 
 NATIVE = "ckptsvc"
 
+PARTIAL, RECORDS = ".partial", ".convert"
+"""What is added to the name of a target for what is unfinished, and for the records of what is finished."""
+
 _RECORD = 64 << 20  # bytes up to which a small file is put if absent
 
 
@@ -49,8 +52,8 @@ class Target:
         self.native = name == NATIVE
         self.local = None if self.native or not url.startswith("file://") else Path(url.removeprefix("file://"))
         options = {"block": block} if url.startswith("file://") else {}
-        self.store: Store = connect(f"{url}.partial" if self.local else url, options)
-        self._records = self.store if self.native else connect(f"{url}.convert")
+        self.store: Store = connect(f"{url}{PARTIAL}" if self.local else url, options)
+        self._records = self.store if self.native else connect(f"{url}{RECORDS}")
         self.ledger = Ledger(self._records, f"convert-step-{step:012d}" if self.native else "")
 
     def close(self) -> None:
@@ -68,7 +71,7 @@ class Target:
         if self.native:
             self._check_run()
         elif self.local is not None:
-            for place in (self.local, Path(f"{self.local}.partial")):
+            for place in (self.local, Path(f"{self.local}{PARTIAL}")):
                 if _is_something(place):
                     raise InvalidInput(f"{place} is there already", hint="choose another target, or remove it")
         elif any(not name.startswith(".") for name in self.store.children()):
@@ -76,7 +79,7 @@ class Target:
 
     def is_there(self) -> bool:
         """Whether a local target has its name."""
-        return self.local is not None and _is_something(self.local) and not Path(f"{self.local}.partial").exists()
+        return self.local is not None and _is_something(self.local) and not Path(f"{self.local}{PARTIAL}").exists()
 
     def is_renamed(self) -> bool:
         """Whether the target was completed, and only its records are left to be removed."""
@@ -143,7 +146,7 @@ class Target:
         self.ledger.forget()
         if self.local is not None:
             with suppress(OSError):
-                os.rmdir(f"{self.local}.convert")
+                os.rmdir(f"{self.local}{RECORDS}")
 
     def discard(self, ref: Ref | None) -> None:
         """Throw away what an unfinished conversion has done; `ref` is the checkpoint of our own that it made."""
@@ -180,7 +183,7 @@ def _is_something(place: Path) -> bool:
 
 def _rename(target: Path, single: str) -> None:
     """PATH.partial becomes PATH; a format of one file becomes a file if PATH has its suffix."""
-    partial = Path(f"{target}.partial")
+    partial = Path(f"{target}{PARTIAL}")
     as_file = bool(single) and "/" not in single and target.suffix == Path(single).suffix != ""
     try:
         os.rename(partial / single if as_file else partial, target)

@@ -1,5 +1,6 @@
 """Conversions into a format of the test's own: what is at the target when, and what is refused."""
 
+import os
 import sys
 import types
 import uuid
@@ -247,3 +248,30 @@ def test_a_dry_run_leaves_nothing(source: Arrays, tmp_path: Path) -> None:
         begin(source, tmp_path / "out", fmt=fmt, dry=True).close()
     assert list(tmp_path.iterdir()) == []
     assert source.reads == []
+
+
+def test_a_source_is_told_by_its_own_files_only(source: Arrays, tmp_path: Path) -> None:
+    """Not by what lies beside it, as a target does, but by their sizes and times."""
+    folder = tmp_path / "source"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("a.pt", "sub/b.pt"):
+        (folder / name).write_bytes(b"1234")
+    source.identity = ""
+
+    def identities() -> list[str]:
+        found = []
+        for place in (folder, folder / "a.pt"):
+            source.origin = f"flat:{place}"
+            found.append(open_sources(Request(sources=("x",), target=str(folder / "native")), [source]).identity)
+        return found
+
+    first = identities()
+    begin(source, folder / "out").close()
+    assert (folder / "out.convert").exists()
+    (folder / "native").mkdir()
+    (folder / "native/file").touch()
+    assert identities() == first
+    (folder / "sub/b.pt").write_bytes(b"12345")
+    assert [a == b for a, b in zip(first, identities(), strict=True)] == [False, True]
+    os.utime(folder / "a.pt", ns=(1, 1))
+    assert not set(first) & set(identities())
