@@ -128,7 +128,7 @@ def _identity(logical: Logical, target: str) -> str:
 
 
 def _fingerprint(files: Files, target: str) -> list[tuple[str, int, int]]:
-    """Name, size and time (where there is one) of every file, but for the target's and those of conversions that are under way."""
+    """Name, size and time (where there is one) of every file; the target's and those under way do not count."""
     found: list[tuple[str, int, int]] = []
     only = getattr(files, "only", "")  # a file that was named; others beside it do not matter
     root = Path(files.url).parent if only else Path(files.url)
