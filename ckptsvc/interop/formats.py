@@ -43,9 +43,11 @@ class Format(NamedTuple):
 
 
 NATIVE = "ckptsvc"
-"""The name of our own format; the engine knows how it is read and written."""
+"""The name of our own format."""
 
 FORMATS: dict[str, Format] = {
+    # First, because it is told by the names of its folders; it is written by `convert` itself (see interop.native).
+    NATIVE: Format("ckptsvc's own", "native:detect_native", "native:read_native"),
     "deepspeed-universal": Format(
         "DeepSpeed universal", "deepspeed_universal:detect", "deepspeed_universal:read", "deepspeed_write:write"
     ),
