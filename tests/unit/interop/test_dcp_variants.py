@@ -172,6 +172,9 @@ def test_two_directories_of_accelerate_are_one_checkpoint(tmp_path: Path) -> Non
     logical = open_foreign(str(tmp_path))
     assert logical.names() == ["model/w", "optimizer/state/w/exp_avg", "optimizer/state/w/step"]
     assert logical.notes == []
+    assert open_foreign(str(tmp_path), {"model": "model", "optimizer": "optimizer"}).names() == logical.names()
+    with pytest.raises(InvalidInput, match="no key 'net'"):
+        open_foreign(str(tmp_path), {"model": "net"})
     (tmp_path / "scheduler.bin").write_bytes(b"")
     assert [note.kind for note in open_foreign(str(tmp_path)).notes] == ["lost"]
 
