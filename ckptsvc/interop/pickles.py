@@ -11,7 +11,7 @@ import pickle
 import pickletools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -33,9 +33,17 @@ class Stub:
         state: what its `__setstate__` or `__dict__` was given, or None.
     """
 
+    args: tuple[Any, ...]
+    state: Any = None
+
+    def __new__(cls, *args: Any) -> Self:
+        """Most pickles call this alone, not `__init__`."""
+        made = super().__new__(cls)
+        made.args = args
+        return made
+
     def __init__(self, *args: Any) -> None:
-        self.args = args
-        self.state: Any = None
+        """Takes what `__new__` took."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
