@@ -39,20 +39,15 @@ async def hang_up(address: str) -> tuple[asyncio.Server, int]:
 
 async def ring(address: str, port: int) -> Answer:
     """Whether there is still somebody at the door; the first try that is answered decides."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + RING_TIMEOUT
-    tries: list[asyncio.Task[Answer]] = []
+    host = await _numeric(address, port)
+    if not host:
+        return Answer.SILENT
+    tries = [asyncio.ensure_future(_try(host, port, number * RING_TIMEOUT / RINGS)) for number in range(RINGS)]
     try:
-        async with asyncio.timeout_at(deadline):
-            found = await loop.getaddrinfo(address, port, family=_family(address), type=socket.SOCK_STREAM)
-        host, every = str(found[0][4][0]), RING_TIMEOUT / RINGS
-        tries = [asyncio.ensure_future(_try(host, port, number * every, deadline)) for number in range(RINGS)]
         for answered in asyncio.as_completed(tries):
             answer = await answered
             if answer is not Answer.SILENT:
                 return answer
-    except OSError:  # a timeout too: no name
-        pass
     finally:
         for each in tries:
             each.cancel()
@@ -60,14 +55,26 @@ async def ring(address: str, port: int) -> Answer:
     return Answer.SILENT
 
 
-async def _try(host: str, port: int, delay: float, deadline: float) -> Answer:
+async def _numeric(address: str, port: int) -> str:
+    """The address without a name, which takes no time to look up if it is one already; "" if nobody knows the name."""
+    with contextlib.suppress(OSError):
+        socket.getaddrinfo(address, port, flags=socket.AI_NUMERICHOST)
+        return address
+    with contextlib.suppress(OSError):  # a timeout too
+        async with asyncio.timeout(RING_TIMEOUT):
+            loop = asyncio.get_running_loop()
+            found = await loop.getaddrinfo(address, port, family=_family(address), type=socket.SOCK_STREAM)
+            return str(found[0][4][0])
+    return ""
+
+
+async def _try(host: str, port: int, delay: float) -> Answer:
     await asyncio.sleep(delay)
-    loop = asyncio.get_running_loop()
     with socket.socket(_family(host), socket.SOCK_STREAM) as door:
         door.setblocking(False)
         try:
-            async with asyncio.timeout_at(deadline):
-                await loop.sock_connect(door, (host, port))
+            async with asyncio.timeout(RING_TIMEOUT - delay):
+                await asyncio.get_running_loop().sock_connect(door, (host, port))
         except ConnectionRefusedError:
             return Answer.GONE
         except TimeoutError:

@@ -59,6 +59,8 @@ class Output:
         )
         prefix = f"[{name}] ".encode()
         log = Place(kept, failed=lambda why: self._not_kept(name, why)) if kept else None
+        if log is not None:
+            self._kept.put(log, b"")  # the file is there also for a rank that says nothing
         try:
             while line := await _line(reader):
                 heard(line)

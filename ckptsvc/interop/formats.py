@@ -53,6 +53,9 @@ FORMATS: dict[str, Format] = {
     "deepspeed": Format("DeepSpeed", "deepspeed:detect", "deepspeed:read", "deepspeed_native_write:write"),
     "hf": Format("Hugging Face", "huggingface:detect", "huggingface:read", "huggingface:write"),
     "torch": Format("torch.save", "torch_save:detect", "torch_save:read", "torch_save:write"),
+    "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
+    "torchsnapshot": Format("torchsnapshot", "torchsnapshot:detect", "torchsnapshot:read"),
+    "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
 }
 """By the name in addresses."""
 

@@ -13,7 +13,11 @@ Two names of one tensor (tied weights) are one tensor and an alias. Everything t
 from __future__ import annotations
 
 import math
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -23,11 +27,15 @@ from ckptsvc.format.checksum import Digests
 from ckptsvc.geometry.box import Box, Region
 from ckptsvc.geometry.reshard import Block, StoredRegion, check_cover
 from ckptsvc.interop.files import Files
+from ckptsvc.interop.torch_file import StoredTensor
 from ckptsvc.pipeline.read import Catalogue, Source
 from ckptsvc.types import DTYPES, TensorMeta
 
 EXTENT = 256 << 10
 """Bytes of a foreign file that are read as one: large reads come of neighbours."""
+
+MAX_LOADED = 4
+"""Entries that are kept in memory because they are not in the file as they are (compressed)."""
 
 MASTER = "master"
 """The slot of optimizer state that is the fp32 master of a parameter."""
@@ -80,6 +88,9 @@ class Logical(Catalogue, Protocol):
     def names(self) -> list[str]:
         """All tensors, sorted, without aliases."""
 
+    def __contains__(self, name: object) -> bool:
+        """Whether it is the name or an alias of a tensor."""
+
     def document(self, rank: int = 0) -> dict[str, Any]:
         """The plain values of a rank."""
 
@@ -110,18 +121,19 @@ class Entry(NamedTuple):
 
     Attributes:
         key, start, nbytes: the entry: file, first byte, length in bytes.
-        locate: reads what it must of the entry and returns the byte of the file at which the data begins.
+        locate: reads what it must of some entries and returns the tensor that each of them is.
     """
 
     key: str
     start: int
     nbytes: int
-    locate: Callable[[Files, Entry], int]
+    locate: Callable[[Files, Sequence[Entry]], Sequence[StoredTensor]]
 
 
 class _Chunk(msgspec.Struct, gc=False):
     block: Block | None
-    where: Entry | tuple[int, int]
+    where: Entry | Stretch | StoredTensor | tuple[str, int]
+    value: int  # the number of a `Stretch`; else -1
 
 
 class _Tensor(msgspec.Struct):
@@ -147,10 +159,12 @@ class Foreign:
         self.aliases: dict[str, str] = {}
         self.notes: list[Note] = []
         self._tensors: dict[str, _Tensor] = {}
-        self._values: list[Stretch] = []
+        self._values: list[Stretch | None] = []
         self._keys: list[str] = []
         self._key_numbers: dict[str, int] = {}
         self._sizes: dict[str, int] = {}
+        self._order: list[str] = []
+        self._looked = 0
         self.source: Source = _ForeignSource(self)
 
     # ---- building -------------------------------------------------------------------------------------------
@@ -182,17 +196,17 @@ class Foreign:
                 f" {meta.dtype}{list(meta.shape)} in another"
             )
         if (not region.is_empty or 0 in meta.shape) and region not in tensor.chunks:
-            tensor.chunks[region] = _Chunk(block, self._numbered(where))
+            tensor.chunks[region] = _Chunk(block, where, self._numbered(where))
 
-    def _numbered(self, where: tuple[str, int] | Entry | Stretch) -> tuple[int, int] | Entry:
+    def _numbered(self, where: tuple[str, int] | Entry | Stretch) -> int:
         """Files and values get their numbers as they are added: the same on every rank that reads the same files."""
         if isinstance(where, Stretch):
-            self._values.append(where)
-            return (len(self._values) - 1) * _LANES + _VALUE, 0
+            self._values.append(None)
+            return len(self._values) - 1
         if where[0] not in self._key_numbers:
             self._key_numbers[where[0]] = len(self._keys)
             self._keys.append(where[0])
-        return where if isinstance(where, Entry) else (self._key_numbers[where[0]] * _LANES, where[1])
+        return -1
 
     def add_value(self, meta: TensorMeta, data: bytes) -> None:
         """A whole small tensor given by its little-endian bytes."""
@@ -223,6 +237,7 @@ class Foreign:
         for alias, name in self.aliases.items():
             if name not in self._tensors or alias in self._tensors:
                 raise Damaged(f"{self.origin}: {alias} is said to be another name of {name}")
+        self._order = self.names()
         return self
 
     # ---- reading --------------------------------------------------------------------------------------------
@@ -249,6 +264,7 @@ class Foreign:
         """See Catalogue; looks into entries the first time."""
         tensor = self._tensor(name)
         if tensor.stored is None:
+            self._look_into(tensor)
             tensor.stored = [self._stored(tensor.meta, *item) for item in tensor.chunks.items()]
         return tensor.stored
 
@@ -271,26 +287,57 @@ class Foreign:
             raise LayoutError(f"{self.origin} has no tensor {name[:200]!r}", hint="`ckptsvc inspect` lists what it has")
         return tensor
 
+    def _look_into(self, tensor: _Tensor) -> None:
+        """Find where the data of its entries begins.
+
+        Who wants many tensors wants them in the order of their names: as many entries of the next ones are looked into
+        as there were before, so that many are at a time and few in vain.
+        """
+        if not any(isinstance(chunk.where, Entry) for chunk in tensor.chunks.values()):
+            return
+        found: dict[Callable[..., Any], list[tuple[_Chunk, Entry]]] = {}
+        next_ones = islice(self._order, bisect_right(self._order, tensor.meta.name), None)
+        count = 0
+        for one in chain((tensor,), (self._tensors[name] for name in next_ones)):
+            if count > self._looked:
+                break
+            for chunk in one.chunks.values():
+                if isinstance(chunk.where, Entry):
+                    found.setdefault(chunk.where.locate, []).append((chunk, chunk.where))
+                    count += 1
+        for locate, chunks in found.items():
+            for (chunk, _), where in zip(chunks, locate(self.files, [entry for _, entry in chunks]), strict=True):
+                chunk.where = where
+        self._looked += count
+
     def _stored(self, meta: TensorMeta, region: Region, chunk: _Chunk) -> StoredRegion:
         itemsize = DTYPES[meta.dtype].itemsize
-        size = math.prod(chunk.block.shape) if chunk.block else region.size
-        where = chunk.where
+        where, block = chunk.where, chunk.block
         if isinstance(where, Entry):
-            where = (self._key_numbers[where.key] * _LANES, where.locate(self.files, where))
-        shard, offset = where
-        if shard % _LANES != _VALUE:
+            (where,) = where.locate(self.files, [where])
+        if isinstance(where, StoredTensor):
+            block = _seen(meta, region, block, where)
+            where = where.where
+        size = math.prod(block.shape) if block else region.size
+        if isinstance(where, Stretch):
+            self._values[chunk.value] = where
+            shard, offset = chunk.value * _LANES + _VALUE, 0
+        else:
             # One shard of a file for each remainder of the element size: no element then lies across two windows.
-            phase = offset % itemsize
-            shard, offset = shard + phase, offset - phase
+            key, start = where
+            phase = start % itemsize
+            shard, offset = self._key_numbers[key] * _LANES + phase, start - phase
         if offset < 0 or offset + size * itemsize > self.stretch(shard).nbytes:
             raise Damaged(f"{meta.name}: {self.shard_name(shard)} ends before its data does")
-        return StoredRegion(meta.name, region, shard, offset, size * itemsize, chunk.block)
+        return StoredRegion(meta.name, region, shard, offset, size * itemsize, block)
 
     def stretch(self, shard: int) -> Stretch:
         """What a shard number stands for."""
         number, lane = divmod(shard, _LANES)
         if lane == _VALUE:
-            return self._values[number]
+            value = self._values[number]
+            assert value is not None, "a region of it has been asked for"
+            return value
         key = self._keys[number]
         if key not in self._sizes:
             try:
@@ -300,11 +347,27 @@ class Foreign:
         return Stretch(key, lane, max(self._sizes[key] - lane, 0))
 
 
+def _seen(meta: TensorMeta, region: Region, block: Block | None, stored: StoredTensor) -> Block | None:
+    """How a region is seen in the tensor that an entry turned out to be."""
+    shape = block.shape if block else region.shape if isinstance(region, Box) else (region.length,)
+    if stored.dtype != meta.dtype or stored.shape != shape:
+        raise Damaged(
+            f"{meta.name}: {stored.storage.key} has {stored.dtype}{list(stored.shape)} for {region}, where"
+            f" {meta.dtype}{list(shape)} is expected"
+        )
+    inner = stored.block()
+    if inner is None or block is None:
+        return inner or block
+    return Block(inner.shape, inner.inside(block.box), tuple(-1 if d < 0 else inner.order[d] for d in block.order))
+
+
 class _ForeignSource:
     """Reads the stretches of a foreign checkpoint; see pipeline.read.Source."""
 
     def __init__(self, foreign: Foreign) -> None:
         self._foreign = foreign
+        self._loaded: OrderedDict[int, bytes] = OrderedDict()
+        self._lock = threading.Lock()
 
     def size(self, shard: int) -> int:
         return self._foreign.stretch(shard).nbytes
@@ -318,7 +381,7 @@ class _ForeignSource:
     def read_into(self, shard: int, offset: int, buffer: memoryview) -> None:
         key, start, nbytes, data, load = self._foreign.stretch(shard)
         if data is None and load is not None:
-            data = load(self._foreign.files)
+            data = self._load(shard, load)
             if len(data) != nbytes:
                 raise Damaged(f"{self.name(shard)}: an entry has {len(data)} bytes, {nbytes} are expected")
         if data is not None:
@@ -330,6 +393,15 @@ class _ForeignSource:
 
     def view(self, shard: int) -> memoryview | None:
         return None
+
+    def _load(self, shard: int, load: Callable[[Files], bytes]) -> bytes:
+        # One at a time: several readers want windows of the same entry, and memory is the scarcer.
+        with self._lock:
+            data = self._loaded.pop(shard, None)
+            self._loaded[shard] = data = load(self._foreign.files) if data is None else data
+            if len(self._loaded) > MAX_LOADED:
+                self._loaded.popitem(last=False)
+            return data
 
 
 def parameter_names(names: Iterable[str]) -> list[str]:

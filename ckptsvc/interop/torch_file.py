@@ -285,7 +285,7 @@ def _read_zip(files: Files, key: str, start: int, length: int, allowed: Allowed,
     storages: dict[str, Storage] = {}
 
     def persistent(pid: Any) -> Storage:
-        kind, name, _ = _storage_id(pid, what)
+        kind, name, _ = storage_id(pid, what)
         if name not in storages:
             member = members.get(f"{prefix}data/{name}")
             if member is None or member.compress_type != zipfile.ZIP_STORED:
@@ -308,7 +308,8 @@ def _data_offset(stream: io.BufferedIOBase, header: int, what: str) -> int:
     return header + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
 
 
-def _storage_id(pid: Any, what: str) -> tuple[str, str, int]:
+def storage_id(pid: Any, what: str) -> tuple[str, str, int]:
+    """Element type, key and number of elements of the storage that a persistent id names."""
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[2], str):
         raise Damaged(f"{what} refers to {str(pid)[:100]!r}, which is not a storage")
     return _storage_type(pid[1], what), pid[2], int(pid[4])
@@ -340,7 +341,7 @@ def _parse_legacy(
     waiting: dict[str, Storage] = {}
 
     def persistent(pid: Any) -> Storage:
-        kind, name, elements = _storage_id(pid, what)
+        kind, name, elements = storage_id(pid, what)
         known[name] = (kind, elements)
         # The place is known only after this pickle: the key of the storage stands for it until then.
         return Storage(name, -1, elements * DTYPES[kind].itemsize, kind)

@@ -79,11 +79,18 @@ class Global(msgspec.Struct, frozen=True):
     name: str
 
 
-class Call(msgspec.Struct, frozen=True):
+class Call(msgspec.Struct, frozen=True, gc=False):
     """The result of calling a global with plain arguments, given a state if that is not None."""
 
     function: Global
     args: tuple[Any, ...] = ()
+    state: Any = None
+
+
+class New(msgspec.Struct, frozen=True, eq=False, gc=False):
+    """An object of a class made without calling its constructor, given a state if that is not None."""
+
+    cls: Global
     state: Any = None
 
 
@@ -103,17 +110,22 @@ def torch_output(key: str, root: Any, *, rank: int = 0) -> OutputFile:
     Raises:
         UnsupportedObject: something else is in it; the message has its path.
     """
-    pickler = _Pickler()
+    pickler = Pickler()
     pickled = pickler.dump(root)
     return _Archive(key, rank).plan(pickled, pickler.storages)
 
 
-class _Pickler:
-    """Writes one pickle and collects the storages it refers to."""
+class Pickler:
+    """Writes one pickle and collects the storages it refers to.
+
+    Attributes:
+        storages: in the order of their keys.
+    """
 
     def __init__(self) -> None:
         self.storages: list[Slot | Packed | Inline] = []
         self._keys: dict[int, str] = {}
+        self._memo: dict[str | Global, bytes] = {}
         self._out = bytearray(b"\x80\x02")
         self._writers: dict[type, Callable[[Any, str, int], None]] = {
             dict: self._dict,
@@ -122,14 +134,17 @@ class _Pickler:
             tuple: self._tuple,
             str: self._text,
             int: self._int,
+            bytes: self._bytes,
             Slot: self._tensor,
             Packed: self._tensor,
             Inline: self._tensor,
             Global: self._global,
             Call: self._call,
+            New: self._new,
         }
 
     def dump(self, root: Any) -> bytes:
+        """The pickle of an object; see `torch_output`."""
         self._value(root, "", 0)
         return bytes(self._out + b".")
 
@@ -148,8 +163,26 @@ class _Pickler:
             raise UnsupportedObject(f"{path or '/'}: {type(value).__name__} cannot be written to a file of torch.save")
 
     def _text(self, value: str, path: str, depth: int) -> None:
-        encoded = value.encode("utf-8", "surrogatepass")
-        self._out += b"X" + struct.pack("<I", len(encoded)) + encoded
+        if not self._again(value):
+            encoded = value.encode("utf-8", "surrogatepass")
+            self._out += b"X" + struct.pack("<I", len(encoded)) + encoded
+            self._remember(value)
+
+    def _bytes(self, value: bytes, path: str, depth: int) -> None:
+        self._call(Call(Global("_codecs", "encode"), (value.decode("latin1"), "latin1")), path, depth)
+
+    def _again(self, value: str | Global) -> bool:
+        """Write a reference to a value that was written before; False if it was not."""
+        known = self._memo.get(value)
+        if known is not None:
+            self._out += known
+        return known is not None
+
+    def _remember(self, value: str | Global) -> None:
+        number = len(self._memo)
+        wide = number > 255
+        self._out += struct.pack("<cI", b"r", number) if wide else struct.pack("<cB", b"q", number)
+        self._memo[value] = struct.pack("<cI", b"j", number) if wide else struct.pack("<cB", b"h", number)
 
     def _int(self, value: int, path: str, depth: int) -> None:
         if 0 <= value < 256:
@@ -176,8 +209,9 @@ class _Pickler:
             return
         self._out += b"("
         for name, item in value.items():
-            self._value(name, f"{path}/(key)", depth + 1)
-            self._value(item, f"{path}/{name}", depth + 1)
+            below = f"{path}/{name if type(name) in (str, int) else '(key)'}"
+            self._value(name, below, depth + 1)
+            self._value(item, below, depth + 1)
         self._out += b"u"
 
     def _list(self, value: list[Any], path: str, depth: int) -> None:
@@ -195,12 +229,21 @@ class _Pickler:
         self._out += b"t"
 
     def _global(self, value: Global, path: str, depth: int) -> None:
-        self._out += b"c" + f"{value.module}\n{value.name}\n".encode()
+        if not self._again(value):
+            self._out += b"c" + f"{value.module}\n{value.name}\n".encode()
+            self._remember(value)
 
     def _call(self, value: Call, path: str, depth: int) -> None:
         self._global(value.function, path, depth)
         self._tuple(value.args, path, depth)
         self._out += b"R"
+        if value.state is not None:
+            self._value(value.state, f"{path}/(state)", depth + 1)
+            self._out += b"b"
+
+    def _new(self, value: New, path: str, depth: int) -> None:
+        self._global(value.cls, path, depth)
+        self._out += b")\x81"
         if value.state is not None:
             self._value(value.state, f"{path}/(state)", depth + 1)
             self._out += b"b"
