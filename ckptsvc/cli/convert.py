@@ -12,6 +12,7 @@ import click
 
 from ckptsvc.cli import convert_work
 from ckptsvc.cli.convert_text import Result, show, show_plan
+from ckptsvc.cli.layout import Variable
 from ckptsvc.cli.terminal import note, plural, progress
 from ckptsvc.errors import ConfigError, InvalidInput
 from ckptsvc.interop.convert import Conversion
@@ -64,6 +65,16 @@ class Share(click.ParamType[tuple[int, int]]):
 
 @click.command()
 @click.argument("places", nargs=-1, required=True, metavar="SRC... DST")
+@click.option(
+    "--to", default="", metavar="LAYOUT", help='For so many ranks, as "dp=4,tp=2,pp=4,zero=1"; see `ckptsvc layout`.'
+)
+@click.option(
+    "--names", default="", metavar="SIDE", help="Give the tensors another framework's names: hf, megatron, ..."
+)
+@click.option("--family", "named", default="", metavar="NAME|FILE",
+    help="Of the model, for --to and --names, as llama. Default: the one that fits the names.")  # fmt: skip
+@click.option("--variable", "variables", type=Variable(), multiple=True, metavar="NAME=NUMBER",
+    help="A size that the family's rules speak of, where the checkpoint does not say it. Repeatable.")  # fmt: skip
 @click.option("--dtype", default="", metavar="TYPE", help="Cast the weights: bfloat16, float16, float32, float64.")
 @click.option("--only", multiple=True, metavar="PATTERN",
     help="Only tensors whose name, or parameter's name, fits, as 'model.*'. Repeatable.")  # fmt: skip
@@ -85,7 +96,8 @@ class Share(click.ParamType[tuple[int, int]]):
 @click.option("--share", type=Share(), hidden=True, help="Be worker I of N and nothing else.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def command(
-    places: tuple[str, ...], dtype: str, only: tuple[str, ...], drop_optimizer: bool, rename: tuple[str, ...],
+    places: tuple[str, ...], to: str, names: str, named: str, variables: tuple[tuple[str, int], ...],
+    dtype: str, only: tuple[str, ...], drop_optimizer: bool, rename: tuple[str, ...],
     average: str | None, options: Sequence[tuple[str, str]], from_options: Sequence[tuple[str, str]],
     memory: int | None, workers: int, alone: bool, restart: bool, dry_run: bool, shape: str | None,
     read_bandwidth: int | None, write_bandwidth: int | None, share: tuple[int, int] | None, as_json: bool,
@@ -112,7 +124,7 @@ def command(
     request = Request(
         sources=tuple(sources) or (f"shape:{shape}",), target=target, from_options=dict(from_options),
         options=dict(options), only=only, drop_optimizer=drop_optimizer, rename=rename, dtype=dtype,
-        average=_average(average, sources),
+        average=_average(average, sources), to=to, names=names, family=named, variables=dict(variables),
     )  # fmt: skip
     if share:
         return convert_work.be_worker(request, memory or 0, *share)
@@ -122,7 +134,7 @@ def command(
     each = checked_memory(memory, workers * beside)
     opened = open_sources(request, [declared(shape)] if shape else ())
     try:
-        conversion = Conversion(request, opened, each, dry=dry_run, restart=restart, beside=rank > 0)
+        conversion = convert_work.planned(request, opened, each, dry=dry_run, restart=restart, beside=rank > 0)
     except BaseException:
         opened.logical.close()
         raise

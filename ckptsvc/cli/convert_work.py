@@ -16,14 +16,46 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import msgspec
+
 from ckptsvc.cli.terminal import emit
 from ckptsvc.errors import BY_CODE, CkptsvcError, SaveFailed
+from ckptsvc.geometry.parallel import Parallel
 from ckptsvc.interop.convert import Conversion
-from ckptsvc.interop.request import Request, open_sources
+from ckptsvc.interop.formats import NATIVE
+from ckptsvc.interop.layouts import arrange
+from ckptsvc.interop.request import Request, Sources, model_of, open_sources, target_format
 
 _EVERY = 0.2  # seconds between two reports of a worker
 
 Progress = Callable[[int], None]
+
+
+def planned(
+    request: Request, opened: Sources, memory: int, *, dry: bool = False, restart: bool = False, beside: bool = False
+) -> Conversion:
+    """The plan of a conversion, with a layout if one is asked for.
+
+    For a target of our own, each rank of the layout gets a shard of what it will hold. Exporters of other formats take
+    the sizes of the layout as options of theirs.
+
+    Raises:
+        CkptsvcError: as `Conversion` and `layouts.arrange` raise.
+    """
+    arrangement = None
+    ranks = 0
+    if request.to:
+        parallel = Parallel.parse(request.to)
+        if target_format(request.target) == NATIVE:
+            given = request.variables
+            arrangement = arrange(opened.logical, parallel, model=model_of(request.family), given=given)
+            arrangement.placement.check()
+            ranks = parallel.world_size
+        else:
+            sizes = dict(item.strip().partition("=")[::2] for item in request.to.split(","))
+            request = msgspec.structs.replace(request, options={**sizes, **request.options})
+    holding = arrangement.regions if arrangement else None
+    return Conversion(request, opened, memory, holding=holding, ranks=ranks, dry=dry, restart=restart, beside=beside)
 
 
 def be_worker(request: Request, memory: int, number: int, of: int) -> int:
@@ -31,7 +63,7 @@ def be_worker(request: Request, memory: int, number: int, of: int) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     report = _Report()
     opened = open_sources(request)
-    conversion = Conversion(request, opened, memory)
+    conversion = planned(request, opened, memory)
     try:
         conversion.run(report, number, of)
     finally:
@@ -172,6 +204,9 @@ def _arguments(request: Request, memory: int, number: int, of: int) -> list[str]
         arguments += [f"{name}={value}" for value in values]
     for name, settings in (("--option", request.options), ("--from-option", request.from_options)):
         arguments += [f"{name}={key}={value}" for key, value in settings.items()]
+    for name, value in (("--to", request.to), ("--names", request.names), ("--family", request.family)):
+        arguments += [f"{name}={value}"] if value else []
+    arguments += [f"--variable={name}={value}" for name, value in request.variables.items()]
     if request.drop_optimizer:
         arguments.append("--drop-optimizer")
     if request.dtype:

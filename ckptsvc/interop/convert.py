@@ -21,7 +21,7 @@ from ckptsvc.errors import InvalidInput, SaveFailed, StoreError
 from ckptsvc.format.checksum import Digests, digest128
 from ckptsvc.interop.average import memory_for
 from ckptsvc.interop.casts import can_cast, is_lossless
-from ckptsvc.interop.formats import exporter, split_address
+from ckptsvc.interop.formats import NATIVE, exporter, split_address
 from ckptsvc.interop.ledger import Plan
 from ckptsvc.interop.logical import Logical, Note
 from ckptsvc.interop.memory import resident
@@ -30,7 +30,7 @@ from ckptsvc.interop.outputs import Output
 from ckptsvc.interop.produce import Budget, Production
 from ckptsvc.interop.request import Request, Sources, target_format
 from ckptsvc.interop.select import Recast
-from ckptsvc.interop.target import NATIVE, Target
+from ckptsvc.interop.target import Target
 from ckptsvc.interop.tasks import Task, share, tasks
 from ckptsvc.pipeline.catalog import Ref, newest_epoch, take_epoch
 from ckptsvc.pipeline.commit import now_iso

@@ -53,12 +53,13 @@ FORMATS: dict[str, Format] = {
     ),
     # Before hf: checkpoints of Hugging Face's Trainer with DeepSpeed have weights beside, and the optimizer only here.
     "deepspeed": Format("DeepSpeed", "deepspeed:detect", "deepspeed:read", "deepspeed_native_write:write"),
+    "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
+    "torchsnapshot": Format("torchsnapshot", "torchsnapshot:detect", "torchsnapshot:read"),
+    # Before hf: its writer of safetensors shards says in their headers which part of each tensor they have.
+    "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
     "hf": Format("Hugging Face", "huggingface:detect", "huggingface:read", "huggingface:write"),
     "npz": Format("numpy", "npz:detect", "npz:read", "npz:write"),
     "torch": Format("torch.save", "torch_save:detect", "torch_save:read", "torch_save:write"),
-    "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
-    "torchsnapshot": Format("torchsnapshot", "torchsnapshot:detect", "torchsnapshot:read"),
-    "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
 }
 """By the name in addresses."""
 

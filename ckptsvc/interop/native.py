@@ -29,6 +29,7 @@ from ckptsvc.format.shard import Part, ShardInfo, ShardTemplate, objects_name
 from ckptsvc.geometry.box import Box, Region
 from ckptsvc.interop.files import Files
 from ckptsvc.interop.logical import Logical, Note
+from ckptsvc.interop.options import known
 from ckptsvc.interop.outputs import Fill, Output, OutputFile, Small
 from ckptsvc.pipeline.catalog import Checkpoint, Ref, find, open_checkpoint
 from ckptsvc.pipeline.read import Want, read_arrays
@@ -130,7 +131,7 @@ def read_native(files: Files, origin: str, options: Mapping[str, str]) -> Logica
         NoCheckpoint, Damaged, IncompatibleVersion, StoreError: as `client.reading.load`.
         ConfigError: an option is unknown or no number.
     """
-    _known(options, ("step", "name"))
+    known(options, ("step", "name"))
     url = files.url
     files.close()
     above, _, last = url.rstrip("/").rpartition("/")
@@ -201,7 +202,7 @@ def write_native(
         ConfigError: an option is unknown or no number.
         InvalidInput, LayoutError: the parts cannot be stored, or do not cover the tensors.
     """
-    _known(options, ("shards", "step"))
+    known(options, ("shards", "step"))
     metas = [logical.meta(name) for name in logical.names()]
     in_order = [meta for _, meta in sorted(_positions(logical, metas))]
     notes = []
@@ -323,12 +324,6 @@ def _commit(info: IndexInfo, records: Sequence[ShardRecord], naming: Naming) -> 
     )  # fmt: skip
     folder = naming.ref.name
     return [Small(f"{folder}/{name}", image), Small(f"{folder}/{COMMIT}", record.encode())]
-
-
-def _known(options: Mapping[str, str], names: Sequence[str]) -> None:
-    for name in options:
-        if name not in names:
-            raise ConfigError(f"{name!r} is no option of our own format", hint=f"known are {', '.join(names)}")
 
 
 def _number(options: Mapping[str, str], name: str) -> int | None:

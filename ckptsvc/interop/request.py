@@ -12,12 +12,14 @@ from ckptsvc.errors import CkptsvcError, InvalidInput, NoCheckpoint
 from ckptsvc.format.checksum import digest128
 from ckptsvc.format.commit import CommitRecord
 from ckptsvc.interop.average import Averaged
+from ckptsvc.interop.families import Family, family, read_family
 from ckptsvc.interop.files import Files, open_files
-from ckptsvc.interop.formats import open_foreign, split_address
+from ckptsvc.interop.formats import NATIVE, open_foreign, split_address
+from ckptsvc.interop.layouts import translate
 from ckptsvc.interop.logical import Logical
 from ckptsvc.interop.native import NativeLogical
 from ckptsvc.interop.select import renaming, select
-from ckptsvc.interop.target import NATIVE, PARTIAL, RECORDS
+from ckptsvc.interop.target import PARTIAL, RECORDS
 from ckptsvc.pipeline.catalog import find, open_checkpoint
 from ckptsvc.storage import canonical, connect
 
@@ -34,7 +36,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         only, drop_optimizer, rename: see interop.select; rules as in `renaming`.
         dtype: of the weights, "" leaves it.
         average: 0 for none; otherwise the mean of so many newest checkpoints of the source, or of all sources.
-        layout: what identifies `holding` (see Conversion); "" without.
+        to: the parallel layout of the target, as geometry.parallel reads it; "" for none.
+        names: the side of the family's name map that the tensors are given, as "hf" or "megatron"; "" leaves them.
+        family: of models, or the file of one of the user's own (see interop.families); "" is found out.
+        variables: sizes that the family's rules speak of and the checkpoint does not say.
     """
 
     sources: tuple[str, ...]
@@ -46,7 +51,10 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     rename: tuple[str, ...] = ()
     dtype: str = ""
     average: int = 0
-    layout: str = ""
+    to: str = ""
+    names: str = ""
+    family: str = ""
+    variables: dict[str, int] = {}
 
 
 class Sources:
@@ -85,11 +93,25 @@ def open_sources(request: Request, opened: Sequence[Logical] = ()) -> Sources:
                 logical, only=request.only, drop_optimizer=request.drop_optimizer, rename=renaming(request.rename),
                 own=native,
             )  # fmt: skip
+        if request.names:
+            model, given = model_of(request.family), request.variables
+            logical = translate(logical, to=request.names, model=model, given=given)
     except BaseException:
         for one in opened:
             one.close()
         raise
     return Sources(logical, identity)
+
+
+def model_of(name: str) -> Family | None:
+    """A family that ships, or one in a file of the user's own; None for "".
+
+    Raises:
+        InvalidInput, NotFound: there is none, or the file is not one.
+    """
+    if not name:
+        return None
+    return read_family(name) if name.endswith(".toml") or "/" in name else family(name)
 
 
 def target_format(address: str) -> str:

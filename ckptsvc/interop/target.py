@@ -16,14 +16,13 @@ from pathlib import Path
 
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreError, StoreFull
 from ckptsvc.format.commit import CommitRecord
+from ckptsvc.interop.formats import NATIVE
 from ckptsvc.interop.ledger import Ledger, put_same
 from ckptsvc.interop.native import JOB
 from ckptsvc.interop.outputs import Small
 from ckptsvc.pipeline.catalog import Ref, find, newest_epoch, read_commit, read_epoch
 from ckptsvc.pipeline.commit import check_fence
 from ckptsvc.storage import Store, canonical, connect
-
-NATIVE = "ckptsvc"
 
 PARTIAL, RECORDS = ".partial", ".convert"
 """What is added to the name of a target for what is unfinished, and for the records of what is finished."""
