@@ -8,7 +8,7 @@ import pytest
 from harness.declared import Arrays
 from harness.stored import Run, Tensor
 
-from ckptsvc.errors import ConfigError, InvalidInput, LayoutError, NoCheckpoint
+from ckptsvc.errors import InvalidInput, LayoutError, NoCheckpoint
 from ckptsvc.format.commit import COMMIT
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop.convert import Conversion
@@ -68,7 +68,7 @@ def test_every_way_to_name_it(run: Run) -> None:
     assert open_foreign(run.url, {"name": "step-000000000003.e00001"}).step == 3
     with pytest.raises(NoCheckpoint, match="of step 4"):
         open_foreign(run.url, {"step": "4"})
-    with pytest.raises(ConfigError, match="no option"):
+    with pytest.raises(InvalidInput, match="no option"):
         open_foreign(run.url, {"stepp": "4"})
 
 
@@ -133,7 +133,7 @@ def test_the_same_conversion_makes_the_same_names(run: Run) -> None:
     other = write_native(logical, {}, NAMING._replace(writer="cd" * 16))
     assert not {file.key for file in first.files} & {file.key for file in other.files}
     for bad in ({"shards": "x"}, {"shards": "0"}, {"step": "-1"}):
-        with pytest.raises(ConfigError):
+        with pytest.raises(InvalidInput):
             write_native(logical, bad, NAMING._replace(ref=Ref(1, step_of(logical, bad))))
 
 
