@@ -189,7 +189,7 @@ BAD: list[tuple[list[str], int, str]] = [
     (["--memory", "90MiB"], 2, "too little memory"),
     (["--memory", "1000TiB"], 2, "more than the"),
     (["--option", "shards=0"], 2, "out of range"),
-    (["--option", "chards=1"], 2, "no option of our own format"),
+    (["--option", "chards=1"], 2, "this format has no option"),
     (["--only", "nothing.*"], 2, "no tensor of"),
     (["--rename", "weight"], 2, "no rule for renaming"),
     (["--rename", "(=x"], 2, "no rule for renaming"),
