@@ -19,7 +19,7 @@ from ckptsvc.agent.evidence import WATCH, shorten
 from ckptsvc.agent.uplink import RECONNECT, bundles
 from ckptsvc.cli.bench_control_wire import Call, Connection
 from ckptsvc.control.pace import progress_every, stalls_within
-from ckptsvc.errors import CkptsvcError
+from ckptsvc.errors import AgentUnavailable, CkptsvcError
 from ckptsvc.rpc import proof
 from ckptsvc.rpc.channel import OPTIONS
 from ckptsvc.rpc.secret import numeric
@@ -460,12 +460,15 @@ class Fleet:
         """Wait for orders of a kind: until `done` says so of who has got one, and when.
 
         Raises:
-            TimeoutError: it has not in `patience` seconds.
+            AgentUnavailable: it has not in `patience` seconds.
         """
         deadline = time.monotonic() + patience
         while not done(self.seen.get(kind, {})):
             if time.monotonic() > deadline:
                 got = len(self.seen.get(kind, {}))
-                raise TimeoutError(f"{got} of {len(self.agents)} agents have got the order {kind!r} in {patience:g} s")
+                raise AgentUnavailable(
+                    f"{got} of {len(self.agents)} agents have got the order {kind!r} in {patience:g} s",
+                    hint="both sides need a core of their own: try on a quiet machine, or with fewer --agents",
+                )
             await asyncio.sleep(0.02)
         return self.seen[kind]
