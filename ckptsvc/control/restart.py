@@ -15,6 +15,11 @@ its ranks (agent.keeper). The kernel answers for it, however busy the processes 
 
 A node without a doorbell, or with one that cannot be heard when it joins (a firewall), is given `NODE_PATIENCE`. A
 restart waits for a node whose agent is away for `AWAY_PATIENCE` only, when there are enough others.
+
+One attempt runs at a time. So a coordinator that took over waits for nodes it has not heard of as for nodes whose
+agents are away, for any of them may run ranks: it starts no attempt in the first `AWAY_PATIENCE` after the first word
+of the job, unless all nodes that can have run one have told it that they have stopped. A node that is out of reach for
+longer runs on where nobody can stop it; what it saves is refused, for the next attempt has a later epoch.
 """
 
 from __future__ import annotations
@@ -51,7 +56,7 @@ NODE_PATIENCE = 60.0
 """Seconds a job waits below its least number of nodes before it ends, and for a node whose agent is away."""
 
 AWAY_PATIENCE = 10.0
-"""Seconds a restart waits for a node whose agent is away although there are enough others."""
+"""Seconds a restart waits for a node whose agent is away, or not heard of yet, although there are enough others."""
 
 RING_EVERY = 0.4
 """Seconds between looks after the launcher of a node whose agent is away."""
@@ -102,6 +107,7 @@ class Attempts:
     phase: Phase = Phase.GATHERING
     attempt: int = 0
     restarts: int = 0
+    heard_at: float = 0.0  # the first word of this job
     since: float = 0.0
     began: float = 0.0  # the attempt
     gathered: bool = False  # this coordinator has started an attempt itself
@@ -134,6 +140,8 @@ class Attempts:
             unfit = f"node {event.node} is not taken in: {event.unfit[:SHOWN]}"
             return self._end_node(event.node, EXIT_STATUS["node-unfit"], unfit)
         if node is None:
+            if not self.arrivals:
+                self.heard_at = now
             node = Node(event.node, event.node_rank, self.arrivals, event.address, event.nproc)
             node.bandwidth = event.bandwidth
             self.nodes[event.node] = node
@@ -363,18 +371,21 @@ class Attempts:
         """After a change of coordinator: not all nodes have told yet which ranks of the attempt they run."""
         return len(self.running) < self.world if self.world else len(self.hosts) < self.min_nodes
 
-    @property
-    def _all_have_stopped(self) -> bool:
-        """As many nodes as an attempt can have were in the last one, and run nothing: there is none to be heard of."""
-        return self.attempt > 0 and sum(n.ready == self.attempt for n in self.nodes.values()) >= self.max_nodes
+    def _others_may_run(self, now: float) -> bool:
+        """After a change of coordinator: nodes that have not been heard of may run an attempt."""
+        taken_over = not self.gathered and (self.inherited or self.attempt > 0)
+        if not taken_over or now - self.heard_at >= AWAY_PATIENCE:
+            return False
+        # When as many nodes as an attempt can have were in the last one and run nothing, there is none to be heard of.
+        stopped = sum(node.ready == self.attempt for node in self.nodes.values()) if self.attempt else 0
+        return stopped < self.max_nodes
 
     def _start_if_ready(self, now: float) -> Decision:
         if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes or self.unready:
             return Decision()
         waited = now - self.since
-        more = (self.inherited or len(self.nodes) < self.max_nodes) and not self._all_have_stopped
-        if not self.gathered and waited < LAST_CALL and more:
-            return Decision()  # nodes that run an attempt may yet be heard of: these may be its spares
+        if self._others_may_run(now) or (not self.gathered and waited < LAST_CALL and len(self.nodes) < self.max_nodes):
+            return Decision()
         if not self.exclusion.known and waited < LIST_PATIENCE:
             return Decision()
         bad = {node for node in self.nodes if self.exclusion.excluded(node, now)}

@@ -145,8 +145,10 @@ class Checks:
     def _one_attempt_runs(self) -> None:
         # A node that is out of reach runs on. What keeps it from doing harm are epochs.
         machines = [m for m in self._world.machines.values() if not m.line.excused]
-        running = {r.attempt for m in machines for r in m.ranks.values() if r.alive}
+        alive = [rank for machine in machines for rank in machine.ranks.values() if rank.alive]
+        running, numbers = {rank.attempt for rank in alive}, sorted(rank.number for rank in alive)
         require(len(running) <= 1, f"attempts {sorted(running)} run at the same time")
+        require(len(set(numbers)) == len(numbers), f"attempt {running} runs twice at the same time, ranks {numbers}")
 
     def _nobody_waits_for_a_free_place(self) -> None:
         brain, now = self._world.brain, self._world.now
