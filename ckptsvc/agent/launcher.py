@@ -22,7 +22,7 @@ from ckptsvc.agent.launches import COORDINATOR_KEY
 from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.preflight import reason_against
 from ckptsvc.agent.ranks import Rank, Ranks
-from ckptsvc.control.restart import describe_status
+from ckptsvc.control.crashloop import describe_status
 from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, ConfigError, NodeUnfit
 from ckptsvc.rpc.channel import OPTIONS, error_of
 from ckptsvc.rpc.dial import ensure_agent, sockets
@@ -92,6 +92,7 @@ class Launcher:
     def __init__(self, launch: Launch, environ: Mapping[str, str]) -> None:
         self._launch = launch
         self._since = time.monotonic()
+        self._greeted = False  # some agent
         self._reports: asyncio.Queue[agent_pb2.LaunchRequest] = asyncio.Queue()
         given = dict(environ)
         if launch.nproc > 1:
@@ -249,8 +250,10 @@ class Launcher:
             grow=-1.0 if launch.grow is None else launch.grow,
             check_network=launch.preflight is not None and not self._unfit,
             uptime=time.monotonic() - self._since,
+            again=self._greeted,
         )
         yield agent_pb2.LaunchRequest(hello=hello)
+        self._greeted = True
         while True:
             report = await reports.get()
             yield report

@@ -16,6 +16,7 @@ from ckptsvc.agent.local import Local, way_to
 from ckptsvc.agent.logtail import one_line
 from ckptsvc.agent.output import log_file
 from ckptsvc.agent.sessions import Session
+from ckptsvc.agent.uplink import Uplink
 from ckptsvc.control.restart import JOIN_PATIENCE, launched_as
 from ckptsvc.errors import EXIT_STATUS, InvalidInput
 from ckptsvc.rpc.v1 import agent_pb2
@@ -57,6 +58,7 @@ class Launcher:
     exits: dict[int, pb.Report] = field(default_factory=dict)  # by rank of the attempt that runs here
     heard_at: float = field(default_factory=time.monotonic)  # when there last was a coordinator
     warned: bool = False  # that there is none
+    told: bool = False  # a coordinator may have heard of it
     stop: pb.Report | None = None  # asked for in the attempt that runs here; maybe while there was no coordinator
 
 
@@ -96,15 +98,14 @@ class Launches:
         if hello.job in self._by_job:
             raise InvalidInput(f"job {hello.job} is already launched on this node")
         metadata = dict(context.invocation_metadata() or ())
-        launcher = Launcher(hello, way_to(str(metadata.get(COORDINATOR_KEY, "")), hello.job))
+        launcher = Launcher(hello, way_to(str(metadata.get(COORDINATOR_KEY, "")), hello.job), told=hello.again)
         uplink = self._local.uplink(launcher.way)
         if hello.check_network and not hello.attempt:
             launcher.bandwidth = await uplink.measure()
             if hello.job in self._by_job:
                 raise InvalidInput(f"job {hello.job} is already launched on this node")
         self._by_job[hello.job] = launcher
-        for report in self._reports_of(launcher):
-            uplink.report(report)
+        self._introduce(launcher, uplink)
         reading = asyncio.ensure_future(self._read(requests, launcher))
         getting = asyncio.ensure_future(launcher.orders.get())
         try:
@@ -130,6 +131,11 @@ class Launches:
             if not self.stopping:  # else the launcher goes on, and finds the next agent
                 left = pb.NodeLeft(job=hello.job, node=self._local.name, detail=launcher.leaving)
                 uplink.report(pb.Report(node_left=left))
+
+    def _introduce(self, launcher: Launcher, uplink: Uplink) -> None:
+        for report in self._reports_of(launcher):
+            uplink.report(report)
+        launcher.told = launcher.told or uplink.is_connected
 
     def _missing(self, launcher: Launcher, connected: bool) -> agent_pb2.LaunchResponse | None:
         """What a launcher is told because there is no coordinator; one that runs nothing does not wait for ever."""
@@ -203,6 +209,7 @@ class Launches:
         for launcher in self._by_job.values():
             if launcher.way == way:
                 yield from self._reports_of(launcher)
+                launcher.told = True
 
     def stops(self, way: str) -> Iterator[pb.Report]:
         """The requests to stop that such a coordinator must hear of, once it knows the ranks."""
@@ -231,6 +238,7 @@ class Launches:
             grow=hello.grow,
             bandwidth=launcher.bandwidth,
             uptime=hello.uptime + time.monotonic() - launcher.since,
+            again=launcher.told,
         )
         yield pb.Report(node_joined=joined)
         if launcher.ready is not None:

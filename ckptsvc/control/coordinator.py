@@ -290,6 +290,7 @@ class Coordinator:
                 self.exclusion,
                 lambda: self._reached(event.job),
                 Growth(event.grow if event.grow >= 0 else None),
+                heard_at=now,
                 since=now,
                 predecessor=before,
             )

@@ -74,3 +74,8 @@ def common(crashes: list[Crash]) -> str:
         return f"each time {' '.join(said)}"
     ends = ", ".join(f"{how} ({times} times)" for how, times in Counter(c.how for c in crashes).most_common())
     return f"they have nothing in common: {ends}"
+
+
+def describe_status(status: int) -> str:
+    """A wait status as words: "exited with status 3" or "was killed by signal 9"."""
+    return f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"

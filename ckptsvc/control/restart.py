@@ -15,6 +15,12 @@ its ranks (agent.keeper). The kernel answers for it, however busy the processes 
 
 A node without a doorbell, or with one that cannot be heard when it joins (a firewall), is given `NODE_PATIENCE`. A
 restart waits for a node whose agent is away for `AWAY_PATIENCE` only, when there are enough others.
+
+One attempt runs at a time. A coordinator that took over waits for nodes that it has not heard of as for nodes whose
+agents are away, for any of them may run ranks: it starts nothing for `AWAY_PATIENCE` from the first word of the job,
+unless as many nodes as an attempt can have say that they have stopped the last one. A node that is out of reach for
+longer runs on; epochs keep what it saves apart. And if the first it hears of are nodes that are new to the job, nobody
+has told it that there was another: it starts them, and stops them when it hears of the others.
 """
 
 from __future__ import annotations
@@ -25,7 +31,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ckptsvc.control.crashloop import Crash, CrashLoop
+from ckptsvc.control.crashloop import Crash, CrashLoop, describe_status
 from ckptsvc.control.effects import Answer, Decision, Probe, Probed, Restarted, Send
 from ckptsvc.control.exclusion import DIED, FAILED, LOST, Exclusion
 from ckptsvc.control.growth import Growth
@@ -51,7 +57,7 @@ NODE_PATIENCE = 60.0
 """Seconds a job waits below its least number of nodes before it ends, and for a node whose agent is away."""
 
 AWAY_PATIENCE = 10.0
-"""Seconds a restart waits for a node whose agent is away although there are enough others."""
+"""Seconds a restart waits for a node whose agent is away, or not heard of yet, although there are enough others."""
 
 RING_EVERY = 0.4
 """Seconds between looks after the launcher of a node whose agent is away."""
@@ -102,10 +108,11 @@ class Attempts:
     phase: Phase = Phase.GATHERING
     attempt: int = 0
     restarts: int = 0
+    heard_at: float = 0.0  # the first word of this job
     since: float = 0.0
     began: float = 0.0  # the attempt
     gathered: bool = False  # this coordinator has started an attempt itself
-    inherited: bool = False  # launchers are older than their word here: another coordinator may have had the job
+    inherited: bool = False  # another coordinator may have had the job
     arrivals: int = 0
     nodes: dict[str, Node] = field(default_factory=dict)
     running: dict[int, str] = field(default_factory=dict)  # rank -> node
@@ -139,7 +146,7 @@ class Attempts:
             self.nodes[event.node] = node
             self.arrivals += 1
             self.since = now
-            self.inherited = self.inherited or event.uptime > LAST_CALL
+            self.inherited = self.inherited or event.again
             spare = " as a spare" if len(self.nodes) > self.max_nodes else ""
             joined = f"node {event.node} joined{spare} ({len(self.nodes)}/{self.min_nodes})"
             decision.reasons.append(f"job {self.job}: {joined}")
@@ -363,18 +370,18 @@ class Attempts:
         """After a change of coordinator: not all nodes have told yet which ranks of the attempt they run."""
         return len(self.running) < self.world if self.world else len(self.hosts) < self.min_nodes
 
-    @property
-    def _all_have_stopped(self) -> bool:
-        """As many nodes as an attempt can have were in the last one, and run nothing: there is none to be heard of."""
-        return self.attempt > 0 and sum(n.ready == self.attempt for n in self.nodes.values()) >= self.max_nodes
+    def _others_may_run(self, now: float) -> bool:
+        """After a change of coordinator: whether nodes that have not been heard of may run an attempt."""
+        if self.gathered or not (self.inherited or self.attempt) or now - self.heard_at >= AWAY_PATIENCE:
+            return False
+        return not self.attempt or sum(n.ready == self.attempt for n in self.nodes.values()) < self.max_nodes
 
     def _start_if_ready(self, now: float) -> Decision:
         if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes or self.unready:
             return Decision()
         waited = now - self.since
-        more = (self.inherited or len(self.nodes) < self.max_nodes) and not self._all_have_stopped
-        if not self.gathered and waited < LAST_CALL and more:
-            return Decision()  # nodes that run an attempt may yet be heard of: these may be its spares
+        if self._others_may_run(now) or (not self.gathered and waited < LAST_CALL and len(self.nodes) < self.max_nodes):
+            return Decision()
         if not self.exclusion.known and waited < LIST_PATIENCE:
             return Decision()
         bad = {node for node in self.nodes if self.exclusion.excluded(node, now)}
@@ -491,8 +498,3 @@ class Attempts:
 def launched_as(job: str) -> str:
     """The launcher's name of a job that ranks registered as "<name>@<digest of the run>"."""
     return job.rpartition("@")[0] or job
-
-
-def describe_status(status: int) -> str:
-    """A wait status as words: "exited with status 3" or "was killed by signal 9"."""
-    return f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"

@@ -142,6 +142,7 @@ class Rendezvous(RendezvousHandler):
     def __init__(self, parameters: RendezvousParameters, place: Place) -> None:
         self._parameters, self._place = parameters, place
         self._since = time.monotonic()
+        self._greeted = False  # some agent
         self._reports: queue.Queue[agent_pb2.LaunchRequest | None] = queue.Queue()
         self._last: agent_pb2.LaunchRequest | None = None  # what an agent that is reached anew must hear
         self._changed = threading.Condition()
@@ -337,8 +338,10 @@ class Rendezvous(RendezvousHandler):
             doorbell=self._door.getsockname()[1] if self._door else 0,
             grow=-1.0 if place.grow is None else place.grow,
             uptime=time.monotonic() - self._since,
+            again=self._greeted,
         )
         yield agent_pb2.LaunchRequest(hello=hello)
+        self._greeted = True
         while (report := reports.get()) is not None:
             yield report
 

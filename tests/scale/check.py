@@ -24,6 +24,9 @@ WAITS = 10.0
 LATE = 3.0
 """Seconds between the last look at a rank and its end. That it has come back shows at its next step only."""
 
+NEWS = 15.0
+"""Seconds after which nodes that run have been heard of, or are out of reach, and the ranks beside them are stopped."""
+
 REWRITE = 30.0
 """Seconds in which an agent that was away has certainly written and reported again what it holds."""
 
@@ -65,6 +68,7 @@ class Checks:
         self._denied: set[Save] = set()  # some agent was told that this save has failed for good
         self._waits_since: float | None = None  # a node, for a place in a job that has too few
         self._grown = 0
+        self._unaware_until = 0.0  # nodes new to the job were started by a coordinator that had heard of no others
 
     def new_coordinator(self) -> None:
         """It has heard and said nothing yet."""
@@ -82,6 +86,8 @@ class Checks:
             self._grown += 1
             most = len(self._world.machines) + len(self._world.schedule.faults)
             require(self._grown <= most, f"the job is started anew for the {self._grown}. time to grow")
+        if isinstance(effect, Send) and effect.order.WhichOneof("effect") == "start":
+            self._starting()
         if isinstance(effect, Commit):
             ranks = [shard.rank for shard in effect.shards]
             require(ranks == list(range(effect.world_size)), f"a commit of the shards of ranks {ranks}")
@@ -96,6 +102,12 @@ class Checks:
             if first is None and "have not written" in outcome.reason:
                 self._somebody_is_away_or_has_not_written(save)
             self._outcomes[save] = outcome
+
+    def _starting(self) -> None:
+        attempts = self._world.brain.core.launched[JOB]
+        runs = any(rank.alive for machine in self._world.machines.values() for rank in machine.ranks.values())
+        if runs and attempts.attempt == 1 and not attempts.inherited:  # nobody told it that there was another before
+            self._unaware_until = self._world.now + NEWS
 
     def _somebody_is_away_or_has_not_written(self, save: Save) -> None:
         """A save has timed out: what is in the store must not have waited for a report that never came."""
@@ -144,9 +156,15 @@ class Checks:
 
     def _one_attempt_runs(self) -> None:
         # A node that is out of reach runs on. What keeps it from doing harm are epochs.
+        if self._world.now < self._unaware_until:
+            return
         machines = [m for m in self._world.machines.values() if not m.line.excused]
-        running = {r.attempt for m in machines for r in m.ranks.values() if r.alive}
+        alive = [rank for machine in machines for rank in machine.ranks.values() if rank.alive]
+        running, numbers = {rank.attempt for rank in alive}, sorted(rank.number for rank in alive)
         require(len(running) <= 1, f"attempts {sorted(running)} run at the same time")
+        require(
+            len(set(numbers)) == len(numbers), f"attempt {sum(running)} runs twice at the same time, as ranks {numbers}"
+        )
 
     def _nobody_waits_for_a_free_place(self) -> None:
         brain, now = self._world.brain, self._world.now

@@ -105,7 +105,7 @@ class Machine:
         self.agent_alive = False
         self._incarnation = 0
         self._attempt = self._first_rank = self._world_size = 0
-        self._launched = self._connected = False
+        self._launched = self._connected = self._greeted = False
         self._since = 0.0
         self._status: int | None = None
         self._lost = False
@@ -341,10 +341,11 @@ class Machine:
             doorbell=1,
             grow=GROW,
             uptime=self._world.now - self._since,
+            again=self._greeted,
         )
-        launcher = self.launches._by_job[JOB] = Launcher(hello, "")
-        for report in self.launches._reports_of(launcher):
-            self.line.report(report)
+        self._greeted = True
+        launcher = self.launches._by_job[JOB] = Launcher(hello, "", told=hello.again)
+        self.launches._introduce(launcher, self.line)
         if not self.ranks:
             self._say_ready()
         for rank in self.ranks.values():

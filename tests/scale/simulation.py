@@ -211,6 +211,11 @@ class Line:
             return self._was_cut or self._world.now - self._lost_at >= AWAY_PATIENCE
         return self._world.now < self._excused_until
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether what is reported is sent."""
+        return self.session is not None
+
     def cut(self, seconds: float, notice: float) -> None:
         """Neither agent nor launcher can be reached for so long."""
         self.cut_until, self._was_cut = self._world.now + seconds, True

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 from check import Violation
-from simulation import Schedule
+from simulation import Fault, Schedule
 
 
 @pytest.fixture(autouse=True)
@@ -30,6 +30,38 @@ def run(seeds):
 
 def test_no_schedule_of_faults_breaks_a_promise():
     run(range(300))
+
+
+TAKEOVERS = {
+    "a node runs whose agent is away": Schedule(
+        seed=8184, nodes=2, least=1, most=1, nproc=2, steps=28, every_steps=2, every_seconds=10.0,
+        faults=(
+            Fault(6.91, "kill rank and agent", 77, 0.9),
+            Fault(21.63, "kill agent", 61, 62.9),
+            Fault(23.5, "kill coordinator", 99, 2.0),
+        ),
+    ),
+    "and others have stopped already": Schedule(
+        seed=6537, nodes=3, least=2, most=3, nproc=2, steps=40, every_steps=3, every_seconds=0.0,
+        faults=(
+            Fault(15.846, "kill rank", 30),
+            Fault(28.017, "another job", 56, 2.823),
+            Fault(29.419, "cut off", 98, 4.216),
+            Fault(30.028, "kill agent", 28, 14.556),
+            Fault(30.669, "kill coordinator", 85, 3.172),
+        ),
+    ),
+    "it runs since just now, and its spares are first": Schedule(
+        seed=448, nodes=4, least=1, most=1, nproc=1, steps=33, every_steps=5, every_seconds=0.0,
+        faults=(Fault(4.96, "kill coordinator", 93, 1.0),),
+    ),
+}  # fmt: skip
+"""One coordinator follows another, and must start no second attempt."""
+
+
+@pytest.mark.parametrize("case", TAKEOVERS)
+def test_a_coordinator_that_takes_over_starts_nothing_beside_what_runs(case):
+    TAKEOVERS[case].run()
 
 
 @pytest.mark.slow

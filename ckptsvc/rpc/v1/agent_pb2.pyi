@@ -226,7 +226,7 @@ class LaunchRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[LauncherHello, _Mapping]] = ..., ready: _Optional[_Union[LauncherReady, _Mapping]] = ..., exit: _Optional[_Union[RankExit, _Mapping]] = ..., stop_wanted: _Optional[_Union[StopWanted, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class LauncherHello(_message.Message):
-    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "log_dir", "world_size", "doorbell", "unfit", "crash_loop", "uptime", "grow", "check_network")
+    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "log_dir", "world_size", "doorbell", "unfit", "crash_loop", "uptime", "grow", "check_network", "again")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     NODE_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -245,6 +245,7 @@ class LauncherHello(_message.Message):
     UPTIME_FIELD_NUMBER: _ClassVar[int]
     GROW_FIELD_NUMBER: _ClassVar[int]
     CHECK_NETWORK_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     node_rank: int
@@ -263,7 +264,8 @@ class LauncherHello(_message.Message):
     uptime: float
     grow: float
     check_network: bool
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., log_dir: _Optional[str] = ..., world_size: _Optional[int] = ..., doorbell: _Optional[int] = ..., unfit: _Optional[str] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ..., grow: _Optional[float] = ..., check_network: bool = ...) -> None: ...
+    again: bool
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., log_dir: _Optional[str] = ..., world_size: _Optional[int] = ..., doorbell: _Optional[int] = ..., unfit: _Optional[str] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ..., grow: _Optional[float] = ..., check_network: bool = ..., again: bool = ...) -> None: ...
 
 class LauncherReady(_message.Message):
     __slots__ = ("attempt", "port")

@@ -234,7 +234,7 @@ class Dropped(_message.Message):
     def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class NodeJoined(_message.Message):
-    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "doorbell", "world_size", "unfit", "clock", "crash_loop", "uptime", "grow", "bandwidth")
+    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "doorbell", "world_size", "unfit", "clock", "crash_loop", "uptime", "grow", "bandwidth", "again")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     NODE_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -253,6 +253,7 @@ class NodeJoined(_message.Message):
     UPTIME_FIELD_NUMBER: _ClassVar[int]
     GROW_FIELD_NUMBER: _ClassVar[int]
     BANDWIDTH_FIELD_NUMBER: _ClassVar[int]
+    AGAIN_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     node_rank: int
@@ -271,7 +272,8 @@ class NodeJoined(_message.Message):
     uptime: float
     grow: float
     bandwidth: float
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., doorbell: _Optional[int] = ..., world_size: _Optional[int] = ..., unfit: _Optional[str] = ..., clock: _Optional[float] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ..., grow: _Optional[float] = ..., bandwidth: _Optional[float] = ...) -> None: ...
+    again: bool
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., doorbell: _Optional[int] = ..., world_size: _Optional[int] = ..., unfit: _Optional[str] = ..., clock: _Optional[float] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ..., grow: _Optional[float] = ..., bandwidth: _Optional[float] = ..., again: bool = ...) -> None: ...
 
 class NodeReady(_message.Message):
     __slots__ = ("job", "node", "attempt", "port")

@@ -154,6 +154,19 @@ def test_a_stop_asked_for_while_nobody_coordinated_is_the_last_thing_a_new_coord
     assert kinds == ["node_joined", "rank_joined", "stop_requested"]
 
 
+@pytest.mark.parametrize(("greeted", "connected"), [(False, False), (False, True), (True, False)])
+def test_it_hears_whether_another_may_have_heard_of_a_launcher(greeted, connected):
+    """By this agent, or by one that the launcher knew before."""
+    local = Local("n1", SimpleNamespace(arenas={}), None, None, "")
+    launches, hello = Launches(local), agent_pb2.LauncherHello(job="run", again=greeted)
+    launcher = launches._by_job["run"] = Launcher(hello, "way", told=hello.again)
+    told = []
+    launches._introduce(launcher, SimpleNamespace(is_connected=connected, report=told.append))
+    for _ in range(2):
+        told += local.resync("way")
+    assert [report.node_joined.again for report in told] == [greeted, greeted or connected, True]
+
+
 # ---- the shell of an elected coordinator
 
 

@@ -1,6 +1,7 @@
 import pytest
 from told import kinds, node_joined, node_ready, orders
 
+from ckptsvc.control.crashloop import describe_status
 from ckptsvc.control.effects import Answer, Probe, Probed
 from ckptsvc.control.restart import (
     AWAY_PATIENCE,
@@ -16,7 +17,6 @@ from ckptsvc.control.restart import (
     Accused,
     Attempts,
     Phase,
-    describe_status,
 )
 
 
@@ -605,11 +605,37 @@ class TestNewCoordinator:
         attempts = make(max_nodes=max_nodes)
         attempts.exclusion.known = True
         for node in ("a", "b"):
-            attempts.joined(node_joined(node, max_nodes=max_nodes, uptime=100.0), 0.0)
+            attempts.joined(node_joined(node, max_nodes=max_nodes, again=True), 0.0)
         assert kinds(attempts.ready(node_ready("a", attempt), 0.1)) == []
         started = kinds(attempts.ready(node_ready("b", attempt), 0.1))
         assert (started == []) == waits
         assert waits or attempts.attempt == attempt + 1
+
+    def test_starts_no_spare_while_a_node_whose_agent_is_away_may_run_the_attempt(self):
+        attempts = make(1, 1)
+        attempts.joined(node_joined("spare", again=True), 0.0)
+        assert kinds(attempts.ready(node_ready("spare"), 0.0)) == []
+        attempts.joined(node_joined("another", again=True), 4.0)
+        assert kinds(attempts.ready(node_ready("another"), 4.0)) == []
+        assert kinds(attempts.tick(AWAY_PATIENCE - 0.1)) == []
+        assert kinds(attempts.tick(AWAY_PATIENCE)) == ["spare: start"]
+
+    def test_nor_goes_on_with_a_restart_without_the_nodes_it_has_not_heard_of(self):
+        attempts = make(min_nodes=2, max_nodes=3)
+        attempts.joined(node_joined("a", attempt=2, world_size=6), 0.0)
+        attempts.joined(node_joined("b"), 0.1)
+        assert kinds(attempts.ready(node_ready("b", 2), 0.1)) == ["a: stop", "b: stop"]
+        assert kinds(attempts.ready(node_ready("a", 2), 1.0)) == []
+        assert kinds(attempts.tick(AWAY_PATIENCE - 0.1)) == []
+        late = node_joined("c", attempt=2, first_rank=4, world_size=6)
+        assert kinds(attempts.joined(late, AWAY_PATIENCE - 0.1)) == ["c: stop"]
+        assert kinds(attempts.tick(2 * AWAY_PATIENCE)) == []
+        assert sorted(kinds(attempts.ready(node_ready("c", 2), 21.0))) == ["a: start", "b: start", "c: start"]
+
+    def test_nodes_that_no_coordinator_has_heard_of_are_started_at_once(self):
+        attempts = make(1, 1)
+        attempts.joined(node_joined("a", uptime=100.0), 0.0)
+        assert kinds(attempts.ready(node_ready("a"), 0.0)) == ["a: start"]
 
     @pytest.fixture
     def new(self):
