@@ -1,0 +1,92 @@
+"""A checkpoint under a parallel layout: its family found by names, its tensors placed by the family's rules.
+
+logical + layout (+ family or rules) --arrange--> Arrangement: .placement, .regions(rank)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ckptsvc.errors import LayoutError
+from ckptsvc.geometry.box import Box, Region
+from ckptsvc.geometry.parallel import Parallel
+from ckptsvc.geometry.placement import Entry, Placement
+from ckptsvc.geometry.shares import Shares
+from ckptsvc.interop.families import Family, Guess, family, guess, variables
+from ckptsvc.interop.logical import Logical
+from ckptsvc.interop.mapping import Parameter, parameters
+from ckptsvc.types import DTYPES, TensorMeta
+
+SURE = 0.5
+"""The part of the parameters that the rules of a family must take for it to be taken for the checkpoint's."""
+
+
+class Arrangement(NamedTuple):
+    """A checkpoint under a layout.
+
+    Attributes:
+        family: whose rules are used.
+        guess: how well they fit; None if the family was given.
+        placement: what is where.
+        shares: who stores what of it.
+        others: tensors that are of no parameter: rank 0 has them, whole.
+    """
+
+    family: Family
+    guess: Guess | None
+    placement: Placement
+    shares: Shares
+    others: tuple[TensorMeta, ...]
+
+    def regions(self, rank: int) -> list[tuple[str, Region]]:
+        """What a rank stores: over all ranks every element of every tensor exactly once."""
+        own: list[tuple[str, Region]] = [] if rank else [(meta.name, Box.full(meta.shape)) for meta in self.others]
+        return own + self.shares.regions(rank)
+
+
+def arrange(
+    logical: Logical, parallel: Parallel, *, model: Family | None = None, given: Mapping[str, int] | None = None
+) -> Arrangement:
+    """Place the tensors of a checkpoint; `placement.check()` is still to be called.
+
+    Args:
+        logical: the checkpoint.
+        parallel: the layout.
+        model: whose rules; None takes the family that fits the names.
+        given: variables that the checkpoint does not say, or says wrong.
+
+    Raises:
+        LayoutError: no family fits the names.
+    """
+    known, others = parameters(logical)
+    guessed = None
+    if model is None:
+        guessed = guess(known)[0]
+        if guessed.sure < SURE:
+            raise LayoutError(
+                f"{logical.origin}: its names are of no family that is known ({guessed.family} fits best:"
+                f" {guessed.taken:,} of {guessed.parameters:,} parameters)",
+                hint="give one with --family, or rules of your own with --rules",
+            )
+        model = family(guessed.family)
+    shapes = {name: parameter.shape for name, parameter in known.items()}
+    values = variables(logical.document(), shapes) | dict(given or {})
+    placement = Placement(model.rules, parallel, entries(known), values)
+    return Arrangement(model, guessed, placement, Shares(placement), tuple(map(logical.meta, others)))
+
+
+def entries(known: Mapping[str, Parameter]) -> list[Entry]:
+    """The tensors of all parameters as `Placement` wants them, layer 2 before layer 10."""
+    found = []
+    for name in sorted(known, key=_natural):
+        parameter = known[name]
+        metas = [(parameter.model, False)] if parameter.model else []
+        for meta, state in [*metas, *((meta, True) for meta in parameter.state.values())]:
+            found.append(Entry(meta.name, name, meta.shape, DTYPES[meta.dtype].itemsize, state))
+    return found
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
