@@ -45,12 +45,14 @@ def by_number(found: Mapping[tuple[str | int, ...], Any], what: str) -> list[Gro
 def by_parameter(found: Mapping[str, Mapping[str, Any]]) -> list[Group]:
     """Groups of flatten_optimizer_state_dict, which has none: parameters of equal hyper-parameters are one group.
 
+    Nothing says their order; parameters are sorted by name, numbers in it by value, and groups by their first.
+
     Args:
         found: hyper-parameters by parameter.
     """
     groups: dict[str, Group] = {}
-    for name, values in found.items():
-        group = groups.setdefault(repr(sorted(values.items())), {**values, "params": []})
+    for name in sorted(found, key=_natural):
+        group = groups.setdefault(repr(sorted(found[name].items())), {**found[name], "params": []})
         group["params"].append(name)
     return list(groups.values())
 
@@ -58,8 +60,9 @@ def by_parameter(found: Mapping[str, Mapping[str, Any]]) -> list[Group]:
 def with_all(groups: list[Group], names: Iterable[str], dims: Callable[[str], int]) -> list[Note]:
     """Put parameters that have optimizer state and are in no group into one.
 
-    Jobs with pipeline stages write the groups of one stage only. A parameter belongs where those with its name but for
-    numbers ("layers.0.norm.weight") are; else where those with as many dimensions are; else to the largest group.
+    Jobs with pipeline stages write the groups of one stage only. A parameter belongs where those are that have its name
+    but for numbers ("layers.0.norm.weight") and as many dimensions; else where those with as many dimensions are; else
+    to the largest group.
 
     Args:
         groups: changed in place.
@@ -75,18 +78,18 @@ def with_all(groups: list[Group], names: Iterable[str], dims: Callable[[str], in
         return []
     if not groups:
         return [Note("lost", f"no file has the optimizer's parameter groups; {len(missing)} parameters have state")]
-    patterns: dict[str, Counter[int]] = {}
+    alike: dict[tuple[str, int], Counter[int]] = {}
     by_dims: dict[int, Counter[int]] = {}
     for name, i in known.items():
-        patterns.setdefault(_pattern(name), Counter())[i] += 1
+        alike.setdefault((_pattern(name), dims(name)), Counter())[i] += 1
         by_dims.setdefault(dims(name), Counter())[i] += 1
     sizes = Counter(known.values()) or Counter({0: 1})
     guessed = []
     for name in missing:
-        alike = patterns.get(_pattern(name))
-        if alike is None or len(alike) > 1:
+        same = alike.get((_pattern(name), dims(name)))
+        if same is None or len(same) > 1:
             guessed.append(name)
-        most = (alike or by_dims.get(dims(name)) or sizes).most_common(1)
+        most = (same or by_dims.get(dims(name)) or sizes).most_common(1)
         groups[most[0][0]]["params"].append(name)
     what = f"{len(missing)} of {len(missing) + len(known)} parameters were in no group: one pipeline stage wrote them"
     if len(groups) == 1:
@@ -98,6 +101,10 @@ def with_all(groups: list[Group], names: Iterable[str], dims: Callable[[str], in
                  f" guess: {', '.join(guessed[:5])}")
         )  # fmt: skip
     return notes
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,18})", name)]
 
 
 def _pattern(name: str) -> str:

@@ -143,13 +143,43 @@ def _check_memo(data: memoryview, what: str) -> None:
             return
 
 
+_WIDTHS = [256] * 256
+"""For each opcode the bytes of its argument; below 0 what `pickletools` says instead; 256 for no opcode."""
+for _opcode in pickletools.opcodes:
+    _WIDTHS[ord(_opcode.code)] = _opcode.arg.n if _opcode.arg else 0
+
+_LENGTHS = {
+    pickletools.TAKEN_FROM_ARGUMENT1: 1,
+    pickletools.TAKEN_FROM_ARGUMENT4: 4,
+    pickletools.TAKEN_FROM_ARGUMENT4U: 4,
+    pickletools.TAKEN_FROM_ARGUMENT8U: 8,
+}
+
+
 def _count_memo(data: bytes, what: str) -> None:
-    try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name in {"LONG_BINPUT", "PUT"} and isinstance(argument, int) and argument > len(data):
-                raise Damaged(f"{what} is a pickle that asks for memory for {argument} objects")
-    except ValueError as error:
-        raise Damaged(f"{what} is not a readable pickle: {error}") from None
+    """Go through the opcodes, as `pickletools.genops` does, which also makes every argument and takes longer."""
+    widths, at, size = _WIDTHS, 0, len(data)
+    put, long_put, stop = b"pr."
+    while at < size:
+        opcode = data[at]
+        width = widths[opcode]
+        first = at + 1
+        if 0 <= width < 256:
+            at = first + width
+            if opcode == stop:
+                return
+            if opcode == long_put and (number := int.from_bytes(data[first:at], "little")) > size:
+                raise Damaged(f"{what} is a pickle that asks for memory for {number} objects")
+        elif width == pickletools.UP_TO_NEWLINE:
+            for _ in range(2 if opcode in b"ci" else 1):  # module and name
+                at = data.find(b"\n", at) + 1 or size
+            if opcode == put and len(data[first:at].strip()) > len(str(size)):
+                raise Damaged(f"{what} is a pickle that asks for memory for {data[first:at][:20]!r} objects")
+        elif width in _LENGTHS:
+            at = first + _LENGTHS[width]
+            at += int.from_bytes(data[first:at], "little")
+        else:
+            raise Damaged(f"{what} is not a readable pickle: {opcode:#04x} is no opcode")
 
 
 def _latin1(text: Any, encoding: str) -> bytes:
