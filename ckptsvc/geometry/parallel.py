@@ -22,8 +22,8 @@ from ckptsvc.errors import InvalidInput, LayoutError
 ORDERS = ("tp-cp-dp-pp", "tp-cp-pp-dp")
 """Orders of ranks, innermost first."""
 
-MOST_RANKS = 1 << 24
-"""Layouts of more ranks are refused: a typing error."""
+MOST_RANKS = 1 << 20
+"""Layouts of more ranks, chunks or layers are refused: a typing error."""
 
 
 class Coordinate(NamedTuple):
@@ -99,7 +99,7 @@ class Parallel(msgspec.Struct, frozen=True):
         for name in ("dp", "cp", "tp", "pp", "vpp", "ep"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"{name}={getattr(self, name)}: a degree of parallelism is at least 1")
-        if self.world_size > MOST_RANKS or self.vpp > MOST_RANKS:
+        if self.world_size > MOST_RANKS or self.pp * self.vpp > MOST_RANKS:
             raise LayoutError(f"{self} is {self.world_size:,} ranks, more than the {MOST_RANKS:,} that are planned")
         if self.etp < 0 or self.zero not in range(4):
             raise LayoutError(f"{self}: etp is at least 1, zero is 0, 1, 2 or 3")
@@ -209,6 +209,8 @@ class Parallel(msgspec.Struct, frozen=True):
             LayoutError: the layers do not divide, or `stages` is for another number of them.
         """
         number = self.pp * self.vpp
+        if not 0 <= layers <= MOST_RANKS:
+            raise LayoutError(f"a model of {layers:,} layers: at most {MOST_RANKS:,} are planned")
         if self.stages:
             if sum(self.stages) != layers:
                 raise LayoutError(

@@ -1,7 +1,7 @@
 """Rules and a parallel layout, applied to the tensors of a model: which rank holds what.
 
-tensors + rules + layout -> Placement -> held(rank): the rank's tensors as its framework has them
-                                      -> regions(rank): what it stores, every element once over all ranks
+`Placement.held` are a rank's tensors as its framework has them, copies of other ranks' among them; `geometry.shares`
+says who stores what, so that every element is stored once.
 """
 
 from __future__ import annotations

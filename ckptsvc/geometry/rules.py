@@ -42,6 +42,8 @@ from ckptsvc.geometry.layout import Piece
 from ckptsvc.geometry.parallel import Parallel
 from ckptsvc.geometry.patterns import Pattern, Size, evaluate, sizes, skeleton, texts
 
+_MOST_SECTIONS = 1000  # of a dimension that is empty
+
 STAGES = ("layer", "first", "last", "all")
 
 
@@ -238,7 +240,7 @@ class _Cutter(NamedTuple):
         given = self.rule.sections
         if len(given) == 1:
             number = evaluate(given[0], self.variables)
-            if number < 1 or size % number:
+            if not 1 <= number <= max(size, _MOST_SECTIONS) or size % number:
                 raise LayoutError(f"{self.name}: {self.rule} says {number} equal sections, and the dimension is {size}")
             return [size // number] * number
         sizes = [evaluate(item, self.variables) for item in given]
@@ -330,6 +332,8 @@ def _rule(number: int, row: object, origin: str) -> Rule:
         raise InvalidInput(f"{where} says how to cut, but no dimension", hint="cut = 0")
     if len(experts) > 1 or (stacked is not None and (experts == {True} or stacked == cut)):
         raise InvalidInput(f"{where}: {{expert}} is in some of its names only, or experts are named and stacked")
+    if isinstance(row.get("pad"), list):
+        raise InvalidInput(f"{where}: pad is one size")
     if "pad" in row and row.keys() & {"sections", "whole"}:
         raise InvalidInput(f"{where}: a padded dimension has no sections and no units")
     return Rule(

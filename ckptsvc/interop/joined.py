@@ -12,7 +12,8 @@ from ckptsvc.geometry.box import Box, Shape
 from ckptsvc.geometry.patterns import evaluate
 from ckptsvc.interop.names import Bound, Pair
 
-Values = tuple[tuple[str, str], ...]
+MOST = 1 << 20
+"""A stacked tensor of more than so many is refused: its shape is damaged."""
 
 
 class Source(NamedTuple):
@@ -32,12 +33,13 @@ class Recipe(NamedTuple):
         shape: its shape.
         sources: its parts.
         left_out: rows of the tensors it is made of that are in no tensor of this side (padding of a vocabulary).
+            None: there may be some, and nobody says how many.
     """
 
     name: str
     shape: Shape
     sources: tuple[Source, ...]
-    left_out: int = 0
+    left_out: int | None = 0
 
     @property
     def made_of(self) -> list[str]:
@@ -58,7 +60,7 @@ class _Sizes(NamedTuple):
 
     left: tuple[Shape, ...]
     right: Shape
-    left_out: int
+    left_out: int | None
 
 
 def recipes(bound: Bound, side: int, shapes: Mapping[str, Shape], variables: Mapping[str, int]) -> list[Recipe]:
@@ -75,12 +77,16 @@ def recipes(bound: Bound, side: int, shapes: Mapping[str, Shape], variables: Map
     """
     pair = bound.pair
     # Holes of the names that are read only are dimensions of what is made, and the other way round.
-    inward, outward = (pair.stacked_right, pair.stacked_left)[:: -1 if side else 1]
+    inward, outward = pair.stacked_right, pair.stacked_left
+    if side:
+        inward, outward = outward, inward
     members = _arranged(bound, side, inward)
     indices = sorted({index for _, index in members})
     inner = {part: _same([shapes[members[part, i]] for i in indices], bound, len(outward)) for part, _ in members}
     depth = tuple(map(len, map(set, zip(*indices, strict=True)))) if inward else ()
     outer = next(shapes[name] for name in members.values())[: len(outward)]
+    if prod(outer) > MOST:
+        raise LayoutError(f"{next(iter(members.values()))}: {pair} would make {prod(outer):,} tensors of it")
     sizes = _resolve(bound, side, [inner[part] for part in sorted(inner)], variables)
     links = _links(pair, sizes, variables)
     shared = dict(next(iter(bound.members))[1])
@@ -116,7 +122,7 @@ def _arranged(bound: Bound, side: int, inward: Sequence[str]) -> dict[tuple[int,
     }
     known = next(iter(bound.members.values()))
     extents = [max(index[d] for _, index in members) + 1 for d in range(len(inward))]
-    wanted = len(bound.pair.left) * (not side) + side
+    wanted = 1 if side else len(bound.pair.left)
     if prod(extents) * wanted == len(members):
         return members
     if prod(extents) > len(bound.members) * 1000:
@@ -152,18 +158,22 @@ def _resolve(bound: Bound, side: int, inner: Sequence[Shape], variables: Mapping
         _sections(bound, [shape[0] for shape in shapes], sum(shape[0] for shape in shapes), variables)
         return _Sizes(tuple(inner), (sum(shape[0] for shape in shapes), *shapes[0][1:]), 0)
     right = shapes[0]
-    rows, rest = right[0], right[1:]
-    if pair.rows is not None:
-        rows = min(rows, _rows(name, pair, rows, variables))
+    real, rest = _rows(name, pair, right[0], variables), right[1:]
+    rows = right[0] if real is None else real
     parts = _sections(bound, None, rows, variables)
     heads = parts if len(pair.left) > 1 else [rows]
-    return _Sizes(tuple(_turned(pair, (n, *rest)) for n in heads), (rows, *rest), right[0] - rows)
+    return _Sizes(
+        tuple(_turned(pair, (n, *rest)) for n in heads), (rows, *rest), None if real is None else right[0] - rows
+    )
 
 
-def _rows(name: str, pair: Pair, rows: int, variables: Mapping[str, int]) -> int:
+def _rows(name: str, pair: Pair, rows: int, variables: Mapping[str, int]) -> int | None:
+    """How many rows of the right tensor are no padding; None if nobody has said."""
+    if pair.rows is None:
+        return rows
     if isinstance(pair.rows, str) and pair.rows.isidentifier() and pair.rows not in variables:
-        return rows  # nobody has said how many there are: none is known to be padding
-    real = evaluate(pair.rows or 0, variables)
+        return None
+    real = evaluate(pair.rows, variables)
     if not 0 < real <= rows:
         raise LayoutError(f"{name} has {rows} rows, and {pair.rows} is {real} ({pair})")
     return real
@@ -176,8 +186,13 @@ def _sections(bound: Bound, given: list[int] | None, total: int, variables: Mapp
         said = [evaluate(size, variables) for size in pair.sections]
         if len(said) == 1:
             number = said[0]
-            said = [total // number] * number if number > 0 and total % number == 0 else []
-        if sum(said) != total or min(said, default=-1) < 0 or (given is not None and len(given) > 1 and given != said):
+            said = [total // number] * number if 0 < number <= total and total % number == 0 else []
+        if (
+            sum(said) != total
+            or not said
+            or min(said, default=-1) < 0
+            or (given is not None and len(given) > 1 and given != said)
+        ):
             there = f"{total}" if given is None else " + ".join(map(str, given))
             raise LayoutError(
                 f"{name}: {pair} says {' + '.join(map(str, said)) or pair.sections}, and there are {there} rows",
@@ -202,7 +217,7 @@ def _links(pair: Pair, sizes: _Sizes, variables: Mapping[str, int]) -> list[_Lin
     if pair.sections and len(pair.left) == 1:
         said = [evaluate(size, variables) for size in pair.sections]
         sections = said if len(said) > 1 else [heads[0] // said[0]] * said[0]
-    groups = evaluate(pair.groups, variables)
+    groups = evaluate(pair.groups, variables) if any(sections) else 1
     if groups < 1 or any(size % groups for size in sections):
         raise LayoutError(f"{pair}: {groups} groups do not divide {' + '.join(map(str, sections))} rows")
     links = []

@@ -1,22 +1,23 @@
-"""A checkpoint under a parallel layout: its family found by names, its tensors placed by the family's rules.
+"""What a person asks of a checkpoint by the family of its model: to be arranged on ranks, to be called otherwise.
 
-logical + layout (+ family or rules) --arrange--> Arrangement: .placement, .regions(rank)
+`arrange` places its tensors by the family's rules; `translate` gives them the names and shapes of another framework.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from ckptsvc.errors import LayoutError
+from ckptsvc.errors import InvalidInput, LayoutError
 from ckptsvc.geometry.box import Box, Region
 from ckptsvc.geometry.parallel import Parallel
 from ckptsvc.geometry.placement import Entry, Placement
 from ckptsvc.geometry.shares import Shares
 from ckptsvc.interop.families import Family, Guess, family, guess, variables
 from ckptsvc.interop.logical import Logical
-from ckptsvc.interop.mapping import Parameter, parameters
+from ckptsvc.interop.mapping import Parameter, mapped, parameters
+from ckptsvc.interop.views import Mapped
 from ckptsvc.types import DTYPES, TensorMeta
 
 SURE = 0.5
@@ -63,18 +64,58 @@ def arrange(
     known, others = parameters(logical)
     guessed = None
     if model is None:
-        guessed = guess(known)[0]
-        if guessed.sure < SURE:
-            raise LayoutError(
-                f"{logical.origin}: its names are of no family that is known ({guessed.family} fits best:"
-                f" {guessed.taken:,} of {guessed.parameters:,} parameters)",
-                hint="give one with --family, or rules of your own with --rules",
-            )
+        guessed = _guessed(logical, known)
         model = family(guessed.family)
     shapes = {name: parameter.shape for name, parameter in known.items()}
     values = variables(logical.document(), shapes) | dict(given or {})
     placement = Placement(model.rules, parallel, entries(known), values)
     return Arrangement(model, guessed, placement, Shares(placement), tuple(map(logical.meta, others)))
+
+
+def translate(
+    logical: Logical,
+    *,
+    to: str,
+    model: Family | None = None,
+    given: Mapping[str, int] | None = None,
+    forms: Collection[str] = (),
+) -> Mapped:
+    """The checkpoint with the names and shapes of another framework, its data where it was.
+
+    Args:
+        logical: the checkpoint, with the names of the other side.
+        to: a side of the family's map: "hf" or "megatron" (of the family megatron: "layers" or "stacked").
+        model: whose map; None takes the family that fits the names, which are then Hugging Face's.
+        given: variables that the checkpoint does not say, or says wrong.
+        forms: spellings to write where the map knows several (see the family's file).
+
+    Raises:
+        LayoutError: no family fits the names, or the map does not fit the checkpoint.
+        InvalidInput: the family's map has no such side.
+    """
+    known, _ = parameters(logical)
+    if model is None:
+        model = family(_guessed(logical, known).family)
+    if model.names is None or to not in model.names.sides:
+        sides = " and ".join(model.names.sides) if model.names else "none"
+        raise InvalidInput(
+            f"{logical.origin}: the names of {model.title} have no side {to!r} (sides: {sides})",
+            hint="Megatron's names do not tell the family: give it with --family, as llama",
+        )
+    shapes = {name: parameter.shape for name, parameter in known.items()}
+    values = variables(logical.document(), shapes) | dict(given or {})
+    return mapped(logical, model.names, values, to=to, forms=forms)
+
+
+def _guessed(logical: Logical, known: Mapping[str, Parameter]) -> Guess:
+    best = guess(known)[0]
+    if best.sure < SURE:
+        raise LayoutError(
+            f"{logical.origin}: its names are of no family that is known ({best.family} fits best:"
+            f" {best.taken:,} of {best.parameters:,} parameters)",
+            hint="give one with --family, or rules of your own with --rules",
+        )
+    return best
 
 
 def entries(known: Mapping[str, Parameter]) -> list[Entry]:

@@ -1,11 +1,11 @@
 """A checkpoint seen through a name map: every tensor under its other name, joined, split, transposed or stacked.
 
-logical + NameMap + variables --mapped--> views.Mapped, whose data is still where it was
+What comes out is a `views.Mapped`: its data is still where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -96,9 +96,7 @@ def mapped(
     maker.check_values()
     views += [whole(logical.meta(name), name) for name in others]
     notes = [Note("lost", f"{name}: {drop.why}") for name, drop in dropped]
-    notes += [
-        Note("lost", f"{recipe.left_out} rows of padding of {recipe.made_of[0]}") for recipe in made if recipe.left_out
-    ]
+    notes += [note for recipe in made for note in _padding(recipe)]
     aliases = _aliases(logical, table, side, forms, known, {view.meta.name for view in views}, notes)
     document = _document(logical.document(), made)
     return Mapped(logical, views, document, aliases=aliases, notes=notes)
@@ -231,6 +229,16 @@ def _aliases(
         else:
             aliases[new_alias] = new_name
     return aliases
+
+
+def _padding(recipe: Recipe) -> Iterator[Note]:
+    if recipe.left_out:
+        yield Note("lost", f"{recipe.made_of[0]}: rows of padding: {recipe.left_out:,}")
+    elif recipe.left_out is None:
+        kept = (
+            f"all {recipe.shape[0]:,} rows are kept, and some may be padding: the size of the vocabulary is not known"
+        )
+        yield Note("warning", f"{recipe.made_of[0]}: {kept}")
 
 
 def _first_twice(names: Sequence[str]) -> str | None:

@@ -144,7 +144,9 @@ class NameMap:
             raise InvalidInput(f"{origin}: {sides} are no names of sides")
         both = (sides[0], sides[1])
         rows = [names.get(key, []) for key in ("pair", "drop")]
-        if not all(isinstance(row, dict) for table in rows if isinstance(table, list) for row in table) or not rows[0]:
+        if not all(isinstance(tables, list) and all(isinstance(row, dict) for row in tables) for tables in rows):
+            raise InvalidInput(f"{origin}: pair and drop are lists of tables", hint="[[names.pair]]")
+        if not rows[0]:
             raise InvalidInput(f"{origin} has no pairs", hint="each begins with [[names.pair]]")
         pairs = [_pair(number, row, both, f"{origin}: pair {number}") for number, row in enumerate(rows[0], 1)]
         drops = [drop for row in rows[1] for drop in _drops(row, both, f"{origin}: drop")]
@@ -251,6 +253,8 @@ def _pair(number: int, row: dict[str, Any], sides: tuple[str, str], where: str) 
         raise InvalidInput(f"{where} says {min(unknown)!r}", hint=f"known are {allowed}")
     if not all(row.get(side) for side in sides) or not isinstance(row[sides[1]], str):
         raise InvalidInput(f"{where} needs a name for {sides[0]} and one for {sides[1]}")
+    if isinstance(row.get("groups"), list) or isinstance(row.get("rows"), list):
+        raise InvalidInput(f"{where}: groups and rows are one size each")
     if not isinstance(row.get("transpose", False), bool):
         raise InvalidInput(f"{where}: transpose is true or false")
     try:

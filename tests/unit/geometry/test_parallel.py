@@ -1,4 +1,4 @@
-"""Parallel layouts: where ranks are, and which layers a stage holds, against the frameworks' own rules written down again."""
+"""Parallel layouts: where ranks are, and which layers a stage holds, against the frameworks' own rules."""
 
 import itertools
 
@@ -26,7 +26,12 @@ def test_what_is_said_is_read_and_said_again() -> None:
     parallel = Parallel.parse(text)
     assert (parallel.dp, parallel.tp, parallel.pp, parallel.ep, parallel.zero) == (4, 2, 4, 8, 1)
     assert parallel.world_size == 32
-    for said in (text, "tp=2, pp=2 ,vpp=3,cp=2,stages=1/2/3/4/5/6", "dp=2,order=tp-cp-pp-dp", "pp=3,stages=balanced,uneven=1"):
+    for said in (
+        text,
+        "tp=2, pp=2 ,vpp=3,cp=2,stages=1/2/3/4/5/6",
+        "dp=2,order=tp-cp-pp-dp",
+        "pp=3,stages=balanced,uneven=1",
+    ):
         assert Parallel.parse(str(Parallel.parse(said))) == Parallel.parse(said)
 
 
@@ -41,7 +46,16 @@ def test_what_is_no_layout_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["dp=0", "zero=4", "ep=3,dp=2", "etp=2,dp=1", "order=dp-tp", "pp=2,stages=1/2/3", "dp=99999,tp=99999", "pp=2,stages=1"],
+    [
+        "dp=0",
+        "zero=4",
+        "ep=3,dp=2",
+        "etp=2,dp=1",
+        "order=dp-tp",
+        "pp=2,stages=1/2/3",
+        "dp=99999,tp=99999",
+        "pp=2,stages=1",
+    ],
 )
 def test_degrees_that_do_not_go_together_are_refused(text: str) -> None:
     with pytest.raises(LayoutError):
@@ -98,6 +112,6 @@ def test_balanced_stages_hold_every_layer_once_and_the_ends_fewest(layers: int, 
 def test_stages_that_are_not_the_layers_are_refused_with_the_numbers() -> None:
     with pytest.raises(LayoutError, match="10 layers do not divide over pp 4 x vpp 1 = 4"):
         Parallel(pp=4).chunks(10)
-    with pytest.raises(LayoutError, match="stages=3/4 are 7 layers, and the model has 10|7 layers, not 10"):
+    with pytest.raises(LayoutError, match="stages 3/4 are 7 layers, not 10"):
         Parallel.parse("pp=2,stages=3/4").chunks(10)
     assert [c.layers for c in Parallel.parse("pp=2,stages=3/7").chunks(10)] == [3, 7]

@@ -1,13 +1,14 @@
 """The language of layout rules: patterns, sizes, claims, and how a dimension is cut."""
 
 import tomllib
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptsvc.errors import InvalidInput, LayoutError
+from ckptsvc.errors import CkptsvcError, InvalidInput, LayoutError
 from ckptsvc.geometry.parallel import Parallel
 from ckptsvc.geometry.patterns import Pattern, evaluate, skeleton
 from ckptsvc.geometry.rules import Local, Rule, Rules, local_part
@@ -198,7 +199,35 @@ class TestCuts:
             ("cut = 0\npad = 0", (4,), "multiple of 0"),
         ],
     )
-    def test_what_does_not_divide_names_tensor_rule_and_numbers(self, said: str, shape: tuple[int, ...], message: str) -> None:
+    def test_what_does_not_divide_names_tensor_rule_and_numbers(
+        self, said: str, shape: tuple[int, ...], message: str
+    ) -> None:
         tp = 4 if "pad = 3" in said else 2
         with pytest.raises(LayoutError, match=message):
             parts(said, shape, tp)
+
+
+VALUES = st.one_of(
+    st.integers(-2, 5),
+    st.booleans(),
+    st.floats(),
+    st.sampled_from(["", "a", "{layer}.x", "{x:*}", "n // 2", "{", "first", "all"]),
+    st.lists(st.one_of(st.integers(0, 3), st.sampled_from(["a.{layer}", "first"])), max_size=3),
+    st.dictionaries(st.sampled_from(["a", "b"]), st.integers(), max_size=2),
+)
+KEYS = ["name", "stage", "cut", "sections", "whole", "copies", "experts", "pad", "uneven", "tied", "colour"]
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES), st.integers(1, 3), st.integers(0, 6))
+def test_a_rule_of_anything_is_a_rule_or_a_clear_error(row: dict[str, object], tp: int, size: int) -> None:
+    with suppress(CkptsvcError):
+        (made,) = Rules.parse({"rule": [{"name": "a", "stage": "all", **row}]}).rules
+        for rank in range(tp):
+            local = local_part("a", (size, 4), made, Parallel(tp=tp), {"n": 4}, rank, 0)
+            assert local.padding >= 0
+
+
+@given(st.text(max_size=30) | st.from_regex(r"([a-z]{2,6}=[0-9/a-z-]{1,6},?){0,4}", fullmatch=True))
+def test_a_layout_of_anything_is_a_layout_or_a_clear_error(text: str) -> None:
+    with suppress(CkptsvcError):
+        Parallel.parse(text).chunks(8)

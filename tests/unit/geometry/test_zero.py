@@ -81,7 +81,9 @@ def test_a_range_of_a_local_tensor_is_those_elements_of_the_logical_one(data: st
     length = data.draw(st.integers(0, len(flat) - start))
     found: list[int] = []
     for region in logical_regions(array.shape, local, start, length):
-        taken = array.reshape(-1)[region.start : region.stop] if isinstance(region, FlatRange) else array[region.slices()]
+        taken = (
+            array.reshape(-1)[region.start : region.stop] if isinstance(region, FlatRange) else array[region.slices()]
+        )
         found.extend(taken.reshape(-1).tolist())
     wanted = [value for value in flat[start : start + length].tolist() if value >= 0]
     assert sorted(found) == sorted(wanted)
