@@ -45,6 +45,7 @@ FORMATS: dict[str, Format] = {
     "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
     "torchsnapshot": Format("torchsnapshot", "torchsnapshot:detect", "torchsnapshot:read"),
     "megatron": Format("Megatron-Core torch_dist", "megatron_dist:detect", "megatron_dist:read"),
+    "megatron-classic": Format("Megatron classic", "megatron_classic:detect", "megatron_classic:read"),
     "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
 }
 """By the name in addresses."""

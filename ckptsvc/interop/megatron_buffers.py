@@ -1,6 +1,6 @@
 """Optimizer state of Megatron-Core's distributed optimizer in flat buffers (`dp_reshardable`), in a DCP directory.
 
-    optimizer.distributed.dp_group_idx_<g>.gbuf_idx_<b>.dtype_(<params>, <grads>).bucket_idx_<n>.{param,exp_avg,exp_avg_sq}
+    optimizer.distributed.dp_group_idx_<g>.gbuf_idx_<b>.dtype_(<params>, <grads>).bucket_idx_<n>.<slot>
 
 g counts the model-parallel ranks, tensor parallelism innermost. There are no names: the order of the model's parameters
 has to be known, and how tensor parallelism divides them (the rules of the family `megatron`).
@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ckptsvc.errors import InvalidInput, LayoutError
 from ckptsvc.format.document import join
@@ -26,6 +26,7 @@ from ckptsvc.interop.families import family, variables
 from ckptsvc.interop.logical import MASTER, STATE, Foreign
 from ckptsvc.interop.megatron_flat import Item, pieces, spots_in
 from ckptsvc.interop.megatron_names import STACKED, is_expert, module_order
+from ckptsvc.interop.megatron_ranks import reading
 from ckptsvc.interop.megatron_reformulated import located
 from ckptsvc.types import DTYPES, TensorMeta
 
@@ -41,10 +42,10 @@ _LAYER = re.compile(r"((?:\w+\.)*layers)\.(\d{1,9})\.(.+)")
 
 
 class _Target(NamedTuple):
-    """The tensor of the checkpoint that a parameter of the model is, and the index in it if it is a stacked layer."""
+    """The tensor of the checkpoint that a parameter of the model is, and (layer,) if that has all layers stacked."""
 
     key: str
-    index: tuple[int, ...]
+    layer: tuple[int, ...]
 
 
 def add_buffers(
@@ -53,7 +54,6 @@ def add_buffers(
     buffers: Mapping[str, Tensor],
     model: Mapping[str, Tensor],
     order: str | None,
-    common: Mapping[Any, Any],
 ) -> None:
     """Add the optimizer's state.
 
@@ -63,7 +63,6 @@ def add_buffers(
         buffers: its flat buffers.
         model: its tensors of the model, by name.
         order: the option `names`: a file, "gpt", or None.
-        common: what is in common.pt.
 
     Raises:
         InvalidInput: the order, or the degrees of parallelism, are not known.
@@ -72,12 +71,10 @@ def add_buffers(
     tp, pp = _grid(directory, foreign.origin)
     names = _names(order, model, foreign.origin)
     targets = {name: _target(name, model, foreign.origin) for name in names}
-    shapes = {name: model[t.key].shape[len(t.index) :] for name, t in targets.items()}
-    said = {"vocab_multiple": 1, "kv_heads": tp, "heads": tp, **variables({"megatron": common}, shapes)}
-    rules = family("megatron").rules
+    shapes = {name: model[t.key].shape[len(t.layer) :] for name, t in targets.items()}
     parallel = Parallel(tp=tp, pp=pp)
     entries = [Entry(name, name, shape, 1) for name, shape in shapes.items()]
-    placement = Placement(rules, parallel, entries, {**said, "vocab_multiple": 1}).check()
+    placement = Placement(family("megatron").rules, parallel, entries, variables({}, shapes) | reading(tp)).check()
     found: dict[tuple[int, str], dict[tuple[int, int, str], Tensor]] = {}
     for name, tensor in buffers.items():
         key = _KEY.fullmatch(name)
@@ -180,7 +177,7 @@ def _add_group(
             if name == MASTER and model[target.key].dtype == tensor.dtype:
                 continue
             meta = TensorMeta(join(STATE[:-1], target.key, name), tensor.dtype, model[target.key].shape)
-            local = _stacked(one.local, target.index)
+            local = _stacked(one.local, target.layer)
             _add_range(foreign, meta, local, tensor, spot.start, prod(local.shape))
 
 

@@ -8,8 +8,8 @@ Megatron-FSDP:
     the same, with flat pieces       `fully_sharded_model_space` of Megatron-Core up to 0.13
     optimizer.distributed...         `dp_reshardable`: flat buffers without names (see `megatron_buffers`)
 
-Files do not say which parameters are in which param group: Megatron-Core's own rules do, where the groups bear its marks
-(`megatron_names.of_group`). An fp32 model's `param` is its weights once more, and is not read. Options:
+Files do not say which parameters are in which param group: Megatron-Core's own rules do, where the groups bear its
+marks (`megatron_names.of_group`). An fp32 model's `param` is its weights once more, and is not read. Options:
 
     layers=stacked    as stored, which is the default
     layers=separate   one tensor for each layer
@@ -155,7 +155,7 @@ class _Reader:
                 self._add_one(found[1], found[2], tensor)
         if buffers:
             order = self._options.get("names")
-            add_buffers(self._foreign, self._directory, buffers, self._model, order, self._common)
+            add_buffers(self._foreign, self._directory, buffers, self._model, order)
 
     def _add_one(self, slot: str, name: str, tensor: Tensor) -> None:
         key = name if name in self._model else name.removeprefix(_MODULE)
