@@ -159,15 +159,20 @@ class LaunchSettings(msgspec.Struct, frozen=True, kw_only=True):
         preload: what it imports, comma-separated; it is of no use without the first.
         standby_memory: the most memory it may take; with more, ranks are started without it.
         preflight: check a node before it takes part in a job.
+        grow: how long a job that runs on fewer nodes than it may waits for its next checkpoint before it starts anew
+            with those that have come; "off": they wait for the next restart.
         crash_loop: failed attempts in a row without a newer step to restore that end a job; 0: they never do.
         state: directory in which the list of nodes that have failed is kept from job to job, best on a file system that
             all nodes share; "" means $XDG_STATE_HOME/ckptsvc or ~/.local/state/ckptsvc.
     """
 
     standby: bool = True
-    preload: Annotated[tuple[str, ...], parse_names] = ("torch", "torch._dynamo", "ckptsvc.client.session")
+    preload: Annotated[tuple[str, ...], parse_names] = (
+        "torch", "torch._dynamo", "ckptsvc.client.session", "grpc.experimental", "ckptsvc_drivers.posix",
+    )  # fmt: skip
     standby_memory: Annotated[int, parse_size] = 2 << 30
     preflight: bool = True
+    grow: Annotated[float | None, parse_duration_or_off] = 600.0
     crash_loop: Annotated[int, msgspec.Meta(ge=0)] = 3
     state: str = ""
 
@@ -419,6 +424,16 @@ def runtime_dir(environ: Mapping[str, str], *, uid: int | None = None, root: Pat
             raise ConfigError(f"cannot make {directory}: {error.strerror}", hint=_OTHER_PLACE) from error
     _check_owner(directory, {uid}, private=True)
     return directory
+
+
+def agents_directory(settings: Settings, environ: Mapping[str, str]) -> Path:
+    """The private directory of this user's agents: agent.socket_dir, or `runtime_dir`. Made if need be.
+
+    Raises:
+        ConfigError: it is not one, belongs to another user, or is open to others.
+    """
+    given = settings.agent.socket_dir
+    return private_directory(Path(given)) if given else runtime_dir(environ)
 
 
 def private_directory(path: Path) -> Path:

@@ -55,13 +55,22 @@ class ArenaState(StrEnum):
     KEPT = "kept"
 
 
+class IncidentKind(StrEnum):
+    """What has happened to a job; a rank that goes on by itself after all is slow."""
+
+    DIED = "died"
+    HUNG = "hung"
+    SLOW = "slow"
+    NODE_LOST = "node-lost"
+
+
 class Cause(StrEnum):
     """Why a job was restarted."""
 
     DIED = "died"
     HUNG = "hung"
     NODE_LOST = "node-lost"
-    REQUESTED = "requested"
+    GROWN = "grown"
 
 
 class NicSignal(StrEnum):
@@ -111,6 +120,7 @@ class Event(StrEnum):
     RANK_HUNG = "rank-hung"
     RANK_STALLED = "rank-stalled"
     RANK_MOVED = "rank-moved"
+    JOB_SLOWED = "job-slowed"
     WORKER_STARTED = "worker-started"
     WORKER_DIED = "worker-died"
     SNAPSHOT_STAGED = "snapshot-staged"
@@ -169,22 +179,41 @@ class Metrics:
         self.heartbeat_age = Gauge(
             "ckptsvc_rank_heartbeat_age_seconds", "Age of the oldest local heartbeat.", registry=registry
         )
-        self.restarts = Counter("ckptsvc_restarts_total", "Restarts of jobs.", ["cause"], registry=registry)
         self.store_errors = Counter(
             "ckptsvc_store_errors_total",
             "Failed requests to a store, retried ones too; kind is an error code.",
             ["scheme", "kind"],
             registry=registry,
         )
+        self._coordination(registry)
+        self._nics(registry)
+        Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})
+        self._start_at_zero()
+
+    def _coordination(self, registry: CollectorRegistry) -> None:
+        """Those of the agent that leads jobs, and of those that follow."""
+        from prometheus_client import Counter
+
+        self.restarts = Counter(
+            "ckptsvc_restarts_total", "Restarts of the jobs coordinated here.", ["cause"], registry=registry
+        )
+        self.incidents = Counter(
+            "ckptsvc_incidents_total",
+            "Incidents of the jobs coordinated here, by what each was first taken for.",
+            ["kind"],
+            registry=registry,
+        )
         self.coordinator_changes = Counter(
             "ckptsvc_coordinator_changes_total", "Elected coordinators this agent has taken note of.", registry=registry
         )
         self.orders_refused = Counter(
-            "ckptsvc_orders_refused_total", "Orders of coordinators whose term is over.", registry=registry
+            "ckptsvc_orders_refused_total", "Orders of a term or an attempt that is over.", registry=registry
         )
-        self._nics(registry)
-        Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})
-        self._start_at_zero()
+        self.calls_refused = Counter(
+            "ckptsvc_calls_refused_total",
+            "Calls by who is no agent of this user.",
+            registry=registry,
+        )
 
     def _nics(self, registry: CollectorRegistry) -> None:
         """Those of the network cards; `nic` is a card of this node, of which there are a handful."""
@@ -221,6 +250,8 @@ class Metrics:
             self.snapshots_skipped.labels(reason)
         for cause in Cause:
             self.restarts.labels(cause)
+        for incident in IncidentKind:
+            self.incidents.labels(incident)
         for kind in NicTrouble:
             self.nic_findings.labels(kind)
 

@@ -7,8 +7,6 @@ what an agent believes is always what a quorum has said, never what a watch brou
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import os
 import random
@@ -29,7 +27,8 @@ from ckptsvc.config import EtcdSettings
 from ckptsvc.control.election import CANDIDATES_WAIT, RENEWALS, Campaign, Election, Follow, Holder, Lead, Verdict
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, CoordinationUnavailable
 from ckptsvc.quantities import parse_address
-from ckptsvc.rpc.etcd import Etcd, EtcdUrl, Found, Login, parse_url
+from ckptsvc.rpc.etcd import Etcd, EtcdUrl, Found, Login, check_reachable, parse_url
+from ckptsvc.rpc.proof import proof, same
 from ckptsvc.rpc.secret import is_loopback
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -48,6 +47,9 @@ UNWANTED_FOR = 10.0
 
 LIST_PATIENCE = 10.0
 """Seconds a rank that asks for snapshots waits for a coordinator to be there."""
+
+MEASURE_PATIENCE = 2.0
+"""Seconds that a node's first look at its network waits for a coordinator to be there."""
 
 MAX_VALUE = 4096
 """Bytes of a key's value that are looked at."""
@@ -92,6 +94,18 @@ def login_of(url: EtcdUrl, settings: EtcdSettings) -> Login:
         except UnicodeError:
             raise ConfigError(f"etcd.password_file: {settings.password_file} is not UTF-8") from None
     return Login(tls, settings.user, password)
+
+
+def reachable(where: str, settings: EtcdSettings) -> str:
+    """The URL of etcd in its normal form, once it has answered: who starts a job hears at once what is wrong.
+
+    Raises:
+        ConfigError: it is none, or the settings for it are wrong.
+        CoordinationUnavailable: nobody answers there.
+    """
+    url = parse_url(where)
+    asyncio.run(check_reachable(url, login_of(url, settings)))
+    return str(url)
 
 
 def _read(key: str, name: str, *, private: bool = False) -> bytes:
@@ -180,6 +194,11 @@ class ElectedUplink:
         self._unwanted_since: float | None = None
         self._tasks = [asyncio.ensure_future(self._run()), asyncio.ensure_future(self._renew())]
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether there is a coordinator, and it can be reached."""
+        return self._inner is not None and self._inner.is_connected
+
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator, if there is one."""
         if self._inner is not None:
@@ -193,6 +212,14 @@ class ElectedUplink:
             raise CoordinationUnavailable(f"job {self.job} has no coordinator", hint=self._problem) from None
         assert self._inner is not None
         return await self._inner.list_complete(job)
+
+    async def measure(self) -> float:
+        """Bytes per second to the coordinator's node and back."""
+        try:
+            await asyncio.wait_for(self._there.wait(), MEASURE_PATIENCE)
+        except TimeoutError:
+            return 0.0
+        return await self._inner.measure() if self._inner is not None else 0.0
 
     def status(self) -> dict[str, Any]:
         """Who coordinates, for the status document."""
@@ -366,12 +393,15 @@ def value_of(key: str, node: str, address: str, mark: str, lease: int, secret: s
 
 
 def _proof(key: str, node: str, address: str, mark: str, lease: int, secret: str) -> str:
-    text = "\n".join((key, node, address, mark, str(lease)))
-    return hmac.new(secret.encode(), text.encode(), hashlib.sha256).hexdigest()
+    return proof(secret, "coordinates", key, node, address, mark, str(lease))
 
 
 def holder_of(key: str, found: Found, secret: str) -> Holder | None:
-    """Who holds the key. Agents send their secret to whom it names, so it must have been written by one who knows it.
+    """Who holds the key; it must have been written by one who knows the secret.
+
+    That keeps out what other users of the same etcd write there. It is no more than a hint, for who may write may also
+    write again what he has read: whoever listens at the address has to prove himself (rpc.proof), and an agent that was
+    a coordinator says that it is not in this term.
 
     Raises:
         CoordinationUnavailable: it makes no sense, is not one of ours, or names a place that agents do not listen at.
@@ -385,8 +415,7 @@ def holder_of(key: str, found: Found, secret: str) -> Holder | None:
         raise CoordinationUnavailable(
             f"{key} in etcd does not name a coordinator", hint="is the prefix ours?"
         ) from None
-    proof = _proof(key, value.node, value.address, value.mark, found.lease, secret)
-    if not hmac.compare_digest(proof.encode(), value.proof.encode("utf-8", "replace")):
+    if not same(value.proof, _proof(key, value.node, value.address, value.mark, found.lease, secret)):
         raise CoordinationUnavailable(f"{key} in etcd was not written by an agent of ours",
             hint="it may be another user's, or of another host: see the secret in agent.socket_dir")  # fmt: skip
     # Agents listen on loopback only (agent.listen).

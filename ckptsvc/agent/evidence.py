@@ -26,6 +26,7 @@ from ckptsvc.agent.logtail import clean, one_line, tail
 from ckptsvc.agent.procfs import Process, look
 from ckptsvc.agent.sessions import Session
 from ckptsvc.agent.witness import Witness
+from ckptsvc.control.blame import waits
 from ckptsvc.rpc.identity import Page
 from ckptsvc.rpc.testimony import WAITING_THREADS, Stack
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -44,6 +45,10 @@ SPIES = 4
 
 MAX_STACK = 16 << 10
 """Characters of a stack that are kept: the innermost frames."""
+
+
+BRIEF_FRAMES = 8
+"""Innermost frames of a rank that waits for others, where there are very many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +112,21 @@ async def examine(
         for rank in wanted
         if rank not in here
     ]
+    if order.brief:
+        for one in found:
+            shorten(one)
     return pb.Examined(
         job=job, attempt=order.attempt, incident=order.incident, node=node, ranks=[*found, *unknown], nics=cards
     )
+
+
+def shorten(found: pb.RankEvidence) -> None:
+    """Leave out, of a rank that waits for others, what no verdict needs: in a large job nearly all do."""
+    if waits(found):
+        found.stack = "\n".join(found.stack.split("\n")[-BRIEF_FRAMES:])
+        for name in ("native_stack", "other_stacks", "log_tail"):
+            found.ClearField(name)
+        found.notes.append("it waits for others: shortened")
 
 
 async def _cards(nics: Callable[[], list[str]] | None, seconds: float) -> list[str]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, start_http_server
 
+from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import Address
 
 
@@ -13,9 +14,13 @@ def start_metrics(address: Address, registry: CollectorRegistry) -> tuple[str, C
     """Serve /metrics in a thread; returns the address in use and a function that stops it.
 
     Raises:
-        OSError: the port is taken.
+        ConfigError: that is not possible; as a rule the port is in use.
     """
-    server, thread = start_http_server(address.port, address.host, registry)
+    try:
+        server, thread = start_http_server(address.port, address.host, registry)
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"agent.metrics_listen: {address}: {why}", hint='another port, or "off"') from None
 
     def close() -> None:
         server.shutdown()

@@ -2,7 +2,8 @@
 
     python -I -S keeper.py FD        FD: a SOCK_SEQPACKET socket to the launcher; one message is one JSON object
 
-    open    {op, command, warm}              what to run; `warm` is for the warm interpreter (see agent.warm) or null
+    open    {op, command, warm, files}       what to run; `warm` is for the warm interpreter (see agent.warm) or null;
+                                             `files`: [soft, hard] limits of open files, or null
     start   {op, rank, variables} + output   a rank with these variables added to its environment
     signal  {op, rank, number}               to the rank's process
     sweep   {op}                             SIGKILL for every rank and for everything that ranks have left behind
@@ -24,6 +25,7 @@ import contextlib
 import ctypes
 import json
 import os
+import resource
 import select
 import signal
 import socket
@@ -49,7 +51,8 @@ FAIL = "raise SystemExit(1)"
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as a shell says it
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+# Slurm hands SIGUSR1 on to every process of a step, sessions or not; a keeper that it ended would take the ranks along.
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -68,6 +71,7 @@ class Keeper:
     def __init__(self, launcher: socket.socket) -> None:
         self._launcher = launcher
         self._command: list[str] = []
+        self._files: list[int] | None = None
         self._ranks: dict[int, int] = {}  # pid -> rank
         self._warm: socket.socket | None = None
         self._warm_pid = 0
@@ -120,7 +124,7 @@ class Keeper:
             os.set_inheritable(fd, False)
         order = json.loads(data)
         if order["op"] == "open":
-            self._command = order["command"]
+            self._command, self._files = order["command"], order["files"]
             if order["warm"]:
                 self._start_warm(order["warm"], fds[0])
             else:
@@ -168,6 +172,8 @@ class Keeper:
                 signal.signal(number, signal.SIG_IGN if handler is signal.SIG_IGN else signal.SIG_DFL)
             for number in (signal.SIGCHLD, signal.SIGPIPE, signal.SIGXFSZ):  # as subprocess does
                 signal.signal(number, signal.SIG_DFL)
+            if self._files:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (self._files[0], self._files[1]))
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(output, 1)
             os.dup2(output, 2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,16 +19,20 @@ import grpc.aio
 
 from ckptsvc.agent.doorbell import hang_up
 from ckptsvc.agent.launches import COORDINATOR_KEY
+from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.preflight import reason_against
 from ckptsvc.agent.ranks import Rank, Ranks
 from ckptsvc.control.restart import describe_status
-from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, NodeUnfit
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, ConfigError, NodeUnfit
 from ckptsvc.rpc.channel import OPTIONS, error_of
 from ckptsvc.rpc.dial import ensure_agent, sockets
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
 
 RECONNECT = 1.0
 """Seconds between attempts to reach the agent again."""
+
+START_PATIENCE = 30.0
+"""Seconds for the first agent to start. What is in its way may go: the port of a job that is just ending."""
 
 AGENT_PATIENCE = 120.0
 """Seconds without an agent after which a launcher whose ranks have all ended gives up."""
@@ -57,6 +60,9 @@ class Launch:
         preflight: where arenas are made, and other directories that are written to, to be checked before this node
             takes part in the job; None: nothing is checked.
         stop_grace: seconds ranks get to save and stop when this launcher gets SIGTERM.
+        grow: seconds that a job on fewer nodes than it could use waits for a checkpoint before it starts anew with
+            those that have come; None: they wait for the next restart.
+        virtual_local_rank: each rank sees one GPU, and has the local rank 0.
     """
 
     command: Sequence[str]
@@ -76,6 +82,8 @@ class Launch:
     crash_loop: int = 0
     preflight: tuple[str, list[str]] | None = None
     stop_grace: float = 60.0
+    grow: float | None = None
+    virtual_local_rank: bool = False
 
 
 class Launcher:
@@ -88,7 +96,10 @@ class Launcher:
         given = dict(environ)
         if launch.nproc > 1:
             given.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks share the cores
-        self._ranks = Ranks(launch.command, given, launch.warm, launch.log_dir, self._ended, self._say)
+        given.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1")  # as torchrun does
+        self._devices = _devices(launch.nproc, given) if launch.virtual_local_rank else None
+        files = raise_open_files()
+        self._ranks = Ranks(launch.command, given, launch.warm, launch.log_dir, self._ended, self._say, files)
         self._attempt = 0
         self._first_rank = self._world = 0
         self._doorbell = 0
@@ -150,7 +161,7 @@ class Launcher:
         self._reports.put_nowait(agent_pb2.LaunchRequest(stop_wanted=wanted))
 
     async def _serve(self) -> int:
-        without_agent = 0.0
+        found, without_agent, said = False, 0.0, ""
         if self._launch.preflight is not None:
             self._unfit = await reason_against(*self._launch.preflight, self._launch.address)
         while not self._is_over():
@@ -159,6 +170,7 @@ class Launcher:
                 await asyncio.get_running_loop().run_in_executor(
                     None, ensure_agent, self._launch.directory, self._launch.agent_arguments
                 )
+                found, said = True, ""
                 await self._talk()
                 without_agent = 0.0
             except (grpc.RpcError, AgentUnavailable) as failure:
@@ -167,7 +179,12 @@ class Launcher:
                     raise error from None
                 if self._unfit:
                     raise NodeUnfit(self._unfit) from None
-                self._say(f"lost the agent ({error.what}); the ranks go on")
+                if not found and time.monotonic() - self._since > START_PATIENCE:
+                    raise error from None
+                missed = f"lost the agent ({error.what}); the ranks go on" if found else f"no agent: {error}"
+                if missed != said:
+                    self._say(missed)
+                said = missed
             if self._failure is not None:
                 raise self._failure
             if not self._is_over():
@@ -202,6 +219,8 @@ class Launcher:
                 elif kind == "stop" and response.stop.attempt == self._attempt:
                     self._say(f"stopping attempt {self._attempt}: {response.stop.reason}")
                     await self._stop(response.stop.grace)
+                elif kind == "notice":
+                    self._say(response.notice.text)
                 elif kind == "end":
                     self._say(f"the job ends: {response.end.reason}")
                     self._status = response.end.status
@@ -227,6 +246,8 @@ class Launcher:
             doorbell=self._doorbell,
             unfit=self._unfit,
             crash_loop=launch.crash_loop,
+            grow=-1.0 if launch.grow is None else launch.grow,
+            check_network=launch.preflight is not None and not self._unfit,
             uptime=time.monotonic() - self._since,
         )
         yield agent_pb2.LaunchRequest(hello=hello)
@@ -272,6 +293,7 @@ class Launcher:
 
     def _variables(self, order: agent_pb2.StartRanks, local: int) -> dict[str, str]:
         launch, rank = self._launch, order.first_rank + local
+        own = {} if self._devices is None else {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": self._devices[local]}
         return {
             "RANK": str(rank),
             "WORLD_SIZE": str(order.world_size),
@@ -287,23 +309,41 @@ class Launcher:
             "TORCHELASTIC_RUN_ID": launch.job,
             "TORCHELASTIC_RESTART_COUNT": str(order.attempt - 1),
             "TORCHELASTIC_MAX_RESTARTS": str(launch.max_restarts),
+            "TORCHELASTIC_USE_AGENT_STORE": "False",
             "CKPTSVC_JOB": launch.job,
             "CKPTSVC_ATTEMPT": str(order.attempt),
             "CKPTSVC_NODE": launch.node,
             "CKPTSVC_SOCKET": str(launch.directory),
             "CKPTSVC_COORDINATOR": launch.coordinator,
+            **own,
         }
 
     def _ended(self, rank: Rank) -> None:
         assert rank.status is not None
         if rank.status != 0:
-            self._say(f"rank {rank.number} {describe_status(rank.status)}")
+            why = f": {rank.detail}" if rank.detail else ""
+            self._say(f"rank {rank.number} {describe_status(rank.status)}{why}")
         if not self._leaving:
             self._report_end(rank, rank.status)
 
     def _report_end(self, rank: Rank, status: int) -> None:
-        exited = agent_pb2.RankExit(attempt=self._attempt, rank=rank.number, status=status, monotonic=rank.ended_at)
+        exited = agent_pb2.RankExit(
+            attempt=self._attempt, rank=rank.number, status=status, monotonic=rank.ended_at, detail=rank.detail
+        )
         self._reports.put_nowait(agent_pb2.LaunchRequest(exit=exited))
 
     def _say(self, message: str) -> None:
-        print(f"ckptsvc run [{self._launch.node}]: {message}", file=sys.stderr, flush=True)  # noqa: T201
+        self._ranks.output.say(f"ckptsvc run [{self._launch.node}]: {message}")
+
+
+def _devices(nproc: int, environ: Mapping[str, str]) -> list[str]:
+    """The one GPU that each rank of a node is to see.
+
+    Raises:
+        ConfigError: there are fewer than ranks.
+    """
+    visible = environ.get("CUDA_VISIBLE_DEVICES")
+    found = [str(n) for n in range(nproc)] if visible is None else [name.strip() for name in visible.split(",")]
+    if len(found) < nproc:
+        raise ConfigError(f"--virtual-local-rank: {nproc} ranks, and CUDA_VISIBLE_DEVICES={visible}")
+    return found

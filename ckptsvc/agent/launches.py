@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from pathlib import Path
 import grpc.aio
 
 from ckptsvc.agent.local import Local, way_to
+from ckptsvc.agent.logtail import one_line
 from ckptsvc.agent.output import log_file
 from ckptsvc.agent.sessions import Session
-from ckptsvc.control.restart import launched_as
-from ckptsvc.errors import InvalidInput
+from ckptsvc.control.restart import JOIN_PATIENCE, launched_as
+from ckptsvc.errors import EXIT_STATUS, InvalidInput
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -25,8 +27,17 @@ COORDINATOR_KEY = "ckptsvc-coordinator"
 """Metadata of the Launch call: the address of the job's coordinator; absent or "" for this agent."""
 
 
+LONELY = 10.0
+"""Seconds without a coordinator after which the user is told."""
+
+LOOK_EVERY = 1.0
+"""Seconds between looks whether there is one."""
+
 MAX_NPROC = 4096
 """Ranks that one launcher may start on its node."""
+
+MAX_DETAIL = 300
+"""Characters of what a launcher says about the end of a rank."""
 
 MAX_PATH = 3800
 """Characters of a directory's path."""
@@ -38,11 +49,14 @@ class Launcher:
 
     hello: agent_pb2.LauncherHello
     way: str  # to its coordinator
+    bandwidth: float = 0.0  # to the coordinator's node, when this one came; 0: not known
     orders: asyncio.Queue[agent_pb2.LaunchResponse] = field(default_factory=asyncio.Queue)
     ready: agent_pb2.LauncherReady | None = None
     leaving: str = "its launcher is gone"
     since: float = field(default_factory=time.monotonic)
     exits: dict[int, pb.Report] = field(default_factory=dict)  # by rank of the attempt that runs here
+    heard_at: float = field(default_factory=time.monotonic)  # when there last was a coordinator
+    warned: bool = False  # that there is none
     stop: pb.Report | None = None  # asked for in the attempt that runs here; maybe while there was no coordinator
 
 
@@ -75,7 +89,7 @@ class Launches:
         hello = (await anext(aiter(requests))).hello
         nproc = 1 <= hello.nproc <= MAX_NPROC
         possible = 1 <= hello.min_nodes <= hello.max_nodes and 0 <= hello.doorbell < 1 << 16 and hello.crash_loop >= 0
-        if not hello.job or not nproc or not possible:
+        if not hello.job or not nproc or not possible or math.isnan(hello.grow):
             raise InvalidInput("the first message of a launcher must be a hello with a job, nproc and nodes")
         if hello.log_dir and not (hello.log_dir.startswith("/") and len(hello.log_dir) <= MAX_PATH):
             raise InvalidInput("the directory for the ranks' output must be an absolute path")
@@ -84,6 +98,10 @@ class Launches:
         metadata = dict(context.invocation_metadata() or ())
         launcher = Launcher(hello, way_to(str(metadata.get(COORDINATOR_KEY, "")), hello.job))
         uplink = self._local.uplink(launcher.way)
+        if hello.check_network and not hello.attempt:
+            launcher.bandwidth = await uplink.measure()
+            if hello.job in self._by_job:
+                raise InvalidInput(f"job {hello.job} is already launched on this node")
         self._by_job[hello.job] = launcher
         for report in self._reports_of(launcher):
             uplink.report(report)
@@ -91,11 +109,16 @@ class Launches:
         getting = asyncio.ensure_future(launcher.orders.get())
         try:
             while True:
-                await asyncio.wait((reading, getting), return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
+                await asyncio.wait((reading, getting), timeout=LOOK_EVERY, return_when=asyncio.FIRST_COMPLETED)
+                if getting.done():
+                    response = getting.result()
+                    getting = asyncio.ensure_future(launcher.orders.get())
+                elif reading.done():
                     return  # the launcher has nothing more to say: it leaves
-                response = getting.result()
-                getting = asyncio.ensure_future(launcher.orders.get())
+                elif (missing := self._missing(launcher, uplink.is_connected)) is not None:
+                    response = missing
+                else:
+                    continue
                 yield response
                 if response.WhichOneof("order") == "end":
                     return
@@ -107,6 +130,22 @@ class Launches:
             if not self.stopping:  # else the launcher goes on, and finds the next agent
                 left = pb.NodeLeft(job=hello.job, node=self._local.name, detail=launcher.leaving)
                 uplink.report(pb.Report(node_left=left))
+
+    def _missing(self, launcher: Launcher, connected: bool) -> agent_pb2.LaunchResponse | None:
+        """What a launcher is told because there is no coordinator; one that runs nothing does not wait for ever."""
+        if connected:
+            launcher.heard_at, launcher.warned = time.monotonic(), False
+            return None
+        alone = time.monotonic() - launcher.heard_at
+        where = f"no coordinator answers at {launcher.way.partition('#')[0]}"
+        if alone > JOIN_PATIENCE and not launcher.hello.attempt:
+            end = agent_pb2.JobEnd(status=EXIT_STATUS["agent-unavailable"], reason=f"{where} for {alone:.0f} s")
+            return agent_pb2.LaunchResponse(end=end)
+        if alone <= LONELY or launcher.warned:
+            return None
+        launcher.warned = True
+        waits = "the ranks go on" if launcher.hello.attempt else f"waiting {JOIN_PATIENCE:.0f} s for it"
+        return agent_pb2.LaunchResponse(notice=agent_pb2.Notice(text=f"{where}; {waits}"))
 
     async def _read(self, requests: AsyncIterator[agent_pb2.LaunchRequest], launcher: Launcher) -> None:
         job, node = launcher.hello.job, self._local.name
@@ -120,7 +159,10 @@ class Launches:
                 uplink.report(self._ready(launcher))
             elif kind == "exit":
                 event = request.exit
-                exited = pb.RankExited(job=job, node=node, attempt=event.attempt, rank=event.rank, status=event.status)
+                exited = pb.RankExited(
+                    job=job, node=node, attempt=event.attempt, rank=event.rank, status=event.status,
+                    detail=one_line(event.detail)[:MAX_DETAIL],
+                )  # fmt: skip
                 report = launcher.exits[event.rank] = pb.Report(rank_exited=exited)
                 uplink.report(report)
             elif kind == "leaving":
@@ -139,6 +181,12 @@ class Launches:
         if kind == "start":
             if order.start.attempt == launcher.hello.attempt:
                 return  # repeated by a coordinator that was not sure
+            known = max(launcher.hello.attempt, launcher.ready.attempt if launcher.ready else 0)
+            if order.start.attempt <= known:
+                logger.warning("job %s: refused to start attempt %d; attempt %d has been here",
+                    order.job, order.start.attempt, known)  # fmt: skip
+                self._local.metrics.orders_refused.inc()
+                return
             launcher.ready = launcher.stop = None
             launcher.exits.clear()
             launcher.hello.attempt = order.start.attempt
@@ -180,6 +228,8 @@ class Launches:
             unfit=hello.unfit,
             clock=time.time(),
             crash_loop=hello.crash_loop,
+            grow=hello.grow,
+            bandwidth=launcher.bandwidth,
             uptime=hello.uptime + time.monotonic() - launcher.since,
         )
         yield pb.Report(node_joined=joined)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +22,10 @@ from ckptsvc.agent.sessions import Attempt, LocalJob, Session
 from ckptsvc.agent.stops import Stops
 from ckptsvc.agent.witness import Witness
 from ckptsvc.agent.workers import Workers
+from ckptsvc.control.pace import PROGRESS_EVERY, progress_every
 from ckptsvc.control.restart import launched_as
-from ckptsvc.errors import BY_CODE, Fenced, InvalidInput
+from ckptsvc.control.runs import ranks_of
+from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput
 from ckptsvc.pipeline.arena import State
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -33,7 +36,7 @@ logger = logging.getLogger("ckptsvc.agent")
 OVERDUE = 1.5
 """Times `save_timeout` after which an agent stops waiting for the coordinator to end a save."""
 
-PROGRESS_EVERY = 0.25
+LOOK_EVERY = PROGRESS_EVERY
 """Seconds between looks at the heartbeat pages."""
 
 
@@ -72,6 +75,7 @@ class Node:
         self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self._local, self._workers = local, workers
         self._stops = Stops(local, margin)
+        self._progress: dict[tuple[str, int, int], float] = {}  # job, attempt, ranks -> when to tell how far they are
         self._linger, self._save_timeout = linger, save_timeout
         local.on_order = self.on_order
 
@@ -244,18 +248,18 @@ class Node:
         if kind == "epoch_allotted":
             attempt.rewinds = max(attempt.rewinds, effect.rewinds)  # another node's rank was faster than ours
             attempt.epoch = effect.epoch
-            attempt.epoch_error = None if effect.epoch else BY_CODE[effect.code](effect.why)
+            attempt.epoch_error = None if effect.epoch else _error(effect)
         elif kind == "job_refused":
-            attempt.refused = BY_CODE[effect.code](effect.why)
+            attempt.refused = _error(effect)
         elif kind == "holders":
-            attempt.groups[effect.generation] = [list(group.ranks) for group in effect.groups]
+            attempt.groups[effect.generation] = [ranks_of(group.runs) for group in effect.groups]
         attempt.wake()
 
     async def watch(self) -> None:
         """Report progress and let go of jobs that are over, until cancelled."""
         while True:
-            await asyncio.sleep(PROGRESS_EVERY)
-            self._report_progress()
+            await asyncio.sleep(LOOK_EVERY)
+            self._report_progress(time.monotonic())
             self._stops.look()
             self._give_up_overdue()
             for job in list(self._local.jobs.values()):
@@ -279,16 +283,25 @@ class Node:
                 )
                 self.saves.ended(self._local.jobs[label.job], outcome)
 
-    def _report_progress(self) -> None:
-        steps: dict[tuple[str, int], list[int]] = {}
+    def _report_progress(self, now: float) -> None:
+        steps: dict[tuple[str, int, int], list[int]] = {}
         oldest = 0.0
         for session in self._local.sessions.values():
-            steps.setdefault((session.reg.job, session.reg.attempt), []).append(session.page.get("step"))
+            reg = session.reg
+            steps.setdefault((reg.job, reg.attempt, reg.world_size), []).append(session.page.get("step"))
             at = session.page.get("at")
             if at:
-                oldest = max(oldest, time.monotonic() - at / 1e9)
+                oldest = max(oldest, now - at / 1e9)
         self._local.metrics.heartbeat_age.set(oldest)
-        for (name, attempt), done in steps.items():
+        for name, attempt, world in self._progress.keys() - steps.keys():
+            del self._progress[name, attempt, world]
+        for (name, attempt, world), done in steps.items():
+            period = progress_every(world / len(done))
+            # The first time at once or, of many, each at a time of its own.
+            due = self._progress.setdefault((name, attempt, world), now + random.uniform(0, period - PROGRESS_EVERY))
+            if now < due:
+                continue
+            self._progress[name, attempt, world] = due + period if now - due < period else now + period
             progressed = pb.Progressed(
                 job=name, attempt=attempt, node=self._local.name, lowest=min(done), highest=max(done)
             )
@@ -325,3 +338,8 @@ class Node:
         await self._local.close()
         for token in list(self._local.sessions):
             self._forget(token)
+
+
+def _error(told: Any) -> CkptsvcError:
+    """What a coordinator says is wrong; one of a later version may know more codes."""
+    return BY_CODE.get(told.code, CkptsvcError)(told.why)

@@ -7,14 +7,14 @@ import contextlib
 import fcntl
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TextIO
+
+from ckptsvc.agent.outlet import CHUNK, Outlet, Place
 
 PIPE_BYTES = 1 << 20
 """How far a rank may write ahead of this process (if the kernel allows that much): a print must not stop a training."""
-
-CHUNK = 1 << 16
-"""Longest line in bytes that is shown as one; a longer one is shown as several, and kept as it is."""
 
 
 def log_file(directory: Path, attempt: int, rank: int) -> Path:
@@ -30,61 +30,69 @@ def pipe() -> tuple[int, int]:
     return reading, writing
 
 
-async def copy(reading: int, name: str, kept: Path | None) -> None:
-    """Copy lines until the last writer has closed the pipe.
+class Output:
+    """What the ranks of a launcher, and the launcher itself, have to say; nobody waits for a terminal or a disk."""
 
-    Args:
-        reading: the end of the pipe to read from; it is closed here.
-        name: shown before every line, in brackets.
-        kept: the file to append to.
-    """
-    reader = asyncio.StreamReader(CHUNK)
-    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(reading, "rb", 0)
-    )
-    prefix = f"[{name}] ".encode()
-    file = _opened(kept)
-    shown: BinaryIO | None = sys.stdout.buffer
-    with contextlib.closing(transport), contextlib.closing(file) if file else contextlib.nullcontext():
-        while True:
-            try:
-                line = await reader.readuntil(b"\n")
-            except asyncio.LimitOverrunError as error:
-                line = await reader.readexactly(error.consumed)
-            except asyncio.IncompleteReadError as error:
-                line = error.partial
-            if not line:
-                return
-            # A rank must not die of a full disk or of a terminal that is gone: its output goes on being read.
-            file = _write(file, line, f"the output of rank {name} is not kept any more")
-            shown = _write(shown, prefix + line.removesuffix(b"\n") + b"\n", "")
+    def __init__(self) -> None:
+        self._shown, self._said, self._kept = (Outlet(name) for name in ("stdout", "stderr", "logs"))
+        # By number: a stream of Python's has a lock, at which a process whose thread is stuck would not end.
+        self._stdout, self._stderr = Place(None, _fd(sys.__stdout__)), Place(None, _fd(sys.__stderr__))
+
+    def say(self, message: str) -> None:
+        """Tell the user something, on the terminal's standard error."""
+        self._said.put(self._stderr, f"{message}\n".encode("utf-8", "replace"))
+
+    async def copy(
+        self, reading: int, name: str, kept: Path | None, heard: Callable[[bytes], None] = lambda line: None
+    ) -> None:
+        """Copy lines until the last writer has closed the pipe.
+
+        Args:
+            reading: the end of the pipe to read from; it is closed here.
+            name: shown before every line, in brackets.
+            kept: the file to append to.
+            heard: called with every line.
+        """
+        reader = asyncio.StreamReader(CHUNK)
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(reading, "rb", 0)
+        )
+        prefix = f"[{name}] ".encode()
+        log = Place(kept, failed=lambda why: self._not_kept(name, why)) if kept else None
+        if log is not None:
+            self._kept.put(log, b"")  # the file is there also for a rank that says nothing
+        try:
+            while line := await _line(reader):
+                heard(line)
+                # A rank must not die of a full disk or of a terminal that is gone: its output goes on being read.
+                if log is not None:
+                    self._kept.put(log, line)
+                self._shown.put(self._stdout, prefix + line.removesuffix(b"\n") + b"\n")
+        finally:
+            transport.close()
+            if log is not None:
+                self._kept.finish(log)
+
+    async def close(self) -> None:
+        """Write what still waits, if that goes on; nothing can be said after it."""
+        self._shown.finish(self._stdout)
+        self._said.finish(self._stderr)
+        outlets = (self._shown, self._said, self._kept)
+        await asyncio.gather(*(asyncio.to_thread(outlet.close) for outlet in outlets))
+
+    def _not_kept(self, name: str, why: str) -> None:
+        self.say(f"ckptsvc run: the output of rank {name} is not kept any more: {why}")
 
 
-def _opened(path: Path | None) -> BinaryIO | None:
-    if path is None:
-        return None
+async def _line(reader: asyncio.StreamReader) -> bytes:
+    """The next line, or as much of it as is shown at once; empty at the end."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return open(path, "ab", buffering=0)
-    except OSError as error:
-        _warn(f"{path}: {error.strerror}; the output is not kept")
-        return None
+        return await reader.readuntil(b"\n")
+    except asyncio.LimitOverrunError as error:
+        return await reader.readexactly(error.consumed)
+    except asyncio.IncompleteReadError as error:
+        return error.partial
 
 
-def _write(sink: BinaryIO | None, data: bytes, why: str) -> BinaryIO | None:
-    """Write all; None from the first failure on."""
-    if sink is None:
-        return None
-    try:
-        sink.write(data)
-        sink.flush()
-    except (OSError, ValueError) as error:
-        if why:
-            _warn(f"{why}: {error}")
-        return None
-    return sink
-
-
-def _warn(message: str) -> None:
-    with contextlib.suppress(OSError, ValueError):
-        print(f"ckptsvc run: {message}", file=sys.stderr, flush=True)  # noqa: T201
+def _fd(stream: TextIO | None) -> int:
+    return -1 if stream is None else stream.fileno()  # None: it was closed when this process was started

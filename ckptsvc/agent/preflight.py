@@ -48,9 +48,11 @@ def room(directory: Path, least: int) -> str:
     vfs = os.statvfs(directory)
     if vfs.f_bavail * vfs.f_frsize < least:
         return f"{directory} has {vfs.f_bavail * vfs.f_frsize >> 20} MiB left, and {least >> 20} MiB are the least"
-    trial = directory / f".ckptsvc-trial-{secrets.token_hex(4)}"
+    trial = directory / f".ckptsvc-trial-{secrets.token_hex(8)}"
+    # The directory may be anybody's (/tmp): a file or a link that is there is not ours to write to, or to remove.
+    fd = os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        with open(trial, "wb") as file:
+        with open(fd, "wb") as file:
             file.write(b"\0" * 4096)
             file.flush()
             os.fsync(file.fileno())

@@ -9,6 +9,7 @@ import select
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TypeVar
 
 MAX_TASKS = 4096
@@ -89,6 +90,32 @@ def look(pid: int, pidfd: int, window: float) -> Process:
     finally:
         os.close(folder)
     return found
+
+
+class OomKills:
+    """How many processes the kernel has killed on this node for lack of memory, lately.
+
+    Whether all memory was used up or a cgroup's limit was reached makes no difference (the counter oom_kill of
+    /proc/vmstat, since Linux 4.13), nor whose process it was.
+    """
+
+    def __init__(self, path: Path = Path("/proc/vmstat")) -> None:
+        self._path = path
+        self._before = self._at_last = self._count()
+
+    def lately(self) -> int:
+        """Since the last call of `forget` but one."""
+        return max(self._count() - self._before, 0)
+
+    def forget(self) -> None:
+        """What was known at the last call is no news any more."""
+        self._before, self._at_last = self._at_last, self._count()
+
+    def _count(self) -> int:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            lines = self._path.read_text(encoding="ascii").splitlines()
+            return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+        return 0
 
 
 def state(pid: int) -> str:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,21 +19,48 @@ from typing import Any
 
 from ckptsvc.agent import keeper
 from ckptsvc.agent.keeper import MAX_MESSAGE, SWEEP_PATIENCE
-from ckptsvc.agent.output import copy, log_file, pipe
+from ckptsvc.agent.logtail import one_line
+from ckptsvc.agent.output import Output, log_file, pipe
+from ckptsvc.agent.procfs import OomKills
 
 DRAIN = 1.0
 """Seconds for the last output of ranks that have ended. Nobody waits longer for whoever else holds the pipe."""
 
 
+OOM_WINDOW = 10.0
+"""Seconds after which a kill for lack of memory becomes old: it is news for once to twice as long."""
+
+LAST_WORDS = 0.1
+"""Seconds after the end of a rank that failed in which the rest of its output is looked at for the reason."""
+
+# The last line of a traceback, after what torch puts before each.
+_EXCEPTION = re.compile(rb"(?:\[rank\d+\]: ?)?((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*(?:Error|Exception)\b(?::.*)?)\s*")
+
+
 @dataclass(slots=True)
 class Rank:
-    """One process; `status` is None while it runs, else an exit status or minus a signal's number."""
+    """One process.
+
+    Attributes:
+        output: copies what it writes.
+        status: None while it runs, else an exit status or minus a signal's number.
+        ended_at: when, in seconds of the monotonic clock.
+        detail: what is known of why it failed, for people.
+        error: the last line of its output that names an exception.
+    """
 
     number: int
-    output: asyncio.Task[None]
+    output: asyncio.Task[None] | None = None
     pid: int = 0
     status: int | None = None
     ended_at: float = 0.0
+    detail: str = ""
+    error: bytes = b""
+
+    def heard(self, line: bytes) -> None:
+        """A line of its output."""
+        if found := _EXCEPTION.fullmatch(line):
+            self.error = found[1]
 
 
 class Ranks:
@@ -45,8 +73,10 @@ class Ranks:
         log_dir: where output is kept; None: it is only shown.
         ended: called when a rank has ended.
         say: tells the user something.
+        files: the limits of open files (soft, hard) that ranks get; None: those of this process.
 
     Attributes:
+        output: where all goes that they, and the launcher, have to say; `close` is its end.
         live: ranks of the current attempt by number; ended ones too, until they have been stopped.
     """
 
@@ -58,10 +88,12 @@ class Ranks:
         log_dir: Path | None,
         ended: Callable[[Rank], None],
         say: Callable[[str], None],
+        files: tuple[int, int] | None = None,
     ) -> None:
         self._command, self._environ, self._warm = list(command), dict(environ), warm
-        self._log_dir, self._ended, self._say = log_dir, ended, say
+        self._log_dir, self._ended, self._say, self._files = log_dir, ended, say, files
         self.live: dict[int, Rank] = {}
+        self.output = Output()
         self._changing = asyncio.Lock()
         self._changed = asyncio.Event()
         self._swept: asyncio.Future[list[int]] | None = None
@@ -69,6 +101,9 @@ class Ranks:
         self._sock: socket.socket | None = None
         self._listening: asyncio.Task[None] | None = None
         self._copying: asyncio.Task[None] | None = None
+        self._telling: set[asyncio.Task[None]] = set()
+        self._oom = OomKills()
+        self._watching: asyncio.Task[None] | None = None
 
     async def open(self) -> None:
         """Start the keeper, and with it the warm interpreter."""
@@ -86,13 +121,15 @@ class Ranks:
         theirs.close()
         self._sock.setblocking(False)
         reading, writing = pipe()
-        self._copying = asyncio.ensure_future(copy(reading, "standby", None))
-        await self._send({"op": "open", "command": self._command, "warm": self._warm}, writing)
+        self._copying = asyncio.ensure_future(self.output.copy(reading, "standby", None))
+        await self._send({"op": "open", "command": self._command, "warm": self._warm, "files": self._files}, writing)
         self._listening = asyncio.ensure_future(self._listen(self._sock))
+        if self._watching is None:
+            self._watching = asyncio.ensure_future(self._watch_memory())
 
     async def close(self) -> None:
-        """End the keeper; whatever is left below it is killed."""
-        for task in (self._listening, self._copying):
+        """End the keeper; whatever is left below it is killed. It is the end of these ranks."""
+        for task in (self._listening, self._copying, self._watching, *self._telling):
             if task is not None:
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -102,6 +139,7 @@ class Ranks:
             self._sock = None
         if self._process is not None:
             await asyncio.get_running_loop().run_in_executor(None, self._process.wait)
+        await self.output.close()
 
     async def start(self, attempt: int, variables: Mapping[int, Mapping[str, str]]) -> None:
         """Start ranks, each with variables of its own. There is none of an earlier attempt (see `stop`)."""
@@ -114,7 +152,8 @@ class Ranks:
         for number, own in variables.items():
             kept = log_file(self._log_dir, attempt, number) if self._log_dir else None
             reading, writing = pipe()
-            self.live[number] = Rank(number, asyncio.ensure_future(copy(reading, str(number), kept)))
+            rank = self.live[number] = Rank(number)
+            rank.output = asyncio.ensure_future(self.output.copy(reading, str(number), kept, rank.heard))
             await self._send({"op": "start", "rank": number, "variables": dict(own)}, writing)
 
     async def stop(self, grace: float) -> list[int]:
@@ -139,7 +178,7 @@ class Ranks:
             except TimeoutError:
                 break
         left = await self._sweep() if self.live else []
-        tasks = [rank.output for rank in self.live.values()]
+        tasks = [rank.output for rank in self.live.values() if rank.output is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=DRAIN)
         for task in tasks:
@@ -210,7 +249,25 @@ class Ranks:
         if rank is not None and rank.status is None:
             rank.status, rank.ended_at = status, time.monotonic()
             self._changed.set()
+            if status > 0 and rank.output is not None:
+                self._telling = {t for t in self._telling if not t.done()}
+                self._telling.add(asyncio.ensure_future(self._tell_why(rank, rank.output)))
+                return
+            if status == -signal.SIGKILL and (killed := self._oom.lately()):
+                processes = "a process" if killed == 1 else f"{killed} processes"
+                rank.detail = f"probably out of memory, for which the kernel has just killed {processes} of this node"
             self._ended(rank)
+
+    async def _tell_why(self, rank: Rank, output: asyncio.Task[None]) -> None:
+        await asyncio.wait((output,), timeout=LAST_WORDS)
+        rank.detail = one_line(rank.error.decode(errors="replace"))
+        if self.live.get(rank.number) is rank:  # else it has been stopped meanwhile, and a later one may run
+            self._ended(rank)
+
+    async def _watch_memory(self) -> None:
+        while True:
+            await asyncio.sleep(OOM_WINDOW)
+            self._oom.forget()
 
 
 async def _receive(sock: socket.socket) -> bytes:

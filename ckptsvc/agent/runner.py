@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptsvc.agent.doorbell import ring
+from ckptsvc.agent.drain import drain
 from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.coordinator import Coordinator
@@ -20,6 +21,7 @@ from ckptsvc.control.effects import (
     Commit,
     CommitDone,
     Decision,
+    Drain,
     Effect,
     EpochDone,
     KeepNodes,
@@ -30,6 +32,7 @@ from ckptsvc.control.effects import (
     Probed,
     ReadNodes,
     Record,
+    Restarted,
     Send,
     Strike,
 )
@@ -37,6 +40,7 @@ from ckptsvc.control.health import Policy
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.telemetry import IncidentKind, Metrics
 
 log = logging.getLogger("ckptsvc.coordinator")
 
@@ -46,13 +50,17 @@ TICK = 0.2
 KEPT_INCIDENTS = 256
 """Incidents kept in memory, of all jobs together."""
 
+RINGS = 256
+"""Launchers that are looked after at the same time: when ten thousand agents are lost at once, descriptors are not."""
+
 LIST_TIMEOUT = 10.0
 """Seconds to read or write the list of nodes that have failed; it may be on a file system that hangs."""
 
 MAX_SKEW = 30.0
 """Seconds by which a node's clock may differ unsaid: certificates, and what people make of two logs, need no better."""
 
-Deliver = Callable[[pb.Order], None]
+Deliver = Callable[[pb.Order | None], None]
+"""Takes an order to an agent; None when there will be no more."""
 
 
 class CoordinatorShell:
@@ -65,12 +73,13 @@ class CoordinatorShell:
         state: directory of the list of nodes that have failed; None: it is not kept.
         term: of an elected coordinator, 0 of any other; every order carries it.
         may_act: whether it may still decide; asked before every effect.
+        drains: ask the scheduler to drain nodes that have failed too often.
+        metrics: where incidents and restarts are counted; None: nowhere.
 
     Attributes:
         incidents: the latest, by job and id, oldest first.
         on_incident: called with every incident, and again whenever there is more to say of it.
         dropped: effects that came too late.
-        ended: set when it has stopped.
     """
 
     def __init__(
@@ -82,14 +91,17 @@ class CoordinatorShell:
         *,
         term: int = 0,
         may_act: Callable[[], bool] = lambda: True,
+        drains: bool = False,
+        metrics: Metrics | None = None,
     ) -> None:
         self.core = Coordinator(save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2))
         self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
         self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
-        self.term, self.dropped, self.ended = term, 0, asyncio.Event()
+        self.term, self.dropped = term, 0
         self._state = state
-        self._listing = asyncio.Lock()
+        self._listing, self._ringing = asyncio.Lock(), asyncio.Semaphore(RINGS)
         self._workers, self._may_act = workers, may_act
+        self._drains, self._metrics = drains, metrics
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: dict[tuple[str, int, int], str] = {}
@@ -124,7 +136,8 @@ class CoordinatorShell:
 
     async def stop(self) -> None:
         """Cancel what is running."""
-        self.ended.set()
+        for deliver in self._peers.values():
+            deliver(None)
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -142,6 +155,9 @@ class CoordinatorShell:
                     deliver(effect.order)
             elif isinstance(effect, Record):
                 self._record(effect.incident)
+            elif isinstance(effect, Restarted):
+                if self._metrics is not None:
+                    self._metrics.restarts.labels(effect.cause).inc()
             else:
                 task = asyncio.ensure_future(self._do(effect))
                 self._tasks.add(task)
@@ -151,12 +167,14 @@ class CoordinatorShell:
         key = (incident.job, incident.id)
         known = self.incidents.get(key)
         incident.opened = known.opened if known else time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        if known is None and self._metrics is not None:
+            self._metrics.incidents.labels(IncidentKind(incident.kind)).inc()
         self.incidents[key] = incident
         while len(self.incidents) > KEPT_INCIDENTS:
             self.incidents.popitem(last=False)
         self.on_incident(incident)
 
-    async def _do(self, effect: AllotEpoch | Commit | Lookup | Probe | ReadNodes | KeepNodes) -> None:
+    async def _do(self, effect: AllotEpoch | Commit | Lookup | Probe | ReadNodes | KeepNodes | Drain) -> None:
         if not self._may_act():
             self._drop(effect)
         elif isinstance(effect, AllotEpoch):
@@ -165,7 +183,8 @@ class CoordinatorShell:
         elif isinstance(effect, Commit):
             self._execute(self.core.commit_done(await self._commit(effect), time.monotonic()))
         elif isinstance(effect, Probe):
-            answer = await ring(effect.address, effect.port)
+            async with self._ringing:
+                answer = await ring(effect.address, effect.port)
             self._execute(self.core.probed(Probed(effect.job, effect.node, answer), time.monotonic()))
         elif isinstance(effect, ReadNodes):
             self._execute(self.core.nodes_read(NodesRead(await self._read_nodes()), time.monotonic()))
@@ -173,6 +192,8 @@ class CoordinatorShell:
             at = time.time()
             entries = {n: {"score": s, "at": at - age, "why": why} for n, (s, age, why) in effect.strikes.items()}
             await self._list_nodes("keep_nodes", nodes=entries)
+        elif isinstance(effect, Drain):
+            await drain(effect.node, effect.reason, enabled=self._drains)
         else:
             found = await self._lookup(effect)
             if found:

@@ -32,6 +32,7 @@ from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
 from ckptsvc.agent.incidents import IncidentLog, incidents_directory
 from ckptsvc.agent.launches import Launches
+from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import Node
@@ -40,16 +41,17 @@ from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
 from ckptsvc.agent.watch import Watch
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import HealthSettings, Settings, load, private_directory, runtime_dir
+from ckptsvc.config import HealthSettings, Settings, agents_directory, load, private_directory
 from ckptsvc.control.health import Policy
 from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import parse_duration
-from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, PING_SPACING
+from ckptsvc.rpc.channel import BETWEEN, OPTIONS, SERVER_KEEPALIVE
 from ckptsvc.rpc.dial import sockets
 from ckptsvc.rpc.etcd import parse_url
-from ckptsvc.rpc.secret import require_loopback, shared_secret
+from ckptsvc.rpc.proof import Gate
+from ckptsvc.rpc.secret import numeric, require_loopback, shared_secret
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.telemetry import Event, Metrics, log, setup_logging
 
@@ -112,10 +114,10 @@ class Agent:
         Raises:
             RunBusy: another agent serves this directory.
         """
+        raise_open_files()
         directory = self._options.directory
         private_directory(directory)
-        base = self._options.settings.agent.socket_dir
-        self.secret = shared_secret(private_directory(Path(base)) if base else runtime_dir(os.environ))
+        self.secret = shared_secret(agents_directory(self._options.settings, os.environ))
         lock = os.open(directory / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         await _own(lock, directory)
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
@@ -159,7 +161,8 @@ class Agent:
         health = settings.health
         policy = Policy(health.automatic, health.confirm, health.give_up)
         listed = nodelist.directory_of(os.environ, settings.launch)
-        shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act)
+        shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act,
+            drains=settings.scheduler.drain, metrics=self.metrics)  # fmt: skip
         shell.on_incident = lambda incident: self._on_incident(incident)
         return shell
 
@@ -222,21 +225,24 @@ class Agent:
         grpc_path, identity_path = sockets(self._options.directory)
         local = grpc.aio.server(options=OPTIONS)
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
-        between = grpc.aio.server(options=[*OPTIONS, *KEEPALIVE,
-            ("grpc.http2.min_ping_interval_without_data_ms", PING_SPACING), ("grpc.so_reuseport", 0)])  # fmt: skip
-        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name, self.secret), between)
-        for server, names in (
-            (local, [agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name]),
-            (between, [coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name]),
-        ):
-            checks = health.aio.HealthServicer()
-            health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-            for name in (*names, ""):
-                await checks.set(name, health_pb2.HealthCheckResponse.SERVING)
-            reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        name = agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name
+        checks = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(checks, local)
+        for each in (name, ""):
+            await checks.set(each, health_pb2.HealthCheckResponse.SERVING)
+        reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), local)
+        # The other port is open to every user of the host: whoever does not know the secret is told nothing there.
+        gate = Gate(self.secret, self.metrics.calls_refused.inc)
+        between = grpc.aio.server(interceptors=[gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
+        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name), between)
         require_loopback(settings.listen.host, f"agent.listen is {settings.listen}")
-        port = between.add_insecure_port(str(settings.listen))
-        self.address = f"{settings.listen.host}:{port}"
+        try:
+            port = between.add_insecure_port(numeric(str(settings.listen)))
+        except RuntimeError:  # grpc has no other, and tells the reason to standard error only
+            why = f"agent.listen: cannot listen at {settings.listen}"
+            raise ConfigError(why, hint="has another program that port?") from None
+        self.address = str(settings.listen._replace(port=port))
+        gate.address = numeric(self.address)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(grpc_path)
         local.add_insecure_port(f"unix:{grpc_path}")

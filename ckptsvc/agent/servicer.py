@@ -11,13 +11,13 @@ import grpc
 import grpc.aio
 import msgspec
 
+from ckptsvc.agent.bandwidth import Mirror
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.rpc.channel import TOKEN_KEY, trailers_of
-from ckptsvc.rpc.secret import check_secret
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -152,15 +152,15 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
 
 
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
-    """For the agents of other nodes, that is: for whoever knows the secret."""
+    """For the agents of other nodes: rpc.proof.Gate lets in nobody else."""
 
-    def __init__(self, shell_of: Callable[[str, int], CoordinatorShell], node: str, secret: str) -> None:
-        self._shell_of, self._node, self._secret = shell_of, node, secret
+    def __init__(self, shell_of: Callable[[str, int], CoordinatorShell], node: str) -> None:
+        self._shell_of, self._node = shell_of, node
+        self._mirror = Mirror()
 
     async def Attend(self, request_iterator: AsyncIterator[pb.Report], context: Any) -> AsyncIterator[pb.Order]:
         """See coordinator.proto."""
         try:
-            check_secret(context.invocation_metadata(), self._secret)
             first = await anext(aiter(request_iterator))
             hello = first.agent_hello
             node = hello.node
@@ -169,33 +169,35 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             shell = self._shell_of(hello.job, hello.term)
         except CkptsvcError as error:
             await context.abort(*trailers_of(error))
-        orders: asyncio.Queue[pb.Order] = asyncio.Queue()
+        orders: asyncio.Queue[pb.Order | None] = asyncio.Queue()
         deliver = orders.put_nowait
         shell.attend(node, deliver)
         reading = asyncio.ensure_future(self._read(shell, node, request_iterator))
-        getting = asyncio.ensure_future(orders.get())
-        ended = asyncio.ensure_future(shell.ended.wait())
+        reading.add_done_callback(lambda task: deliver(None))
         try:
-            while not ended.done():
-                await asyncio.wait((reading, getting, ended), return_when=asyncio.FIRST_COMPLETED)
-                if getting.done():
-                    yield getting.result()
-                    getting = asyncio.ensure_future(orders.get())
-                elif reading.done():
-                    return
+            while (order := await orders.get()) is not None:
+                yield order
         finally:
             reading.cancel()
-            getting.cancel()
-            ended.cancel()
             shell.depart(node, deliver)
 
     async def _read(self, shell: CoordinatorShell, node: str, reports: AsyncIterator[pb.Report]) -> None:
-        async for report in reports:
-            shell.report(node, report)
+        async for message in reports:
+            for report in (message, *message.more):
+                shell.report(node, report)
 
     @_errors
     async def ListComplete(self, request: pb.ListCompleteRequest, context: Any) -> agent_pb2.ListSnapshotsResponse:
         """See coordinator.proto."""
-        check_secret(context.invocation_metadata(), self._secret)
         shell = self._shell_of(launched_as(request.job), request.term)
         return agent_pb2.ListSnapshotsResponse(snapshots=shell.list_complete(request.job))
+
+    async def Measure(self, request_iterator: AsyncIterator[pb.Load], context: Any) -> AsyncIterator[pb.Load]:
+        """See coordinator.proto."""
+        try:
+            async for load in self._mirror.reflect(request_iterator):
+                yield load
+        except CkptsvcError as error:
+            await context.abort(*trailers_of(error))
+        except TimeoutError:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "a measurement takes less")

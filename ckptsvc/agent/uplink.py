@@ -8,16 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
 
+from ckptsvc.agent.bandwidth import SECONDS, measure
+from ckptsvc.agent.fresh import fresh
 from ckptsvc.agent.runner import CoordinatorShell
-from ckptsvc.errors import AgentUnavailable
+from ckptsvc.errors import AgentUnavailable, CkptsvcError
+from ckptsvc.rpc import proof
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, error_of
-from ckptsvc.rpc.secret import SECRET_KEY
+from ckptsvc.rpc.secret import numeric
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -26,15 +29,35 @@ log = logging.getLogger("ckptsvc.agent")
 RECONNECT = 0.3
 """Seconds between attempts to reach a coordinator."""
 
+LIST_TIMEOUT = 10.0
+"""Seconds a coordinator has to say which snapshots are complete."""
+
+BACKOFF = [("grpc.initial_reconnect_backoff_ms", 300), ("grpc.max_reconnect_backoff_ms", 2000)]
+"""gRPC's own pauses between connections; by default they grow to two minutes."""
+
+GATHER = 0.02
+"""Seconds after a message in which further reports wait for each other: a message costs the coordinator ten times as
+much as a report in it."""
+
+BUNDLE = 1 << 20
+"""Bytes of reports in one message, unless a single one is larger."""
+
 
 class Uplink(Protocol):
     """The way to one coordinator."""
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether a coordinator hears what is reported."""
 
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator; never blocks."""
 
     async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job in memory, newest first."""
+
+    async def measure(self) -> float:
+        """Bytes per second to the coordinator's node and back (agent.bandwidth); 0.0 where that is this one."""
 
     async def close(self) -> None:
         """Stop."""
@@ -46,8 +69,17 @@ class LocalUplink:
     def __init__(self, node: str, shell: CoordinatorShell, on_order: Callable[[pb.Order], None]) -> None:
         self._node, self._shell = node, shell
         loop = asyncio.get_running_loop()
-        # Not at once: an order must not change what its cause is still working on.
-        shell.attend(node, lambda order: (loop.call_soon(on_order, order), None)[1])
+
+        def deliver(order: pb.Order | None) -> None:
+            if order is not None:  # not at once: an order must not change what its cause is still working on
+                loop.call_soon(on_order, order)
+
+        shell.attend(node, deliver)
+
+    @property
+    def is_connected(self) -> bool:
+        """It always is."""
+        return True
 
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator."""
@@ -57,6 +89,10 @@ class LocalUplink:
         """Complete snapshots of a job."""
         return self._shell.list_complete(job)
 
+    async def measure(self) -> float:
+        """There is no way to measure."""
+        return 0.0
+
     async def close(self) -> None:
         """Nothing to do."""
 
@@ -65,7 +101,11 @@ class RemoteUplink:
     """The coordinator is in another agent.
 
     `hello` says who calls, and for which term of which job. `resync` yields, on every connection, the reports that
-    rebuild what the coordinator must know of this node.
+    rebuild what the coordinator must know of this node. Nothing is told to, or taken from, a listener that has not
+    proved to know the secret (rpc.proof).
+
+    Raises:
+        ConfigError: the address is none, or not loopback.
     """
 
     def __init__(
@@ -76,12 +116,17 @@ class RemoteUplink:
         resync: Callable[[], Iterable[pb.Report]],
         secret: str,
     ) -> None:
-        self._metadata = ((SECRET_KEY, secret),)
-        self._hello, self._address, self._on_order, self._resync = hello, address, on_order, resync
+        self._address, self._secret = numeric(address), secret
+        self._hello, self._on_order, self._resync = hello, on_order, resync
         self._queue: asyncio.Queue[pb.Report | None] | None = None
-        self._channel = grpc.aio.insecure_channel(address, options=[*OPTIONS, *KEEPALIVE])
+        self._channel = grpc.aio.insecure_channel(self._address, options=[*OPTIONS, *KEEPALIVE, *BACKOFF])
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
         self._task = asyncio.ensure_future(self._run())
+
+    @property
+    def is_connected(self) -> bool:
+        """Whether the stream is up."""
+        return self._queue is not None and self._channel.get_state() is grpc.ChannelConnectivity.READY
 
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator, if it is connected."""
@@ -91,11 +136,28 @@ class RemoteUplink:
     async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job."""
         try:
-            request = pb.ListCompleteRequest(job=job, term=self._hello.term)
-            answer = await self._stub.ListComplete(request, timeout=10, metadata=self._metadata)
+            async with asyncio.timeout(LIST_TIMEOUT):
+                admission = await self._ask("ListComplete")
+                request = pb.ListCompleteRequest(job=job, term=self._hello.term)
+                call = self._stub.ListComplete(request, timeout=LIST_TIMEOUT, metadata=admission.metadata)
+                await admission.check(call)
+                answer = await call
         except grpc.RpcError as error:
             raise error_of(error) from None
+        except TimeoutError:
+            raise AgentUnavailable(f"coordinator {self._address} did not answer in time") from None
         return list(answer.snapshots)
+
+    async def measure(self) -> float:
+        """Bytes per second to the coordinator's node and back."""
+
+        async def begin(loads: AsyncIterator[pb.Load]) -> Any:
+            admission = await self._ask("Measure")
+            call = self._stub.Measure(loads, timeout=2 * SECONDS, metadata=admission.metadata, wait_for_ready=True)
+            await admission.check(call)
+            return call
+
+        return await measure(begin)
 
     async def close(self) -> None:
         """Stop."""
@@ -110,10 +172,10 @@ class RemoteUplink:
             try:
                 await self._attend()
                 silent = False
-            except grpc.RpcError as error:
+            except (grpc.RpcError, CkptsvcError) as failure:
                 if not silent:
-                    what = error_of(error)
-                    log.warning("coordinator %s: %s", self._address, AgentUnavailable(what.what).what)
+                    error = error_of(failure) if isinstance(failure, grpc.RpcError) else failure
+                    log.warning("coordinator %s: %s", self._address, error.what)
                 silent = True
             except Exception:
                 log.exception("the connection to coordinator %s ended", self._address)
@@ -121,18 +183,51 @@ class RemoteUplink:
             await asyncio.sleep(RECONNECT)
 
     async def _attend(self) -> None:
-        queue = self._queue = asyncio.Queue()
-        queue.put_nowait(pb.Report(agent_hello=self._hello))
-        for report in self._resync():
-            queue.put_nowait(report)
-        call = self._stub.Attend(self._reports(queue), metadata=self._metadata)
+        admission = await self._ask("Attend")
+        queue: asyncio.Queue[pb.Report | None] = asyncio.Queue()
+        call = self._stub.Attend(self._reports(queue), metadata=admission.metadata)
         try:
-            async for order in call:
-                self._on_order(order)
+            await admission.check(call)
+            queue.put_nowait(pb.Report(agent_hello=self._hello))
+            for report in self._resync():
+                queue.put_nowait(report)
+            self._queue = queue
+            async with contextlib.aclosing(fresh(call)) as orders:
+                async for order in orders:
+                    self._on_order(order)
         finally:
             queue.put_nowait(None)  # grpc does not end who waits for the next report of a call that has ended
 
+    async def _ask(self, method: str) -> proof.Admission:
+        return await proof.ask(self._channel, self._address, self._secret, method)
+
     @staticmethod
-    async def _reports(reports: asyncio.Queue[pb.Report | None]) -> AsyncIterator[pb.Report]:
-        while (report := await reports.get()) is not None:
-            yield report
+    async def _reports(queue: asyncio.Queue[pb.Report | None]) -> AsyncIterator[pb.Report]:
+        hello = await queue.get()
+        if hello is None:
+            return
+        yield hello
+        while True:
+            waiting = [await queue.get()]
+            while not queue.empty():
+                waiting.append(queue.get_nowait())
+            for message in bundles(report for report in waiting if report is not None):
+                yield message
+            if None in waiting:
+                return
+            await asyncio.sleep(GATHER)
+
+
+def bundles(reports: Iterable[pb.Report]) -> Iterator[pb.Report]:
+    """Put reports, in their order, into as few messages as make sense."""
+    bundle: list[pb.Report] = []
+    nbytes = 0
+    for report in reports:
+        size = report.ByteSize()
+        if bundle and nbytes + size > BUNDLE:
+            yield bundle[0] if len(bundle) == 1 else pb.Report(more=bundle)
+            bundle, nbytes = [], 0
+        bundle.append(report)
+        nbytes += size
+    if bundle:
+        yield bundle[0] if len(bundle) == 1 else pb.Report(more=bundle)

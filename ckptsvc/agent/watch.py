@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from ckptsvc.agent.aside import aside
 from ckptsvc.agent.evidence import Target
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import LocalJob, Session
+from ckptsvc.control.pace import BRIEF_FROM, stalls_within
 from ckptsvc.control.stalls import Limits, Sight, Stalls
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, Fields, log
@@ -80,7 +82,9 @@ class Watch:
         for (job, attempt), sessions in ranks.items():
             stalls = self._stalls.get((job, attempt))
             if stalls is None:
-                stalls = Stalls(job, self._local.name, attempt, self._limits, LOOK_EVERY)
+                nodes = next(iter(sessions.values())).reg.world_size / len(sessions)
+                patience = random.uniform(0, stalls_within(nodes)) if nodes > BRIEF_FROM else 0.0
+                stalls = Stalls(job, self._local.name, attempt, self._limits, LOOK_EVERY, patience)
                 self._stalls[job, attempt] = stalls
             suspicious = [r for r in stalls.suspicious() if r in sessions]
             stopped = [r for r in suspicious if procfs.state(sessions[r].pid) == "T"]
@@ -146,6 +150,11 @@ class Watch:
             logger.warning("rank %d: %s", order.rank, error.strerror)
 
     def _say(self, report: pb.Report) -> None:
+        if report.HasField("slowed"):
+            slowed = report.slowed
+            log(logger, logging.WARNING, Event.JOB_SLOWED, "steps take %.2g s, and took %.2g s", slowed.seconds,
+                slowed.usual, job=slowed.job, attempt=slowed.attempt)  # fmt: skip
+            return
         event = report.stalled if report.HasField("stalled") else report.moved
         about = Fields(job=event.job, attempt=event.attempt, rank=event.rank)
         if isinstance(event, pb.Stalled):

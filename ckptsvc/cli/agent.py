@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from ckptsvc.agent.server import Options, serve
-from ckptsvc.config import load, runtime_dir
+from ckptsvc.config import agents_directory, load
 from ckptsvc.quantities import parse_duration
 from ckptsvc.telemetry import setup_logging
 
@@ -36,6 +36,6 @@ def command(
     }
     settings = load(os.environ, overrides)
     if directory is None:
-        directory = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
+        directory = agents_directory(settings, os.environ)
     setup_logging(sys.stderr, json=json_log)
     asyncio.run(serve(Options(directory, settings, parse_duration(linger) if linger else None, json_log)))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from ckptsvc.config import load, runtime_dir
+from ckptsvc.config import agents_directory, load
 from ckptsvc.errors import AgentUnavailable, CkptsvcError
 from ckptsvc.rpc.dial import is_alive, sockets
 
@@ -33,8 +33,7 @@ def agent_directory() -> Path:
     Raises:
         ConfigError: a setting is wrong, or the directory is not private.
     """
-    settings = load(os.environ)
-    return Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
+    return agents_directory(load(os.environ), os.environ)
 
 
 def ask_all(directory: Path) -> list[Answer]:

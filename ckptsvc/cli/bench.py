@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import secrets
@@ -40,7 +41,24 @@ _STAGED = 2
 """Copies that a peer makes that saves in the background."""
 
 
-@click.command()
+OTHERS = {"control": "ckptsvc.cli.bench_control", "faults": "ckptsvc.cli.bench_faults"}
+"""Benchmarks with options of their own."""
+
+
+class _Bench(click.Command):
+    """`ckptsvc bench faults` and the like, by themselves."""
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The context of whichever benchmark is meant."""
+        if not args or args[0] not in OTHERS:
+            return super().make_context(info_name, args, parent, **extra)
+        other: click.Command = importlib.import_module(OTHERS[args[0]]).command
+        return other.make_context(f"{info_name} {args[0]}", args[1:], parent, **extra)
+
+
+@click.command(cls=_Bench)
 @click.argument("workload", type=click.Choice([*WORKLOADS, "all"]), default="all")
 @click.option("--ranks", type=click.IntRange(1, 64), help="Ranks on this node. [default: 1; for reshard 4]")
 @click.option("--gib", type=click.FloatRange(0.001), default=1.0, show_default=True,
@@ -63,6 +81,8 @@ def command(
     reshard  bytes read over bytes needed, from one layout to another
     small    as save, for 20,000 tensors of 4 to 64 KiB, against torch's dcp.save
     overlap  slowdown of a compute loop beside a save, training time lost in all
+    faults   what becomes of a job that is hurt; with options of its own: ckptsvc bench faults --help
+    control  cost and speed of a job's coordinator; with options of its own: ckptsvc bench control --help
 
     Limits (memcpy, direct write, cold read), ckptsvc and the systems given with --vs take turns, so that the moods of a
     shared machine fall on all alike. Medians are shown with minimum and maximum. A bar that is not met does not fail

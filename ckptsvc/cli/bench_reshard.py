@@ -179,7 +179,7 @@ def read_checkpoint(url: str, metas: Sequence[TensorMeta], layout: Layout, group
     began = time.perf_counter()
     store = Measured(connect(url), observe)
     image = store_image(newest(store))
-    windows = plan_windows(image.index, wants)
+    windows = plan_windows(image.catalogue, wants)
     exchange(group, windows, image.readable, image.source, EXTENT, array_sink(arrays, wants))
     seconds = time.perf_counter() - began
     store.close()

@@ -14,17 +14,17 @@ from typing import Any
 import click
 import xxhash
 
-from ckptsvc.agent.coordination import login_of
+from ckptsvc.agent.coordination import reachable
 from ckptsvc.agent.launcher import Launch, Launcher
 from ckptsvc.agent.standby import Standby, place_of, reason_against
 from ckptsvc.cli import torchrun_flags
+from ckptsvc.cli.devices import ranks_of
 from ckptsvc.cli.placing import Nodes, parse_nodes, placed
 from ckptsvc.cli.torchrun_flags import refuse_unknown
-from ckptsvc.config import LaunchSettings, Settings, load, runtime_dir
+from ckptsvc.config import LaunchSettings, Settings, agents_directory, load
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.dial import address_of, agent_arguments, is_alive
-from ckptsvc.rpc.etcd import check_reachable, parse_url
 from ckptsvc.rpc.secret import require_loopback
 
 
@@ -33,7 +33,7 @@ from ckptsvc.rpc.secret import require_loopback
 @click.option("--nnodes", envvar="PET_NNODES", metavar="N|MIN:MAX",
     help="Nodes of the job; default: those that Slurm or PBS gave, or 1. Others are spares.")  # fmt: skip
 @click.option("--nproc-per-node", "--nproc_per_node", "nproc", envvar="PET_NPROC_PER_NODE", default="1",
-    metavar="N|auto|gpu|cpu", help="Ranks on this node.")  # fmt: skip
+    metavar="N|auto|gpu|xpu|cpu", help="Ranks on this node.")  # fmt: skip
 @click.option("--node-rank", "--node_rank", envvar="PET_NODE_RANK", type=int, default=-1,
     help="Position of this node; default: as they come.")  # fmt: skip
 @click.option("--rdzv-id", "--rdzv_id", "job", envvar="PET_RDZV_ID", help="Name of the job, the same on all nodes.")
@@ -54,12 +54,17 @@ from ckptsvc.rpc.secret import require_loopback
 @click.option("--log-dir", "--log_dir", type=click.Path(path_type=Path), help="Keep each rank's output here.")
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as for python -m.")
 @click.option("--no-python", "--no_python", is_flag=True, help="SCRIPT is a program, not Python.")
+@click.option("--run-path", "--run_path", is_flag=True, hidden=True)  # SCRIPT has an interpreter of its own in any case
+@click.option("--virtual-local-rank", "--virtual_local_rank", is_flag=True,
+    help="Show each rank its own GPU only; LOCAL_RANK is always 0.")  # fmt: skip
 @click.option("--standby/--no-standby", default=None,
     help="Fork ranks from a warm interpreter that has torch imported; default: yes, for Python.")  # fmt: skip
 @click.option("--preload", metavar="MODULE,...", help="What the warm interpreter imports.")
 @click.option("--preflight/--no-preflight", default=None, help="Check this node before it takes part; default: yes.")
 @click.option("--crash-loop", "--crash_loop", type=click.IntRange(0), metavar="N",
     help="Failed attempts in a row without progress that end the job; 0: never; default 3.")  # fmt: skip
+@click.option("--grow", metavar="TIME|off",
+    help="How long a job on too few nodes waits for a checkpoint when one has come; default 10m.")  # fmt: skip
 @click.option("--stop-grace", type=float, default=60.0, show_default=True,
     help="Seconds for a last save after SIGTERM; a second SIGTERM ends at once.")  # fmt: skip
 @click.option("--status-file", type=click.Path(path_type=Path),
@@ -69,9 +74,9 @@ from ckptsvc.rpc.secret import require_loopback
 def command(
     nnodes: str | None, nproc: str, node_rank: int, job: str | None, coordinator: str | None,
     master_addr: str | None, master_port: int, coordination: str | None, max_restarts: int, standalone: bool,
-    node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool, standby: bool | None,
-    preload: str | None, preflight: bool | None, crash_loop: int | None, stop_grace: float,
-    status_file: Path | None, script: str, arguments: tuple[str, ...],
+    node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool, run_path: bool,
+    virtual_local_rank: bool, standby: bool | None, preload: str | None, preflight: bool | None, crash_loop: int | None,
+    grow: str | None, stop_grace: float, status_file: Path | None, script: str, arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
 
@@ -79,25 +84,23 @@ def command(
     finds out by itself which nodes the job has.
     """
     refuse_unknown(script)
-    low, high = parse_nodes("1" if standalone and nnodes is None else nnodes)
-    if standalone and high > 1:
-        raise ConfigError("--standalone means one node", hint="drop it, or --nnodes")
+    no_python = no_python and not run_path
+    low, high = _bounds(nnodes, standalone)
     if high > 1 and master_addr and not (coordinator or coordination):
         coordinator = f"{master_addr}:{master_port}"
     if coordinator and coordination:
         raise ConfigError("--rdzv-endpoint and --coordination exclude each other")
-    flags = {"standby": standby, "preload": preload, "preflight": preflight, "crash_loop": crash_loop}
+    flags = {"standby": standby, "preload": preload, "preflight": preflight, "crash_loop": crash_loop, "grow": grow}
     launching = {f"launch.{key}": value for key, value in flags.items()}
     settings = load(os.environ, {"agent.coordination": coordination, **launching})
     etcd = "" if coordinator else settings.agent.coordination
     given = Nodes(low, high, node_rank, job or "", coordinator or etcd, node or "", address)
     nodes = placed(given, os.environ, socket.gethostname())
-    elected = _elected(etcd, settings) if etcd and nodes.high > 1 else ""
+    elected = reachable(etcd, settings.etcd) if etcd and nodes.high > 1 else ""
     nodes = dataclasses.replace(nodes, coordinator="" if etcd else nodes.coordinator)
     name = nodes.node or settings.agent.name or socket.gethostname()
     leads = nodes.high == 1 or (nodes.node_rank == 0 and not elected)
-    base = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
-    directory = _agent_directory(base, nodes, leads)
+    directory = _agent_directory(agents_directory(settings, os.environ), nodes, leads)
     if nodes.coordinator:
         require_loopback(parse_address(nodes.coordinator).host, f"the coordinator's address is {nodes.coordinator}")
     launch = Launch(
@@ -107,7 +110,7 @@ def command(
         node_rank=nodes.node_rank,
         min_nodes=nodes.low,
         max_nodes=nodes.high,
-        nproc=_nproc(nproc),
+        nproc=ranks_of(nproc, os.environ),
         max_restarts=max_restarts,
         address=nodes.address,
         coordinator=elected or ("" if leads else nodes.coordinator),
@@ -116,8 +119,10 @@ def command(
         log_dir=log_dir,
         preflight=(settings.arena.dir, _written_to(settings, log_dir)) if settings.launch.preflight else None,
         crash_loop=settings.launch.crash_loop,
+        grow=settings.launch.grow,
         warm=None if no_python else _warm(settings.launch, script, module),
         stop_grace=stop_grace,
+        virtual_local_rank=virtual_local_rank,
     )
     status = asyncio.run(Launcher(launch, os.environ).run())
     if status_file is not None:
@@ -125,11 +130,11 @@ def command(
     return status
 
 
-def _elected(etcd: str, settings: Settings) -> str:
-    """Where the job's coordinator is elected; fails now if nobody answers there."""
-    url = parse_url(etcd)
-    asyncio.run(check_reachable(url, login_of(url, settings.etcd)))
-    return str(url)
+def _bounds(nnodes: str | None, standalone: bool) -> tuple[int, int]:
+    low, high = parse_nodes("1" if standalone and nnodes is None else nnodes)
+    if standalone and high > 1:
+        raise ConfigError("--standalone means one node", hint="drop it, or --nnodes")
+    return low, high
 
 
 def _agent_directory(base: Path, nodes: Nodes, leads: bool) -> Path:
@@ -150,20 +155,6 @@ def _note(path: Path, line: str) -> None:
             file.write(line)
     except OSError as error:
         print(f"ckptsvc run: {path} cannot be written: {error.strerror}", file=sys.stderr)
-
-
-def _nproc(text: str) -> int:
-    if text.isdecimal() and int(text) > 0:
-        return int(text)
-    if text in ("auto", "gpu"):
-        devices = [d for d in os.listdir("/dev") if d.startswith("nvidia") and d[6:].isdecimal()]
-        if devices:
-            return len(devices)
-        if text == "gpu":
-            raise ConfigError("--nproc-per-node gpu: this node has no GPU")
-    if text in ("auto", "cpu"):
-        return os.cpu_count() or 1
-    raise ConfigError(f"--nproc-per-node {text!r} is not a number, auto, gpu or cpu")
 
 
 def _command(script: str, arguments: tuple[str, ...], module: bool, no_python: bool) -> list[str]:

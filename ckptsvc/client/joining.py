@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 
 from ckptsvc.client.group import Group
-from ckptsvc.config import Settings, private_directory, runtime_dir
+from ckptsvc.config import Settings, agents_directory, private_directory
 from ckptsvc.errors import ConfigError
 from ckptsvc.launch import LOCAL_JOB, Placement, detect
 from ckptsvc.rpc.dial import is_alive
@@ -51,8 +51,7 @@ def agent_directory(place: Placement, settings: Settings) -> tuple[Path, bool]:
     given = os.environ.get("CKPTSVC_SOCKET")
     if given:
         return private_directory(Path(given)), False
-    base = settings.agent.socket_dir
-    shared = private_directory(Path(base)) if base else runtime_dir(os.environ)
+    shared = agents_directory(settings, os.environ)
     if is_alive(shared):
         return shared, False
     return shared / f"job-{xxhash.xxh3_64_hexdigest(place.job.encode())}", True

@@ -28,6 +28,10 @@ from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
 CALL_TIMEOUT = 5.0
 """Seconds for a call that the agent answers at once; a loop never waits longer for a dead one."""
 
+ACQUIRE_TIMEOUT = 2.0
+"""The same for an arena, on top of the patience: for so long a frozen agent holds up the training, and not so long that
+the other ranks' agents take it for a hang."""
+
 ASK_AGAIN = 10.0
 """Seconds the agent may take to answer how a save has ended: its answers show that it is there."""
 
@@ -169,7 +173,7 @@ class AgentLink:
     def acquire(self, step: int, nbytes: int, patience: float) -> tuple[str, int]:
         """A free arena, waited for at most `patience` seconds: (slot, epoch)."""
         request = agent_pb2.AcquireRequest(step=step, bytes=nbytes, patience=patience)
-        answer = self.call("Acquire", request, patience + CALL_TIMEOUT)
+        answer = self.call("Acquire", request, patience + ACQUIRE_TIMEOUT)
         self.registration["epoch"] = answer.epoch
         return answer.slot, answer.epoch
 

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ckptsvc.client.foreign import StoredOf
 from ckptsvc.client.restore import StoredNames
+from ckptsvc.client.wanted import Stored
 from ckptsvc.errors import NoCheckpoint, NotFound
 from ckptsvc.format.document import assemble
 from ckptsvc.format.objects import decode
 from ckptsvc.format.shard import objects_name
 from ckptsvc.geometry.box import Box
+from ckptsvc.interop.formats import is_foreign, open_foreign
 from ckptsvc.pipeline.catalog import Checkpoint, Refused, find, open_checkpoint
-from ckptsvc.pipeline.read import Want, array_sink, carrier, plan_windows, read_windows
+from ckptsvc.pipeline.read import Catalogue, Source, Want, read_arrays
 from ckptsvc.pipeline.sources import StoreSource
 from ckptsvc.storage import Store, connect
-from ckptsvc.types import DTYPES
 
 
 def load(
@@ -33,17 +35,25 @@ def load(
     """Read a checkpoint as one nested dict, as it was given to `attach`, every tensor whole and on the CPU.
 
     Args:
-        store: the URL or path of a run, or a connected store.
+        store: the URL or path of a run, or a connected store; or the address of another framework's checkpoint, as
+            "hf:/path" or "deepspeed:/path/global_step100" (see `ckptsvc.interop.formats`).
         step: which step; None is the newest checkpoint.
         only: patterns of logical names (`fnmatch`), for example "model/*"; tensors that match none are left out.
         rank: whose plain values and own tensors to take.
-        options: for the store's driver.
+        options: for the store's driver, or of the foreign format.
 
     Raises:
+        InvalidInput: the foreign checkpoint is not one, or its pickle is refused.
         NoCheckpoint: there is none, or none of that step.
         Damaged: its bytes do not verify.
         StoreError: the store cannot be read.
     """
+    if isinstance(store, str) and is_foreign(store):
+        logical = open_foreign(store, {name: str(value) for name, value in (options or {}).items()})
+        try:
+            return _tree(logical, StoredOf(logical), logical.source, logical.document(), _taken(only, "@"))
+        finally:
+            logical.close()
     where = connect(store, options or {}) if isinstance(store, str) else store
     try:
         return read_tree(newest(where, step), only, rank)
@@ -75,32 +85,37 @@ def read_tree(checkpoint: Checkpoint, only: str | Sequence[str] | None = None, r
     """An opened checkpoint as a nested dict; see `load`."""
     index = checkpoint.index
     rank %= index.info.world_size
-    patterns = [only] if isinstance(only, str) else only
-    document_name = objects_name(rank)
-    own = f"@rank/{rank}/"
-    stored = StoredNames(index)
-    names = [
-        name
-        for name in stored
-        if (not name.startswith("@") or name.startswith(own))
-        and name != document_name
-        and (patterns is None or any(fnmatch.fnmatchcase(name, p) for p in patterns))
-    ]
-    # A tied tensor is read once and stands under all its names.
-    held = {index.resolve(name) for name in names}
-    tensors = dict(zip(sorted(held), _tensors(checkpoint, sorted(held)), strict=True))
-    document = decode(_tensors(checkpoint, [document_name])[0].numpy().tobytes(), document_name, strict=False)
-    return assemble(document, {n: tensors[index.resolve(n)] for n in names}, lambda t: t.numpy())
-
-
-def _tensors(checkpoint: Checkpoint, names: Sequence[str]) -> list[torch.Tensor]:
-    metas = [checkpoint.index.meta(name) for name in names]
-    arrays = [np.empty(m.shape, carrier(DTYPES[m.dtype].itemsize)) for m in metas]
-    wants = [Want(m.name, m.dtype, m.shape, Box.full(m.shape)) for m in metas]
-    windows = plan_windows(checkpoint.index, wants)
+    name = objects_name(rank)
     source = StoreSource(checkpoint)
-    ordered = [windows[key] for key in sorted(windows)]
-    read_windows(ordered, source, checkpoint.index.info.extent, array_sink(arrays, wants))
+    document = decode(_tensors(index, source, [name])[0].numpy().tobytes(), name, strict=False)
+    taken = _taken(only, f"@rank/{rank}/")
+    return _tree(index, StoredNames(index), source, document, lambda n: n != name and taken(n))
+
+
+def _taken(only: str | Sequence[str] | None, own: str) -> Callable[[str], bool]:
+    patterns = [only] if isinstance(only, str) else only
+
+    def taken(name: str) -> bool:
+        mine = not name.startswith("@") or name.startswith(own)
+        return mine and (patterns is None or any(fnmatch.fnmatchcase(name, p) for p in patterns))
+
+    return taken
+
+
+def _tree(
+    catalogue: Catalogue, stored: Stored, source: Source, document: dict[str, Any], taken: Callable[[str], bool]
+) -> dict[str, Any]:
+    names = list(filter(taken, stored))
+    # A tied tensor is read once and stands under all its names.
+    held = sorted({catalogue.resolve(name) for name in names})
+    tensors = dict(zip(held, _tensors(catalogue, source, held), strict=True))
+    return assemble(document, {n: tensors[catalogue.resolve(n)] for n in names}, lambda t: t.numpy())
+
+
+def _tensors(catalogue: Catalogue, source: Source, names: Sequence[str]) -> list[torch.Tensor]:
+    metas = [catalogue.meta(name) for name in names]
+    wants = [Want(m.name, m.dtype, m.shape, Box.full(m.shape)) for m in metas]
+    arrays = read_arrays(catalogue, source, wants)
     return [_as_tensor(array, meta.dtype) for array, meta in zip(arrays, metas, strict=True)]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from ckptsvc.client.link import AgentLink
 from ckptsvc.client.parts import LocalPart
 from ckptsvc.client.stage import storable
 from ckptsvc.client.state import StateTree
+from ckptsvc.client.wanted import Stored
 from ckptsvc.errors import Damaged, LayoutError
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import shard_name
@@ -28,7 +29,7 @@ from ckptsvc.format.shard import decode_header, header_length, objects_name
 from ckptsvc.geometry.box import Box, FlatRange
 from ckptsvc.geometry.reshard import View
 from ckptsvc.pipeline.catalog import Checkpoint
-from ckptsvc.pipeline.read import Source, Want, carrier, place_of, plan_windows
+from ckptsvc.pipeline.read import Catalogue, Source, Want, carrier, place_of, plan_windows
 from ckptsvc.pipeline.sources import ArenaSource, StoreSource
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.types import DTYPES, TensorMeta
@@ -38,11 +39,21 @@ log = logging.getLogger("ckptsvc")
 
 @dataclass(frozen=True)
 class Image:
-    """A checkpoint that can be read: its index, and where this rank reads which shards."""
+    """A checkpoint that can be read.
 
-    index: Index
+    Attributes:
+        catalogue: what is stored where.
+        stored: every name in it, aliases too, with its description.
+        source: where its shards are read.
+        readable: which of them this rank reads.
+        document: the plain values this rank goes by; all ranks call it together.
+    """
+
+    catalogue: Catalogue
+    stored: Stored
     source: Source
     readable: Readable
+    document: Callable[[Group], dict[str, Any]]
 
 
 class StoredNames(Mapping[str, TensorMeta]):
@@ -70,7 +81,11 @@ class StoredNames(Mapping[str, TensorMeta]):
 
 def store_image(checkpoint: Checkpoint) -> Image:
     """A committed checkpoint in a store that every rank reaches."""
-    return Image(checkpoint.index, StoreSource(checkpoint), Readable(True))
+    return _image(checkpoint.index, StoreSource(checkpoint), Readable(True))
+
+
+def _image(index: Index, source: Source, readable: Readable) -> Image:
+    return Image(index, StoredNames(index), source, readable, lambda group: _document(index, source, readable, group))
 
 
 class _Told(msgspec.Struct):
@@ -109,7 +124,7 @@ def memory_image(snapshot: agent_pb2.Snapshot | None, link: AgentLink, group: Gr
     index = _gathered_index(told, snapshot, group, job, attempt)
     numbers = {entry.rank: number for number, entry in enumerate(index.shards)}
     local = {numbers[rank]: view for rank, view in arenas.items()}
-    return Image(index, ArenaSource(index, local), Readable(False, frozenset(local)))
+    return _image(index, ArenaSource(index, local), Readable(False, frozenset(local)))
 
 
 class _Common(msgspec.Struct):
@@ -174,42 +189,60 @@ def restore(image: Image, tree: StateTree, group: Group, progress: Progress = la
         Damaged, StoreError: this or another rank could not read what it needs; the state is partly overwritten.
         LayoutError: the checkpoint does not fit the state; nothing was changed.
     """
-    data, name = _document(image, group)
+    document = image.document(group)
     with together(group):
-        document = decode(data, name)
-        parts = tree.targets(StoredNames(image.index), document).parts
-        wants = [Want(p.meta.name, p.meta.dtype, p.meta.shape, p.region) for p in parts]
-        targets = [_Target(p) for p in parts]
-    _read(image, wants, targets, group, progress)
+        parts = tree.targets(image.stored, document).parts
+    return fill(image, tree, parts, document, group, progress)
+
+
+def fill(
+    image: Image,
+    tree: StateTree,
+    parts: Sequence[LocalPart],
+    document: dict[str, Any],
+    group: Group,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Read the parts of `tree.targets` and hand the document to the tree; see `restore`.
+
+    Tensors are cast where `targets` allowed another element type than the stored one.
+    """
+    metas = [image.stored[p.meta.name] for p in parts]
+    wants = [Want(m.name, m.dtype, m.shape, p.region) for m, p in zip(metas, parts, strict=True)]
+    targets = [_Target(p, m.dtype) for m, p in zip(metas, parts, strict=True)]
+    _read(image.catalogue, image.source, image.readable, wants, targets, group, progress)
     with together(group):
         return tree.load(document)
 
 
-def _document(image: Image, group: Group) -> tuple[bytes, str]:
+def _document(index: Index, source: Source, readable: Readable, group: Group) -> dict[str, Any]:
     """The objects document this rank goes by: its own where the world has the same size, else that of rank % world."""
-    name = objects_name(group.rank % image.index.info.world_size)
+    name = objects_name(group.rank % index.info.world_size)
     with together(group):
-        meta = image.index.meta(name)
+        meta = index.meta(name)
     data = np.empty(meta.shape, np.uint8)
-    _read(image, [Want(name, meta.dtype, meta.shape, Box.full(meta.shape))], [_Array(data)], group)
-    return data.tobytes(), name
+    _read(index, source, readable, [Want(name, meta.dtype, meta.shape, Box.full(meta.shape))], [_Array(data)], group)
+    with together(group):
+        document: dict[str, Any] = decode(data.tobytes(), name)
+    return document
 
 
 def _read(
-    image: Image,
+    catalogue: Catalogue,
+    source: Source,
+    readable: Readable,
     wants: Sequence[Want],
     targets: Sequence[_Target | _Array],
     group: Group,
     progress: Progress = lambda nbytes: None,
 ) -> None:
-    def sink(target: int, place: View, source: NDArray[Any]) -> None:
-        targets[target].put(place, source)
+    def sink(target: int, place: View, array: NDArray[Any]) -> None:
+        targets[target].put(place, array)
 
     with together(group):
-        windows = plan_windows(image.index, wants)
-    extent = image.index.info.extent
+        windows = plan_windows(catalogue, wants)
     with together(group):
-        exchange(group, windows, image.readable, image.source, extent, sink, progress)
+        exchange(group, windows, readable, source, catalogue.extent, sink, progress)
 
 
 class _Array:
@@ -224,13 +257,14 @@ class _Array:
 
 
 class _Target:
-    """A live tensor to fill: through numpy in host memory, through torch on a device."""
+    """A live tensor to fill: through numpy in host memory, through torch on a device or where values are cast."""
 
-    def __init__(self, part: LocalPart) -> None:
+    def __init__(self, part: LocalPart, stored: str) -> None:
         self._region = part.region
         self._tensor = storable(part.tensor.detach())
+        self._cast = None if stored == part.meta.dtype else getattr(torch, stored)
         self._array: NDArray[Any] | None = None
-        if self._tensor.device.type == "cpu":
+        if self._tensor.device.type == "cpu" and self._cast is None:
             self._array = _as_array(self._tensor, DTYPES[part.meta.dtype].itemsize)
 
     def put(self, place: View, source: NDArray[Any]) -> None:
@@ -244,6 +278,9 @@ class _Target:
             target = target[place.offset :][: int(np.prod(place.shape, dtype=np.int64))].view(place.shape)
         if place.shape:
             target = target[place.box.slices()]
+        if self._cast is not None:
+            target.copy_(host.view(self._cast))
+            return
         # The bytes, not the values: both sides are seen as integers of the same size.
         target.view(host.dtype).copy_(host) if host.dtype is not torch.complex128 else target.copy_(host)
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from ckptsvc.client.candidates import Candidate, Candidates
+from ckptsvc.client.foreign import restore_foreign
 from ckptsvc.client.group import the_group, together
 from ckptsvc.client.joining import agent_directory, coordinator_of, placement_of, registration
 from ckptsvc.client.link import AgentLink
@@ -77,6 +78,7 @@ def attach(
     include_rng: bool = True,
     resume: bool = True,
     overlap: bool = False,
+    init_from: str | None = None,
 ) -> Session:
     """Restore the newest good checkpoint into `state`, and start saving it.
 
@@ -92,6 +94,8 @@ def attach(
         resume: False starts from the state as it is, whatever the run holds.
         overlap: copy parameters and optimizer state beside forward and backward; the next `optimizer.step()` waits for
             the copy. Only for programs in which nothing but the optimizers changes them after `run.step()`.
+        init_from: where a run begins that has no checkpoint yet: a checkpoint of another framework, as
+            "deepspeed:/path/global_step100" or "hf:/path" (see `ckptsvc.interop.formats`). It is read as it lies.
 
     Raises:
         ConfigError: a setting is wrong.
@@ -107,7 +111,7 @@ def attach(
     if not settings.store.url:
         raise ConfigError("attach needs a store", hint='pass store="file:///path" or set CKPTSVC_STORE_URL')
     session = Session(state, settings, include_rng=include_rng)
-    session._open(resume, overlap)
+    session._open(resume, overlap, init_from)
     return session
 
 
@@ -117,7 +121,7 @@ class Session:
     Attributes:
         steps_done: steps this state has behind it: 0, or the step of the checkpoint that was restored.
         state: the plain values of the state tree, as restored (or as given).
-        restored_from: "memory", "store", or None for a fresh start.
+        restored_from: "memory", "store", the address given as `init_from`, or None for a fresh start.
         skipped: snapshots that were due and not taken.
     """
 
@@ -258,6 +262,7 @@ class Session:
             return
         self._closed.set()
         self._snapshots.fence()
+        self._snapshots.finish()
         for fence in self._fences:
             fence.remove()
         atexit.unregister(self.close)
@@ -274,7 +279,7 @@ class Session:
 
     # ---- opening -----------------------------------------------------------------------------------------------------
 
-    def _open(self, resume: bool, overlap: bool) -> None:
+    def _open(self, resume: bool, overlap: bool, init_from: str | None) -> None:
         group = self._group = the_group()
         self._place = placement_of(group)
         coordinator = coordinator_of(group, self._place, self.settings)
@@ -285,6 +290,14 @@ class Session:
         self._link = AgentLink(directory, registration(group, self._place, self.settings, self._url, coordinator))
         self._phases = Phases(self._link)
         self._snapshots = Snapshots(self._tree, self._link, group, self._place, self._url, self._report_skip)
+        try:
+            self._join(resume, overlap, init_from)
+        except BaseException:
+            self.close()
+            raise
+
+    def _join(self, resume: bool, overlap: bool, init_from: str | None) -> None:
+        group = self._group
         self._start_agent()
         self._link.connect()
         capture = self._tree.capture()
@@ -294,7 +307,7 @@ class Session:
                 f"not every one of {group.size} ranks has attached, or the run gave no epoch, within"
                 f" {ATTACH_TIMEOUT:g} s"
             )
-        if resume and self._restore(None) is not None:
+        if (resume and self._restore(None) is not None) or (init_from is not None and self._begin_from(init_from)):
             self._snapshots.arrange(self.steps_done)  # optimizers have their state now: the structure is final
         self._phases.beat(self.steps_done)
         if overlap:
@@ -410,6 +423,15 @@ class Session:
         """Try the candidates, newest first, until one restores on every rank; None if there are none."""
         with self.phase("restore"):
             return self._restore_newest(step)
+
+    def _begin_from(self, address: str) -> bool:
+        """Start from another framework's checkpoint."""
+        with self.phase("restore"):
+            found = restore_foreign(address, self._tree_of, self._tree, self._group, self._phases.progress)
+        values, self.steps_done = found
+        self.state = {**self._tree_of, **values}
+        self.restored_from = address
+        return True
 
     def _restore_newest(self, step: int | None) -> int | None:
         candidates = Candidates(self._url, self.settings.store.retries, self._link, self._group, self._place)

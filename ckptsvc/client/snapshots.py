@@ -33,6 +33,9 @@ AGREE_PATIENCE = 5.0
 ARRANGE_TIMEOUT = 600.0
 """Seconds the preparations beside the training may take: terabytes of arenas are not there at once."""
 
+ARRANGE_PATIENCE = 2.0
+"""Seconds the end of a session waits for preparations."""
+
 
 class Snapshots:
     """The snapshots of one rank.
@@ -90,6 +93,11 @@ class Snapshots:
         plan = StagePlan.make(capture, self._group.rank, same)
         self._plans = {capture.structure: plan}
         return plan
+
+    def finish(self) -> None:
+        """Wait until preparations in progress have ended, a few seconds at most."""
+        if self._arranging is not None:
+            self._arranging.join(ARRANGE_PATIENCE)
 
     def arrange(self, step: int) -> None:
         """Beside the training: agree on who stages what, have arenas made and mapped for the first snapshot."""

@@ -68,6 +68,8 @@ class StateTree:
     Attributes:
         unexpected: after `targets`, the stored names that this rank's tree has no place for. Pipeline stages
             have such; all ranks together should have a place for every name, which only the session can tell.
+        absent: after `targets`, what the tree has and the checkpoint has not.
+        cast: after `targets`, the names that are stored in another precision.
     """
 
     def __init__(self, tree: Mapping[str, Any], rank: int, world_size: int, include_rng: bool = True) -> None:
@@ -94,6 +96,8 @@ class StateTree:
         self._world_size = world_size
         self._include_rng = include_rng
         self.unexpected: list[str] = []
+        self.absent: list[str] = []
+        self.cast: list[str] = []
         self._build()
 
     def _build(self) -> None:
@@ -143,7 +147,12 @@ class StateTree:
         return last[2]
 
     def targets(
-        self, stored: Stored | None = None, objects: Mapping[str, Any] | None = None, *, strict: bool = True
+        self,
+        stored: Stored | None = None,
+        objects: Mapping[str, Any] | None = None,
+        *,
+        strict: bool = True,
+        cast: bool = False,
     ) -> Capture:
         """What must be filled so that `load(objects)` restores a checkpoint.
 
@@ -157,13 +166,14 @@ class StateTree:
             strict: refuse a checkpoint that lacks something of the tree and, if this is the only rank, one
                 that has more than the tree. Otherwise what it lacks stays as it is and what it has more is
                 ignored.
+            cast: take floating-point tensors that are stored in another precision.
 
         Raises:
             LayoutError: names are missing, or stored with another dtype or shape.
         """
         if not _unchanged(self._root):
             self._build()
-        wanted = Wanted(stored)
+        wanted = Wanted(stored, cast=cast)
 
         def want(node: Node, plain: Any) -> None:
             if plain is _ABSENT:
@@ -173,6 +183,7 @@ class StateTree:
 
         _map(self._root, want, self.capture().objects if objects is None else objects)
         self.unexpected = sorted(n for n in stored or () if n not in wanted.names and not n.startswith("@"))
+        self.absent, self.cast = wanted.absent, wanted.cast or []
         if strict:
             wanted.check()
             if self.unexpected and self._world_size == 1:

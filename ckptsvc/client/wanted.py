@@ -31,10 +31,13 @@ class Wanted:
         parts: the parts to fill.
         absent: what the state tree has and the checkpoint has not.
         names: all that is wanted, also by a rank that holds no part of it.
+        cast: the names whose values are to be cast; None where none may be.
     """
 
-    def __init__(self, stored: Stored | None) -> None:
+    def __init__(self, stored: Stored | None, *, cast: bool = False) -> None:
+        """`cast`: take floating-point tensors that are stored in another precision."""
         self.stored = stored
+        self.cast: list[str] | None = [] if cast else None
         self.parts: list[LocalPart] = []
         self.absent: list[str] = []
         self.names: set[str] = set()
@@ -61,6 +64,10 @@ class Wanted:
         meta = self.meta(name)
         if self.stored is not None and meta is None:
             self.absent.append(name)
+            return
+        if meta is not None and parts and self.cast is not None and _castable(parts[0].meta, meta):
+            self.cast.append(name)
+            self.parts += parts
             return
         for part in parts:
             if meta is not None and not fits(part.meta, meta):
@@ -113,6 +120,14 @@ def other_kind(path: str) -> LayoutError:
 def fits(live: TensorMeta, stored: TensorMeta) -> bool:
     """Whether the bytes of one are the bytes of the other."""
     return live.dtype == stored.dtype and tuple(live.shape) == tuple(stored.shape)
+
+
+def _castable(live: TensorMeta, stored: TensorMeta) -> bool:
+    return (
+        live.dtype != stored.dtype
+        and tuple(live.shape) == tuple(stored.shape)
+        and all(getattr(torch, meta.dtype).is_floating_point for meta in (live, stored))
+    )
 
 
 def listed(names: list[str], where: str) -> str:

@@ -8,6 +8,7 @@ what sets one rank apart from those that wait for it.
 from __future__ import annotations
 
 import enum
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -113,7 +114,8 @@ def _verdict(scene: Scene, suspects: list[int], signals: Mapping[Kind, Signal]) 
     broken = evidence is not None and evidence.state in _BROKEN
     overdue = evidence is not None and 0 < evidence.threshold < evidence.stalled
     # What speaks against all ranks of a node names the node.
-    of_node = len(nodes) == 1 and len(suspects) > 1 and signals.keys() <= {Kind.NODE, Kind.NETWORK}
+    of_node = len(nodes) == 1 and signals.keys() <= {Kind.NODE, Kind.NETWORK}
+    of_node = of_node and (len(suspects) > 1 or evidence is None)  # a rank that was not seen is not known to hang
     confidence = 0.95 if broken else {1: 0.5, 2: 0.8}.get(len(signals), 0.9)
     if not broken and not of_node:
         confidence /= len(suspects)
@@ -161,7 +163,11 @@ _WAITS_IN_TORCH = re.compile(
     r"|synchronize|monitored_barrier)\w*"
 )
 _FUNCTION = re.compile(r"\s*(?:[\w<>]+\.)*([\w<>]+|\.+)")
+_LONG_PATH = re.compile(r"\((?:[^()]*/)?([^()/]+/[^()/]+:\d+\))$")
 _BACKWARD = "_engine_run_backward"
+
+_STACKS = 256
+"""Different stacks of which is remembered what they say: in a job of 100,000 ranks nearly all are the same."""
 
 
 def waits(evidence: pb.RankEvidence) -> bool:
@@ -175,14 +181,22 @@ def waits(evidence: pb.RankEvidence) -> bool:
     return evidence.state == "S" and evidence.cpu <= IDLE
 
 
+@functools.lru_cache(maxsize=_STACKS)
 def functions(stack: str) -> tuple[str, ...]:
     """The functions of a stack, outermost first, without their classes: not everybody who looks can tell those."""
     return tuple(match[1] for line in stack.splitlines() if (match := _FUNCTION.match(line)))
 
 
 def _stack_waits(evidence: pb.RankEvidence) -> bool:
-    inner = functions(evidence.stack)[-4:]
-    return any(map(_WAITS_IN_TORCH.match, inner)) or (_BACKWARD in inner and evidence.cpu <= IDLE)
+    in_torch, in_backward = _waits_where(evidence.stack)
+    return in_torch or (in_backward and evidence.cpu <= IDLE)
+
+
+@functools.lru_cache(maxsize=_STACKS)
+def _waits_where(stack: str) -> tuple[bool, bool]:
+    """Whether a stack ends in a collective, and whether in the backward pass, which may wait for one."""
+    inner = functions(stack)[-4:]
+    return any(map(_WAITS_IN_TORCH.match, inner)), _BACKWARD in inner
 
 
 def _in(evidence: pb.RankEvidence) -> str:
@@ -246,9 +260,11 @@ def _collectives(scene: Scene) -> Found:
 
 def _stacks(scene: Scene) -> Found:
     """Most wait in a collective, and this one is somewhere else."""
-    known = {r: functions(e.stack) for r, e in scene.ranks.items() if functions(e.stack)}
-    waiting = [r for r in known if _stack_waits(scene.ranks[r])]
-    elsewhere = [r for r in known if r not in waiting]
+    known = {r: stack for r, e in scene.ranks.items() if (stack := functions(e.stack))}
+    waiting: list[int] = []
+    elsewhere: list[int] = []
+    for rank in known:
+        (waiting if _stack_waits(scene.ranks[rank]) else elsewhere).append(rank)
     if waiting and 0 < len(elsewhere) <= len(waiting):
         for rank in elsewhere:
             here = _innermost(scene.ranks[rank])
@@ -267,7 +283,9 @@ def _stacks(scene: Scene) -> Found:
 
 
 def _innermost(evidence: pb.RankEvidence) -> str:
-    return evidence.stack.split("\n")[-1].strip() or functions(evidence.stack)[-1]
+    """Function and place; of a long path, the end: all of it stands in the report."""
+    here = evidence.stack.split("\n")[-1].strip() or functions(evidence.stack)[-1]
+    return _LONG_PATH.sub(r"(\1", here)
 
 
 def _work(scene: Scene) -> Found:

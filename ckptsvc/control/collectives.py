@@ -17,6 +17,9 @@ _SAME_SIZES = ("all_reduce", "broadcast", "reduce")
 
 _NAMED = 3
 
+_KINDS = 16
+"""Different collectives under one number beyond which no more ranks are named."""
+
 
 @dataclass(frozen=True, slots=True)
 class Odd:
@@ -59,14 +62,14 @@ def _late(members: dict[int, pb.GroupProgress]) -> Iterable[Odd]:
     waiting = {rank: group for rank, group in members.items() if group.enqueued == last and group.collective}
     if not waiting:
         return
-    collective = next(iter(waiting.values())).collective
+    collective, listed = next(iter(waiting.values())).collective, _listed(waiting)
     for rank, group in members.items():
-        if group.enqueued < last:
-            yield Odd(
-                rank, last - group.enqueued,
-                f"it has not started collective {group.enqueued + 1}, and {_listed(waiting)} in {collective}"
-                f" (collective {last})",
-            )  # fmt: skip
+        lacks = last - group.enqueued
+        if lacks == 1:
+            yield Odd(rank, 1, f"it has not started collective {last}, {collective}, in which {listed}")
+        elif lacks > 1:
+            what = f"it has not started collective {group.enqueued + 1}, and {listed} in {collective}"
+            yield Odd(rank, lacks, f"{what} (collective {last})")
 
 
 def _astray(members: dict[int, pb.GroupProgress]) -> Iterable[Odd]:
@@ -77,13 +80,17 @@ def _astray(members: dict[int, pb.GroupProgress]) -> Iterable[Odd]:
     if len(numbers) != 1 or len(kinds) < 2:
         return
     (most, count), (_, second) = kinds.most_common(2)
+    others: dict[str, str] = {}
+    for kind in kinds:
+        those = {r: g for r, g in pending.items() if _kind(g.collective) != kind}
+        others[kind] = f"{_listed(those)} in {next(iter(those.values())).collective}"
+        if len(others) == _KINDS:
+            break
     for rank, group in pending.items():
-        if _kind(group.collective) != most or count == second:  # of two halves, neither is known to be right
-            others = {r: g for r, g in pending.items() if _kind(g.collective) != _kind(group.collective)}
-            theirs = next(iter(others.values())).collective
-            yield Odd(
-                rank, 0, f"it is in {group.collective}, while {_listed(others)} in {theirs}, under the same number"
-            )
+        kind = _kind(group.collective)
+        # Of two halves, neither is known to be right.
+        if (kind != most or count == second) and kind in others:
+            yield Odd(rank, 0, f"it is in {group.collective}, while {others[kind]}, under the same number")
 
 
 def _kind(collective: str) -> str:

@@ -8,6 +8,7 @@ from ckptsvc.control.crashloop import CrashLoop
 from ckptsvc.control.effects import (
     CommitDone,
     Decision,
+    Drain,
     EpochDone,
     KeepNodes,
     LookupDone,
@@ -17,6 +18,7 @@ from ckptsvc.control.effects import (
     Send,
 )
 from ckptsvc.control.exclusion import Exclusion, Strikes
+from ckptsvc.control.growth import Growth, Reach
 from ckptsvc.control.health import Health, Policy
 from ckptsvc.control.incidents import Incidents, standing
 from ckptsvc.control.membership import Job
@@ -24,6 +26,7 @@ from ckptsvc.control.nic_job import JobNics
 from ckptsvc.control.nics import Finding
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.control.save import Saves
+from ckptsvc.control.slow import SlowJobs
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -48,10 +51,12 @@ class Coordinator:
     exclusion: Exclusion = field(default_factory=Exclusion)
     incidents: Incidents = field(init=False)
     health: Health = field(init=False)
+    slow: SlowJobs = field(init=False)
 
     def __post_init__(self) -> None:
         self.incidents = Incidents(self.mark)
         self.health = Health(self.jobs, self.launched, self.incidents, self.nics, self.policy)
+        self.slow = SlowJobs(self.jobs, self.incidents, self.health.cases)
 
     def handle(self, node: str, report: pb.Report, now: float) -> Decision:
         """One report from the agent of `node`."""
@@ -111,7 +116,7 @@ class Coordinator:
         """Whatever time alone decides; call it a few times a second."""
         decision = Decision()
         for job in self.jobs.values():
-            known = dict(job.ranks) if job.away else {}
+            known = dict(job.ranks) if job.overdue(now) else {}
             decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
             for rank in known.keys() - job.ranks.keys():
                 self.health.missing(job, rank, known[rank])
@@ -119,7 +124,7 @@ class Coordinator:
             decision.add(self._tick_launched(attempts, now))
         for nics in self.nics.values():
             decision.add(nics.tick(now))
-        decision.add(self.health.tick(now))
+        decision.add(self.health.tick(now)).add(self.slow.tick(now))
         for name, job in list(self.jobs.items()):
             if job.ranks or job.saves.open or job.saves.held:
                 job.busy_at = now
@@ -127,12 +132,24 @@ class Coordinator:
                 del self.jobs[name]
                 self.incidents.forget(name)
                 self.nics.pop(name, None)
-        return decision.add(self._epochs(now)).add(self._keep_nodes(now))
+        for name, attempts in list(self.launched.items()):
+            if attempts.phase is Phase.ENDED and now - attempts.ended > FORGET_AFTER:
+                del self.launched[name]
+        return decision.add(self._epochs(now)).add(self._keep_nodes(now)).add(self._drain())
 
     def _keep_nodes(self, now: float) -> Decision:
         if not self.exclusion.changed or not self.exclusion.known:
             return Decision()
         return Decision([KeepNodes({n: (s.score, now - s.at, s.why) for n, s in self.exclusion.listed(now).items()})])
+
+    def _drain(self) -> Decision:
+        decision = Decision()
+        for node, why in self.exclusion.fresh.items():
+            about = self.incidents.about(node)
+            decision.effects.append(Drain(node, f"{about}: {why}" if about else why))
+            decision.reasons.append(f"node {node} has failed too often and is not used while there are others: {why}")
+        self.exclusion.fresh.clear()
+        return decision
 
     def _tick_launched(self, attempts: Attempts, now: float) -> Decision:
         before, nodes = standing(attempts), list(attempts.nodes)
@@ -141,7 +158,24 @@ class Coordinator:
         if suspects:
             return decision.add(self.incidents.failed(attempts, before, "died", *suspects[0]))
         lost = next((node for node in nodes if node not in attempts.nodes), "")
-        return decision.add(self.incidents.failed(attempts, before, "node-lost", node=lost))
+        decision.add(self.incidents.failed(attempts, before, "node-lost", node=lost))
+        return decision.add(self._grow(attempts, now))
+
+    def _grow(self, attempts: Attempts, now: float) -> Decision:
+        """Start a job anew that runs on fewer nodes than there are, when it loses little by it."""
+        growth, waiting = attempts.growth, attempts.waiting(now)
+        jobs = [j for j in self.jobs.values() if (launched_as(j.name), j.attempt) == (attempts.job, attempts.attempt)]
+        done = max((job.highest for job in jobs if job.progress), default=None)
+        committed = (
+            max((s for job in jobs if (s := job.saves.committed_step) is not None), default=-1) if waiting else -1
+        )
+        why = growth.look(waiting, Reach(done, committed), now, told=attempts.gathered)
+        if why:
+            return attempts.grow(waiting, why, now)
+        if growth.wants_checkpoint(now):
+            for job in jobs:
+                job.save_wanted = True
+        return Decision()
 
     def snapshots(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job in memory, newest first (`local` is filled in by each agent)."""
@@ -255,6 +289,7 @@ class Coordinator:
                 CrashLoop(event.crash_loop),
                 self.exclusion,
                 lambda: self._reached(event.job),
+                Growth(event.grow if event.grow >= 0 else None),
                 since=now,
                 predecessor=before,
             )
@@ -283,7 +318,7 @@ class Coordinator:
             return Decision()
         attempts.saved = self._saved(event.job)
         before = standing(attempts)
-        decision = attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now)
+        decision = attempts.rank_exited(event.attempt, event.rank, event.node, event.status, now, event.detail)
         return decision.add(self.incidents.failed(attempts, before, "died", event.rank, event.node))
 
     def _on_node_left(self, event: pb.NodeLeft, now: float) -> Decision:
@@ -302,7 +337,10 @@ class Coordinator:
         return self.health.moved(event, now)
 
     def _on_examined(self, event: pb.Examined, now: float) -> Decision:
-        return self.health.examined(event, now)
+        return self.health.examined(event, now).add(self.slow.examined(event, now))
+
+    def _on_slowed(self, event: pb.Slowed, now: float) -> Decision:
+        return self.slow.slowed(event, now)
 
     def _on_stop_requested(self, event: pb.StopRequested, now: float) -> Decision:
         for job in self.jobs.values():

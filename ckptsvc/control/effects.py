@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass, field
 
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.telemetry import Cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,23 @@ class KeepNodes:
     strikes: dict[str, Strike]
 
 
-Effect = Send | AllotEpoch | Commit | Lookup | Record | Probe | ReadNodes | KeepNodes
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """A node has failed once too often: ask the scheduler to give it to no further job, where that is wanted."""
+
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Restarted:
+    """A launched job starts anew. There is nothing to do but to count it."""
+
+    job: str
+    cause: Cause
+
+
+Effect = Send | AllotEpoch | Commit | Lookup | Record | Probe | ReadNodes | KeepNodes | Drain | Restarted
 
 
 @dataclass(slots=True)

@@ -40,16 +40,21 @@ class Exclusion:
     Attributes:
         known: whether the list of earlier jobs has been read, or cannot be.
         changed: whether there is something to be kept that has not been.
+        fresh: nodes that have been excluded by a strike since somebody last took note of it, and the reason.
     """
 
     strikes: dict[str, Strikes] = field(default_factory=dict)
     known: bool = True
     changed: bool = False
+    fresh: dict[str, str] = field(default_factory=dict)
 
     def strike(self, node: str, weight: float, why: str, now: float) -> None:
         """A node has failed."""
+        before = self.excluded(node, now)
         self.strikes[node] = Strikes(self.score(node, now) + weight, now, why)
         self.changed = True
+        if self.excluded(node, now) and not before:
+            self.fresh[node] = why
 
     def score(self, node: str, now: float) -> float:
         """What a node has against it now."""

@@ -25,6 +25,7 @@ from ckptsvc.control.incidents import Incidents, record, standing
 from ckptsvc.control.membership import AGENT_PATIENCE, Job
 from ckptsvc.control.nic_job import JobNics
 from ckptsvc.control.nics import INFO
+from ckptsvc.control.pace import BRIEF_FROM
 from ckptsvc.control.restart import Accused, Attempts, Phase, launched_as
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -54,6 +55,14 @@ MOVES_BYTES = 256 << 10
 MOVES_CPU = 0.1
 """Bytes a second, and share of a core of its children, of a rank that works unseen: it writes a file, its data loaders
 compute. Loggers and monitors beside it use less."""
+
+SAMPLE = 64
+SAMPLES = 2
+"""Nodes, beside those that have reported, that are examined first where there are many times more, and how often: that
+a rank is stopped and the job is not can be seen in a moment, the evidence of 100,000 ranks takes seconds."""
+
+SAMPLES_FROM = 4
+"""Times `SAMPLE` nodes from which on there are many."""
 
 KEPT_RANKS = 32
 """Ranks whose evidence is kept in an incident."""
@@ -108,6 +117,8 @@ class Case:
     opened: float
     stalled: dict[int, pb.Stalled] = field(default_factory=dict)
     round: int = 0
+    samples: int = 0  # rounds so far in which not all nodes were asked
+    asked: set[str] = field(default_factory=set)
     awaited: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
     answers: dict[str, pb.Examined] = field(default_factory=dict)
@@ -218,18 +229,34 @@ class Health:
     def _examine(self, case: Case, job: Job, now: float) -> Decision:
         case.round += 1
         case.open, case.until, case.answers = True, now + ANSWER_PATIENCE, {}
-        case.silent = job.unreachable
-        case.awaited = set(job.nodes) - case.silent
+        nodes = job.nodes
+        case.asked = self._sample(case, nodes) or set(nodes)
+        case.samples += len(case.asked) < len(nodes)
+        case.silent = job.unreachable & case.asked
+        case.awaited = case.asked - case.silent
         order = pb.Examine(
-            attempt=case.incident.attempt, incident=case.incident.id, seconds=EXAMINE_SECONDS, round=case.round
-        )
+            attempt=case.incident.attempt, incident=case.incident.id, seconds=EXAMINE_SECONDS, round=case.round,
+            brief=len(case.awaited) >= BRIEF_FROM,
+        )  # fmt: skip
         return Decision([Send(n, pb.Order(job=case.job, examine=order)) for n in sorted(case.awaited)])
+
+    def _sample(self, case: Case, nodes: list[str]) -> set[str]:
+        """The nodes to ask, if not all."""
+        every = len(nodes) // SAMPLE
+        if every < SAMPLES_FROM or case.samples >= SAMPLES:
+            return set()
+        reported = [event.node for event in case.stalled.values()][: 2 * SAMPLE]
+        return {*nodes[::every], *reported} & set(nodes)
 
     def _conclude(self, case: Case, job: Job, now: float) -> Decision:
         ranks = {e.rank: e for a in case.answers.values() for e in a.ranks if job.ranks.get(e.rank) == a.node}
         nics = self._nics(case, job)
-        verdict = self._verdict_on_missing(case, job) or blame(Scene(job.ranks, ranks, case.silent, nics))
+        asked = {rank: node for rank, node in job.ranks.items() if node in case.asked}
+        verdict = self._verdict_on_missing(case, job) or blame(Scene(asked, ranks, case.silent, nics))
         case.open, case.awaited = False, set()
+        if len(asked) < len(job.ranks) and not (verdict.broken and verdict.overdue):
+            case.until = now  # a sample accuses nobody whose process is well: ask all
+            return Decision()
         news = self._take_in(case, verdict, ranks, now)
         case.incident.nics[:] = [sentence for sentences in nics.values() for sentence in sentences]
         attempts = self._attempts(case)
@@ -240,7 +267,7 @@ class Health:
                 return self._give_up(case, attempts, now)
         if attempts is not None and self._is_dead(case, job, ranks):
             return self._give_up(case, attempts, now)
-        pause = min(LOOK_AGAIN * 2 ** min(case.round - 1, 8), LOOK_AGAIN_MOST)
+        pause = min(LOOK_AGAIN * 2 ** min(case.round - case.samples - 1, 8), LOOK_AGAIN_MOST)
         if strayed := self._strayed(case):
             pause = min(pause, max(self._patience(case) - strayed, LOOK_AGAIN))
         case.until = now + pause
@@ -265,7 +292,7 @@ class Health:
             first = max((event.seconds for event in case.stalled.values()), default=0.0)
             incident.detected = first + now - case.opened
         # Where nobody can be named at once, it may be over before anybody wants to hear of it.
-        before_told, case.told = case.told, case.told or bool(verdict.node) or case.round >= ROUNDS
+        before_told, case.told = case.told, case.told or bool(verdict.node) or case.round - case.samples >= ROUNDS
         return news or not before_told
 
     def _nics(self, case: Case, job: Job) -> dict[str, list[str]]:

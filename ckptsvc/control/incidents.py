@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ckptsvc.control.effects import Decision, Record
+from ckptsvc.control.effects import Decision, Record, Restarted
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.telemetry import Cause
 
 Standing = tuple[int, int]
 """(attempt, failures so far) of a launched job."""
@@ -56,9 +57,16 @@ class Incidents:
             incident.sentence, incident.rank, incident.node = attempts.last_failure, rank, node
             incident.confidence = 1.0
             self.fatal(incident)
-        again = f"restart {attempts.restarts} of {attempts.max_restarts}"
-        incident.actions.append("the job ends" if attempts.phase is Phase.ENDED else again)
-        return record(incident)
+        if attempts.phase is Phase.ENDED:
+            incident.actions.append("the job ends")
+            return record(incident)
+        incident.actions.append(f"restart {attempts.restarts} of {attempts.max_restarts}")
+        return record(incident).add(Decision([Restarted(attempts.job, Cause(incident.kind))]))
+
+    def about(self, node: str) -> str:
+        """The incident that a node was last to blame for, as words: "incident 3-1 of job j"; "": none."""
+        found = (incident for incident in self._fatal.values() if incident.node == node)
+        return next((f"incident {incident.id} of job {incident.job}" for incident in found), "")
 
     def forget(self, job: str) -> None:
         """A job is over for good."""

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, field
 
 from ckptsvc.control.effects import AllotEpoch, Decision, EpochDone, Send
+from ckptsvc.control.runs import runs_of
 from ckptsvc.control.save import Saves
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -24,6 +25,10 @@ PATIENCE_WITH_PREDECESSOR = 60.0
 """Seconds a new job waits for the running saves of a dead job of the same run, so that it can restore them."""
 
 
+SAID = 20
+"""Ranks that leave an attempt of which the log speaks one by one."""
+
+
 @dataclass(slots=True)
 class Job:
     """One job and its current attempt."""
@@ -37,12 +42,17 @@ class Job:
     joined_at: float = 0.0
     asked_epoch_at: float = -math.inf
     ranks: dict[int, str] = field(default_factory=dict)  # live ranks -> node
+    heard: set[str] = field(default_factory=set)  # nodes whose agent has been told of the epoch
+    agreeing: set[str] = field(default_factory=set)  # nodes whose agent has been told of `agreed`
+    left: int = 0  # ranks that have left the attempt
     seen: dict[int, float] = field(default_factory=dict)  # when each of them last registered
     away: dict[str, float] = field(default_factory=dict)  # node -> when its agent was lost
     announced: dict[int, dict[int, str]] = field(default_factory=dict)  # generation -> rank -> digest
     agreed: pb.Order | None = None  # the last answer to them: copying it costs more than anything else here
     every_seconds: float = 0.0
     last_ordered: float = 0.0
+    save_wanted: bool = False  # a snapshot soon, whatever the interval
+    wanted_at: int = -1  # the step at which that was ordered
     progress: dict[str, int] = field(default_factory=dict)  # node -> step of its fastest rank
     highest: int = 0  # of them all
     pace: tuple[float, int] | None = None  # when, highest step: the last sample
@@ -80,9 +90,10 @@ class Job:
         self.saves.nodes.add(event.node)
         self.saves.keep = event.keep
         self.every_seconds = event.every_seconds
-        if event.epoch:
-            self.epoch = max(self.epoch, event.epoch)
-        if self.epoch:
+        if event.epoch > self.epoch:
+            self.epoch, self.heard = event.epoch, set()
+        if self.epoch and event.node not in self.heard:
+            self.heard.add(event.node)
             allotted = pb.EpochAllotted(attempt=self.attempt, epoch=self.epoch, rewinds=self.rewinds)
             decision.effects.append(Send(event.node, pb.Order(job=self.name, epoch_allotted=allotted)))
         return decision
@@ -90,10 +101,11 @@ class Job:
     def _begin(self, event: pb.RankJoined, now: float) -> None:
         self.attempt, self.world_size, self.store = event.attempt, event.world_size, event.store
         self.epoch, self.joined_at, self.asked_epoch_at = event.epoch, now, -math.inf
-        self.last_ordered = now
+        self.last_ordered, self.save_wanted, self.wanted_at = now, False, -1
         self.saves.begin(event.attempt, now)
         self.ranks, self.seen, self.away = {}, {}, {}
         self.announced, self.agreed, self.progress, self.highest = {}, None, {}, 0
+        self.heard, self.agreeing, self.left = set(), set(), 0
         self.pace, self.steps_per_second, self.stop_wanted, self.stop_ordered = None, None, "", (-1, "")
         self.rewinds = 0
 
@@ -102,18 +114,32 @@ class Job:
         if event.attempt != self.attempt or event.rank not in self.ranks:
             return Decision()
         del self.ranks[event.rank]
+        self._unheard(event.node)  # when the last one leaves, its agent forgets the attempt
+        self.left += 1
         how = "died" if event.died else "left"
         detail = f" ({event.detail})" if event.detail else ""
-        decision = Decision([], [f"job {self.name}: rank {event.rank} on {event.node} {how}{detail}"])
+        more = ", and more do" if self.left == SAID else ""
+        said = [f"job {self.name}: rank {event.rank} on {event.node} {how}{detail}{more}"]
+        decision = Decision([], said if self.left <= SAID else [])
         return decision.add(self.saves.rank_gone(event.rank, how, now))
 
     def agent_lost(self, node: str, now: float) -> None:
         """The agent of a node is out of reach; it may come back, and its ranks go on meanwhile."""
         self.away[node] = now
+        self._unheard(node)
+
+    def _unheard(self, node: str) -> None:
+        """The agent of a node may not know any more what it has been told."""
+        self.heard.discard(node)
+        self.agreeing.discard(node)
+
+    def overdue(self, now: float) -> dict[str, float]:
+        """Nodes whose agent has been lost for so long that their ranks count as gone, and since when."""
+        return {node: since for node, since in self.away.items() if now - since > AGENT_PATIENCE}
 
     def tick(self, now: float) -> Decision:
         """Give up ranks that have not registered again since their agent was lost."""
-        overdue = {node: since for node, since in self.away.items() if now - since > AGENT_PATIENCE}
+        overdue = self.overdue(now)
         if not overdue:
             return Decision()
         decision = Decision()
@@ -141,6 +167,7 @@ class Job:
         if event.attempt != self.attempt or event.count <= self.rewinds:
             return Decision()
         self.rewinds, self.epoch, self.asked_epoch_at = event.count, 0, -math.inf
+        self.heard = set()
         return Decision([], [f"job {self.name}: went back to an earlier checkpoint; a new epoch begins"])
 
     def epoch_done(self, event: EpochDone) -> Decision:
@@ -151,8 +178,10 @@ class Job:
         allotted = pb.EpochAllotted(
             attempt=self.attempt, epoch=event.epoch, code=event.code, why=event.why, rewinds=self.rewinds
         )
+        nodes = self.nodes
+        self.heard = set(nodes) - self.unreachable if event.epoch else set()
         reason = f"job {self.name}: epoch {event.epoch}" if event.epoch else f"job {self.name}: no epoch: {event.why}"
-        return Decision([Send(n, pb.Order(job=self.name, epoch_allotted=allotted)) for n in self.nodes], [reason])
+        return Decision([Send(n, pb.Order(job=self.name, epoch_allotted=allotted)) for n in nodes], [reason])
 
     def announce(self, event: pb.Announced) -> Decision:
         """A rank has told which set of plain tensors it holds; when all have, tell everybody who holds the same.
@@ -165,7 +194,11 @@ class Job:
         agreed = self.agreed
         if agreed and agreed.holders.generation == event.generation and announced.get(event.rank) == event.digest:
             # Said again by an agent that has reconnected: only its node may not have heard the answer.
-            return Decision([Send(self.ranks[event.rank], agreed)] if event.rank in self.ranks else [])
+            node = self.ranks.get(event.rank)
+            if node is None or node in self.agreeing:
+                return Decision()
+            self.agreeing.add(node)
+            return Decision([Send(node, agreed)])
         announced[event.rank] = event.digest
         if len(announced) < self.world_size:
             return Decision()
@@ -177,10 +210,12 @@ class Job:
         holders = pb.Holders(
             attempt=self.attempt,
             generation=event.generation,
-            groups=[pb.HolderGroup(ranks=g) for g in groups.values()],
+            groups=[pb.HolderGroup(runs=runs_of(g)) for g in groups.values()],
         )
         self.agreed = pb.Order(job=self.name, holders=holders)
-        return Decision([Send(node, self.agreed) for node in self.nodes])
+        nodes = self.nodes
+        self.agreeing = set(nodes) - self.unreachable
+        return Decision([Send(node, self.agreed) for node in nodes])
 
     def progressed(self, event: pb.Progressed, now: float) -> None:
         """How far a node's ranks are."""
@@ -206,8 +241,10 @@ class Job:
             return Decision()
         decision = Decision()
         ahead = self.highest + 2 + math.ceil(self.steps_per_second * LEAD_SECONDS)
-        if self.every_seconds and self.epoch and now - self.last_ordered >= self.every_seconds:
-            self.last_ordered = now
+        due = self.every_seconds and now - self.last_ordered >= self.every_seconds
+        if self.epoch and (due or self.save_wanted):
+            self.wanted_at = ahead if self.save_wanted else self.wanted_at
+            self.last_ordered, self.save_wanted = now, False
             order = pb.Order(job=self.name, save_at=pb.SaveAt(attempt=self.attempt, step=ahead))
             decision.add(Decision([Send(n, order) for n in self.nodes], [f"job {self.name}: save at step {ahead}"]))
         if self.stop_wanted:
@@ -223,7 +260,9 @@ class Job:
             self.stop_wanted = self.stop_wanted or why
 
     def missed(self, step: int) -> None:
-        """A rank got an order for this step too late. If it was the order to stop, another one will follow."""
+        """A rank has skipped the snapshot of this step. If it was the last one, or wanted, another one will follow."""
+        if step == self.wanted_at:
+            self.save_wanted, self.wanted_at = True, -1
         ordered, why = self.stop_ordered
         if step == ordered:
             self.stop_wanted, self.stop_ordered = why, (-1, "")

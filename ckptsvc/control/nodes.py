@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+import statistics
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ckptsvc.rpc.v1 import agent_pb2
 
+SLOW = 10.0
+"""A node is unfit whose way to the others is so many times slower than the median of theirs."""
 
-@dataclass(slots=True)
+FEWEST = 2
+"""Others that must have been measured: of two nodes nobody can say which one is slow."""
+
+
+@dataclass(slots=True, eq=False)
 class Node:
     """One `ckptsvc run`.
 
@@ -23,6 +30,7 @@ class Node:
         arrival: how many had come before it.
         doorbell: a port of its launcher that answers for as long as the launcher lives; 0: there is none.
         rung: whether it has been tried.
+        bandwidth: bytes per second between it and the coordinator's node; 0: not known.
         ready: the attempt after which it is ready for the next, -1: not yet.
         port: where a rendezvous store could listen on it.
         start: the last order to start, to be repeated if it was lost.
@@ -37,6 +45,7 @@ class Node:
     nproc: int
     doorbell: int = 0
     rung: bool = False
+    bandwidth: float = 0.0
     ready: int = -1
     port: int = 0
     start: agent_pb2.StartRanks | None = None
@@ -69,6 +78,20 @@ def choose(
     for node in chosen:
         place[node.name] = places[node.name] if node.name in places else vacant.pop(0) if vacant else next(behind)
     return sorted(chosen, key=lambda n: place[n.name])
+
+
+def too_slow(nodes: Collection[Node]) -> dict[str, str]:
+    """The nodes whose network makes them unfit, each with why, as a clause."""
+    known = sorted(node.bandwidth for node in nodes if node.bandwidth)
+    if len(known) <= FEWEST:
+        return {}
+    median = statistics.median(known[1:])  # that of the others: whichever slow one is left out, the middle is the same
+    return {
+        node.name: f"network: {node.bandwidth / 1e6:.1f} MB/s between it and the coordinator's node, where the median"
+        f" of {len(known) - 1} others is {median / 1e6:.1f} MB/s"
+        for node in nodes
+        if 0 < node.bandwidth * SLOW < median
+    }
 
 
 def _order(node: Node) -> tuple[int, int, str]:

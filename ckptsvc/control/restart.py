@@ -1,6 +1,7 @@
 r"""Attempts of a job that `ckptsvc run` launches: when its nodes start ranks, when they stop them, when the job ends.
 
 gathering --all nodes ready--> running --a rank fails--> stopping --all nodes ready--> running ...
+                               running --nodes have come--> stopping       (control.growth)
 \--all ranks exit 0--> ended          \--no restarts left--> ended
 
 When is a node lost? Its agent's connection ends: at once if the agent dies, after an unanswered ping if the network or
@@ -25,12 +26,14 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from ckptsvc.control.crashloop import Crash, CrashLoop
-from ckptsvc.control.effects import Answer, Decision, Probe, Probed, Send
+from ckptsvc.control.effects import Answer, Decision, Probe, Probed, Restarted, Send
 from ckptsvc.control.exclusion import DIED, FAILED, LOST, Exclusion
-from ckptsvc.control.nodes import Node, choose
+from ckptsvc.control.growth import Growth
+from ckptsvc.control.nodes import Node, choose, too_slow
 from ckptsvc.errors import EXIT_STATUS
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.telemetry import Cause
 
 GRACE = 0.5
 """Seconds between SIGTERM and SIGKILL for the healthy ranks of an attempt that is being stopped."""
@@ -95,6 +98,7 @@ class Attempts:
     loop: CrashLoop = field(default_factory=lambda: CrashLoop(0))
     exclusion: Exclusion = field(default_factory=Exclusion)
     reached: Callable[[], tuple[int, int | None]] = lambda: (-1, None)  # newest step to restore, steps done
+    growth: Growth = field(default_factory=Growth)
     phase: Phase = Phase.GATHERING
     attempt: int = 0
     restarts: int = 0
@@ -106,6 +110,7 @@ class Attempts:
     nodes: dict[str, Node] = field(default_factory=dict)
     running: dict[int, str] = field(default_factory=dict)  # rank -> node
     hosts: set[str] = field(default_factory=set)  # nodes with ranks of the attempt
+    unready: set[str] = field(default_factory=set)  # those of them that are there, and have not stopped their ranks
     places: dict[str, float] = field(default_factory=dict)  # where they stand, smaller is further in front
     world: int = 0  # ranks of the attempt; 0: not known
     statuses: dict[int, int] = field(default_factory=dict)
@@ -130,6 +135,7 @@ class Attempts:
             return self._end_node(event.node, EXIT_STATUS["node-unfit"], unfit)
         if node is None:
             node = Node(event.node, event.node_rank, self.arrivals, event.address, event.nproc)
+            node.bandwidth = event.bandwidth
             self.nodes[event.node] = node
             self.arrivals += 1
             self.since = now
@@ -141,7 +147,19 @@ class Attempts:
         if node.doorbell != event.doorbell:
             node.doorbell, node.rung = event.doorbell, False
             decision.add(self._ring(node))  # to find out whether it can be heard from here
+        self._count(node)
+        if not event.attempt and event.bandwidth:
+            decision.add(self._turn_away())
         return decision.add(self._adopt(event, now)) if event.attempt else decision
+
+    def _turn_away(self) -> Decision:
+        """Send nodes home whose network is too slow. Of the first ones, that shows only when there are others."""
+        decision = Decision()
+        for name, why in too_slow(self.nodes.values()).items():
+            if name not in self.hosts:
+                del self.nodes[name]
+                decision.add(self._end_node(name, EXIT_STATUS["node-unfit"], f"node {name} is not taken in: {why}"))
+        return decision
 
     def _adopt(self, event: pb.NodeJoined, now: float) -> Decision:
         """Ranks run on that node: those this coordinator or an earlier one has started, or such that should be gone."""
@@ -154,11 +172,13 @@ class Attempts:
             self.restarts = max(self.restarts, event.attempt - 1)
             self.running, self.hosts, self.statuses, self.suspects = here, {event.node}, {}, {}
             self.places, self.world, self.began = {event.node: event.first_rank}, event.world_size, now
+            self._count_all()
             return stale
         stranger = self.gathered and self.phase is Phase.RUNNING and event.node not in self.hosts
         self.running.update(here)
         self.hosts.add(event.node)
         self.places[event.node] = event.first_rank
+        self._count(self.nodes[event.node])
         if stranger:  # spares were heard of before the nodes that ran, and were started beside them
             why = f"node {event.node} runs attempt {event.attempt} of an earlier coordinator"
             return self._fail(why, now)
@@ -177,6 +197,7 @@ class Attempts:
             del self.nodes[event.node]  # of a job of this name that has ended; the order to end was lost
             return self._end_node(event.node, *self.predecessor)
         before, node.ready, node.port = node.ready, event.attempt, event.port
+        self._count(node)
         if self.phase is Phase.RUNNING:
             if event.node not in self.hosts and event.attempt == self.attempt:
                 return self._fail(f"node {event.node} has stopped attempt {self.attempt} already", now)
@@ -187,9 +208,21 @@ class Attempts:
             return self._fail(f"node {event.node} has no rank of attempt {self.attempt} any more", now)
         if event.attempt < self.attempt:
             self.hosts.discard(event.node)  # the order to start never reached it, so there is nothing to stop
+            self._count(node)
         elif event.attempt > self.attempt:  # an earlier coordinator has got that far
             self.attempt, self.restarts = event.attempt, max(self.restarts, event.attempt)
+            self._count_all()
         return self._start_if_ready(now)
+
+    def _count(self, node: Node) -> None:
+        """Whether the node holds up the next attempt: all nodes are asked after each of ten thousand has answered."""
+        if node.name in self.hosts and node.ready != self.attempt:
+            self.unready.add(node.name)
+        else:
+            self.unready.discard(node.name)
+
+    def _count_all(self) -> None:
+        self.unready = {n.name for n in self.nodes.values() if n.name in self.hosts and n.ready != self.attempt}
 
     def agent_lost(self, name: str, now: float) -> Decision:
         """The connection to a node's agent has ended: see whether the node is still there."""
@@ -223,8 +256,10 @@ class Attempts:
         why = "its launcher has ended" if event.answer is Answer.GONE else "neither its agent nor its host answers"
         return self.node_left(node.name, why, now)
 
-    def rank_exited(self, attempt: int, rank: int, node: str, status: int | None, now: float) -> Decision:
-        """A rank has ended; `status` is None when only its death is known so far."""
+    def rank_exited(
+        self, attempt: int, rank: int, node: str, status: int | None, now: float, detail: str = ""
+    ) -> Decision:
+        """A rank has ended; `status` is None when only its death is known so far, `detail` what is known of why."""
         if attempt != self.attempt or self.phase is not Phase.RUNNING or rank not in self.running:
             return Decision()
         if status in (0, INTERRUPTED):
@@ -235,7 +270,7 @@ class Attempts:
         if self.accused and self.accused.attempt == attempt:  # the others may end before the rank that held them up
             return self._condemn(self.accused, now)
         how = "died" if status is None else describe_status(status)
-        failed = f"rank {rank} on {node} {how}"
+        failed = f"rank {rank} on {node} {how}" + (f": {detail[:SHOWN]}" if detail else "")
         if any(self.nodes[n].away_since is not None for n in self.hosts & self.nodes.keys() if n != node):
             return self._fail(failed, now)  # it may well be that node's fault: its agent is out of reach
         by_itself = status is not None and (status > 0 or status == -SIGTERM)
@@ -278,6 +313,7 @@ class Attempts:
         """A launcher is gone."""
         if self.nodes.pop(name, None) is None or self.phase is Phase.ENDED:
             return Decision()
+        self.unready.discard(name)
         gone = f"node {name} is gone ({detail[:SHOWN]})"
         if name in self.hosts and any(rank not in self.statuses for rank, n in self.running.items() if n == name):
             self._strike(name, LOST, detail[:SHOWN], now)
@@ -307,7 +343,7 @@ class Attempts:
         elif self.phase is Phase.GATHERING or self.phase is Phase.STOPPING:
             there = f"only {len(self.nodes)} of {self.min_nodes} nodes"
             why, patience = f"{there} have come", JOIN_PATIENCE
-            if self.restarts:
+            if self.attempt:
                 why, patience = f"{there} are left: {self.last_failure}", NODE_PATIENCE
             if len(self.nodes) < self.min_nodes and now - self.since > patience:
                 return decision.add(self._end(1, why, now))
@@ -327,11 +363,17 @@ class Attempts:
         """After a change of coordinator: not all nodes have told yet which ranks of the attempt they run."""
         return len(self.running) < self.world if self.world else len(self.hosts) < self.min_nodes
 
+    @property
+    def _all_have_stopped(self) -> bool:
+        """As many nodes as an attempt can have were in the last one, and run nothing: there is none to be heard of."""
+        return self.attempt > 0 and sum(n.ready == self.attempt for n in self.nodes.values()) >= self.max_nodes
+
     def _start_if_ready(self, now: float) -> Decision:
-        if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes:
+        if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes or self.unready:
             return Decision()
         waited = now - self.since
-        if not self.gathered and waited < LAST_CALL and (self.inherited or len(self.nodes) < self.max_nodes):
+        more = (self.inherited or len(self.nodes) < self.max_nodes) and not self._all_have_stopped
+        if not self.gathered and waited < LAST_CALL and more:
             return Decision()  # nodes that run an attempt may yet be heard of: these may be its spares
         if not self.exclusion.known and waited < LIST_PATIENCE:
             return Decision()
@@ -339,11 +381,9 @@ class Attempts:
         chosen = choose(self.nodes.values(), self.min_nodes, self.max_nodes, bad.__contains__, self.places)
         if not self.gathered and waited < LAST_CALL and any(node.name in bad for node in chosen):
             return Decision()  # a better one may come
-        for node in self.nodes.values():
-            # A node without ranks of the last attempt has nothing to stop.
-            stops = node.name in self.hosts and node.ready != self.attempt
-            if stops or (node in chosen and (node.ready < 0 or node.away_since is not None)):
-                return Decision()
+        # A node without ranks of the last attempt has nothing to stop, and may be ready for nothing yet.
+        if any(node.ready < 0 or node.away_since is not None for node in chosen):
+            return Decision()
         return self._start(chosen, now)
 
     def _start(self, chosen: list[Node], now: float) -> Decision:
@@ -352,6 +392,7 @@ class Attempts:
         self.phase, self.since, self.began, self.gathered = Phase.RUNNING, now, now, True
         self.running, self.hosts, self.statuses, self.suspects = {}, {n.name for n in chosen}, {}, {}
         self.world, self.places = world, {n.name: float(place) for place, n in enumerate(chosen)}
+        self._count_all()
         spares = sorted(self.nodes.keys() - self.hosts)
         without = f"; without {', '.join(spares)}" if spares else ""
         text = f"attempt {self.attempt} starts: {world} ranks on {len(chosen)} nodes{without}"
@@ -385,6 +426,27 @@ class Attempts:
                     f"has failed too often: {self.exclusion.strikes[node.name].why}" if bad else "a spare"
                 )
         return found
+
+    def waiting(self, now: float) -> list[str]:
+        """Nodes that the attempt could have and has not; none where anything else is about to happen to it."""
+        accused = self.accused is not None and self.accused.attempt == self.attempt
+        busy = self._is_partial or self.stop_wanted or self.statuses or self.suspects or accused
+        if self.phase is not Phase.RUNNING or len(self.hosts) >= min(self.max_nodes, len(self.nodes)) or busy:
+            return []
+        here = [n for n in self.nodes.values() if n.away_since is None and (n.ready >= 0 or n.name in self.hosts)]
+        if not self.hosts <= {node.name for node in here}:
+            return []
+        chosen = choose(here, self.min_nodes, self.max_nodes, lambda n: self.exclusion.excluded(n, now), self.places)
+        return [n.name for n in chosen if n.name not in self.hosts] if len(chosen) > len(self.hosts) else []
+
+    def grow(self, nodes: list[str], why: str, now: float) -> Decision:
+        """Start anew with these nodes as well. That is no failure, and takes none of the restarts."""
+        before = len(self.hosts)
+        names = f"node{'s' if len(nodes) > 1 else ''} {', '.join(nodes)}"
+        why = f"{names} can be used: the job grows from {before} to {before + len(nodes)} nodes, {why}"
+        self.last_failure, self.since, self.phase = why, now, Phase.STOPPING
+        grown = Decision([Restarted(self.job, Cause.GROWN)], [f"job {self.job}: {why}"])
+        return grown.add(self._stop(self.attempt, why, self.nodes))
 
     def _finish(self, now: float) -> Decision:
         worst = max(self.statuses.values())

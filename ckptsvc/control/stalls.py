@@ -11,11 +11,12 @@ enough. Nothing outlives the attempt.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ckptsvc.control.gaps import RECENT, Gaps
+from ckptsvc.control.slowness import Slowness
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 STEP = "step"
@@ -28,14 +29,11 @@ WARM_UP = 3
 """Steps of each rank that do not count: they compile, and fill caches."""
 
 SHARE = 0.99
-RECENT = 2000.0
-"""Gaps after which the history counts half: a job that becomes slower is soon judged by what it is now."""
+STILL_SLOWER = 1.3
+"""Times the length of a step that was told from which on it is told again."""
 
 PAUSE = 2.0
 """Seconds between two looks from which on the agent itself was stopped or starved: measuring starts again."""
-
-_SHORTEST, _RATIO = 0.001, 1.05
-_LONGEST = 400  # buckets: 0.001 x 1.05^400 is 3.5 days
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,33 +49,6 @@ class Limits:
     floor: float = 4.0
     factor: float = 3.0
     startup: float = 600.0
-
-
-class Gaps:
-    """Recent gaps of one phase: counts in buckets 5 % wide, so that memory and time do not grow with the job."""
-
-    def __init__(self) -> None:
-        self._counts: dict[int, float] = {}
-        self.total = 0.0
-
-    def add(self, seconds: float, count: float = 1.0) -> None:
-        """Take in `count` gaps of that length."""
-        bucket = math.ceil(math.log(max(seconds, _SHORTEST) / _SHORTEST, _RATIO))
-        bucket = min(bucket, _LONGEST)
-        self._counts[bucket] = self._counts.get(bucket, 0.0) + count
-        self.total += count
-        if self.total > RECENT:
-            self._counts = {b: c / 2 for b, c in self._counts.items() if c > 0.1}
-            self.total = sum(self._counts.values())
-
-    def quantile(self, share: float) -> float:
-        """Seconds that this share of the gaps do not exceed (5 % too long at most); 0 without any."""
-        left = self.total * (1.0 - share)
-        for bucket in sorted(self._counts, reverse=True):
-            left -= self._counts[bucket]
-            if left < 0:
-                return float(_SHORTEST * _RATIO**bucket)
-        return 0.0
 
 
 class Sight(NamedTuple):
@@ -107,10 +78,13 @@ class Stalls:
     attempt: int
     limits: Limits
     looks_every: float = 0.25
+    patience: float = 0.0  # seconds after which a stall is reported, unless the process is stopped (see control.pace)
     _ranks: dict[int, _Rank] = field(default_factory=dict)
     _gaps: dict[str, Gaps] = field(default_factory=dict)
     _looked: float | None = None
     _told: int | None = None
+    _slowness: Slowness = field(default_factory=Slowness)
+    _told_slow: float = 0.0  # seconds for a step, as last told
 
     def look(self, sights: Mapping[int, Sight], now: float, stopped: Collection[int] = ()) -> list[pb.Report]:
         """Take in what all ranks' pages say at `now`; returns what the coordinator should hear.
@@ -134,7 +108,7 @@ class Stalls:
                 # What this agent has missed counts little: it may have been stopped together with the rank.
                 known.quiet = 0.0 if paused else known.quiet + min(elapsed, 2 * self.looks_every)
             known.stopped = rank in stopped
-        return self._changes()
+        return self._changes() + self._slowed(now)
 
     def suspicious(self) -> list[int]:
         """Ranks without progress for longer than the floor: worth a look at their process."""
@@ -184,10 +158,26 @@ class Stalls:
             known.steps += count
             if known.steps <= WARM_UP:
                 return
+            self._slowness.take(seconds, count, self._looked or 0.0)
         self._gaps.setdefault(phase, Gaps()).add(seconds, count)
 
+    def _slowed(self, now: float) -> list[pb.Report]:
+        """Said when steps have become slow, and when they become slower still."""
+        slower = self._slowness.look(now)
+        if slower is None:
+            self._told_slow = 0.0
+            return []
+        if slower.seconds < STILL_SLOWER * self._told_slow:
+            return []
+        self._told_slow = slower.seconds
+        step = max(known.sight.step for known in self._ranks.values())
+        event = pb.Slowed(
+            job=self.job, node=self.node, attempt=self.attempt, step=step, usual=slower.usual, seconds=slower.seconds
+        )
+        return [pb.Report(slowed=event)]
+
     def _changes(self) -> list[pb.Report]:
-        late = {rank: self.quiet(rank) for rank in self.suspicious() if self.quiet(rank) > self.allowed(rank)}
+        late = {rank: self.quiet(rank) for rank in self.suspicious() if self.quiet(rank) > self._told_after(rank)}
         told = self._told
         if told in late or (told is None and not late):
             return []
@@ -196,6 +186,9 @@ class Stalls:
         if told is not None:
             changes.append(pb.Report(moved=pb.Moved(job=self.job, attempt=self.attempt, rank=told)))
         return changes
+
+    def _told_after(self, rank: int) -> float:
+        return self.allowed(rank) + (0.0 if self._ranks[rank].stopped else self.patience)
 
     def _stalled(self, rank: int) -> pb.Report:
         known = self._ranks[rank]

@@ -107,6 +107,34 @@ def decode(prefix: bytes | memoryview, file_size: int, what: str, info_limit: in
         Damaged: truncated, not a header of ours, or its entries do not tile the data.
         IncompatibleVersion: the file is of a newer major version of the format.
     """
+    body, raw, metadata = _json(prefix, file_size, what)
+    if metadata is None or INFO not in metadata:
+        raise Damaged(f"{what} was not written by ckptsvc: its header has no info record")
+    # a newer format may have entries of another form
+    info = record.parse(metadata[INFO].encode(), info_limit, f"the info record of {what}")
+    data_start = LENGTH_BYTES + len(body)
+    return Header(_entries(body, raw, metadata, file_size, what), metadata, info, data_start)
+
+
+def decode_safetensors(prefix: bytes | memoryview, file_size: int, what: str) -> dict[str, HeaderEntry]:
+    """The tensors of any safetensors file, in file order, checked.
+
+    Args:
+        prefix: the first bytes of the file, at least all of its header.
+        file_size: bytes of the whole file.
+        what: the name of the file, for messages.
+
+    Raises:
+        Damaged: truncated, malformed, or its entries do not tile the data.
+    """
+    body, raw, metadata = _json(prefix, file_size, what)
+    return _entries(body, raw, metadata, file_size, what)
+
+
+def _json(
+    prefix: bytes | memoryview, file_size: int, what: str
+) -> tuple[bytes, dict[str, msgspec.Raw], dict[str, str] | None]:
+    """The text of the header, its entries still raw, and its metadata if it has any."""
     length = header_length(prefix, what)
     data_start = LENGTH_BYTES + length
     if len(prefix) < data_start or file_size < data_start:
@@ -114,19 +142,27 @@ def decode(prefix: bytes | memoryview, file_size: int, what: str, info_limit: in
     body = bytes(prefix[LENGTH_BYTES:data_start])
     try:
         raw = _entries_decoder.decode(body)
-        metadata = _metadata_decoder.decode(raw.pop(METADATA, b"{}"))
-        if INFO not in metadata:
-            raise Damaged(f"{what} was not written by ckptsvc: its header has no info record")
-        info = record.parse(metadata[INFO].encode(), info_limit, f"the info record of {what}")
+        strings = raw.pop(METADATA, None)
+        return body, raw, None if strings is None else _metadata_decoder.decode(strings)
+    except PARSE_ERRORS as error:
+        raise Damaged(f"{what} has a malformed header: {error}") from None
+
+
+def _entries(
+    body: bytes, raw: dict[str, msgspec.Raw], metadata: dict[str, str] | None, file_size: int, what: str
+) -> dict[str, HeaderEntry]:
+    data_start = LENGTH_BYTES + len(body)
+    try:
         entries = {
             key: _entry(key, _entry_decoder.decode(bounded(value)), data_start, what) for key, value in raw.items()
         }
     except PARSE_ERRORS as error:
         raise Damaged(f"{what} has a malformed header: {error}") from None
     # A JSON parser silently keeps the last of two equal keys, so that two readers might see different files.
-    if count_quotes(body) != 2 + 4 * len(metadata) + _QUOTES_PER_ENTRY * len(entries):
+    marks = 0 if metadata is None else 2 + 4 * len(metadata)
+    if count_quotes(body) != marks + _QUOTES_PER_ENTRY * len(entries):
         raise Damaged(f"{what} has a malformed header: a key occurs twice")
-    return Header(_tiled(entries, data_start, file_size, what), metadata, info, data_start)
+    return _tiled(entries, data_start, file_size, what)
 
 
 def bounded(value: msgspec.Raw) -> msgspec.Raw:

@@ -106,7 +106,9 @@ class Shares:
         self._placement = placement
         self._members: dict[tuple[int, Shape, bool, int], tuple[tuple[int, ...], ...]] = {}
         self._by_holders: dict[_Key, _Bundle] = {}
-        self._bundles: dict[tuple[int, int, int, int], list[_Bundle]] = {}
+        self._named: dict[tuple[int, ...], list[_Bundle]] = {}
+        self._common: dict[tuple[int, ...], list[_Bundle]] = {}
+        self._stacked = any(claim.rule.experts is not None for claim in placement.claims.values())
 
     def regions(self, rank: int) -> list[tuple[str, Region]]:
         """What a rank stores, by the names of the entries.
@@ -124,11 +126,14 @@ class Shares:
         return found
 
     def _at(self, at: Coordinate) -> list[_Bundle]:
-        key = (at.pp, at.tp, at.ep, at.etp)
-        if key not in self._bundles:
-            named_experts = self._grouped(self._placement.at(at.pp, at.ep), at, at.ep)
-            self._bundles[key] = [*self._grouped(self._placement.at(at.pp, None), at, None), *named_experts]
-        return self._bundles[key]
+        """The bundles of a rank: those of experts that have names, and those of all else."""
+        common = (at.pp, at.tp, at.ep, at.etp) if self._stacked else (at.pp, at.tp)
+        if common not in self._common:
+            self._common[common] = self._grouped(self._placement.at(at.pp, None), at, None)
+        named = (at.pp, at.ep, at.etp)
+        if named not in self._named:
+            self._named[named] = self._grouped(self._placement.at(at.pp, at.ep), at, at.ep)
+        return self._common[common] + self._named[named]
 
     def _grouped(self, entries: Sequence[Entry], at: Coordinate, ep: int | None) -> list[_Bundle]:
         """Bundles of entries; what bundles are known already is not worked out again."""

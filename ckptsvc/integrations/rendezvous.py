@@ -32,8 +32,9 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 
+from ckptsvc.agent.coordination import reachable
 from ckptsvc.agent.launches import COORDINATOR_KEY
-from ckptsvc.config import load, private_directory, runtime_dir
+from ckptsvc.config import Settings, agents_directory, load, private_directory
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.channel import OPTIONS, error_of
@@ -63,10 +64,11 @@ class Place:
     Attributes:
         job, node: their names.
         address: where other nodes reach this one.
-        coordinator: address of the coordinator's agent; "" if it is this node's.
+        coordinator: address of the coordinator's agent, or the etcd where it is elected; "" if it is this node's agent.
         directory: of this node's agent.
         agent_arguments: for the agent, if it has to be started.
         join_timeout: seconds to wait for the other nodes.
+        grow: as in `agent.launcher.Launch`.
     """
 
     job: str
@@ -76,6 +78,7 @@ class Place:
     directory: Path
     agent_arguments: list[str]
     join_timeout: float
+    grow: float | None
 
 
 def place_of(parameters: RendezvousParameters) -> Place:
@@ -83,16 +86,19 @@ def place_of(parameters: RendezvousParameters) -> Place:
 
     Raises:
         ConfigError: the endpoint or the job's name is missing or wrong.
+        CoordinationUnavailable: nobody answers where the coordinator is to be elected.
     """
     alone = parameters.max_nodes == 1
     named = parameters.run_id not in ("", "none")
-    if not alone and (not named or not parameters.endpoint):
-        raise ConfigError("a job of several nodes needs --rdzv-endpoint HOST:PORT and --rdzv-id NAME")
     settings = load(os.environ)
+    elected = "" if alone else _elected(parameters, settings)
+    if not alone and not (named and (parameters.endpoint or elected)):
+        raise ConfigError("a job of several nodes needs --rdzv-endpoint HOST:PORT and --rdzv-id NAME",
+            hint="instead of the endpoint, --rdzv-conf coordination=etcd://HOST:PORT")  # fmt: skip
     name = parameters.get("node")
-    base = Path(settings.agent.socket_dir) if settings.agent.socket_dir else runtime_dir(os.environ)
+    base = agents_directory(settings, os.environ)
     directory = private_directory(base / f"node-{name}" if name else base)
-    leads, listen = True, ""
+    leads, listen = not elected, ""
     if parameters.endpoint and not alone:
         endpoint = parse_address(parameters.endpoint)
         given = parameters.get_as_bool("is_host")
@@ -104,11 +110,21 @@ def place_of(parameters: RendezvousParameters) -> Place:
         job=parameters.run_id if named else f"torchrun-{os.getpid()}-{secrets.token_hex(3)}",
         node=node,
         address=parameters.local_addr or local,
-        coordinator="" if leads else parameters.endpoint,
+        coordinator=elected or ("" if leads else parameters.endpoint),
         directory=directory,
-        agent_arguments=agent_arguments(node, listen),
+        agent_arguments=agent_arguments(node, listen, elected),
         join_timeout=float(parameters.get("join_timeout", JOIN_TIMEOUT)),
+        grow=settings.launch.grow,
     )
+
+
+def _elected(parameters: RendezvousParameters, settings: Settings) -> str:
+    """The etcd where the job's coordinator is elected; "" if an endpoint says where it is."""
+    given = parameters.get("coordination", "").replace("+", ",")
+    if given and parameters.endpoint:
+        raise ConfigError("--rdzv-endpoint and coordination in --rdzv-conf exclude each other")
+    where = "" if parameters.endpoint else given or settings.agent.coordination
+    return reachable(where, settings.etcd) if where else ""
 
 
 def _is_here(host: str) -> bool:
@@ -319,6 +335,7 @@ class Rendezvous(RendezvousHandler):
             first_rank=running.first_rank if running else 0,
             world_size=running.world_size if running else 0,
             doorbell=self._door.getsockname()[1] if self._door else 0,
+            grow=-1.0 if place.grow is None else place.grow,
             uptime=time.monotonic() - self._since,
         )
         yield agent_pb2.LaunchRequest(hello=hello)

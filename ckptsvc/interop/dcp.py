@@ -20,12 +20,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ckptsvc.errors import Damaged
+from ckptsvc.errors import Damaged, InvalidInput
 from ckptsvc.interop import dcp_safetensors
 from ckptsvc.interop.dcp_metadata import Directory, has_metadata, read_directory
 from ckptsvc.interop.dcp_state import State
 from ckptsvc.interop.files import Files
-from ckptsvc.interop.logical import Foreign
+from ckptsvc.interop.logical import Foreign, Note
 from ckptsvc.interop.plain import Plain
 from ckptsvc.interop.torch_file import read_torch
 
@@ -57,8 +57,12 @@ def read(files: Files, origin: str, options: Mapping[str, str]) -> Foreign:
     for prefix in _prefixes(files) or [""]:
         state.add(_directory(files, prefix))
     foreign = state.done()
-    if LIGHTNING in files.children():
-        _add_lightning(foreign)
+    names = files.children()
+    if LIGHTNING in names:
+        _add_lightning(foreign, skip=options.get("unreadable") == "skip")
+    beside = [name for name in names if name.endswith((".bin", ".pkl"))]
+    if beside:
+        foreign.notes.append(Note("lost", f"what lies beside the checkpoint: {', '.join(beside[:5])}"))
     foreign.step = step_of(foreign.plain, origin)
     return foreign
 
@@ -79,9 +83,15 @@ def _directory(files: Files, prefix: str) -> Directory:
     return directory
 
 
-def _add_lightning(foreign: Foreign) -> None:
+def _add_lightning(foreign: Foreign, *, skip: bool) -> None:
     """What Lightning and Fabric keep beside the DCP files; tensors in it become tensors of the checkpoint."""
-    root = read_torch(foreign.files, LIGHTNING).root
+    try:
+        root = read_torch(foreign.files, LIGHTNING).root
+    except InvalidInput as error:
+        if not skip:
+            raise
+        foreign.notes.append(Note("lost", error.what))
+        return
     if not isinstance(root, dict):
         raise Damaged(f"{foreign.origin}: {LIGHTNING} has no dict in it")
 

@@ -12,6 +12,7 @@ import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -63,12 +64,13 @@ def add(foreign: Foreign, name: str, tensor: Tensor) -> None:
 
 
 def _where(tensor: Tensor, chunk: Chunk) -> tuple[str, int] | Entry | Stretch:
-    place, size = chunk.place, tensor.nbytes(chunk.box)
+    place = chunk.place
     if place.transforms:
         check_transforms(place)
-        return Stretch("", 0, size, load=lambda files: _unpacked_tensor(files, tensor, chunk))
+        load = partial(_unpacked_tensor, tensor=tensor, chunk=chunk)
+        return Stretch("", 0, tensor.nbytes(chunk.box), load=load)
     if place.raw:
-        if place.nbytes != size:
+        if place.nbytes != (size := tensor.nbytes(chunk.box)):
             raise Damaged(f"{place.key}: an entry has {place.nbytes} bytes where a piece of {size} should be")
         return place.key, place.start
     return Entry(place.key, place.start, place.nbytes, locate)

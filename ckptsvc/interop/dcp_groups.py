@@ -57,6 +57,14 @@ def by_parameter(found: Mapping[str, Mapping[str, Any]]) -> list[Group]:
     return list(groups.values())
 
 
+def uneven(groups: list[Group]) -> list[Note]:
+    """What to say of groups that lack hyper-parameters which others have."""
+    keys = {key for group in groups for key in group}
+    lacking = {key for group in groups for key in keys - group.keys()}
+    what = f"some parameter groups have no {', '.join(sorted(lacking))}, which others have"
+    return [Note("warning", what)] if lacking else []
+
+
 def with_all(groups: list[Group], names: Iterable[str], dims: Callable[[str], int]) -> list[Note]:
     """Put parameters that have optimizer state and are in no group into one.
 

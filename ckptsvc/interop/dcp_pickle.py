@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from ckptsvc.interop.dcp_metadata import Place, Tensor
@@ -69,5 +70,6 @@ def _info(place: Place) -> New:
     return New(_INFO, {"relative_path": place.key, "offset": place.start, "length": place.nbytes})
 
 
+@lru_cache(1024)
 def _size(shape: tuple[int, ...]) -> Call:
     return Call(Global("torch", "Size"), (shape,))

@@ -144,13 +144,13 @@ class State:
         trained = _trained(foreign)
         if not groups and not trained:
             return
-        if trained and all(name.isdigit() for name in trained):
+        if trained and all(name.isdigit() and join(MODEL[:-1], name) not in foreign for name in trained):
             give_names(foreign, groups, self._options.get("names"))
             trained = _trained(foreign)
         elif self._keys is not None:
             for group in groups:
                 group["params"] = [self._keys.stripped(str(name)) for name in group["params"]]
-        foreign.notes += dcp_groups.with_all(groups, trained, self._dims)
+        foreign.notes += dcp_groups.with_all(groups, trained, self._dims) + dcp_groups.uneven(groups)
         optimizer = foreign.plain.setdefault("optimizer", {})
         optimizer.setdefault("state", {})
         optimizer["param_groups"] = groups

@@ -1,7 +1,8 @@
 """The table of formats: their names in addresses, who reads them, who writes them, how they are recognised.
 
 An address is `<format>:<path or URL>`, for example "deepspeed:/scratch/run/global_step100" or "hf:s3://bucket/llama",
-or a path or URL alone, which is then looked at. Modules are imported when their format is used.
+or a path or URL alone, which is then looked at. Options of the format may follow, as in "torch:/x.pt?model=net".
+Modules are imported when their format is used.
 """
 
 from __future__ import annotations
@@ -41,7 +42,17 @@ class Format(NamedTuple):
     write: str = ""
 
 
+NATIVE = "ckptsvc"
+"""The name of our own format; the engine knows how it is read and written."""
+
 FORMATS: dict[str, Format] = {
+    "deepspeed-universal": Format(
+        "DeepSpeed universal", "deepspeed_universal:detect", "deepspeed_universal:read", "deepspeed_write:write"
+    ),
+    # Before hf: checkpoints of Hugging Face's Trainer with DeepSpeed have weights beside, and the optimizer only here.
+    "deepspeed": Format("DeepSpeed", "deepspeed:detect", "deepspeed:read", "deepspeed_native_write:write"),
+    "hf": Format("Hugging Face", "huggingface:detect", "huggingface:read", "huggingface:write"),
+    "torch": Format("torch.save", "torch_save:detect", "torch_save:read", "torch_save:write"),
     "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
     "torchsnapshot": Format("torchsnapshot", "torchsnapshot:detect", "torchsnapshot:read"),
     "megatron": Format("Megatron-Core torch_dist", "megatron_dist:detect", "megatron_dist:read"),
@@ -65,24 +76,50 @@ def split_address(address: str) -> tuple[str, str]:
     return name, rest
 
 
+def is_foreign(address: str) -> bool:
+    """Whether an address names a format of another framework.
+
+    Raises:
+        InvalidInput: it begins with what looks like a format and is none.
+    """
+    return split_address(address)[0] not in {"", NATIVE}
+
+
+def split_options(address: str) -> tuple[str, dict[str, str]]:
+    """(address, options) of "hf:/path?name=value&name=value".
+
+    Raises:
+        InvalidInput: something after the "?" is not an option.
+    """
+    place, mark, query = address.partition("?")
+    options: dict[str, str] = {}
+    for item in query.split("&") if mark and query else ():
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise InvalidInput(f"{item!r} in {address!r} is not an option", hint="write name=value")
+        options[name] = value
+    return place, options
+
+
 def open_foreign(address: str, options: Mapping[str, str] | None = None) -> Logical:
     """Open a checkpoint of another framework.
 
     Args:
         address: see the module.
-        options: of the format, as in `--from-option NAME=VALUE`.
+        options: of the format, besides those in the address.
 
     Raises:
         InvalidInput: no format is named, and none is recognised.
         CkptsvcError: as the importer raises.
     """
+    address, own = split_options(address)
     name, place = split_address(address)
     files = open_files(place)
     try:
         if not name:
             name = recognised(files)
         read: Importer = _function(FORMATS[name].read)
-        return read(files, f"{name}:{place}", options or {})
+        return read(files, f"{name}:{place}", {**own, **(options or {})})
     except BaseException:
         files.close()
         raise

@@ -40,6 +40,9 @@ MAX_LOADED = 4
 MASTER = "master"
 """The slot of optimizer state that is the fp32 master of a parameter."""
 
+_LANES = 32  # numbers a file has: one for each remainder of an element size, up to 16, ...
+_VALUE = 16  # ... and this lane is that of values, numbered by themselves
+
 MODEL, STATE = "model/", "optimizer/state/"
 
 
@@ -130,6 +133,7 @@ class Entry(NamedTuple):
 class _Chunk(msgspec.Struct, gc=False):
     block: Block | None
     where: Entry | Stretch | StoredTensor | tuple[str, int]
+    value: int  # the number of a `Stretch`; else -1
 
 
 class _Tensor(msgspec.Struct):
@@ -155,8 +159,10 @@ class Foreign:
         self.aliases: dict[str, str] = {}
         self.notes: list[Note] = []
         self._tensors: dict[str, _Tensor] = {}
-        self._stretches: list[Stretch] = []
-        self._numbers: dict[tuple[str, int], int] = {}
+        self._values: list[Stretch | None] = []
+        self._keys: list[str] = []
+        self._key_numbers: dict[str, int] = {}
+        self._sizes: dict[str, int] = {}
         self._order: list[str] = []
         self._looked = 0
         self.source: Source = _ForeignSource(self)
@@ -189,8 +195,18 @@ class Foreign:
                 f"{self.origin}: {meta.name} is {tensor.meta.dtype}{list(tensor.meta.shape)} in one file and"
                 f" {meta.dtype}{list(meta.shape)} in another"
             )
-        if not region.is_empty or 0 in meta.shape:
-            tensor.chunks.setdefault(region, _Chunk(block, where))
+        if (not region.is_empty or 0 in meta.shape) and region not in tensor.chunks:
+            tensor.chunks[region] = _Chunk(block, where, self._numbered(where))
+
+    def _numbered(self, where: tuple[str, int] | Entry | Stretch) -> int:
+        """Files and values get their numbers as they are added: the same on every rank that reads the same files."""
+        if isinstance(where, Stretch):
+            self._values.append(None)
+            return len(self._values) - 1
+        if where[0] not in self._key_numbers:
+            self._key_numbers[where[0]] = len(self._keys)
+            self._keys.append(where[0])
+        return -1
 
     def add_value(self, meta: TensorMeta, data: bytes) -> None:
         """A whole small tensor given by its little-endian bytes."""
@@ -254,7 +270,7 @@ class Foreign:
 
     def shard_name(self, shard: int) -> str:
         """See Catalogue."""
-        key = self._stretches[shard].key
+        key = self.stretch(shard).key
         return f"{self.files.url}/{key}" if key else f"a value of {self.origin}"
 
     def document(self, rank: int = 0) -> dict[str, Any]:
@@ -304,32 +320,31 @@ class Foreign:
             where = where.where
         size = math.prod(block.shape) if block else region.size
         if isinstance(where, Stretch):
-            self._stretches.append(where)
-            shard, offset = len(self._stretches) - 1, 0
+            self._values[chunk.value] = where
+            shard, offset = chunk.value * _LANES + _VALUE, 0
         else:
             # One shard of a file for each remainder of the element size: no element then lies across two windows.
             key, start = where
             phase = start % itemsize
-            shard = self._shard(key, phase)
-            offset = start - phase
-        if offset < 0 or offset + size * itemsize > self._stretches[shard].nbytes:
+            shard, offset = self._key_numbers[key] * _LANES + phase, start - phase
+        if offset < 0 or offset + size * itemsize > self.stretch(shard).nbytes:
             raise Damaged(f"{meta.name}: {self.shard_name(shard)} ends before its data does")
         return StoredRegion(meta.name, region, shard, offset, size * itemsize, block)
 
-    def _shard(self, key: str, phase: int) -> int:
-        number = self._numbers.get((key, phase))
-        if number is None:
-            try:
-                size = self.files.size(key)
-            except NotFound:
-                raise Damaged(f"{self.files.url}/{key} is missing") from None
-            number = self._numbers[key, phase] = len(self._stretches)
-            self._stretches.append(Stretch(key, phase, max(size - phase, 0)))
-        return number
-
     def stretch(self, shard: int) -> Stretch:
         """What a shard number stands for."""
-        return self._stretches[shard]
+        number, lane = divmod(shard, _LANES)
+        if lane == _VALUE:
+            value = self._values[number]
+            assert value is not None, "a region of it has been asked for"
+            return value
+        key = self._keys[number]
+        if key not in self._sizes:
+            try:
+                self._sizes[key] = self.files.size(key)
+            except NotFound:
+                raise Damaged(f"{self.files.url}/{key} is missing") from None
+        return Stretch(key, lane, max(self._sizes[key] - lane, 0))
 
 
 def _seen(meta: TensorMeta, region: Region, block: Block | None, stored: StoredTensor) -> Block | None:

@@ -11,11 +11,12 @@ import pickle
 import pickletools
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from ckptsvc.errors import Damaged, InvalidInput
+from ckptsvc.interop.pickled_numpy import NUMPY
 
 Allowed = Mapping[tuple[str, str], Any]
 """(module, qualified name) -> what stands for it here."""
@@ -32,9 +33,17 @@ class Stub:
         state: what its `__setstate__` or `__dict__` was given, or None.
     """
 
+    args: tuple[Any, ...]
+    state: Any = None
+
+    def __new__(cls, *args: Any) -> Self:
+        """Most pickles call this alone, not `__init__`."""
+        made = super().__new__(cls)
+        made.args = args
+        return made
+
     def __init__(self, *args: Any) -> None:
-        self.args = args
-        self.state: Any = None
+        """Takes what `__new__` took."""
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
@@ -63,6 +72,7 @@ PLAIN: Allowed = {
     ("argparse", "Namespace"): stub("Namespace"),
     ("pathlib", "PosixPath"): lambda *parts: "/".join(map(str, parts)),
     ("pathlib._local", "PosixPath"): lambda *parts: "/".join(map(str, parts)),
+    **NUMPY,
 }
 """Plain types that many frameworks' pickles name."""
 
@@ -102,8 +112,12 @@ class Unpickler(pickle.Unpickler):
         _check_memo(self._file.getbuffer()[self._file.tell() :], self._what)
         try:
             return super().load()
-        except (InvalidInput, Damaged):
+        except InvalidInput:
             raise
+        except Damaged as error:
+            if self._what in error.what:
+                raise
+            raise Damaged(f"{self._what}: {error.what}") from None
         except Exception as error:  # noqa: BLE001  what a broken pickle raises is not listed anywhere
             raise Damaged(f"{self._what} is not a readable pickle: {type(error).__name__}: {error}") from None
 

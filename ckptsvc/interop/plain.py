@@ -6,11 +6,14 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from ckptsvc.errors import Damaged
 from ckptsvc.format.document import join
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop.logical import Foreign, Note
+from ckptsvc.interop.pickled_numpy import PickledArray
 from ckptsvc.interop.pickles import MAX_DEPTH, Stub
 from ckptsvc.interop.torch_file import StoredTensor
 from ckptsvc.types import TensorMeta
@@ -59,6 +62,10 @@ class Plain:
             return value
         if isinstance(value, StoredTensor):
             return self._keep(path, value)
+        if isinstance(value, PickledArray):
+            return value.array
+        if isinstance(value, np.generic):
+            return value
         if isinstance(value, Stub) and type(value).__name__ == "Namespace":
             value = value.state if isinstance(value.state, dict) else {}
         if isinstance(value, Mapping):

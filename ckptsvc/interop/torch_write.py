@@ -45,6 +45,25 @@ class Slot(msgspec.Struct, frozen=True, eq=False):
     shape: tuple[int, ...]
 
 
+class Packed(msgspec.Struct, frozen=True, eq=False):
+    """Stands for a tensor of one dimension that is made of regions; zero where there is none.
+
+    Attributes:
+        dtype: its element type in the file.
+        size: number of elements.
+        parts: (first element, canonical name, region), ascending.
+    """
+
+    dtype: str
+    size: int
+    parts: tuple[tuple[int, str, Region], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in the file."""
+        return (self.size,)
+
+
 class Inline(msgspec.Struct, frozen=True, eq=False):
     """Stands for a small tensor that is no part of any logical tensor; its little-endian bytes."""
 
@@ -60,7 +79,7 @@ class Global(msgspec.Struct, frozen=True):
     name: str
 
 
-class Call(msgspec.Struct, frozen=True):
+class Call(msgspec.Struct, frozen=True, gc=False):
     """The result of calling a global with plain arguments, given a state if that is not None."""
 
     function: Global
@@ -68,7 +87,7 @@ class Call(msgspec.Struct, frozen=True):
     state: Any = None
 
 
-class New(msgspec.Struct, frozen=True, eq=False):
+class New(msgspec.Struct, frozen=True, eq=False, gc=False):
     """An object of a class made without calling its constructor, given a state if that is not None."""
 
     cls: Global
@@ -85,7 +104,7 @@ def torch_output(key: str, root: Any, *, rank: int = 0) -> OutputFile:
 
     Args:
         key: the file's name.
-        root: dicts, lists, tuples, plain values, `Slot`, `Inline`, `Global`, `Call`.
+        root: dicts, lists, tuples, plain values, `Slot`, `Packed`, `Inline`, `Global`, `Call`.
         rank: the rank it belongs to.
 
     Raises:
@@ -104,7 +123,7 @@ class Pickler:
     """
 
     def __init__(self) -> None:
-        self.storages: list[Slot | Inline] = []
+        self.storages: list[Slot | Packed | Inline] = []
         self._keys: dict[int, str] = {}
         self._memo: dict[str | Global, bytes] = {}
         self._out = bytearray(b"\x80\x02")
@@ -117,6 +136,7 @@ class Pickler:
             int: self._int,
             bytes: self._bytes,
             Slot: self._tensor,
+            Packed: self._tensor,
             Inline: self._tensor,
             Global: self._global,
             Call: self._call,
@@ -189,8 +209,9 @@ class Pickler:
             return
         self._out += b"("
         for name, item in value.items():
-            self._value(name, f"{path}/(key)", depth + 1)
-            self._value(item, f"{path}/{name}", depth + 1)
+            below = f"{path}/{name if type(name) in (str, int) else '(key)'}"
+            self._value(name, below, depth + 1)
+            self._value(item, below, depth + 1)
         self._out += b"u"
 
     def _list(self, value: list[Any], path: str, depth: int) -> None:
@@ -227,7 +248,7 @@ class Pickler:
             self._value(value.state, f"{path}/(state)", depth + 1)
             self._out += b"b"
 
-    def _tensor(self, value: Slot | Inline, path: str, depth: int) -> None:
+    def _tensor(self, value: Slot | Packed | Inline, path: str, depth: int) -> None:
         """`_rebuild_tensor_v2(storage, 0, size, stride, False, OrderedDict())`, v3 where no storage class fits."""
         size = math.prod(value.shape)
         known = _STORAGE_OF.get(value.dtype)
@@ -266,7 +287,7 @@ class _Archive:
         self._directory: list[tuple[str, int, int, int, int | None]] = []  # name, header, size, flags, crc
         self._waiting: list[tuple[int, int, int, int]] = []  # entry, first byte, size, place of the descriptor's CRC
 
-    def plan(self, pickled: bytes, storages: list[Slot | Inline]) -> OutputFile:
+    def plan(self, pickled: bytes, storages: list[Slot | Packed | Inline]) -> OutputFile:
         self._member("data.pkl", pickled)
         self._member("byteorder", b"little")
         for number, storage in enumerate(storages):
@@ -294,14 +315,17 @@ class _Archive:
         self._header(name, len(data), 0, zlib.crc32(data))
         self._put(data)
 
-    def _storage(self, name: str, storage: Slot | Inline) -> None:
+    def _storage(self, name: str, storage: Slot | Packed | Inline) -> None:
         if isinstance(storage, Inline):
             self._member(name, storage.data)
             return
-        size = math.prod(storage.shape) * DTYPES[storage.dtype].itemsize
+        itemsize = DTYPES[storage.dtype].itemsize
+        size = math.prod(storage.shape) * itemsize
         self._header(name, size, 8, 0)
         start = self._at
-        if size:
+        if isinstance(storage, Packed):
+            self._fills.extend(Fill(start + i * itemsize, n, region, storage.dtype) for i, n, region in storage.parts)
+        elif size:
             self._fills.append(Fill(start, storage.name, storage.region, storage.dtype))
         self._at += size
         self._waiting.append((len(self._directory) - 1, start, size, self._at + 4))

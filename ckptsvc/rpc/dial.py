@@ -86,21 +86,19 @@ def ensure_agent(directory: Path, arguments: Sequence[str] = ()) -> bool:
     Many ranks may call this at once: one of them starts it, all wait until it answers.
 
     Raises:
-        AgentUnavailable: it did not come up; the message has the end of its log.
+        AgentUnavailable: it did not come up, or has ended at once; the hint has the end of its log.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    started = False
     with _starting(directory):
-        if not is_alive(directory):
-            started = True
-            _start(directory, arguments)
+        agent = None if is_alive(directory) else _start(directory, arguments)
         ready = directory / "ready"
         deadline = time.monotonic() + START_TIMEOUT
         while not (is_alive(directory) and ready.exists()):
-            if time.monotonic() > deadline:
+            ended = agent is not None and agent.poll() is not None and not is_alive(directory)
+            if ended or time.monotonic() > deadline:
                 raise AgentUnavailable(f"the agent in {directory} did not start", hint=_tail(directory / "agent.log"))
             time.sleep(0.02)
-    return started
+    return agent is not None
 
 
 @contextlib.contextmanager
@@ -110,13 +108,13 @@ def _starting(directory: Path) -> Iterator[None]:
         yield
 
 
-def _start(directory: Path, arguments: Sequence[str]) -> None:
+def _start(directory: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     with contextlib.suppress(FileNotFoundError):
         (directory / "ready").unlink()
     command = [sys.executable, "-m", "ckptsvc.agent.server", "--dir", str(directory), *arguments]
     with open(directory / "agent.log", "ab") as log:
         # Its own session: the agent must outlive the trainer, its process group and its terminal.
-        subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -126,8 +124,8 @@ def _start(directory: Path, arguments: Sequence[str]) -> None:
         )
 
 
-def _tail(path: Path, lines: int = 5) -> str:
+def _tail(path: Path) -> str:
     try:
-        return "its log ends: " + " | ".join(path.read_text(errors="replace").splitlines()[-lines:])
-    except OSError:
+        return f"its log ends: {path.read_text(errors='replace').splitlines()[-1]}"
+    except (OSError, IndexError):
         return f"see {path}"

@@ -54,9 +54,9 @@ class Cluster:
 
 
 @pytest.fixture
-def cluster(runtime, tmp_path):
-    """Makes clusters of three hosts."""
-    with hosts(3) as made:
+def cluster(request, runtime, tmp_path):
+    """Makes clusters of three hosts, or of as many as the test says."""
+    with hosts(getattr(request, "param", 3)) as made:
         started = []
 
         def begin(nnodes):
@@ -140,3 +140,17 @@ def test_a_node_that_is_not_fit_is_not_taken_in(cluster, tmp_path):
     assert "is not taken in: disk at" in unfit.log.read_text()
     del job.runs[2]
     assert job.let_end() == {1: 0}
+
+
+@pytest.mark.parametrize("cluster", [4], indirect=True)
+def test_a_node_whose_link_is_ten_times_slower_than_the_others_is_not_taken_in(cluster):
+    job = cluster("3")
+    for number in (1, 2, 3):
+        job.start(number)
+    job.hosts.slow(4, "4mbit")
+    unfit = job.start(4, joined=False)
+    assert unfit.end() == 87
+    assert "is not taken in: network: 0." in unfit.log.read_text()
+    assert "where the median of 2 others is" in job.runtime.log()
+    del job.runs[4]
+    assert job.let_end() == {1: 0, 2: 0, 3: 0}

@@ -1,105 +1,11 @@
-"""Several hosts on one machine: network namespaces on a bridge, each with an address and a link that can be cut.
-
-The addresses are 127.77.0.1, .2, ...: loopback addresses, for that is where agents of this version may listen, but
-routed over the bridge like any other (route_localnet). All is gone when the last process of the namespaces has ended.
-"""
+"""Several hosts on one machine, or a skipped test (see ckptsvc.cli.bench_fault_hosts)."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
-HOLD = ["sh", "-c", "echo ready; exec cat"]
-"""A process that keeps its namespace alive until its standard input is closed."""
-
-
-class Hosts:
-    """The hosts, numbered from 1."""
-
-    def __init__(self, count: int) -> None:
-        self._holders = [subprocess.Popen(["unshare", "--net", *HOLD], stdin=-1, stdout=-1)]
-        for holder in self._holders:
-            _wait(holder)
-        bridge = self._holders[0].pid
-        _in(bridge, "ip link add bridge0 type bridge && ip link set bridge0 up")
-        for number in range(1, count + 1):
-            holder = subprocess.Popen(["unshare", "--net", *HOLD], stdin=-1, stdout=-1)
-            self._holders.append(holder)
-            _wait(holder)
-            link = f"link{number}"
-            _in(bridge, f"ip link add {link} type veth peer name eth0 netns {holder.pid}")
-            _in(bridge, f"ip link set {link} master bridge0 up")
-            _in(
-                holder.pid,
-                "ip link set lo up && ip route del local 127.0.0.0/8 dev lo table local",
-                "sysctl -qw net.ipv4.conf.all.route_localnet=1 net.ipv4.conf.eth0.route_localnet=1",
-                f"ip link set eth0 up && ip addr add {self.address(number)}/24 dev eth0",
-            )
-
-    @staticmethod
-    def address(number: int) -> str:
-        """Where a host can be reached."""
-        return f"127.77.0.{number}"
-
-    def on(self, number: int) -> list[str]:
-        """What to put before a command so that it runs on a host."""
-        return ["nsenter", f"--net=/proc/{self._holders[number].pid}/ns/net"]
-
-    def cut(self, number: int) -> None:
-        """Cut the link of a host: nothing comes through, and nobody is told."""
-        _in(self._holders[0].pid, f"ip link set link{number} down")
-
-    def mend(self, number: int) -> None:
-        """Mend it again."""
-        _in(self._holders[0].pid, f"ip link set link{number} up")
-
-    def processes(self, number: int) -> list[int]:
-        """All processes on a host."""
-        holder = self._holders[number].pid
-        there = os.stat(f"/proc/{holder}/ns/net").st_ino
-        found = []
-        for folder in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if folder.name.isdigit() and int(folder.name) != holder and os.stat(folder / "ns/net").st_ino == there:
-                    found.append(int(folder.name))
-        return found
-
-    def kill(self, number: int) -> None:
-        """SIGKILL for every process on a host; its kernel lives on."""
-        for pid in self.processes(number):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
-    def close(self) -> None:
-        """Let go of the namespaces."""
-        for holder in self._holders:
-            holder.kill()
-            holder.wait()
-            for pipe in (holder.stdin, holder.stdout):
-                if pipe is not None:
-                    pipe.close()
-
-
-def _wait(holder: subprocess.Popen[bytes]) -> None:
-    assert holder.stdout is not None
-    if holder.stdout.readline() != b"ready\n":
-        holder.wait()
-        raise PermissionError("network namespaces are not permitted here")
-
-
-def _in(pid: int, *commands: str) -> None:
-    ended = subprocess.run(
-        ["nsenter", f"--net=/proc/{pid}/ns/net", "sh", "-c", " && ".join(commands)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if ended.returncode:
-        raise PermissionError(f"network namespaces cannot be set up here: {ended.stderr.strip()}")
+from ckptsvc.cli.bench_fault_hosts import Hosts
 
 
 @contextlib.contextmanager

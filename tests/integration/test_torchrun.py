@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.etcd import EtcdServer
 from harness.job import free_port
 from harness.runtime import Runtime, eventually
+from torch.distributed.elastic.rendezvous.api import RendezvousParameters
+
+from ckptsvc.integrations.rendezvous import place_of
+from ckptsvc.rpc.etcd import parse_url
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = "torchrun.handlers"
@@ -53,11 +58,14 @@ class Torchruns:
         self._port = free_port()
         self.started: list[subprocess.Popen[bytes]] = []
 
-    def start(self, nnodes: str, number: int, *options: str) -> subprocess.Popen[bytes]:
+    def start(self, nnodes: str, number: int, *options: str, where: str = "") -> subprocess.Popen[bytes]:
+        """One of them; `where` is the etcd of an elected coordinator, else the first one's agent coordinates."""
+        endpoint = ["--local-addr", "127.0.0.1"] if where else ["--rdzv-endpoint", f"127.0.0.1:{self._port}"]
+        place = f"coordination={where}" if where else f"is_host={'true' if number == 0 else 'false'}"
         command = [
             sys.executable, "-m", "torch.distributed.run", "--nnodes", nnodes, "--nproc-per-node", "1",
-            "--rdzv-backend", "ckptsvc", "--rdzv-endpoint", f"127.0.0.1:{self._port}", "--rdzv-id", "pair",
-            "--rdzv-conf", f"node=n{number},is_host={'true' if number == 0 else 'false'}", *options,
+            "--rdzv-backend", "ckptsvc", *endpoint, "--rdzv-id", "pair", "--rdzv-conf", f"node=n{number},{place}",
+            *options,
             str(self._folder / "train.py"), str(self._notes), str(self._folder / "end"),
         ]  # fmt: skip
         environ = self._runtime.environ
@@ -113,6 +121,75 @@ def test_a_rank_that_is_killed_comes_back_on_both_nodes(torchruns: Torchruns, ru
     assert torchruns.rank(kills + 1, 0)[1] == 2
     assert torchruns.let_end() == [0, 0]
     assert "job pair ends with 0: all ranks have ended" in runtime.log()
+
+
+@pytest.mark.parametrize("by", ["--rdzv-conf", "environment"])
+def test_the_etcd_of_elections_is_known(
+    by: str, runtime: Runtime, etcd: EtcdServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes with the job, to the agent that is started for it and to the ranks; one of two servers is down."""
+    monkeypatch.setenv("CKPTSVC_AGENT_SOCKET_DIR", str(runtime.sockets))
+    servers = (etcd.url, f"127.0.0.1:{free_port()}")
+    options = {"coordination": "+".join(servers)} if by == "--rdzv-conf" else {}
+    if not options:
+        monkeypatch.setenv("CKPTSVC_AGENT_COORDINATION", ",".join(servers))
+    place = place_of(RendezvousParameters("ckptsvc", "", "pair", 2, 2, node="n0", **options))
+    assert place.coordinator == str(parse_url(",".join(servers)))
+    assert place.agent_arguments[-2:] == ["--coordination", place.coordinator]
+    alone = place_of(RendezvousParameters("ckptsvc", "", "pair", 1, 1, **options))
+    assert alone.coordinator == ""
+    named = place_of(RendezvousParameters("ckptsvc", "127.0.0.1:7", "pair", 2, 2, is_host="false"))
+    assert named.coordinator == "127.0.0.1:7"
+
+
+@pytest.mark.slow
+def test_the_coordinator_is_elected_where_that_is_wanted(
+    torchruns: Torchruns, runtime: Runtime, etcd: EtcdServer
+) -> None:
+    """The coordinator's agent is killed, and then a rank: another agent has taken over by then."""
+    for number in (0, 1):
+        torchruns.start("2", number, "--max-restarts", "2", where=etcd.url)
+    first = torchruns.rank(1, 0)
+    assert (first[1], torchruns.rank(1, 1)[1]) == (2, 2)
+    told = {n: runtime.status(runtime.sockets / f"node-{n}")["elections"][0]["here"] for n in ("n0", "n1")}
+    (leader,) = [name for name, here in told.items() if here]
+    (agent,) = [a for a in runtime.agents() if f"--name {leader}" in a.command]
+    os.kill(agent.pid, signal.SIGKILL)
+    os.kill(first[0], signal.SIGKILL)
+    assert torchruns.rank(2, 0)[1] == 2
+    assert torchruns.let_end() == [0, 0]
+    assert runtime.log().count("this agent coordinates") == 2
+
+
+def test_ranks_of_ckptsvc_run_find_the_variables_that_torchrun_sets(runtime: Runtime) -> None:
+    """Both start the same program, which tells its environment."""
+    environ = runtime.environ
+    flags = ["--standalone", "--nproc-per-node", "2", "--virtual-local-rank", "--no-python", "sh", "-c"]
+    found = []
+    for module in ("torch.distributed.run", "ckptsvc.cli.main"):
+        folder = runtime.root / module
+        folder.mkdir()
+        program = [*flags, f'env -0 > "{folder}/$RANK"']
+        command = [sys.executable, "-m", module, *(["run", "--no-preflight"] if "ckptsvc" in module else []), *program]
+        subprocess.run(command, env=environ, check=True, capture_output=True, timeout=120)
+        lines = (folder / "1").read_text().split("\0")
+        found.append({name: value for name, _, value in (x.partition("=") for x in lines) if name not in environ})
+    theirs, ours = found
+    own = {"TORCHELASTIC_ERROR_FILE", "TORCHELASTIC_SIGNALS_TO_HANDLE"}  # between torchrun and what it forks
+    assert set(theirs) - set(ours) <= own
+    assert len(theirs.keys() & ours.keys()) >= 15
+    different = {name for name in theirs if name in ours and theirs[name] != ours[name]}
+    assert different <= {"MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_MAX_RESTARTS"} | {
+        "TORCHELASTIC_USE_AGENT_STORE"  # torchrun lends the ranks its own store; here rank 0 makes one
+    }
+    assert (ours["LOCAL_RANK"], ours["CUDA_VISIBLE_DEVICES"], ours["RANK"]) == ("0", "1", "1")
+
+
+@pytest.mark.slow
+def test_an_endpoint_and_an_election_exclude_each_other(torchruns: Torchruns, etcd: EtcdServer) -> None:
+    process = torchruns.start("2", 0, "--rdzv-endpoint", "127.0.0.1:9", where=etcd.url)
+    assert process.wait(60) == 1
+    assert "--rdzv-endpoint and coordination in --rdzv-conf exclude each other" in torchruns.story()
 
 
 @pytest.mark.slow

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ckptsvc.control.effects import AllotEpoch, Commit, Lookup, Record, Send
+from machine import GROW, JOB
+
+from ckptsvc.control.effects import Commit, Effect, Restarted, Send
 from ckptsvc.pipeline.arena import State
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.telemetry import Cause
 
 if TYPE_CHECKING:
     from machine import Rank
     from simulation import Store, World
 
 COMMITTED = agent_pb2.OUTCOME_COMMITTED
+
+WAITS = 10.0
+"""Seconds longer than was agreed on that a node may wait for a place that there is."""
+
+LATE = 3.0
+"""Seconds between the last look at a rank and its end. That it has come back shows at its next step only."""
 
 REWRITE = 30.0
 """Seconds in which an agent that was away has certainly written and reported again what it holds."""
@@ -30,6 +39,7 @@ class Violation(AssertionError):
             f"{self.args[0]}, at {world.now:.2f} s",
             f"Schedule.draw({schedule.seed}), perhaps with fewer faults",
             f"{schedule.nodes} nodes, of which {schedule.least} to {schedule.most} are used",
+            f"the last of them comes {schedule.late:.1f} s after the others",
             f"{schedule.nproc} ranks on each, {schedule.steps} steps",
             f"a save every {schedule.every_steps} steps and every {schedule.every_seconds:g} s (0: never)",
             "faults:",
@@ -53,10 +63,12 @@ class Checks:
         self._durable: set[tuple[str, int, int, int]] = set()  # reported to this coordinator
         self._outcomes: dict[Save, agent_pb2.SaveOutcome] = {}  # decided by this coordinator
         self._denied: set[Save] = set()  # some agent was told that this save has failed for good
+        self._waits_since: float | None = None  # a node, for a place in a job that has too few
+        self._grown = 0
 
     def new_coordinator(self) -> None:
         """It has heard and said nothing yet."""
-        self._durable, self._outcomes = set(), {}
+        self._durable, self._outcomes, self._waits_since = set(), {}, None
 
     def reported(self, report: pb.Report) -> None:
         """The coordinator hears something."""
@@ -64,8 +76,12 @@ class Checks:
             event = report.durable
             self._durable.add((event.job, event.epoch, event.step, event.rank))
 
-    def decided(self, effect: Send | AllotEpoch | Commit | Lookup | Record) -> None:
+    def decided(self, effect: Effect) -> None:
         """The coordinator wants something."""
+        if isinstance(effect, Restarted) and effect.cause is Cause.GROWN:
+            self._grown += 1
+            most = len(self._world.machines) + len(self._world.schedule.faults)
+            require(self._grown <= most, f"the job is started anew for the {self._grown}. time to grow")
         if isinstance(effect, Commit):
             ranks = [shard.rank for shard in effect.shards]
             require(ranks == list(range(effect.world_size)), f"a commit of the shards of ranks {ranks}")
@@ -109,7 +125,8 @@ class Checks:
 
     def killing(self, rank: Rank) -> None:
         """An agent obeys the order to kill a rank."""
-        require(rank.hangs, f"rank {rank.number} of attempt {rank.attempt} is killed, and does not hang")
+        hung = rank.hangs or (rank.hung == "elsewhere" and self._world.now - rank.went_on_at < LATE)
+        require(hung, f"rank {rank.number} of attempt {rank.attempt} is killed, and does not hang")
         for_long = self._world.now - rank.stepped_at > self._world.brain.core.policy.confirm
         require(rank.hangs == "T" or for_long, f"rank {rank.number} is killed, and may be at work")
 
@@ -117,6 +134,7 @@ class Checks:
         """After every event."""
         self._one_job_in_the_run()
         self._one_attempt_runs()
+        self._nobody_waits_for_a_free_place()
         if self._world.in_flight == 0:
             self._memory_is_there()
 
@@ -129,6 +147,17 @@ class Checks:
         machines = [m for m in self._world.machines.values() if not m.line.excused]
         running = {r.attempt for m in machines for r in m.ranks.values() if r.alive}
         require(len(running) <= 1, f"attempts {sorted(running)} run at the same time")
+
+    def _nobody_waits_for_a_free_place(self) -> None:
+        brain, now = self._world.brain, self._world.now
+        attempts = brain.core.launched.get(JOB) if brain.alive else None
+        waiting = attempts.waiting(now) if attempts is not None else []
+        if not waiting:
+            self._waits_since = None
+        elif self._waits_since is None:
+            self._waits_since = now
+        else:
+            require(now - self._waits_since < GROW + WAITS, f"nodes {waiting} wait, and the job has too few")
 
     def _memory_is_there(self) -> None:
         """Nothing is under way and no connection is broken without the coordinator's knowing: its list is right."""

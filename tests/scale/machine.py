@@ -32,6 +32,7 @@ SLOTS = 2
 METRICS = Metrics("simulation")
 LIMITS = Limits(startup=20.0)
 LOOK_EVERY = 0.5
+GROW = 30.0
 
 
 class Memory(ArenaPool):
@@ -73,6 +74,8 @@ class Rank:
     last_order: int = -1
     stepped_at: float = 0.0
     hangs: str = ""  # what is seen of it: "T": it is stopped; "elsewhere": it sleeps where it should not
+    hung: str = ""  # what was seen of it when it last did, and
+    went_on_at: float = -1e9  # when it went on
 
     @property
     def alive(self) -> bool:
@@ -336,6 +339,7 @@ class Machine:
             first_rank=self._first_rank,
             world_size=self._world_size,
             doorbell=1,
+            grow=GROW,
             uptime=self._world.now - self._since,
         )
         launcher = self.launches._by_job[JOB] = Launcher(hello, "")
@@ -506,7 +510,7 @@ class Machine:
                 self._world.later(seconds, self._go_on, rank)
 
     def _go_on(self, rank: Rank) -> None:
-        rank.hangs = ""
+        rank.hung, rank.hangs, rank.went_on_at = rank.hangs, "", self._world.now
         if rank.alive and self.agent_alive:
             self._register_again(self._incarnation, rank)
 

@@ -29,6 +29,7 @@ from ckptsvc.control.effects import (
     Commit,
     CommitDone,
     Decision,
+    Drain,
     EpochDone,
     KeepNodes,
     Lookup,
@@ -38,6 +39,7 @@ from ckptsvc.control.effects import (
     Probed,
     ReadNodes,
     Record,
+    Restarted,
     Send,
 )
 from ckptsvc.control.health import Policy
@@ -97,6 +99,7 @@ class Schedule:
     every_steps: int
     every_seconds: float
     faults: tuple[Fault, ...]
+    late: float = 0.0  # seconds after the others at which the last node comes
 
     @staticmethod
     def draw(seed: int) -> Schedule:
@@ -122,6 +125,7 @@ class Schedule:
             every_steps=rng.randint(2, 7),
             every_seconds=rng.choice([0.0, 0.0, 10.0]),
             faults=tuple(sorted(faults, key=lambda f: f.at)),
+            late=rng.choice([0.0, 0.0, rng.uniform(5, 50)]),
         )
 
     def run(self) -> World:
@@ -226,7 +230,9 @@ class Line:
         world = self._world
         if self.session is not None or not self._machine.agent_alive:
             return
-        if world.now < self.cut_until or not world.brain.alive:
+        stopped = world.now < self._machine.agent_stopped_until
+        self._was_cut = self._was_cut or stopped
+        if stopped or world.now < self.cut_until or not world.brain.alive:
             world.later(0.3, self.connect)
             return
         if self.excused:
@@ -309,7 +315,7 @@ class Brain:
             self._world.note(f"coordinator: {reason}")
         for effect in decision.effects:
             self._world.checks.decided(effect)
-            if isinstance(effect, Record):
+            if isinstance(effect, Record | Drain | Restarted):
                 continue
             if not isinstance(effect, Send):
                 self._world.later(self._world.rng.uniform(0.01, 0.5), self._do, self.life, effect)
@@ -381,7 +387,8 @@ class World:
         self.brain.start()
         for machine in self.machines.values():
             machine.start_agent()
-            self.later(self.rng.uniform(0, 3), machine.start_launcher)
+            late = self.schedule.late if machine.name == f"n{self.schedule.nodes - 1}" else 0.0
+            self.later(late + self.rng.uniform(0, 3), machine.start_launcher)
         for fault in self.schedule.faults:
             self.later(fault.at, self._strike, fault)
         try:

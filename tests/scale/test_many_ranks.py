@@ -105,7 +105,7 @@ class Job:
         done = self.core.commit_done(CommitDone("j", 1, 10), 2.0)
         assert len(done.effects) == self.nodes
         self.lose_all_agents()
-        assert len(self.announce("announced again").effects) == self.world
+        assert len(self.announce("announced again").effects) == self.nodes
         self.stage("staged again", ended=True, again=True)
         assert [s.step for s in self.core.snapshots("j")] == [10]
         self.leave()

@@ -85,6 +85,7 @@ def slurm(runtime: Runtime, tmp_path: Path) -> Iterator[Slurm]:
         cluster.start()
         yield cluster
     finally:
+        runtime.leaves_snapshots = True  # Slurm kills an agent with its step, and what it held waits for the next one
         cluster.stop()
         for log in (runtime.root / "slurm").glob("*.log"):
             shutil.copy(log, tmp_path)

@@ -89,6 +89,7 @@ def test_every_setting_has_its_variable() -> None:
         "launch.preload": "torch, transformers.models",
         "launch.standby_memory": "1GiB",
         "launch.preflight": "false",
+        "launch.grow": "90s",
         "launch.crash_loop": "0",
         "launch.state": "/shared/state",
         "store.url": "memory://x",
@@ -137,6 +138,7 @@ def test_every_setting_has_its_variable() -> None:
         preload=("torch", "transformers.models"),
         standby_memory=1024 * MIB,
         preflight=False,
+        grow=90.0,
         crash_loop=0,
         state="/shared/state",
     )

@@ -123,7 +123,8 @@ def test_the_scanner_knows_pickle_when_it_sees_it(text: str) -> None:
 
 def test_no_pickle_anywhere() -> None:
     found = {name_of(path): list(unpicklings(path.read_text())) for path in sources()}
-    assert {name: calls for name, calls in found.items() if calls} == {}
+    # the restricted reader of foreign pickles builds what is on its list and nothing else (tests/unit/interop)
+    assert {name: calls for name, calls in found.items() if calls} == {"ckptsvc/interop/pickles.py": ["pickle"]}
 
 
 # ---- imports

@@ -17,7 +17,9 @@ from ckptsvc.telemetry import ArenaState, Event, Fields, Metrics, NicSignal, Out
 METRICS = {
     ("ckptsvc_arena_bytes", "gauge", ("state",)),
     ("ckptsvc_build_info", "gauge", ("version",)),
+    ("ckptsvc_calls_refused_total", "counter", ()),
     ("ckptsvc_coordinator_changes_total", "counter", ()),
+    ("ckptsvc_incidents_total", "counter", ("kind",)),
     ("ckptsvc_last_commit_timestamp_seconds", "gauge", ("job",)),
     ("ckptsvc_last_committed_step", "gauge", ("job",)),
     ("ckptsvc_nic_events_total", "counter", ("nic", "signal")),
@@ -224,6 +226,13 @@ def test_the_line_is_attributed_to_the_caller(stream: io.StringIO) -> None:
 
 
 def test_labels_are_enumerated() -> None:
-    enums = (telemetry.Outcome, telemetry.Phase, telemetry.Skip, telemetry.ArenaState, telemetry.Cause)
+    enums = (
+        telemetry.Outcome,
+        telemetry.Phase,
+        telemetry.Skip,
+        telemetry.ArenaState,
+        telemetry.Cause,
+        telemetry.IncidentKind,
+    )
     enums += (telemetry.NicSignal, telemetry.NicTrouble)
     assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", label) for enum in enums for label in enum)

@@ -226,7 +226,7 @@ class LaunchRequest(_message.Message):
     def __init__(self, hello: _Optional[_Union[LauncherHello, _Mapping]] = ..., ready: _Optional[_Union[LauncherReady, _Mapping]] = ..., exit: _Optional[_Union[RankExit, _Mapping]] = ..., stop_wanted: _Optional[_Union[StopWanted, _Mapping]] = ..., leaving: _Optional[_Union[Leaving, _Mapping]] = ...) -> None: ...
 
 class LauncherHello(_message.Message):
-    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "log_dir", "world_size", "doorbell", "unfit", "crash_loop", "uptime")
+    __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "log_dir", "world_size", "doorbell", "unfit", "crash_loop", "uptime", "grow", "check_network")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     NODE_RANK_FIELD_NUMBER: _ClassVar[int]
@@ -243,6 +243,8 @@ class LauncherHello(_message.Message):
     UNFIT_FIELD_NUMBER: _ClassVar[int]
     CRASH_LOOP_FIELD_NUMBER: _ClassVar[int]
     UPTIME_FIELD_NUMBER: _ClassVar[int]
+    GROW_FIELD_NUMBER: _ClassVar[int]
+    CHECK_NETWORK_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     node_rank: int
@@ -259,7 +261,9 @@ class LauncherHello(_message.Message):
     unfit: str
     crash_loop: int
     uptime: float
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., log_dir: _Optional[str] = ..., world_size: _Optional[int] = ..., doorbell: _Optional[int] = ..., unfit: _Optional[str] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ...) -> None: ...
+    grow: float
+    check_network: bool
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., node_rank: _Optional[int] = ..., min_nodes: _Optional[int] = ..., max_nodes: _Optional[int] = ..., nproc: _Optional[int] = ..., max_restarts: _Optional[int] = ..., address: _Optional[str] = ..., attempt: _Optional[int] = ..., first_rank: _Optional[int] = ..., log_dir: _Optional[str] = ..., world_size: _Optional[int] = ..., doorbell: _Optional[int] = ..., unfit: _Optional[str] = ..., crash_loop: _Optional[int] = ..., uptime: _Optional[float] = ..., grow: _Optional[float] = ..., check_network: bool = ...) -> None: ...
 
 class LauncherReady(_message.Message):
     __slots__ = ("attempt", "port")
@@ -270,16 +274,18 @@ class LauncherReady(_message.Message):
     def __init__(self, attempt: _Optional[int] = ..., port: _Optional[int] = ...) -> None: ...
 
 class RankExit(_message.Message):
-    __slots__ = ("attempt", "rank", "status", "monotonic")
+    __slots__ = ("attempt", "rank", "status", "monotonic", "detail")
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     MONOTONIC_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
     attempt: int
     rank: int
     status: int
     monotonic: float
-    def __init__(self, attempt: _Optional[int] = ..., rank: _Optional[int] = ..., status: _Optional[int] = ..., monotonic: _Optional[float] = ...) -> None: ...
+    detail: str
+    def __init__(self, attempt: _Optional[int] = ..., rank: _Optional[int] = ..., status: _Optional[int] = ..., monotonic: _Optional[float] = ..., detail: _Optional[str] = ...) -> None: ...
 
 class Leaving(_message.Message):
     __slots__ = ("reason",)
@@ -294,14 +300,22 @@ class StopWanted(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class LaunchResponse(_message.Message):
-    __slots__ = ("start", "stop", "end")
+    __slots__ = ("start", "stop", "end", "notice")
     START_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
     END_FIELD_NUMBER: _ClassVar[int]
+    NOTICE_FIELD_NUMBER: _ClassVar[int]
     start: StartRanks
     stop: StopRanks
     end: JobEnd
-    def __init__(self, start: _Optional[_Union[StartRanks, _Mapping]] = ..., stop: _Optional[_Union[StopRanks, _Mapping]] = ..., end: _Optional[_Union[JobEnd, _Mapping]] = ...) -> None: ...
+    notice: Notice
+    def __init__(self, start: _Optional[_Union[StartRanks, _Mapping]] = ..., stop: _Optional[_Union[StopRanks, _Mapping]] = ..., end: _Optional[_Union[JobEnd, _Mapping]] = ..., notice: _Optional[_Union[Notice, _Mapping]] = ...) -> None: ...
+
+class Notice(_message.Message):
+    __slots__ = ("text",)
+    TEXT_FIELD_NUMBER: _ClassVar[int]
+    text: str
+    def __init__(self, text: _Optional[str] = ...) -> None: ...
 
 class StartRanks(_message.Message):
     __slots__ = ("attempt", "world_size", "first_rank", "node_rank", "nodes", "master_addr", "master_port")

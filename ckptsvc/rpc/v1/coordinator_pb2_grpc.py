@@ -27,7 +27,9 @@ if _version_not_supported:
 
 
 class CoordinatorServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Agents of one user only: the caller asks for a challenge at /ckptsvc.rpc.v1.CoordinatorService/Challenge, which has no
+    messages, and both sides prove themselves in the metadata of every call. ckptsvc/rpc/proof.py says how, byte for byte.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -45,10 +47,17 @@ class CoordinatorServiceStub(object):
                 request_serializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.ListCompleteRequest.SerializeToString,
                 response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ListSnapshotsResponse.FromString,
                 _registered_method=True)
+        self.Measure = channel.stream_stream(
+                '/ckptsvc.rpc.v1.CoordinatorService/Measure',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Load.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Load.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Agents of one user only: the caller asks for a challenge at /ckptsvc.rpc.v1.CoordinatorService/Challenge, which has no
+    messages, and both sides prove themselves in the metadata of every call. ckptsvc/rpc/proof.py says how, byte for byte.
+    """
 
     def Attend(self, request_iterator, context):
         """Missing associated documentation comment in .proto file."""
@@ -58,6 +67,13 @@ class CoordinatorServiceServicer(object):
 
     def ListComplete(self, request, context):
         """Complete snapshots of a job in its nodes' memory, newest first (`local` is left empty).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Measure(self, request_iterator, context):
+        """Every load comes back as it is: how fast is the way between two nodes? The first, empty one says whose turn it is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,6 +92,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.ListCompleteRequest.FromString,
                     response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ListSnapshotsResponse.SerializeToString,
             ),
+            'Measure': grpc.stream_stream_rpc_method_handler(
+                    servicer.Measure,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Load.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Load.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'ckptsvc.rpc.v1.CoordinatorService', rpc_method_handlers)
@@ -85,7 +106,9 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CoordinatorService(object):
-    """Missing associated documentation comment in .proto file."""
+    """Agents of one user only: the caller asks for a challenge at /ckptsvc.rpc.v1.CoordinatorService/Challenge, which has no
+    messages, and both sides prove themselves in the metadata of every call. ckptsvc/rpc/proof.py says how, byte for byte.
+    """
 
     @staticmethod
     def Attend(request_iterator,
@@ -131,6 +154,33 @@ class CoordinatorService(object):
             '/ckptsvc.rpc.v1.CoordinatorService/ListComplete',
             ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.ListCompleteRequest.SerializeToString,
             ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ListSnapshotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Measure(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/ckptsvc.rpc.v1.CoordinatorService/Measure',
+            ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Load.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Load.FromString,
             options,
             channel_credentials,
             insecure,

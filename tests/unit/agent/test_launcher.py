@@ -1,14 +1,24 @@
 """`ckptsvc run` with ranks that are shell scripts: attempts, restarts, and agents that die under it."""
 
 import os
+import resource
 import signal
+import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 from harness.job import free_port
 from harness.runtime import eventually
 from harness.shell_run import Run, alive, kill
+
+from ckptsvc.agent.launches import LONELY, Launcher, Launches
+from ckptsvc.agent.local import Local
+from ckptsvc.control.restart import JOIN_PATIENCE
+from ckptsvc.errors import EXIT_STATUS
+from ckptsvc.rpc.v1 import agent_pb2
 
 
 @pytest.fixture
@@ -173,6 +183,66 @@ class TestAgentsThatDie:
         assert jobs[0].attempts() == ["1", "2"]
 
 
+class TestAPlaceThatIsNotOurs:
+    """The coordinator's port belongs to another program."""
+
+    @pytest.fixture
+    def port(self):
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            yield taken.getsockname()[1]
+
+    def start(self, run, port, number):
+        endpoint = ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "job", "--node", f"n{number}"]
+        return run("exit 0", "--nnodes", "2", *endpoint, "--node-rank", str(number))
+
+    def test_an_agent_that_cannot_listen_says_so_at_once(self, run, port, runtime):
+        job = self.start(run, port, 0)
+        problem = f"cannot listen at 127.0.0.1:{port}"
+        eventually(lambda: problem in job.log.read_text(), "that to be said")
+        assert "Traceback" not in job.log.read_text() + runtime.log()
+
+    @pytest.mark.slow
+    def test_and_is_not_waited_for_for_ever(self, run, port):
+        job = self.start(run, port, 0)
+        assert job.end(90.0) == 20
+        assert job.log.read_text().count("no agent: ") == 1  # and not at every attempt
+
+    @pytest.mark.slow
+    def test_nor_is_a_coordinator_that_does_not_answer(self, run, port):
+        job = self.start(run, port, 1)
+        eventually(
+            lambda: f"no coordinator answers at 127.0.0.1:{port}; waiting 600 s" in job.log.read_text(), "it", 60.0
+        )
+
+    def test_metrics(self, runtime, port):
+        agent = runtime.start_agent("--metrics-listen", f"127.0.0.1:{port}")
+        assert agent.wait(30) == 2
+        assert f"agent.metrics_listen: 127.0.0.1:{port}: Address already in use" in runtime.log()
+
+
+class TestAlone:
+    """A launcher that hears of no coordinator."""
+
+    def missing(self, alone, attempt=0, warned=False):
+        hello = agent_pb2.LauncherHello(job="job", attempt=attempt)
+        launcher = Launcher(hello, "127.0.0.1:7", heard_at=time.monotonic() - alone, warned=warned)
+        return Launches(Local("n0", None, None, None, ""))._missing(launcher, False)
+
+    def test_is_told_once(self):
+        assert self.missing(LONELY - 1) is None
+        said = self.missing(LONELY + 1).notice.text
+        assert said == "no coordinator answers at 127.0.0.1:7; waiting 600 s for it"
+        assert self.missing(LONELY + 1, warned=True) is None
+
+    def test_ends_at_last(self):
+        end = self.missing(JOIN_PATIENCE + 1, warned=True).end
+        assert (end.status, end.reason) == (20, "no coordinator answers at 127.0.0.1:7 for 601 s")
+
+    def test_but_not_with_ranks(self):
+        assert self.missing(JOIN_PATIENCE + 1, attempt=1).notice.text.endswith("; the ranks go on")
+        assert self.missing(JOIN_PATIENCE + 1, attempt=1, warned=True) is None
+
+
 def test_a_job_that_leads_is_not_misled_by_an_agent_that_listens_elsewhere(run, runtime):
     """The agent of an earlier job on this node is still there for a while."""
     earlier = runtime.start_agent()
@@ -182,3 +252,45 @@ def test_a_job_that_leads_is_not_misled_by_an_agent_that_listens_elsewhere(run, 
     assert len(runtime.agents()) == 3
     earlier.terminate()
     assert earlier.wait(10) == 0
+
+
+@pytest.mark.parametrize("command", [("run", "--no-python", "true"), ("status",)])
+def test_a_directory_that_is_open_to_others_is_neither_written_to_nor_trusted(runtime, tmp_path, command):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    environ = runtime.environ | {"CKPTSVC_AGENT_SOCKET_DIR": str(theirs)}
+    program = [sys.executable, "-m", "ckptsvc.cli.main", *command]
+    ended = subprocess.run(program, env=environ, capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == EXIT_STATUS["config"]
+    assert f"{theirs} is open to other users" in ended.stderr
+    assert list(theirs.iterdir()) == []
+
+
+PRINT_LIMIT = """
+import pathlib, resource, sys, time
+pathlib.Path(sys.argv[0] + ".limit").write_text(str(resource.getrlimit(resource.RLIMIT_NOFILE)[0]))
+time.sleep(60)
+"""
+LIMIT = {
+    "sh": ('ulimit -Sn > "$0.limit"; sleep 60', ("--no-python", "sh")),
+    "warm": (PRINT_LIMIT, ("--preload", "json")),
+}
+
+
+@pytest.mark.parametrize("kind", LIMIT)
+def test_agent_and_launcher_may_open_more_files_but_ranks_have_the_limit_they_were_given(runtime, tmp_path, kind):
+    script, options = LIMIT[kind]
+    rank, found = tmp_path / "rank", tmp_path / "rank.limit"
+    rank.write_text(script)
+    limited = ["sh", "-c", 'ulimit -Sn 300; exec "$@"', "sh"]
+    command = [*limited, sys.executable, "-m", "ckptsvc.cli.main", "run", *options, str(rank)]
+    with subprocess.Popen(command, env=runtime.environ, stderr=subprocess.PIPE, text=True) as job:
+        eventually(lambda: found.exists() and found.read_text(), "the rank")
+        for pid in (job.pid, *(agent.pid for agent in runtime.agents())):
+            soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            assert soft == hard > 300
+        job.send_signal(signal.SIGINT)
+        said = job.communicate(timeout=30)[1]
+    assert found.read_text().strip() == "300"
+    assert ("a warm interpreter of" in said) == (kind == "warm")

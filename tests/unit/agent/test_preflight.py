@@ -1,6 +1,7 @@
 """What makes a node unfit, and that a check that hangs is named."""
 
 import asyncio
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from harness.runtime import tmpfs
 
 from ckptsvc.agent import preflight
-from ckptsvc.agent.doorbell import hang_up, ring
+from ckptsvc.agent.doorbell import RING_TIMEOUT, hang_up, ring
 from ckptsvc.agent.preflight import cards, loopback, memory, reason_against, room
 from ckptsvc.control.effects import Answer
 
@@ -97,6 +98,20 @@ class TestCards:
         assert self.look(tmp_path) == ""
 
 
+@pytest.mark.parametrize("planted", ["link", "file"])
+def test_what_others_have_put_in_a_shared_directory_is_left_alone(tmp_path, monkeypatch, planted):
+    monkeypatch.setattr(preflight.secrets, "token_hex", lambda _: "guessed")
+    victim, trial = tmp_path / "victim", tmp_path / ".ckptsvc-trial-guessed"
+    victim.write_text("precious")
+    if planted == "link":
+        trial.symlink_to(victim)
+    else:
+        trial.write_text("precious")
+    with pytest.raises(FileExistsError):
+        room(tmp_path, 0)
+    assert victim.read_text() == trial.read_text() == "precious"
+
+
 class TestDoorbell:
     def test_it_answers_while_its_owner_lives(self):
         async def run():
@@ -113,6 +128,44 @@ class TestDoorbell:
         """Nobody accepts here: the kernel answers."""
         with socket.create_server(("127.0.0.1", 0), backlog=8) as server:
             assert asyncio.run(ring("127.0.0.1", server.getsockname()[1])) is Answer.UP
+
+    def test_a_packet_that_is_lost_is_no_lost_host(self):
+        """The kernel drops who comes while the queue is full, and says nothing, as a network does."""
+
+        async def run():
+            with socket.create_server(("127.0.0.1", 0), backlog=0) as server:
+                address = server.getsockname()
+                with socket.create_connection(address):  # the queue is full now
+                    ringing = asyncio.ensure_future(ring(*address))
+                    await asyncio.sleep(RING_TIMEOUT / 3)
+                    assert not ringing.done(), "the first try was not lost"
+                    server.accept()[0].close()
+                    return await ringing
+
+        assert asyncio.run(run()) is Answer.UP
+
+    def test_nobody_at_all_is_known_in_time(self):
+        async def run():
+            with (
+                socket.create_server(("127.0.0.1", 0), backlog=0) as server,
+                socket.create_connection(server.getsockname()),
+            ):
+                return await ring(*server.getsockname())
+
+        assert asyncio.run(run()) is Answer.SILENT
+
+    def test_a_frozen_launcher_is_rung_at_many_times(self):
+        """Whoever rings stays in the kernel's queue, and nobody takes him out of it."""
+
+        async def run():
+            server, port = await hang_up("127.0.0.1")
+            with contextlib.ExitStack() as connections:
+                for _ in range(200):  # this thread does not get to accept them
+                    connections.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5))
+            server.close()
+            await server.wait_closed()
+
+        asyncio.run(run())
 
     @pytest.mark.parametrize("address", ["no-such-host.invalid", "0.0.0.0.0"])
     def test_an_address_that_leads_nowhere_is_silent(self, address):

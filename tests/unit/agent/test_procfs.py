@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness.runtime import eventually
 
-from ckptsvc.agent.procfs import Process, activity, has_ended, look, state
+from ckptsvc.agent.procfs import OomKills, Process, activity, has_ended, look, state
 
 Start = Callable[[str], tuple[int, int]]
 
@@ -132,3 +132,22 @@ def test_what_a_process_and_its_children_get_done(start: Start, tmp_path: Path) 
 
 def test_a_process_that_is_gone_does_nothing() -> None:
     assert activity(1 << 30) == activity(0) == (0, 0.0)
+
+
+def test_kills_for_lack_of_memory_are_news_until_they_are_forgotten_twice(tmp_path: Path) -> None:
+    vmstat = tmp_path / "vmstat"
+    vmstat.write_text("nr_free_pages 7\noom_kill 2\n")
+    kills = OomKills(vmstat)
+    assert kills.lately() == 0
+    vmstat.write_text("nr_free_pages 7\noom_kill 3\n")
+    kills.forget()
+    assert kills.lately() == 1  # it may have happened right before, and the process not have ended yet
+    kills.forget()
+    assert kills.lately() == 0
+
+
+@pytest.mark.parametrize("text", [None, "", "oom_kill\n", "oom_kill many\n"])
+def test_a_kernel_that_does_not_count_them_has_killed_none(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "vmstat").write_text(text)
+    assert OomKills(tmp_path / "vmstat").lately() == 0

@@ -16,6 +16,7 @@ from harness.shell_run import alive
 
 from ckptsvc.agent import keeper, output
 from ckptsvc.agent.keeper import children_of
+from ckptsvc.agent.procfs import OomKills
 from ckptsvc.agent.ranks import Ranks
 
 TREE = """
@@ -68,9 +69,47 @@ class TestOneRank:
             async with kept(script, tmp_path) as found:
                 await found.start()
                 assert await found.all_ended() == [status]
+                while not found.ended:  # what it said last is looked at first
+                    await asyncio.sleep(0.01)
                 assert [rank.number for rank in found.ended] == [0]
 
         asyncio.run(run())
+
+    @pytest.mark.parametrize(
+        ("script", "detail"),
+        [
+            ("echo 'ValueError: not this one'; echo '[rank0]: torch.OutOfMemoryError: too big'; echo bye; exit 3",
+             "torch.OutOfMemoryError: too big"),
+            ("printf 'Traceback\\nMemoryError'; exit 1", "MemoryError"),
+            ("echo 'no Error: here'; exit 1", ""),
+            ("sleep 60 & echo 'KeyError: 1'; exit 1", "KeyError: 1"),  # the pipe stays open
+            ("echo 'KeyError: 1'; exit 0", ""),
+        ],
+    )  # fmt: skip
+    def test_an_exception_is_told_with_it(self, tmp_path, script, detail):
+        async def scenario():
+            async with kept(script, tmp_path) as found:
+                await found.start()
+                while not found.ended:
+                    await asyncio.sleep(0.01)
+                return found.ended[0].detail
+
+        assert asyncio.run(scenario()) == detail
+
+    def test_that_the_kernel_has_killed_something_for_lack_of_memory_is_told_with_it(self, tmp_path):
+        async def scenario(script):
+            async with kept(script, tmp_path) as found:
+                vmstat = tmp_path / "vmstat"
+                vmstat.write_text("pgmajfault 3\noom_kill 4\n")
+                found.ranks._oom = OomKills(vmstat)
+                vmstat.write_text("pgmajfault 3\noom_kill 5\n")
+                await found.start()
+                while not found.ended:
+                    await asyncio.sleep(0.01)
+                return found.ended[0].detail
+
+        assert asyncio.run(scenario("kill -9 $$")).startswith("probably out of memory, for which the kernel has just")
+        assert asyncio.run(scenario("kill -15 $$")) == ""
 
     def test_it_gets_its_variables_and_those_of_all(self, tmp_path, capfdbinary):
         async def run():
@@ -106,6 +145,23 @@ class TestOneRank:
         text = (tmp_path / "attempt_1" / "rank_0.log").read_text()
         grep = ["grep", "-E", "SigIgn|SigBlk", "/proc/self/status"]
         assert text == subprocess.run(grep, capture_output=True, text=True, check=True).stdout
+
+    def test_signals_that_a_scheduler_sends_to_all_processes_do_not_end_the_keeper(self, tmp_path):
+        async def run():
+            async with kept(
+                f"trap 'exit 3' USR1; echo $$ > {tmp_path}/rank; while :; do sleep 0.05; done", tmp_path
+            ) as found:
+                await found.start()
+                rank = await there(tmp_path / "rank")
+                for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP):
+                    os.kill(found.ranks._process.pid, number)
+                await asyncio.sleep(0.2)
+                os.kill(rank, signal.SIGUSR1)
+                assert await found.all_ended() == [3]
+                assert found.said == []
+                await found.ranks.stop(0.0)
+
+        asyncio.run(run())
 
     def test_a_program_that_is_not_there(self, tmp_path):
         async def run():
@@ -284,11 +340,13 @@ def test_a_full_disk_for_their_output_kills_no_rank(tmp_path, capfd):
 
     async def run():
         reading, writing = output.pipe()
-        copying = asyncio.ensure_future(output.copy(reading, "3", Path("/dev/full")))
+        out = output.Output()
+        copying = asyncio.ensure_future(out.copy(reading, "3", Path("/dev/full")))
         with open(writing, "w", buffering=1) as rank:
             for line in range(3):
                 await asyncio.to_thread(print, "line", line, file=rank)
         await copying
+        await out.close()
 
     asyncio.run(run())
     shown, said = capfd.readouterr()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -17,6 +18,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ckptsvc.errors import (
+    EXIT_STATUS,
     AgentUnavailable,
     ArenaExhausted,
     CkptsvcError,
@@ -25,7 +27,7 @@ from ckptsvc.errors import (
     StoreError,
 )
 from ckptsvc.rpc.channel import OPTIONS, error_of
-from ckptsvc.rpc.secret import SECRET_KEY
+from ckptsvc.rpc.proof import CHALLENGE_KEY, PROOF_KEY
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Metrics
@@ -57,26 +59,22 @@ def acquire(rank, step, nbytes=SIZE, patience=0.0):
     return rank.call("Acquire", agent_pb2.AcquireRequest(step=step, bytes=nbytes, patience=patience))
 
 
+def reflected(channel):
+    ask = reflection_pb2.ServerReflectionRequest(list_services="")
+    return list(reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(iter([ask]), timeout=5))
+
+
 class TestServices:
-    def channels(self, agent):
-        yield agent.channel, AGENT
-        with grpc.insecure_channel(ready(agent)[1], options=OPTIONS) as channel:
-            yield channel, COORDINATOR
+    def test_health_answers_on_the_socket(self, agent):
+        stub = health_pb2_grpc.HealthStub(agent.channel)
+        for name in ("", AGENT):
+            answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
-    def test_health_answers_on_both_ports(self, agent):
-        for channel, service in self.channels(agent):
-            stub = health_pb2_grpc.HealthStub(channel)
-            for name in ("", service):
-                answer = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
-                assert answer.status == health_pb2.HealthCheckResponse.SERVING
-
-    def test_reflection_names_the_services(self, agent):
-        for channel, service in self.channels(agent):
-            stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-            ask = reflection_pb2.ServerReflectionRequest(list_services="")
-            (answer,) = stub.ServerReflectionInfo(iter([ask]), timeout=5)
-            names = {each.name for each in answer.list_services_response.service}
-            assert names == {service, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+    def test_reflection_names_the_services_on_the_socket(self, agent):
+        (answer,) = reflected(agent.channel)
+        names = {each.name for each in answer.list_services_response.service}
+        assert names == {AGENT, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
 
     def test_the_status_says_who_it_is(self, agent):
         document = status(agent)
@@ -227,19 +225,28 @@ class TestRefusals:
             list(stub.Launch(iter([]), timeout=5))
         assert status(agent)["ranks"] == []
 
-    def test_an_agent_without_the_secret(self, agent):
+    def test_an_agent_without_the_secret(self, start):
+        agent = start("a", "--metrics-listen", "127.0.0.1:0")
         with grpc.insecure_channel(ready(agent)[1], options=OPTIONS) as channel:
             stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
             hello = pb.Report(agent_hello=pb.AgentHello(node="stranger"))
-            wrong = ((SECRET_KEY, "0" * 64),)
-            for call in (
+            wrong = ((CHALLENGE_KEY, "0" * 64), (PROOF_KEY, "0" * 64))
+            nonsense = channel.unary_unary(f"/{COORDINATOR}/ListComplete")
+            health = health_pb2_grpc.HealthStub(channel)
+            calls = (
                 lambda: list(stub.Attend(iter([hello]), timeout=5)),
                 lambda: stub.ListComplete(pb.ListCompleteRequest(job="job"), timeout=5),
                 lambda: stub.ListComplete(pb.ListCompleteRequest(job="job"), timeout=5, metadata=wrong),
-            ):
+                lambda: nonsense(b"\xff" * (1 << 20), timeout=5),
+                lambda: health.Check(health_pb2.HealthCheckRequest(), timeout=5),
+                lambda: reflected(channel),
+            )
+            for call in calls:
                 with pytest.raises(grpc.RpcError) as caught:
                     call()
                 assert isinstance(error_of(caught.value), StoreDenied)
+        with urllib.request.urlopen(f"http://{ready(agent)[2]}/metrics", timeout=5) as answer:
+            assert f"ckptsvc_calls_refused_total {float(len(calls))}" in answer.read().decode()
 
 
 class TestSaves:
@@ -321,6 +328,18 @@ class TestEnd:
         process = runtime.start_agent()
         process.send_signal(signal.SIGTERM)
         assert process.wait(10) == 0
+
+    def test_a_port_that_another_program_has(self, runtime):
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            address = f"127.0.0.1:{other.getsockname()[1]}"
+            directory = runtime.sockets / "second"
+            command = [sys.executable, "-m", "ckptsvc.agent.server", "--dir", str(directory), "--listen", address]
+            ended = subprocess.run(
+                command, env=runtime.environ, capture_output=True, text=True, check=False, timeout=20
+            )
+        assert ended.returncode == EXIT_STATUS["config"]
+        assert f"cannot listen at {address}" in ended.stderr
+        assert "Traceback" not in ended.stderr
 
     def test_two_cannot_share_a_directory(self, agent, runtime):
         command = [sys.executable, "-m", "ckptsvc.agent.server", "--dir", str(agent.directory)]

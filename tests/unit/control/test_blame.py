@@ -155,7 +155,7 @@ class TestSignals:
         stage.not_there()
         verdict = blame(stage.scene())
         assert (verdict.rank, verdict.kinds) == (stage.culprit, {Kind.COLLECTIVE})
-        assert f"it has not started collective {stage.number}, and ranks " in verdict.sentence
+        assert f"it has not started collective {stage.number}, all_reduce of" in verdict.sentence
 
     def test_who_holds_up_those_that_hold_up_others(self, stage):
         """The lowest is the cause, those between wait for it."""
@@ -254,3 +254,27 @@ def test_any_evidence_gives_a_verdict_that_names_a_rank_of_the_job(seed):
     assert verdict.rank in {-1, *nodes}
     assert verdict.sentence
     assert 0 <= verdict.confidence <= 1
+
+
+def test_a_rank_that_was_not_seen_is_not_said_to_hang(stage):
+    """All that is known is that its node does not answer; that it is the only one there says nothing."""
+    nodes = {rank: f"n{rank}" for rank in stage.nodes}
+    del stage.ranks[0]
+    verdict = blame(Scene(nodes, stage.ranks, {"n0"}))
+    assert (verdict.rank, verdict.node) == (-1, "n0")
+    assert verdict.sentence.startswith("node n0 hung: node n0 does not answer")
+
+
+@pytest.mark.parametrize(
+    ("frame", "shown"),
+    [
+        ("step (/home/me/project/src/train.py:7)", "step (src/train.py:7)"),
+        ("step (train.py:7)", "step (train.py:7)"),
+        ("all_reduce (torch/distributed/distributed_c10d.py:9)", "all_reduce (distributed/distributed_c10d.py:9)"),
+        ("<lambda> (/a b/c (d)/e.py:1)", "<lambda> (/a b/c (d)/e.py:1)"),
+    ],
+)
+def test_of_a_long_path_the_sentence_has_the_end(stage, frame, shown):
+    stage.change(stack=f"main (/home/me/train.py:1)\n{frame}", state="R", cpu=1.0)
+    in_collective(stage.ranks[stage.culprit], stage.number - 1, "")
+    assert f"it is in {shown}, while" in blame(stage.scene()).sentence

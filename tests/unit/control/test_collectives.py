@@ -23,15 +23,13 @@ def waits(number: int, last: int = 6, collective: str = ALL_REDUCE) -> pb.RankEv
 def test_a_rank_that_has_not_come_is_named_with_the_collective_it_is_missed_in() -> None:
     (odd,) = odd_ones([waits(0), rank(1, default=(5, 5, "")), waits(2), waits(3), waits(4)])
     assert (odd.rank, odd.lacks) == (1, 1)
-    assert (
-        odd.reason
-        == f"it has not started collective 6, and ranks 0, 2, 3 and 1 more wait in {ALL_REDUCE} (collective 6)"
-    )
+    assert odd.reason == f"it has not started collective 6, {ALL_REDUCE}, in which ranks 0, 2, 3 and 1 more wait"
 
 
 def test_the_one_that_lacks_most_comes_first() -> None:
     found = odd_ones([rank(0, default=(3, 3, "")), waits(1), rank(2, default=(5, 5, ""))])
     assert [(odd.rank, odd.lacks) for odd in found] == [(0, 3), (2, 1)]
+    assert found[0].reason == f"it has not started collective 4, and rank 1 waits in {ALL_REDUCE} (collective 6)"
 
 
 def test_nobody_is_odd_where_all_wait_or_none_does_or_nothing_is_known() -> None:

@@ -19,10 +19,22 @@ from told import (
 )
 
 from ckptsvc.control.coordinator import FORGET_AFTER, Coordinator
-from ckptsvc.control.effects import Answer, CommitDone, KeepNodes, LookupDone, NodesRead, Probe, Probed
+from ckptsvc.control.effects import (
+    Answer,
+    CommitDone,
+    Drain,
+    KeepNodes,
+    LookupDone,
+    NodesRead,
+    Probe,
+    Probed,
+    Restarted,
+)
+from ckptsvc.control.growth import SETTLE
 from ckptsvc.control.membership import AGENT_PATIENCE
-from ckptsvc.control.restart import EXIT_PATIENCE, INTERRUPTED, NODE_PATIENCE
+from ckptsvc.control.restart import EXIT_PATIENCE, INTERRUPTED, LAST_CALL, NODE_PATIENCE
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.telemetry import Cause
 
 FIELDS = {type(getattr(pb.Report(), f.name)): f.name for f in pb.Report.DESCRIPTOR.fields}
 
@@ -66,7 +78,7 @@ def test_an_empty_report_and_a_hello_mean_nothing(driver):
     assert kinds(driver.tell(pb.AgentHello(node="n0"))) == []
 
 
-@pytest.mark.parametrize("kind", [field.name for field in pb.Report.DESCRIPTOR.fields])
+@pytest.mark.parametrize("kind", [field.name for field in pb.Report.DESCRIPTOR.fields if field.containing_oneof])
 def test_every_kind_of_report_of_a_job_nobody_knows_is_survived(driver, kind):
     report = pb.Report()
     getattr(report, kind).SetInParent()
@@ -152,6 +164,16 @@ def test_a_stop_that_was_asked_for_before_there_were_ranks_reaches_them(driver):
     assert "n0: stop_at" in kinds(driver.core.tick(2.1))
 
 
+def test_a_launched_job_that_has_ended_is_forgotten_after_a_while(driver):
+    driver.tell(node_joined("n0", min_nodes=1, max_nodes=1, nproc=1))
+    driver.tell(node_ready("n0"))
+    driver.tell(pb.RankExited(job="job", node="n0", attempt=1, rank=0, status=0))
+    driver.core.tick(FORGET_AFTER - 1.0)
+    assert list(driver.core.launched) == ["job"]
+    driver.core.tick(FORGET_AFTER + 10.0)
+    assert not driver.core.launched
+
+
 def test_a_launched_job_ends_with_what_is_committed(driver):
     driver.tell(node_joined("n0", min_nodes=1, max_nodes=1, nproc=1))
     driver.tell(node_ready("n0"))
@@ -191,6 +213,7 @@ class TestTwoJobsOfOneRun:
         assert kinds(running.tell(joined(0, job="other", store="file:///other"))) == ["AllotEpoch"]
 
     def test_the_first_may_register_again(self, running):
+        running.core.agent_lost("n0", 0.0)
         assert kinds(running.tell(joined(0, epoch=1))) == ["n0: epoch_allotted"]
 
     def test_the_second_comes_in_when_the_ranks_are_gone(self, running):
@@ -375,6 +398,118 @@ class TestLaunchedJobs:
         driver.tell(node_joined("b"))
         ((_, order),) = orders(driver.tell(node_ready("b", 1)), "end")
         assert (order.status, order.reason) == (0, "all ranks have ended")
+
+
+class TestWhatIsCounted:
+    def test_a_restart_by_its_cause(self, driver):
+        launch(driver)
+        decision = driver.tell(pb.RankExited(job="job", node="b", attempt=1, rank=2, status=1))
+        assert restarted(decision) == [Restarted("job", Cause.DIED)]
+        for node in "ab":
+            driver.tell(node_ready(node, 1))
+        assert restarted(driver.tell(pb.NodeLeft(job="job", node="b", detail="gone"))) == [
+            Restarted("job", "node-lost")
+        ]
+
+    def test_not_the_end_of_a_job(self, driver):
+        for node in "ab":
+            driver.tell(node_joined(node, max_restarts=0))
+        driver.core.nodes_read(NodesRead({}), 0.0)
+        for node in "ab":
+            driver.tell(node_ready(node))
+        decision = driver.tell(pb.RankExited(job="job", node="b", attempt=1, rank=2, status=1))
+        assert kinds(decision) == ["a: end", "b: end"]
+        assert restarted(decision) == []
+
+
+def restarted(decision):
+    return [effect for effect in decision.effects if isinstance(effect, Restarted)]
+
+
+class TestGrowing:
+    @pytest.fixture
+    def shrunk(self, driver):
+        """A job of one or two nodes: it runs on a alone, nothing is saved after step 40, and b has come."""
+        driver.tell(node_joined("a", min_nodes=1, nproc=1, grow=100.0))
+        driver.core.nodes_read(NodesRead({}), 0.0)
+        driver.tell(node_ready("a"))
+        driver.core.tick(LAST_CALL)
+        driver.tell(joined(0, node="a", job="job@1", world_size=1))
+        driver.core.epoch_done(epoch_done(1, job="job@1"), 6.0)
+        for driver.now, step in ((6.0, 0), (8.0, 40), (10.0, 80)):
+            driver.tell(progressed("a", step, job="job@1"))
+        driver.tell(node_joined("b", nproc=1))
+        driver.tell(node_ready("b"))
+        assert kinds(driver.core.tick(10.0)) == []
+        return driver
+
+    def test_a_checkpoint_is_asked_for_and_waited_for(self, shrunk):
+        shrunk.core.tick(10.0 + SETTLE)
+        assert kinds(shrunk.core.tick(11.0 + SETTLE)) == ["a: save_at"]
+        assert kinds(shrunk.core.tick(12.0 + SETTLE)) == []
+        shrunk.now = 20.0
+        shrunk.tell(staged(0, node="a", job="job@1", step=90, world_size=1))
+        shrunk.tell(durable(0, job="job@1", step=90))
+        shrunk.core.commit_done(CommitDone("job@1", 1, 90), 21.0)
+        shrunk.tell(progressed("a", 100, job="job@1"))
+        decision = shrunk.core.tick(21.0)
+        assert kinds(decision) == ["a: stop", "b: stop"]
+        assert restarted(decision) == [Restarted("job", Cause.GROWN)]
+        assert "grows from 1 to 2 nodes, at the checkpoint of step 90" in decision.reasons[-1]
+        assert [n for n, _ in orders(shrunk.tell(node_ready("a", 1)), "start")] == ["a", "b"]
+
+    def test_and_asked_for_again_if_a_rank_skips_it(self, shrunk):
+        shrunk.core.tick(10.0 + SETTLE)
+        ((_, order),) = orders(shrunk.core.tick(11.0 + SETTLE), "save_at")
+        shrunk.now = 12.0 + SETTLE
+        shrunk.tell(skipped(0, job="job@1", step=order.step - 1))
+        assert kinds(shrunk.core.tick(13.0 + SETTLE)) == []
+        shrunk.tell(skipped(0, job="job@1", step=order.step))
+        assert kinds(shrunk.core.tick(14.0 + SETTLE)) == ["a: save_at"]
+        assert kinds(shrunk.core.tick(15.0 + SETTLE)) == []
+
+    def test_but_not_longer_than_was_agreed_on(self, shrunk):
+        shrunk.core.tick(50.0)
+        assert kinds(shrunk.core.tick(109.9)) == ["a: save_at"]
+        assert kinds(shrunk.core.tick(110.0)) == ["a: stop", "b: stop"]
+
+    def test_a_job_that_has_lost_nothing_yet_grows_at_once(self, driver):
+        driver.tell(node_joined("a", min_nodes=1))
+        driver.core.nodes_read(NodesRead({}), 0.0)
+        driver.tell(node_ready("a"))
+        driver.core.tick(LAST_CALL)
+        driver.now = 7.0
+        driver.tell(node_joined("b"))
+        driver.tell(node_ready("b"))
+        driver.core.tick(7.0)
+        assert kinds(driver.core.tick(7.0 + SETTLE)) == ["a: stop", "b: stop"]
+
+    def test_or_never(self, driver):
+        driver.tell(node_joined("a", grow=-1.0))
+        assert driver.core.launched["job"].growth.patience is None
+
+
+class TestDraining:
+    def test_a_node_that_fails_too_often_is_to_be_drained_once(self, driver):
+        launch(driver)
+        for attempt in (1, 2):
+            driver.tell(pb.RankExited(job="job", node="b", attempt=attempt, rank=2, status=-9))
+            assert "Drain" not in kinds(driver.core.tick(1.0))
+            for node in "ab":
+                driver.tell(node_ready(node, attempt))
+        driver.tell(node_joined("c"))
+        driver.core.launched["job"].max_restarts = 3
+        driver.tell(pb.RankExited(job="job", node="b", attempt=3, rank=2, status=-9))
+        decision = driver.core.tick(1.0)
+        (drain,) = [effect for effect in decision.effects if isinstance(effect, Drain)]
+        assert drain == Drain("b", "incident 3-1 of job job: rank 2 was killed by signal 9")
+        assert "node b has failed too often and is not used while there are others" in decision.reasons[-1]
+        assert "Drain" not in kinds(driver.core.tick(2.0))
+
+    def test_a_node_that_was_known_to_be_bad_is_not_drained_again(self, driver):
+        driver.tell(node_joined("a"))
+        driver.core.nodes_read(NodesRead({"b": (9.0, 0.0, "it lost power")}), 0.0)
+        assert "Drain" not in kinds(driver.core.tick(1.0))
 
 
 def end(driver):

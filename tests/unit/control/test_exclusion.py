@@ -12,6 +12,20 @@ def test_three_failures_in_a_row_exclude_a_node():
     assert not exclusion.excluded("b", 120.0)
 
 
+def test_it_is_told_once_for_each_time():
+    exclusion = Exclusion({"a": Strikes(2.0, 0.0, "")})
+    exclusion.merge({"b": Strikes(9.0, 0.0, "known from another job")}, 0.0)
+    assert exclusion.fresh == {}
+    exclusion.strike("a", DIED, "third", 1.0)
+    assert exclusion.fresh == {"a": "third"}
+    exclusion.fresh.clear()
+    exclusion.strike("a", DIED, "fourth", 2.0)
+    exclusion.strike("b", DIED, "again", 2.0)
+    assert exclusion.fresh == {}
+    exclusion.strike("a", LOST, "half a day later", 24 * HALF_LIFE)
+    assert exclusion.fresh == {}
+
+
 def test_for_a_while():
     exclusion = Exclusion({"a": Strikes(3.0, 0.0, "")})
     assert exclusion.excluded("a", 0.2 * HALF_LIFE)

@@ -2,15 +2,17 @@ import itertools
 import random
 
 import pytest
-from scenes import COMPUTING, FAULTS, stage_of
+from scenes import COMPUTING, FAULTS, Stage, stage_of
 from told import incidents, joined, kinds, left, node_joined, node_ready, orders
 
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import Answer, Decision, NodesRead, Probed, ReadNodes
-from ckptsvc.control.health import ANSWER_PATIENCE, KILL_PATIENCE, UNSEEN, Policy
+from ckptsvc.control.health import ANSWER_PATIENCE, KILL_PATIENCE, SAMPLE, SAMPLES_FROM, UNSEEN, Policy
 from ckptsvc.control.membership import AGENT_PATIENCE
 from ckptsvc.control.restart import Phase
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+
+LARGE = SAMPLE * SAMPLES_FROM
 
 FIELDS = {type(getattr(pb.Report(), f.name)): f.name for f in pb.Report.DESCRIPTOR.fields}
 CONFIRM = 60.0
@@ -215,6 +217,61 @@ class TestKilling:
         decision = driver.stalled().add(driver.wait(100))
         assert bool(orders(decision, "kill")) is killed
         assert driver.incident.rank == driver.stage.culprit
+
+
+class TestLargeJobs:
+    """Of very many nodes, some are examined first: enough to see that one rank is stopped, and the others are not."""
+
+    @pytest.fixture
+    def make_large(self):
+        def make_large(fault):
+            for seed in itertools.count():
+                stage = Stage(random.Random(seed), nodes=LARGE)
+                nodes = sorted(set(stage.nodes.values()))
+                if len(nodes) == LARGE and stage.nodes[stage.culprit] not in nodes[::SAMPLES_FROM]:
+                    break  # the sample does not happen to have its node
+            FAULTS[fault](stage)
+            return Driver(stage)
+
+        return make_large
+
+    def test_a_stopped_rank_is_killed_when_its_node_and_a_sample_have_answered(self, make_large):
+        driver = make_large("stopped")
+        decision = driver.stalled(driver.stage.culprit)
+        assert driver.stage.node in [node for node, _ in orders(decision, "examine")]
+        assert len(orders(decision, "examine")) == SAMPLE + 1
+        ((_, kill),) = orders(decision, "kill")
+        assert kill.rank == driver.stage.culprit
+
+    def test_also_when_it_is_reported_a_moment_after_others(self, make_large):
+        driver = make_large("stopped")
+        others = [rank for rank, node in driver.stage.nodes.items() if node != driver.stage.node and rank % 7 == 1]
+        driver.answers = False
+        asked = orders(driver.stalled(others[0]), "examine")
+        driver.stalled(driver.stage.culprit)
+        driver.answers = True
+        for node, order in asked:
+            driver.tell(driver.answer(node, order))
+        decision = driver.wait(0.5)
+        assert len(orders(decision, "examine")) < LARGE
+        ((_, kill),) = orders(decision, "kill")
+        assert kill.rank == driver.stage.culprit
+
+    def test_a_sample_accuses_nobody_whose_process_is_well(self, make_large):
+        driver = make_large("stuck data loader")
+        decision = driver.stalled(driver.stage.culprit)
+        assert len(orders(decision, "examine")) == SAMPLE + 1
+        assert not driver.records
+        decision = driver.wait(1)
+        assert len(orders(decision, "examine")) > LARGE
+        assert driver.incident.rank == driver.stage.culprit
+
+    def test_a_suspended_job_is_let_alone(self, make_large):
+        driver = make_large("stopped")
+        for evidence in driver.stage.ranks.values():
+            evidence.state = "T"
+        driver.stalled(driver.stage.culprit)
+        assert orders(driver.wait(60), "kill") == []
 
 
 class TestRanksThatDoNotComeBack:

@@ -9,6 +9,7 @@ from ckptsvc.control.membership import (
     PATIENCE_WITH_PREDECESSOR,
     Job,
 )
+from ckptsvc.control.runs import ranks_of
 from ckptsvc.control.save import Saves
 
 
@@ -208,16 +209,25 @@ class TestAgreement:
         decision = full.announce(announced(0, "a"))
         assert kinds(decision) == ["n0: holders", "n1: holders"]
         _, holders = orders(decision, "holders")[0]
-        assert [list(group.ranks) for group in holders.groups] == [[0], [1]]
+        assert [ranks_of(group.runs) for group in holders.groups] == [[0], [1]]
         assert (holders.attempt, holders.generation) == (1, 0)
 
     def test_equal_digests_are_one_group_in_order(self, full):
         full.announce(announced(1))
         ((_, holders), _) = orders(full.announce(announced(0)), "holders")
-        assert [list(group.ranks) for group in holders.groups] == [[0, 1]]
+        assert [ranks_of(group.runs) for group in holders.groups] == [[0, 1]]
 
-    def test_what_is_said_again_is_answered_to_that_node_only(self, full):
+    def test_what_is_said_again_after_its_agent_was_lost_is_answered_to_that_node_once(self, full):
         full.announce(announced(0))
+        full.announce(announced(1))
+        assert kinds(full.announce(announced(1))) == []
+        full.agent_lost("n1", 5.0)
+        assert kinds(full.announce(announced(1))) == ["n1: holders"]
+        assert kinds(full.announce(announced(1))) == []
+
+    def test_an_agent_that_was_away_when_all_agreed_hears_it_when_it_is_back(self, full):
+        full.announce(announced(0))
+        full.agent_lost("n1", 5.0)
         full.announce(announced(1))
         assert kinds(full.announce(announced(1))) == ["n1: holders"]
 

@@ -1,6 +1,6 @@
 import pytest
 
-from ckptsvc.control.nodes import Node, choose
+from ckptsvc.control.nodes import Node, choose, too_slow
 
 
 def nodes(*names, **wanted):
@@ -52,3 +52,21 @@ def test_nor_if_it_ran_the_last_attempt():
 
 def test_of_too_many_excluded_nodes_as_many_are_taken_as_are_needed():
     assert chosen(nodes("a", "b", "c", "d"), 3, 4, bad="abc") == "dab"
+
+
+class TestBandwidth:
+    def judge(self, own, *others):
+        found = [Node(str(number), -1, number, "", 1, bandwidth=rate) for number, rate in enumerate((own, *others))]
+        return too_slow(found).get("0", "")
+
+    def test_ten_times_slower_than_the_median_is_too_slow(self):
+        said = "network: 9.9 MB/s between it and the coordinator's node, where the median of 3 others is 100.0 MB/s"
+        assert self.judge(9.9e6, 1e6, 100e6, 900e6) == said
+        assert self.judge(10e6, 1e6, 100e6, 900e6) == ""
+
+    @pytest.mark.parametrize("others", [(), (100e6,), (100e6, 0.0)])
+    def test_nobody_can_say_which_of_two_is_slow(self, others):
+        assert self.judge(1.0, *others) == ""
+
+    def test_what_was_not_measured_is_not_judged(self):
+        assert self.judge(0.0, 100e6, 100e6) == ""

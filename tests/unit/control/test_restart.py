@@ -12,6 +12,7 @@ from ckptsvc.control.restart import (
     LIST_PATIENCE,
     NODE_PATIENCE,
     RING_EVERY,
+    SHOWN,
     Accused,
     Attempts,
     Phase,
@@ -96,6 +97,22 @@ class TestGathering:
         assert (node, end.status, end.reason) == ("c", 87, "node c is not taken in: memory: none left")
         assert attempts.nodes == {}
 
+    def test_nor_is_one_with_a_slow_network_taken_in(self):
+        attempts = make(min_nodes=1, max_nodes=9)
+        for node, rate in (("a", 0.0), ("b", 1e6), ("c", 90e6)):
+            assert kinds(attempts.joined(node_joined(node, bandwidth=rate), 0.0)) == []
+        ((node, end),) = orders(attempts.joined(node_joined("d", bandwidth=110e6), 0.0), "end")
+        assert (node, end.status) == ("b", 87)
+        assert end.reason.startswith("node b is not taken in: network: 1.0 MB/s between it and the coordinator's node")
+        assert list(attempts.nodes) == ["a", "c", "d"]
+
+    def test_but_one_that_runs_stays(self, gathered):
+        gathered.nodes["b"].bandwidth = 1e6
+        gathered.max_nodes = 9
+        for node in "cde":
+            assert kinds(gathered.joined(node_joined(node, bandwidth=99e6), 1.0)) == []
+        assert "b" in gathered.nodes
+
     def test_a_node_that_runs_ranks_is_fit(self, gathered):
         assert kinds(gathered.joined(node_joined("a", unfit="clock: wrong", attempt=1), 1.0)) == []
         assert "a" in gathered.nodes
@@ -133,6 +150,10 @@ class TestFailure:
         assert (stop.attempt, stop.grace, stop.reason) == (1, GRACE, f"rank 3 on b {words}")
         assert gathered.incidents == [f"attempt 1: rank 3 on b {words}"]
 
+    def test_what_is_known_of_why_is_said_in_short(self, gathered):
+        gathered.rank_exited(1, 3, "b", 1, 7.0, "MemoryError " + 1000 * "x")
+        assert gathered.last_failure == "rank 3 on b exited with status 1: MemoryError " + (SHOWN - 12) * "x"
+
     def test_further_ranks_of_the_attempt_fail_without_effect(self, gathered):
         gathered.rank_exited(1, 3, "b", -9, 7.0)
         assert kinds(gathered.rank_exited(1, 0, "a", -15, 7.1)) == []
@@ -154,6 +175,13 @@ class TestFailure:
         gathered.ready(node_ready("a", 1), 8.0)
         gathered.joined(node_joined("b"), 9.0)
         assert [o.attempt for _, o in orders(gathered.ready(node_ready("b", 0), 9.0), "start")] == [2, 2]
+
+    def test_a_node_that_comes_back_in_between_has_to_be_ready_too(self, gathered):
+        gathered.rank_exited(1, 0, "a", 1, 10.0)
+        gathered.node_left("b", "its launcher has ended", 10.1)
+        gathered.joined(node_joined("b"), 10.2)
+        assert kinds(gathered.ready(node_ready("a", 1), 10.3)) == []
+        assert kinds(gathered.ready(node_ready("b", 0), 10.4)) == ["a: start", "b: start"]
 
     def test_no_restarts_left_ends_the_job(self, gathered):
         for attempt in (1, 2):
@@ -571,6 +599,17 @@ class TestNewCoordinator:
             assert kinds(attempts.ready(node_ready(node, 1), 2.0)) == []
         started = kinds(attempts.ready(node_ready("b", 1), 2.0))
         assert (len(started), attempts.attempt) == (2, 2), "one attempt, and a later one"
+
+    @pytest.mark.parametrize(("max_nodes", "attempt", "waits"), [(2, 1, False), (3, 1, True), (2, 0, True)])
+    def test_goes_on_with_a_restart_at_once_when_all_who_can_have_run_have_stopped(self, max_nodes, attempt, waits):
+        attempts = make(max_nodes=max_nodes)
+        attempts.exclusion.known = True
+        for node in ("a", "b"):
+            attempts.joined(node_joined(node, max_nodes=max_nodes, uptime=100.0), 0.0)
+        assert kinds(attempts.ready(node_ready("a", attempt), 0.1)) == []
+        started = kinds(attempts.ready(node_ready("b", attempt), 0.1))
+        assert (started == []) == waits
+        assert waits or attempts.attempt == attempt + 1
 
     @pytest.fixture
     def new(self):

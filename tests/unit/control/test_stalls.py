@@ -11,8 +11,8 @@ TICK = 0.25
 class Node:
     """A node under a virtual clock: ranks that step, and an agent that looks."""
 
-    def __init__(self, ranks=1, limits=LIMITS, clock_of_ranks=1000.0):
-        self.stalls = Stalls("job", "n0", 1, limits, TICK)
+    def __init__(self, ranks=1, limits=LIMITS, clock_of_ranks=1000.0, patience=0.0):
+        self.stalls = Stalls("job", "n0", 1, limits, TICK, patience)
         self.now, self.offset = 0.0, clock_of_ranks
         self.sights = {rank: Sight(0, self.time, 1, self.time, "step") for rank in range(ranks)}
         self.reports = []
@@ -214,7 +214,7 @@ class TestPhases:
             node.enter("step")
             node.beat()
         node.wait(TICK)
-        assert node.reports == []
+        assert not any(map(stalled, node.reports))  # that steps have become four times as long is said
         assert node.stalls.allowed(0) < 10
 
 
@@ -225,6 +225,11 @@ class TestReports:
         node.beat()
         node.wait(1)
         assert [r.WhichOneof("event") for r in node.reports] == ["stalled", "moved"]
+
+    def test_in_a_large_job_it_is_reported_later_unless_its_process_is_stopped(self):
+        at_once, _ = Node().train(50).until_reported()
+        assert Node(patience=3.0).train(50).until_reported()[0] == pytest.approx(at_once + 3.0, abs=2 * TICK)
+        assert Node(patience=3.0).train(50).until_reported(stopped=[0])[0] == pytest.approx(at_once, abs=2 * TICK)
 
     def test_only_the_longest_stalled_of_a_node_is_reported(self):
         node = Node(ranks=4).train(50)
@@ -260,6 +265,24 @@ class TestReports:
         found = node.wait(0.5)
         assert [stalled(r).rank for r in found] == [1 - told]
         assert node.stalls.quiet(told) == node.stalls.allowed(told) == 0.0
+
+
+class TestSlowness:
+    def test_steps_that_become_slower_are_reported_and_again_when_they_become_slower_still(self):
+        node = Node(ranks=2).train(60)
+        assert node.reports == []
+        node.train(20, seconds=3.5)
+        told = [report.slowed for report in node.reports]
+        assert {(t.job, t.node, t.attempt, t.usual < 0.6) for t in told} == {("job", "n0", 1, True)}
+        assert 1 <= len(told) <= 3
+        assert told[-1].seconds == pytest.approx(3.5, rel=0.3)
+        assert told[-1].step > 60
+
+    def test_what_is_no_step_is_none(self):
+        node = Node().train(60)
+        node.enter("evaluation")
+        node.wait(100)
+        assert not [report for report in node.reports if report.HasField("slowed")]
 
 
 class TestPauses:

@@ -6,7 +6,7 @@ assert orders(decision, "save_ended") == [("n0", outcome)]
 
 from typing import Any
 
-from ckptsvc.control.effects import Commit, Decision, EpochDone, Record, Send
+from ckptsvc.control.effects import Commit, Decision, EpochDone, Record, Restarted, Send
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 STORE = "file:///run"
@@ -81,11 +81,11 @@ def orders(decision: Decision, kind: str) -> list[tuple[str, Any]]:
 
 
 def kinds(decision: Decision) -> list[str]:
-    """What was decided: "node: kind of order", or the name of the effect; `incidents` apart."""
+    """What was decided: "node: kind of order", or the name of the effect; incidents and counts apart."""
     return [
         f"{effect.node}: {effect.order.WhichOneof('effect')}" if isinstance(effect, Send) else type(effect).__name__
         for effect in decision.effects
-        if not isinstance(effect, Record)
+        if not isinstance(effect, Record | Restarted)
     ]
 
 

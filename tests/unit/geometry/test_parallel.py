@@ -83,6 +83,13 @@ def test_experts_have_a_mesh_over_the_ranks_of_a_stage(parallel: Parallel) -> No
         assert parallel.expert_rank(edp=edp, ep=ep, etp=etp, pp=pp) == rank
 
 
+def test_expert_groups_are_those_of_deepspeeds_documentation() -> None:
+    """`groups._get_expert_parallel_ranks`: 16 ranks, model degree 2, expert degree 4."""
+    parallel = Parallel.parse("dp=8,tp=2,ep=4")
+    groups = [[r for r in range(16) if parallel.coordinate(r)[4::2] == (edp, m)] for m in range(2) for edp in range(2)]
+    assert groups == [[0, 2, 4, 6], [8, 10, 12, 14], [1, 3, 5, 7], [9, 11, 13, 15]]
+
+
 def test_the_other_order_has_data_parallelism_outermost() -> None:
     parallel = Parallel.parse("dp=3,tp=2,pp=4,order=tp-cp-pp-dp")
     for rank, (dp, pp, tp) in enumerate(itertools.product(range(3), range(4), range(2))):

@@ -9,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from harness.logicals import compare, render, tensor
 from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from ckptsvc.interop.formats import exporter, open_foreign
@@ -124,4 +125,6 @@ def test_torch_loads_what_is_written(tmp_path: Path, flat: bool) -> None:
     set_state_dict(other, fresh, model_state_dict=template["model"], optim_state_dict=template["optim"],
                    options=StateDictOptions(flatten_optimizer_state_dict=flat))  # fmt: skip
     assert equal(state(other, fresh), state(model, optimizer))
+    dcp_to_torch_save(tmp_path / "ours", tmp_path / "one.pt")
+    assert equal(torch.load(tmp_path / "one.pt", weights_only=True), template)
     assert other.lm_head.weight is other.tok_emb.weight

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -14,8 +15,10 @@ from harness.logicals import render, tensor
 from torch import nn
 from torch.distributed.checkpoint import metadata as meta
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from ckptsvc.errors import CkptsvcError, ConfigError, Damaged, InvalidInput, LayoutError, NotFound
+from ckptsvc.format.objects import decode, encode
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop import dcp_entries
 from ckptsvc.interop.files import open_files
@@ -97,6 +100,34 @@ def test_wrappers_leave_no_trace(tmp_path: Path, prefix: str) -> None:
     assert logical.document()["optimizer"]["param_groups"] == [{"lr": 0.1, "params": ["module.bias"]}]
 
 
+def test_states_of_numpy_generators_are_plain_values(tmp_path: Path) -> None:
+    state = np.random.RandomState(3).get_state()
+    values = {"scalar": np.float32(0.5), "turned": np.arange(6, dtype=">i4").reshape(2, 3).T, "state": state}
+    found = open_foreign(saved(tmp_path / "c", {"rng": values})).document()["rng"]
+    assert (found["scalar"], found["scalar"].dtype) == (0.5, np.float32)
+    assert np.array_equal(found["turned"], values["turned"])
+    assert np.array_equal(found["state"][1], state[1])
+    assert (found["state"][0], *found["state"][2:]) == (state[0], *state[2:])
+    decode(encode({"rng": found}))
+    objects = {"rng": np.array([{}], dtype=object)}
+    with pytest.raises(CkptsvcError, match=r"__0_0\.distcp: .*a numpy array"):
+        open_foreign(saved(tmp_path / "d", objects))
+
+
+def test_parameters_may_be_called_by_number_and_may_be_empty(tmp_path: Path) -> None:
+    model = nn.ParameterList([torch.ones(2), torch.ones(0, 3)])
+    optimizer = trained(model.parameters())
+    weights, moments = get_state_dict(model, optimizer)
+    logical = open_foreign(saved(tmp_path / "c", {"model": weights, "optim": moments}))
+    assert "optimizer/state/1/exp_avg" in logical
+    assert tensor(logical, "model/1").shape == (0, 3)
+    render(exporter("dcp")(logical, {}), logical, tmp_path / "d")
+    again = {"model": {"0": torch.zeros(2), "1": torch.zeros(0, 3)}}
+    dcp.load(again, checkpoint_id=tmp_path / "d", no_dist=True)
+    assert torch.equal(again["model"]["0"], weights["0"])
+    assert tensor(open_foreign(str(tmp_path / "d")), "model/1").shape == (0, 3)
+
+
 def test_names_that_wrappers_hid_must_stay_apart(tmp_path: Path) -> None:
     state = {"model": {"a._orig_mod.w": torch.ones(1), "a.w": torch.ones(1)}}
     with pytest.raises(Damaged, match=r"model\.a\._orig_mod\.w and model\.a\.w are both"):
@@ -140,6 +171,9 @@ def test_two_directories_of_accelerate_are_one_checkpoint(tmp_path: Path) -> Non
     saved(tmp_path / "optimizer_0", {"optimizer": {"state": state, "param_groups": [{"lr": 1.0, "params": ["w"]}]}})
     logical = open_foreign(str(tmp_path))
     assert logical.names() == ["model/w", "optimizer/state/w/exp_avg", "optimizer/state/w/step"]
+    assert logical.notes == []
+    (tmp_path / "scheduler.bin").write_bytes(b"")
+    assert [note.kind for note in open_foreign(str(tmp_path)).notes] == ["lost"]
 
 
 def test_equal_tensors_are_tied_only_where_all_speaks_for_it(tmp_path: Path) -> None:

@@ -138,12 +138,13 @@ WHOLE: dict[str, tuple[Shapes, tuple[str, ...]]] = {
     "gpt2": (gpt2(), ()),
     "neox": (neox(), ()),
     "mixtral in memory": (llama(stacked_experts), ("memory",)),
+    "gpt2 without a head": ({name.removeprefix("transformer."): shape for name, shape in gpt2().items()}, ("bare",)),
 }
 """Family (first word) -> the parameters of a whole small model, and the forms its names are."""
 
 
 def config_of(name: str) -> dict[str, Any]:
-    without_groups = {"num_key_value_heads": 4, "head_dim": 3} if name in ("gpt2", "neox") else {}
+    without_groups = {"num_key_value_heads": 4, "head_dim": 3} if name.startswith(("gpt2", "neox")) else {}
     return CONFIG | without_groups
 
 
