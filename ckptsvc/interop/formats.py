@@ -55,7 +55,9 @@ FORMATS: dict[str, Format] = {
     "torch": Format("torch.save", "torch_save:detect", "torch_save:read", "torch_save:write"),
     "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
     "torchsnapshot": Format("torchsnapshot", "torchsnapshot:detect", "torchsnapshot:read"),
-    "megatron": Format("Megatron-Core torch_dist", "megatron_dist:detect", "megatron_dist:read"),
+    "megatron": Format(
+        "Megatron-Core torch_dist", "megatron_dist:detect", "megatron_dist:read", "megatron_dist_write:write"
+    ),
     "megatron-classic": Format("Megatron classic", "megatron_classic:detect", "megatron_classic:read"),
     "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
 }

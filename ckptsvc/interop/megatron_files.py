@@ -43,6 +43,9 @@ _ENUMS = {
 MEGATRON: Allowed = {
     **{(module, name): _enum for module, names in _ENUMS.items() for name in names},
     ("_io", "BytesIO"): stub("BytesIO"),
+    ("types", "SimpleNamespace"): stub("SimpleNamespace"),
+    ("megatron.core.optimizer.optimizer_config", "OptimizerConfig"): stub("OptimizerConfig"),
+    ("megatron.core.rerun_state_machine", "RerunDiagnostic"): stub("RerunDiagnostic"),
     **{
         (module, name): stub(name)
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")
@@ -50,6 +53,7 @@ MEGATRON: Allowed = {
     },
     ("numpy", "ndarray"): stub("ndarray"),
     ("numpy", "dtype"): stub("dtype"),
+    ("numpy.dtypes", "UInt32DType"): stub("UInt32DType"),
 }
 """What its pickles name: enumerations in the arguments become their values, the rest stands for objects."""
 
