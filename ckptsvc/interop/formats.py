@@ -58,7 +58,9 @@ FORMATS: dict[str, Format] = {
     "megatron": Format(
         "Megatron-Core torch_dist", "megatron_dist:detect", "megatron_dist:read", "megatron_dist_write:write"
     ),
-    "megatron-classic": Format("Megatron classic", "megatron_classic:detect", "megatron_classic:read"),
+    "megatron-classic": Format(
+        "Megatron classic", "megatron_classic:detect", "megatron_classic:read", "megatron_classic_write:write"
+    ),
     "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
 }
 """By the name in addresses."""

@@ -26,6 +26,8 @@ PARALLEL = {
     "expert_tensor_parallel_size": "expert_tp",
 }
 
+_APART = ("params", "param_names", "step")
+
 
 class Groups:
     """The param groups of a checkpoint, made Megatron's.
@@ -90,12 +92,8 @@ def _marked(group: Mapping[str, Any]) -> Group:
         "wd_mult": 1.0 if decays else 0.0, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False,
         "default_config": True, "max_lr": group.get("lr"), "min_lr": None,
     }  # fmt: skip
-    kept = {key: value for key, value in group.items() if key not in {"params", "step"} and not _has_tensor(value)}
-    return {**marks, **kept}
-
-
-def _has_tensor(value: Any) -> bool:
-    return isinstance(value, TensorRef)
+    kept = {key: value for key, value in group.items() if key not in _APART and not isinstance(value, TensorRef)}
+    return {**kept, **{key: value for key, value in marks.items() if key not in kept}}
 
 
 def _step(logical: Logical, trained: Sequence[Parameter]) -> float | None:
