@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ckptsvc.errors import InvalidInput, LayoutError
 from ckptsvc.format.document import join
@@ -26,7 +26,7 @@ from ckptsvc.interop.families import family, variables
 from ckptsvc.interop.logical import MASTER, STATE, Foreign
 from ckptsvc.interop.megatron_flat import Item, pieces, spots_in
 from ckptsvc.interop.megatron_names import STACKED, is_expert, module_order
-from ckptsvc.interop.megatron_ranks import reading
+from ckptsvc.interop.megatron_ranks import argument, reading
 from ckptsvc.interop.megatron_reformulated import located
 from ckptsvc.types import DTYPES, TensorMeta
 
@@ -36,7 +36,7 @@ _KEY = re.compile(
     r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_(\d{1,6})\.gbuf_idx_(\d{1,4})"
     r"\.dtype_\(torch\.(\w+), torch\.\w+\)\.bucket_idx_(\d{1,6})\.(param|exp_avg|exp_avg_sq)"
 )
-_GRID = re.compile(r"rng_state/shard_(?:\d+\.)?\d+\.\d+_(\d{1,6})\.(\d{1,6})")
+_GRID = re.compile(r"rng_state/shard_\d+(?:\.\d+){1,2}_(\d{1,5})\.(\d{1,5})(?:\.\d+)?")
 _LOCAL = {"input_layernorm": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm_"}
 _LAYER = re.compile(r"((?:\w+\.)*layers)\.(\d{1,9})\.(.+)")
 
@@ -54,6 +54,7 @@ def add_buffers(
     buffers: Mapping[str, Tensor],
     model: Mapping[str, Tensor],
     order: str | None,
+    common: Mapping[Any, Any],
 ) -> None:
     """Add the optimizer's state.
 
@@ -63,12 +64,13 @@ def add_buffers(
         buffers: its flat buffers.
         model: its tensors of the model, by name.
         order: the option `names`: a file, "gpt", or None.
+        common: what is in common.pt.
 
     Raises:
         InvalidInput: the order, or the degrees of parallelism, are not known.
         LayoutError: the order does not go with the lengths of the buffers.
     """
-    tp, pp = _grid(directory, foreign.origin)
+    tp, pp = _grid(directory, common, foreign.origin)
     names = _names(order, model, foreign.origin)
     targets = {name: _target(name, model, foreign.origin) for name in names}
     shapes = {name: model[t.key].shape[len(t.layer) :] for name, t in targets.items()}
@@ -90,11 +92,15 @@ def add_buffers(
         _add_group(foreign, held, targets, model, parts, tied=pp > 1)
 
 
-def _grid(directory: Directory, origin: str) -> tuple[int, int]:
+def _grid(directory: Directory, common: Mapping[Any, Any], origin: str) -> tuple[int, int]:
+    """Degrees of tensor and pipeline parallelism, as the arguments or the names of random states say them."""
+    said = [argument(common, f"{kind}_model_parallel_size") for kind in ("tensor", "pipeline")]
+    if all(type(degree) is int and 0 < degree < 1 << 16 for degree in said):
+        return said[0], said[1]
     grids = {(int(found[2]), int(found[1])) for name in directory.values if (found := _GRID.fullmatch(name))}
     if len(grids) != 1:
         raise InvalidInput(
-            f"{origin}: its optimizer's state is in flat buffers, and no name of `rng_state` says tp and pp",
+            f"{origin}: its optimizer's state is in flat buffers, and neither arguments nor random states say tp and pp",
             hint="save it with --dist-ckpt-optim-fully-reshardable; optimizer=no leaves the state out",
         )
     (grid,) = grids

@@ -155,7 +155,7 @@ class _Reader:
                 self._add_one(found[1], found[2], tensor)
         if buffers:
             order = self._options.get("names")
-            add_buffers(self._foreign, self._directory, buffers, self._model, order)
+            add_buffers(self._foreign, self._directory, buffers, self._model, order, self._common)
 
     def _add_one(self, slot: str, name: str, tensor: Tensor) -> None:
         key = name if name in self._model else name.removeprefix(_MODULE)

@@ -27,6 +27,7 @@ PARALLEL = {
 }
 
 _APART = ("params", "param_names", "step")
+_KEPT = ("optimizer", "megatron", "step", "global_step", "iteration")
 
 
 class Groups:
@@ -134,7 +135,7 @@ def rest_of(logical: Logical, degrees: Mapping[str, int], notes: list[Note]) -> 
         changed = {name: degrees[short] for name, short in PARALLEL.items() if name in args and short in degrees}
         state = {str(k): v for k, v in _storable(args, notes, "megatron/args").items()} | changed
         made = {"args": Call(Global("argparse", "Namespace"), (), state), **made}
-    others = sorted(str(key) for key in document if key not in {"optimizer", "megatron"})
+    others = sorted(str(key) for key in document if key not in _KEPT)
     if others:
         notes.append(Note("lost", f"plain values that Megatron has no place for: {', '.join(others[:10])}"))
     return made

@@ -7,6 +7,7 @@ rank's box: the last dimension is that box, flattened, of which each data-parall
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from math import prod
 
 from ckptsvc.errors import InvalidInput, LayoutError
@@ -42,12 +43,13 @@ def add_reformulated(foreign: Foreign, name: str, tensor: Tensor, shape: Shape) 
     meta = TensorMeta(name, tensor.dtype, shape)
     itemsize = DTYPES[tensor.dtype].itemsize
     for chunk, (key, at) in located(foreign, tensor, tensor.chunks):
-        if any(n != 1 for n in chunk.box.shape[:-1]):
-            raise LayoutError(f"{foreign.origin}: {name} {list(tensor.shape)} has a piece {chunk.box} of several ranks")
-        origin = tuple(index * n for index, n in zip(chunk.box.origin[:-1], inner, strict=True))
-        local = Local(inner, (Piece(Box(origin, inner), Box.full(inner)),))
-        for box, first, block in pieces(local, chunk.box.origin[-1], chunk.box.shape[-1]):
-            foreign.add(meta, box, (key, at + first * itemsize), block)
+        *ranges, (start, stop) = zip(chunk.box.origin, chunk.box.stop, strict=True)
+        for cell in product(*(range(*ends) for ends in ranges)):
+            origin = tuple(index * n for index, n in zip(cell, inner, strict=True))
+            local = Local(inner, (Piece(Box(origin, inner), Box.full(inner)),))
+            for box, first, block in pieces(local, start, stop - start):
+                foreign.add(meta, box, (key, at + first * itemsize), block)
+            at += (stop - start) * itemsize
 
 
 def located(foreign: Foreign, tensor: Tensor, chunks: Sequence[Chunk]) -> Iterator[tuple[Chunk, tuple[str, int]]]:
