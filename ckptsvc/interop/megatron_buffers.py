@@ -14,6 +14,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ckptsvc.errors import InvalidInput, LayoutError
 from ckptsvc.format.document import join
 from ckptsvc.geometry.box import Box, Shape
@@ -23,20 +26,21 @@ from ckptsvc.geometry.placement import Entry, Held, Placement
 from ckptsvc.geometry.rules import Local
 from ckptsvc.interop.dcp_metadata import Directory, Tensor
 from ckptsvc.interop.families import family, variables
-from ckptsvc.interop.logical import MASTER, STATE, Foreign
+from ckptsvc.interop.logical import MASTER, MODEL, STATE, Foreign
 from ckptsvc.interop.megatron_flat import Item, pieces, spots_in
+from ckptsvc.interop.megatron_layers import SPECS, spelled
 from ckptsvc.interop.megatron_names import STACKED, is_expert, module_order
 from ckptsvc.interop.megatron_ranks import argument, reading
 from ckptsvc.interop.megatron_reformulated import located
+from ckptsvc.pipeline.read import Want, read_arrays
 from ckptsvc.types import DTYPES, TensorMeta
-
-GPT = "gpt"
 
 _KEY = re.compile(
     r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_(\d{1,6})\.gbuf_idx_(\d{1,4})"
     r"\.dtype_\(torch\.(\w+), torch\.\w+\)\.bucket_idx_(\d{1,6})\.(param|exp_avg|exp_avg_sq)"
 )
 _GRID = re.compile(r"rng_state/shard_\d+(?:\.\d+){1,2}_(\d{1,5})\.(\d{1,5})(?:\.\d+)?")
+_STEPS = {"bfloat16": 2.0**-8, "float16": 2.0**-10}
 _LOCAL = {"input_layernorm": "self_attention.linear_qkv.layer_norm_", "pre_mlp_layernorm": "mlp.linear_fc1.layer_norm_"}
 _LAYER = re.compile(r"((?:\w+\.)*layers)\.(\d{1,9})\.(.+)")
 
@@ -63,7 +67,7 @@ def add_buffers(
         directory: all of the DCP directory.
         buffers: its flat buffers.
         model: its tensors of the model, by name.
-        order: the option `names`: a file, "gpt", or None.
+        order: the option `names`: a file, one of `SPECS`, or None.
         common: what is in common.pt.
 
     Raises:
@@ -89,7 +93,52 @@ def add_buffers(
             raise LayoutError(f"{foreign.origin}: it has buffers of rank {group}, and tp={tp} x pp={pp}")
         at = parallel.rank(tp=group % tp, pp=group // tp)
         held = [h for h in _in_order(placement.held(at), names) if model[targets[h.entry.name].key].dtype == dtype]
-        _add_group(foreign, held, targets, model, parts, tied=pp > 1)
+        _add_group(foreign, held, targets, model, parts)
+
+
+def check_order(foreign: Foreign, names: Sequence[str]) -> None:
+    """Compare the weights in the buffers with the model's: the first row of each, which tells wrong orders.
+
+    Masters that are the weights once more are dropped then.
+
+    Args:
+        foreign: a sealed checkpoint; it must be sealed again.
+        names: its parameters.
+
+    Raises:
+        LayoutError: they are not the same: the order is not that of the model.
+    """
+    pairs = [(join(MODEL[:-1], name), join(STATE[:-1], name, MASTER)) for name in names]
+    pairs = [(model, master) for model, master in pairs if master in foreign]
+    rows = [(box, pair) for pair in pairs for box in _rows(pair[0], foreign.meta(pair[0]).shape)]
+    wants = [Want(name, foreign.meta(name).dtype, foreign.meta(name).shape, box) for box, pair in rows for name in pair]
+    arrays = [_floats(a, w.dtype) for a, w in zip(read_arrays(foreign, foreign.source, wants), wants, strict=True)]
+    for (_, (model, _)), weights, masters in zip(rows, arrays[::2], arrays[1::2], strict=True):
+        step = _STEPS.get(foreign.meta(model).dtype)
+        near = step is not None and (np.abs(weights - masters) <= np.abs(masters) * step + step * 1e-4).all()
+        if not near and not np.array_equal(weights, masters, equal_nan=True):
+            raise LayoutError(
+                f"{foreign.origin}: what the flat buffers would have of {model} are not its weights",
+                hint="the order given is not that of the model's parameters",
+            )
+    for model, master in pairs:
+        if foreign.meta(model).dtype == foreign.meta(master).dtype:
+            foreign.drop(master)
+
+
+def _rows(name: str, shape: Shape) -> list[Box]:
+    if not shape or 0 in shape:
+        return []
+    row = (*(1 for _ in shape[:-1]), shape[-1])
+    layers = shape[0] if STACKED.match(name.removeprefix(MODEL)) and len(shape) > 1 else 1
+    return [Box((layer, *(0 for _ in shape[1:])), row) for layer in range(layers)]
+
+
+def _floats(array: NDArray[Any], dtype: str) -> NDArray[np.float64]:
+    data = np.frombuffer(array.tobytes(), np.uint16 if dtype == "bfloat16" else dtype)
+    if dtype == "bfloat16":
+        data = (data.astype(np.uint32) << 16).view(np.float32)
+    return data.astype(np.float64)
 
 
 def _grid(directory: Directory, common: Mapping[Any, Any], origin: str) -> tuple[int, int]:
@@ -100,7 +149,7 @@ def _grid(directory: Directory, common: Mapping[Any, Any], origin: str) -> tuple
     grids = {(int(found[2]), int(found[1])) for name in directory.values if (found := _GRID.fullmatch(name))}
     if len(grids) != 1:
         raise InvalidInput(
-            f"{origin}: its optimizer's state is in flat buffers, and neither arguments nor random states say tp and pp",
+            f"{origin}: its optimizer's state is in flat buffers, and nothing says for which tp and pp",
             hint="save it with --dist-ckpt-optim-fully-reshardable; optimizer=no leaves the state out",
         )
     (grid,) = grids
@@ -113,11 +162,11 @@ def _names(order: str | None, model: Mapping[str, Tensor], origin: str) -> list[
             f"{origin}: its optimizer's state is in flat buffers (`dp_reshardable`), which have no names: what is"
             " missing is the order of the model's parameters",
             hint="names=FILE gives it, a name in each line, in the order of model.named_parameters() over all pipeline"
-            " stages with layers numbered through; names=gpt if it is an ordinary GPTModel; optimizer=no leaves the"
-            " state out",
+            " stages with layers numbered through; names=te or names=local if it is a GPTModel with or without"
+            " Transformer Engine; optimizer=no leaves the state out",
         )
-    if order == GPT:
-        names = [name for key, tensor in model.items() for name in _layers(key, tensor.shape)]
+    if order in SPECS:
+        names = [spelled(name, order) for key, tensor in model.items() for name in _layers(key, tensor.shape)]
         return sorted(names, key=module_order)
     try:
         names = Path(order).read_text("utf-8").split()
@@ -166,8 +215,6 @@ def _add_group(
     targets: Mapping[str, _Target],
     model: Mapping[str, Tensor],
     parts: Mapping[tuple[int, int, str], Tensor],
-    *,
-    tied: bool,
 ) -> None:
     items = [Item(h.name, prod(h.local.shape)) for h in held]
     if {buffer for buffer, _, _ in parts} != {min(buffer for buffer, _, _ in parts)}:
@@ -179,10 +226,8 @@ def _add_group(
         for one, spot in zip(held, places, strict=True):
             target = targets[one.entry.name]
             tensor = buckets[spot.bucket]
-            name = MASTER if slot == "param" else slot
-            if name == MASTER and model[target.key].dtype == tensor.dtype:
-                continue
-            meta = TensorMeta(join(STATE[:-1], target.key, name), tensor.dtype, model[target.key].shape)
+            name = join(STATE[:-1], target.key, MASTER if slot == "param" else slot)
+            meta = TensorMeta(name, tensor.dtype, model[target.key].shape)
             local = _stacked(one.local, target.layer)
             _add_range(foreign, meta, local, tensor, spot.start, prod(local.shape))
 

@@ -15,7 +15,8 @@ marks (`megatron_names.of_group`). An fp32 model's `param` is its weights once m
     layers=separate   one tensor for each layer
     layers=local      the same under the names of the model without Transformer Engine ("input_layernorm")
     names=FILE        for `dp_reshardable`: the parameters in the order of `model.named_parameters()` over all pipeline
-                      stages, one name a line, layers numbered through; names=gpt: it is that of an ordinary GPTModel
+                      stages, one name a line, layers numbered through; names=te or names=local: it is that of a
+                      GPTModel with or without Transformer Engine
     optimizer=no      leave the optimizer's state out
 """
 
@@ -35,7 +36,7 @@ from ckptsvc.interop.families import family, variables
 from ckptsvc.interop.files import Files
 from ckptsvc.interop.logical import MASTER, MODEL, STATE, Foreign, Logical, Note
 from ckptsvc.interop.mapping import mapped, parameters
-from ckptsvc.interop.megatron_buffers import add_buffers
+from ckptsvc.interop.megatron_buffers import add_buffers, check_order
 from ckptsvc.interop.megatron_files import (
     MEGATRON,
     checkpoint_folder,
@@ -121,6 +122,8 @@ class _Reader:
         plain = Plain(foreign)
         foreign.plain["megatron"] = plain.value(rest, "megatron")
         foreign.seal()
+        if any(_BUFFER.match(name) for name in self._directory.tensors) and optimizer is not None:
+            check_order(foreign, list(self._model))
         self._set_groups(optimizer, plain)
         plain.note()
         self._note_values()

@@ -94,7 +94,7 @@ def separate(logical: Logical, spec: str | None = None) -> list[Parameter]:
                 f"{logical.origin}: {odd[0].name} {list(odd[0].shape)} has another shape than its parameter"
             )
         for name, index in _members(key, parameter.model.shape):
-            called = _spelled(name, spec)
+            called = spelled(name, spec)
             state = {
                 slot: Source(meta, index if meta.shape == parameter.model.shape else ())
                 for slot, meta in parameter.state.items()
@@ -146,7 +146,8 @@ def _members(key: str, shape: Shape) -> Iterable[tuple[str, tuple[int, ...]]]:
             yield f"{expert[1]}.local_experts.{e}.{expert[2]}", (*index, e)
 
 
-def _spelled(name: str, spec: str | None) -> str:
+def spelled(name: str, spec: str | None) -> str:
+    """A name of a norm as one of `SPECS` has it; None leaves it."""
     layer = _LAYER.fullmatch(name)
     if layer is None or spec is None:
         return name

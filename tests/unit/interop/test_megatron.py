@@ -366,11 +366,16 @@ def test_flat_buffers_need_the_order_of_parameters(
     truth = truth_of(foreign(CLASSIC))
     with pytest.raises(InvalidInput, match="what is missing is the order"):
         open_foreign(str(buffers))
-    matches(open_foreign(str(buffers), {"names": "gpt", "layers": "local"}), truth)
+    matches(open_foreign(str(buffers), {"names": "local", "layers": "local"}), truth)
     names = tmp_path / "names"
     order = sorted(truth["params"], key=lambda name: (name.startswith("decoder"), "final" in name))
     names.write_text("\n".join(order))
     matches(open_foreign(str(buffers), {"names": str(names), "layers": "local"}), truth)
+    alike = ["decoder.layers.0.input_layernorm.weight", "decoder.layers.0.pre_mlp_layernorm.bias"]
+    swapped = [alike[1 - alike.index(name)] if name in alike else name for name in order]
+    names.write_text("\n".join(swapped))
+    with pytest.raises(LayoutError, match="are not its weights"):
+        open_foreign(str(buffers), {"names": str(names)})
     names.write_text("\n".join(order[1:]))
     with pytest.raises(LayoutError, match="do not fill"):
         open_foreign(str(buffers), {"names": str(names)})
