@@ -13,7 +13,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I proto
 STUBS := ckptsvc/rpc/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-slow test-slurm lint types contracts proto proto-check check demo bench clean
+.PHONY: help install test test-rooms test-jobs test-slow test-slurm lint types contracts proto proto-check check demo bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -30,7 +30,18 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 test: install ## run the tests, all but the slow ones (ARGS="-k name")
+ifeq ($(strip $(ARGS)),)
+	@# two halves at once: the second mostly waits for processes
+	+@$(MAKE) --no-print-directory -j2 --output-sync=target test-rooms test-jobs
+else
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+endif
+
+test-rooms:
+	$(BIN)/python -m pytest -m "not slow" -p no:cacheprovider --durations=15 tests/unit tests/contract tests/compat tests/scale tests/schedulers
+
+test-jobs:
+	$(BIN)/python -m pytest -m "not slow" --durations=15 tests/integration tests/fault
 
 test-slow: install ## run the slow tests
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -202,8 +202,11 @@ def serve(sock: socket.socket) -> None:
 
     def send(message: dict[str, Any]) -> None:
         body = msgspec.msgpack.encode(message)
-        with sending:
-            sock.sendall(FRAME.pack(len(body)) + body)
+        try:
+            with sending:
+                sock.sendall(FRAME.pack(len(body)) + body)
+        except ConnectionError:  # the agent has closed its end: there is nobody to work for
+            worker.end()
 
     def execute(request: Request) -> None:
         try:

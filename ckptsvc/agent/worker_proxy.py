@@ -70,6 +70,8 @@ class WorkerProxy:
             try:
                 return await future
             except WorkerDied:
+                if self._closed:
+                    raise StoreUnavailable(f"the I/O worker of job {self.job} has been closed") from None
                 log.warning("the I/O worker of job %s died during %s; starting another", self.job, op)
             finally:
                 self._pending.pop(number, None)

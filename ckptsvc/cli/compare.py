@@ -1,8 +1,7 @@
 """Two checkpoints side by side: which tensors and plain values differ, and by how much.
 
-Logical tensors are compared, whatever layout and world size each side was saved with. What is compared is read in
-batches, in the order of the first side's shards, so that memory stays bounded and every extent of that side is read
-about once.
+Logical tensors are compared, whatever layout, world size and format each side has. What is compared is read in batches,
+in the order of the first side's shards, so that memory stays bounded and every extent of that side is read about once.
 """
 
 from __future__ import annotations
@@ -11,23 +10,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 from numpy.typing import NDArray
 
 from ckptsvc.cli import values
-from ckptsvc.cli.numbers import Distance, distance
+from ckptsvc.cli.numbers import Distance, distance, first_different
 from ckptsvc.cli.values import Value
-from ckptsvc.format.index import Index
 from ckptsvc.geometry.box import Box, cut
-from ckptsvc.pipeline.catalog import Checkpoint
+from ckptsvc.interop.logical import Logical
 from ckptsvc.pipeline.read import Want, read_arrays
-from ckptsvc.pipeline.sources import StoreSource
 from ckptsvc.types import DTYPES, TensorMeta
 
 BATCH = 64 << 20
 """Bytes of each side in memory at a time."""
-
-DOCUMENTS = 16
-"""Documents of plain values in memory at a time, of each side."""
 
 READERS = 2
 
@@ -39,10 +34,11 @@ Progress = Callable[[int], None]
 
 
 class Different(NamedTuple):
-    """A tensor of one name, dtype and shape whose elements differ."""
+    """A tensor of one name, dtype and shape whose elements differ, the first in row-major order at `first`."""
 
     meta: TensorMeta
     distance: Distance
+    first: tuple[int, ...] = ()
 
 
 class Mismatch(NamedTuple):
@@ -109,11 +105,12 @@ class Pair:
         a: one side.
         b: the other.
         matches: which names of tensors and paths of values count.
+        documents: compare the plain values of the ranks too.
     """
 
-    def __init__(self, a: Checkpoint, b: Checkpoint, matches: Matches = lambda name: True) -> None:
+    def __init__(self, a: Logical, b: Logical, matches: Matches = lambda name: True, *, documents: bool = True) -> None:
         self._a, self._b, self._matches = a, b, matches
-        self._ranks = min(a.index.info.world_size, b.index.info.world_size)
+        self._ranks = min(a.world_size, b.world_size) if documents else 0
         self._found = Comparison(ranks=self._ranks)
         self._parts = self._plan()
 
@@ -137,27 +134,28 @@ class Pair:
             wants = [Want(part.meta.name, part.meta.dtype, part.meta.shape, part.box) for part in batch]
             for part, x, y in zip(batch, self._read(self._a, wants), self._read(self._b, wants), strict=True):
                 entry = found.setdefault(part.meta.name, Different(part.meta, Distance()))
-                entry.distance.add(distance(x, y, part.meta.dtype, tolerance))
+                apart = distance(x, y, part.meta.dtype, tolerance)
+                if apart.differing and not entry.distance.differing:
+                    found[part.meta.name] = entry._replace(first=_first(part, x, y, tolerance))
+                entry.distance.add(apart)
             progress(sum(part.nbytes for part in batch))
         self._found.different = [entry for entry in found.values() if entry.distance.differing]
         self._found.equal += len(found) - len(self._found.different)
-        for first in range(0, self._ranks, DOCUMENTS):
-            ranks = range(first, min(first + DOCUMENTS, self._ranks))
-            a, b = (values.read_documents(side, ranks) for side in (self._a, self._b))
-            for rank, left, right in zip(ranks, a, b, strict=True):
-                self._compare_values(rank, self._flat(left), self._flat(right), tolerance)
+        for rank in range(self._ranks):
+            left, right = (self._flat(side.document(rank)) for side in (self._a, self._b))
+            self._compare_values(rank, left, right, tolerance)
         return self._found
 
     def _plan(self) -> list[_Part]:
         """Sort the names out; what has to be read comes in the order of the first side's shards."""
-        a, b = self._names(self._a.index), self._names(self._b.index)
+        a, b = self._names(self._a), self._names(self._b)
         found, parts = self._found, []
-        found.only_a = [_named(self._a.index, name) for name in a.keys() - b.keys()]
-        found.only_b = [_named(self._b.index, name) for name in b.keys() - a.keys()]
-        for name in sorted(a.keys() & b.keys(), key=lambda name: _position(self._a.index, name)):
+        found.only_a = [_named(self._a, name) for name in a.keys() - b.keys()]
+        found.only_b = [_named(self._b, name) for name in b.keys() - a.keys()]
+        for name in sorted(a.keys() & b.keys(), key=lambda name: _position(self._a, name)):
             if a[name] == b[name] != name:
                 continue  # tied to the same tensor on both sides, which is compared under its own name
-            left, right = _named(self._a.index, name), _named(self._b.index, name)
+            left, right = _named(self._a, name), _named(self._b, name)
             if left != right:
                 found.mismatched.append(Mismatch(left, right))
             elif 0 in left.shape:
@@ -167,9 +165,9 @@ class Pair:
                 parts += [_Part(left, box) for box in cut(Box.full(left.shape), most)]
         return parts
 
-    def _names(self, index: Index) -> dict[str, str]:
+    def _names(self, side: Logical) -> dict[str, str]:
         """Every logical name that counts, with the name it is stored under."""
-        stored = {name: name for name in index.names()} | index.info.aliases
+        stored = {name: name for name in side.names()} | dict(side.aliases)
         return {name: of for name, of in stored.items() if self._counts(name) and self._matches(name)}
 
     def _counts(self, name: str) -> bool:
@@ -178,8 +176,8 @@ class Pair:
         rank, _, rest = name.removeprefix("@rank/").partition("/")
         return rest != "objects" and rank.isdecimal() and int(rank) < self._ranks
 
-    def _read(self, side: Checkpoint, wants: Sequence[Want]) -> list[NDArray[Any]]:
-        return read_arrays(side.index, StoreSource(side), wants, readers=READERS)
+    def _read(self, side: Logical, wants: Sequence[Want]) -> list[NDArray[Any]]:
+        return read_arrays(side, side.source, wants, readers=READERS)
 
     def _compare_values(self, rank: int, a: dict[str, Value], b: dict[str, Value], tolerance: float | None) -> None:
         self._found.values += len(a.keys() | b.keys())
@@ -196,14 +194,22 @@ class Pair:
         }
 
 
-def _named(index: Index, name: str) -> TensorMeta:
-    return index.meta(name)._replace(name=name)
+def _named(side: Logical, name: str) -> TensorMeta:
+    return side.meta(name)._replace(name=name)
 
 
-def _position(index: Index, name: str) -> tuple[int, int]:
+def _position(side: Logical, name: str) -> tuple[int, int]:
     """Shard and offset of the first region of a tensor."""
-    first = index.region_rows(index.row(name)).start
-    return int(index.region_shard[first]), int(index.region_offset[first])
+    shape = side.meta(name).shape
+    corner = Box((0,) * len(shape), tuple(min(extent, 1) for extent in shape))
+    return min(((stored.shard, stored.offset) for stored in side.touching(name, [corner])), default=(0, 0))
+
+
+def _first(part: _Part, x: NDArray[Any], y: NDArray[Any], tolerance: float | None) -> tuple[int, ...]:
+    """Where in the tensor the first element of a part is that differs."""
+    at = first_different(x, y, part.meta.dtype, tolerance)
+    inside = np.unravel_index(at, part.box.shape) if part.box.shape else ()
+    return tuple(origin + int(i) for origin, i in zip(part.box.origin, inside, strict=True))
 
 
 def _batches(parts: Sequence[_Part]) -> Iterator[list[_Part]]:

@@ -14,6 +14,7 @@ from ckptsvc.cli.compare import Comparison, Different, Pair, ValueChange
 from ckptsvc.cli.inspect import describe, matches, shape_text
 from ckptsvc.cli.numbers import has_numbers
 from ckptsvc.cli.terminal import Screen, age, emit, natural, plural, printable, progress, shortened, when
+from ckptsvc.interop.native import NativeLogical
 from ckptsvc.pipeline.catalog import Checkpoint
 from ckptsvc.types import TensorMeta
 
@@ -84,7 +85,7 @@ def command(
     """  # noqa: D301  \b is click's
     with ExitStack() as stack:
         sides = [_open(stack, a, step_a), _open(stack, b, step_b)]
-        pair = Pair(sides[0], sides[1], lambda name: matches(name, patterns))
+        pair = Pair(NativeLogical(sides[0]), NativeLogical(sides[1]), lambda name: matches(name, patterns))
         with progress("comparing", pair.nbytes) as advance:
             found = pair.compare(tolerance, advance)
     found.only_a.sort(key=_by_name)
@@ -118,7 +119,7 @@ def _json(found: Comparison, limit: int | None) -> dict[str, Any]:
             "mismatched": [{"name": a.name, "a": _kind(a), "b": _kind(b)} for a, b in found.mismatched[:limit]],
             "different": [
                 meta._asdict() | {name: getattr(apart, name) for name in apart.__struct_fields__}
-                for meta, apart in found.different[:limit]
+                for meta, apart, _ in found.different[:limit]
             ],
         },
         "values": {
@@ -165,7 +166,7 @@ def _show_different(screen: Screen, different: Sequence[Different], limit: int |
     rows = [
         [printable(meta.name), f"{far.differing:,}", f"{far.elements:,}", _number(far.max_abs), _number(far.max_rel),
             f"{far.not_finite:,}" if has_numbers(meta.dtype) else "bits only"]
-        for meta, far in different
+        for meta, far, _ in different
     ]  # fmt: skip
     if all(row[-1] == "0" for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]

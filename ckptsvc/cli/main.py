@@ -25,6 +25,7 @@ COMMANDS = {
     "inspect": "show what a checkpoint holds",
     "verify": "re-read a checkpoint and check every byte",
     "diff": "compare two checkpoints",
+    "convert": "turn a checkpoint into another layout or format",
     "layout": "show how a parallel layout would divide a checkpoint, and by which rules",
     "gc": "remove what interrupted saves have left",
     "bench": "measure saving and restoring here, beside the raw limits and other systems",

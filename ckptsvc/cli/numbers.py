@@ -64,6 +64,24 @@ def distance(a: Array, b: Array, dtype: str, tolerance: float | None = None) -> 
     return total
 
 
+def first_different(a: Array, b: Array, dtype: str, tolerance: float | None = None) -> int:
+    """The position of the first element that `distance` counts as differing, among the flattened elements; or -1."""
+    a, b = a.reshape(-1), b.reshape(-1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        for start in range(0, len(a), BLOCK):
+            low, high = start, min(start + BLOCK, len(a))
+            if not _compare(a[low:high], b[low:high], dtype, tolerance).differing:
+                continue
+            while high - low > 1:  # it is before `high`
+                middle = (low + high) // 2
+                if _compare(a[low:middle], b[low:middle], dtype, tolerance).differing:
+                    high = middle
+                else:
+                    low = middle
+            return low
+    return -1
+
+
 def has_numbers(dtype: str) -> bool:
     """Whether the elements of a dtype are numbers that can be subtracted; otherwise they are bits."""
     return dtype in _DECODERS

@@ -1,4 +1,4 @@
-"""`ckptsvc verify`: re-read a checkpoint and check every byte of it."""
+"""`ckptsvc verify`: re-read a checkpoint and check every byte of it, or compare it with another."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from ckptsvc.cli import address
+from ckptsvc.cli.against import verify_against
+from ckptsvc.cli.diff import Tolerance
 from ckptsvc.cli.terminal import Screen, duration, emit, natural, plural, printable, progress, size
 from ckptsvc.errors import EXIT_STATUS, Damaged, IncompatibleVersion, InvalidInput
 from ckptsvc.format.commit import COMMIT, CommitRecord
@@ -37,23 +39,38 @@ class Verdict:
 @click.command()
 @address.checkpoint_arguments
 @click.option("--all", "every", is_flag=True, help="All committed checkpoints of the run.")
+@click.option("--against", metavar="OTHER", help="See that OTHER holds the same tensors, whatever format it has.")
+@click.option("--tolerance", type=Tolerance(), metavar="X",
+    help="With --against: equal is what is |a-b| <= X * max(1, |a|, |b|) apart.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def command(store: str, name: str | None, step: int | None, every: bool, as_json: bool) -> int:
+def command(
+    store: str, name: str | None, step: int | None, every: bool, against: str | None, tolerance: float | None,
+    as_json: bool,
+) -> int:  # fmt: skip
     """Re-read a checkpoint and check every byte of it against its checksums.
 
     STORE is the run (a URL or a path), NAME one of its checkpoints; the newest is taken if neither NAME nor --step is
-    given. STORE may also be the address of the checkpoint itself.
+    given. STORE may also be the address of the checkpoint itself. With --against, STORE and OTHER are addresses as for
+    `ckptsvc convert`; tensors are equal when all their bits are, unless there is a --tolerance.
 
     \b
     Exit status: 0 all is well; 10 there is nothing to verify; 12 something is
-    damaged; 13 something was written by a newer ckptsvc.
+    damaged; 13 something was written by a newer ckptsvc. With --against also
+    1: they differ.
     \b
     JSON: {"store", "ok", "checkpoints": [{"name", "state", "shards", "bytes",
       "seconds", "damage": [{"file", "start", "stop", "why", "tensors"}]}]}
     state is "ok", "damaged" or "newer format"; file is the key in the store;
     [start, stop) is in bytes of that file; tensors are the names of the logical
     tensors in these bytes: none in headers, index and commit record.
+    With --against: {"a", "b", "ok", "tolerance", "equal", "only_in_a",
+      "only_in_b", "mismatched", "different"}, as "tensors" of `ckptsvc diff`;
+      "first" of a different one is the index of the first differing element
     """  # noqa: D301  \b is click's
+    if against is not None and not every:
+        return verify_against(store, against, name=name, step=step, tolerance=tolerance, as_json=as_json)
+    if against is not None or tolerance is not None:
+        raise InvalidInput("--against compares one checkpoint, without --all; --tolerance goes with --against")
     place = address.parse(store, name, step)
     if every and (place.name or step is not None):
         raise InvalidInput("--all means all checkpoints; leave NAME and --step away")

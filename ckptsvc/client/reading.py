@@ -17,7 +17,7 @@ from ckptsvc.format.document import assemble
 from ckptsvc.format.objects import decode
 from ckptsvc.format.shard import objects_name
 from ckptsvc.geometry.box import Box
-from ckptsvc.interop.formats import is_foreign, open_foreign
+from ckptsvc.interop.formats import is_foreign, open_foreign, split_address
 from ckptsvc.pipeline.catalog import Checkpoint, Refused, find, open_checkpoint
 from ckptsvc.pipeline.read import Catalogue, Source, Want, read_arrays
 from ckptsvc.pipeline.sources import StoreSource
@@ -54,6 +54,7 @@ def load(
             return _tree(logical, StoredOf(logical), logical.source, logical.document(), _taken(only, "@"))
         finally:
             logical.close()
+    store = split_address(store)[1] if isinstance(store, str) else store
     where = connect(store, options or {}) if isinstance(store, str) else store
     try:
         return read_tree(newest(where, step), only, rank)

@@ -32,8 +32,8 @@ def by_number(found: Mapping[tuple[str | int, ...], Any], what: str) -> list[Gro
                 groups.update(enumerate(value if isinstance(value, list) else ()))
             case (int() as number,) if isinstance(value, dict):
                 groups[number] = value
-            case (int() as number, *keys):
-                put(groups.setdefault(number, {}), keys, value)
+            case (int() as number, _, *_):
+                put(groups.setdefault(number, {}), path[1:], value)
             case _:
                 raise Damaged(f"{what}: it has a parameter group at {'.'.join(map(str, path))[:200]!r}")
     made = [groups[number] for number in sorted(groups)]

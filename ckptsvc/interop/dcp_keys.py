@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from ckptsvc.errors import Damaged, InvalidInput
+from ckptsvc.errors import Damaged
 
 Path = tuple[str | int, ...]
 
@@ -60,16 +60,10 @@ class Keys:
             paths: the keys of every name.
             model: what the user says the model's key is.
             optimizer: what the user says the optimizer's key is.
-
-        Raises:
-            InvalidInput: what the user says is not there.
         """
         below: dict[str, list[Path]] = {}
         for path in paths.values():
             below.setdefault(str(path[0]), []).append(path)
-        for said in (model, optimizer):
-            if said and said not in below:
-                raise InvalidInput(f"there is no key {said!r}", hint=f"there are {', '.join(sorted(below)[:10])}")
         found = [top for top, all_below in below.items() if _is_optimizer(all_below)]
         found.sort(key=lambda top: (*(top != name for name in _OPTIMIZERS), top))
         if optimizer is None:

@@ -11,6 +11,7 @@ left as they are: what they mean is the business of the format's module.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,7 +63,7 @@ class Chunk(NamedTuple):
 
 
 class Tensor(msgspec.Struct, frozen=True):
-    """A tensor: its pieces are not empty, and no two have the same box; whether they cover it is not checked here."""
+    """A tensor: its pieces are not empty and do not overlap; whether they cover it is not checked here."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -292,6 +293,11 @@ class _Merge:
             if place is None:
                 raise LayoutError(f"{self._what}: no file has {box} of {name[:200]} {list(shape)}")
             chunks.append(Chunk(box, place))
+        if sum(box.size for box in boxes) > math.prod(shape):
+            raise Damaged(
+                f"{self._what}: pieces of {name[:200]} {list(shape)} overlap",
+                hint="files of two saves may lie in one directory: remove those of the older one",
+            )
         if not chunks and 0 not in shape:
             raise LayoutError(f"{self._what}: no file has anything of {name[:200]} {list(shape)}")
         return Tensor(dtype, shape, chunks)

@@ -41,6 +41,8 @@ class State:
         self._plain = Plain(self._foreign)
         self._values: list[tuple[Key, Path, Any]] = []
         self._keys: Keys | None = None
+        self._said = {kind: options[kind] for kind in ("model", "optimizer") if kind in options}
+        self._present: set[str] = set()
 
     def add(self, directory: Directory, *, model: str | None = None, optimizer: str | None = None) -> None:
         """All tensors and values of a directory.
@@ -53,12 +55,13 @@ class State:
         Raises:
             InvalidInput, Damaged: as `interop.dcp.read`.
         """
-        model = self._options.get("model", model)
-        optimizer = self._options.get("optimizer", optimizer)
-        tops = {"model", "optim", "optimizer", model or "", optimizer or ""} if model != "" else ()
+        tops = {"model", "optim", "optimizer", *self._said.values()} if model != "" else ()
         names = (*directory.tensors, *directory.values, *directory.plain)
         paths = {name: nested_path(name, directory.paths.get(name), tops) for name in names}
-        self._keys = keys = Keys(paths, model, optimizer)
+        present = {str(path[0]) for path in paths.values()}
+        said = {kind: key for kind, key in self._said.items() if not key or key in present}
+        self._present |= present
+        self._keys = keys = Keys(paths, said.get("model", model), said.get("optimizer", optimizer))
         found = {name: keys.key(path) for name, path in paths.items()}
         self._add_tensors(directory, found, paths)
         known = {**dict(zip(directory.values, self._read(directory), strict=True)), **directory.plain}
@@ -95,8 +98,16 @@ class State:
         return values
 
     def done(self) -> Foreign:
-        """The checkpoint, sealed."""
+        """The checkpoint, sealed.
+
+        Raises:
+            InvalidInput: a key that the user says is nowhere, or as `interop.dcp.read`.
+            Damaged, LayoutError: as `interop.dcp.read`.
+        """
         foreign = self._foreign
+        if absent := {key for key in self._said.values() if key} - self._present:
+            hint = f"there are {', '.join(sorted(self._present)[:10])}"
+            raise InvalidInput(f"{foreign.origin}: there is no key {min(absent)!r}", hint=hint)
         numbered: dict[Path, Any] = {}
         by_name: dict[str, dict[str, Any]] = {}
         for key, path, value in self._values:

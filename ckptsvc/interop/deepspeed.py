@@ -10,7 +10,8 @@ Options:
                fp32, or whose optimizer keeps no master of its own.
     tp_dims    PATTERN:DIM,...: the dimension in which tensor-parallel ranks divide the tensors whose names match the
                glob, "-" where each has all of it. Goes before what the checkpoint says.
-    params     stage 0: a JSON file with the names of the parameters in the optimizer's order, one list for each group.
+    names      stage 0: a file with the names of the optimizer's parameters in its order, one a line; an empty line ends
+               a group. Without names its state is known by numbers, which a live optimizer explains (`init_from`).
     frozen     stage 0: PATTERN,...: parameters that the optimizer does not have. Often the shapes then say the rest.
     pp         number of pipeline stages, for checkpoints before 0.19 that do not say it.
 """
@@ -18,7 +19,8 @@ Options:
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from ckptsvc.errors import Damaged, InvalidInput
@@ -39,10 +41,13 @@ from ckptsvc.interop.deepspeed_stage0 import optimizer_of_stage0
 from ckptsvc.interop.deepspeed_zero import FP32, Share, cut_frozen, read_share
 from ckptsvc.interop.files import Files
 from ckptsvc.interop.logical import MASTER, Foreign, Logical, Note
+from ckptsvc.interop.options import choice, known
 from ckptsvc.interop.torch_file import StoredTensor
 from ckptsvc.types import TensorMeta
 
-OPTIONS = ("tag", "weights", "tp_dims", "params", "frozen", "pp")
+OPTIONS = ("tag", "weights", "tp_dims", "names", "frozen", "pp")
+
+WEIGHTS = ("model", "master")
 
 
 def detect(files: Files) -> bool:
@@ -58,18 +63,10 @@ def read(files: Files, origin: str, options: Mapping[str, str]) -> Logical:
         Damaged: files are missing or contradict each other.
         LayoutError: nothing says how tensor-parallel ranks divide a tensor, or a part of one is missing.
     """
-    check_options(options, OPTIONS)
-    if options.get("weights", "model") not in ("model", "master"):
-        raise InvalidInput(f"weights={options['weights']}: it is either model or master")
+    known(options, OPTIONS)
+    choice(options, "weights", WEIGHTS)
     tag = list_tag(files, find_tag(files, options.get("tag", "")))
     return _Reader(files, origin, tag, options).read()
-
-
-def check_options(options: Mapping[str, str], known: Iterable[str]) -> None:
-    """Raises InvalidInput for an option that is not known."""
-    for name in options:
-        if name not in known:
-            raise InvalidInput(f"{name!r} is no option of this format", hint=f"there are {', '.join(known)}")
 
 
 class _Reader:
@@ -105,9 +102,10 @@ class _Reader:
             if self._tag.is_stage3:
                 self._frozen(stage, ranks)
         found: Groups | None = groups.merged
+        numbered: dict[int, dict[str, Any]] = {}
         if not dps:
-            found = optimizer_of_stage0(self._files, self._foreign, self._models[0], self._options)
-        fill_document(self._foreign, self._models, found, self._facts(shares))
+            found, numbered = optimizer_of_stage0(self._files, self._foreign, self._models[0], self._options)
+        fill_document(self._foreign, self._models, found, self._facts(shares), numbered)
         self._notes()
         return self._foreign.seal()
 
@@ -228,12 +226,12 @@ class _Reader:
     def _is_round_robin(self) -> bool:
         return bool(zero_config(self._models[0]).get("round_robin_gradients")) and self._zero_stage() in (1, 2)
 
-    def _given_order(self, names: list[str], dps: int) -> list[str]:
+    def _given_order(self, names: Sequence[str | int], dps: int) -> Sequence[str | int]:
         """The parameters of a group as the job gave them; round-robin gradients deal them to `dps` ranks in turn."""
         if not self._is_round_robin():
             return names
         dealt = [i for rank in range(dps) for i in range(rank, len(names), dps)]
-        return [name for _, name in sorted(zip(dealt, names, strict=True))]
+        return [name for _, name in sorted(zip(dealt, names, strict=True), key=itemgetter(0))]
 
     def _notes(self) -> None:
         for alias, name in list(self._foreign.aliases.items()):

@@ -13,8 +13,8 @@ from ckptsvc.interop.logical import MODEL, STATE, Foreign, Note
 from ckptsvc.interop.torch_file import StoredTensor
 from ckptsvc.types import TensorMeta
 
-Groups = list[tuple[dict[str, Any], list[str]]]
-"""Hyper-parameters of each group and the names of its parameters."""
+Groups = Sequence[tuple[dict[str, Any], Sequence[str | int]]]
+"""Hyper-parameters of each group and its parameters: names, or numbers where nothing names them."""
 
 CARRIED = ("ds_version", "ds_config", "global_steps", "global_samples", "skipped_steps", "dp_world_size",
            "mp_world_size", "lr_scheduler", "data_sampler", "random_ltd", "universal_checkpoint_info",
@@ -29,7 +29,11 @@ KNOWN = frozenset((
 
 
 def fill_document(
-    foreign: Foreign, models: Sequence[ModelState], groups: Groups | None, facts: Mapping[str, Any]
+    foreign: Foreign,
+    models: Sequence[ModelState],
+    groups: Groups | None,
+    facts: Mapping[str, Any],
+    state: Mapping[int, Mapping[str, Any]] | None = None,
 ) -> None:
     """Make the document, and find the step; tensors in the client state become tensors of the checkpoint.
 
@@ -38,6 +42,7 @@ def fill_document(
         models: the model states of all model-parallel ranks.
         groups: the optimizer's groups; None if it has none that can be named.
         facts: further entries below "deepspeed".
+        state: references to the optimizer's state where it is numbered.
     """
     left_out: list[str] = []
 
@@ -56,8 +61,8 @@ def fill_document(
     foreign.step = models[0].pickled.number("global_steps", 0)
     foreign.plain = {"deepspeed": plain(own, "deepspeed", keep, left_out)}
     if groups is not None:
-        made = [{**plain(v, "optimizer/param_groups", keep, left_out), "params": names} for v, names in groups]
-        foreign.plain["optimizer"] = {"state": {}, "param_groups": made}
+        made = [{**plain(v, "optimizer/param_groups", keep, left_out), "params": list(own)} for v, own in groups]
+        foreign.plain["optimizer"] = {"state": state or {}, "param_groups": made}
     lose(foreign, "values that are neither plain nor tensors", left_out)
 
 
@@ -82,7 +87,7 @@ class MergedGroups:
     """
 
     def __init__(self) -> None:
-        self._merged: dict[tuple[str, int], tuple[dict[str, Any], dict[str, None]]] = {}
+        self._merged: dict[tuple[str, int], tuple[dict[str, Any], dict[str | int, None]]] = {}
 
     def add(self, groups: Groups) -> None:
         """Those of one more stage."""

@@ -27,11 +27,11 @@ from typing import Any, NamedTuple
 
 from ckptsvc.errors import InvalidInput
 from ckptsvc.geometry.box import FlatRange, Region
-from ckptsvc.interop.deepspeed import check_options
 from ckptsvc.interop.deepspeed_contents import VERSION, Contents, count_of, size_of, stage_of, tag_of
 from ckptsvc.interop.deepspeed_document import model_name, state_name
 from ckptsvc.interop.deepspeed_pipeline import TIED
 from ckptsvc.interop.logical import MASTER, Logical, Note
+from ckptsvc.interop.options import choice, known
 from ckptsvc.interop.outputs import Output, OutputFile, Small
 from ckptsvc.interop.torch_write import Call, Global, Inline, Packed, torch_output
 
@@ -64,11 +64,8 @@ def write(logical: Logical, options: Mapping[str, str]) -> Output:
     Raises:
         InvalidInput: an option is wrong, or the checkpoint has no parameter groups, or not the state of all parameters.
     """
-    check_options(options, OPTIONS)
-    if options.get("stage", "1") not in ("1", "2", "3"):
-        raise InvalidInput(f"stage={options['stage']}: it is 1, 2 or 3")
-    if options.get("dtype", "float32") not in _LOW:
-        raise InvalidInput(f"dtype={options['dtype']}: it is one of {', '.join(_LOW)}")
+    known(options, OPTIONS)
+    choice(options, "dtype", list(_LOW))
     return _Writer(logical, options).output()
 
 
@@ -78,7 +75,7 @@ class _Writer:
     def __init__(self, logical: Logical, options: Mapping[str, str]) -> None:
         self._all = Contents(logical)
         self._options = options
-        self._stage, self._dp = int(options.get("stage", "1")), count_of(options, "dp")
+        self._stage, self._dp = int(choice(options, "stage", ("1", "2", "3"))), count_of(options, "dp")
         self._tag = tag_of(options, f"global_step{logical.step}")
         members = [name for group in self._all.groups for name in group["params"]]
         if not members:

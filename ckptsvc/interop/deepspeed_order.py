@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from ckptsvc.errors import InvalidInput
 from ckptsvc.interop.deepspeed_files import ModelState, Shape
-from ckptsvc.interop.files import LocalFiles
+from ckptsvc.interop.naming import listed
 
 MAX_STATES = 100_000
 """Where the shapes leave more open than this, they are taken as ambiguous."""
@@ -46,8 +45,8 @@ def name_parameters(
         model: the model states.
         groups: the optimizer's groups.
         shapes: of the numbered parameters, by group; None if they are not known.
-        options: `params`, the path of a JSON file with the names of each group's parameters; `frozen`, globs of names
-            that the optimizer has not.
+        options: `names`, the path of a file with the names of each group's parameters (see `naming`); `frozen`, globs
+            of names that the optimizer has not.
 
     Returns:
         the names, or None if nothing says them.
@@ -55,30 +54,24 @@ def name_parameters(
     Raises:
         InvalidInput: the list cannot be read, or does not fit.
     """
-    listed = options.get("params", "")
-    if listed or (groups and all(group.get("param_names") for group in groups)):
-        names = _read_list(listed) if listed else [[str(n) for n in group["param_names"]] for group in groups]
+    given = options.get("names", "")
+    if given or (groups and all(group.get("param_names") for group in groups)):
+        names = listed(given) if given else [[str(n) for n in group["param_names"]] for group in groups]
         found, expected = [len(own) for own in names], None if shapes is None else [len(own) for own in shapes]
         if len(names) != len(groups) or (expected is not None and found != expected):
-            raise InvalidInput(f"{listed} names {found} parameters; the {len(groups)} groups have {expected}")
+            raise InvalidInput(
+                f"{given or model.pickled.where} names {found} parameters; the {len(groups)} groups have {expected}"
+            )
         unknown = next((n for own in names for n in own if n not in (model.module or {})), None)
         if unknown is not None:
-            raise InvalidInput(f"{listed} names {unknown[:200]!r}, which is no tensor of the module")
+            raise InvalidInput(
+                f"{given or model.pickled.where} names {unknown[:200]!r}, which is no tensor of the module"
+            )
         return Naming(names)
     frozen = options.get("frozen", "").split(",")
     known = [(n, s) for n, s in _parameters(model) if not any(fnmatch.fnmatchcase(n, glob) for glob in frozen)]
     dealt = _dealt(known, shapes) if shapes is not None else None
     return None if dealt is None else Naming(dealt, is_concluded=True)
-
-
-def _read_list(path: str) -> list[list[str]]:
-    files = LocalFiles(Path(path).absolute())
-    try:
-        return msgspec.json.decode(files.read(files.only, 1 << 28), type=list[list[str]])
-    except msgspec.MsgspecError as error:
-        raise InvalidInput(f"{path} is not a JSON list of lists of names: {error}") from None
-    finally:
-        files.close()
 
 
 def _parameters(model: ModelState) -> list[tuple[str, Shape]]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ckptsvc.errors import Damaged
+from ckptsvc.format.objects import TensorRef
 from ckptsvc.geometry.box import Box, FlatRange
 from ckptsvc.interop.deepspeed_document import Groups, model_name, state_name
 from ckptsvc.interop.deepspeed_files import ModelState, Shape, flat, groups_of, scalar
@@ -26,29 +27,33 @@ from ckptsvc.interop.torch_file import StoredTensor
 from ckptsvc.types import TensorMeta
 
 
-def optimizer_of_stage0(files: Files, foreign: Foreign, model: ModelState, options: Mapping[str, str]) -> Groups | None:
-    """Add the optimizer's state under the names of its parameters.
+def optimizer_of_stage0(
+    files: Files, foreign: Foreign, model: ModelState, options: Mapping[str, str]
+) -> tuple[Groups | None, dict[int, dict[str, Any]]]:
+    """Add the optimizer's state under the names of its parameters, or their numbers if nothing says the names.
 
     Args:
         files: of the checkpoint.
         foreign: has the model's tensors already; takes the optimizer's, and notes.
         model: the model states.
-        options: `params` and `frozen`, see `deepspeed_order`; `weights`.
+        options: `names` and `frozen`, see `deepspeed_order`; `weights`.
 
     Returns:
-        the groups, or None if there is no optimizer or its parameters cannot be named.
+        the groups, None if there is no optimizer that can be read; and references to numbered state.
 
     Raises:
         InvalidInput: the names that the user gave do not fit.
         Damaged: the state contradicts the module.
     """
-    return _Stage0(files, foreign, model, options).read()
+    reader = _Stage0(files, foreign, model, options)
+    return reader.read(), reader.numbered
 
 
 class _Stage0:
     def __init__(self, files: Files, foreign: Foreign, model: ModelState, options: Mapping[str, str]) -> None:
         self._files, self._foreign, self._model, self._options = files, foreign, model, options
         self._where = f"{model.pickled.where}: the optimizer's state"
+        self.numbered: dict[int, dict[str, Any]] = {}
 
     def read(self) -> Groups | None:
         outer = self._model.pickled.mapping("optimizer", optional=True)
@@ -62,13 +67,22 @@ class _Stage0:
         flats, masters = outer.get("fp32_groups_flat"), outer.get("fp32_groups")
         shapes = None if flats else [[_shape(states.get(n)) for n in own] for own in numbers]
         naming = name_parameters(self._model, groups, shapes, self._options)
-        if naming is None:
-            what = (
-                f"{self._where}: its parameters are numbered, and nothing says which they are; give params=FILE, a JSON"
-                " list of names for each group" + ("" if flats else "; or frozen=PATTERN,..., if some are")
-            )
+        drop = ("params", "param_names", "step")
+        kept = [{key: value for key, value in group.items() if key not in drop} for group in groups]
+        if naming is None and flats:
+            what = f"{self._where}: its groups are flat, and nothing names their parameters; give names=FILE"
             self._foreign.notes.append(Note("lost", what))
             return None
+        if naming is None:
+            what = (
+                f"{self._where}: its parameters are numbered, and nothing names them; give names=FILE, or"
+                " frozen=PATTERN,... if some are, or attach to the optimizer itself"
+            )
+            self._foreign.notes.append(Note("warning", what))
+            for own, group in zip(numbers, masters or [()] * len(numbers), strict=False):
+                for j, number in enumerate(own):
+                    self._add_number(number, states.get(number, {}), _item(group, j, self._where) if masters else None)
+            return list(zip(kept, numbers, strict=True))
         if naming.is_concluded:
             what = "parameters were named by their shapes and the module's order, which fit in one way only"
             self._foreign.notes.append(Note("warning", f"{self._where}: {what}"))
@@ -79,14 +93,25 @@ class _Stage0:
             for j, (number, name) in enumerate(zip(own, names, strict=True)):
                 master = _item(_item(masters, i, self._where), j, self._where) if masters else None
                 self._add(name, states.get(number, {}), master)
-        drop = ("params", "param_names", "step")
-        kept = [{key: value for key, value in group.items() if key not in drop} for group in groups]
         return list(zip(kept, naming.names, strict=True))
 
     def _numbers(self, value: Any) -> list[int]:
         if not isinstance(value, list | tuple) or not all(type(n) is int for n in value):
             raise Damaged(f"{self._where}: the parameters of a group are {str(value)[:80]!r}")
         return list(value)
+
+    def _add_number(self, number: int, state: Any, master: Any) -> None:
+        """The state of a parameter without a name; the document refers to it."""
+        slots = dict(state) if isinstance(state, Mapping) else {}
+        self._step(str(number), slots.pop("step", None))
+        refs = {"step": TensorRef(state_name(str(number), "step"))}
+        for slot, tensor in {**slots, **({MASTER: master} if master is not None else {})}.items():
+            if isinstance(tensor, StoredTensor):
+                path = state_name(str(number), str(slot))
+                meta = TensorMeta(path, tensor.dtype, tensor.shape)
+                self._foreign.add(meta, Box.full(tensor.shape), tensor.where, tensor.block())
+                refs[str(slot)] = TensorRef(path)
+        self.numbered[number] = {slot: ref for slot, ref in refs.items() if ref.name in self._foreign}
 
     def _add(self, name: str, state: Any, master: Any) -> None:
         """The state of one parameter."""

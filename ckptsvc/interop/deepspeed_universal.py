@@ -28,7 +28,7 @@ from typing import Any
 
 from ckptsvc.errors import Damaged, InvalidInput
 from ckptsvc.geometry.box import Box, FlatRange
-from ckptsvc.interop.deepspeed import check_options
+from ckptsvc.interop.deepspeed import WEIGHTS
 from ckptsvc.interop.deepspeed_document import Groups, MergedGroups, fill_document, model_name, state_name, zero_config
 from ckptsvc.interop.deepspeed_files import (
     ALLOWED,
@@ -46,6 +46,7 @@ from ckptsvc.interop.deepspeed_files import (
 from ckptsvc.interop.deepspeed_zero import FP32, cut_frozen, loss_scaler_of
 from ckptsvc.interop.files import Files
 from ckptsvc.interop.logical import MASTER, Foreign, Logical, Note
+from ckptsvc.interop.options import choice, known
 from ckptsvc.interop.torch_file import StoredTensor, read_torch
 from ckptsvc.types import TensorMeta
 
@@ -70,9 +71,8 @@ def read(files: Files, origin: str, options: Mapping[str, str]) -> Logical:
         InvalidInput: it is none, or one that DeepSpeed's converter made wrong; or an option is unknown.
         Damaged: files are missing or contradict each other.
     """
-    check_options(options, OPTIONS)
-    if options.get("weights", "model") not in ("model", "master"):
-        raise InvalidInput(f"weights={options['weights']}: it is either model or master")
+    known(options, OPTIONS)
+    choice(options, "weights", WEIGHTS)
     return _Reader(files, origin, options).read()
 
 

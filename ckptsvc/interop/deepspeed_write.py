@@ -26,12 +26,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptsvc.errors import InvalidInput
-from ckptsvc.interop.deepspeed import check_options
 from ckptsvc.interop.deepspeed_contents import MAX_FILES, VERSION, Contents, count_of, tag_of
 from ckptsvc.interop.deepspeed_cut import parse_dims
 from ckptsvc.interop.deepspeed_document import model_name, state_name
 from ckptsvc.interop.deepspeed_universal import LATEST
 from ckptsvc.interop.logical import MASTER, Logical, Note
+from ckptsvc.interop.options import choice, known
 from ckptsvc.interop.outputs import Output, OutputFile, Small
 from ckptsvc.interop.torch_write import Call, Global, torch_output
 
@@ -46,9 +46,7 @@ def write(logical: Logical, options: Mapping[str, str]) -> Output:
     Raises:
         InvalidInput: an option is wrong, or stage 3 is wanted and there is no Adam state to load.
     """
-    check_options(options, OPTIONS)
-    if options.get("stage", "any") not in ("any", "1", "2", "3"):
-        raise InvalidInput(f"stage={options['stage']}: it is any, 1, 2 or 3")
+    known(options, OPTIONS)
     return _Writer(logical, options).output()
 
 
@@ -57,7 +55,7 @@ class _Writer:
 
     def __init__(self, logical: Logical, options: Mapping[str, str]) -> None:
         self._all = Contents(logical)
-        self._stage = options.get("stage", "any")
+        self._stage = choice(options, "stage", ("any", "1", "2", "3"))
         self._dp, self._mp = count_of(options, "dp"), count_of(options, "tp") * count_of(options, "pp")
         self._degrees = {"pp_degree": count_of(options, "pp"), "tp_degree": count_of(options, "tp")}
         if self._dp * self._mp > MAX_FILES:

@@ -43,16 +43,16 @@ class Format(NamedTuple):
 
 
 NATIVE = "ckptsvc"
-"""The name of our own format; the engine knows how it is read and written."""
+"""The name of our own format."""
 
 FORMATS: dict[str, Format] = {
+    # First, because it is told by the names of its folders; it is written by `convert` itself (see interop.native).
+    NATIVE: Format("ckptsvc's own", "native:detect_native", "native:read_native"),
     "deepspeed-universal": Format(
         "DeepSpeed universal", "deepspeed_universal:detect", "deepspeed_universal:read", "deepspeed_write:write"
     ),
     # Before hf: checkpoints of Hugging Face's Trainer with DeepSpeed have weights beside, and the optimizer only here.
     "deepspeed": Format("DeepSpeed", "deepspeed:detect", "deepspeed:read", "deepspeed_native_write:write"),
-    "hf": Format("Hugging Face", "huggingface:detect", "huggingface:read", "huggingface:write"),
-    "torch": Format("torch.save", "torch_save:detect", "torch_save:read", "torch_save:write"),
     "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
     "torchsnapshot": Format("torchsnapshot", "torchsnapshot:detect", "torchsnapshot:read"),
     "megatron": Format(
@@ -61,7 +61,11 @@ FORMATS: dict[str, Format] = {
     "megatron-classic": Format(
         "Megatron classic", "megatron_classic:detect", "megatron_classic:read", "megatron_classic_write:write"
     ),
+    # Before hf: its writer of safetensors shards says in their headers which part of each tensor they have.
     "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
+    "hf": Format("Hugging Face", "huggingface:detect", "huggingface:read", "huggingface:write"),
+    "npz": Format("numpy", "npz:detect", "npz:read", "npz:write"),
+    "torch": Format("torch.save", "torch_save:detect", "torch_save:read", "torch_save:write"),
 }
 """By the name in addresses."""
 

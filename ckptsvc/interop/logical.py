@@ -327,7 +327,7 @@ class Foreign:
             key, start = where
             phase = start % itemsize
             shard, offset = self._key_numbers[key] * _LANES + phase, start - phase
-        if offset < 0 or offset + size * itemsize > self.stretch(shard).nbytes:
+        if offset < 0 or offset + (_reach(block) if block else size) * itemsize > self.stretch(shard).nbytes:
             raise Damaged(f"{meta.name}: {self.shard_name(shard)} ends before its data does")
         return StoredRegion(meta.name, region, shard, offset, size * itemsize, block)
 
@@ -345,6 +345,14 @@ class Foreign:
             except NotFound:
                 raise Damaged(f"{self.files.url}/{key} is missing") from None
         return Stretch(key, lane, max(self._sizes[key] - lane, 0))
+
+
+def _reach(block: Block) -> int:
+    """Elements of the stored array up to the last of the region: the array itself may end behind the file's end."""
+    last = 0
+    for n, origin, extent in zip(block.shape, block.box.origin, block.box.shape, strict=True):
+        last = last * n + origin + extent - 1
+    return last + 1
 
 
 def _seen(meta: TensorMeta, region: Region, block: Block | None, stored: StoredTensor) -> Block | None:

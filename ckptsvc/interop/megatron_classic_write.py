@@ -5,9 +5,10 @@ is in it. The optimizer is one without the distributed optimizer (in 16-bit trai
 its state by numbers, which count parameters in the order of Megatron-Core's modules. Options:
 
     tp=N, pp=N, ep=N, vpp=N   degrees of parallelism, each 1 without it; tensor parallelism of experts is tp
-    stages=N/N/...            layers of each stage, where they do not divide
+    stages=N/N/...            layers of each stage, where they do not divide, or "balanced"
+    dp=N, cp=N                have no effect: replicas have no files
     spec=local, spec=te       names of norms: modules of their own, or inside the linear layers as of Transformer
-                              Engine; without it they stay as they are, which after `torch_dist` is the latter
+                              Engine; without it they stay as they are
     heads=N, kv_heads=N       of the attention, where the checkpoint's configuration does not say them
     vocab=N                   tokens that there are: rows after them are left out and, with zeros, made a multiple of
     vocab_multiple=N          so many times tp (128, or what the arguments say); without vocab= rows stay as they are
@@ -23,6 +24,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
+import msgspec
+
 from ckptsvc.errors import ConfigError, LayoutError
 from ckptsvc.geometry.box import Box, Shape, as_flat
 from ckptsvc.geometry.layout import Piece
@@ -34,17 +37,15 @@ from ckptsvc.interop.logical import MASTER, Logical, Note
 from ckptsvc.interop.megatron_classic import EMBEDDING, OUTPUT
 from ckptsvc.interop.megatron_files import LATEST
 from ckptsvc.interop.megatron_groups import Groups, rest_of, step_tensor
-from ckptsvc.interop.megatron_layers import SPECS, Parameter, Source, separate
+from ckptsvc.interop.megatron_layers import FUSED, SPECS, Parameter, Source, separate
 from ckptsvc.interop.megatron_names import module_order
 from ckptsvc.interop.megatron_ranks import EXTRA, MODEL_FILE
 from ckptsvc.interop.outputs import Output, OutputFile, Small
 from ckptsvc.interop.torch_write import Packed, Slot, torch_output
 
-DEGREES = ("tp", "pp", "ep", "vpp")
+LAYOUT = ("tp", "pp", "ep", "vpp", "stages", "dp", "cp")
 SIZES = ("heads", "kv_heads", "vocab", "vocab_multiple")
-OPTIONS = (*DEGREES, "stages", "spec", *SIZES)
-
-_FUSED = "self_attention.linear_qkv.layer_norm_weight"
+OPTIONS = (*LAYOUT, "spec", *SIZES)
 
 
 class _Wanted(NamedTuple):
@@ -77,24 +78,20 @@ def write(logical: Logical, options: Mapping[str, str]) -> Output:
 def _check(options: Mapping[str, str]) -> _Wanted:
     if unknown := options.keys() - set(OPTIONS):
         raise ConfigError(f"megatron-classic has no option {min(unknown)!r}", hint=f"it has {', '.join(OPTIONS)}")
-    numbers = {}
-    for name in (*DEGREES, *SIZES):
-        text = options.get(name)
-        if text is None:
-            continue
-        if not re.fullmatch(r"[1-9]\d{0,8}", text):
-            raise ConfigError(f"{name}={text!r} is no number from 1 on")
-        numbers[name] = int(text)
+    sizes = {name: options[name] for name in SIZES if name in options}
+    wrong = next((name for name, text in sizes.items() if not re.fullmatch(r"[1-9]\d{0,8}", text)), None)
+    if wrong is not None:
+        raise ConfigError(f"{wrong}={sizes[wrong]!r} is no number from 1 on")
     spec = options.get("spec")
-    stages = options.get("stages", "")
-    if (spec is not None and spec not in SPECS) or not re.fullmatch(r"(\d{1,6}(/\d{1,6})*)?", stages):
-        raise ConfigError(f"spec is one of {', '.join(SPECS)}, stages are numbers as in 3/4/4/3")
-    degrees = {name: numbers.get(name, 1) for name in DEGREES}
-    layers = tuple(int(part) for part in stages.split("/")) if stages else ()
-    # experts are divided over ranks of data parallelism, of which there are as many then
-    tp, pp, ep, vpp = degrees.values()
-    parallel = Parallel(dp=ep, tp=tp, pp=pp, vpp=vpp, ep=ep, etp=tp, stages=layers)
-    return _Wanted(parallel, spec, {name: numbers[name] for name in SIZES if name in numbers})
+    if spec is not None and spec not in SPECS:
+        raise ConfigError(f"spec={spec!r} is not one of {', '.join(SPECS)}")
+    given = {name: options[name] for name in LAYOUT if name in options}
+    if "ep" in given:  # experts are divided over ranks of data parallelism: of which there are as many then
+        given |= {"dp": given["ep"], "cp": "1", "etp": given.get("tp", "1")}
+    parallel = Parallel.parse(",".join(f"{name}={text}" for name, text in given.items())) if given else Parallel()
+    if parallel.ep == 1:
+        parallel = msgspec.structs.replace(parallel, dp=1, cp=1)
+    return _Wanted(parallel, spec, {name: int(text) for name, text in sizes.items()})
 
 
 class _Writer:
@@ -121,7 +118,7 @@ class _Writer:
         order = sorted(found, key=module_order)
         entries = [Entry(name, name, shapes[name], 1) for name in order]
         self._placement = Placement(family("megatron").rules, self._parallel, entries, known).check()
-        self._fused = any(name.endswith(_FUSED) for name in found)
+        self._fused = any(name.endswith(FUSED) for name in found)
         self._masters = any(MASTER in p.state for p in found.values())
 
     def _without_padding(self, shapes: dict[str, Shape], known: dict[str, int], given: bool) -> dict[str, Shape]:

@@ -1,7 +1,9 @@
 """Megatron-Core's `torch_dist` checkpoints, read: metadata.json, common.pt, and a DCP directory.
 
-The address is the folder of one checkpoint, or the one with `latest_checkpointed_iteration.txt`. The model's tensors
-keep Megatron's keys; layers that are stacked stay one tensor. The optimizer's state is read in every form but that of
+The address is the folder of one checkpoint, or the one with `latest_checkpointed_iteration.txt`. Layers that are
+stacked become one tensor each, which the rules and name maps speak of. Keys call norms as models with Transformer
+Engine do; a model without it has them as modules of their own, which its checkpoint shows: it has no
+`core_attention._extra_state` beside other `_extra_state`. The optimizer's state is read in every form but that of
 Megatron-FSDP:
 
     optimizer.state.<slot>.<key>     without distributed optimizer, or `fully_reshardable`
@@ -11,9 +13,9 @@ Megatron-FSDP:
 Files do not say which parameters are in which param group: Megatron-Core's own rules do, where the groups bear its
 marks (`megatron_names.of_group`). An fp32 model's `param` is its weights once more, and is not read. Options:
 
-    layers=stacked    as stored, which is the default
-    layers=separate   one tensor for each layer
-    layers=local      the same under the names of the model without Transformer Engine ("input_layernorm")
+    layers=stacked    leave them as they are stored, keys and all
+    layers=te         norms inside the linear layers, as of Transformer Engine, whatever the checkpoint shows
+    layers=local      norms as modules of their own ("input_layernorm")
     names=FILE        for `dp_reshardable`: the parameters in the order of `model.named_parameters()` over all pipeline
                       stages, one name a line, layers numbered through; names=te or names=local: it is that of a
                       GPTModel with or without Transformer Engine
@@ -44,6 +46,7 @@ from ckptsvc.interop.megatron_files import (
     number,
     step_of,
     vocabulary_note,
+    with_types,
 )
 from ckptsvc.interop.megatron_names import Group, known_groups, module_order, shared_out, unstacked
 from ckptsvc.interop.megatron_reformulated import add_reformulated
@@ -53,7 +56,7 @@ from ckptsvc.types import TensorMeta
 
 CONFIG, COMMON = "metadata.json", "common.pt"
 OPTIONS = ("layers", "names", "optimizer")
-LAYERS = ("stacked", "separate", "local")
+LAYERS = ("", "stacked", "te", "local")
 MASTERS = ("param", "fp32_param")
 
 _STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(\w+?)\.(.+)")
@@ -81,15 +84,16 @@ def read(files: Files, origin: str, options: Mapping[str, str]) -> Logical:
         raise ConfigError(f"{min(unknown)!r} is no option here", hint=f"options are {', '.join(OPTIONS)}")
     layers = options.get("layers", LAYERS[0])
     if layers not in LAYERS or options.get("optimizer", "no") != "no":
-        raise ConfigError("layers is stacked, separate or local; optimizer can only be no")
+        raise ConfigError("layers is stacked, te or local; optimizer can only be no")
     folder = checkpoint_folder(files, COMMON)
-    foreign = _Reader(files, folder, origin, options).done()
-    if layers == LAYERS[0]:
+    reader = _Reader(files, folder, origin, options)
+    foreign = reader.done()
+    if layers == "stacked":
         return foreign
     table = family("megatron").names
     assert table is not None
     shapes = {name: parameter.shape for name, parameter in parameters(foreign)[0].items()}
-    forms = ("local",) if layers == "local" else ()
+    forms = ("local",) if layers == "local" or (not layers and reader.is_local) else ()
     return mapped(foreign, table, variables(foreign.document(), shapes), to="layers", forms=forms)
 
 
@@ -108,6 +112,12 @@ class _Reader:
         self._common = root
         self._model: dict[str, Tensor] = {}
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the model is without Transformer Engine: with it, attention has an `_extra_state` too."""
+        extra = [name for name in self._directory.values if "._extra_state/" in name]
+        return bool(extra) and not any(".core_attention." in name for name in extra)
+
     def done(self) -> Foreign:
         """The checkpoint, sealed."""
         foreign = self._foreign
@@ -120,6 +130,8 @@ class _Reader:
             self._add_state()
         rest = {str(name): value for name, value in self._common.items() if name != "optimizer"}
         plain = Plain(foreign)
+        if "args" in rest:
+            rest["args"] = with_types(rest["args"])
         foreign.plain["megatron"] = plain.value(rest, "megatron")
         foreign.seal()
         if any(_BUFFER.match(name) for name in self._directory.tensors) and optimizer is not None:

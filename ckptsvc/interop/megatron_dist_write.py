@@ -6,6 +6,7 @@ stacked, norms are called as Megatron-Core's keys call them whatever the model's
     optimizer=plain         as without distributed optimizer, which is the default
     optimizer=reshardable   as of the distributed optimizer with --dist-ckpt-optim-fully-reshardable
     files=N, chunk=BYTES    as of the format `dcp`
+    tp=N, pp=N, dp=N, ...   have no effect: the checkpoint is the same for all
 
 Random states belong to ranks and are not written: load with --no-load-rng.
 """
@@ -20,6 +21,7 @@ from typing import Any
 import msgspec
 
 from ckptsvc.errors import ConfigError, InvalidInput, LayoutError
+from ckptsvc.geometry.parallel import Parallel
 from ckptsvc.interop.dcp_metadata import METADATA
 from ckptsvc.interop.dcp_pack import Named, pack, value
 from ckptsvc.interop.dcp_pickle import metadata
@@ -27,12 +29,12 @@ from ckptsvc.interop.logical import MASTER, Logical, Note
 from ckptsvc.interop.megatron_dist import COMMON, CONFIG
 from ckptsvc.interop.megatron_files import LATEST
 from ckptsvc.interop.megatron_groups import Groups, rest_of, step_tensor
-from ckptsvc.interop.megatron_layers import Parameter, Source, separate, stacked
+from ckptsvc.interop.megatron_layers import FUSED, Parameter, Source, separate, stacked
 from ckptsvc.interop.megatron_names import module_order
 from ckptsvc.interop.outputs import Output, Small
 from ckptsvc.quantities import parse_size
 
-OPTIONS = ("optimizer", "files", "chunk")
+OPTIONS = ("optimizer", "files", "chunk", *Parallel.__struct_fields__)
 FORMS = ("plain", "reshardable")
 CHUNK_BYTES = 64 << 20
 
@@ -131,11 +133,12 @@ def _named(name: str, sources: Sequence[tuple[tuple[int, ...], Source]], dtype: 
 
 
 def _extra(keys: Mapping[str, _Members]) -> Iterator[str]:
-    """Names of `_extra_state`: loading asks for those of linear layers and attention; there is nothing in them."""
+    """Names of `_extra_state`, for which loading asks: of linear layers, and with Transformer Engine of attention."""
+    fused = any(p.name.endswith(FUSED) for members in keys.values() for _, p in members)
     modules: dict[str, tuple[str, tuple[int, ...]]] = {}
     for key, members in keys.items():
         linear = re.match(r"(.*\.linear_\w+)\.", key)
-        attention = re.match(r"(.*\.self_attention)\.linear_qkv\.weight", key)
+        attention = re.match(r"(.*\.self_attention)\.linear_qkv\.weight", key) if fused else None
         for module in [m[1] for m in (linear,) if m] + [f"{m[1]}.core_attention" for m in (attention,) if m]:
             indices = [index for index, _ in members]
             extents = tuple(max(index[d] for index in indices) + 1 for d in range(len(indices[0])))

@@ -17,7 +17,7 @@ from ckptsvc.errors import Damaged, InvalidInput, NotFound
 from ckptsvc.interop.files import Files
 from ckptsvc.interop.logical import Note
 from ckptsvc.interop.pickles import Allowed, Stub, stub
-from ckptsvc.interop.torch_file import StoredTensor
+from ckptsvc.interop.torch_file import TORCH, StoredTensor
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -122,6 +122,16 @@ def is_nothing(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(is_nothing(item) for item in value)
     return value is None or value == b""
+
+
+def with_types(value: Any) -> Any:
+    """The arguments with element types as text, as in "torch.bfloat16"."""
+    if isinstance(value, Stub) and isinstance(value.state, dict):
+        value = value.state
+    if isinstance(value, Mapping):
+        return {key: with_types(item) for key, item in value.items()}
+    is_type = type(value) is type(TORCH["torch", "float32"])
+    return f"torch.{value.dtype}" if is_type else value
 
 
 def vocabulary_note(rows: int, said: int | None) -> Iterator[Note]:

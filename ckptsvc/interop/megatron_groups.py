@@ -13,8 +13,9 @@ from ckptsvc.geometry.box import Box
 from ckptsvc.interop.logical import Logical, Note
 from ckptsvc.interop.megatron_layers import Parameter
 from ckptsvc.interop.megatron_names import Group, module_order, shared_out
-from ckptsvc.interop.torch_write import Call, Global, Inline
+from ckptsvc.interop.torch_write import Call, Global, Inline, torch_dtype
 from ckptsvc.pipeline.read import Want, read_arrays
+from ckptsvc.types import DTYPES
 
 MARKS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 """By these Megatron-Core finds the group of a checkpoint that one of its own is."""
@@ -133,12 +134,18 @@ def rest_of(logical: Logical, degrees: Mapping[str, int], notes: list[Note]) -> 
     made: dict[str, Any] = {"checkpoint_version": 3.0, **_storable(rest, notes, "megatron"), "iteration": logical.step}
     if isinstance(args, Mapping):
         changed = {name: degrees[short] for name, short in PARALLEL.items() if name in args and short in degrees}
-        state = {str(k): v for k, v in _storable(args, notes, "megatron/args").items()} | changed
+        state = {str(k): _typed(v) for k, v in _storable(args, notes, "megatron/args").items()} | changed
         made = {"args": Call(Global("argparse", "Namespace"), (), state), **made}
     others = sorted(str(key) for key in document if key not in _KEPT)
     if others:
         notes.append(Note("lost", f"plain values that Megatron has no place for: {', '.join(others[:10])}"))
     return made
+
+
+def _typed(value: Any) -> Any:
+    """An element type that is text ("torch.bfloat16") as torch's own."""
+    name = value.removeprefix("torch.") if isinstance(value, str) and value.startswith("torch.") else ""
+    return torch_dtype(name) if name in DTYPES else value
 
 
 def _storable(value: Any, notes: list[Note], path: str) -> Any:

@@ -23,6 +23,9 @@ from ckptsvc.types import TensorMeta
 SPECS = ("te", "local")
 """Names of norms: inside the linear layers after them, as of Transformer Engine, or modules of their own."""
 
+FUSED = "self_attention.linear_qkv.layer_norm_weight"
+"""The end of a name that only models with Transformer Engine have."""
+
 LOCAL = {
     "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
     "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",

@@ -8,9 +8,10 @@ optimizer. Shapes are checked and never used to guess.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ckptsvc.errors import LayoutError
+from ckptsvc.errors import InvalidInput, LayoutError
 from ckptsvc.format.document import join, replace_refs, split
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.interop.logical import MODEL, STATE, Logical
@@ -29,6 +30,25 @@ def unwrapped(names: Iterable[str]) -> dict[str, str]:
     while plain and all(name.startswith("module.") for name in plain.values()):
         plain = {name: short.removeprefix("module.") for name, short in plain.items()}
     return plain
+
+
+def listed(path: str) -> list[list[str]]:
+    """The names in a file, one a line; an empty line ends a group.
+
+    Raises:
+        InvalidInput: it cannot be read.
+    """
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{path} cannot be read: {error}") from None
+    groups: list[list[str]] = [[]]
+    for line in lines:
+        if line.strip():
+            groups[-1].append(line.strip())
+        elif groups[-1]:
+            groups.append([])
+    return [group for group in groups if group]
 
 
 def numbered(logical: Logical) -> bool:

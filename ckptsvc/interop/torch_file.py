@@ -26,6 +26,7 @@ from ckptsvc.geometry.box import Box
 from ckptsvc.geometry.reshard import Block
 from ckptsvc.interop.files import Files
 from ckptsvc.interop.pickles import MAX_DEPTH, Allowed, Unpickler, loads, stub
+from ckptsvc.interop.zips import FileRange, data_offset
 from ckptsvc.types import DTYPES
 
 MAGIC = 0x1950A86A20F9469CFC6C
@@ -236,37 +237,8 @@ def _storage_type(kind: Any, what: str) -> str:
 # ---- zip ----------------------------------------------------------------------------------------------------
 
 
-class _Range(io.RawIOBase):
-    """A range of a file for `zipfile`, which seeks to the end first."""
-
-    def __init__(self, files: Files, key: str, start: int, length: int) -> None:
-        self._files, self._key, self._start, self._length, self._at = files, key, start, length, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        base = (0, self._at, self._length)[whence]
-        self._at = max(base + offset, 0)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        count = max(min(len(view), self._length - self._at), 0)
-        if count:
-            self._files.read_into(self._key, self._start + self._at, view[:count])
-        self._at += count
-        return count
-
-
 def _read_zip(files: Files, key: str, start: int, length: int, allowed: Allowed, what: str) -> TorchFile:
-    stream = io.BufferedReader(_Range(files, key, start, length), 64 << 10)
+    stream = io.BufferedReader(FileRange(files, key, start, length), 64 << 10)
     try:
         archive = zipfile.ZipFile(stream)
         members = {info.filename: info for info in archive.infolist()}
@@ -290,22 +262,13 @@ def _read_zip(files: Files, key: str, start: int, length: int, allowed: Allowed,
             member = members.get(f"{prefix}data/{name}")
             if member is None or member.compress_type != zipfile.ZIP_STORED:
                 raise Damaged(f"{what} lacks the storage {name[:80]!r}, or it is compressed")
-            begin = start + _data_offset(stream, member.header_offset, what)
+            begin = start + data_offset(stream, member.header_offset, what)
             if begin + member.file_size > start + length:
                 raise Damaged(f"{what} ends before its storage {name[:80]!r} does")
             storages[name] = Storage(key, begin, member.file_size, kind)
         return msgspec.structs.replace(storages[name], dtype=kind)
 
     return TorchFile(loads(pickled, {**TORCH, **allowed}, what, persistent), storages)
-
-
-def _data_offset(stream: io.BufferedIOBase, header: int, what: str) -> int:
-    """Where a member's data begins: after its local header, whose extra field pads it (PKZIP APPNOTE 4.3.7)."""
-    stream.seek(header)
-    local = stream.read(30)
-    if len(local) != 30 or local[:4] != b"PK\x03\x04":
-        raise Damaged(f"{what} has a broken zip header at byte {header}")
-    return header + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
 
 
 def storage_id(pid: Any, what: str) -> tuple[str, str, int]:

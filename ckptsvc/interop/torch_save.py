@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ckptsvc.errors import Damaged, InvalidInput, LayoutError
@@ -28,7 +27,7 @@ from ckptsvc.format.objects import TensorRef
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop.files import Files, LocalFiles
 from ckptsvc.interop.logical import MASTER, MODEL, STATE, Foreign, Logical, Note
-from ckptsvc.interop.naming import named, numbered, unwrapped
+from ckptsvc.interop.naming import listed, named, numbered, unwrapped
 from ckptsvc.interop.options import choice, known
 from ckptsvc.interop.outputs import Output
 from ckptsvc.interop.pickles import Stub
@@ -215,17 +214,7 @@ def _with_names(foreign: Foreign, options: Mapping[str, str]) -> Logical:
             )
         )
         return foreign
-    try:
-        lines = Path(options["names"]).read_text().splitlines()
-    except (OSError, ValueError) as error:
-        raise InvalidInput(f"{options['names']} cannot be read: {error}") from None
-    groups: list[list[str]] = [[]]
-    for line in lines:
-        if line.strip():
-            groups[-1].append(line.strip())
-        elif groups[-1]:
-            groups.append([])
-    return named(foreign, [group for group in groups if group])
+    return named(foreign, listed(options["names"]))
 
 
 # ---- writing ------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import struct
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,16 +16,13 @@ import msgspec
 
 from ckptsvc.errors import UnsupportedObject
 from ckptsvc.geometry.box import Region
-from ckptsvc.interop.outputs import Crc, Fill, OutputFile
+from ckptsvc.interop.archive import ArchivePlan
+from ckptsvc.interop.outputs import Fill, OutputFile
 from ckptsvc.interop.pickles import MAX_DEPTH
 from ckptsvc.interop.torch_file import STORAGES
 from ckptsvc.types import DTYPES
 
-ALIGNMENT = 64
-"""Storages begin at multiples of this, as torch's own do; `torch.load(mmap=True)` needs it."""
-
 _STORAGE_OF = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
-_ZIP64 = 0xFFFFFFFF
 
 
 class Slot(msgspec.Struct, frozen=True, eq=False):
@@ -114,7 +110,27 @@ def torch_output(key: str, root: Any, *, rank: int = 0) -> OutputFile:
     """
     pickler = Pickler()
     pickled = pickler.dump(root)
-    return _Archive(key, rank).plan(pickled, pickler.storages)
+    folder = key.rsplit("/", 1)[-1].rsplit(".", 1)[0] or "archive"
+    archive = ArchivePlan()
+    archive.member(f"{folder}/data.pkl", pickled)
+    archive.member(f"{folder}/byteorder", b"little")
+    for number, storage in enumerate(pickler.storages):
+        _add_storage(archive, f"{folder}/data/{number}", storage)
+    archive.member(f"{folder}/version", b"3\n")
+    return archive.output(key, rank)
+
+
+def _add_storage(archive: ArchivePlan, name: str, storage: Slot | Packed | Inline) -> None:
+    if isinstance(storage, Inline):
+        archive.member(name, storage.data)
+        return
+    itemsize = DTYPES[storage.dtype].itemsize
+    size = math.prod(storage.shape) * itemsize
+    if isinstance(storage, Packed):
+        fills = [Fill(i * itemsize, n, region, storage.dtype) for i, n, region in storage.parts]
+    else:
+        fills = [Fill(0, storage.name, storage.region, storage.dtype)] if size else []
+    archive.filled(name, size, fills)
 
 
 class Pickler:
@@ -270,98 +286,3 @@ class Pickler:
         for part in rest if known else (*rest, torch_dtype(value.dtype)):
             self._value(part, path, depth + 1)
         self._out += b"tR"
-
-
-class _Archive:
-    """Lays out the zip file: sizes are known before, CRCs of storages only after they were written.
-
-    Members of storages therefore have their CRC behind the data (PKZIP APPNOTE 4.3.9, general purpose bit 3) and in the
-    central directory at the end of the file.
-    """
-
-    def __init__(self, key: str, rank: int) -> None:
-        self._key, self._rank = key, rank
-        self._name = key.rsplit("/", 1)[-1].rsplit(".", 1)[0] or "archive"
-        self._at = 0
-        self._fixed: list[tuple[int, bytes]] = []
-        self._fills: list[Fill] = []
-        self._crcs: list[Crc] = []
-        self._directory: list[tuple[str, int, int, int, int | None]] = []  # name, header, size, flags, crc
-        self._waiting: list[tuple[int, int, int, int]] = []  # entry, first byte, size, place of the descriptor's CRC
-
-    def plan(self, pickled: bytes, storages: list[Slot | Packed | Inline]) -> OutputFile:
-        self._member("data.pkl", pickled)
-        self._member("byteorder", b"little")
-        for number, storage in enumerate(storages):
-            self._storage(f"data/{number}", storage)
-        self._member("version", b"3\n")
-        self._end()
-        return OutputFile(self._key, self._at, self._fixed, self._fills, self._crcs, self._rank)
-
-    def _put(self, data: bytes) -> None:
-        self._fixed.append((self._at, data))
-        self._at += len(data)
-
-    def _header(self, name: str, size: int, flags: int, crc: int) -> None:
-        encoded = f"{self._name}/{name}".encode()
-        large = size >= _ZIP64
-        extra = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
-        short = self._at + 30 + len(encoded) + len(extra) + 4
-        padding = -short % ALIGNMENT
-        extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
-        fields = (45 if large else 20, flags, 0, 0, 0x21, crc, *((_ZIP64,) * 2 if large else (size,) * 2))
-        self._directory.append((encoded.decode(), self._at, size, flags, None if flags & 8 else crc))
-        self._put(struct.pack("<4sHHHHHIIIHH", b"PK\x03\x04", *fields, len(encoded), len(extra)) + encoded + extra)
-
-    def _member(self, name: str, data: bytes) -> None:
-        self._header(name, len(data), 0, zlib.crc32(data))
-        self._put(data)
-
-    def _storage(self, name: str, storage: Slot | Packed | Inline) -> None:
-        if isinstance(storage, Inline):
-            self._member(name, storage.data)
-            return
-        itemsize = DTYPES[storage.dtype].itemsize
-        size = math.prod(storage.shape) * itemsize
-        self._header(name, size, 8, 0)
-        start = self._at
-        if isinstance(storage, Packed):
-            self._fills.extend(Fill(start + i * itemsize, n, region, storage.dtype) for i, n, region in storage.parts)
-        elif size:
-            self._fills.append(Fill(start, storage.name, storage.region, storage.dtype))
-        self._at += size
-        self._waiting.append((len(self._directory) - 1, start, size, self._at + 4))
-        self._put(struct.pack("<4sIQQ" if size >= _ZIP64 else "<4sIII", b"PK\x07\x08", 0, size, size))
-
-    def _end(self) -> None:
-        first = self._at
-        places: dict[int, int] = {}
-        for number, (name, header, size, flags, crc) in enumerate(self._directory):
-            places[number] = self._at + 16
-            self._put(_central(name.encode(), header, size, flags, crc or 0))
-        for number, start, size, descriptor in self._waiting:
-            self._crcs.append(Crc(start, size, (descriptor, places[number])))
-        self._put(_end_of_directory(len(self._directory), first, self._at - first))
-
-
-def _central(name: bytes, header: int, size: int, flags: int, crc: int) -> bytes:
-    """An entry of the central directory (APPNOTE 4.3.12), ZIP64 fields only where needed."""
-    wide = (*((size, size) if size >= _ZIP64 else ()), *((header,) if header >= _ZIP64 else ()))
-    extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
-    version, size32 = (45 if wide else 20), min(size, _ZIP64)
-    head = (b"PK\x01\x02", version, version, flags, 0, 0, 0x21, crc, size32, size32)
-    return (
-        struct.pack("<4sHHHHHHIII", *head)
-        + struct.pack("<HHHHHII", len(name), len(extra), 0, 0, 0, 0, min(header, _ZIP64))
-        + name
-        + extra
-    )
-
-
-def _end_of_directory(count: int, start: int, size: int) -> bytes:
-    end = b""
-    if count >= 0xFFFF or start >= _ZIP64 or size >= _ZIP64:  # APPNOTE 4.3.14 and 4.3.15
-        end = struct.pack("<4sQHHIIQQQQ", b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)
-        end += struct.pack("<4sIQI", b"PK\x06\x07", 0, start + size, 1)
-    few = min(count, 0xFFFF)
-    return end + struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, few, few, min(size, _ZIP64), min(start, _ZIP64), 0)

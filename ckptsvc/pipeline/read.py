@@ -175,7 +175,7 @@ def _place(
     """Cut a copy at window boundaries and note each part in its window."""
     source = copy.source
     base = stored.offset + source.offset * itemsize
-    first, last = _flat_bounds(source, itemsize)
+    first, last = flat_bounds(source, itemsize)
     low, high = (base + first) // span, (base + last - 1) // span
     if low == high:
         window = windows.setdefault((stored.shard, low), Window(stored.shard, low))
@@ -220,8 +220,8 @@ def _reordered(box: Box, order: tuple[int, ...] | None) -> Box:
     return Box(tuple(0 if d < 0 else box.origin[d] for d in order), tuple(1 if d < 0 else box.shape[d] for d in order))
 
 
-def _flat_bounds(view: View, itemsize: int) -> tuple[int, int]:
-    """First byte and one past the last byte of the box inside its piece."""
+def flat_bounds(view: View, itemsize: int) -> tuple[int, int]:
+    """First byte, and one past the last byte, of a box inside the data of its piece."""
     first = last = 0
     for n, origin, extent in zip(view.shape, view.box.origin, view.box.shape, strict=True):
         first = first * n + origin
@@ -232,7 +232,7 @@ def _flat_bounds(view: View, itemsize: int) -> tuple[int, int]:
 def _mask(window: Window, extent: int) -> int:
     mask = 0
     for piece in window.pieces:
-        first, last = _flat_bounds(View(0, piece.shape, piece.box), piece.itemsize)
+        first, last = flat_bounds(View(0, piece.shape, piece.box), piece.itemsize)
         low, high = (piece.start + first) // extent, (piece.start + last - 1) // extent
         mask |= ((1 << (high - low + 1)) - 1) << low
     return mask

@@ -75,7 +75,9 @@ class Store(Protocol):
                 returns when the first so many bytes of `data` are final, or raises (the write then stops). Without
                 it all of them are.
             progress: called now and then in the calling thread with the bytes written since the last call,
-                `size` in all. It may block (the write then waits) or raise (the write then stops).
+                `size` in all, in the order of the object: what is reported is not read again, and its memory may
+                go. Called before `ready` for all that is written by then. It may block (the write then waits) or
+                raise (the write then stops).
         """
 
     def put_if_absent(self, key: str, data: bytes) -> bool:

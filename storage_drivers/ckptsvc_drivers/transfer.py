@@ -145,14 +145,15 @@ class Transfer:
         pending: deque[Future[int]] = deque()
 
         def finish(*, down_to: int) -> None:
-            while len(pending) > down_to:
+            while len(pending) > down_to or (pending and pending[0].done()):
                 done = pending.popleft().result()
                 if progress is not None:
                     progress(done)
 
         try:
             for start in range(0, nbytes, step):
-                # A few steps ahead and no more, so that concurrent transfers take turns.
+                # A few steps ahead and no more, so that concurrent transfers take turns. What is through is reported
+                # before `ready` is asked: it may wait until memory is free.
                 finish(down_to=2 * self._threads - 1)
                 if ready is not None:
                     ready(min(start + step, nbytes))

@@ -21,8 +21,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, re
 def test_megatron_loads_what_is_written(foreign: Callable[[str], Path], tmp_path: Path) -> None:
     for name, kind in (("megatron-tp2pp2_w4", "megatron-classic"), ("megatron-tp2pp2_legacy", "megatron")):
         logical = open_foreign(str(foreign(name) / "ckpt"))
-        options = {"spec": "local"} if kind == "megatron-classic" else {}
-        render(exporter(kind)(logical, options), logical, tmp_path / kind)
+        render(exporter(kind)(logical, {}), logical, tmp_path / kind)
     script = Path(__file__).parent / "megatron_job.py"
     rank = tmp_path / "megatron-classic" / "iter_0000005" / "mp_rank_00" / "model_optim_rng.pt"
     command = [

@@ -306,7 +306,7 @@ def test_an_interrupt(runtime: Runtime) -> None:
 
 
 def test_no_command_needs_torch() -> None:
-    names = ("diff", "gc", "inspect", "ls", "status", "verify")
+    names = ("convert", "diff", "gc", "inspect", "ls", "status", "verify")
     imports = ", ".join(f"ckptsvc.cli.{name}" for name in names)
     code = f"import sys, {imports}; print('torch' in sys.modules, 'rich' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

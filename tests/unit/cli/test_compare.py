@@ -9,6 +9,8 @@ from harness.stored import EXTENT, Run, Tensor
 from ckptsvc.cli import address, compare
 from ckptsvc.cli.compare import Comparison, Pair
 from ckptsvc.errors import Damaged
+from ckptsvc.interop import native
+from ckptsvc.interop.native import NativeLogical
 from ckptsvc.pipeline.catalog import Checkpoint
 from ckptsvc.pipeline.sources import StoreSource
 
@@ -42,7 +44,7 @@ def saved(arrays: dict[str, np.ndarray], layout: str = "one", **more) -> Checkpo
 
 
 def compared(a: Checkpoint, b: Checkpoint, *, tolerance: float | None = None, match: str = "") -> Comparison:
-    return Pair(a, b, lambda name: match in name).compare(tolerance)
+    return Pair(NativeLogical(a), NativeLogical(b), lambda name: match in name).compare(tolerance)
 
 
 @pytest.fixture(params=[64 << 20, 700], ids=["one batch", "many batches"])
@@ -119,7 +121,7 @@ def test_tied_tensors() -> None:
 
 
 def test_plain_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "DOCUMENTS", 2)
+    monkeypatch.setattr(native, "DOCUMENTS", 2)
     before = {"lr": 0.1, "seen": [1, 2], "old": None, "nan": float("nan"), "@rank": 0, "@world_size": 4}
     after = {"lr": 0.2, "seen": [1, 2], "new": "x", "nan": float("nan"), "@rank": 9, "@world_size": 3}
     a = saved({}, "four", values=before)
@@ -164,7 +166,7 @@ def test_memory_is_bounded_and_nothing_is_read_twice(monkeypatch: pytest.MonkeyP
     arrays = {f"t{n}": np.zeros(1000, np.float32) for n in range(20)} | {"huge": np.zeros((40, 1024), np.float32)}
     a, b = saved(arrays), saved(arrays)
     seen: list[int] = []
-    pair = Pair(a, b)
+    pair = Pair(NativeLogical(a), NativeLogical(b))
     assert pair.compare(None, seen.append).is_equal
     assert max(large) <= 4 * EXTENT
     assert sum(seen) == pair.nbytes == 20 * 4000 + 40 * 4096

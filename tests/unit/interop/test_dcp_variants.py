@@ -172,6 +172,9 @@ def test_two_directories_of_accelerate_are_one_checkpoint(tmp_path: Path) -> Non
     logical = open_foreign(str(tmp_path))
     assert logical.names() == ["model/w", "optimizer/state/w/exp_avg", "optimizer/state/w/step"]
     assert logical.notes == []
+    assert open_foreign(str(tmp_path), {"model": "model", "optimizer": "optimizer"}).names() == logical.names()
+    with pytest.raises(InvalidInput, match="no key 'net'"):
+        open_foreign(str(tmp_path), {"model": "net"})
     (tmp_path / "scheduler.bin").write_bytes(b"")
     assert [note.kind for note in open_foreign(str(tmp_path)).notes] == ["lost"]
 
@@ -285,6 +288,12 @@ def _outside(content: meta.Metadata) -> None:
     content.state_dict_metadata["model.weight"].chunks[0].sizes = torch.Size([5, 6])
 
 
+def _twice(content: meta.Metadata) -> None:
+    chunks = content.state_dict_metadata["model.weight"].chunks
+    chunks.append(meta.ChunkStorageMetadata(torch.Size([2, 0]), torch.Size([2, 6])))
+    content.storage_data[meta.MetadataIndex("model.weight", torch.Size([2, 0]))] = _StorageInfo("__0_0.distcp", 0, 9)
+
+
 def _nowhere(content: meta.Metadata) -> None:
     del content.storage_data[meta.MetadataIndex("model.bias", torch.Size([0]))]
 
@@ -303,6 +312,7 @@ def _transformed(content: meta.Metadata) -> None:
     [
         (_hole, LayoutError, r"model/weight.*no region has \[3:4, 0:6\]"),
         (_outside, Damaged, "a piece of model.weight"),
+        (_twice, Damaged, "pieces of model.weight .* overlap"),
         (_nowhere, LayoutError, "no file has .* of model.bias"),
         (_elsewhere, Damaged, "outside"),
         (_transformed, InvalidInput, "rot13/1"),

@@ -3,17 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 
 from ckptsvc.errors import Damaged, InvalidInput
 from ckptsvc.interop.deepspeed_order import MAX_STATES, name_parameters
 from ckptsvc.interop.formats import open_foreign
+from ckptsvc.interop.naming import named, numbered
 from tests.harness.foreign_values import same, value
 
 NAMES = [["a", "b"], ["c"]]
 SHAPES = {"a": (3, 4), "b": (5,), "c": (2, 2)}
+
+
+def text_of(names: list[list[str]]) -> str:
+    return "\n\n".join("\n".join(group) for group in names)
 
 
 def states(kind: str) -> dict[str, Any]:
@@ -46,8 +50,8 @@ def saved(path: Path, kind: str, known: dict[str, Any], weights: dict[str, torch
 def test_masters_and_state_are_found(tmp_path: Path, kind: str, weights: str) -> None:
     known = states(kind)
     saved(tmp_path, kind, known, {name: state["fp32"].bfloat16() for name, state in known.items()})
-    (tmp_path / "names.json").write_bytes(msgspec.json.encode(NAMES))
-    options = {"params": str(tmp_path / "names.json"), "weights": weights}
+    (tmp_path / "names").write_text(text_of(NAMES))
+    options = {"names": str(tmp_path / "names"), "weights": weights}
     logical = open_foreign(f"deepspeed:{tmp_path}", options)
     for name, state in known.items():
         master = f"model/{name}" if weights == "master" else f"optimizer/state/{name}/master"
@@ -62,17 +66,31 @@ def test_masters_and_state_are_found(tmp_path: Path, kind: str, weights: str) ->
     assert groups == [{"lr": 0.1, "params": ["a", "b"]}, {"lr": 0.2, "params": ["c"]}]
 
 
+def test_masters_of_numbered_parameters_are_numbered(tmp_path: Path) -> None:
+    known = states("each")
+    saved(
+        tmp_path,
+        "each",
+        known,
+        {f"x.{name}": state["fp32"].bfloat16() for name, state in known.items()} | {"y": torch.ones(5)},
+    )
+    logical = open_foreign(f"deepspeed:{tmp_path}")
+    assert numbered(logical)
+    assert same(value(logical, "optimizer/state/2/master"), known["c"]["fp32"])
+    assert same(value(named(logical, [["x.a", "x.b"], ["x.c"]]), "optimizer/state/x.c/exp_avg"), known["c"]["exp_avg"])
+
+
 def test_flat_groups_need_names(tmp_path: Path) -> None:
     known = states("flat")
     saved(tmp_path, "flat", known, {name: state["fp32"].bfloat16() for name, state in known.items()})
     logical = open_foreign(f"deepspeed:{tmp_path}")
     assert [note.kind for note in logical.notes] == ["lost"]
-    (tmp_path / "names.json").write_bytes(msgspec.json.encode([["a"], ["b", "c"]]))
+    (tmp_path / "names").write_text(text_of([["a"], ["b", "c"]]))
     with pytest.raises(Damaged, match="partitions of"):
-        open_foreign(f"deepspeed:{tmp_path}", {"params": str(tmp_path / "names.json")})
-    (tmp_path / "names.json").write_bytes(msgspec.json.encode([["a", "z"], ["c"]]))
+        open_foreign(f"deepspeed:{tmp_path}", {"names": str(tmp_path / "names")})
+    (tmp_path / "names").write_text(text_of([["a", "z"], ["c"]]))
     with pytest.raises(InvalidInput, match="'z', which is no tensor"):
-        open_foreign(f"deepspeed:{tmp_path}", {"params": str(tmp_path / "names.json")})
+        open_foreign(f"deepspeed:{tmp_path}", {"names": str(tmp_path / "names")})
 
 
 class Tensor:
@@ -89,18 +107,18 @@ class Model:
         self.shared: dict[str, str] = {}
 
 
-def named(shapes: dict[str, tuple[int, ...]], groups: list[list[tuple[int, ...]]], **options: str) -> Any:
+def dealt(shapes: dict[str, tuple[int, ...]], groups: list[list[tuple[int, ...]]], **options: str) -> Any:
     found = name_parameters(Model(shapes), [{} for _ in groups], groups, options)  # type: ignore[arg-type]
     return None if found is None else found.names
 
 
 def test_shapes_name_parameters_only_where_there_is_one_way() -> None:
     shapes: dict[str, tuple[int, ...]] = {"w": (2, 2), "b": (2,), "v": (2, 2), "c": (2,)}
-    assert named(shapes, [[(2, 2), (2, 2)], [(2,), (2,)]]) == [["w", "v"], ["b", "c"]]
-    assert named(shapes, [[(2, 2)], [(2, 2)], [(2,), (2,)]]) is None  # either matrix may be in either group
-    assert named(shapes, [[(2, 2), (2, 2)], [(2,)]]) is None  # which of the two is frozen?
-    assert named(shapes, [[(2, 2), (2, 2)], [(2,)]], frozen="b*") == [["w", "v"], ["c"]]
-    assert named(shapes, [[(2, 2), (2, 2)], [(3,), (2,)]]) is None
+    assert dealt(shapes, [[(2, 2), (2, 2)], [(2,), (2,)]]) == [["w", "v"], ["b", "c"]]
+    assert dealt(shapes, [[(2, 2)], [(2, 2)], [(2,), (2,)]]) is None  # either matrix may be in either group
+    assert dealt(shapes, [[(2, 2), (2, 2)], [(2,)]]) is None  # which of the two is frozen?
+    assert dealt(shapes, [[(2, 2), (2, 2)], [(2,)]], frozen="b*") == [["w", "v"], ["c"]]
+    assert dealt(shapes, [[(2, 2), (2, 2)], [(3,), (2,)]]) is None
     many = {f"p{i}": (1,) for i in range(64)}
     assert MAX_STATES < 1 << 32
-    assert named(many, [[(1,)] * 8 for _ in range(8)]) is None  # and gives up in time
+    assert dealt(many, [[(1,)] * 8 for _ in range(8)]) is None  # and gives up in time

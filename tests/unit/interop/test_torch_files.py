@@ -58,6 +58,19 @@ def test_tensors_of_any_strides_come_back(saved: Foreign) -> None:
         assert np.array_equal(values(saved, name), tensor.numpy()), name
 
 
+def test_a_slice_at_the_end_of_a_file_needs_no_more_than_it_has(tmp_path: Path) -> None:
+    part = torch.arange(192.0).reshape(4, 6, 8)[:, 4:5].transpose(0, 2)
+    torch.save(part, tmp_path / "x.pt", _use_new_zipfile_serialization=False)  # its storage is the end of the file
+    files = open_files(str(tmp_path))
+    stored = read_torch(files, "x.pt").root
+    foreign = Foreign("torch:x.pt", files)
+    foreign.add(TensorMeta("x", "float32", stored.shape), Box.full(stored.shape), stored.where, stored.block())
+    assert np.array_equal(values(foreign.seal(), "x"), part.numpy())
+    (tmp_path / "x.pt").write_bytes((tmp_path / "x.pt").read_bytes()[: -4 * 9])
+    with pytest.raises(Damaged):
+        values(foreign, "x")
+
+
 def test_views_of_views_are_parts_of_what_is_stored(saved: Foreign) -> None:
     base = STATE["permuted"]  # (5, 3, 4)
     swapped = View(

@@ -1,0 +1,174 @@
+"""What a conversion is asked for, and the checkpoints it reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from ckptsvc.errors import CkptsvcError, InvalidInput, NoCheckpoint
+from ckptsvc.format.checksum import digest128
+from ckptsvc.format.commit import CommitRecord
+from ckptsvc.interop.average import Averaged
+from ckptsvc.interop.families import Family, family, read_family
+from ckptsvc.interop.files import Files, open_files
+from ckptsvc.interop.formats import NATIVE, open_foreign, split_address
+from ckptsvc.interop.layouts import translate
+from ckptsvc.interop.logical import Logical
+from ckptsvc.interop.native import NativeLogical
+from ckptsvc.interop.select import renaming, select
+from ckptsvc.interop.target import PARTIAL, RECORDS
+from ckptsvc.pipeline.catalog import find, open_checkpoint
+from ckptsvc.storage import canonical, connect
+
+_DEPTH, _MOST_FILES = 5, 1_000_000  # of a source, when it is fingerprinted
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What is asked for; the same request resumes a conversion.
+
+    Attributes:
+        sources: addresses (see interop.formats); several only to be averaged.
+        target: address.
+        from_options, options: of the formats.
+        only, drop_optimizer, rename: see interop.select; rules as in `renaming`.
+        dtype: of the weights, "" leaves it.
+        average: 0 for none; otherwise the mean of so many newest checkpoints of the source, or of all sources.
+        to: the parallel layout of the target, as geometry.parallel reads it; "" for none.
+        names: the side of the family's name map that the tensors are given, as "hf" or "megatron"; "" leaves them.
+        family: of models, or the file of one of the user's own (see interop.families); "" is found out.
+        variables: sizes that the family's rules speak of and the checkpoint does not say.
+    """
+
+    sources: tuple[str, ...]
+    target: str
+    from_options: dict[str, str] = {}
+    options: dict[str, str] = {}
+    only: tuple[str, ...] = ()
+    drop_optimizer: bool = False
+    rename: tuple[str, ...] = ()
+    dtype: str = ""
+    average: int = 0
+    to: str = ""
+    names: str = ""
+    family: str = ""
+    variables: dict[str, int] = {}
+
+
+class Sources:
+    """The opened sources of a request.
+
+    Attributes:
+        logical: all of them as one checkpoint, with what was selected.
+        identity: digest of what they are.
+    """
+
+    def __init__(self, logical: Logical, identity: str) -> None:
+        self.logical, self.identity = logical, identity
+
+
+def open_sources(request: Request, opened: Sequence[Logical] = ()) -> Sources:
+    """Open what a request reads.
+
+    Args:
+        request: see `Request`.
+        opened: checkpoints to take instead of its sources (declared ones, for a plan).
+
+    Raises:
+        CkptsvcError: as the formats raise; InvalidInput for what does not go together.
+    """
+    if not opened:
+        if request.average > 1 and len(request.sources) == 1:
+            opened = _newest(request.sources[0], request.average)
+        else:
+            opened = [open_foreign(address, request.from_options) for address in request.sources]
+    try:
+        identity = digest128("\n".join(_identity(one, request.target) for one in opened).encode())
+        logical: Logical = Averaged(opened) if request.average else opened[0]
+        native = target_format(request.target) == NATIVE
+        if not native or request.only or request.rename or request.drop_optimizer:
+            logical = select(
+                logical, only=request.only, drop_optimizer=request.drop_optimizer, rename=renaming(request.rename),
+                own=native,
+            )  # fmt: skip
+        if request.names:
+            model, given = model_of(request.family), request.variables
+            logical = translate(logical, to=request.names, model=model, given=given)
+    except BaseException:
+        for one in opened:
+            one.close()
+        raise
+    return Sources(logical, identity)
+
+
+def model_of(name: str) -> Family | None:
+    """A family that ships, or one in a file of the user's own; None for "".
+
+    Raises:
+        InvalidInput, NotFound: there is none, or the file is not one.
+    """
+    if not name:
+        return None
+    return read_family(name) if name.endswith(".toml") or "/" in name else family(name)
+
+
+def target_format(address: str) -> str:
+    """The format that an address of a target names; our own where it names none."""
+    return split_address(address)[0] or NATIVE
+
+
+def _newest(address: str, count: int) -> list[Logical]:
+    """The newest checkpoints of a run of our own, of different steps."""
+    name, place = split_address(address)
+    if name not in ("", NATIVE):
+        raise InvalidInput(f"{address}: only a run of ckptsvc has several checkpoints", hint="name them all instead")
+    store = connect(place)
+    seen: set[int] = set()
+    found: list[Logical] = []
+    for ref, commit in find(store):
+        if len(found) < count and ref.step not in seen:
+            if not isinstance(commit, CommitRecord):
+                raise commit
+            seen.add(ref.step)
+            found.append(NativeLogical(open_checkpoint(store, ref, commit)))
+    if len(found) < count:
+        raise NoCheckpoint(f"{store.url} has {len(found)} checkpoints; the mean of {count} is wanted")
+    return found
+
+
+def _identity(logical: Logical, target: str) -> str:
+    """What tells a source from another, also from itself rewritten."""
+    known = getattr(logical, "identity", "")
+    if known:
+        return f"{known}"
+    metas = [logical.meta(name) for name in logical.names()]
+    name, place = split_address(logical.origin)
+    files = _fingerprint(open_files(place), target) if name else []
+    return digest128(msgspec.json.encode([name, logical.step, metas, dict(logical.aliases), files]))
+
+
+def _fingerprint(files: Files, target: str) -> list[tuple[str, int, int]]:
+    """Name, size and time (where there is one) of every file; the target's and those under way do not count."""
+    found: list[tuple[str, int, int]] = []
+    only = getattr(files, "only", "")  # a file that was named; others beside it do not matter
+    root = Path(files.url).parent if only else Path(files.url)
+    skipped = canonical(split_address(target)[1]).removeprefix("file://")
+    waiting = [] if only else [("", 0)]
+    if only:
+        found.append((only, files.size(only), os.stat(root / only).st_mtime_ns))
+    while waiting and len(found) < _MOST_FILES:
+        folder, depth = waiting.pop()
+        for name in files.children(folder):
+            key = f"{folder}/{name}" if folder else name
+            try:
+                size = files.size(key)
+            except CkptsvcError:  # a folder
+                own = name.endswith((PARTIAL, RECORDS)) or f"{root / key}" == skipped
+                if depth < _DEPTH and not own:
+                    waiting.append((key, depth + 1))
+                continue
+            found.append((key, size, os.stat(root / key).st_mtime_ns if root.is_dir() else 0))
+    files.close()
+    return sorted(found)

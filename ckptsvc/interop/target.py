@@ -1,0 +1,199 @@
+"""Where a conversion writes to, such that what is unfinished never looks whole.
+
+    our own format      shards into the run; the commit record is last
+    a local path        files into PATH.partial, which gets its name when all is durable
+    any other store     files under their names; those that make the checkpoint complete are last
+
+The records of what is finished (interop.ledger) are in PATH.convert, for our own format in a folder of the run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from ckptsvc.errors import CkptsvcError, InvalidInput, StoreError, StoreFull
+from ckptsvc.format.commit import CommitRecord
+from ckptsvc.interop.formats import NATIVE
+from ckptsvc.interop.ledger import Ledger, put_same
+from ckptsvc.interop.native import JOB
+from ckptsvc.interop.outputs import Small
+from ckptsvc.pipeline.catalog import Ref, find, newest_epoch, read_commit, read_epoch
+from ckptsvc.pipeline.commit import check_fence
+from ckptsvc.storage import Store, canonical, connect
+
+PARTIAL, RECORDS = ".partial", ".convert"
+"""What is added to the name of a target for what is unfinished, and for the records of what is finished."""
+
+_RECORD = 64 << 20  # bytes up to which a small file is put if absent
+
+
+class Target:
+    """A place that is being filled.
+
+    Args:
+        name: of the format, as in interop.formats.FORMATS.
+        place: path or URL.
+        step: of a checkpoint of our own.
+        block: bytes that a driver of files shall write at a time.
+
+    Attributes:
+        store: where the files go.
+        ledger: what is finished.
+        url: what is shown to people.
+    """
+
+    def __init__(self, name: str, place: str, step: int, block: int) -> None:
+        url = canonical(place).rstrip("/")
+        self.url = url
+        self.native = name == NATIVE
+        self.local = None if self.native or not url.startswith("file://") else Path(url.removeprefix("file://"))
+        options = {"block": block} if url.startswith("file://") else {}
+        self.store: Store = connect(f"{url}{PARTIAL}" if self.local else url, options)
+        self._records = self.store if self.native else connect(f"{url}{RECORDS}")
+        self.ledger = Ledger(self._records, f"convert-step-{step:012d}" if self.native else "")
+
+    def close(self) -> None:
+        """Give back what is open."""
+        self.store.close()
+        if self._records is not self.store:
+            self._records.close()
+
+    def check_free(self) -> None:
+        """See that nothing else is there, and nobody else writes there.
+
+        Raises:
+            InvalidInput: something is.
+        """
+        if self.native:
+            self._check_run()
+        elif self.local is not None:
+            for place in (self.local, Path(f"{self.local}{PARTIAL}")):
+                if _is_something(place):
+                    raise InvalidInput(f"{place} is there already", hint="choose another target, or remove it")
+        elif any(not name.startswith(".") for name in self.store.children()):
+            raise InvalidInput(f"{self.url} is not empty", hint="choose another target")
+
+    def is_there(self) -> bool:
+        """Whether a local target has its name."""
+        return self.local is not None and _is_something(self.local) and not Path(f"{self.local}{PARTIAL}").exists()
+
+    def is_renamed(self) -> bool:
+        """Whether the target was completed, and only its records are left to be removed."""
+        return self.is_there() and self.ledger.is_renaming()
+
+    def completed(self, writer: str, step: int) -> Ref | None:
+        """The checkpoint of our own that this very conversion has made before, if there is one."""
+        if not self.native:
+            return None
+        for ref, commit in find(self.store, step):
+            if isinstance(commit, CommitRecord) and commit.writer == writer:
+                return ref
+        return None
+
+    def check_space(self, nbytes: int) -> None:
+        """See that so many bytes more have room; a quota is not seen, and only local file systems are asked.
+
+        Raises:
+            StoreFull: they have not.
+        """
+        if not self.url.startswith("file://"):
+            return
+        place = Path(self.url.removeprefix("file://"))
+        while not place.exists():
+            place = place.parent
+        vfs = os.statvfs(place)
+        free = vfs.f_bavail * vfs.f_frsize
+        if nbytes > free:
+            raise StoreFull(
+                f"{self.url}: {nbytes} bytes are to be written, and {free} are free",
+                hint="free some, or choose another",
+            )
+
+    def complete(self, smalls: Sequence[Small], keys: Sequence[str], epoch: int) -> None:
+        """Write the last files and make the target what it shall be.
+
+        Args:
+            smalls: in their order.
+            keys: of all other files.
+            epoch: of a checkpoint of our own.
+
+        Raises:
+            Fenced: a job took the run over meanwhile.
+            SaveFailed: somebody else wrote the last file.
+        """
+        if self.native:
+            check_fence(self.store, JOB, epoch)
+        for small in smalls:
+            if small is smalls[-1] and small.data and len(small.data) <= _RECORD:
+                put_same(self.store, small.key, small.data)
+            else:
+                self.store.write(small.key, memoryview(small.data), len(small.data))
+        if self.local is not None:
+            known = {*keys, *(small.key for small in smalls)}
+            for entry in list(self.store.list()):  # what interrupted writes have left
+                if entry.key not in known:
+                    self.store.delete(entry.key)
+            self.ledger.note_renaming()
+            _rename(self.local, single=keys[0] if len(keys) == 1 and not smalls else "")
+        self.forget()
+
+    def forget(self) -> None:
+        """Remove the records: the target is complete, or what was done is thrown away."""
+        self.ledger.forget()
+        if self.local is not None:
+            with suppress(OSError):
+                os.rmdir(f"{self.local}{RECORDS}")
+
+    def discard(self, ref: Ref | None) -> None:
+        """Throw away what an unfinished conversion has done; `ref` is the checkpoint of our own that it made."""
+        plan = self.ledger.read()
+        if ref is not None:
+            if read_commit(self.store, ref) is None:
+                self._delete(ref.name)
+        elif plan is not None:  # without one the files could be anybody's
+            self._delete("")
+        self.forget()
+
+    def _delete(self, prefix: str) -> None:
+        for entry in list(self.store.list(prefix)):
+            self.store.delete(entry.key)
+
+    def _check_run(self) -> None:
+        newest = newest_epoch(self.store)
+        if not newest:
+            return
+        try:
+            owner = read_epoch(self.store, newest).job
+        except CkptsvcError:
+            owner = "?"
+        if owner != JOB:
+            raise InvalidInput(
+                f"{self.url} is the run of job {owner}, which could not save there any more",
+                hint="convert into a new folder; a job resumes from it with init_from",
+            )
+
+
+def _is_something(place: Path) -> bool:
+    return any(place.iterdir()) if place.is_dir() else place.exists()
+
+
+def _rename(target: Path, single: str) -> None:
+    """PATH.partial becomes PATH; a format of one file becomes a file if PATH has its suffix."""
+    partial = Path(f"{target}{PARTIAL}")
+    as_file = bool(single) and "/" not in single and target.suffix == Path(single).suffix != ""
+    try:
+        os.rename(partial / single if as_file else partial, target)
+        parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+        if as_file:
+            partial.rmdir()
+    except OSError as error:
+        if target.exists() and not partial.exists():
+            return  # another process of this conversion did it
+        raise StoreError(f"{partial} cannot be renamed to {target}: {error.strerror}") from error
