@@ -19,13 +19,12 @@ from ckptsvc.interop.files import Files
 from ckptsvc.interop.logical import MODEL, STATE, Foreign, Note
 from ckptsvc.interop.megatron_classic_optimizer import Optimizers
 from ckptsvc.interop.megatron_files import checkpoint_folder, step_of, vocabulary_note, with_types
+from ckptsvc.interop.megatron_names import EMBEDDING, OUTPUT, tied
 from ckptsvc.interop.megatron_ranks import MODEL_FILE, Ranks, add_local, argument, is_folder, read_ranks
 from ckptsvc.interop.plain import Plain
 from ckptsvc.interop.tied import alias, equal
 
 OPTIONS = ("optimizer", "rules", "bucket")
-EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-
 _MARK = "mp_rank_"
 
 
@@ -69,6 +68,7 @@ def read(files: Files, origin: str, options: Mapping[str, str]) -> Foreign:
     else:
         Optimizers(foreign, ranks, plain, int(bucket), tied=_is_tied(ranks)).add()
     foreign.seal()
+    foreign.aliases |= tied(ranks.shapes)
     _tie(foreign, ranks)
     plain.note()
     return foreign.seal()

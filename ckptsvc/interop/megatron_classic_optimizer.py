@@ -19,7 +19,7 @@ from ckptsvc.geometry.placement import Held
 from ckptsvc.interop.logical import MASTER, STATE, Foreign, Note
 from ckptsvc.interop.megatron_files import number
 from ckptsvc.interop.megatron_flat import Item, pieces, spots
-from ckptsvc.interop.megatron_names import Group, is_expert, shared_out
+from ckptsvc.interop.megatron_names import EMBEDDING, OUTPUT, Group, is_expert, shared_out
 from ckptsvc.interop.megatron_ranks import OPTIMIZER_FILE, Rank, Ranks, add_local
 from ckptsvc.interop.plain import Plain
 from ckptsvc.interop.torch_file import StoredTensor, read_torch
@@ -27,8 +27,6 @@ from ckptsvc.types import DTYPES, TensorMeta
 
 BUFFERS = ("expert_bias", "local_tokens_per_expert", "inv_freq")
 """What modules of Megatron-Core have that is no parameter, by the ends of names."""
-
-SHARED = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 _HINT = "optimizer=no leaves the optimizer's state out"
 
@@ -217,7 +215,9 @@ class Optimizers:
             self._add_buffer(f"{key}: its buffer {i}", tensors, rest, dtype)
 
     def _add_buffer(self, what: str, tensors: Mapping[Any, Any], held: Sequence[Held], dtype: str) -> None:
-        items = [Item(h.entry.name, prod(h.local.shape), self._tied and h.entry.name in SHARED) for h in held]
+        items = [
+            Item(h.entry.name, prod(h.local.shape), self._tied and h.entry.name in (EMBEDDING, OUTPUT)) for h in held
+        ]
         places, lengths = spots(items, self._bucket)
         for slot in ("param", "exp_avg", "exp_avg_sq"):
             stored = tensors.get(slot)

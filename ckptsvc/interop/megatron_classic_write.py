@@ -34,11 +34,10 @@ from ckptsvc.geometry.placement import Entry, Held, Placement
 from ckptsvc.geometry.rules import Local
 from ckptsvc.interop.families import family, variables
 from ckptsvc.interop.logical import MASTER, Logical, Note
-from ckptsvc.interop.megatron_classic import EMBEDDING, OUTPUT
 from ckptsvc.interop.megatron_files import LATEST
 from ckptsvc.interop.megatron_groups import Groups, rest_of, step_tensor
 from ckptsvc.interop.megatron_layers import FUSED, SPECS, Parameter, Source, separate
-from ckptsvc.interop.megatron_names import module_order
+from ckptsvc.interop.megatron_names import EMBEDDING, OUTPUT, module_order
 from ckptsvc.interop.megatron_ranks import EXTRA, MODEL_FILE
 from ckptsvc.interop.outputs import Output, OutputFile, Small
 from ckptsvc.interop.torch_write import Packed, Slot, torch_output

@@ -48,7 +48,7 @@ from ckptsvc.interop.megatron_files import (
     vocabulary_note,
     with_types,
 )
-from ckptsvc.interop.megatron_names import Group, known_groups, module_order, shared_out, unstacked
+from ckptsvc.interop.megatron_names import EMBEDDING, Group, known_groups, module_order, shared_out, tied, unstacked
 from ckptsvc.interop.megatron_reformulated import add_reformulated
 from ckptsvc.interop.plain import Plain
 from ckptsvc.interop.torch_file import read_torch
@@ -143,7 +143,7 @@ class _Reader:
         shapes = {name: tensor.shape for name, tensor in self._model.items()}
         said = variables(foreign.plain, shapes).get("vocab")
         for name, shape in shapes.items():
-            if name == "embedding.word_embeddings.weight" and shape:
+            if name == EMBEDDING and shape:
                 foreign.notes += vocabulary_note(shape[0], said)
         return foreign.seal()
 
@@ -160,6 +160,7 @@ class _Reader:
             dcp_entries.add(self._foreign, join(MODEL[:-1], short), tensor)
         if not found:
             raise Damaged(f"{self._what} has no tensor of a model")
+        self._foreign.aliases |= tied(self._model)
 
     def _add_state(self) -> None:
         buffers = {}

@@ -7,12 +7,14 @@ model registers its modules, which checkpoints of 0.16 and 0.13 confirm.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ckptsvc.interop.logical import MODEL
 
 Group = dict[str, Any]
+
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 STACKED = re.compile(r"((?:\w+\.)*layers)\.(?!\d)")
 """A name of a tensor that is all layers, stacked in front."""
@@ -126,9 +128,10 @@ def known_groups(optimizers: Any) -> list[Group]:
     return [group for key in sorted(k for k in optimizers if type(k) is int) for group in known_groups(optimizers[key])]
 
 
-def model_parameters(names: Iterable[str]) -> list[str]:
-    """The parameters and buffers among canonical names, in the order of the model."""
-    return sorted((name.removeprefix(MODEL) for name in names if name.startswith(MODEL)), key=module_order)
+def tied(names: Collection[str]) -> dict[str, str]:
+    """The output layer as another canonical name of the embedding, if these are of a GPT without one of its own."""
+    whole = EMBEDDING in names and "decoder.final_layernorm.weight" in names
+    return {MODEL + OUTPUT: MODEL + EMBEDDING} if whole and OUTPUT not in names else {}
 
 
 def _decay(group: Mapping[str, Any]) -> float:
