@@ -116,7 +116,7 @@ class Optimizers:
             )  # fmt: skip
         for i, (group, names) in enumerate(zip(groups, found, strict=True)):
             numbers = group.get("params")
-            if not isinstance(numbers, list) or len(numbers) != len(names):
+            if not isinstance(numbers, list) or len(numbers) != len(names) or any(type(n) is not int for n in numbers):
                 there = len(numbers) if isinstance(numbers, list) else "no"
                 raise InvalidInput(
                     f"{self._foreign.origin}: param group {i} in {rank.folder} has {there} parameters, and by"

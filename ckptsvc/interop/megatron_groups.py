@@ -61,14 +61,20 @@ class Groups:
                     "warning", "the param groups have no marks of Megatron-Core: they got wd_mult by their weight decay"
                 )
             )
-        if len({tuple(group[mark] for mark in MARKS) for group in self.groups}) < len(self.groups):
+        if len({repr([group[mark] for mark in MARKS]) for group in self.groups}) < len(self.groups):
             self.notes.append(
                 Note("warning", "some param groups are alike to Megatron-Core, which takes the last of them")
             )
         self.members = self._shared_out(given, trained)
 
     def _shared_out(self, given: Sequence[Mapping[str, Any]], trained: Sequence[Parameter]) -> list[list[str]]:
-        of = {name: i for i, group in enumerate(given) for name in group.get("params", ())}
+        of = {
+            name: i
+            for i, group in enumerate(given)
+            if isinstance(group.get("params"), list)
+            for name in group["params"]
+            if isinstance(name, str)
+        }
         mine: list[list[str]] = [[] for _ in given]
         missing = [p.name for p in trained if p.group not in of]
         for parameter in trained:
