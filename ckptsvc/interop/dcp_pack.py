@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ckptsvc.geometry.box import Box, cut
@@ -26,12 +26,22 @@ class Named(NamedTuple):
         source: its canonical name (see `interop.logical`).
         dtype: its element type in the file.
         shape: in elements.
+        members: what it is put together from, if it is no single tensor: the index that a member has in its first
+            dimensions, the member's canonical name, and the index of it in the first dimensions of that.
     """
 
     name: str
     source: str
     dtype: str
     shape: tuple[int, ...]
+    members: tuple[tuple[tuple[int, ...], str, tuple[int, ...]], ...] = ()
+
+    def pieces(self, most: int) -> Iterator[tuple[Box, str, Box]]:
+        """Boxes of it, of at most so many elements, with the tensor and the box of that which each is."""
+        for at, source, index in self.members or (((), self.source, ()),):
+            inner = self.shape[len(at) :]
+            for box in cut(Box.full(inner), most) if 0 not in inner else [Box.full(inner)]:
+                yield _under(at, box), source, _under(index, box)
 
 
 class _Entry(NamedTuple):
@@ -44,9 +54,13 @@ class _Entry(NamedTuple):
 
 
 class _Item(NamedTuple):
+    """An entry to be written: a box of a tensor, which is a box of another; or a value."""
+
     entry: _Entry
     box: Box
     tensor: Named | None
+    source: str = ""
+    region: Box = Box((), ())
 
 
 class Packed(NamedTuple):
@@ -70,11 +84,11 @@ def pack(tensors: Sequence[Named], values: dict[str, bytes], *, files: int, chun
     items = [_Item(_Entry(len(data), data, b"", ()), Box((), ()), None) for data in dict.fromkeys(values.values())]
     for tensor in tensors:
         step = max(chunk // DTYPES[tensor.dtype].itemsize, 1)
-        for box in list(cut(Box.full(tensor.shape), step)) or [Box.full(tensor.shape)]:
+        for box, source, region in tensor.pieces(step):
             key = (tensor.dtype, box.shape)
             if key not in entries:
                 entries[key] = _entry(*key)
-            items.append(_Item(entries[key], box, tensor))
+            items.append(_Item(entries[key], box, tensor, source, region))
     total = sum(_aligned(item.entry.nbytes) for item in items) or 1
     count = files or min(-(-total // FILE_BYTES), MAX_FILES)
     made = [_File(f"__{i}_0.distcp") for i in range(count)]
@@ -114,7 +128,7 @@ class _File:
         if entry.tail:
             self._fixed.append((start + entry.nbytes - len(entry.tail), entry.tail))
         if item.tensor is not None and not item.box.is_empty:
-            self._fills.append(Fill(start + len(entry.head), item.tensor.source, item.box, item.tensor.dtype))
+            self._fills.append(Fill(start + len(entry.head), item.source, item.region, item.tensor.dtype))
         for crc in entry.crcs:
             self._crcs.append(Crc(start + crc.start, crc.nbytes, tuple(start + at for at in crc.at)))
         self._at = _aligned(start + entry.nbytes)
@@ -131,6 +145,11 @@ def _entry(dtype: str, shape: tuple[int, ...]) -> _Entry:
     head = _joined([piece for piece in planned.fixed if piece[0] < begin])
     tail = _joined([piece for piece in planned.fixed if piece[0] >= begin])
     return _Entry(planned.nbytes, head, tail, [crc for crc in planned.crcs if crc.nbytes])
+
+
+def _under(index: tuple[int, ...], box: Box) -> Box:
+    """A box of what stands at an index, as a box of the whole."""
+    return Box((*index, *box.origin), (*(1 for _ in index), *box.shape)) if index else box
 
 
 def _joined(pieces: Sequence[tuple[int, bytes]]) -> bytes:

@@ -55,6 +55,12 @@ FORMATS: dict[str, Format] = {
     "deepspeed": Format("DeepSpeed", "deepspeed:detect", "deepspeed:read", "deepspeed_native_write:write"),
     "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
     "torchsnapshot": Format("torchsnapshot", "torchsnapshot:detect", "torchsnapshot:read"),
+    "megatron": Format(
+        "Megatron-Core torch_dist", "megatron_dist:detect", "megatron_dist:read", "megatron_dist_write:write"
+    ),
+    "megatron-classic": Format(
+        "Megatron classic", "megatron_classic:detect", "megatron_classic:read", "megatron_classic_write:write"
+    ),
     # Before hf: its writer of safetensors shards says in their headers which part of each tensor they have.
     "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
     "hf": Format("Hugging Face", "huggingface:detect", "huggingface:read", "huggingface:write"),

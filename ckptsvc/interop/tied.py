@@ -71,7 +71,7 @@ def equal(foreign: Foreign, one: str, other: str) -> bool:
     for box in cut(Box.full(meta.shape), STRETCH // DTYPES[meta.dtype].itemsize):
         wants = [Want(name, meta.dtype, meta.shape, box) for name in (one, other)]
         left, right = read_arrays(foreign, foreign.source, wants)
-        if not np.array_equal(left.view(np.uint8), right.view(np.uint8)):
+        if not np.array_equal(left.reshape(-1).view(np.uint8), right.reshape(-1).view(np.uint8)):
             return False
     return True
 

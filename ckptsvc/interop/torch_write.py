@@ -42,22 +42,24 @@ class Slot(msgspec.Struct, frozen=True, eq=False):
 
 
 class Packed(msgspec.Struct, frozen=True, eq=False):
-    """Stands for a tensor of one dimension that is made of regions; zero where there is none.
+    """Stands for a contiguous tensor that is made of regions; zero where there is none.
 
     Attributes:
         dtype: its element type in the file.
         size: number of elements.
         parts: (first element, canonical name, region), ascending.
+        extents: its shape in the file; None if it has one dimension.
     """
 
     dtype: str
     size: int
     parts: tuple[tuple[int, str, Region], ...]
+    extents: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Its shape in the file."""
-        return (self.size,)
+        return (self.size,) if self.extents is None else self.extents
 
 
 class Inline(msgspec.Struct, frozen=True, eq=False):
