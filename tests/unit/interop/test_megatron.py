@@ -212,6 +212,13 @@ def test_a_rank_has_its_half_of_gate_and_of_up(mixed: Logical, tmp_path: Path) -
     assert rank["optimizer"]["optimizer"]["param_groups"][1]["wd_mult"] == 0.0
 
 
+def test_sizes_of_the_model_are_handed_on(mixed: Logical, tmp_path: Path) -> None:
+    mixed.document()["config"] = {"num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "hidden_size": HIDDEN}
+    again = open_foreign(str(written(mixed, tmp_path / "one", "megatron-classic", tp="2")))
+    assert again.document()["megatron"]["model_config"]["num_query_groups"] == GROUPS
+    same_tensors(mixed, open_foreign(str(written(again, tmp_path / "two", "megatron-classic", tp="2", pp="2"))))
+
+
 def test_a_vocabulary_is_padded_anew(mixed: Logical, tmp_path: Path) -> None:
     options = {"tp": "2", "heads": "4", "kv_heads": "2", "vocab": "9", "vocab_multiple": "3"}
     output = exporter("megatron-classic")(mixed, options)
