@@ -392,6 +392,16 @@ def test_flat_buffers_need_the_order_of_parameters(
         open_foreign(str(buffers), {"names": str(names)})
 
 
+def test_flat_buffers_may_lie_in_pieces(foreign: Callable[[str], Path], buffers: Path, tmp_path: Path) -> None:
+    whole = open_foreign(f"dcp:{buffers}", {"model": "", "tied": "no"})
+    at = written(whole, tmp_path / "pieces", "dcp", model="", chunk="1000")
+    root = torch.load(buffers / "common.pt", weights_only=True)
+    root["args"] = Namespace(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    torch.save(root, at / "common.pt")
+    shutil.copy(buffers / "metadata.json", at)
+    matches(open_foreign(f"megatron:{at}", {"names": "local", "layers": "local"}), truth_of(foreign(CLASSIC)))
+
+
 # ---- bad input ----------------------------------------------------------------------------------------------
 
 
