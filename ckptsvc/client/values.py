@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
+from torch.utils.dlpack import from_dlpack
 
 from ckptsvc.client.fingerprint import Fingerprint
 from ckptsvc.client.parts import LocalPart, parts_of
@@ -44,18 +45,34 @@ SCALARS = frozenset({int, float, bool, str, type(None)})
 Leaf = Tensor | np.ndarray[Any, Any]
 
 
+@runtime_checkable
+class ForeignArray(Protocol):
+    """An array of another framework (JAX, CuPy), read through DLPack (the Python array API standard).
+
+    It is restored as a tensor, which they take in the same way: theirs are immutable and cannot be filled.
+    """
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any:
+        """A capsule with its memory."""
+
+    def __dlpack_device__(self) -> tuple[Any, int]:
+        """Where that is."""
+
+
 class Found:
     """Takes the tensors and arrays out of nested containers and names them.
 
     Attributes:
         parts: of all tensors found so far.
         leaves: name -> the live tensor or array.
+        foreign: the names of arrays of other frameworks.
     """
 
     def __init__(self, own: Callable[[str], str] | None = None, *, splittable: bool = False) -> None:
         """`own` turns a path into the name of what is this rank's alone; None if every rank has the same."""
         self.parts: list[LocalPart] = []
         self.leaves: dict[str, Leaf] = {}
+        self.foreign: set[str] = set()
         self._own = own
         self._splittable = splittable
         self._inside: set[int] = set()
@@ -79,6 +96,12 @@ class Found:
             name = path if self._own is None else self._own(path)
             self._add(name, value, tensor)
             return ArrayRef(name)
+        if isinstance(value, ForeignArray):
+            name = path if self._own is None else self._own(path)
+            self._check_new(name)
+            self.parts += parts_of(name, _imported(value, path), splittable=self._splittable)
+            self.foreign.add(name)
+            return TensorRef(name)
         kind = type(value)
         if kind not in CONTAINERS:
             return value
@@ -94,12 +117,23 @@ class Found:
         return taken
 
     def _add(self, name: str, leaf: Leaf, tensor: Tensor) -> None:
-        if name in self.leaves:
+        self._check_new(name)
+        self.parts += parts_of(name, tensor, splittable=self._splittable)
+        self.leaves[name] = leaf
+
+    def _check_new(self, name: str) -> None:
+        if name in self.leaves or name in self.foreign:
             raise UnsupportedObject(
                 f"two tensors are both called /{name}", hint="do not mix keys such as 1 and '1' in one dict"
             )
-        self.parts += parts_of(name, tensor, splittable=self._splittable)
-        self.leaves[name] = leaf
+
+
+def _imported(array: ForeignArray, path: str) -> Tensor:
+    try:
+        return from_dlpack(array)
+    except (RuntimeError, BufferError, TypeError, ValueError) as error:
+        kind = f"{type(array).__module__}.{type(array).__qualname__}"
+        raise UnsupportedObject(f"/{path}: {kind} cannot be read through DLPack: {error}") from error
 
 
 def as_tensor(array: np.ndarray[Any, Any]) -> Tensor | None:
@@ -151,7 +185,7 @@ class ValueNode:
         found.take(self._get(), self.path)
         self._targets = {}
         names = {ref.name for ref in references(plain)}
-        wanted.absent += found.leaves.keys() - names
+        wanted.absent += (found.leaves.keys() | found.foreign) - names
         for name in sorted(names):
             leaf = found.leaves.get(name)
             if leaf is None or (isinstance(leaf, np.ndarray) and not shares_memory(leaf)):
