@@ -20,7 +20,7 @@ from ckptsvc.interop.logical import MODEL, STATE, Foreign, Note
 from ckptsvc.interop.megatron_classic_optimizer import Optimizers
 from ckptsvc.interop.megatron_files import checkpoint_folder, step_of, vocabulary_note, with_types
 from ckptsvc.interop.megatron_names import EMBEDDING, OUTPUT, tied
-from ckptsvc.interop.megatron_ranks import MODEL_FILE, Ranks, add_local, argument, is_folder, read_ranks
+from ckptsvc.interop.megatron_ranks import MODEL_FILE, Ranks, add_local, argument, is_chunk, is_folder, read_ranks
 from ckptsvc.interop.plain import Plain
 from ckptsvc.interop.tied import alias, equal
 
@@ -58,7 +58,7 @@ def read(files: Files, origin: str, options: Mapping[str, str]) -> Foreign:
     first = ranks.ranks[0].root
     foreign.step = step_of(first, folder.rstrip("/"), origin)
     apart = {"optimizer", "rng_state"}
-    rest = {str(k): v for k, v in first.items() if k not in apart and not str(k).startswith("model")}
+    rest = {str(k): v for k, v in first.items() if k not in apart and not is_chunk(k)}
     if "args" in rest:
         rest["args"] = with_types(rest["args"])
     foreign.plain["megatron"] = plain.value(rest, "megatron")

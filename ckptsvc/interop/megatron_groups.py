@@ -10,6 +10,7 @@ import numpy as np
 from ckptsvc.errors import InvalidInput
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.geometry.box import Box
+from ckptsvc.interop.families import variables
 from ckptsvc.interop.logical import Logical, Note
 from ckptsvc.interop.megatron_layers import Parameter
 from ckptsvc.interop.megatron_names import Group, module_order, shared_out
@@ -29,6 +30,19 @@ PARALLEL = {
 
 _APART = ("params", "param_names", "step")
 _KEPT = ("optimizer", "megatron", "step", "global_step", "iteration")
+
+
+CONFIG = {
+    "layers": "num_layers",
+    "hidden": "hidden_size",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "ffn": "ffn_hidden_size",
+    "experts": "num_moe_experts",
+    "vocab": "vocab_size",
+}
+"""Sizes of a model as Megatron-Core calls them, by the variables of rules and name maps."""
 
 
 class Groups:
@@ -128,6 +142,8 @@ def step_tensor(step: float) -> Inline:
 def rest_of(logical: Logical, degrees: Mapping[str, int], notes: list[Note]) -> dict[str, Any]:
     """What Megatron keeps beside model and optimizer: iteration, arguments, the schedule of learning rates.
 
+    Where there are no arguments, the sizes that the checkpoint says are kept as `model_config`, for who converts it on.
+
     Args:
         logical: the checkpoint.
         degrees: of parallelism, by their short names; arguments that say them are set to these.
@@ -142,6 +158,9 @@ def rest_of(logical: Logical, degrees: Mapping[str, int], notes: list[Note]) -> 
         changed = {name: degrees[short] for name, short in PARALLEL.items() if name in args and short in degrees}
         state = {str(k): _typed(v) for k, v in _storable(args, notes, "megatron/args").items()} | changed
         made = {"args": Call(Global("argparse", "Namespace"), (), state), **made}
+    elif "model_config" not in made:  # not as arguments: Megatron-LM compares all that it knows if there are any
+        sizes = variables(document, {})
+        made["model_config"] = {name: sizes[short] for short, name in CONFIG.items() if short in sizes}
     others = sorted(str(key) for key in document if key not in _KEPT)
     if others:
         notes.append(Note("lost", f"plain values that Megatron has no place for: {', '.join(others[:10])}"))

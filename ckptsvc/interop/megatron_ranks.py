@@ -60,6 +60,11 @@ def is_folder(name: str) -> bool:
     return _FOLDER.fullmatch(name) is not None
 
 
+def is_chunk(key: Any) -> bool:
+    """Whether it is the key of a model, or of a chunk of its layers."""
+    return isinstance(key, str) and _CHUNK.fullmatch(key) is not None
+
+
 def read_ranks(files: Files, folder: str) -> list[Rank]:
     """All ranks, by pipeline stage, then expert, then tensor-parallel rank.
 
@@ -97,9 +102,7 @@ def _rank(files: Files, folder: str) -> Rank:
         root = read_torch(files, key, allowed=MEGATRON).root
     except NotFound:
         raise NotFound(f"{files.url}/{key} does not exist", hint="a rank has not finished its checkpoint") from None
-    models = (
-        {k: v for k, v in root.items() if isinstance(k, str) and _CHUNK.fullmatch(k)} if isinstance(root, dict) else {}
-    )
+    models = {k: v for k, v in root.items() if is_chunk(k)} if isinstance(root, dict) else {}
     if not models or not all(isinstance(model, Mapping) for model in models.values()):
         raise Damaged(f"{files.url}/{key} has no model in it")
     chunks: list[dict[str, StoredTensor]] = []

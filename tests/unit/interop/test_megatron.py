@@ -212,6 +212,13 @@ def test_a_rank_has_its_half_of_gate_and_of_up(mixed: Logical, tmp_path: Path) -
     assert rank["optimizer"]["optimizer"]["param_groups"][1]["wd_mult"] == 0.0
 
 
+def test_sizes_of_the_model_are_handed_on(mixed: Logical, tmp_path: Path) -> None:
+    mixed.document()["config"] = {"num_attention_heads": HEADS, "num_key_value_heads": GROUPS, "hidden_size": HIDDEN}
+    again = open_foreign(str(written(mixed, tmp_path / "one", "megatron-classic", tp="2")))
+    assert again.document()["megatron"]["model_config"]["num_query_groups"] == GROUPS
+    same_tensors(mixed, open_foreign(str(written(again, tmp_path / "two", "megatron-classic", tp="2", pp="2"))))
+
+
 def test_a_vocabulary_is_padded_anew(mixed: Logical, tmp_path: Path) -> None:
     options = {"tp": "2", "heads": "4", "kv_heads": "2", "vocab": "9", "vocab_multiple": "3"}
     output = exporter("megatron-classic")(mixed, options)
@@ -383,6 +390,16 @@ def test_flat_buffers_need_the_order_of_parameters(
     names.write_text("\n".join(order[1:]))
     with pytest.raises(LayoutError, match="do not fill"):
         open_foreign(str(buffers), {"names": str(names)})
+
+
+def test_flat_buffers_may_lie_in_pieces(foreign: Callable[[str], Path], buffers: Path, tmp_path: Path) -> None:
+    whole = open_foreign(f"dcp:{buffers}", {"model": "", "tied": "no"})
+    at = written(whole, tmp_path / "pieces", "dcp", model="", chunk="1000")
+    root = torch.load(buffers / "common.pt", weights_only=True)
+    root["args"] = Namespace(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    torch.save(root, at / "common.pt")
+    shutil.copy(buffers / "metadata.json", at)
+    matches(open_foreign(f"megatron:{at}", {"names": "local", "layers": "local"}), truth_of(foreign(CLASSIC)))
 
 
 # ---- bad input ----------------------------------------------------------------------------------------------
