@@ -52,10 +52,20 @@ def planned(
             arrangement.placement.check()
             ranks = parallel.world_size
         else:
-            sizes = dict(item.strip().partition("=")[::2] for item in request.to.split(","))
-            request = msgspec.structs.replace(request, options={**sizes, **request.options})
+            request = msgspec.structs.replace(request, options={**_sizes(request), **request.options})
     holding = arrangement.regions if arrangement else None
     return Conversion(request, opened, memory, holding=holding, ranks=ranks, dry=dry, restart=restart, beside=beside)
+
+
+def _sizes(request: Request) -> dict[str, str]:
+    """The layout as options of an exporter: without sizes of one, which say nothing."""
+    sizes = dict(item.strip().partition("=")[::2] for item in request.to.split(","))
+    kind = target_format(request.target)
+    if kind.startswith("deepspeed") and "zero" in sizes:
+        sizes["stage"] = sizes.pop("zero")
+    if kind.startswith("megatron"):
+        sizes = {name: value for name, value in sizes.items() if name not in {"dp", "zero"}}  # any may load it
+    return {name: value for name, value in sizes.items() if value != "1" or name in {"dp", "stage"}}
 
 
 def be_worker(request: Request, memory: int, number: int, of: int) -> int:

@@ -95,6 +95,8 @@ def write(logical: Logical, options: Mapping[str, str]) -> Output:
         archive.filled(member, size, fills, _header(np.dtype(_NUMPY[dtype]), meta.shape))
     if cast:
         notes.append(Note("lost", f"{cast} tensors are cast to {options['dtype']}"))
+    if logical.aliases:
+        notes.append(Note("lost", f"{len(logical.aliases)} further names of tied tensors are not written"))
     if logical.document():
         notes.append(Note("lost", "plain values (parameter groups, schedulers) have no place in an archive of arrays"))
     return Output([archive.output(options.get("file", "checkpoint.npz"))], notes=notes, facts=dict(options))

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptsvc.errors import Damaged, InvalidInput, LayoutError
-from ckptsvc.format.document import join, replace_refs, split
+from ckptsvc.format.document import assemble, join, replace_refs, split
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop.files import Files, LocalFiles
@@ -94,6 +94,9 @@ def write(logical: Logical, options: Mapping[str, str]) -> Output:
         slots[alias] = slots[name]
     model = OrderedDict(("/".join(split(n)[1:]), slot) for n, slot in slots.items() if n.startswith(MODEL))
     notes: list[Note] = []
+    extra = logical.document().get("model")
+    if isinstance(extra, dict):  # extra states of modules
+        model.update(_restored(extra, slots, "model", notes))
     if form == "weights":
         dropped = sum(not n.startswith((MODEL, "@")) for n in slots)
         if dropped:
@@ -102,7 +105,7 @@ def write(logical: Logical, options: Mapping[str, str]) -> Output:
     else:
         document = {k: v for k, v in logical.document().items() if not k.startswith("@")}
         optimizer = _optimizer_state(document.pop("optimizer", None), slots, notes, numbers=numbers)
-        rest = {key: _restored(value, slots, join("", key), notes) for key, value in document.items() if key != "model"}
+        rest = _rest({key: value for key, value in document.items() if key != "model"}, slots, notes)
         root = _framed(form, model, optimizer, rest, logical.step)
     return Output([torch_output(options.get("file", "checkpoint.pt"), root)], notes=notes, facts=dict(options))
 
@@ -251,6 +254,13 @@ def _optimizer_state(plain: Any, slots: Mapping[str, Slot], notes: list[Note], *
         for i, group in enumerate(groups)
     ]
     return {"state": dict(sorted(state.items(), key=lambda item: str(item[0]).zfill(12))), "param_groups": plain_groups}
+
+
+def _rest(document: dict[str, Any], slots: Mapping[str, Slot], notes: list[Note]) -> dict[str, Any]:
+    """What is neither model nor optimizer: plain values, with tensors where they refer to them or where names say."""
+    own = {name: slot for name, slot in slots.items() if not name.startswith((MODEL, "optimizer/", "@"))}
+    tree = assemble(document, own, lambda slot: slot)
+    return {key: _storable(value, join("", key), notes) for key, value in tree.items()}
 
 
 def _all_text(group: Mapping[str, Any]) -> bool:

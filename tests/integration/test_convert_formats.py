@@ -24,7 +24,7 @@ CIRCLES = {
     "deepspeed": ["ckptsvc:{0}/a", "deepspeed-universal:{0}/b", "deepspeed:{0}/c"],
     "megatron": ["ckptsvc:{0}/a", "dcp:{0}/b"],
     "megatron-classic": ["ckptsvc:{0}/a", "megatron-classic:{0}/b"],
-    "hf": ["npz:{0}/a", "ckptsvc:{0}/b", "hf:{0}/c"],
+    "hf": ["torch:{0}/a", "ckptsvc:{0}/b", "hf:{0}/c"],
 }
 FILES = {"torch": "checkpoint.pt", "npz": "checkpoint.npz"}
 PARTS = {"megatron-classic": ["--to", "tp=1,pp=2"], "deepspeed": ["--to", "dp=3,zero=2"]}
