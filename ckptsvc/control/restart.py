@@ -18,9 +18,9 @@ restart waits for a node whose agent is away for `AWAY_PATIENCE` only, when ther
 
 One attempt runs at a time. A coordinator that took over waits for nodes that it has not heard of as for nodes whose
 agents are away, for any of them may run ranks: it starts nothing for `AWAY_PATIENCE` from the first word of the job,
-unless as many nodes as an attempt can have say that they have stopped the last one. A node that is out of reach for
-longer runs on; epochs keep what it saves apart. And if the first it hears of are nodes that are new to the job, nobody
-has told it that there was another: it starts them, and stops them when it hears of the others.
+unless all ranks of the last attempt have been heard of, or as many nodes as an attempt can have, two at least, have
+stopped it: a later one would have had one of them. A node that is out of reach for longer runs on; epochs keep what it
+saves apart. Nodes new to the job cannot tell that it is old: if they are heard of first, they run until others are.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class Attempts:
             self.hosts.discard(event.node)  # the order to start never reached it, so there is nothing to stop
             self._count(node)
         elif event.attempt > self.attempt:  # an earlier coordinator has got that far
-            self.attempt, self.restarts = event.attempt, max(self.restarts, event.attempt)
+            self.attempt, self.restarts, self.world = event.attempt, max(self.restarts, event.attempt), 0
             self._count_all()
         return self._start_if_ready(now)
 
@@ -374,7 +374,8 @@ class Attempts:
         """After a change of coordinator: whether nodes that have not been heard of may run an attempt."""
         if self.gathered or not (self.inherited or self.attempt) or now - self.heard_at >= AWAY_PATIENCE:
             return False
-        return not self.attempt or sum(n.ready == self.attempt for n in self.nodes.values()) < self.max_nodes
+        stopped = sum(node.ready == self.attempt > 0 for node in self.nodes.values())
+        return stopped < max(self.max_nodes, 2) and not 0 < self.world <= len(self.running)
 
     def _start_if_ready(self, now: float) -> Decision:
         if self.phase not in (Phase.GATHERING, Phase.STOPPING) or len(self.nodes) < self.min_nodes or self.unready:
@@ -400,10 +401,9 @@ class Attempts:
         self.running, self.hosts, self.statuses, self.suspects = {}, {n.name for n in chosen}, {}, {}
         self.world, self.places = world, {n.name: float(place) for place, n in enumerate(chosen)}
         self._count_all()
-        spares = sorted(self.nodes.keys() - self.hosts)
-        without = f"; without {', '.join(spares)}" if spares else ""
-        text = f"attempt {self.attempt} starts: {world} ranks on {len(chosen)} nodes{without}"
-        decision = Decision([], [f"job {self.job}: {text}"])
+        spares = ", ".join(sorted(self.nodes.keys() - self.hosts))
+        where = f"{len(chosen)} nodes" + (f"; without {spares}" if spares else "")
+        decision = Decision([], [f"job {self.job}: attempt {self.attempt} starts: {world} ranks on {where}"])
         first = 0
         for node_rank, node in enumerate(chosen):
             start = agent_pb2.StartRanks(

@@ -55,6 +55,10 @@ TAKEOVERS = {
         seed=448, nodes=4, least=1, most=1, nproc=1, steps=33, every_steps=5, every_seconds=0.0,
         faults=(Fault(4.96, "kill coordinator", 93, 1.0),),
     ),
+    "it is a spare that runs, and the node that has stopped is first": Schedule(
+        seed=4443, nodes=3, least=1, most=1, nproc=2, steps=34, every_steps=2, every_seconds=0.0, late=29.9937,
+        faults=(Fault(1.3551, "kill coordinator", 85, 4.4539), Fault(31.4713, "kill coordinator", 72, 1.019)),
+    ),
 }  # fmt: skip
 """One coordinator follows another, and must start no second attempt."""
 

@@ -632,6 +632,19 @@ class TestNewCoordinator:
         assert kinds(attempts.tick(2 * AWAY_PATIENCE)) == []
         assert sorted(kinds(attempts.ready(node_ready("c", 2), 21.0))) == ["a: start", "b: start", "c: start"]
 
+    def test_nor_takes_the_only_node_that_has_stopped_for_a_spare_may_run_in_its_place(self):
+        attempts = make(1, 1)
+        attempts.joined(node_joined("a", again=True), 0.0)
+        assert kinds(attempts.ready(node_ready("a", 1), 0.0)) == []
+        assert kinds(attempts.joined(node_joined("spare", attempt=2, world_size=2), 0.1)) == []
+        assert (attempts.phase, attempts.attempt) == (Phase.RUNNING, 2)
+
+    def test_does_not_wait_once_it_has_heard_of_all_ranks(self):
+        attempts = make(1, 1)
+        attempts.joined(node_joined("a", attempt=1, world_size=2, again=True), 0.0)
+        assert kinds(attempts.rank_exited(1, 0, "a", 1, 0.5)) == ["a: stop"]
+        assert kinds(attempts.ready(node_ready("a", 1), 1.0)) == ["a: start"]
+
     def test_nodes_that_no_coordinator_has_heard_of_are_started_at_once(self):
         attempts = make(1, 1)
         attempts.joined(node_joined("a", uptime=100.0), 0.0)
