@@ -206,7 +206,7 @@ class Control:
         epoch = max(agent.epoch for agent in fleet.agents)
         folder = Path(self._service.store.removeprefix("file://"), checkpoint_name(step, epoch))
         token = secrets.token_hex(4)
-        await asyncio.to_thread(_make_shards, folder, [shard_name(rank, token) for rank in range(world)])
+        await _make_shards(folder, [shard_name(rank, token) for rank in range(world)])
         columns = _columns(world)
         last = next(agent for agent in fleet.agents if agent.runs)
         began, used = time.monotonic(), self._service.cpu()
@@ -299,11 +299,11 @@ class Control:
         self._add("coordinator killed: CPU of the next one", "s", [self._service.cpu()])
 
 
-def _make_shards(folder: Path, names: list[str]) -> None:
-    """Empty files: the commit looks whether they are there."""
-    folder.mkdir(parents=True)
-    for name in names:
-        (folder / name).touch()
+async def _make_shards(folder: Path, names: list[str]) -> None:
+    """Empty files: the commit looks whether they are there. Other processes make them: pings want their answers here."""
+    await asyncio.to_thread(folder.mkdir, parents=True)
+    process = await asyncio.create_subprocess_exec("xargs", "touch", cwd=folder, stdin=asyncio.subprocess.PIPE)
+    await process.communicate("\n".join(names).encode())
 
 
 def _columns(world: int) -> Callable[[int], bytes]:
