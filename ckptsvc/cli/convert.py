@@ -14,7 +14,7 @@ from ckptsvc.cli import convert_work
 from ckptsvc.cli.convert_text import Result, show, show_plan
 from ckptsvc.cli.layout import Variable
 from ckptsvc.cli.terminal import note, plural, progress
-from ckptsvc.errors import ConfigError, InvalidInput
+from ckptsvc.errors import ConfigError, InvalidInput, SaveFailed
 from ckptsvc.interop.convert import Conversion
 from ckptsvc.interop.estimate import estimate
 from ckptsvc.interop.memory import checked_memory
@@ -134,7 +134,7 @@ def command(
     each = checked_memory(memory, workers * beside)
     opened = open_sources(request, [declared(shape)] if shape else ())
     try:
-        conversion = convert_work.planned(request, opened, each, dry=dry_run, restart=restart, beside=rank > 0)
+        conversion = convert_work.planned(request, opened, each, dry=dry_run, restart=restart, part=(rank, world))
     except BaseException:
         opened.logical.close()
         raise
@@ -146,6 +146,8 @@ def command(
         resumed = sum(task.nbytes for task in conversion.tasks if task.number in conversion.finished)
         _work(conversion, request, workers, rank, world)
         complete = conversion.finish(alone=world == 1)
+        if not complete and world == 1:
+            raise SaveFailed("files that were finished are gone again", hint="the same command again makes them again")
         result = Result(complete, resumed, time.monotonic() - began)
         show(conversion, result, as_json)
     finally:

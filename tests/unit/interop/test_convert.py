@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from harness.declared import Arrays
 
-from ckptsvc.errors import InvalidInput, RunBusy, StoreError, StoreFull
+from ckptsvc.errors import InvalidInput, RunBusy, SaveFailed, StoreError, StoreFull
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop import convert, target
 from ckptsvc.interop.convert import Conversion
@@ -60,7 +61,7 @@ def source() -> Arrays:
 
 
 def begin(source: Arrays, place: object, *, fmt: str = "flat", memory: int = MEMORY, **more: Any) -> Conversion:
-    settings = {key: more.pop(key) for key in ("dry", "restart", "beside") if key in more}
+    settings = {key: more.pop(key) for key in ("dry", "restart", "part") if key in more}
     request = Request(sources=("arrays",), target=f"{fmt}:{place}" if fmt else str(place), **more)
     return Conversion(request, open_sources(request, [source]), memory, **settings)
 
@@ -135,7 +136,7 @@ def test_what_was_completed_but_for_its_records_is_complete(
 ) -> None:
     conversion = begin(source, tmp_path / "out")
     conversion.run(lambda nbytes: None)
-    monkeypatch.setattr(conversion.target.ledger, "forget", lambda: None)  # as if it was killed here
+    monkeypatch.setattr(conversion.target.ledger, "forget", lambda keep: None)  # as if it was killed here
     assert conversion.finish()
     again = begin(source, tmp_path / "out")
     assert again.complete
@@ -182,7 +183,7 @@ def test_what_is_there_is_left_alone(source: Arrays, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="is there already"):
         begin(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    late = begin(source, tmp_path / "out", beside=True)
+    late = begin(source, tmp_path / "out", part=(1, 2))
     assert late.complete, "one of several processes takes it for what the others have made"
 
 
@@ -275,3 +276,71 @@ def test_a_source_is_told_by_its_own_files_only(source: Arrays, tmp_path: Path) 
     assert [a == b for a, b in zip(first, identities(), strict=True)] == [False, True]
     os.utime(folder / "a.pt", ns=(1, 1))
     assert not set(first) & set(identities())
+
+
+@pytest.mark.parametrize("fmt", ["flat", ""])
+def test_a_file_removed_before_the_end_is_missed(source: Arrays, tmp_path: Path, fmt: str) -> None:
+    conversion = begin(source, tmp_path / "out", fmt=fmt)
+    conversion.run(lambda nbytes: None)
+    store, key, made = conversion.target.store, conversion.output.files[0].key, conversion.output.finish
+
+    def removed(digests: Any) -> Any:
+        store.delete(key)
+        return made(digests)
+
+    conversion.output = msgspec.structs.replace(conversion.output, finish=removed)
+    with pytest.raises(SaveFailed, match="missing or cut short"):
+        conversion.finish()
+    assert not conversion.finish(), "it is seen at once the next time"
+    assert not list(tmp_path.rglob("COMMIT"))
+    assert fmt == "" or not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("fmt", ["flat", ""])
+def test_what_was_thrown_away_meanwhile_is_not_called_complete(
+    source: Arrays, tmp_path: Path, fmt: str, alone: bool
+) -> None:
+    conversion = begin(source, tmp_path / "out", fmt=fmt)
+    conversion.run(lambda nbytes: None)
+    conversion.target.discard(conversion.ref)
+    with pytest.raises(SaveFailed, match="thrown away"):
+        conversion.finish(alone=alone)
+
+
+def test_records_of_another_conversion_of_the_same_step_are_left(source: Arrays, tmp_path: Path) -> None:
+    done(begin(source, tmp_path / "out", fmt=""))
+    other = begin(source, tmp_path / "out", fmt="", dtype="bfloat16")
+    other.run(lambda nbytes: None)
+    first = begin(source, tmp_path / "out", fmt="")
+    assert first.complete
+    assert first.finish()
+    assert other.finish()
+
+
+def test_only_one_process_works_on_a_share(source: Arrays, tmp_path: Path) -> None:
+    for fmt in ("flat", ""):
+        first = begin(source, tmp_path / f"out{fmt}", fmt=fmt)
+        for more in ({}, {"restart": True}, {"part": (1, 2)}):
+            with pytest.raises(RunBusy, match="is at work"):
+                begin(source, tmp_path / f"out{fmt}", fmt=fmt, **more)
+        done(first)
+        assert not list(tmp_path.rglob("process-*"))
+        assert not (tmp_path / "outflat.convert").exists()
+
+
+def test_what_was_made_meanwhile_is_not_made_again(
+    source: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptsvc.interop.tasks.TASK_BYTES", 1)
+    first = begin(source, tmp_path / "out")
+    helper = begin(source, tmp_path / "out", part=None)
+    helper.run(lambda nbytes: None)
+    written: list[int] = []
+    first.run(written.append)
+    assert written == []
+    first.target.discard(None)
+    helper.finished.clear()
+    with pytest.raises(SaveFailed, match="thrown away"):
+        helper.run(written.append)
+    assert written == []
