@@ -170,6 +170,7 @@ class Conversion:
 
         Raises:
             SaveFailed: what was done has been removed meanwhile.
+            Damaged: a source has changed meanwhile.
             CkptsvcError: as the target raises.
         """
         self.target.check_entered()
@@ -192,6 +193,7 @@ class Conversion:
             return False
         if not alone and not self._elected():
             return self._made_by_another()
+        self._sources.check_unchanged()
         digests = {key: found for files in self.finished.values() for key, found in files.items()}
         smalls = self.output.finish(digests)
         failpoint("before_complete")

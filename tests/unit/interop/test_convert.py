@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from harness.declared import Arrays
 
-from ckptsvc.errors import InvalidInput, RunBusy, SaveFailed, StoreError, StoreFull
+from ckptsvc.errors import Damaged, InvalidInput, RunBusy, SaveFailed, StoreError, StoreFull
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop import convert, target
 from ckptsvc.interop.convert import Conversion
@@ -344,3 +344,22 @@ def test_what_was_made_meanwhile_is_not_made_again(
     with pytest.raises(SaveFailed, match="thrown away"):
         helper.run(written.append)
     assert written == []
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_completed(source: Arrays, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / "source" / name).write_bytes(b"1234")
+    source.origin = f"flat:{tmp_path / 'source'}"
+    source.identity = ""
+    for fmt in ("flat", ""):
+        conversion = begin(source, tmp_path / f"out{fmt}", fmt=fmt)
+        conversion.run(lambda nbytes: None)
+        os.utime(tmp_path / "source/b.pt", ns=(1, len(fmt)))
+        with pytest.raises(Damaged, match=r"b\.pt in .* has changed"):
+            conversion.finish()
+        conversion.close()
+        with pytest.raises(RunBusy, match="another conversion is unfinished"):
+            begin(source, tmp_path / f"out{fmt}", fmt=fmt)
+    assert not list(tmp_path.rglob("COMMIT"))
+    assert not (tmp_path / "outflat").exists()
