@@ -25,14 +25,14 @@ from ckptsvc.interop.formats import NATIVE, exporter, split_address
 from ckptsvc.interop.ledger import Plan
 from ckptsvc.interop.logical import Logical, Note
 from ckptsvc.interop.memory import resident
-from ckptsvc.interop.native import JOB, Holding, Naming, step_of, write_native
+from ckptsvc.interop.native import Holding, Naming, step_of, write_native
 from ckptsvc.interop.outputs import Output
 from ckptsvc.interop.produce import Budget, Production
 from ckptsvc.interop.request import Request, Sources, target_format
 from ckptsvc.interop.select import Recast
 from ckptsvc.interop.target import Target
 from ckptsvc.interop.tasks import Task, share, tasks
-from ckptsvc.pipeline.catalog import Ref, newest_epoch, take_epoch
+from ckptsvc.pipeline.catalog import Ref, newest_epoch
 from ckptsvc.pipeline.commit import now_iso
 from ckptsvc.pipeline.failpoint import failpoint
 
@@ -239,7 +239,7 @@ class Conversion:
         if not self._is_as_it_was(begun, beside):
             return
         if begun is None and self.format == NATIVE:
-            epoch = take_epoch(self.target.store, JOB, 0, self.plan.identity, self.plan.created)
+            epoch = self.target.take_epoch(self.plan.identity, self.plan.created)
             self.plan = msgspec.structs.replace(self.plan, epoch=epoch)
         self.plan = ledger.claim(self.plan)
         if self.format == NATIVE and planned != self.plan:  # another writer took the epoch, or began first

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from ckptsvc.errors import CkptsvcError, InvalidInput, SaveFailed, StoreError, StoreFull
-from ckptsvc.format.commit import CommitRecord
+from ckptsvc.errors import CkptsvcError, InvalidInput, SaveFailed, StoreError, StoreFull, StoreUnavailable
+from ckptsvc.format.commit import CommitRecord, EpochRecord, epoch_key
 from ckptsvc.interop.formats import NATIVE
 from ckptsvc.interop.lease import Lease
 from ckptsvc.interop.ledger import Ledger, put_same
@@ -232,10 +232,30 @@ class Target:
             with suppress(OSError):
                 os.rmdir(f"{self.local}{RECORDS}")
 
-    def _check_run(self) -> None:
+    def take_epoch(self, owner: str, created: str) -> int:
+        """Take the epoch behind the newest one, whose owner was looked at: no job can come between unseen.
+
+        Args:
+            owner: identity of the conversion.
+            created: ISO 8601.
+
+        Raises:
+            InvalidInput: it is the run of a job.
+            StoreUnavailable: others take one after the other.
+        """
+        for _ in range(100):
+            epoch = self._check_run() + 1
+            record = EpochRecord(epoch=epoch, job=JOB, attempt=0, owner=owner, created=created)
+            key = epoch_key(epoch)
+            if self.store.put_if_absent(key, record.encode()) or read_epoch(self.store, epoch).owner == owner:
+                return epoch
+        raise StoreUnavailable(f"{self.url}: a hundred other conversions took epochs meanwhile")
+
+    def _check_run(self) -> int:
+        """The newest epoch of the run, 0 for none, if it is no job's."""
         newest = newest_epoch(self.store)
         if not newest:
-            return
+            return 0
         try:
             owner = read_epoch(self.store, newest).job
         except CkptsvcError:
@@ -245,6 +265,7 @@ class Target:
                 f"{self.url} is the run of job {owner}, which could not save there any more",
                 hint="convert into a new folder; a job resumes from it with init_from",
             )
+        return newest
 
 
 def _is_something(place: Path) -> bool:

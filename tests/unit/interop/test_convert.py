@@ -22,6 +22,8 @@ from ckptsvc.interop.logical import Logical
 from ckptsvc.interop.memory import available, checked_memory, resident
 from ckptsvc.interop.outputs import Fill, Output, OutputFile, Small
 from ckptsvc.interop.request import Request, open_sources
+from ckptsvc.pipeline.catalog import take_epoch
+from ckptsvc.pipeline.commit import check_fence
 from ckptsvc.storage import connect
 from ckptsvc.types import DTYPES
 
@@ -363,3 +365,21 @@ def test_a_source_that_changes_while_it_is_read_is_not_completed(source: Arrays,
             begin(source, tmp_path / f"out{fmt}", fmt=fmt)
     assert not list(tmp_path.rglob("COMMIT"))
     assert not (tmp_path / "outflat").exists()
+
+
+def test_a_job_that_takes_the_run_meanwhile_is_not_fenced_off(
+    source: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, looks = target.newest_epoch, []
+
+    def and_then_the_job(store: Any) -> int:
+        looks.append(looked(store))
+        if len(looks) == 2:  # the first look is when it is planned
+            take_epoch(store, "training", 0, "f" * 32, "now")
+        return looks[-1]
+
+    monkeypatch.setattr(target, "newest_epoch", and_then_the_job)
+    with pytest.raises(InvalidInput, match="the run of job training"):
+        begin(source, tmp_path / "out", fmt="")
+    assert looks == [0, 0, 1]
+    check_fence(connect(str(tmp_path / "out")), "training", 1)
