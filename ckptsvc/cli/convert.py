@@ -131,6 +131,10 @@ def command(
     began = time.monotonic()
     here = None if alone or dry_run else detect(os.environ, platform.node().partition(".")[0])
     rank, world, beside = (here.rank, here.world_size, here.local_size) if here else (0, 1, 1)
+    if restart and world > 1:  # each would throw away what the others have begun
+        raise InvalidInput(
+            "--restart is for one process, and this is one of several", hint="run it once with --alone --restart"
+        )
     each = checked_memory(memory, workers * beside)
     opened = open_sources(request, [declared(shape)] if shape else ())
     try:

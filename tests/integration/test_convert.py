@@ -169,6 +169,16 @@ def test_processes_of_an_allocation_share_the_files(source: str, tmp_path: Path)
     assert cli("diff", source, tmp_path / "out").status == 0
 
 
+def test_restart_is_refused_where_several_processes_work(source: str, tmp_path: Path) -> None:
+    rank = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}  # fmt: skip
+    process = program(source, tmp_path / "out", "--restart", **rank)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "--alone --restart" in out + err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_worker_that_is_killed_is_named(source: str, tmp_path: Path) -> None:
     points = tmp_path / "points"
     points.mkdir()
