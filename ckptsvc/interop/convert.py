@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
+import ckptsvc
 from ckptsvc.errors import InvalidInput, RunBusy, SaveFailed, StoreError
 from ckptsvc.format.checksum import Digests, digest128
 from ckptsvc.interop.average import memory_for
@@ -28,7 +29,7 @@ from ckptsvc.interop.memory import resident
 from ckptsvc.interop.native import Holding, Naming, step_of, write_native
 from ckptsvc.interop.outputs import Output
 from ckptsvc.interop.produce import Budget, Production
-from ckptsvc.interop.request import Request, Sources, target_format
+from ckptsvc.interop.request import Request, Sources, model_of, target_format
 from ckptsvc.interop.select import Recast
 from ckptsvc.interop.target import Target
 from ckptsvc.interop.tasks import Task, share, tasks
@@ -267,7 +268,10 @@ class Conversion:
 
     def _new_plan(self) -> Plan:
         request = self._request
-        facts = [self._sources.identity, self.format, msgspec.structs.replace(request, sources=(), target="")]
+        family = model_of(request.family)
+        rules = family.digest if family else ""  # a file of the user's own may be edited
+        asked = msgspec.structs.replace(request, sources=(), target="")
+        facts = [ckptsvc.__version__, self._sources.identity, self.format, asked, rules]
         title = f"{' '.join(request.sources)} -> {request.target}"
         epoch = newest_epoch(self.target.store) + 1 if self.format == NATIVE else 0
         return Plan(identity=digest128(msgspec.json.encode(facts)), title=title, created=now_iso(), epoch=epoch)

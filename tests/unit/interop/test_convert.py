@@ -383,3 +383,19 @@ def test_a_job_that_takes_the_run_meanwhile_is_not_fenced_off(
         begin(source, tmp_path / "out", fmt="")
     assert looks == [0, 0, 1]
     check_fence(connect(str(tmp_path / "out")), "training", 1)
+
+
+def test_another_version_or_other_rules_are_another_plan(
+    source: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = tmp_path / "mine.toml"
+    rules.write_text('include = "llama"\n')
+    begin(source, tmp_path / "out", family=str(rules)).close()
+    begin(source, tmp_path / "out", family=str(rules)).close()
+    rules.write_text('include = "llama"\ntitle = "changed"\n')
+    with pytest.raises(RunBusy, match="another conversion is unfinished"):
+        begin(source, tmp_path / "out", family=str(rules))
+    rules.write_text('include = "llama"\n')
+    monkeypatch.setattr("ckptsvc.__version__", "0.0.1")
+    with pytest.raises(RunBusy, match="another conversion is unfinished"):
+        begin(source, tmp_path / "out", family=str(rules))
