@@ -242,6 +242,7 @@ class Conversion:
         if begun is None and self.format == NATIVE:
             epoch = self.target.take_epoch(self.plan.identity, self.plan.created)
             self.plan = msgspec.structs.replace(self.plan, epoch=epoch)
+        self.target.check_name()
         self.plan = ledger.claim(self.plan)
         if self.format == NATIVE and planned != self.plan:  # another writer took the epoch, or began first
             self.output = self._planned()
@@ -255,8 +256,12 @@ class Conversion:
         Raises:
             RunBusy: another process has completed it, or thrown it away, since it was planned.
         """
+        now = self.target.ledger.read()
+        if now is not None and now.identity == self.plan.identity and self.target.is_renamed():
+            self.complete = True
+            return False
         made = self.target.is_there() or self.target.completed(self.plan.identity, self._step) is not None
-        if self.target.ledger.read() is not None or (begun is None and not made):
+        if now is not None or (begun is None and not made):
             return True
         if not (beside and made):
             raise RunBusy(

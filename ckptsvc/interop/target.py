@@ -9,6 +9,7 @@ The records of what is finished (interop.ledger) are in PATH.convert, for our ow
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -104,6 +105,21 @@ class Target:
                     raise InvalidInput(f"{place} is there already", hint="choose another target, or remove it")
         elif any(not name.startswith(".") for name in self.store.children()):
             raise InvalidInput(f"{self.url} is not empty", hint="choose another target")
+
+    def check_name(self) -> None:
+        """See that a target that is under way can get its name: nothing else has got it meanwhile.
+
+        Raises:
+            InvalidInput: something has.
+        """
+        if self.local is None or not _is_something(self.local):
+            return
+        partial = Path(f"{self.local}{PARTIAL}")
+        parts = partial.iterdir() if self.local.is_file() and partial.is_dir() else ()
+        if not any(os.path.samefile(part, self.local) for part in parts):  # one that has both names is ours
+            raise InvalidInput(
+                f"{self.local} has appeared since this conversion began", hint="remove it, or choose another target"
+            )
 
     def is_there(self) -> bool:
         """Whether a local target has its name."""
@@ -277,7 +293,10 @@ def _rename(target: Path, single: str) -> None:
     partial = Path(f"{target}{PARTIAL}")
     as_file = bool(single) and "/" not in single and target.suffix == Path(single).suffix != ""
     try:
-        os.rename(partial / single if as_file else partial, target)
+        if as_file:
+            _rename_file(partial / single, target)
+        else:
+            os.rename(partial, target)
         parent = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
         try:
             os.fsync(parent)
@@ -289,3 +308,18 @@ def _rename(target: Path, single: str) -> None:
         if target.exists() and not partial.exists():
             return  # another process of this conversion did it
         raise StoreError(f"{partial} cannot be renamed to {target}: {error.strerror}") from error
+
+
+def _rename_file(source: Path, target: Path) -> None:
+    """Give a file its name without replacing one that is there: rename(2) would."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        if not os.path.samefile(source, target):  # otherwise the last try got as far as this
+            raise
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS) or os.path.lexists(target):
+            raise
+        os.rename(source, target)  # a file system without hard links
+        return
+    source.unlink()

@@ -146,18 +146,34 @@ def test_what_was_completed_but_for_its_records_is_complete(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_made_meanwhile_is_not_taken_for_the_target(source: Arrays, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    begin(source, tmp_path / "out").close()  # killed before it wrote anything
-    (tmp_path / "out/mine").touch()
-    again = begin(source, tmp_path / "out")
-    assert not again.complete
-    again.run(lambda nbytes: None)
+@pytest.mark.parametrize("one", [True, False])
+def test_what_appears_under_its_name_meanwhile_is_left_alone(source: Arrays, tmp_path: Path, one: bool) -> None:
+    place, more = (tmp_path / "out.raw", {"options": {"one": ""}}) if one else (tmp_path / "out", {})
+    mine = place if one else place / "mine"
+    conversion = begin(source, place, **more)
+    conversion.run(lambda nbytes: None)
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("precious")
     with pytest.raises(StoreError, match="cannot be renamed"):
-        again.finish()
-    (tmp_path / "out/mine").unlink()
-    assert again.finish()
-    assert "list" in below(tmp_path / "out")
+        conversion.finish()
+    conversion.close()
+    with pytest.raises(InvalidInput, match="has appeared since"):
+        begin(source, place, **more)
+    assert mine.read_text() == "precious"
+    mine.unlink()
+    again = done(begin(source, place, **more))
+    assert len(again.finished) == len(again.tasks)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [place.name]
+
+
+def test_killed_while_a_single_file_has_both_names_it_goes_on(source: Arrays, tmp_path: Path) -> None:
+    conversion = begin(source, tmp_path / "out.raw", options={"one": ""})
+    conversion.run(lambda nbytes: None)
+    conversion.close()
+    os.link(tmp_path / "out.raw.partial/all.raw", tmp_path / "out.raw")
+    done(begin(source, tmp_path / "out.raw", options={"one": ""}))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.raw"]
+    assert (tmp_path / "out.raw").stat().st_nlink == 1
 
 
 def test_what_nobody_knows_is_not_built_upon(source: Arrays, tmp_path: Path) -> None:
