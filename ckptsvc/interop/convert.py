@@ -6,7 +6,7 @@
       .finish               once all shares are there: the last files
 
 A conversion is resumed by the same request: what is finished was recorded beside the target. Several processes may work
-on one conversion without knowing of each other; whoever finds all of it finished completes it.
+on one conversion, each with a lease on its share; whoever finds all of it finished completes it.
 """
 
 from __future__ import annotations

@@ -46,6 +46,9 @@ class Target:
         store: where the files go.
         ledger: what is finished.
         url: what is shown to people.
+
+    Raises:
+        InvalidInput: a local target of files, or what is beside it, is a symbolic link.
     """
 
     def __init__(self, name: str, place: str, step: int, block: int, part: tuple[int, int] | None = (0, 1)) -> None:
@@ -53,6 +56,8 @@ class Target:
         self.url = url
         self.native = name == NATIVE
         self.local = None if self.native or not url.startswith("file://") else Path(url.removeprefix("file://"))
+        if self.local is not None:
+            _check_no_links(self.local)
         options = {"block": block} if url.startswith("file://") else {}
         self.store: Store = connect(f"{url}{PARTIAL}" if self.local else url, options)
         self._records = self.store if self.native else connect(f"{url}{RECORDS}")
@@ -282,6 +287,14 @@ class Target:
                 hint="convert into a new folder; a job resumes from it with init_from",
             )
         return newest
+
+
+def _check_no_links(target: Path) -> None:
+    """A rename would replace a link, and what it leads to would stay as it is."""
+    for suffix in ("", PARTIAL, RECORDS):
+        place = f"{target}{suffix}"
+        if os.path.islink(place):
+            raise InvalidInput(f"{place} is a symbolic link", hint="name the place that it leads to")
 
 
 def _is_something(place: Path) -> bool:

@@ -415,3 +415,15 @@ def test_another_version_or_other_rules_are_another_plan(
     monkeypatch.setattr("ckptsvc.__version__", "0.0.1")
     with pytest.raises(RunBusy, match="another conversion is unfinished"):
         begin(source, tmp_path / "out", family=str(rules))
+
+
+@pytest.mark.parametrize("suffix", ["", ".partial", ".convert"])
+@pytest.mark.parametrize("dangling", [True, False])
+def test_a_target_that_is_a_link_is_refused(source: Arrays, tmp_path: Path, suffix: str, dangling: bool) -> None:
+    if not dangling:
+        (tmp_path / "real").mkdir()
+    (tmp_path / f"out{suffix}").symlink_to(tmp_path / "real")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InvalidInput, match="is a symbolic link"):
+        begin(source, tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
