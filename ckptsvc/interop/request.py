@@ -169,19 +169,26 @@ def _newest(address: str, count: int) -> list[Logical]:
     return found
 
 
+def _own_identity(logical: Logical) -> str:
+    """What a source says that it is: one whose bytes verify themselves does."""
+    return f"{getattr(logical, 'identity', '')}"
+
+
 def _files_of(logical: Logical, target: str) -> _SourceFiles | None:
     """The files that a source is told by; None for one that says itself what it is."""
+    if _own_identity(logical):
+        return None
     name, place = split_address(logical.origin)
-    if not name or getattr(logical, "identity", ""):
+    if not name:
         return None
     return _SourceFiles(place, target, _fingerprint(open_files(place), target))
 
 
 def _identity(logical: Logical, files: _SourceFiles | None) -> str:
     """What tells a source from another, also from itself rewritten."""
-    known = getattr(logical, "identity", "")
+    known = _own_identity(logical)
     if known:
-        return f"{known}"
+        return known
     metas = [logical.meta(name) for name in logical.names()]
     name = split_address(logical.origin)[0]
     return digest128(
