@@ -40,6 +40,9 @@ from ckptsvc.pipeline.failpoint import failpoint
 TRIES = 3
 """How often files are begun again where a store fails in a way that may pass."""
 
+LOOK_AGAIN = 60.0
+"""Seconds between two looks at whether the source has changed: hours of work are not done in vain then."""
+
 TAKE_OVER = 60.0
 """Seconds after which one of several processes completes a target that another one began to complete."""
 
@@ -140,6 +143,7 @@ class Conversion:
             of: how many there are.
 
         Raises:
+            Damaged: a source has changed meanwhile.
             CkptsvcError: as the source and the target raise.
         """
         for attempt in range(1, TRIES + 1):
@@ -314,8 +318,12 @@ class Conversion:
     # ---- working -----------------------------------------------------------------------------------------------
 
     def _still_needed(self, tasks: Sequence[Task]) -> Iterator[Task]:
-        """Those that nobody else has made when their turn comes."""
+        """Those that nobody else has made when their turn comes, of a source that is what it was."""
+        looked = time.monotonic()
         for task in tasks:
+            if time.monotonic() - looked >= LOOK_AGAIN:
+                self._sources.check_unchanged()
+                looked = time.monotonic()
             self.target.check_entered()
             if self.target.ledger.needs(task):
                 yield task

@@ -364,7 +364,9 @@ def test_what_was_made_meanwhile_is_not_made_again(
     assert written == []
 
 
-def test_a_source_that_changes_while_it_is_read_is_not_completed(source: Arrays, tmp_path: Path) -> None:
+def test_a_source_that_changes_while_it_is_read_is_not_completed(
+    source: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "source").mkdir()
     for name in ("a.pt", "b.pt"):
         (tmp_path / "source" / name).write_bytes(b"1234")
@@ -377,6 +379,13 @@ def test_a_source_that_changes_while_it_is_read_is_not_completed(source: Arrays,
         with pytest.raises(Damaged, match=r"b\.pt in .* has changed"):
             conversion.finish()
         conversion.close()
+        early = begin(source, tmp_path / f"early{fmt}", fmt=fmt)
+        os.utime(tmp_path / "source/a.pt", ns=(1, len(fmt)))
+        with monkeypatch.context() as patched:
+            patched.setattr(convert, "LOOK_AGAIN", 0.0)
+            with pytest.raises(Damaged, match=r"a\.pt in .* has changed"):
+                early.run(lambda nbytes: None)
+        early.close()
         with pytest.raises(RunBusy, match="another conversion is unfinished"):
             begin(source, tmp_path / f"out{fmt}", fmt=fmt)
     assert not list(tmp_path.rglob("COMMIT"))
