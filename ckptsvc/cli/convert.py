@@ -14,7 +14,7 @@ from ckptsvc.cli import convert_work
 from ckptsvc.cli.convert_text import Result, show, show_plan
 from ckptsvc.cli.layout import Variable
 from ckptsvc.cli.terminal import note, plural, progress
-from ckptsvc.errors import ConfigError, InvalidInput
+from ckptsvc.errors import ConfigError, InvalidInput, SaveFailed
 from ckptsvc.interop.convert import Conversion
 from ckptsvc.interop.estimate import estimate
 from ckptsvc.interop.memory import checked_memory
@@ -129,12 +129,11 @@ def command(
     if share:
         return convert_work.be_worker(request, memory or 0, *share)
     began = time.monotonic()
-    here = None if alone or dry_run else detect(os.environ, platform.node().partition(".")[0])
-    rank, world, beside = (here.rank, here.world_size, here.local_size) if here else (0, 1, 1)
+    rank, world, beside = (0, 1, 1) if alone or dry_run else _processes(restart)
     each = checked_memory(memory, workers * beside)
     opened = open_sources(request, [declared(shape)] if shape else ())
     try:
-        conversion = convert_work.planned(request, opened, each, dry=dry_run, restart=restart, beside=rank > 0)
+        conversion = convert_work.planned(request, opened, each, dry=dry_run, restart=restart, part=(rank, world))
     except BaseException:
         opened.logical.close()
         raise
@@ -145,12 +144,30 @@ def command(
             return 0
         resumed = sum(task.nbytes for task in conversion.tasks if task.number in conversion.finished)
         _work(conversion, request, workers, rank, world)
-        complete = conversion.finish(alone=world == 1)
+        complete = _finish(conversion, world)
         result = Result(complete, resumed, time.monotonic() - began)
         show(conversion, result, as_json)
     finally:
         conversion.close()
     return 0
+
+
+def _processes(restart: bool) -> tuple[int, int, int]:
+    """Which process this is, of how many, and how many of them are on this node."""
+    here = detect(os.environ, platform.node().partition(".")[0])
+    if restart and here.world_size > 1:  # each would throw away what the others have begun
+        raise InvalidInput(
+            "--restart is for one process, and this is one of several", hint="run it once with --alone --restart"
+        )
+    return here.rank, here.world_size, here.local_size
+
+
+def _finish(conversion: Conversion, world: int) -> bool:
+    """Whether the target is complete; a share of it may be all there is to do here."""
+    complete = conversion.finish(alone=world == 1)
+    if not complete and world == 1:
+        raise SaveFailed("files that were finished are gone again", hint="the same command again makes them again")
+    return complete
 
 
 def _work(conversion: Conversion, request: Request, workers: int, rank: int, world: int) -> None:

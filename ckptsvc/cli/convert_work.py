@@ -32,7 +32,13 @@ Progress = Callable[[int], None]
 
 
 def planned(
-    request: Request, opened: Sources, memory: int, *, dry: bool = False, restart: bool = False, beside: bool = False
+    request: Request,
+    opened: Sources,
+    memory: int,
+    *,
+    dry: bool = False,
+    restart: bool = False,
+    part: tuple[int, int] | None = (0, 1),
 ) -> Conversion:
     """The plan of a conversion, with a layout if one is asked for.
 
@@ -54,7 +60,7 @@ def planned(
         else:
             request = msgspec.structs.replace(request, options={**_sizes(request), **request.options})
     holding = arrangement.regions if arrangement else None
-    return Conversion(request, opened, memory, holding=holding, ranks=ranks, dry=dry, restart=restart, beside=beside)
+    return Conversion(request, opened, memory, holding=holding, ranks=ranks, dry=dry, restart=restart, part=part)
 
 
 def _sizes(request: Request) -> dict[str, str]:
@@ -73,7 +79,7 @@ def be_worker(request: Request, memory: int, number: int, of: int) -> int:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     report = _Report()
     opened = open_sources(request)
-    conversion = planned(request, opened, memory)
+    conversion = planned(request, opened, memory, part=None)
     try:
         conversion.run(report, number, of)
     finally:

@@ -6,18 +6,19 @@
       .finish               once all shares are there: the last files
 
 A conversion is resumed by the same request: what is finished was recorded beside the target. Several processes may work
-on one conversion without knowing of each other; whoever finds all of it finished completes it.
+on one conversion, each with a lease on its share; whoever finds all of it finished completes it.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from ckptsvc.errors import InvalidInput, SaveFailed, StoreError
+import ckptsvc
+from ckptsvc.errors import InvalidInput, RunBusy, SaveFailed, StoreError
 from ckptsvc.format.checksum import Digests, digest128
 from ckptsvc.interop.average import memory_for
 from ckptsvc.interop.casts import can_cast, is_lossless
@@ -25,19 +26,22 @@ from ckptsvc.interop.formats import NATIVE, exporter, split_address
 from ckptsvc.interop.ledger import Plan
 from ckptsvc.interop.logical import Logical, Note
 from ckptsvc.interop.memory import resident
-from ckptsvc.interop.native import JOB, Holding, Naming, step_of, write_native
+from ckptsvc.interop.native import Holding, Naming, step_of, write_native
 from ckptsvc.interop.outputs import Output
 from ckptsvc.interop.produce import Budget, Production
-from ckptsvc.interop.request import Request, Sources, target_format
+from ckptsvc.interop.request import Request, Sources, model_of, target_format
 from ckptsvc.interop.select import Recast
 from ckptsvc.interop.target import Target
 from ckptsvc.interop.tasks import Task, share, tasks
-from ckptsvc.pipeline.catalog import Ref, newest_epoch, take_epoch
+from ckptsvc.pipeline.catalog import Ref, newest_epoch
 from ckptsvc.pipeline.commit import now_iso
 from ckptsvc.pipeline.failpoint import failpoint
 
 TRIES = 3
 """How often files are begun again where a store fails in a way that may pass."""
+
+LOOK_AGAIN = 60.0
+"""Seconds between two looks at whether the source has changed: hours of work are not done in vain then."""
 
 TAKE_OVER = 60.0
 """Seconds after which one of several processes completes a target that another one began to complete."""
@@ -54,7 +58,8 @@ class Conversion:
         ranks: of `holding`.
         dry: plan only: nothing is written, not even that it was begun.
         restart: throw away what an unfinished conversion into the target has done.
-        beside: other processes began with this one; so what is there may be what they have completed.
+        part: which of how many processes that share the work this one is; None if it works for one of them. Where
+            others began with this one, what is there may be what they have completed.
 
     Attributes:
         budget: how memory is divided.
@@ -79,7 +84,7 @@ class Conversion:
         ranks: int = 0,
         dry: bool = False,
         restart: bool = False,
-        beside: bool = False,
+        part: tuple[int, int] | None = (0, 1),
     ) -> None:
         self._request, self._sources, self._logical = request, sources, sources.logical
         self._holding, self._ranks = holding, ranks
@@ -88,12 +93,12 @@ class Conversion:
         self._step = step_of(self._logical, request.options) if self.format == NATIVE else 0
         averaging = memory_for(request.average, self._logical.extent)
         self.budget = Budget.of(memory - resident() - averaging, self._logical.extent)
-        self.target = Target(self.format, place, self._step, self.budget.block)
+        self.target = Target(self.format, place, self._step, self.budget.block, part)
         self.infinite: Counter[str] = Counter()
         self.bytes_read = 0
         self.finished: dict[int, dict[str, Digests]] = {}
         try:
-            self._begin(dry=dry, restart=restart, beside=beside)
+            self._begin(dry=dry, restart=restart, beside=part is not None and part[0] > 0)
         except BaseException:
             self.target.close()
             raise
@@ -138,12 +143,13 @@ class Conversion:
             of: how many there are.
 
         Raises:
+            Damaged: a source has changed meanwhile.
             CkptsvcError: as the source and the target raise.
         """
         for attempt in range(1, TRIES + 1):
             production = Production(self._logical, self.target.store, self.budget, progress, self._done)
             try:
-                production.run(self.left(number, of))
+                production.run(self._still_needed(self.left(number, of)))
             except StoreError as error:
                 if not error.retryable or attempt == TRIES:
                     raise
@@ -166,22 +172,38 @@ class Conversion:
 
         Returns:
             whether the target is complete.
+
+        Raises:
+            SaveFailed: what was done has been removed meanwhile.
+            Damaged: a source has changed meanwhile.
+            CkptsvcError: as the target raises.
         """
-        if self.complete:
-            self.target.forget()
-            return True
+        self.target.check_entered()
         if not alone:
-            if self.target.ledger.read() is None:
-                return True  # another process has completed it
-            self.reread()
+            self.target.leave()  # what is left to do is shared out by a vote
+        begun = self.target.ledger.read()
+        if self.complete:
+            if begun is not None and begun.identity == self.plan.identity:
+                self.target.forget()
+            return True
+        if begun is None and not alone:
+            return self._made_by_another()
+        if begun != self.plan:
+            raise SaveFailed(
+                f"what was done for {self.target.url} is somebody else's now, or was thrown away",
+                hint="did another command say --restart? then give this one again",
+            )
+        self.reread()
         if len(self.finished) < len(self.tasks):
             return False
         if not alone and not self._elected():
-            return True
+            return self._made_by_another()
+        self._sources.check_unchanged()
         digests = {key: found for files in self.finished.values() for key, found in files.items()}
         smalls = self.output.finish(digests)
         failpoint("before_complete")
-        self.target.complete(smalls, [file.key for file in self.output.files], self.plan.epoch)
+        self.target.complete(smalls, self.output.files, self.ref)
+        self.target.leave()
         return True
 
     def close(self) -> None:
@@ -196,6 +218,7 @@ class Conversion:
         ledger = self.target.ledger
         begun = ledger.read()
         if begun is not None and restart and not dry:
+            self.target.enter()
             self.target.discard(Ref(begun.epoch, self._step) if self.format == NATIVE else None)
             begun = None
         self.plan = self._new_plan()
@@ -209,16 +232,21 @@ class Conversion:
         self.output = self._planned()
         self.casts = self._checked_casts()
         self.tasks = tasks(self.output.files, self._logical)
+        ours = begun is not None and begun.identity == self.plan.identity
         late = beside and begun is None and self.target.is_there()
-        self.complete = earlier is not None or late or (begun is not None and self.target.is_renamed())
+        self.complete = earlier is not None or late or (ours and self.target.is_renamed())
         if dry or self.complete:
             return
         planned = self.plan
         if begun is None:
             self.target.check_space(self.nbytes)
-            if self.format == NATIVE:
-                epoch = take_epoch(self.target.store, JOB, 0, self.plan.identity, self.plan.created)
-                self.plan = msgspec.structs.replace(self.plan, epoch=epoch)
+        self.target.enter()
+        if not self._is_as_it_was(begun, beside):
+            return
+        if begun is None and self.format == NATIVE:
+            epoch = self.target.take_epoch(self.plan.identity, self.plan.created)
+            self.plan = msgspec.structs.replace(self.plan, epoch=epoch)
+        self.target.check_name()
         self.plan = ledger.claim(self.plan)
         if self.format == NATIVE and planned != self.plan:  # another writer took the epoch, or began first
             self.output = self._planned()
@@ -226,9 +254,33 @@ class Conversion:
         self.finished = self._recorded()
         self.target.check_space(sum(task.nbytes for task in self.tasks if task.number not in self.finished))
 
+    def _is_as_it_was(self, begun: Plan | None, beside: bool) -> bool:
+        """Look again, now that nobody else does this work; whether there still is something to do.
+
+        Raises:
+            RunBusy: another process has completed it, or thrown it away, since it was planned.
+        """
+        now = self.target.ledger.read()
+        if now is not None and now.identity == self.plan.identity and self.target.is_renamed():
+            self.complete = True
+            return False
+        made = self.target.is_there() or self.target.completed(self.plan.identity, self._step) is not None
+        if now is not None or (begun is None and not made):
+            return True
+        if not (beside and made):
+            raise RunBusy(
+                f"another process has just completed {self.target.url}, or thrown away what was done for it",
+                hint="give the same command again",
+            )
+        self.complete = True
+        return False
+
     def _new_plan(self) -> Plan:
         request = self._request
-        facts = [self._sources.identity, self.format, msgspec.structs.replace(request, sources=(), target="")]
+        family = model_of(request.family)
+        rules = family.digest if family else ""  # a file of the user's own may be edited
+        asked = msgspec.structs.replace(request, sources=(), target="")
+        facts = [ckptsvc.__version__, self._sources.identity, self.format, asked, rules]
         title = f"{' '.join(request.sources)} -> {request.target}"
         epoch = newest_epoch(self.target.store) + 1 if self.format == NATIVE else 0
         return Plan(identity=digest128(msgspec.json.encode(facts)), title=title, created=now_iso(), epoch=epoch)
@@ -263,12 +315,38 @@ class Conversion:
             )
         return {cast: len(names) for cast, names in found.items()}
 
+    # ---- working -----------------------------------------------------------------------------------------------
+
+    def _still_needed(self, tasks: Sequence[Task]) -> Iterator[Task]:
+        """Those that nobody else has made when their turn comes, of a source that is what it was."""
+        looked = time.monotonic()
+        for task in tasks:
+            if time.monotonic() - looked >= LOOK_AGAIN:
+                self._sources.check_unchanged()
+                looked = time.monotonic()
+            self.target.check_entered()
+            if self.target.ledger.needs(task):
+                yield task
+
     # ---- finishing ------------------------------------------------------------------------------------------
 
     def _done(self, task: Task, digests: Mapping[str, Digests]) -> None:
         self.target.ledger.record(task, _layout(task), digests)
         self.finished[task.number] = dict(digests)
         failpoint("after_task")
+
+    def _made_by_another(self) -> bool:
+        """That the target is complete, now that the records of this conversion are gone.
+
+        Raises:
+            SaveFailed: it is not.
+        """
+        sizes = {file.key: file.nbytes for file in self.output.files}
+        if not self.target.is_made(self.plan.identity, self.ref, sizes):
+            raise SaveFailed(
+                f"what was done for {self.target.url} was thrown away meanwhile", hint="give the same command again"
+            )
+        return True
 
     def _elected(self) -> bool:
         """Whether this process completes the target; else it waits for the one that does.

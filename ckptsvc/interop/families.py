@@ -14,7 +14,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
+
 from ckptsvc.errors import InvalidInput, LayoutError, NotFound
+from ckptsvc.format.checksum import digest128
 from ckptsvc.geometry.box import Shape
 from ckptsvc.geometry.patterns import evaluate, skeleton
 from ckptsvc.geometry.rules import Rules
@@ -33,12 +36,14 @@ class Family(NamedTuple):
         title: what people call it.
         rules: its layout rules.
         names: its name map, if it has one.
+        digest: of all it says, with what it includes.
     """
 
     name: str
     title: str
     rules: Rules
     names: NameMap | None
+    digest: str
 
 
 class Guess(NamedTuple):
@@ -180,6 +185,7 @@ def _parsed(name: str, text: str, origin: str) -> Family:
         title,
         Rules.parse(table, origin=origin),
         NameMap.parse(table, origin=origin) if "names" in table else None,
+        digest128(msgspec.json.encode(table)),
     )
 
 

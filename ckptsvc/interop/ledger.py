@@ -3,6 +3,7 @@
     plan            what is being made, from what: put if absent, so that a second conversion into the target sees it
     done-000007     a finished task: its files, their sizes and digests
     turn-0          one of several processes completes the target
+    process-...     who is at work on it (interop.lease)
     renaming        all files are there, and only the target's name is missing
 
 The first two verify themselves. All of it is removed when the target is complete.
@@ -125,6 +126,19 @@ class Ledger:
         data = np.concatenate([np.empty(0, np.uint64), *(digests[key] for key, _ in files)]).astype("<u8").tobytes()
         self._store.put_if_absent(self._key(_name(task)), _sealed(_Done(self._plan.identity, layout, files, data)))
 
+    def needs(self, task: Task) -> bool:
+        """Whether a task is still to be made.
+
+        Raises:
+            SaveFailed: this conversion is not the one under way any more.
+        """
+        if self.read() != self._plan:
+            raise SaveFailed(
+                f"what was done for {self._store.url} is somebody else's now, or was thrown away",
+                hint="did another command say --restart? then give this one again",
+            )
+        return not _has(self._store, self._key(_name(task)))
+
     def elect(self, turn: int) -> bool:
         """Whether this process is the one of several that completes the target in this turn."""
         return self._store.put_if_absent(self._key(f"turn-{turn}"), b"1")
@@ -137,11 +151,11 @@ class Ledger:
         """Whether that was noted."""
         return _RENAMING in self._store.children(self._folder)
 
-    def forget(self) -> None:
-        """Remove all records and what interrupted writes of them have left, the plan last."""
+    def forget(self, keep: str = "") -> None:
+        """Remove all records but `keep`, and what interrupted writes of them have left, the plan last."""
         plan = self._key(_PLAN)
         for entry in list(self._store.list(self._folder)):
-            if entry.key != plan:
+            if entry.key not in (plan, keep):
                 self._store.delete(entry.key)
         self._store.delete(plan)
 
@@ -176,9 +190,9 @@ def _name(task: Task) -> str:
     return f"done-{task.number:06d}"
 
 
-def _has(files: Store, key: str, nbytes: int) -> bool:
+def _has(files: Store, key: str, nbytes: int | None = None) -> bool:
     try:
-        return files.size(key) == nbytes
+        return files.size(key) == nbytes or nbytes is None
     except NotFound:
         return False
 

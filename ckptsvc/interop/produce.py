@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -213,8 +213,8 @@ class Production:
         """The most bytes of files that were in memory at a time."""
         return self._gate.most
 
-    def run(self, tasks: Sequence[Task]) -> None:
-        """Make all files of these tasks.
+    def run(self, tasks: Iterable[Task]) -> None:
+        """Make all files of these tasks, each asked for when its turn comes.
 
         Raises:
             CkptsvcError: what failed first; files of tasks that were not reported done may be there in part.
@@ -273,7 +273,7 @@ class Production:
 
     # ---- planning, in the thread that wants the next window -------------------------------------------------
 
-    def _plan(self, tasks: Sequence[Task]) -> Iterator[tuple[_Filling, Window]]:
+    def _plan(self, tasks: Iterable[Task]) -> Iterator[tuple[_Filling, Window]]:
         for task in tasks:
             left = _Left(task, self._done)
             for group in task.groups:

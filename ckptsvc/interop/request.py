@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
-from ckptsvc.errors import CkptsvcError, InvalidInput, NoCheckpoint
+from ckptsvc.errors import CkptsvcError, Damaged, InvalidInput, NoCheckpoint
 from ckptsvc.format.checksum import digest128
 from ckptsvc.format.commit import CommitRecord
 from ckptsvc.interop.average import Averaged
@@ -57,6 +58,18 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     variables: dict[str, int] = {}
 
 
+_File = tuple[str, int, int]
+"""Name, size in bytes and time of the last write in nanoseconds (0 where the store does not tell)."""
+
+
+class _SourceFiles(NamedTuple):
+    """What the files of a source were when it was opened; `target` does not count among them."""
+
+    place: str
+    target: str
+    files: list[_File]
+
+
 class Sources:
     """The opened sources of a request.
 
@@ -65,8 +78,25 @@ class Sources:
         identity: digest of what they are.
     """
 
-    def __init__(self, logical: Logical, identity: str) -> None:
+    def __init__(self, logical: Logical, identity: str, files: Sequence[_SourceFiles] = ()) -> None:
+        """`files` are those of the sources whose bytes do not verify themselves."""
         self.logical, self.identity = logical, identity
+        self._files = files
+
+    def check_unchanged(self) -> None:
+        """See that no file of a source was written, removed or added since they were opened.
+
+        Raises:
+            Damaged: one was: what was read may be of several states of it.
+        """
+        for place, target, before in self._files:
+            changed = set(before) ^ set(_fingerprint(open_files(place), target))
+            if changed:
+                name = min(changed)[0]
+                raise Damaged(
+                    f"{name} in {place} has changed while it was read: what was made would be a mixture",
+                    hint="when nobody writes there any more, begin again with --restart",
+                )
 
 
 def open_sources(request: Request, opened: Sequence[Logical] = ()) -> Sources:
@@ -85,7 +115,8 @@ def open_sources(request: Request, opened: Sequence[Logical] = ()) -> Sources:
         else:
             opened = [open_foreign(address, request.from_options) for address in request.sources]
     try:
-        identity = digest128("\n".join(_identity(one, request.target) for one in opened).encode())
+        files = [_files_of(one, request.target) for one in opened]
+        identity = digest128("\n".join(map(_identity, opened, files)).encode())
         logical: Logical = Averaged(opened) if request.average else opened[0]
         native = target_format(request.target) == NATIVE
         if not native or request.only or request.rename or request.drop_optimizer:
@@ -100,7 +131,7 @@ def open_sources(request: Request, opened: Sequence[Logical] = ()) -> Sources:
         for one in opened:
             one.close()
         raise
-    return Sources(logical, identity)
+    return Sources(logical, identity, [each for each in files if each is not None])
 
 
 def model_of(name: str) -> Family | None:
@@ -138,20 +169,36 @@ def _newest(address: str, count: int) -> list[Logical]:
     return found
 
 
-def _identity(logical: Logical, target: str) -> str:
-    """What tells a source from another, also from itself rewritten."""
-    known = getattr(logical, "identity", "")
-    if known:
-        return f"{known}"
-    metas = [logical.meta(name) for name in logical.names()]
+def _own_identity(logical: Logical) -> str:
+    """What a source says that it is: one whose bytes verify themselves does."""
+    return f"{getattr(logical, 'identity', '')}"
+
+
+def _files_of(logical: Logical, target: str) -> _SourceFiles | None:
+    """The files that a source is told by; None for one that says itself what it is."""
+    if _own_identity(logical):
+        return None
     name, place = split_address(logical.origin)
-    files = _fingerprint(open_files(place), target) if name else []
-    return digest128(msgspec.json.encode([name, logical.step, metas, dict(logical.aliases), files]))
+    if not name:
+        return None
+    return _SourceFiles(place, target, _fingerprint(open_files(place), target))
 
 
-def _fingerprint(files: Files, target: str) -> list[tuple[str, int, int]]:
+def _identity(logical: Logical, files: _SourceFiles | None) -> str:
+    """What tells a source from another, also from itself rewritten."""
+    known = _own_identity(logical)
+    if known:
+        return known
+    metas = [logical.meta(name) for name in logical.names()]
+    name = split_address(logical.origin)[0]
+    return digest128(
+        msgspec.json.encode([name, logical.step, metas, dict(logical.aliases), files.files if files else []])
+    )
+
+
+def _fingerprint(files: Files, target: str) -> list[_File]:
     """Name, size and time (where there is one) of every file; the target's and those under way do not count."""
-    found: list[tuple[str, int, int]] = []
+    found: list[_File] = []
     only = getattr(files, "only", "")  # a file that was named; others beside it do not matter
     root = Path(files.url).parent if only else Path(files.url)
     skipped = canonical(split_address(target)[1]).removeprefix("file://")

@@ -118,6 +118,24 @@ def test_a_finished_file_that_is_cut_short_is_made_again(source: str, tmp_path: 
     assert cli("verify", out).status == 0
 
 
+def test_the_same_command_is_refused_while_the_first_works(source: str, tmp_path: Path) -> None:
+    points = tmp_path / "points"
+    points.mkdir()
+    (points / "before_complete").touch()
+    arguments = (source, tmp_path / "out")
+    process = program(*arguments, **{VARIABLE: str(points)})
+    held(points, "before_complete", process)
+    for more in ((), ("--restart",)):
+        ended = cli("convert", *arguments, *more)
+        assert ended.status == 11
+        assert f"process {process.pid} of this node is at work" in ended.err
+    (points / "before_complete.held").unlink()
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, (out, err)
+    assert cli("diff", *arguments).status == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["epochs", json.loads(out)["checkpoint"]]
+
+
 def test_restart_throws_the_unfinished_away(source: str, tmp_path: Path) -> None:
     points = tmp_path / "points"
     points.mkdir()
@@ -149,6 +167,16 @@ def test_processes_of_an_allocation_share_the_files(source: str, tmp_path: Path)
     assert [process.returncode for process in ranks] == [0, 0], ended
     assert any(json.loads(out)["complete"] for out, _ in ended)
     assert cli("diff", source, tmp_path / "out").status == 0
+
+
+def test_restart_is_refused_where_several_processes_work(source: str, tmp_path: Path) -> None:
+    rank = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}  # fmt: skip
+    process = program(source, tmp_path / "out", "--restart", **rank)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert "--alone --restart" in out + err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_worker_that_is_killed_is_named(source: str, tmp_path: Path) -> None:

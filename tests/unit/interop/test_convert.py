@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from harness.declared import Arrays
 
-from ckptsvc.errors import InvalidInput, RunBusy, StoreError, StoreFull
+from ckptsvc.errors import Damaged, InvalidInput, RunBusy, SaveFailed, StoreError, StoreFull
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop import convert, target
 from ckptsvc.interop.convert import Conversion
@@ -21,6 +22,8 @@ from ckptsvc.interop.logical import Logical
 from ckptsvc.interop.memory import available, checked_memory, resident
 from ckptsvc.interop.outputs import Fill, Output, OutputFile, Small
 from ckptsvc.interop.request import Request, open_sources
+from ckptsvc.pipeline.catalog import take_epoch
+from ckptsvc.pipeline.commit import check_fence
 from ckptsvc.storage import connect
 from ckptsvc.types import DTYPES
 
@@ -60,7 +63,7 @@ def source() -> Arrays:
 
 
 def begin(source: Arrays, place: object, *, fmt: str = "flat", memory: int = MEMORY, **more: Any) -> Conversion:
-    settings = {key: more.pop(key) for key in ("dry", "restart", "beside") if key in more}
+    settings = {key: more.pop(key) for key in ("dry", "restart", "part") if key in more}
     request = Request(sources=("arrays",), target=f"{fmt}:{place}" if fmt else str(place), **more)
     return Conversion(request, open_sources(request, [source]), memory, **settings)
 
@@ -135,7 +138,7 @@ def test_what_was_completed_but_for_its_records_is_complete(
 ) -> None:
     conversion = begin(source, tmp_path / "out")
     conversion.run(lambda nbytes: None)
-    monkeypatch.setattr(conversion.target.ledger, "forget", lambda: None)  # as if it was killed here
+    monkeypatch.setattr(conversion.target.ledger, "forget", lambda keep: None)  # as if it was killed here
     assert conversion.finish()
     again = begin(source, tmp_path / "out")
     assert again.complete
@@ -143,18 +146,34 @@ def test_what_was_completed_but_for_its_records_is_complete(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_folder_made_meanwhile_is_not_taken_for_the_target(source: Arrays, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    begin(source, tmp_path / "out").close()  # killed before it wrote anything
-    (tmp_path / "out/mine").touch()
-    again = begin(source, tmp_path / "out")
-    assert not again.complete
-    again.run(lambda nbytes: None)
+@pytest.mark.parametrize("one", [True, False])
+def test_what_appears_under_its_name_meanwhile_is_left_alone(source: Arrays, tmp_path: Path, one: bool) -> None:
+    place, more = (tmp_path / "out.raw", {"options": {"one": ""}}) if one else (tmp_path / "out", {})
+    mine = place if one else place / "mine"
+    conversion = begin(source, place, **more)
+    conversion.run(lambda nbytes: None)
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("precious")
     with pytest.raises(StoreError, match="cannot be renamed"):
-        again.finish()
-    (tmp_path / "out/mine").unlink()
-    assert again.finish()
-    assert "list" in below(tmp_path / "out")
+        conversion.finish()
+    conversion.close()
+    with pytest.raises(InvalidInput, match="has appeared since"):
+        begin(source, place, **more)
+    assert mine.read_text() == "precious"
+    mine.unlink()
+    again = done(begin(source, place, **more))
+    assert len(again.finished) == len(again.tasks)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [place.name]
+
+
+def test_killed_while_a_single_file_has_both_names_it_goes_on(source: Arrays, tmp_path: Path) -> None:
+    conversion = begin(source, tmp_path / "out.raw", options={"one": ""})
+    conversion.run(lambda nbytes: None)
+    conversion.close()
+    os.link(tmp_path / "out.raw.partial/all.raw", tmp_path / "out.raw")
+    done(begin(source, tmp_path / "out.raw", options={"one": ""}))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.raw"]
+    assert (tmp_path / "out.raw").stat().st_nlink == 1
 
 
 def test_what_nobody_knows_is_not_built_upon(source: Arrays, tmp_path: Path) -> None:
@@ -182,7 +201,7 @@ def test_what_is_there_is_left_alone(source: Arrays, tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="is there already"):
         begin(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    late = begin(source, tmp_path / "out", beside=True)
+    late = begin(source, tmp_path / "out", part=(1, 2))
     assert late.complete, "one of several processes takes it for what the others have made"
 
 
@@ -275,3 +294,145 @@ def test_a_source_is_told_by_its_own_files_only(source: Arrays, tmp_path: Path) 
     assert [a == b for a, b in zip(first, identities(), strict=True)] == [False, True]
     os.utime(folder / "a.pt", ns=(1, 1))
     assert not set(first) & set(identities())
+
+
+@pytest.mark.parametrize("fmt", ["flat", ""])
+def test_a_file_removed_before_the_end_is_missed(source: Arrays, tmp_path: Path, fmt: str) -> None:
+    conversion = begin(source, tmp_path / "out", fmt=fmt)
+    conversion.run(lambda nbytes: None)
+    store, key, made = conversion.target.store, conversion.output.files[0].key, conversion.output.finish
+
+    def removed(digests: Any) -> Any:
+        store.delete(key)
+        return made(digests)
+
+    conversion.output = msgspec.structs.replace(conversion.output, finish=removed)
+    with pytest.raises(SaveFailed, match="missing or cut short"):
+        conversion.finish()
+    assert not conversion.finish(), "it is seen at once the next time"
+    assert not list(tmp_path.rglob("COMMIT"))
+    assert fmt == "" or not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+@pytest.mark.parametrize("fmt", ["flat", ""])
+def test_what_was_thrown_away_meanwhile_is_not_called_complete(
+    source: Arrays, tmp_path: Path, fmt: str, alone: bool
+) -> None:
+    conversion = begin(source, tmp_path / "out", fmt=fmt)
+    conversion.run(lambda nbytes: None)
+    conversion.target.discard(conversion.ref)
+    with pytest.raises(SaveFailed, match="thrown away"):
+        conversion.finish(alone=alone)
+
+
+def test_records_of_another_conversion_of_the_same_step_are_left(source: Arrays, tmp_path: Path) -> None:
+    done(begin(source, tmp_path / "out", fmt=""))
+    other = begin(source, tmp_path / "out", fmt="", dtype="bfloat16")
+    other.run(lambda nbytes: None)
+    first = begin(source, tmp_path / "out", fmt="")
+    assert first.complete
+    assert first.finish()
+    assert other.finish()
+
+
+def test_only_one_process_works_on_a_share(source: Arrays, tmp_path: Path) -> None:
+    for fmt in ("flat", ""):
+        first = begin(source, tmp_path / f"out{fmt}", fmt=fmt)
+        for more in ({}, {"restart": True}, {"part": (1, 2)}):
+            with pytest.raises(RunBusy, match="is at work"):
+                begin(source, tmp_path / f"out{fmt}", fmt=fmt, **more)
+        done(first)
+        assert not list(tmp_path.rglob("process-*"))
+        assert not (tmp_path / "outflat.convert").exists()
+
+
+def test_what_was_made_meanwhile_is_not_made_again(
+    source: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptsvc.interop.tasks.TASK_BYTES", 1)
+    first = begin(source, tmp_path / "out")
+    helper = begin(source, tmp_path / "out", part=None)
+    helper.run(lambda nbytes: None)
+    written: list[int] = []
+    first.run(written.append)
+    assert written == []
+    first.target.discard(None)
+    helper.finished.clear()
+    with pytest.raises(SaveFailed, match="thrown away"):
+        helper.run(written.append)
+    assert written == []
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_completed(
+    source: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "source").mkdir()
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / "source" / name).write_bytes(b"1234")
+    source.origin = f"flat:{tmp_path / 'source'}"
+    source.identity = ""
+    for fmt in ("flat", ""):
+        conversion = begin(source, tmp_path / f"out{fmt}", fmt=fmt)
+        conversion.run(lambda nbytes: None)
+        os.utime(tmp_path / "source/b.pt", ns=(1, len(fmt)))
+        with pytest.raises(Damaged, match=r"b\.pt in .* has changed"):
+            conversion.finish()
+        conversion.close()
+        early = begin(source, tmp_path / f"early{fmt}", fmt=fmt)
+        os.utime(tmp_path / "source/a.pt", ns=(1, len(fmt)))
+        with monkeypatch.context() as patched:
+            patched.setattr(convert, "LOOK_AGAIN", 0.0)
+            with pytest.raises(Damaged, match=r"a\.pt in .* has changed"):
+                early.run(lambda nbytes: None)
+        early.close()
+        with pytest.raises(RunBusy, match="another conversion is unfinished"):
+            begin(source, tmp_path / f"out{fmt}", fmt=fmt)
+    assert not list(tmp_path.rglob("COMMIT"))
+    assert not (tmp_path / "outflat").exists()
+
+
+def test_a_job_that_takes_the_run_meanwhile_is_not_fenced_off(
+    source: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked, looks = target.newest_epoch, []
+
+    def and_then_the_job(store: Any) -> int:
+        looks.append(looked(store))
+        if len(looks) == 2:  # the first look is when it is planned
+            take_epoch(store, "training", 0, "f" * 32, "now")
+        return looks[-1]
+
+    monkeypatch.setattr(target, "newest_epoch", and_then_the_job)
+    with pytest.raises(InvalidInput, match="the run of job training"):
+        begin(source, tmp_path / "out", fmt="")
+    assert looks == [0, 0, 1]
+    check_fence(connect(str(tmp_path / "out")), "training", 1)
+
+
+def test_another_version_or_other_rules_are_another_plan(
+    source: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = tmp_path / "mine.toml"
+    rules.write_text('include = "llama"\n')
+    begin(source, tmp_path / "out", family=str(rules)).close()
+    begin(source, tmp_path / "out", family=str(rules)).close()
+    rules.write_text('include = "llama"\ntitle = "changed"\n')
+    with pytest.raises(RunBusy, match="another conversion is unfinished"):
+        begin(source, tmp_path / "out", family=str(rules))
+    rules.write_text('include = "llama"\n')
+    monkeypatch.setattr("ckptsvc.__version__", "0.0.1")
+    with pytest.raises(RunBusy, match="another conversion is unfinished"):
+        begin(source, tmp_path / "out", family=str(rules))
+
+
+@pytest.mark.parametrize("suffix", ["", ".partial", ".convert"])
+@pytest.mark.parametrize("dangling", [True, False])
+def test_a_target_that_is_a_link_is_refused(source: Arrays, tmp_path: Path, suffix: str, dangling: bool) -> None:
+    if not dangling:
+        (tmp_path / "real").mkdir()
+    (tmp_path / f"out{suffix}").symlink_to(tmp_path / "real")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InvalidInput, match="is a symbolic link"):
+        begin(source, tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
