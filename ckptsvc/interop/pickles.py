@@ -112,12 +112,10 @@ class Unpickler(pickle.Unpickler):
         _check_memo(self._file.getbuffer()[self._file.tell() :], self._what)
         try:
             return super().load()
-        except InvalidInput:
-            raise
-        except Damaged as error:
+        except (InvalidInput, Damaged) as error:
             if self._what in error.what:
                 raise
-            raise Damaged(f"{self._what}: {error.what}") from None
+            raise type(error)(f"{self._what}: {error.what}", hint=error.hint) from None
         except Exception as error:  # noqa: BLE001  what a broken pickle raises is not listed anywhere
             raise Damaged(f"{self._what} is not a readable pickle: {type(error).__name__}: {error}") from None
 

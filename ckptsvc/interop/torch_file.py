@@ -180,9 +180,16 @@ class _Type(msgspec.Struct, frozen=True):
     dtype: str
 
 
-def _rebuild(storage: Storage, offset: int, size: Any, stride: Any, *_: Any) -> StoredTensor:
+def _rebuild(
+    storage: Storage, offset: int, size: Any, stride: Any, _grad: Any = False, _hooks: Any = None, metadata: Any = None
+) -> StoredTensor:
     if not isinstance(storage, Storage):
         raise Damaged("a tensor without a storage")
+    if metadata:  # {"conj": True}, {"neg": True}: what is stored is not what the tensor shows
+        raise InvalidInput(
+            "a tensor is a view that conjugates or negates what is stored",
+            hint="save tensor.resolve_conj().resolve_neg()",
+        )
     shape, strides = tuple(size), tuple(stride)
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
@@ -194,10 +201,19 @@ def _rebuild(storage: Storage, offset: int, size: Any, stride: Any, *_: Any) -> 
 
 
 def _rebuild_v3(
-    storage: Storage, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: _Type, *_: Any
+    storage: Storage,
+    offset: int,
+    size: Any,
+    stride: Any,
+    grad: Any,
+    hooks: Any,
+    dtype: _Type,
+    metadata: Any = None,
 ) -> Any:
+    if not isinstance(storage, Storage) or not isinstance(dtype, _Type):
+        raise Damaged("a tensor without a storage or a type")
     typed = Storage(storage.key, storage.start, storage.nbytes, dtype.dtype)
-    return _rebuild(typed, offset, size, stride)
+    return _rebuild(typed, offset, size, stride, grad, hooks, metadata)
 
 
 def _from_type(func: Callable[..., Any], _type: Any, args: tuple[Any, ...], _state: Any) -> Any:

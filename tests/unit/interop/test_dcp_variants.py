@@ -371,6 +371,16 @@ def test_entries_of_any_layout_and_order_in_memory_are_found(tmp_path: Path) -> 
         assert torch.equal(tensor(foreign, name), value), name
 
 
+def test_an_entry_that_negates_what_is_stored_is_refused(tmp_path: Path) -> None:
+    torch.save(torch._neg_view(torch.ones(3)), tmp_path / "x")
+    foreign = Foreign("test:", open_files(str(tmp_path)))
+    entry = dcp_entries.Entry("x", 0, (tmp_path / "x").stat().st_size, dcp_entries.locate)
+    foreign.add(TensorMeta("w", "float32", (3,)), Box.full((3,)), entry)
+    foreign.seal()
+    with pytest.raises(InvalidInput, match="negates"):
+        tensor(foreign, "w")
+
+
 def test_nothing_but_our_errors_comes_of_broken_files(checkpoint: Path) -> None:
     """Bytes flipped, cut and repeated at random places; what is read of it is of no concern."""
     chance = random.Random(1)

@@ -97,6 +97,14 @@ def test_what_torch_does_not_see_as_a_box_is_refused(tmp_path: Path) -> None:
             stored.block()
 
 
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+@pytest.mark.parametrize("view", [torch.tensor([1 + 2j]).conj(), torch._neg_view(torch.tensor([1.0]))])
+def test_views_that_change_what_is_stored_are_refused(tmp_path: Path, view: torch.Tensor, kind: str) -> None:
+    torch.save({"w": view}, tmp_path / "x.pt", _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(InvalidInput, match=r"x\.pt: .*conjugates or negates"):
+        read_torch(open_files(str(tmp_path)), "x.pt")
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("gotcha",)
