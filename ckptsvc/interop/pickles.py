@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import reprlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -58,6 +59,15 @@ def stub(name: str) -> type[Stub]:
     """A new class that stands for one that is not here."""
     return type(name, (Stub,), {})
 
+
+def shown(value: Any) -> str:
+    """An object of a pickle for a message: at most its beginning, because a small pickle can make an endless one."""
+    return _SHORT.repr(value) if type(value) in _SHOWN else f"<{type(value).__name__}>"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 80, 80
+_SHOWN = {str, bytes, int, float, bool, type(None), list, tuple, dict}
 
 PLAIN: Allowed = {
     ("collections", "OrderedDict"): OrderedDict,

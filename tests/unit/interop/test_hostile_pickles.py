@@ -1,0 +1,72 @@
+"""Pickles made by hand, as no framework writes them: they are refused, at once and without harm."""
+
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ckptsvc.errors import CkptsvcError, Damaged, InvalidInput
+from ckptsvc.interop.files import open_files
+from ckptsvc.interop.torch_file import MAGIC, TorchFile, read_torch
+
+
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def storage(key: str, elements: int, view: bytes = b"N", kind: str = "FloatStorage") -> bytes:
+    number = b"J" + struct.pack("<i", elements)
+    return b"(" + text("storage") + named("torch", kind) + text(key) + text("cpu") + number + view + b"tQ"
+
+
+def tensor(stored: bytes, elements: int) -> bytes:
+    shape = b"J" + struct.pack("<i", elements) + b"\x85"
+    return named("torch._utils", "_rebuild_tensor_v2") + b"(" + stored + b"K\x00" + shape + b"K\x01\x85\x89NtR"
+
+
+def legacy(folder: Path, root: bytes, storages: dict[str, tuple[int, int]]) -> TorchFile:
+    """A legacy file read: `storages` has for each key the number of elements stated, and how many there are."""
+    data = b"".join(pickle.dumps(part, 2) for part in (MAGIC, 1001, {"little_endian": True}))
+    data += b"\x80\x02" + root + b"." + pickle.dumps(list(storages), 2)
+    for stated, elements in storages.values():
+        data += struct.pack("<q", stated) + np.ones(elements, np.float32).tobytes()
+    (folder / "x.pt").write_bytes(data)
+    return read_torch(open_files(str(folder)), "x.pt")
+
+
+def test_a_legacy_file_made_by_hand_is_read(tmp_path: Path) -> None:
+    found = legacy(tmp_path, tensor(storage("0", 8), 8), {"0": (8, 8)})
+    assert found.root.shape == (8,)
+
+
+@pytest.mark.parametrize(
+    ("root", "storages", "error", "says"),
+    [
+        (tensor(storage("0", 8, b"(" + text("v") + b"K\x04K\x04t"), 4), {"0": (8, 8)}, InvalidInput, "view of another"),
+        (
+            b"(" + tensor(storage("0", 8), 8) + tensor(storage("0", 2), 2) + b"t",
+            {"0": (8, 8)},
+            Damaged,
+            "contradicts itself",
+        ),
+        (
+            b"(" + tensor(storage("0", 8), 8) + tensor(storage("0", 8, kind="IntStorage"), 8) + b"t",
+            {"0": (8, 8)},
+            Damaged,
+            "contradicts itself",
+        ),
+        (b"(" + storage("0", -8) + b"t", {"0": (8, 8)}, Damaged, "cannot be"),
+        (tensor(storage("0", 4), 4), {"0": (8, 8)}, Damaged, "not the 4 elements"),
+    ],
+)
+def test_legacy_storages_that_are_not_what_is_said_are_refused(
+    tmp_path: Path, root: bytes, storages: dict[str, tuple[int, int]], error: type[CkptsvcError], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        legacy(tmp_path, root, storages)
