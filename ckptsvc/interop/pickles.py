@@ -77,7 +77,7 @@ PLAIN: Allowed = {
     ("builtins", "frozenset"): frozenset,
     ("builtins", "complex"): complex,
     ("builtins", "slice"): slice,
-    ("builtins", "bytearray"): bytearray,
+    ("builtins", "bytearray"): lambda *args: _bytearray(*args),
     ("_codecs", "encode"): lambda text, encoding="latin1": _latin1(text, encoding),
     ("argparse", "Namespace"): stub("Namespace"),
     ("pathlib", "PosixPath"): lambda *parts: "/".join(map(str, parts)),
@@ -202,6 +202,14 @@ def _count_memo(data: bytes, what: str) -> None:
             at += int.from_bytes(data[first:at], "little")
         else:
             raise Damaged(f"{what} is not a readable pickle: {opcode:#04x} is no opcode")
+
+
+def _bytearray(content: Any = b"", encoding: Any = "latin-1") -> bytearray:
+    if isinstance(content, str):  # before protocol 3
+        content = _latin1(content, encoding)
+    if not isinstance(content, bytes):  # of a number it would be so many zeros
+        raise Damaged("a pickle makes bytes of something that is neither bytes nor text")
+    return bytearray(content)
 
 
 def _latin1(text: Any, encoding: str) -> bytes:

@@ -35,6 +35,9 @@ MAGIC = 0x1950A86A20F9469CFC6C
 MAX_PICKLE = 4 << 30
 """Largest pickle in a file, in bytes."""
 
+MAX_DIMS = 64
+"""Most dimensions of a tensor, as in torch."""
+
 STORAGES = {
     "DoubleStorage": "float64",
     "FloatStorage": "float32",
@@ -190,7 +193,7 @@ def _rebuild(
             "a tensor is a view that conjugates or negates what is stored",
             hint="save tensor.resolve_conj().resolve_neg()",
         )
-    shape, strides = tuple(size), tuple(stride)
+    shape, strides = _size(size), _size(stride)
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
         raise Damaged(f"a tensor of shape {shown(size)} with strides {shown(stride)}")
@@ -220,8 +223,10 @@ def _from_type(func: Callable[..., Any], _type: Any, args: tuple[Any, ...], _sta
     return func(*args)
 
 
-def _size(*args: Any) -> tuple[int, ...]:
-    return tuple(args[0]) if args else ()
+def _size(value: Any = ()) -> tuple[int, ...]:
+    if type(value) not in (tuple, list) or len(value) > MAX_DIMS or not all(type(n) is int for n in value):
+        raise Damaged(f"a shape is {shown(value)}")
+    return tuple(value)
 
 
 TORCH: Allowed = {

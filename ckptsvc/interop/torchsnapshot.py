@@ -28,10 +28,11 @@ import msgspec
 from ckptsvc.errors import ConfigError, Damaged, InvalidInput, NotFound
 from ckptsvc.geometry.box import Box, fits
 from ckptsvc.interop.dcp import step_of
-from ckptsvc.interop.dcp_metadata import MAX_DIMS, Chunk, Directory, Place, Tensor, check_files
+from ckptsvc.interop.dcp_metadata import Chunk, Directory, Place, Tensor, check_files
 from ckptsvc.interop.dcp_state import State
 from ckptsvc.interop.files import Files
 from ckptsvc.interop.logical import Foreign, Note
+from ckptsvc.interop.torch_file import MAX_DIMS
 from ckptsvc.types import DTYPES
 
 METADATA = ".snapshot_metadata"

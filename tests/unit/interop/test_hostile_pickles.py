@@ -9,7 +9,8 @@ import pytest
 
 from ckptsvc.errors import CkptsvcError, Damaged, InvalidInput
 from ckptsvc.interop.files import open_files
-from ckptsvc.interop.torch_file import MAGIC, TorchFile, read_torch
+from ckptsvc.interop.pickles import loads
+from ckptsvc.interop.torch_file import MAGIC, TORCH, TorchFile, read_torch
 
 
 def named(module: str, name: str) -> bytes:
@@ -70,3 +71,25 @@ def test_legacy_storages_that_are_not_what_is_said_are_refused(
 ) -> None:
     with pytest.raises(error, match=says):
         legacy(tmp_path, root, storages)
+
+
+MANY = b"J" + struct.pack("<i", 50_000_000)
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        named("builtins", "bytearray") + MANY + b"\x85R.",
+        named("torch", "Size") + named("builtins", "bytearray") + text("\0\0") + text("latin1") + b"\x86R\x85R.",
+        named("torch", "Size") + text("ab") + b"\x85R.",
+    ],
+)
+def test_memory_is_made_of_what_the_pickle_has_only(pickled: bytes) -> None:
+    with pytest.raises(Damaged, match=r"neither bytes nor text|a shape is"):
+        loads(b"\x80\x02" + pickled, TORCH, "x")
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+def test_harmless_bytes_are_read(protocol: int) -> None:
+    assert loads(pickle.dumps(bytearray(b"a\xff"), protocol), TORCH, "x") == bytearray(b"a\xff")
+    assert loads(pickle.dumps([bytearray(), b"\xff"], protocol), TORCH, "x") == [bytearray(), b"\xff"]
