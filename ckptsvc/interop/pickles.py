@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import re
 import reprlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
@@ -147,28 +148,31 @@ class Unpickler(pickle.Unpickler):
         return self._persistent(pid)
 
 
+_PUT = re.compile(rb"p[ \t\r\v\f]*\+?([0-9_]+)[ \t\r\v\f]*(?:[\n\0]|\Z)")
+"""What may be an opcode PUT, with everything that C's unpickler takes for a number."""
+
+
 def _check_memo(data: memoryview, what: str) -> None:
     """Refuse a memo index that is larger than the pickle: the unpickler would reserve memory for all below it."""
+    size = len(data)
     array = np.frombuffer(data, np.uint8)
-    for opcode, width in ((ord("r"), 4), (ord("p"), 0)):
-        at = np.flatnonzero(array == opcode)
-        if not len(at):
-            continue
-        if width:
-            at = at[at + width < len(array)]
-            numbers = sum(array[at + 1 + i].astype(np.int64) << 8 * i for i in range(width))
-            suspicious = bool((np.asarray(numbers) > len(array)).any())
-        else:
-            suspicious = any(array[at + 1 : at + 13].tobytes().split(b"\n")[0].isdigit() for at in at[:10_000].tolist())
-        if suspicious:
-            _count_memo(bytes(data), what)
-            return
+    at = np.flatnonzero(array == ord("r"))
+    at = at[at + 4 < size]
+    numbers = sum(array[at + 1 + i].astype(np.int64) << 8 * i for i in range(4))
+    suspicious = bool((np.asarray(numbers) > size).any())
+    # Digits that are few and small are no harm even if they are those of an opcode.
+    suspicious |= any(not (found[1].isdigit() and len(found[1]) < 19 and int(found[1]) <= size)
+                      for found in _PUT.finditer(data))  # fmt: skip
+    if suspicious:  # or bytes of something else
+        _count_memo(bytes(data), what)
 
 
 _WIDTHS = [256] * 256
 """For each opcode the bytes of its argument; below 0 what `pickletools` says instead; 256 for no opcode."""
 for _opcode in pickletools.opcodes:
     _WIDTHS[ord(_opcode.code)] = _opcode.arg.n if _opcode.arg else 0
+
+_INDEX = re.compile(rb"[0-9]{1,18}\n")
 
 _LENGTHS = {
     pickletools.TAKEN_FROM_ARGUMENT1: 1,
@@ -195,7 +199,7 @@ def _count_memo(data: bytes, what: str) -> None:
         elif width == pickletools.UP_TO_NEWLINE:
             for _ in range(2 if opcode in b"ci" else 1):  # module and name
                 at = data.find(b"\n", at) + 1 or size
-            if opcode == put and len(data[first:at].strip()) > len(str(size)):
+            if opcode == put and not (_INDEX.fullmatch(data, first, at) and int(data[first:at]) <= size):
                 raise Damaged(f"{what} is a pickle that asks for memory for {data[first:at][:20]!r} objects")
         elif width in _LENGTHS:
             at = first + _LENGTHS[width]

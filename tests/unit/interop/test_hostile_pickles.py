@@ -93,3 +93,28 @@ def test_memory_is_made_of_what_the_pickle_has_only(pickled: bytes) -> None:
 def test_harmless_bytes_are_read(protocol: int) -> None:
     assert loads(pickle.dumps(bytearray(b"a\xff"), protocol), TORCH, "x") == bytearray(b"a\xff")
     assert loads(pickle.dumps([bytearray(), b"\xff"], protocol), TORCH, "x") == [bytearray(), b"\xff"]
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"Np30000000\n.",
+        b"Np+30000000\n.",
+        b"Np 30000000 \n.",
+        b"Np\x0c30_000_000\n.",
+        b"Np030000000\x00n\n.",
+        b"Np30000000",
+        text("p" * 10_001) + b"0Np30000000\n.",
+        text("p" * 10_001) + b"0Nr" + struct.pack("<I", 30_000_000) + b".",
+    ],
+)
+def test_places_in_the_memo_are_not_more_than_the_pickle_has_bytes(pickled: bytes) -> None:
+    with pytest.raises(Damaged, match="memory"):
+        loads(b"\x80\x02" + pickled, TORCH, "x")
+
+
+def test_text_that_looks_like_a_place_in_the_memo_is_text() -> None:
+    value = {"p99999999\n": "up 99999999\n", "step+1": b"p_99999999", "p1\n": "p\n", "r9999": b"r\xff\xff\xff\xff"}
+    for protocol in range(6):
+        assert loads(pickle.dumps({n: str(v) for n, v in value.items()}, protocol), TORCH, "x")["p1\n"] == "p\n"
+    assert loads(pickle.dumps(value, 4), TORCH, "x") == value
