@@ -22,7 +22,7 @@ import msgspec
 from ckptsvc.errors import Damaged, LayoutError, NotFound
 from ckptsvc.geometry.box import Box, fits
 from ckptsvc.interop.files import Files
-from ckptsvc.interop.pickles import Allowed, loads, stub
+from ckptsvc.interop.pickles import Allowed, Fixed, loads, stub
 from ckptsvc.interop.torch_file import MAX_DIMS, TORCH
 from ckptsvc.types import DTYPES
 
@@ -153,11 +153,11 @@ def check_files(files: Files, directory: Directory) -> None:
 # ---- what the pickle may build ------------------------------------------------------------------------------
 
 
-class _Plain:
+class _Plain(metaclass=Fixed):
     """An object of a dataclass: its attributes, which the unpickler sets without calling anything."""
 
 
-class _Properties:
+class _Properties(metaclass=Fixed):
     """TensorProperties: its state is (dtype, layout, requires_grad, memory format, pinned)."""
 
     dtype: Any = None

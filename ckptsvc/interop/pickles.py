@@ -27,7 +27,32 @@ MAX_DEPTH = 200
 """Deepest nesting of containers that is walked."""
 
 
-class Stub:
+class Fixed(type):
+    """A class that is as it was written: a pickle can ask to set attributes of whatever it has named."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        raise Damaged(f"a pickle changes the class {cls.__name__}")
+
+    def __delattr__(cls, name: str) -> None:
+        raise Damaged(f"a pickle changes the class {cls.__name__}")
+
+
+class _Function:
+    """A function of ours that a pickle may call, and not change."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        object.__setattr__(self, "_call", call)
+
+    def __call__(self, *args: Any) -> Any:
+        return self._call(*args)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise Damaged("a pickle changes a function")
+
+
+class Stub(metaclass=Fixed):
     """An object of a class that is not here: what it was made from and the attributes it was given.
 
     Attributes:
@@ -58,7 +83,7 @@ class Stub:
 
 def stub(name: str) -> type[Stub]:
     """A new class that stands for one that is not here."""
-    return type(name, (Stub,), {})
+    return Fixed(name, (Stub,), {})
 
 
 def shown(value: Any) -> str:
@@ -139,7 +164,7 @@ class Unpickler(pickle.Unpickler):
                 f"{self._what} is a pickle that imports {module}.{name}, which is not on the list of what may be built",
                 hint="it is not run; if the type is harmless, save the object as plain values",
             )
-        return found
+        return _Function(found) if callable(found) and not isinstance(found, type) else found
 
     def persistent_load(self, pid: Any) -> Any:
         """What stands for a persistent id."""

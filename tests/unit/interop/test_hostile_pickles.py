@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ckptsvc.errors import CkptsvcError, Damaged, InvalidInput
+from ckptsvc.interop import dcp_metadata, deepspeed_files, megatron_files
 from ckptsvc.interop.files import open_files
-from ckptsvc.interop.pickles import loads
+from ckptsvc.interop.pickles import PLAIN, loads
 from ckptsvc.interop.torch_file import MAGIC, TORCH, TorchFile, read_torch
 
 
@@ -118,3 +119,15 @@ def test_text_that_looks_like_a_place_in_the_memo_is_text() -> None:
     for protocol in range(6):
         assert loads(pickle.dumps({n: str(v) for n, v in value.items()}, protocol), TORCH, "x")["p1\n"] == "p\n"
     assert loads(pickle.dumps(value, 4), TORCH, "x") == value
+
+
+EVERYTHING = {**PLAIN, **TORCH, **dcp_metadata.ALLOWED, **deepspeed_files.ALLOWED, **megatron_files.MEGATRON}
+
+
+@pytest.mark.parametrize("name", EVERYTHING, ids=".".join)
+def test_what_a_pickle_names_cannot_be_changed_by_it(name: tuple[str, str]) -> None:
+    for attribute in ("dtype", "__setstate__", "__kwdefaults__", "__doc__", "_call"):
+        item = text(attribute) + b"Ns"
+        for state in (b"}" + item, b"N}" + item + b"\x86"):
+            with pytest.raises(CkptsvcError):
+                loads(b"\x80\x02" + named(*name) + state + b"b.", EVERYTHING, "x")
