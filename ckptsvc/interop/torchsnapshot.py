@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -190,6 +191,8 @@ class _Manifest:
                 )
             if not box.is_empty:
                 chunks.setdefault(box, Chunk(box, self._place(name, shard.tensor, dtype, box)))
+        if sum(box.size for box in chunks) > math.prod(shape):
+            raise Damaged(f"{self._what}: pieces of {name[:200]!r}, {dtype}{list(shape)}, overlap")
         return Tensor(dtype, shape, list(chunks.values()))
 
     def _box(self, name: str, shard: _Shard) -> Box:
