@@ -13,7 +13,7 @@ import re
 import reprlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 
@@ -41,6 +41,7 @@ class _Function:
     """A function of ours that a pickle may call, and not change."""
 
     __slots__ = ("_call",)
+    _call: Callable[..., Any]
 
     def __init__(self, call: Callable[..., Any]) -> None:
         object.__setattr__(self, "_call", call)
@@ -83,7 +84,7 @@ class Stub(metaclass=Fixed):
 
 def stub(name: str) -> type[Stub]:
     """A new class that stands for one that is not here."""
-    return Fixed(name, (Stub,), {})
+    return cast("type[Stub]", Fixed(name, (Stub,), {}))
 
 
 def shown(value: Any) -> str:

@@ -204,14 +204,7 @@ def _rebuild(
 
 
 def _rebuild_v3(
-    storage: Storage,
-    offset: int,
-    size: Any,
-    stride: Any,
-    grad: Any,
-    hooks: Any,
-    dtype: _Type,
-    metadata: Any = None,
+    storage: Any, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> Any:
     if not isinstance(storage, Storage) or not isinstance(dtype, _Type):
         raise Damaged("a tensor without a storage or a type")
@@ -266,6 +259,10 @@ def _read_zip(files: Files, key: str, start: int, length: int, allowed: Allowed,
         root = next((name for name in members if name.endswith("/data.pkl") and name.count("/") == 1), None)
         if root is None or members[root].file_size > MAX_PICKLE:
             raise Damaged(f"{what} has no data.pkl: it is not a file of torch.save")
+        if (
+            members[root].compress_type != zipfile.ZIP_STORED
+        ):  # torch never does; it may unpack to a thousand times more
+            raise Damaged(f"{what} has a compressed data.pkl: it is not a file of torch.save")
         prefix = root.removesuffix("data.pkl")
         order = f"{prefix}byteorder"
         if order in members and members[order].file_size < 100 and archive.read(order).strip() != b"little":
