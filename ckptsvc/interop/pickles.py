@@ -12,7 +12,7 @@ import pickletools
 import re
 import reprlib
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, Self, cast
 
 import numpy as np
@@ -25,6 +25,13 @@ Allowed = Mapping[tuple[str, str], Any]
 
 MAX_DEPTH = 200
 """Deepest nesting of containers that is walked."""
+
+MAX_EXPANSION = 20
+"""Most objects that are met by walking through what a pickle made, for each of its bytes: what it refers to twice is
+met twice, so that a hundred bytes can make a walk without end. Real pickles have about one."""
+
+ALWAYS_EXPANSION = 100_000
+"""As many objects may be met in any case."""
 
 
 class Fixed(type):
@@ -107,8 +114,8 @@ PLAIN: Allowed = {
     ("builtins", "bytearray"): lambda *args: _bytearray(*args),
     ("_codecs", "encode"): lambda text, encoding="latin1": _latin1(text, encoding),
     ("argparse", "Namespace"): stub("Namespace"),
-    ("pathlib", "PosixPath"): lambda *parts: "/".join(map(str, parts)),
-    ("pathlib._local", "PosixPath"): lambda *parts: "/".join(map(str, parts)),
+    ("pathlib", "PosixPath"): lambda *parts: joined("/", parts),
+    ("pathlib._local", "PosixPath"): lambda *parts: joined("/", parts),
     **NUMPY,
 }
 """Plain types that many frameworks' pickles name."""
@@ -148,13 +155,16 @@ class Unpickler(pickle.Unpickler):
         """The next object."""
         _check_memo(self._file.getbuffer()[self._file.tell() :], self._what)
         try:
-            return super().load()
+            before = self._file.tell()
+            made = super().load()
+            check_expansion(made, self._file.tell() - before)
         except (InvalidInput, Damaged) as error:
             if self._what in error.what:
                 raise
             raise type(error)(f"{self._what}: {error.what}", hint=error.hint) from None
         except Exception as error:  # noqa: BLE001  what a broken pickle raises is not listed anywhere
             raise Damaged(f"{self._what} is not a readable pickle: {type(error).__name__}: {error}") from None
+        return made
 
     def find_class(self, module: str, name: str) -> Any:
         """What stands for a global."""
@@ -172,6 +182,56 @@ class Unpickler(pickle.Unpickler):
         if self._persistent is None:
             raise Damaged(f"{self._what} refers to data outside itself")
         return self._persistent(pid)
+
+
+_LEAVES = frozenset({type(None), bool, int, float, complex, str, bytes, bytearray})
+
+
+def check_expansion(root: Any, nbytes: int) -> None:
+    """Check that walks through what a pickle made end, and soon.
+
+    Args:
+        root: what it made.
+        nbytes: its length.
+
+    Raises:
+        Damaged: it contains itself, is nested too deeply, or expands to too much.
+    """
+    limit = max(ALWAYS_EXPANSION, MAX_EXPANSION * nbytes)
+    known: dict[int, int] = {}
+
+    def count(node: Any, depth: int) -> int:
+        """How many objects are met; each is looked into once."""
+        found = known.get(id(node))
+        if found is not None:
+            if not found:
+                raise Damaged("an object of a pickle contains itself")
+            return found
+        if depth > MAX_DEPTH:
+            raise Damaged(f"an object is nested more than {MAX_DEPTH} deep")
+        known[id(node)] = 0
+        total = 1
+        for part in _parts(node):
+            total += len(part)
+            if not _LEAVES.issuperset(map(type, part)):
+                total += sum(count(item, depth + 1) for item in part if type(item) not in _LEAVES)
+        if total > limit:
+            raise Damaged(f"a pickle of {nbytes} bytes expands to more than {limit} objects")
+        known[id(node)] = total
+        return total
+
+    if type(root) not in _LEAVES:
+        count(root, 0)
+
+
+def _parts(node: Any) -> Iterable[Collection[Any]]:
+    """What is in an object: of a container, or of what stands for an object of a class that is not here."""
+    if isinstance(node, dict):
+        return node.keys(), node.values()
+    if isinstance(node, list | tuple | set | frozenset):
+        return (node,)
+    attributes = getattr(node, "__dict__", None)
+    return (attributes.values(),) if isinstance(attributes, dict) else ()
 
 
 _PUT = re.compile(rb"p[ \t\r\v\f]*\+?([0-9_]+)[ \t\r\v\f]*(?:[\n\0]|\Z)")
@@ -232,6 +292,17 @@ def _count_memo(data: bytes, what: str) -> None:
             at += int.from_bytes(data[first:at], "little")
         else:
             raise Damaged(f"{what} is not a readable pickle: {opcode:#04x} is no opcode")
+
+
+def joined(between: str, parts: tuple[Any, ...]) -> str:
+    """A path or a device, of what its constructor was given.
+
+    Raises:
+        Damaged: that is neither text nor a number.
+    """
+    if not all(type(part) in (str, int) for part in parts):
+        raise Damaged("a pickle makes a path or a device of something else than text")
+    return between.join(map(str, parts))
 
 
 def _bytearray(content: Any = b"", encoding: Any = "latin-1") -> bytearray:

@@ -25,7 +25,7 @@ from ckptsvc.errors import Damaged, InvalidInput
 from ckptsvc.geometry.box import Box
 from ckptsvc.geometry.reshard import Block
 from ckptsvc.interop.files import Files
-from ckptsvc.interop.pickles import MAX_DEPTH, Allowed, Unpickler, loads, shown, stub
+from ckptsvc.interop.pickles import MAX_DEPTH, Allowed, Unpickler, joined, loads, shown, stub
 from ckptsvc.interop.zips import FileRange, data_offset
 from ckptsvc.types import DTYPES
 
@@ -216,8 +216,11 @@ def _from_type(func: Callable[..., Any], _type: Any, args: tuple[Any, ...], _sta
     return func(*args)
 
 
+_INTEGERS = frozenset({int})
+
+
 def _size(value: Any = ()) -> tuple[int, ...]:
-    if type(value) not in (tuple, list) or len(value) > MAX_DIMS or not all(type(n) is int for n in value):
+    if type(value) not in (tuple, list) or len(value) > MAX_DIMS or not _INTEGERS.issuperset(map(type, value)):
         raise Damaged(f"a shape is {shown(value)}")
     return tuple(value)
 
@@ -232,8 +235,8 @@ TORCH: Allowed = {
     ("torch", "Tensor"): stub("Tensor"),
     ("torch.nn.parameter", "Parameter"): lambda data, *_: data,
     ("torch", "Size"): _size,
-    ("torch", "device"): lambda *args: ":".join(map(str, args)),
-    ("torch.serialization", "_get_layout"): str,
+    ("torch", "device"): lambda *args: joined(":", args),
+    ("torch.serialization", "_get_layout"): lambda *args: joined("", args),
     ("torch.storage", "UntypedStorage"): _Type("uint8"),
     ("torch.storage", "TypedStorage"): stub("TypedStorage"),
     **{("torch", name): _Type(dtype) for name, dtype in STORAGES.items()},

@@ -11,7 +11,7 @@ from ckptsvc.errors import CkptsvcError, Damaged, InvalidInput
 from ckptsvc.interop import dcp_metadata, deepspeed_files, megatron_files
 from ckptsvc.interop.files import open_files
 from ckptsvc.interop.pickles import PLAIN, loads
-from ckptsvc.interop.torch_file import MAGIC, TORCH, TorchFile, read_torch
+from ckptsvc.interop.torch_file import MAGIC, TORCH, TorchFile, read_torch, storage_id
 
 
 def named(module: str, name: str) -> bytes:
@@ -131,3 +131,38 @@ def test_what_a_pickle_names_cannot_be_changed_by_it(name: tuple[str, str]) -> N
         for state in (b"}" + item, b"N}" + item + b"\x86"):
             with pytest.raises(CkptsvcError):
                 loads(b"\x80\x02" + named(*name) + state + b"b.", EVERYTHING, "x")
+
+
+def laughs(levels: int, first: bytes = b"]") -> bytes:
+    """An object in two bytes more for each level that has it twice: 2**levels are met in it."""
+    return first + b"".join(b"q%ch%c\x86" % (level, level) for level in range(1, levels + 1))
+
+
+@pytest.mark.parametrize(
+    ("pickled", "says"),
+    [
+        (laughs(60), "expands"),
+        (b"}K\x01" + laughs(60) + b"s", "expands"),
+        (named(dcp_metadata._METADATA, "Metadata") + b")\x81}" + text("planner_data") + laughs(60) + b"sb", "expands"),
+        (named("argparse", "Namespace") + b")\x81}" + text("a") + laughs(60) + b"sb", "expands"),
+        (b"(]q\x00(" + b"N" * 1000 + b"eh\x00" + b"h\x00" * 1000 + b"t", "expands"),
+        (named("torch.serialization", "_get_layout") + laughs(60) + b"\x85R", "text"),
+        (named("torch", "device") + laughs(60) + b"\x85R", "text"),
+        (named("pathlib", "PosixPath") + laughs(60, text("a")) + b"\x85R", "text"),
+        (named("torch", "Size") + laughs(60) + b"\x85R", "shape"),
+        (b"]q\x00(h\x00h\x00e", "contains itself"),
+        (b"]" * 1000 + b"a" * 999, "nested"),
+        (laughs(60) + b"Q", "refers to"),
+        (named("numpy", "dtype") + b"]\x85Rq\x00" + laughs(60, b"h\x00"), "expands"),
+    ],
+    ids=range(13),
+)
+def test_a_small_pickle_that_makes_an_endless_walk_is_refused(pickled: bytes, says: str) -> None:
+    with pytest.raises(Damaged, match=says):
+        loads(b"\x80\x02" + pickled + b".", EVERYTHING, "x", lambda pid: storage_id(pid, "x"))
+
+
+def test_what_is_shared_within_reason_is_read() -> None:
+    shared = [0.9, 0.999]
+    value = {i: {"betas": shared, "lr": i} for i in range(1000)}
+    assert loads(pickle.dumps(value), PLAIN, "x") == value
