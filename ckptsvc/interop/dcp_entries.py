@@ -38,7 +38,13 @@ READERS = 8
 """Reads at a time: a network file system answers each after a millisecond."""
 
 MAX_ENTRY = 4 << 30
-"""Largest entry that is taken into memory whole, in bytes: compressed tensors, and values."""
+"""Largest entry that is taken into memory whole, in bytes."""
+
+MAX_VALUE = 1 << 30
+"""Most bytes that a compressed value may unpack to; a tensor may to its own size and `AROUND`."""
+
+AROUND = 1 << 20
+"""Most bytes of a file of `torch.save` around the data of its one tensor."""
 
 ZSTD = "stream.zstd/1"
 
@@ -80,6 +86,8 @@ def check_transforms(place: Place) -> None:
     """Raises InvalidInput if an entry was transformed in a way that is not known."""
     if unknown := set(place.transforms) - {ZSTD}:
         raise InvalidInput(f"{place.key}: its entries were transformed by {sorted(unknown)}; only {ZSTD!r} is known")
+    if len(place.transforms) > 1:
+        raise InvalidInput(f"{place.key}: its entries were compressed {len(place.transforms)} times")
 
 
 def read_values(files: Files, places: Sequence[Place], refused: list[InvalidInput] | None = None) -> list[Any]:
@@ -121,7 +129,7 @@ def read_values(files: Files, places: Sequence[Place], refused: list[InvalidInpu
 def _read_value(files: Files, place: Place) -> Any:
     if not place.transforms:
         return read_torch(files, place.key, place.start, place.nbytes).root
-    return read_torch(Memory(unpacked(files, place), f"{files.url}/{place.key}"), "").root
+    return read_torch(Memory(unpacked(files, place, MAX_VALUE), f"{files.url}/{place.key}"), "").root
 
 
 # ---- where data begins --------------------------------------------------------------------------------------
@@ -272,12 +280,17 @@ class Memory:
         """See Files."""
 
 
-def unpacked(files: Files, place: Place) -> bytes:
+def unpacked(files: Files, place: Place, limit: int) -> bytes:
     """The bytes of a compressed entry.
+
+    Args:
+        files: where the checkpoint is.
+        place: the entry.
+        limit: most bytes that it may have.
 
     Raises:
         ConfigError: the package that does it is not installed.
-        Damaged: it is not what it is said to be, or larger than `MAX_ENTRY`.
+        Damaged: it is not what it is said to be, or larger than that.
     """
     check_transforms(place)
     what = f"{files.url}/{place.key}: the entry at byte {place.start}"
@@ -285,25 +298,25 @@ def unpacked(files: Files, place: Place) -> bytes:
         zstandard = importlib.import_module("zstandard")
     except ImportError:
         raise ConfigError(f"{what} is compressed with zstd", hint="pip install zstandard") from None
-    if place.nbytes > MAX_ENTRY:
+    if place.nbytes > limit:  # zstd adds next to nothing to what cannot be compressed
         raise Damaged(f"{what} has {place.nbytes} compressed bytes")
-    data = bytearray(place.nbytes)
-    files.read_into(place.key, place.start, memoryview(data))
-    for _ in place.transforms:
-        try:
-            # The streams do not say how long their content is: read until the end, or one byte more than is allowed.
-            with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(data)) as stream:
-                data = bytearray(stream.read(MAX_ENTRY + 1))
-        except zstandard.ZstdError as error:
-            raise Damaged(f"{what} is not compressed with zstd: {error}") from None
-        if len(data) > MAX_ENTRY:
-            raise Damaged(f"{what} has more than {MAX_ENTRY} bytes when decompressed")
-    return bytes(data)
+    packed = bytearray(place.nbytes)
+    files.read_into(place.key, place.start, memoryview(packed))
+    try:
+        # The streams do not say how long their content is: read until the end, or one byte more than is allowed.
+        with zstandard.ZstdDecompressor().stream_reader(io.BytesIO(packed)) as stream:
+            data: bytes = stream.read(limit + 1)
+    except zstandard.ZstdError as error:
+        raise Damaged(f"{what} is not compressed with zstd: {error}") from None
+    if len(data) > limit:
+        raise Damaged(f"{what} has more than {limit} bytes when decompressed")
+    return data
 
 
 def _unpacked_tensor(files: Files, tensor: Tensor, chunk: Chunk) -> bytes:
     """The elements of a compressed piece, row-major."""
-    memory = Memory(unpacked(files, chunk.place), f"{files.url}/{chunk.place.key}")
+    limit = min(tensor.nbytes(chunk.box) + AROUND, MAX_ENTRY)
+    memory = Memory(unpacked(files, chunk.place, limit), f"{files.url}/{chunk.place.key}")
     stored = _one_tensor(read_torch(memory, "").root, memory.url)
     if (stored.dtype, stored.shape) != (tensor.dtype, chunk.box.shape):
         raise Damaged(f"{memory.url}: a piece is {stored.dtype}{list(stored.shape)}, not {tensor.dtype}{chunk.box}")

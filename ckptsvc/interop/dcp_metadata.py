@@ -22,17 +22,14 @@ import msgspec
 from ckptsvc.errors import Damaged, LayoutError, NotFound
 from ckptsvc.geometry.box import Box, fits
 from ckptsvc.interop.files import Files
-from ckptsvc.interop.pickles import Allowed, loads, stub
-from ckptsvc.interop.torch_file import TORCH
+from ckptsvc.interop.pickles import Allowed, Fixed, loads, stub
+from ckptsvc.interop.torch_file import MAX_DIMS, TORCH
 from ckptsvc.types import DTYPES
 
 METADATA = ".metadata"
 
 MAX_METADATA = 16 << 30
 """Largest metadata file, in bytes: about 400 bytes for each piece of each tensor."""
-
-MAX_DIMS = 64
-"""Most dimensions of a tensor, as in torch."""
 
 _RANKS = re.compile(r"__\d{1,9}\.metadata")
 
@@ -156,11 +153,11 @@ def check_files(files: Files, directory: Directory) -> None:
 # ---- what the pickle may build ------------------------------------------------------------------------------
 
 
-class _Plain:
+class _Plain(metaclass=Fixed):
     """An object of a dataclass: its attributes, which the unpickler sets without calling anything."""
 
 
-class _Properties:
+class _Properties(metaclass=Fixed):
     """TensorProperties: its state is (dtype, layout, requires_grad, memory format, pinned)."""
 
     dtype: Any = None
@@ -183,7 +180,6 @@ _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"
 
 ALLOWED: Allowed = {
     **TORCH,
-    ("torch", "Size"): tuple,
     **{(_METADATA, n): _Plain for n in ("Metadata", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta")},
     (_METADATA, "TensorStorageMetadata"): _TensorData,
     (_METADATA, "BytesStorageMetadata"): _Bytes,

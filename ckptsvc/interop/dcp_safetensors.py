@@ -18,8 +18,9 @@ import msgspec
 
 from ckptsvc.errors import Damaged
 from ckptsvc.geometry.box import Box
-from ckptsvc.interop.dcp_metadata import MAX_DIMS, Chunk, Directory, Place, Tensor, check_files
+from ckptsvc.interop.dcp_metadata import Chunk, Directory, Place, Tensor, check_files
 from ckptsvc.interop.files import Files
+from ckptsvc.interop.torch_file import MAX_DIMS
 from ckptsvc.types import DTYPES
 
 MAX_HEADER = 1 << 30

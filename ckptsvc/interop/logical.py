@@ -37,6 +37,9 @@ EXTENT = 256 << 10
 MAX_LOADED = 4
 """Entries that are kept in memory because they are not in the file as they are (compressed)."""
 
+MAX_LOADED_BYTES = 256 << 20
+"""Bytes that they have together; a larger one is kept alone."""
+
 MASTER = "master"
 """The slot of optimizer state that is the fp32 master of a parameter."""
 
@@ -406,9 +409,12 @@ class _ForeignSource:
         # One at a time: several readers want windows of the same entry, and memory is the scarcer.
         with self._lock:
             data = self._loaded.pop(shard, None)
-            self._loaded[shard] = data = load(self._foreign.files) if data is None else data
-            if len(self._loaded) > MAX_LOADED:
-                self._loaded.popitem(last=False)
+            if data is None:
+                room = MAX_LOADED_BYTES - self.size(shard)
+                while self._loaded and (len(self._loaded) >= MAX_LOADED or sum(map(len, self._loaded.values())) > room):
+                    self._loaded.popitem(last=False)
+                data = load(self._foreign.files)
+            self._loaded[shard] = data
             return data
 
 

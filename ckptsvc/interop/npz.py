@@ -32,7 +32,7 @@ MAX_HEADER = 1 << 16
 """Longest header of an array, in bytes."""
 
 MAX_UNPACKED = 1 << 31
-"""Largest compressed array that is unpacked in memory, in bytes."""
+"""Largest compressed array that is unpacked in memory, in bytes; only one of that size is there at a time."""
 
 _STATE = "optimizer/"
 _NUMPY = {name: np.dtype(name) for name in DTYPES if hasattr(np, name) and name != "bool"} | {"bool": np.dtype(bool)}
@@ -123,6 +123,8 @@ def _add(foreign: Foreign, archive: zipfile.ZipFile, member: zipfile.ZipInfo, ke
         begin = data_offset(archive.fp, member.header_offset, what) + start
         foreign.add(meta, Box.full(shape), (key, begin), block)
         return
+    if member.compress_type != zipfile.ZIP_DEFLATED:
+        raise InvalidInput(f"{what}: {name} is compressed in a way that numpy does not know")
     if size > MAX_UNPACKED:
         raise InvalidInput(f"{what}: {name} is compressed and has {size} bytes", hint="save it with numpy.savez")
     load = _unpacker(member.filename, start)

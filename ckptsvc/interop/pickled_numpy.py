@@ -34,7 +34,7 @@ class PickledDtype:
         """The real one."""
         code = self._code
         if not isinstance(code, str) or len(code) > 4 or code[:1] not in KINDS or not code[1:].isdigit():
-            raise Damaged(f"a numpy array has elements of type {str(code)[:80]!r}")
+            raise Damaged(f"a numpy array has elements of type {code[:80] if isinstance(code, str) else type(code)!r}")
         try:
             return np.dtype(self._order + code)
         except TypeError:
@@ -70,7 +70,7 @@ def scalar(kind: Any, data: Any = b"") -> np.generic[Any]:
 
 def _array(shape: tuple[Any, ...], dtype: np.dtype[Any], data: bytes, order: Any) -> NDArray[Any]:
     if len(shape) > 32 or not all(type(n) is int and n >= 0 for n in shape):
-        raise Damaged(f"a numpy array of shape {str(shape)[:80]}")
+        raise Damaged("a numpy array has a shape that cannot be")
     if math.prod(shape) * dtype.itemsize != len(data):
         raise Damaged(f"a numpy array of shape {list(shape)} and type {dtype} has {len(data)} bytes")
     return np.frombuffer(data, dtype).reshape(shape, order=order).astype(dtype.newbyteorder("="))

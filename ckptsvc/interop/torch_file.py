@@ -25,7 +25,7 @@ from ckptsvc.errors import Damaged, InvalidInput
 from ckptsvc.geometry.box import Box
 from ckptsvc.geometry.reshard import Block
 from ckptsvc.interop.files import Files
-from ckptsvc.interop.pickles import MAX_DEPTH, Allowed, Unpickler, loads, stub
+from ckptsvc.interop.pickles import MAX_DEPTH, Allowed, Unpickler, joined, loads, shown, stub
 from ckptsvc.interop.zips import FileRange, data_offset
 from ckptsvc.types import DTYPES
 
@@ -34,6 +34,9 @@ MAGIC = 0x1950A86A20F9469CFC6C
 
 MAX_PICKLE = 4 << 30
 """Largest pickle in a file, in bytes."""
+
+MAX_DIMS = 64
+"""Most dimensions of a tensor, as in torch."""
 
 STORAGES = {
     "DoubleStorage": "float64",
@@ -180,13 +183,20 @@ class _Type(msgspec.Struct, frozen=True):
     dtype: str
 
 
-def _rebuild(storage: Storage, offset: int, size: Any, stride: Any, *_: Any) -> StoredTensor:
+def _rebuild(
+    storage: Storage, offset: int, size: Any, stride: Any, _grad: Any = False, _hooks: Any = None, metadata: Any = None
+) -> StoredTensor:
     if not isinstance(storage, Storage):
         raise Damaged("a tensor without a storage")
-    shape, strides = tuple(size), tuple(stride)
+    if metadata:  # {"conj": True}, {"neg": True}: what is stored is not what the tensor shows
+        raise InvalidInput(
+            "a tensor is a view that conjugates or negates what is stored",
+            hint="save tensor.resolve_conj().resolve_neg()",
+        )
+    shape, strides = _size(size), _size(stride)
     numbers = (offset, *shape, *strides)
     if len(shape) != len(strides) or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-        raise Damaged(f"a tensor of shape {size!r} with strides {stride!r}")
+        raise Damaged(f"a tensor of shape {shown(size)} with strides {shown(stride)}")
     extent = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1 if 0 not in shape else 0
     if (offset + extent) * DTYPES[storage.dtype].itemsize > storage.nbytes and extent:
         raise Damaged(f"{storage.key}: a tensor of shape {list(shape)} is larger than its storage")
@@ -194,18 +204,25 @@ def _rebuild(storage: Storage, offset: int, size: Any, stride: Any, *_: Any) -> 
 
 
 def _rebuild_v3(
-    storage: Storage, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: _Type, *_: Any
+    storage: Any, offset: int, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, metadata: Any = None
 ) -> Any:
+    if not isinstance(storage, Storage) or not isinstance(dtype, _Type):
+        raise Damaged("a tensor without a storage or a type")
     typed = Storage(storage.key, storage.start, storage.nbytes, dtype.dtype)
-    return _rebuild(typed, offset, size, stride)
+    return _rebuild(typed, offset, size, stride, grad, hooks, metadata)
 
 
 def _from_type(func: Callable[..., Any], _type: Any, args: tuple[Any, ...], _state: Any) -> Any:
     return func(*args)
 
 
-def _size(*args: Any) -> tuple[int, ...]:
-    return tuple(args[0]) if args else ()
+_INTEGERS = frozenset({int})
+
+
+def _size(value: Any = ()) -> tuple[int, ...]:
+    if type(value) not in (tuple, list) or len(value) > MAX_DIMS or not _INTEGERS.issuperset(map(type, value)):
+        raise Damaged(f"a shape is {shown(value)}")
+    return tuple(value)
 
 
 TORCH: Allowed = {
@@ -218,8 +235,8 @@ TORCH: Allowed = {
     ("torch", "Tensor"): stub("Tensor"),
     ("torch.nn.parameter", "Parameter"): lambda data, *_: data,
     ("torch", "Size"): _size,
-    ("torch", "device"): lambda *args: ":".join(map(str, args)),
-    ("torch.serialization", "_get_layout"): str,
+    ("torch", "device"): lambda *args: joined(":", args),
+    ("torch.serialization", "_get_layout"): lambda *args: joined("", args),
     ("torch.storage", "UntypedStorage"): _Type("uint8"),
     ("torch.storage", "TypedStorage"): stub("TypedStorage"),
     **{("torch", name): _Type(dtype) for name, dtype in STORAGES.items()},
@@ -245,6 +262,10 @@ def _read_zip(files: Files, key: str, start: int, length: int, allowed: Allowed,
         root = next((name for name in members if name.endswith("/data.pkl") and name.count("/") == 1), None)
         if root is None or members[root].file_size > MAX_PICKLE:
             raise Damaged(f"{what} has no data.pkl: it is not a file of torch.save")
+        if (
+            members[root].compress_type != zipfile.ZIP_STORED
+        ):  # torch never does; it may unpack to a thousand times more
+            raise Damaged(f"{what} has a compressed data.pkl: it is not a file of torch.save")
         prefix = root.removesuffix("data.pkl")
         order = f"{prefix}byteorder"
         if order in members and members[order].file_size < 100 and archive.read(order).strip() != b"little":
@@ -274,8 +295,15 @@ def _read_zip(files: Files, key: str, start: int, length: int, allowed: Allowed,
 def storage_id(pid: Any, what: str) -> tuple[str, str, int]:
     """Element type, key and number of elements of the storage that a persistent id names."""
     if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage" or not isinstance(pid[2], str):
-        raise Damaged(f"{what} refers to {str(pid)[:100]!r}, which is not a storage")
-    return _storage_type(pid[1], what), pid[2], int(pid[4])
+        raise Damaged(f"{what} refers to {shown(pid)}, which is not a storage")
+    if type(pid[4]) is not int or not 0 <= pid[4] < 1 << 48:
+        raise Damaged(f"{what}: the storage {pid[2][:80]!r} has a number of elements that cannot be")
+    if len(pid) > 5 and pid[5] is not None:
+        raise InvalidInput(
+            f"{what}: the storage {pid[2][:80]!r} is a view of another, as torch wrote them before 0.4",
+            hint="load it with torch, and save it again",
+        )
+    return _storage_type(pid[1], what), pid[2], pid[4]
 
 
 # ---- legacy -------------------------------------------------------------------------------------------------
@@ -305,7 +333,8 @@ def _parse_legacy(
 
     def persistent(pid: Any) -> Storage:
         kind, name, elements = storage_id(pid, what)
-        known[name] = (kind, elements)
+        if known.setdefault(name, (kind, elements)) != (kind, elements):
+            raise Damaged(f"{what} contradicts itself about the storage {name[:80]!r}")
         # The place is known only after this pickle: the key of the storage stands for it until then.
         return Storage(name, -1, elements * DTYPES[kind].itemsize, kind)
 
@@ -319,16 +348,19 @@ def _parse_legacy(
         raise InvalidInput(f"{what} was written on a machine with another byte order")
     root = Unpickler(stream, everything, what, persistent).load()
     keys = Unpickler(stream, everything, what).load()
-    at = start + stream.tell()
+    at, stated = start + stream.tell(), bytearray(8)
     for name in keys if isinstance(keys, list) else ():
-        if name not in known:
-            raise Damaged(f"{what} has the storage {str(name)[:80]!r} that nothing refers to")
+        if not isinstance(name, str) or name not in known:
+            raise Damaged(f"{what} has the storage {shown(name)} that nothing refers to")
         kind, elements = known[name]
         nbytes = elements * DTYPES[kind].itemsize
         waiting[name] = Storage(key, at + 8, nbytes, kind)
+        if at + 8 + nbytes > start + length:
+            raise Damaged(f"{what} ends before its storage {name[:80]!r} does")
+        files.read_into(key, at, memoryview(stated))
+        if int.from_bytes(stated, "little") != elements:
+            raise Damaged(f"{what}: the storage {name[:80]!r} has not the {elements} elements that are referred to")
         at += 8 + nbytes
-        if at > start + length:
-            raise Damaged(f"{what} ends before its storage {str(name)[:80]!r} does")
     return TorchFile(_placed(root, waiting, what, 0), waiting)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import base64
 import importlib
+import math
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -28,10 +29,11 @@ import msgspec
 from ckptsvc.errors import ConfigError, Damaged, InvalidInput, NotFound
 from ckptsvc.geometry.box import Box, fits
 from ckptsvc.interop.dcp import step_of
-from ckptsvc.interop.dcp_metadata import MAX_DIMS, Chunk, Directory, Place, Tensor, check_files
+from ckptsvc.interop.dcp_metadata import Chunk, Directory, Place, Tensor, check_files
 from ckptsvc.interop.dcp_state import State
 from ckptsvc.interop.files import Files
 from ckptsvc.interop.logical import Foreign, Note
+from ckptsvc.interop.torch_file import MAX_DIMS
 from ckptsvc.types import DTYPES
 
 METADATA = ".snapshot_metadata"
@@ -189,6 +191,8 @@ class _Manifest:
                 )
             if not box.is_empty:
                 chunks.setdefault(box, Chunk(box, self._place(name, shard.tensor, dtype, box)))
+        if sum(box.size for box in chunks) > math.prod(shape):
+            raise Damaged(f"{self._what}: pieces of {name[:200]!r}, {dtype}{list(shape)}, overlap")
         return Tensor(dtype, shape, list(chunks.values()))
 
     def _box(self, name: str, shard: _Shard) -> Box:

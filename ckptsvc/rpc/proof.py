@@ -13,8 +13,10 @@ The adversary is another user of this host. He may connect to an agent's port, l
 for one that has ended, pass on to one agent what another sends him, write into etcd, and keep all he sees. He cannot
 read or change what goes between two other processes over loopback: who can is root, and has the file. So:
 
-- who listens without the secret gets no proof, no request and no report, and nothing he says is obeyed: the last proof
-  is on the very call that is then used, because a channel may have connected anew, to another listener, meanwhile;
+- who listens without the secret gets no proof and no report, and nothing he says is obeyed: the last proof is on the
+  very call that is then used, because a channel may have connected anew, to another listener, meanwhile. All that one
+  can get who takes the port over between the proof and the call is the request of a call with one message each way,
+  which is sent at once: the name and the term of a job;
 - proofs that are passed on are of no use: they hold for one address, and only one process can listen there;
 - nor are recorded ones: N and M are new for each call, and M is forgotten when it has been used, or after a time;
 - who calls without the secret costs nothing but his connection: his call is refused by its metadata alone. Its body is

@@ -96,3 +96,18 @@ def test_a_manifest_that_contradicts_itself_is_refused(
     metadata.write_text(json.dumps(content))
     with pytest.raises(error):
         open_foreign(str(snapshot))
+
+
+def test_shards_of_a_snapshot_that_overlap_are_refused(tmp_path: Path) -> None:
+    def shard(first: int, location: str) -> dict[str, object]:
+        stored = {"type": "Tensor", "location": location, "serializer": "buffer_protocol", "dtype": "torch.float32",
+                  "shape": [4], "replicated": False}  # fmt: skip
+        (tmp_path / location).write_bytes(bytes(16))
+        return {"offsets": [first], "sizes": [4], "tensor": stored}
+
+    entry = {"type": "ShardedTensor", "shards": [shard(0, "a"), shard(2, "b")]}
+    manifest = {"0": {"type": "dict", "keys": ["w"]}, "0/w": entry}
+    content = {"version": "0.1.0", "world_size": 1, "manifest": manifest}
+    (tmp_path / ".snapshot_metadata").write_text(json.dumps(content))
+    with pytest.raises(Damaged, match="overlap"):
+        open_foreign(f"torchsnapshot:{tmp_path}")

@@ -21,6 +21,7 @@ from ckptsvc.errors import CkptsvcError, ConfigError, Damaged, InvalidInput, Lay
 from ckptsvc.format.objects import decode, encode
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop import dcp_entries
+from ckptsvc.interop.dcp_metadata import Chunk, Place, Tensor
 from ckptsvc.interop.files import open_files
 from ckptsvc.interop.formats import exporter, open_foreign, recognised
 from ckptsvc.interop.logical import Foreign
@@ -369,6 +370,29 @@ def test_entries_of_any_layout_and_order_in_memory_are_found(tmp_path: Path) -> 
     foreign.seal()
     for name, value in tensors.items():
         assert torch.equal(tensor(foreign, name), value), name
+
+
+def test_an_entry_that_negates_what_is_stored_is_refused(tmp_path: Path) -> None:
+    torch.save(torch._neg_view(torch.ones(3)), tmp_path / "x")
+    foreign = Foreign("test:", open_files(str(tmp_path)))
+    entry = dcp_entries.Entry("x", 0, (tmp_path / "x").stat().st_size, dcp_entries.locate)
+    foreign.add(TensorMeta("w", "float32", (3,)), Box.full((3,)), entry)
+    foreign.seal()
+    with pytest.raises(InvalidInput, match="negates"):
+        tensor(foreign, "w")
+
+
+def test_a_compressed_entry_unpacks_to_what_is_expected_and_no_more(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    content = zstandard.compress(bytes(10 << 20))
+    (tmp_path / "x").write_bytes(content)
+    place = Place("x", 0, len(content), (dcp_entries.ZSTD,))
+    foreign = Foreign("test:", open_files(str(tmp_path)))
+    dcp_entries.add(foreign, "w", Tensor("float32", (4,), [Chunk(Box.full((4,)), place)]))
+    with pytest.raises(Damaged, match="more than"):
+        tensor(foreign.seal(), "w")
+    with pytest.raises(InvalidInput, match="2 times"):
+        dcp_entries.check_transforms(place._replace(transforms=(dcp_entries.ZSTD,) * 2))
 
 
 def test_nothing_but_our_errors_comes_of_broken_files(checkpoint: Path) -> None:

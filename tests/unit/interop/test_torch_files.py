@@ -14,8 +14,9 @@ import torch
 
 from ckptsvc.errors import Damaged, InvalidInput, UnsupportedObject
 from ckptsvc.geometry.box import Box
+from ckptsvc.interop import logical
 from ckptsvc.interop.files import open_files
-from ckptsvc.interop.logical import Foreign
+from ckptsvc.interop.logical import Foreign, Stretch
 from ckptsvc.interop.outputs import OutputFile
 from ckptsvc.interop.torch_file import read_torch, tensors_in
 from ckptsvc.interop.torch_write import Call, Global, Inline, Slot, torch_dtype, torch_output
@@ -97,6 +98,14 @@ def test_what_torch_does_not_see_as_a_box_is_refused(tmp_path: Path) -> None:
             stored.block()
 
 
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+@pytest.mark.parametrize("view", [torch.tensor([1 + 2j]).conj(), torch._neg_view(torch.tensor([1.0]))])
+def test_views_that_change_what_is_stored_are_refused(tmp_path: Path, view: torch.Tensor, kind: str) -> None:
+    torch.save({"w": view}, tmp_path / "x.pt", _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(InvalidInput, match=r"x\.pt: .*conjugates or negates"):
+        read_torch(open_files(str(tmp_path)), "x.pt")
+
+
 class Evil:
     def __reduce__(self) -> tuple[Any, ...]:
         return print, ("gotcha",)
@@ -115,6 +124,32 @@ def test_a_pickle_that_asks_for_all_memory_is_refused(tmp_path: Path) -> None:
         archive.writestr("x/data.pkl", pickled)
     with pytest.raises(Damaged, match="memory"):
         read_torch(open_files(str(tmp_path)), "x.pt")
+
+
+def test_a_pickle_that_is_compressed_is_not_unpacked(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", b"\x80\x02N.")
+    with pytest.raises(Damaged, match="compressed"):
+        read_torch(open_files(str(tmp_path)), "x.pt")
+
+
+def test_of_large_arrays_that_are_unpacked_one_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+    foreign = Foreign("test:", open_files(str(tmp_path)))
+    for name in "ab":
+
+        def load(_files: Any, name: str = name) -> bytes:
+            loaded.append(name)
+            return bytes(40)
+
+        foreign.add(TensorMeta(name, "float32", (10,)), Box.full((10,)), Stretch(name, 0, 40, None, load))
+    foreign.seal()
+    for limit, expected in ((79, "aba"), (80, "b")):
+        monkeypatch.setattr(logical, "MAX_LOADED_BYTES", limit)
+        loaded.clear()
+        for name in "aba":
+            values(foreign, name)
+        assert "".join(loaded) == expected
 
 
 def test_a_truncated_or_foreign_file_is_damaged(tmp_path: Path) -> None:
