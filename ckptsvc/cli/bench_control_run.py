@@ -300,7 +300,7 @@ class Control:
 
 
 async def _make_shards(folder: Path, names: list[str]) -> None:
-    """Empty files: the commit looks whether they are there. Other processes make them: pings want their answers here."""
+    """Empty files: the commit looks whether they are there. Another process makes them: pings want answers here."""
     await asyncio.to_thread(folder.mkdir, parents=True)
     process = await asyncio.create_subprocess_exec("xargs", "touch", cwd=folder, stdin=asyncio.subprocess.PIPE)
     await process.communicate("\n".join(names).encode())
