@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,12 @@ DIST = ("megatron-tp2pp2_w4", "megatron-tp2dp2_distopt_fr")
 CLASSIC = "megatron-tp2pp2_legacy"
 FLAT = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "param": "param"}
 
-torch.serialization.add_safe_globals([Namespace])
+
+@pytest.fixture(autouse=True, scope="module")
+def _namespaces() -> Iterator[None]:
+    """Megatron's files have the arguments of its command line in them."""
+    with torch.serialization.safe_globals([Namespace]):
+        yield
 
 
 def matches(logical: Logical, truth: dict[str, Any]) -> None:
