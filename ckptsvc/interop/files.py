@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Protocol
 from ckptsvc.errors import Damaged, InvalidInput, NotFound, StoreError
 from ckptsvc.storage import Store, connect
 
-MAX_OPEN = 256
+MAX_OPEN = 64
 """Most files held open at a time."""
 
 MAX_SMALL = 1 << 30
@@ -74,6 +75,7 @@ class LocalFiles:
         self._root = root if root.is_dir() else root.parent
         self._open: OrderedDict[str, int] = OrderedDict()
         self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._open)  # of whoever forgets to
 
     @property
     def url(self) -> str:
@@ -124,9 +126,7 @@ class LocalFiles:
     def close(self) -> None:
         """See Files."""
         with self._lock:
-            for fd in self._open.values():
-                os.close(fd)
-            self._open.clear()
+            _close_all(self._open)
 
     def _descriptor(self, key: str) -> int:
         """A descriptor of the caller's own: one that others close meanwhile stays good."""
@@ -157,6 +157,11 @@ class LocalFiles:
         if key.startswith("/") or "\0" in key or ".." in key.split("/"):
             raise Damaged(f"{self._root}: a file of it is said to be {key[:200]!r}, which is outside")
         return self._root / key
+
+
+def _close_all(descriptors: OrderedDict[str, int]) -> None:
+    while descriptors:
+        os.close(descriptors.popitem()[1])
 
 
 class _StoreFiles:
