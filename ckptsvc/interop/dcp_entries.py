@@ -7,7 +7,6 @@ equal pickles are read once: a hundred thousand entries take about a second.
 
 from __future__ import annotations
 
-import importlib
 import io
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ckptsvc.errors import ConfigError, Damaged, InvalidInput
+from ckptsvc.errors import Damaged, InvalidInput
 from ckptsvc.interop.dcp_metadata import Chunk, Place, Tensor
 from ckptsvc.interop.files import Files
 from ckptsvc.interop.logical import Entry, Foreign, Stretch
@@ -289,15 +288,12 @@ def unpacked(files: Files, place: Place, limit: int) -> bytes:
         limit: most bytes that it may have.
 
     Raises:
-        ConfigError: the package that does it is not installed.
         Damaged: it is not what it is said to be, or larger than that.
     """
     check_transforms(place)
     what = f"{files.url}/{place.key}: the entry at byte {place.start}"
-    try:
-        zstandard = importlib.import_module("zstandard")
-    except ImportError:
-        raise ConfigError(f"{what} is compressed with zstd", hint="pip install zstandard") from None
+    import zstandard  # few checkpoints need it
+
     if place.nbytes > limit:  # zstd adds next to nothing to what cannot be compressed
         raise Damaged(f"{what} has {place.nbytes} compressed bytes")
     packed = bytearray(place.nbytes)
