@@ -8,7 +8,7 @@ that it has only a part of is refused.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from ckptsvc.client.exchange import Progress, Readable
 from ckptsvc.client.group import Group, together
-from ckptsvc.client.restore import Image, fill
+from ckptsvc.client.restore import Image, StoredNames, fill
 from ckptsvc.client.state import StateTree
 from ckptsvc.client.wanted import listed
 from ckptsvc.errors import LayoutError
@@ -26,7 +26,6 @@ from ckptsvc.interop.formats import open_foreign
 from ckptsvc.interop.logical import MASTER, MODEL, STATE, Logical
 from ckptsvc.interop.naming import named, numbered, rekeyed
 from ckptsvc.interop.views import Mapped, View, whole
-from ckptsvc.types import TensorMeta
 
 log = logging.getLogger("ckptsvc")
 
@@ -60,7 +59,7 @@ def restore_foreign(
         with together(group):
             fitted = _fitted(logical, state, tree)
             document = _document(fitted, state)
-            image = Image(fitted, StoredOf(fitted), fitted.source, Readable(True), lambda _: document)
+            image = Image(fitted, StoredNames(fitted), fitted.source, Readable(True), lambda _: document)
             parts = tree.targets(image.stored, document, strict=False, cast=True).parts
         _check(logical, tree, state, group)
         values = fill(image, tree, parts, document, group, progress)
@@ -69,29 +68,6 @@ def restore_foreign(
         return values, logical.step
     finally:
         logical.close()
-
-
-class StoredOf(Mapping[str, TensorMeta]):
-    """Every name of a checkpoint of any format, aliases too, with its description."""
-
-    def __init__(self, logical: Logical) -> None:
-        self._logical = logical
-        self._names = frozenset(logical.names())
-
-    def __getitem__(self, name: str) -> TensorMeta:
-        if name not in self:
-            raise KeyError(name)
-        return self._logical.meta(name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names or name in self._logical.aliases
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self._logical.names()
-        yield from self._logical.aliases
-
-    def __len__(self) -> int:
-        return len(self._names) + len(self._logical.aliases)
 
 
 def _document(logical: Logical, state: Mapping[str, Any]) -> dict[str, Any]:

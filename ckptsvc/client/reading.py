@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from ckptsvc.client.foreign import StoredOf
 from ckptsvc.client.restore import StoredNames
 from ckptsvc.client.wanted import Stored
 from ckptsvc.errors import NoCheckpoint, NotFound
@@ -51,7 +50,7 @@ def load(
     if isinstance(store, str) and is_foreign(store):
         logical = open_foreign(store, {name: str(value) for name, value in (options or {}).items()})
         try:
-            return _tree(logical, StoredOf(logical), logical.source, logical.document(), _taken(only, "@"))
+            return _tree(logical, StoredNames(logical), logical.source, logical.document(), _taken(only, "@"))
         finally:
             logical.close()
     store = split_address(store)[1] if isinstance(store, str) else store

@@ -28,6 +28,7 @@ from ckptsvc.format.objects import decode
 from ckptsvc.format.shard import decode_header, header_length, objects_name
 from ckptsvc.geometry.box import Box, FlatRange
 from ckptsvc.geometry.reshard import View
+from ckptsvc.interop.logical import Logical
 from ckptsvc.pipeline.catalog import Checkpoint
 from ckptsvc.pipeline.read import Catalogue, Source, Want, carrier, place_of, plan_windows
 from ckptsvc.pipeline.sources import ArenaSource, StoreSource
@@ -59,24 +60,24 @@ class Image:
 class StoredNames(Mapping[str, TensorMeta]):
     """Every logical name of a checkpoint, aliases too, with its description."""
 
-    def __init__(self, index: Index) -> None:
-        self._index = index
+    def __init__(self, catalogue: Index | Logical) -> None:
+        self._catalogue = catalogue
 
     def __getitem__(self, name: str) -> TensorMeta:
         try:
-            return self._index.meta(name)
+            return self._catalogue.meta(name)
         except LayoutError:
             raise KeyError(name) from None
 
     def __contains__(self, name: object) -> bool:
-        return name in self._index
+        return name in self._catalogue
 
     def __iter__(self) -> Iterator[str]:
-        yield from self._index.names()
-        yield from self._index.info.aliases
+        yield from self._catalogue.names()
+        yield from self._catalogue.aliases
 
     def __len__(self) -> int:
-        return len(self._index) + len(self._index.info.aliases)
+        return sum(1 for _ in self)
 
 
 def store_image(checkpoint: Checkpoint) -> Image:

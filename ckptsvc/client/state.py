@@ -182,7 +182,9 @@ class StateTree:
                 node.want(wanted, plain)
 
         _map(self._root, want, self.capture().objects if objects is None else objects)
-        self.unexpected = sorted(n for n in stored or () if n not in wanted.names and not n.startswith("@"))
+        self.unexpected = sorted(
+            n for n in (() if stored is None else stored) if n not in wanted.names and not n.startswith("@")
+        )
         self.absent, self.cast = wanted.absent, wanted.cast or []
         if strict:
             wanted.check()

@@ -191,6 +191,11 @@ class Index:
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and self._names.row(self.info.aliases.get(name, name)) >= 0
 
+    @property
+    def aliases(self) -> dict[str, str]:
+        """Further names of tensors, each with the name the tensor is stored under."""
+        return self.info.aliases
+
     def names(self) -> list[str]:
         """The names of all tensors, sorted, without aliases."""
         return sorted(name.decode() for name in self._names)

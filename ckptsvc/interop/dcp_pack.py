@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ckptsvc.errors import ConfigError, InvalidInput
 from ckptsvc.geometry.box import Box, cut
 from ckptsvc.interop.dcp_metadata import Chunk, Place, Tensor
 from ckptsvc.interop.outputs import Crc, Fill, OutputFile
 from ckptsvc.interop.torch_write import Slot, torch_output
+from ckptsvc.quantities import parse_size
 from ckptsvc.types import DTYPES
+
+CHUNK_BYTES = 64 << 20
+"""Most bytes of a piece of a tensor, unless the option `chunk` says otherwise."""
 
 FILE_BYTES = 1 << 30
 MAX_FILES = 1024
@@ -69,6 +74,21 @@ class Packed(NamedTuple):
     files: list[OutputFile]
     tensors: dict[str, Tensor]
     values: dict[str, Place]
+
+
+def division(options: Mapping[str, str]) -> tuple[int, int]:
+    """The options files= and chunk= of a format: number of files (0: as many as fit) and bytes of a piece.
+
+    Raises:
+        ConfigError: one of them cannot be.
+    """
+    try:
+        files, chunk = int(options.get("files", 0)), parse_size(options.get("chunk", CHUNK_BYTES))
+    except (InvalidInput, ValueError) as error:
+        raise ConfigError(f"files and chunk are a number and a number of bytes: {error}") from None
+    if not 0 <= files <= 1 << 20 or chunk < 1:
+        raise ConfigError(f"files={files} and chunk={chunk} cannot be")
+    return files, chunk
 
 
 def pack(tensors: Sequence[Named], values: dict[str, bytes], *, files: int, chunk: int) -> Packed:

@@ -22,15 +22,12 @@ from ckptsvc.errors import ConfigError, InvalidInput, UnsupportedObject
 from ckptsvc.format.document import join, split
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.interop.dcp_metadata import METADATA
-from ckptsvc.interop.dcp_pack import Named, pack, value
+from ckptsvc.interop.dcp_pack import Named, division, pack, value
 from ckptsvc.interop.dcp_pickle import metadata
 from ckptsvc.interop.logical import MASTER, Logical, Note
 from ckptsvc.interop.outputs import Output, Small
-from ckptsvc.quantities import parse_size
 
 OPTIONS = ("flatten", "weights", "files", "chunk", "model", "optimizer")
-
-CHUNK_BYTES = 64 << 20
 
 ADAM = {
     "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False, "maximize": False,
@@ -66,13 +63,7 @@ def _check(options: Mapping[str, str]) -> tuple[int, int]:
     for name, allowed in (("flatten", ("true", "false")), ("weights", ("master", "stored"))):
         if options.get(name, allowed[0]) not in allowed:
             raise ConfigError(f"{name}={options[name]!r} is not one of {', '.join(allowed)}")
-    try:
-        files, chunk = int(options.get("files", 0)), parse_size(options.get("chunk", CHUNK_BYTES))
-    except (InvalidInput, ValueError) as error:
-        raise ConfigError(f"files and chunk are a number and a number of bytes: {error}") from None
-    if not 0 <= files <= 1 << 20 or chunk < 1:
-        raise ConfigError(f"files={files} and chunk={chunk} cannot be")
-    return files, chunk
+    return division(options)
 
 
 class _Plan:

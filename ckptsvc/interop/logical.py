@@ -16,7 +16,7 @@ import math
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, NamedTuple, Protocol
 
@@ -416,8 +416,3 @@ class _ForeignSource:
                 data = load(self._foreign.files)
             self._loaded[shard] = data
             return data
-
-
-def parameter_names(names: Iterable[str]) -> list[str]:
-    """What is below "model/" among canonical names, without that prefix."""
-    return [name.removeprefix(MODEL) for name in names if name.startswith(MODEL)]

@@ -20,10 +20,10 @@ from typing import Any
 
 import msgspec
 
-from ckptsvc.errors import ConfigError, InvalidInput, LayoutError
+from ckptsvc.errors import ConfigError, LayoutError
 from ckptsvc.geometry.parallel import Parallel
 from ckptsvc.interop.dcp_metadata import METADATA
-from ckptsvc.interop.dcp_pack import Named, pack, value
+from ckptsvc.interop.dcp_pack import Named, division, pack, value
 from ckptsvc.interop.dcp_pickle import metadata
 from ckptsvc.interop.logical import MASTER, Logical, Note
 from ckptsvc.interop.megatron_dist import COMMON, CONFIG
@@ -32,12 +32,9 @@ from ckptsvc.interop.megatron_groups import Groups, rest_of, step_tensor
 from ckptsvc.interop.megatron_layers import FUSED, Parameter, Source, separate, stacked
 from ckptsvc.interop.megatron_names import module_order
 from ckptsvc.interop.outputs import Output, Small
-from ckptsvc.quantities import parse_size
 
 OPTIONS = ("optimizer", "files", "chunk", *Parallel.__struct_fields__)
 FORMS = ("plain", "reshardable")
-CHUNK_BYTES = 64 << 20
-
 _Members = Sequence[tuple[tuple[int, ...], Parameter]]
 
 
@@ -87,13 +84,7 @@ def _check(options: Mapping[str, str]) -> tuple[str, int, int]:
     form = options.get("optimizer", FORMS[0])
     if form not in FORMS:
         raise ConfigError(f"optimizer={form!r} is not one of {', '.join(FORMS)}")
-    try:
-        files, chunk = int(options.get("files", 0)), parse_size(options.get("chunk", CHUNK_BYTES))
-    except (InvalidInput, ValueError) as error:
-        raise ConfigError(f"files and chunk are a number and a number of bytes: {error}") from None
-    if not 0 <= files <= 1 << 20 or chunk < 1:
-        raise ConfigError(f"files={files} and chunk={chunk} cannot be")
-    return form, files, chunk
+    return form, *division(options)
 
 
 def _model(keys: Mapping[str, _Members]) -> Iterator[Named]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness.truth import image
 
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop.logical import Logical
-from ckptsvc.interop.outputs import Output
+from ckptsvc.interop.outputs import Fill, Output
 from ckptsvc.pipeline.read import Want, read_arrays
 
 
@@ -52,18 +51,14 @@ def compare(logical: Logical, truth: dict[str, Any]) -> set[str]:
 
 def render(output: Output, logical: Logical, folder: Path) -> None:
     """Write the files of a plan: what `convert` does, without its care."""
+
+    def content(fill: Fill) -> bytes:
+        assert isinstance(fill.region, Box)
+        found = tensor(logical, fill.name, fill.region).to(getattr(torch, fill.dtype)).contiguous()
+        return found.reshape(-1).view(torch.uint8).numpy().tobytes()
+
     for file in output.files:
-        data = bytearray(file.nbytes)
-        for at, fixed in file.fixed:
-            data[at : at + len(fixed)] = fixed
-        for fill in file.fills:
-            assert isinstance(fill.region, Box)
-            content = tensor(logical, fill.name, fill.region).to(getattr(torch, fill.dtype)).contiguous()
-            raw = content.reshape(-1).view(torch.uint8).numpy().tobytes()
-            data[fill.offset : fill.offset + len(raw)] = raw
-        for crc in file.crcs:
-            for at in crc.at:
-                data[at : at + 4] = struct.pack("<I", zlib.crc32(data[crc.start : crc.start + crc.nbytes]))
+        data = image(file, content)
         (folder / file.key).parent.mkdir(parents=True, exist_ok=True)
         (folder / file.key).write_bytes(data)
     for small in output.finish({}):

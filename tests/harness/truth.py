@@ -1,9 +1,8 @@
 """What a foreign checkpoint must hold: `truth.pt` beside it, gathered from the live objects of the framework."""
 
-import json
 import struct
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from ckptsvc.format.document import join
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop.logical import Logical
-from ckptsvc.interop.outputs import Output
+from ckptsvc.interop.outputs import Fill, Output, OutputFile
 from ckptsvc.pipeline.read import Want, read_arrays
 
 
@@ -72,27 +71,31 @@ def load(path: Path) -> dict[str, Any]:
     return truth
 
 
-def losses(path: Path) -> dict[str, Any]:
-    """The losses beside a checkpoint."""
-    content: dict[str, Any] = json.loads((path / "losses.json").read_text())
-    return content
+def image(file: OutputFile, content: Callable[[Fill], bytes]) -> bytes:
+    """The bytes of a planned file, given those of each of its fills."""
+    data = bytearray(file.nbytes)
+    for at, fixed in file.fixed:
+        data[at : at + len(fixed)] = fixed
+    for fill in file.fills:
+        raw = content(fill)
+        data[fill.offset : fill.offset + len(raw)] = raw
+    for crc in file.crcs:
+        for at in crc.at:
+            data[at : at + 4] = struct.pack("<I", zlib.crc32(data[crc.start : crc.start + crc.nbytes]))
+    return bytes(data)
 
 
 def written(output: Output, logical: Logical, folder: Path) -> Path:
     """The files of a plan, without the engine; no casts."""
+
+    def content(fill: Fill) -> bytes:
+        meta = logical.meta(fill.name)
+        assert meta.dtype == fill.dtype
+        array = read_arrays(logical, logical.source, [Want(fill.name, meta.dtype, meta.shape, fill.region)])[0]
+        return np.ascontiguousarray(array).tobytes()
+
     for file in output.files:
-        data = bytearray(file.nbytes)
-        for at, fixed in file.fixed:
-            data[at : at + len(fixed)] = fixed
-        for fill in file.fills:
-            meta = logical.meta(fill.name)
-            assert meta.dtype == fill.dtype
-            array = read_arrays(logical, logical.source, [Want(fill.name, meta.dtype, meta.shape, fill.region)])[0]
-            content = np.ascontiguousarray(array).tobytes()
-            data[fill.offset : fill.offset + len(content)] = content
-        for crc in file.crcs:
-            for at in crc.at:
-                data[at : at + 4] = struct.pack("<I", zlib.crc32(data[crc.start : crc.start + crc.nbytes]))
+        data = image(file, content)
         (folder / file.key).parent.mkdir(parents=True, exist_ok=True)
         (folder / file.key).write_bytes(data)
     for key, content in output.finish({}):

@@ -3,7 +3,6 @@
 import argparse
 import struct
 import zipfile
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from harness.truth import image
 
 from ckptsvc.errors import Damaged, InvalidInput, UnsupportedObject
 from ckptsvc.geometry.box import Box
@@ -166,16 +166,7 @@ def test_a_truncated_or_foreign_file_is_damaged(tmp_path: Path) -> None:
 
 def rendered(output: OutputFile, tensors: dict[str, torch.Tensor]) -> bytes:
     """The file of a plan: what `convert` does, without its care."""
-    data = bytearray(output.nbytes)
-    for at, fixed in output.fixed:
-        data[at : at + len(fixed)] = fixed
-    for fill in output.fills:
-        content = tensors[fill.name].view(torch.uint8).numpy().tobytes()
-        data[fill.offset : fill.offset + len(content)] = content
-    for crc in output.crcs:
-        for at in crc.at:
-            data[at : at + 4] = struct.pack("<I", zlib.crc32(data[crc.start : crc.start + crc.nbytes]))
-    return bytes(data)
+    return image(output, lambda fill: tensors[fill.name].view(torch.uint8).numpy().tobytes())
 
 
 @pytest.mark.parametrize("mmap", [False, True])
