@@ -27,6 +27,9 @@ $(STAMP): pyproject.toml constraints.txt
 	# torch first and alone, so that its wheel is chosen by this line and by nothing that depends on it
 	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
 	$(INSTALL) --build-constraint constraints.txt --group dev --editable .
+	# a server of Azure's, which the tests start; without npm they are skipped
+	if command -v npm > /dev/null; then \
+	npm install --prefix $(VENV)/azurite --no-audit --no-fund --no-save --loglevel=error azurite@3.35.0; fi
 	touch $@
 
 test: install ## run the tests, all but the slow ones (ARGS="-k name")

@@ -268,9 +268,14 @@ class TestSaves:
 
     def test_an_arena_is_waited_for(self, agent):
         rank = attached(agent)
-        slots = [acquire(rank, 10).slot]
-        rank.call("Submit", agent_pb2.SubmitRequest(slot=slots[0], step=10, bytes=SIZE))
-        acquire(rank, 11, patience=5.0)
+        first = acquire(rank, 10).slot
+        rank.call("Submit", agent_pb2.SubmitRequest(slot=first, step=10, bytes=SIZE))
+        second = acquire(rank, 11).slot
+        assert second != first
+        rank.call("Submit", agent_pb2.SubmitRequest(slot=second, step=11, bytes=SIZE))
+        assert acquire(rank, 12, patience=10.0).slot in (first, second)  # both were in use, maybe for a moment only
+        for step in (10, 11):  # a snapshot whose save has not ended is left for the next agent
+            rank.call("WaitSave", agent_pb2.WaitSaveRequest(step=step))
         rank.close()
 
 
