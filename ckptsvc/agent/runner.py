@@ -18,6 +18,7 @@ from ckptsvc.agent.workers import Workers
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import (
     AllotEpoch,
+    Answer,
     Commit,
     CommitDone,
     Decision,
@@ -52,6 +53,9 @@ KEPT_INCIDENTS = 256
 
 RINGS = 256
 """Launchers that are looked after at the same time: when ten thousand agents are lost at once, descriptors are not."""
+
+RING_RATE = 500.0
+"""Further ones in a second, a fifth of a core: those ten thousand want to come back meanwhile."""
 
 LIST_TIMEOUT = 10.0
 """Seconds to read or write the list of nodes that have failed; it may be on a file system that hangs."""
@@ -100,6 +104,7 @@ class CoordinatorShell:
         self.term, self.dropped = term, 0
         self._state = state
         self._listing, self._ringing = asyncio.Lock(), asyncio.Semaphore(RINGS)
+        self._next_ring = 0.0
         self._workers, self._may_act = workers, may_act
         self._drains, self._metrics = drains, metrics
         self._peers: dict[str, Deliver] = {}
@@ -183,8 +188,7 @@ class CoordinatorShell:
         elif isinstance(effect, Commit):
             self._execute(self.core.commit_done(await self._commit(effect), time.monotonic()))
         elif isinstance(effect, Probe):
-            async with self._ringing:
-                answer = await ring(effect.address, effect.port)
+            answer = await self._ring(effect)
             self._execute(self.core.probed(Probed(effect.job, effect.node, answer), time.monotonic()))
         elif isinstance(effect, ReadNodes):
             self._execute(self.core.nodes_read(NodesRead(await self._read_nodes()), time.monotonic()))
@@ -198,6 +202,14 @@ class CoordinatorShell:
             found = await self._lookup(effect)
             if found:
                 self._execute(self.core.lookup_done(found, time.monotonic()))
+
+    async def _ring(self, effect: Probe) -> Answer:
+        """Look after a launcher, in its turn when many are to be looked after."""
+        async with self._ringing:
+            now = time.monotonic()
+            self._next_ring = max(self._next_ring, now - RINGS / RING_RATE) + 1 / RING_RATE
+            await asyncio.sleep(max(self._next_ring - now, 0.0))
+            return await ring(effect.address, effect.port)
 
     def _drop(self, effect: Effect) -> None:
         self.dropped += 1

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import contextlib
 import fcntl
+import gc
 import hashlib
 import logging
 import os
@@ -328,6 +329,9 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load(os.environ, overrides)
         setup_logging(sys.stderr, json=args.json_log)
         linger = parse_duration(args.linger) if args.linger else None
+        # A coordinator of ten thousand agents has millions of objects and hardly a cycle: looking for those among them
+        # all takes a second, in which it answers nobody.
+        gc.set_threshold(50_000, 20, 100)
         asyncio.run(serve(Options(args.dir, settings, linger, args.json_log)))
     except CkptsvcError as error:
         print(f"ckptsvc agent: {error}", file=sys.stderr)  # noqa: T201  a program's last words

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -50,6 +51,7 @@ def command(agents: int, ranks: int, kills: int, faults: str, seconds: float, as
     share = _share(agents)
     about = facts(os.getcwd())
     control = Control(agents, ranks, kills, seconds, share, chosen)
+    gc.disable()  # among a million objects it takes a second, for which ten thousand agents would say nothing
     try:
         asyncio.run(_until_told_to_stop(control))
     except asyncio.CancelledError:

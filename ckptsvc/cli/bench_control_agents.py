@@ -34,7 +34,7 @@ PATH = "/ckptsvc.rpc.v1.CoordinatorService/Attend"
 WARM = (0.3, 0.5)
 """Seconds from the order to start until a rank has registered: a warm worker takes the first."""
 
-ENDS = 0.05
+ENDS = (0.02, 0.3)
 """Seconds that ranks take to end when they are told to."""
 
 STEP = 0.5
@@ -337,7 +337,7 @@ class Fleet:
         elif kind == "epoch_allotted":
             agent.epoch = order.epoch_allotted.epoch
         elif kind == "stop" and order.stop.attempt == agent.attempt and agent.ranks:
-            later(ENDS, self._end, agent, agent.attempt)
+            later(random.uniform(*ENDS), self._end, agent, agent.attempt)
         elif kind == "examine":
             later(WATCH, self._examine, agent, order.examine)
         elif kind == "save_ended" and order.save_ended.outcome.code:

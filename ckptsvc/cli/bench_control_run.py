@@ -147,8 +147,8 @@ class Control:
                if self.share > 1 else " on a connection of its own")
         )  # fmt: skip
         self.notes.append(
-            "a rank that is told to start registers after 0.3 to 0.5 s, one that is told to end takes 0.05 s, an"
-            " examination 0.3 s"
+            "a rank that is told to start registers after 0.3 to 0.5 s, one that is told to end takes 0.02 to 0.3 s,"
+            " an examination 0.3 s"
         )
 
         self.notes.append(f"the longest pause of the process that simulates them: {self._fleet.pause:.2f} s")
