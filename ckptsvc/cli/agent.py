@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from ckptsvc.agent.server import Options, serve
+from ckptsvc.cli.terminal import note
 from ckptsvc.config import agents_directory, load
 from ckptsvc.quantities import parse_duration
 from ckptsvc.telemetry import setup_logging
@@ -23,9 +24,10 @@ from ckptsvc.telemetry import setup_logging
 @click.option("--dir", "directory", type=click.Path(path_type=Path), help="Directory of the sockets.")
 @click.option("--linger", help="End after so long without ranks and saves (for example 60s); default: never.")
 @click.option("--json-log", is_flag=True, help="Log JSON lines.")
+@click.option("--check-config", is_flag=True, help="Check the settings and end.")
 def command(
     listen: str | None, metrics_listen: str | None, name: str | None, coordination: str | None, directory: Path | None,
-    linger: str | None, json_log: bool,
+    linger: str | None, json_log: bool, check_config: bool,
 ) -> None:  # fmt: skip
     """Run the agent of this node until it is told to stop (SIGTERM)."""
     overrides = {
@@ -35,6 +37,9 @@ def command(
         "agent.coordination": coordination,
     }
     settings = load(os.environ, overrides)
+    if check_config:
+        note("nothing is wrong with the settings; `ckptsvc config show --origin` says where they come from")
+        return
     if directory is None:
         directory = agents_directory(settings, os.environ)
     setup_logging(sys.stderr, json=json_log)
