@@ -101,6 +101,25 @@ class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
     key_file: str = ""
 
 
+class TlsSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[tls]: certificates by which agents of several hosts know each other; without them, all are on one host.
+
+    Attributes:
+        ca_file: certificates (PEM) of those who sign them.
+        cert_file: this user's own, with the name <user>.user.ckptsvc; read anew when it changes.
+        key_file: its key; readable by its owner alone.
+    """
+
+    ca_file: str = ""
+    cert_file: str = ""
+    key_file: str = ""
+
+    @property
+    def is_set(self) -> bool:
+        """Whether there are any."""
+        return bool(self.cert_file)
+
+
 class ArenaSettings(msgspec.Struct, frozen=True, kw_only=True):
     """[arena]: the shared memory that snapshots live in.
 
@@ -237,6 +256,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     agent: AgentSettings = AgentSettings()
+    tls: TlsSettings = TlsSettings()
     arena: ArenaSettings = ArenaSettings()
     save: SaveSettings = SaveSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
@@ -382,6 +402,8 @@ def _check(settings: Settings) -> None:
         refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
     if not os.path.isabs(settings.nics.root):
         refuse("nics.root", f"is {settings.nics.root!r}, which is not an absolute path")
+    if len({bool(settings.tls.ca_file), bool(settings.tls.cert_file), bool(settings.tls.key_file)}) > 1:
+        refuse("tls.cert_file", "needs tls.ca_file and tls.key_file, and they need it")
     if not 2 <= settings.etcd.ttl <= 60:
         refuse("etcd.ttl", f"is {settings.etcd.ttl:g} s, not 2 to 60")
     if save.extent == 0 or save.extent % PAGE:

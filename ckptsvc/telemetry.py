@@ -192,7 +192,7 @@ class Metrics:
 
     def _coordination(self, registry: CollectorRegistry) -> None:
         """Those of the agent that leads jobs, and of those that follow."""
-        from prometheus_client import Counter
+        from prometheus_client import Counter, Gauge
 
         self.restarts = Counter(
             "ckptsvc_restarts_total", "Restarts of the jobs coordinated here.", ["cause"], registry=registry
@@ -208,6 +208,11 @@ class Metrics:
         )
         self.orders_refused = Counter(
             "ckptsvc_orders_refused_total", "Orders of a term or an attempt that is over.", registry=registry
+        )
+        self.certificate_expiry = Gauge(
+            "ckptsvc_certificate_expiry_timestamp_seconds",
+            "Until when the agent's certificate is valid; 0 where it has none.",
+            registry=registry,
         )
         self.calls_refused = Counter(
             "ckptsvc_calls_refused_total",

@@ -28,8 +28,7 @@ from ckptsvc.control.election import CANDIDATES_WAIT, RENEWALS, Campaign, Electi
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, CoordinationUnavailable
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.etcd import Etcd, EtcdUrl, Found, Login, check_reachable, parse_url
-from ckptsvc.rpc.proof import proof, same
-from ckptsvc.rpc.secret import is_loopback
+from ckptsvc.rpc.trust import Trust
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, log
@@ -127,17 +126,17 @@ class Elections:
         login: how to log in there.
         ttl: seconds a coordinator's lease lives.
         local: the agent's state.
-        secret: what the user's agents know each other by.
+        trust: what the user's agents know each other by.
         address: where other agents reach this one.
         new_shell: makes the coordinator of a term; its second argument says whether it may still decide.
     """
 
     def __init__(
-        self, url: EtcdUrl, login: Login, ttl: float, local: Local, secret: str, address: str,
+        self, url: EtcdUrl, login: Login, ttl: float, local: Local, trust: Trust, address: str,
         new_shell: Callable[[int, Callable[[], bool]], CoordinatorShell],
     ) -> None:  # fmt: skip
         self.url, self.ttl, self.local, self.address, self.new_shell = url, ttl, local, address, new_shell
-        self.secret, self.etcd = secret, Etcd(url, login)
+        self.trust, self.etcd = trust, Etcd(url, login)
         self.mark = secrets.token_hex(8)
         self._by_job: dict[str, ElectedUplink] = {}
         local.elect, local.leading = self.uplink, self.shells
@@ -277,7 +276,7 @@ class ElectedUplink:
     async def _look(self) -> None:
         """Read the key, do what follows from it, and wait until it changes."""
         found = await self._all.etcd.get(self._key)
-        holder = holder_of(self._key, found, self._all.secret)
+        holder = holder_of(self._key, found, self._all.trust)
         self._problem = ""
         stand = self._do(self._election.seen(holder, clock()))
         if stand and self._local.concerns(self.way):
@@ -292,7 +291,7 @@ class ElectedUplink:
             return  # another was faster
         asked_at = clock()
         granted = await etcd.grant(here.ttl)
-        value = value_of(self._key, self._local.name, here.address, here.mark, granted.lease, here.secret)
+        value = value_of(self._key, self._local.name, here.address, here.mark, granted.lease, here.trust)
         term = 0
         try:
             term = await etcd.create(self._key, value, granted.lease)
@@ -387,20 +386,16 @@ class ElectedUplink:
         logger.warning("job %s: refused an order of term %d; term %d runs", self.job, order.term, self._election.term)
 
 
-def value_of(key: str, node: str, address: str, mark: str, lease: int, secret: str) -> bytes:
+def value_of(key: str, node: str, address: str, mark: str, lease: int, trust: Trust) -> bytes:
     """What a coordinator writes into its key."""
-    return msgspec.json.encode(_Value(node, address, mark, _proof(key, node, address, mark, lease, secret)))
+    return msgspec.json.encode(_Value(node, address, mark, trust.seal(key, node, address, mark, str(lease))))
 
 
-def _proof(key: str, node: str, address: str, mark: str, lease: int, secret: str) -> str:
-    return proof(secret, "coordinates", key, node, address, mark, str(lease))
-
-
-def holder_of(key: str, found: Found, secret: str) -> Holder | None:
-    """Who holds the key; it must have been written by one who knows the secret.
+def holder_of(key: str, found: Found, trust: Trust) -> Holder | None:
+    """Who holds the key; on one host, it must have been written by one who knows the secret.
 
     That keeps out what other users of the same etcd write there. It is no more than a hint, for who may write may also
-    write again what he has read: whoever listens at the address has to prove himself (rpc.proof), and an agent that was
+    write again what he has read: whoever listens at the address has to prove himself (rpc.trust), and an agent that was
     a coordinator says that it is not in this term.
 
     Raises:
@@ -415,10 +410,11 @@ def holder_of(key: str, found: Found, secret: str) -> Holder | None:
         raise CoordinationUnavailable(
             f"{key} in etcd does not name a coordinator", hint="is the prefix ours?"
         ) from None
-    if not same(value.proof, _proof(key, value.node, value.address, value.mark, found.lease, secret)):
+    if not trust.is_sealed(value.proof, key, value.node, value.address, value.mark, str(found.lease)):
         raise CoordinationUnavailable(f"{key} in etcd was not written by an agent of ours",
             hint="it may be another user's, or of another host: see the secret in agent.socket_dir")  # fmt: skip
-    # Agents listen on loopback only (agent.listen).
-    if not is_loopback(address.host):
-        raise CoordinationUnavailable(f"{key} in etcd names {address}, which is not loopback")
+    try:
+        trust.spelled(str(address))
+    except ConfigError as error:
+        raise CoordinationUnavailable(f"{key} in etcd names {address}: {error.what}") from None
     return Holder(found.created, value.node[:256], str(address), value.mark, found.lease)

@@ -16,6 +16,7 @@ from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import AgentUnavailable, ConfigError
 from ckptsvc.pipeline.arena import ArenaPool, Label, State
 from ckptsvc.rpc.etcd import parse_url
+from ckptsvc.rpc.trust import Trust
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import ArenaState, Metrics
 
@@ -45,7 +46,7 @@ class Local:
         last_active: when there was last something to do (CLOCK_MONOTONIC).
     """
 
-    def __init__(self, name: str, pool: ArenaPool, metrics: Metrics, shell: CoordinatorShell, secret: str) -> None:
+    def __init__(self, name: str, pool: ArenaPool, metrics: Metrics, shell: CoordinatorShell, trust: Trust) -> None:
         self.name, self.pool, self.metrics = name, pool, metrics
         self.sessions: dict[str, Session] = {}
         self.jobs: dict[str, LocalJob] = {}
@@ -57,7 +58,7 @@ class Local:
         self.elect: Callable[[str], Uplink] = _elects_none
         self.leading: Callable[[], Sequence[CoordinatorShell]] = list
         self.last_active = time.monotonic()
-        self._shell, self._secret = shell, secret
+        self._shell, self._trust = shell, trust
         self._uplinks: dict[str, Uplink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -91,7 +92,7 @@ class Local:
 
     def dial(self, hello: pb.AgentHello, address: str, on_order: Callable[[pb.Order], None], way: str) -> RemoteUplink:
         """Connect to the coordinator at an address, for the jobs of that way."""
-        return RemoteUplink(hello, address, on_order, lambda: self.resync(way), self._secret)
+        return RemoteUplink(hello, address, on_order, lambda: self.resync(way), self._trust)
 
     def hang_up(self, way: str) -> None:
         """Close a way that nothing needs any more; it is made again when something does."""

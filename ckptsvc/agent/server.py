@@ -47,12 +47,12 @@ from ckptsvc.control.health import Policy
 from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
-from ckptsvc.quantities import parse_duration
+from ckptsvc.quantities import Address, parse_duration
 from ckptsvc.rpc.channel import BETWEEN, OPTIONS, SERVER_KEEPALIVE
 from ckptsvc.rpc.dial import sockets
 from ckptsvc.rpc.etcd import parse_url
-from ckptsvc.rpc.proof import Gate
-from ckptsvc.rpc.secret import numeric, require_loopback, shared_secret
+from ckptsvc.rpc.secret import require_loopback, shared_secret
+from ckptsvc.rpc.trust import ByCertificate, BySecret, Trust
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.telemetry import Event, Metrics, log, setup_logging
 
@@ -118,7 +118,7 @@ class Agent:
         raise_open_files()
         directory = self._options.directory
         private_directory(directory)
-        self.secret = shared_secret(agents_directory(self._options.settings, os.environ))
+        self.trust = self._trust()
         lock = os.open(directory / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         await _own(lock, directory)
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
@@ -132,7 +132,7 @@ class Agent:
             await self._listen(stack)
             if self._etcd:
                 self.elections = Elections(
-                    *self._etcd, self._options.settings.etcd.ttl, self.local, self.secret, self.address, self._new_shell
+                    *self._etcd, self._options.settings.etcd.ttl, self.local, self.trust, self.address, self._new_shell
                 )
             self.node.saves.recover(left)
             lasting = (self.shell.run(), self.node.watch(), self.watch.run(), self.nics.run(), self._until_idle())
@@ -157,6 +157,15 @@ class Agent:
         log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
         os.close(lock)
 
+    def _trust(self) -> Trust:
+        """What this user's agents know each other by; without certificates, they are all on this host."""
+        settings = self._options.settings
+        if settings.tls.is_set:
+            tls = settings.tls
+            return ByCertificate(tls.ca_file, tls.cert_file, tls.key_file, self.metrics.certificate_expiry.set)
+        require_loopback(settings.agent.listen.host, f"agent.listen is {settings.agent.listen}")
+        return BySecret(shared_secret(agents_directory(settings, os.environ)))
+
     def _new_shell(self, term: int, may_act: Callable[[], bool]) -> CoordinatorShell:
         settings = self._options.settings
         health = settings.health
@@ -178,7 +187,7 @@ class Agent:
     def _build(self) -> None:
         """The parts of the agent, in the order in which they know each other."""
         settings = self._options.settings
-        self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.secret)
+        self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.trust)
         linger = 600.0 if self._options.linger is None else self._options.linger
         self.node = Node(
             self.local,
@@ -232,18 +241,13 @@ class Agent:
         for each in (name, ""):
             await checks.set(each, health_pb2.HealthCheckResponse.SERVING)
         reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), local)
-        # The other port is open to every user of the host: whoever does not know the secret is told nothing there.
-        gate = Gate(self.secret, self.metrics.calls_refused.inc)
+        # The other port is open to every user of the host, or of the network: no stranger is told anything there.
+        gate = self.trust.gate(self.metrics.calls_refused.inc)
         between = grpc.aio.server(interceptors=[gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
         coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name), between)
-        require_loopback(settings.listen.host, f"agent.listen is {settings.listen}")
-        try:
-            port = between.add_insecure_port(numeric(str(settings.listen)))
-        except RuntimeError:  # grpc has no other, and tells the reason to standard error only
-            why = f"agent.listen: cannot listen at {settings.listen}"
-            raise ConfigError(why, hint="has another program that port?") from None
-        self.address = str(settings.listen._replace(port=port))
-        gate.address = numeric(self.address)
+        port, host = self.trust.open_port(between, settings.listen)
+        self.address = str(Address(host, port))
+        gate.address = self.trust.spelled(self.address)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(grpc_path)
         local.add_insecure_port(f"unix:{grpc_path}")

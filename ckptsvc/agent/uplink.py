@@ -18,9 +18,8 @@ from ckptsvc.agent.bandwidth import SECONDS, measure
 from ckptsvc.agent.fresh import fresh
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.errors import AgentUnavailable, CkptsvcError
-from ckptsvc.rpc import proof
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, error_of
-from ckptsvc.rpc.secret import numeric
+from ckptsvc.rpc.trust import Admission, Trust
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -102,10 +101,10 @@ class RemoteUplink:
 
     `hello` says who calls, and for which term of which job. `resync` yields, on every connection, the reports that
     rebuild what the coordinator must know of this node. Nothing is told to, or taken from, a listener that has not
-    proved to know the secret (rpc.proof).
+    proved to be an agent of ours (`trust`).
 
     Raises:
-        ConfigError: the address is none, or not loopback.
+        ConfigError: the address is none, or not one to look for agents at.
     """
 
     def __init__(
@@ -114,14 +113,18 @@ class RemoteUplink:
         address: str,
         on_order: Callable[[pb.Order], None],
         resync: Callable[[], Iterable[pb.Report]],
-        secret: str,
+        trust: Trust,
     ) -> None:
-        self._address, self._secret = numeric(address), secret
+        self._address, self._trust = trust.spelled(address), trust
         self._hello, self._on_order, self._resync = hello, on_order, resync
         self._queue: asyncio.Queue[pb.Report | None] | None = None
-        self._channel = grpc.aio.insecure_channel(self._address, options=[*OPTIONS, *KEEPALIVE, *BACKOFF])
-        self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
+        self._dial()
         self._task = asyncio.ensure_future(self._run())
+
+    def _dial(self) -> None:
+        self._shown = self._trust.shown()
+        self._channel = self._trust.channel(self._address, [*OPTIONS, *KEEPALIVE, *BACKOFF])
+        self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)
 
     @property
     def is_connected(self) -> bool:
@@ -181,6 +184,9 @@ class RemoteUplink:
                 log.exception("the connection to coordinator %s ended", self._address)
             self._queue = None
             await asyncio.sleep(RECONNECT)
+            if self._trust.shown() is not self._shown:
+                await self._channel.close()
+                self._dial()
 
     async def _attend(self) -> None:
         admission = await self._ask("Attend")
@@ -198,8 +204,8 @@ class RemoteUplink:
         finally:
             queue.put_nowait(None)  # grpc does not end who waits for the next report of a call that has ended
 
-    async def _ask(self, method: str) -> proof.Admission:
-        return await proof.ask(self._channel, self._address, self._secret, method)
+    async def _ask(self, method: str) -> Admission:
+        return await self._trust.ask(self._channel, self._address, method)
 
     @staticmethod
     async def _reports(queue: asyncio.Queue[pb.Report | None]) -> AsyncIterator[pb.Report]:

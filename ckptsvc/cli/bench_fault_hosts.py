@@ -1,7 +1,7 @@
 """Several hosts on one machine: network namespaces on a bridge, each with an address and a link that can be cut.
 
-The addresses are 127.77.0.1, .2, ...: loopback addresses, for that is where agents of this version may listen, but
-routed over the bridge like any other (route_localnet). All is gone when the last process of the namespaces has ended.
+The addresses are 127.77.0.1, .2, ...: loopback addresses, for there agents may listen without certificates, but routed
+over the bridge like any other (route_localnet). All is gone when the last process of the namespaces has ended.
 """
 
 from __future__ import annotations
@@ -16,18 +16,26 @@ HOLD = ["sh", "-c", "echo ready; exec cat"]
 """A process that keeps its namespace alive until its standard input is closed."""
 
 
+LOOPBACK_OVER_THE_BRIDGE = (
+    "ip link set lo up && ip route del local 127.0.0.0/8 dev lo table local",
+    "sysctl -qw net.ipv4.conf.all.route_localnet=1 net.ipv4.conf.eth0.route_localnet=1",
+)
+
+
 class Hosts:
     """The hosts, numbered from 1.
 
     Args:
         count: how many.
+        network: the first three bytes of their addresses.
 
     Raises:
         PermissionError: namespaces are not permitted, or cannot be set up.
         FileNotFoundError: a program that is needed is not there: unshare, nsenter, ip or sysctl.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, network: str = "127.77.0") -> None:
+        self._network = network
         self._holders: list[subprocess.Popen[bytes]] = []
         try:
             self._set_up(count)
@@ -44,8 +52,7 @@ class Hosts:
             _in(bridge, f"ip link set {link} master bridge0 up")
             _in(
                 host,
-                "ip link set lo up && ip route del local 127.0.0.0/8 dev lo table local",
-                "sysctl -qw net.ipv4.conf.all.route_localnet=1 net.ipv4.conf.eth0.route_localnet=1",
+                *(LOOPBACK_OVER_THE_BRIDGE if self._network.startswith("127.") else ("ip link set lo up",)),
                 f"ip link set eth0 up && ip addr add {self.address(number)}/24 dev eth0",
             )
 
@@ -58,10 +65,9 @@ class Hosts:
             raise PermissionError("network namespaces are not permitted here")
         return holder.pid
 
-    @staticmethod
-    def address(number: int) -> str:
+    def address(self, number: int) -> str:
         """Where a host can be reached."""
-        return f"127.77.0.{number}"
+        return f"{self._network}.{number}"
 
     def on(self, number: int) -> list[str]:
         """What to put before a command so that it runs on a host."""

@@ -28,6 +28,7 @@ COMMANDS = {
     "convert": "turn a checkpoint into another layout or format",
     "layout": "show how a parallel layout would divide a checkpoint, and by which rules",
     "config": "show, check and explain settings",
+    "certs": "make and show the certificates of agents on several hosts",
     "gc": "remove what interrupted saves have left",
     "bench": "measure saving and restoring here, beside the raw limits and other systems",
     "demo": "train, kill, recover, and resume at other scales",

@@ -101,7 +101,7 @@ def command(
     name = nodes.node or settings.agent.name or socket.gethostname()
     leads = nodes.high == 1 or (nodes.node_rank == 0 and not elected)
     directory = _agent_directory(agents_directory(settings, os.environ), nodes, leads)
-    if nodes.coordinator:
+    if nodes.coordinator and not settings.tls.is_set:
         require_loopback(parse_address(nodes.coordinator).host, f"the coordinator's address is {nodes.coordinator}")
     launch = Launch(
         command=_command(script, arguments, module, no_python),

@@ -48,6 +48,11 @@ BETWEEN = [
 MAX_WHAT = 800
 """Characters of an error's message that travel."""
 
+_HANDSHAKE = ("erification", "CERTIFICATE", "Handshake", "handshake")
+_CERTIFICATES = "certificates of both ends must be of one authority and one user, and valid now: `ckptsvc certs show`"
+MAX_DETAILS = 200
+"""Characters of what gRPC has to say of a handshake that are repeated."""
+
 ERROR_KEY = "ckptsvc-error-bin"
 TOKEN_KEY = "ckptsvc-token"
 
@@ -69,6 +74,10 @@ def error_of(failure: grpc.RpcError) -> CkptsvcError:
                 return BY_CODE.get(body["code"], CkptsvcError)(str(body["what"]), hint=str(body.get("hint", "")))
             except (ValueError, KeyError, TypeError):
                 break
+    details = failure.details() or ""
+    if any(word in details for word in _HANDSHAKE):
+        why = details.rpartition("error: ")[2] or details
+        return AgentUnavailable(f"no secure connection: {why[-MAX_DETAILS:]}", hint=_CERTIFICATES)
     # grpc.aio: the connection broke under a read or a write.
     broken = failure.code() is grpc.StatusCode.INTERNAL and failure.details() == "Internal error from Core"
     if broken or failure.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):

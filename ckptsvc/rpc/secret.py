@@ -38,7 +38,7 @@ def require_loopback(host: str, what: str) -> None:
     if not is_loopback(host):
         raise ConfigError(
             f"{what}, which is not loopback",
-            hint="agents of several hosts need mutual TLS, which this version does not have",
+            hint="agents of several hosts need certificates: tls.ca_file, tls.cert_file, tls.key_file",
         )
 
 

@@ -10,6 +10,7 @@ from harness.hosts import Hosts, hosts
 from harness.job import free_port
 from harness.runtime import Runtime, eventually, tmpfs
 from harness.shell_run import Run, alive
+from harness.stored import cli
 
 WAIT = 'while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.05; done'
 
@@ -154,3 +155,36 @@ def test_a_node_whose_link_is_ten_times_slower_than_the_others_is_not_taken_in(c
     assert "where the median of 2 others is" in job.runtime.log()
     del job.runs[4]
     assert job.let_end() == {1: 0, 2: 0, 3: 0}
+
+
+@pytest.fixture
+def with_certificates(runtime, tmp_path):
+    """Hosts of a network like any other: agents of a user who has certificates."""
+    with hosts(2, "10.77.0") as made:
+        folder = tmp_path / "tls"
+        assert cli("certs", "init", tmp_path / "authority")[0] == 0
+        assert cli("certs", "issue", tmp_path / "authority", "--out", folder)[0] == 0
+        for key, name in (("CA_FILE", "ca.pem"), ("CERT_FILE", "cert.pem"), ("KEY_FILE", "key.pem")):
+            runtime.environ[f"CKPTSVC_TLS_{key}"] = str(folder / name)
+        job = Cluster(runtime, made, tmp_path, "2", free_port())
+        yield job
+        job.close()
+
+
+def test_a_job_on_several_hosts_needs_certificates_and_restarts_with_them(with_certificates, tmp_path):
+    job = with_certificates
+    for number in (1, 2):
+        job.start(number)
+    assert job.places(1, 2) == ["n1", "n2"]
+    assert cli("certs", "issue", tmp_path / "authority", "--out", tmp_path / "tls")[0] == 0  # renewed meanwhile
+    os.kill(job.agent(2), signal.SIGKILL)  # the next one shows the new certificate to the coordinator, which runs on
+    os.kill(job.runs[2].pid(1, 1), signal.SIGKILL)
+    assert job.places(2, 2) == ["n1", "n2"]
+    assert job.let_end() == {1: 0, 2: 0}
+    without = {key: value for key, value in job.runtime.environ.items() if not key.startswith("CKPTSVC_TLS_")}
+    job.runtime.environ.clear()
+    job.runtime.environ.update(without)
+    refused = job.start(1, joined=False)
+    assert refused.end() == 2
+    assert "10.77.0.1" in refused.log.read_text()
+    assert "certificates" in refused.log.read_text()

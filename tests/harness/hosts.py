@@ -9,13 +9,13 @@ from ckptsvc.cli.bench_fault_hosts import Hosts
 
 
 @contextlib.contextmanager
-def hosts(count: int) -> Iterator[Hosts]:
+def hosts(count: int, *network: str) -> Iterator[Hosts]:
     """So many hosts; the test is skipped where that is not permitted."""
     import pytest
 
     made = None
     try:
-        made = Hosts(count)
+        made = Hosts(count, *network)
     except (PermissionError, FileNotFoundError) as error:
         pytest.skip(f"no hosts: {error}")
     try:

@@ -21,11 +21,13 @@ from ckptsvc.control.election import Holder
 from ckptsvc.control.health import Policy
 from ckptsvc.errors import ConfigError, CoordinationUnavailable
 from ckptsvc.rpc.etcd import Found, check_reachable, parse_url
+from ckptsvc.rpc.trust import BySecret
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 NEAR, FAR = parse_url("etcd://127.0.0.1:1"), parse_url("etcd://10.0.0.1:1")
 KEY, SECRET = "/ckptsvc/coordinators/0/job", "secret"
+TRUST = BySecret(SECRET)
 
 
 def found(value, lease=9):
@@ -36,33 +38,33 @@ def found(value, lease=9):
 
 
 def test_a_value_is_read_as_it_was_written():
-    value = value_of(KEY, "n1", "127.0.0.1:4000", "mark", 9, SECRET)
-    assert holder_of(KEY, found(value), SECRET) == Holder(7, "n1", "127.0.0.1:4000", "mark", 9)
-    assert holder_of(KEY, Found(revision=50), SECRET) is None
+    value = value_of(KEY, "n1", "127.0.0.1:4000", "mark", 9, TRUST)
+    assert holder_of(KEY, found(value), TRUST) == Holder(7, "n1", "127.0.0.1:4000", "mark", 9)
+    assert holder_of(KEY, Found(revision=50), TRUST) is None
     assert SECRET.encode() not in value
 
 
 @pytest.mark.parametrize("value", [b"", b"\xff", b"[]", b"{}", b'{"node":1}', b"{" * 9999, b'"' + b"x" * 9999])
 def test_nonsense_is_refused(value):
     with pytest.raises(CoordinationUnavailable, match="does not name a coordinator"):
-        holder_of(KEY, found(value), SECRET)
+        holder_of(KEY, found(value), TRUST)
 
 
 def test_only_who_knows_the_secret_can_send_agents_somewhere():
-    value = value_of(KEY, "n1", "127.0.0.1:4000", "mark", 9, SECRET)
+    value = value_of(KEY, "n1", "127.0.0.1:4000", "mark", 9, TRUST)
     elsewhere = msgspec.json.encode(msgspec.json.decode(value) | {"address": "127.0.0.1:666"})
     stale = found(value, lease=10)
     other_job = f"{KEY}2"
-    for key, what, secret in ((KEY, found(elsewhere), SECRET), (KEY, stale, SECRET), (other_job, found(value), SECRET),
-            (KEY, found(value), "other")):  # fmt: skip
+    for key, what, trust in ((KEY, found(elsewhere), TRUST), (KEY, stale, TRUST), (other_job, found(value), TRUST),
+            (KEY, found(value), BySecret("other"))):  # fmt: skip
         with pytest.raises(CoordinationUnavailable, match="not written by an agent of ours"):
-            holder_of(key, what, secret)
+            holder_of(key, what, trust)
 
 
 def test_an_address_that_is_not_loopback_is_refused():
-    value = value_of(KEY, "n1", "10.0.0.1:4000", "mark", 9, SECRET)
+    value = value_of(KEY, "n1", "10.0.0.1:4000", "mark", 9, TRUST)
     with pytest.raises(CoordinationUnavailable, match="not loopback"):
-        holder_of(KEY, found(value), SECRET)
+        holder_of(KEY, found(value), TRUST)
 
 
 def test_ranks_and_their_launcher_take_part_in_one_election():
@@ -142,7 +144,7 @@ def test_tls_both_ways(etcd):
 
 def test_a_stop_asked_for_while_nobody_coordinated_is_the_last_thing_a_new_coordinator_hears():
     """After the ranks: a job that nobody knows yet cannot be stopped."""
-    local = Local("n1", SimpleNamespace(arenas={}), None, None, "")
+    local = Local("n1", SimpleNamespace(arenas={}), None, None, BySecret(""))
     launches, stop = Launches(local), pb.Report(stop_requested=pb.StopRequested(job="run", reason="SIGTERM"))
     launches._by_job["run"] = Launcher(agent_pb2.LauncherHello(job="run"), "way", stop=stop)
     launches._by_job["other"] = Launcher(agent_pb2.LauncherHello(job="other"), "another way", stop=stop)
@@ -157,7 +159,7 @@ def test_a_stop_asked_for_while_nobody_coordinated_is_the_last_thing_a_new_coord
 @pytest.mark.parametrize(("greeted", "connected"), [(False, False), (False, True), (True, False)])
 def test_it_hears_whether_another_may_have_heard_of_a_launcher(greeted, connected):
     """By this agent, or by one that the launcher knew before."""
-    local = Local("n1", SimpleNamespace(arenas={}), None, None, "")
+    local = Local("n1", SimpleNamespace(arenas={}), None, None, BySecret(""))
     launches, hello = Launches(local), agent_pb2.LauncherHello(job="run", again=greeted)
     launcher = launches._by_job["run"] = Launcher(hello, "way", told=hello.again)
     told = []

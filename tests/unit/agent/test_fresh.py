@@ -11,6 +11,7 @@ from ckptsvc.agent import fresh as module
 from ckptsvc.agent.fresh import fresh
 from ckptsvc.agent.launches import Launcher, Launches
 from ckptsvc.agent.local import Local
+from ckptsvc.rpc.trust import BySecret
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Metrics
@@ -105,7 +106,7 @@ def test_an_attempt_that_has_been_here_is_not_started_again():
     async def play():
         metrics = Metrics("test")
         shell = SimpleNamespace(core=None)
-        local = Local("n1", SimpleNamespace(arenas={}), metrics, shell, "secret")
+        local = Local("n1", SimpleNamespace(arenas={}), metrics, shell, BySecret("secret"))
         launches = Launches(local)
         hello = agent_pb2.LauncherHello(job="job", nproc=1, min_nodes=1, max_nodes=1)
         launcher = launches._by_job["job"] = Launcher(hello, "")

@@ -9,6 +9,7 @@ from harness.impostor import Impostor, words
 from ckptsvc.agent.uplink import BUNDLE, RemoteUplink, bundles
 from ckptsvc.errors import ConfigError, StoreDenied
 from ckptsvc.rpc.proof import CHALLENGE_KEY, PROOF_KEY
+from ckptsvc.rpc.trust import BySecret
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 SECRET = "5" * 64
@@ -24,7 +25,9 @@ def test_an_impostor_learns_nothing_and_is_not_obeyed(answer, caplog):
         impostor = Impostor(answer=answer)
         await impostor.start()
         hello = pb.AgentHello(node="n1", job="the job")
-        uplink = RemoteUplink(hello, impostor.address, orders.append, lambda: [pb.Report(agent_hello=hello)], SECRET)
+        uplink = RemoteUplink(
+            hello, impostor.address, orders.append, lambda: [pb.Report(agent_hello=hello)], BySecret(SECRET)
+        )
         while len(impostor.heard) < 2:  # it has tried, and tries again
             await asyncio.sleep(0.05)
             uplink.report(pb.Report(stop_requested=pb.StopRequested(job="the job")))
@@ -46,7 +49,7 @@ def test_an_impostor_learns_nothing_and_is_not_obeyed(answer, caplog):
 
 def test_a_coordinator_on_another_host_is_refused():
     async def run():
-        RemoteUplink(pb.AgentHello(node="n1"), "10.0.0.1:7", print, list, SECRET)
+        RemoteUplink(pb.AgentHello(node="n1"), "10.0.0.1:7", print, list, BySecret(SECRET))
 
     with pytest.raises(ConfigError, match="not loopback"):
         asyncio.run(run())

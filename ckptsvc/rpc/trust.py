@@ -1,0 +1,309 @@
+"""How two agents know that they belong to one user: by a secret on one host, by certificates between hosts.
+
+On one host all of a user's agents can read one private file (rpc.proof). Between hosts, both ends show a certificate
+of one authority that names the same user (rpc.certificates), and all they say is encrypted: TLS 1.2 or newer, by gRPC.
+Certificates are read anew when their files change: what is connected stays, what connects shows the new one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+
+from ckptsvc.errors import ConfigError, StoreDenied
+from ckptsvc.quantities import Address, parse_address
+from ckptsvc.rpc import proof
+from ckptsvc.rpc.certificates import Identity, identity_of
+from ckptsvc.rpc.channel import trailers_of
+from ckptsvc.rpc.secret import numeric
+
+log = logging.getLogger("ckptsvc.agent")
+
+SOON = 7 * 86400.0
+"""Seconds before its end from which on a certificate is warned of."""
+
+MAX_FILE = 1 << 20
+"""Bytes of a file of certificates."""
+
+Options = Sequence[tuple[str, Any]]
+
+
+class Admission(Protocol):
+    """For one call: the metadata to make it with, and the look at what comes back."""
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """Of the call."""
+
+    async def check(self, call: Any) -> None:
+        """Wait until the listener has proved itself on this call; else CkptsvcError."""
+
+
+class Trust(Protocol):
+    """What an agent goes by when it meets others."""
+
+    def spelled(self, address: str) -> str:
+        """The address of an agent in its one spelling; ConfigError where agents must not be looked for."""
+
+    def channel(self, address: str, options: Options) -> grpc.aio.Channel:
+        """A new connection to the agent at an address."""
+
+    def shown(self) -> object:
+        """What a new connection would show of us: when it is another thing, a channel is to be made anew."""
+
+    async def ask(self, channel: grpc.aio.Channel, address: str, method: str) -> Admission:
+        """Prepare a call; raises CkptsvcError where that shows already that the listener is none of ours."""
+
+    def gate(self, refused: Callable[[], None]) -> Any:
+        """Keeps others out of a server (an interceptor); its `address` is set before the server starts."""
+
+    def open_port(self, server: grpc.aio.Server, address: Address) -> tuple[int, str]:
+        """Listen; returns the port, and the host by which others reach it.
+
+        Raises:
+            ConfigError: not there.
+        """
+
+    def seal(self, *facts: str) -> str:
+        """Marks facts as stated by an agent of ours, where others may write too."""
+
+    def is_sealed(self, given: str, *facts: str) -> bool:
+        """Whether they are; no more than a hint (`ask` decides)."""
+
+
+class BySecret:
+    """On one host: agents listen on loopback only."""
+
+    def __init__(self, secret: str) -> None:
+        self._secret = secret
+
+    def spelled(self, address: str) -> str:
+        """See `Trust`."""
+        return numeric(address)
+
+    def channel(self, address: str, options: Options) -> grpc.aio.Channel:
+        """See `Trust`."""
+        return grpc.aio.insecure_channel(address, options=list(options))
+
+    def shown(self) -> object:
+        """See `Trust`."""
+        return None
+
+    async def ask(self, channel: grpc.aio.Channel, address: str, method: str) -> proof.Admission:
+        """See `Trust`."""
+        return await proof.ask(channel, address, self._secret, method)
+
+    def gate(self, refused: Callable[[], None]) -> proof.Gate:
+        """See `Trust`."""
+        return proof.Gate(self._secret, refused)
+
+    def open_port(self, server: grpc.aio.Server, address: Address) -> tuple[int, str]:
+        """See `Trust`."""
+        return _opened(lambda: server.add_insecure_port(numeric(str(address))), address), address.host
+
+    def seal(self, *facts: str) -> str:
+        """See `Trust`."""
+        return proof.proof(self._secret, "coordinates", *facts)
+
+    def is_sealed(self, given: str, *facts: str) -> bool:
+        """See `Trust`."""
+        return proof.same(given, self.seal(*facts))
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """The contents of the three files, and what they say."""
+
+    authority: bytes
+    certificate: bytes
+    key: bytes
+    identity: Identity
+
+
+@dataclass(frozen=True, slots=True)
+class _Handshake:
+    """TLS has done all there is to do before the call."""
+
+    metadata: tuple[tuple[str, str], ...] = ()
+
+    async def check(self, call: Any) -> None:
+        """Nothing was sent before the listener's certificate had been checked."""
+
+
+class ByCertificate:
+    """Between hosts.
+
+    Args:
+        authority, certificate, key: PEM files: of those who sign, our own, and its private key (no password).
+        on_expiry: told until when our certificate is valid, unix seconds, whenever it has been read.
+
+    Raises:
+        ConfigError: one of them cannot be read or is not what it should be, or the certificate has expired.
+    """
+
+    def __init__(
+        self, authority: str, certificate: str, key: str, on_expiry: Callable[[float], None] = lambda when: None
+    ) -> None:
+        self._paths = {"tls.ca_file": authority, "tls.cert_file": certificate, "tls.key_file": key}
+        self._on_expiry = on_expiry
+        self._seen = self._stamp()
+        self._held = self._read()
+
+    @property
+    def name(self) -> str:
+        """The DNS name that stands for our user; peers must show it too."""
+        return self._held.identity.name
+
+    def spelled(self, address: str) -> str:
+        """See `Trust`."""
+        return str(parse_address(address))
+
+    def channel(self, address: str, options: Options) -> grpc.aio.Channel:
+        """See `Trust`."""
+        held = self._current()
+        shown = grpc.ssl_channel_credentials(held.authority, held.key, held.certificate)
+        # The name is that of the user, not of the host: whoever has a certificate of another user is not let pass.
+        options = [*options, ("grpc.ssl_target_name_override", held.identity.name)]
+        return grpc.aio.secure_channel(address, shown, options=options)
+
+    def shown(self) -> object:
+        """See `Trust`."""
+        return self._current()
+
+    async def ask(self, channel: grpc.aio.Channel, address: str, method: str) -> _Handshake:
+        """See `Trust`."""
+        return _Handshake()
+
+    def gate(self, refused: Callable[[], None]) -> CertificateGate:
+        """See `Trust`."""
+        return CertificateGate(lambda: self.name, refused)
+
+    def open_port(self, server: grpc.aio.Server, address: Address) -> tuple[int, str]:
+        """See `Trust`."""
+
+        def shown(held: _Held) -> Any:
+            return grpc.ssl_server_certificate_configuration([(held.key, held.certificate)], held.authority)
+
+        def renewed() -> Any:
+            before = self._held
+            now = self._current()
+            return None if now is before else shown(now)
+
+        credentials = grpc.dynamic_ssl_server_credentials(shown(self._held), renewed, True)
+        port = _opened(lambda: server.add_secure_port(str(address), credentials), address)
+        anywhere = address.host in ("0.0.0.0", "::")
+        return port, socket.gethostname() if anywhere else address.host
+
+    def seal(self, *facts: str) -> str:
+        """See `Trust`."""
+        return ""
+
+    def is_sealed(self, given: str, *facts: str) -> bool:
+        """See `Trust`: agents of other hosts have no secret in common; whoever listens there shows a certificate."""
+        return True
+
+    def _stamp(self) -> tuple[tuple[int, int, int], ...]:
+        stamps = []
+        for path in self._paths.values():
+            try:
+                status = os.stat(path)
+                stamps.append((status.st_mtime_ns, status.st_ino, status.st_size))
+            except OSError:
+                stamps.append((0, 0, 0))
+        return tuple(stamps)
+
+    def _current(self) -> _Held:
+        """What the files hold now; what they held before, where that is of no use."""
+        stamp = self._stamp()
+        if stamp != self._seen:
+            self._seen = stamp
+            try:
+                self._held = self._read()
+                log.info("certificates were read anew; ours is of %s", self.name)
+            except ConfigError as error:  # one file of two has been replaced, maybe
+                log.warning("new certificates are not used: %s", error)
+        return self._held
+
+    def _read(self) -> _Held:
+        authority, certificate, key = (
+            _contents(setting, path, private=setting == "tls.key_file") for setting, path in self._paths.items()
+        )
+        identity = identity_of(certificate, key, self._paths["tls.cert_file"])
+        left = identity.not_after - time.time()
+        until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(identity.not_after))
+        if left <= 0:
+            what = f"tls.cert_file: the certificate in {self._paths['tls.cert_file']} has expired on {until}"
+            raise ConfigError(what, hint="get a new one; with an authority of your own: `ckptsvc certs issue`")
+        if left < SOON:
+            log.warning("tls.cert_file: the certificate expires on %s", until)
+        self._on_expiry(identity.not_after)
+        return _Held(authority, certificate, key, identity)
+
+
+class CertificateGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
+    """Lets in the calls of those whose certificate names our user; those of no authority of ours do not get so far.
+
+    Args:
+        name: the DNS name that stands for the user.
+        refused: called for each call that is turned away.
+    """
+
+    def __init__(self, name: Callable[[], str], refused: Callable[[], None]) -> None:
+        self._name, self._refused = name, refused
+        self.address = ""
+
+    async def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
+        """Called by gRPC before it reads anything of a call but its metadata."""
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        decode = handler.request_deserializer
+
+        async def serve(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
+            # Messages come as bytes: nothing is parsed of a stranger's.
+            shown = context.auth_context().get("x509_subject_alternative_name", ())
+            if self._name().encode() not in shown:
+                self._refused()
+                error = StoreDenied("this port is for the agents of another user", hint="see tls.cert_file")
+                await context.abort(*trailers_of(error))
+            decoded = (decode(message) async for message in requests)
+            if handler.response_streaming:
+                async for response in handler.stream_stream(decoded, context):
+                    yield response
+            else:
+                async for request in decoded:
+                    yield await handler.unary_unary(request, context)
+                    return
+
+        if handler.request_streaming != handler.response_streaming:
+            raise NotImplementedError("agents have no calls with a stream one way")
+        return grpc.stream_stream_rpc_method_handler(serve, None, handler.response_serializer)
+
+
+def _opened(listen: Callable[[], int], address: Address) -> int:
+    try:
+        return listen()
+    except RuntimeError:  # grpc has no other, and tells the reason to standard error only
+        why = f"agent.listen: cannot listen at {address}"
+        raise ConfigError(why, hint="has another program that port? is it an address of this host?") from None
+
+
+def _contents(setting: str, path: str, *, private: bool) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            status = os.fstat(file.fileno())
+            if private and (status.st_uid not in (os.geteuid(), 0) or status.st_mode & 0o077):
+                what = f"{setting}: {path} is not readable by its owner alone"
+                raise ConfigError(what, hint=f"chmod 600 {Path(path)}")
+            return file.read(MAX_FILE)
+    except OSError as error:
+        raise ConfigError(f"{setting}: {path}: {error.strerror or error}") from None
