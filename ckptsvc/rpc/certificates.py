@@ -79,6 +79,7 @@ def identity_of(certificate: bytes, key: bytes | None, what: str) -> Identity:
         ConfigError: it is none, is not an agent's, or the key is another one's.
     """
     from cryptography import x509
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
 
     try:
@@ -93,17 +94,19 @@ def identity_of(certificate: bytes, key: bytes | None, what: str) -> Identity:
             form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
             if ours.public_bytes(*form) != found.public_key().public_bytes(*form):
                 raise ConfigError(f"the private key does not belong to the certificate in {what}")
-    except (ValueError, TypeError) as error:  # TypeError: a key that wants a password
+        since, until = found.not_valid_before_utc.timestamp(), found.not_valid_after_utc.timestamp()
+        issuer = found.issuer.rfc4514_string()
+    except (
+        ValueError, TypeError, UnsupportedAlgorithm,  # TypeError: a key that wants a password
+        x509.InvalidVersion, x509.DuplicateExtension, x509.UnsupportedGeneralNameType,
+    ) as error:  # fmt: skip
         raise ConfigError(f"{what}: no certificate and key in PEM: {str(error)[:200]}") from None
     if len(agents) != 1:
         raise ConfigError(
             f"the certificate in {what} names {len(agents)} users of ckptsvc, not 1",
             hint=f"it needs the subject alternative name DNS:<user>{SUFFIX}; see `ckptsvc certs`",
         )
-    return Identity(
-        agents[0], found.not_valid_before_utc.timestamp(), found.not_valid_after_utc.timestamp(),
-        found.issuer.rfc4514_string(),
-    )  # fmt: skip
+    return Identity(agents[0], since, until, issuer)
 
 
 def make_authority(name: str, days: float) -> Pair:
