@@ -222,6 +222,7 @@ def test_a_key_that_others_may_read_is_refused(tmp_path):
         ByCertificate(*paths)
 
 
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
 @given(st.binary(max_size=300), st.integers(0, 600))
 def test_damaged_certificates_are_refused(noise, at):
     pair = issue(AUTHORITY, "me", 1)
