@@ -15,11 +15,11 @@ from ckptsvc.cli.convert_text import Result, show, show_plan
 from ckptsvc.cli.layout import Variable
 from ckptsvc.cli.terminal import note, plural, progress
 from ckptsvc.errors import ConfigError, InvalidInput, SaveFailed
-from ckptsvc.interop.convert import Conversion
-from ckptsvc.interop.estimate import estimate
-from ckptsvc.interop.memory import checked_memory
-from ckptsvc.interop.request import Request, open_sources
-from ckptsvc.interop.shapes import declared
+from ckptsvc.interop.conversion.convert import Conversion
+from ckptsvc.interop.conversion.estimate import estimate
+from ckptsvc.interop.conversion.memory import checked_memory
+from ckptsvc.interop.conversion.request import Request, open_sources
+from ckptsvc.interop.naming.shapes import declared
 from ckptsvc.launch import detect
 from ckptsvc.quantities import parse_size
 

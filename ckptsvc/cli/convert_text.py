@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ckptsvc.cli.terminal import Screen, duration, emit, plural, printable, size
-from ckptsvc.interop.convert import Conversion
-from ckptsvc.interop.estimate import Estimate
+from ckptsvc.interop.conversion.convert import Conversion
+from ckptsvc.interop.conversion.estimate import Estimate
 
 _STYLE = {"lost": "doubt", "warning": "doubt", "repaired": "good"}
 

@@ -21,10 +21,10 @@ import msgspec
 from ckptsvc.cli.terminal import emit
 from ckptsvc.errors import BY_CODE, CkptsvcError, SaveFailed
 from ckptsvc.geometry.parallel import Parallel
-from ckptsvc.interop.convert import Conversion
+from ckptsvc.interop.conversion.convert import Conversion
+from ckptsvc.interop.conversion.request import Request, Sources, model_of, open_sources, target_format
 from ckptsvc.interop.formats import NATIVE
-from ckptsvc.interop.layouts import arrange
-from ckptsvc.interop.request import Request, Sources, model_of, open_sources, target_format
+from ckptsvc.interop.naming.layouts import arrange
 
 _EVERY = 0.2  # seconds between two reports of a worker
 

@@ -14,7 +14,7 @@ from ckptsvc.cli.compare import Comparison, Different, Pair, ValueChange
 from ckptsvc.cli.inspect import describe, matches, shape_text
 from ckptsvc.cli.numbers import has_numbers
 from ckptsvc.cli.terminal import Screen, age, emit, natural, plural, printable, progress, shortened, when
-from ckptsvc.interop.native import NativeLogical
+from ckptsvc.interop.conversion.native import NativeLogical
 from ckptsvc.pipeline.catalog import Checkpoint
 from ckptsvc.types import TensorMeta
 

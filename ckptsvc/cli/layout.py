@@ -15,11 +15,11 @@ from ckptsvc.geometry.parallel import Parallel
 from ckptsvc.geometry.patterns import skeleton
 from ckptsvc.geometry.placement import Entry, Placement
 from ckptsvc.geometry.rules import Local, Rule
-from ckptsvc.interop.families import family, read_family
 from ckptsvc.interop.formats import open_foreign
-from ckptsvc.interop.layouts import Arrangement, arrange
 from ckptsvc.interop.logical import Logical
-from ckptsvc.interop.shapes import declared
+from ckptsvc.interop.naming.families import family, read_family
+from ckptsvc.interop.naming.layouts import Arrangement, arrange
+from ckptsvc.interop.naming.shapes import declared
 
 DECLARED = "declared:"
 """What the name of a model of known shape begins with, where a checkpoint is expected."""

@@ -24,7 +24,7 @@ from ckptsvc.errors import LayoutError
 from ckptsvc.format.document import split
 from ckptsvc.interop.formats import open_foreign
 from ckptsvc.interop.logical import MASTER, MODEL, STATE, Logical
-from ckptsvc.interop.naming import named, numbered, rekeyed
+from ckptsvc.interop.naming.options import named, numbered, rekeyed
 from ckptsvc.interop.views import Mapped, View, whole
 
 log = logging.getLogger("ckptsvc")

@@ -5,7 +5,7 @@
     global_step_<n>/optimizer/.metadata, ...                      state.<fqn>.<slot>, and param_groups as one list
     global_step_<n>/extra_state/extra_state_rank_<rank>.pt
 
-Of the extra states that of rank 0 is taken. Options are those of `interop.dcp`, and `step=N`, which is the newest
+Of the extra states that of rank 0 is taken. Options are those of `interop.dcp.read`, and `step=N`, which is the newest
 without it. Directories without ByteCheckpoint's mark are read as plain DCP of that arrangement.
 """
 
@@ -15,12 +15,12 @@ import re
 from collections.abc import Mapping
 
 from ckptsvc.errors import ConfigError, NotFound
-from ckptsvc.interop.dcp_metadata import Chunk, Directory, Place, Tensor, has_metadata, read_directory
-from ckptsvc.interop.dcp_state import State
+from ckptsvc.interop.dcp.metadata import Chunk, Directory, Place, Tensor, has_metadata, read_directory
+from ckptsvc.interop.dcp.state import State
 from ckptsvc.interop.files import Files
 from ckptsvc.interop.logical import Foreign, Note
 from ckptsvc.interop.plain import Plain
-from ckptsvc.interop.torch_file import read_torch
+from ckptsvc.interop.torch_format.file import read_torch
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -40,7 +40,7 @@ def read(files: Files, origin: str, options: Mapping[str, str]) -> Foreign:
 
     Raises:
         NotFound: there is no such checkpoint.
-        CkptsvcError: as `interop.dcp.read`.
+        CkptsvcError: as `interop.dcp.read.read`.
     """
     prefix, step = _prefix(files, options.get("step"))
     state = State(files, origin, {name: value for name, value in options.items() if name != "step"})

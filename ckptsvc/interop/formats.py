@@ -46,26 +46,26 @@ NATIVE = "ckptsvc"
 """The name of our own format."""
 
 FORMATS: dict[str, Format] = {
-    # First, because it is told by the names of its folders; it is written by `convert` itself (see interop.native).
-    NATIVE: Format("ckptsvc's own", "native:detect_native", "native:read_native"),
+    # First, because it is told by the names of its folders; it is written by `convert` itself (see conversion.native).
+    NATIVE: Format("ckptsvc's own", "conversion.native:detect_native", "conversion.native:read_native"),
     "deepspeed-universal": Format(
-        "DeepSpeed universal", "deepspeed_universal:detect", "deepspeed_universal:read", "deepspeed_write:write"
+        "DeepSpeed universal", "deepspeed.universal:detect", "deepspeed.universal:read", "deepspeed.write:write"
     ),
     # Before hf: checkpoints of Hugging Face's Trainer with DeepSpeed have weights beside, and the optimizer only here.
-    "deepspeed": Format("DeepSpeed", "deepspeed:detect", "deepspeed:read", "deepspeed_native_write:write"),
+    "deepspeed": Format("DeepSpeed", "deepspeed.read:detect", "deepspeed.read:read", "deepspeed.native_write:write"),
     "bytecheckpoint": Format("ByteCheckpoint", "bytecheckpoint:detect", "bytecheckpoint:read"),
     "torchsnapshot": Format("torchsnapshot", "torchsnapshot:detect", "torchsnapshot:read"),
     "megatron": Format(
-        "Megatron-Core torch_dist", "megatron_dist:detect", "megatron_dist:read", "megatron_dist_write:write"
+        "Megatron-Core torch_dist", "megatron.dist:detect", "megatron.dist:read", "megatron.dist_write:write"
     ),
     "megatron-classic": Format(
-        "Megatron classic", "megatron_classic:detect", "megatron_classic:read", "megatron_classic_write:write"
+        "Megatron classic", "megatron.classic:detect", "megatron.classic:read", "megatron.classic_write:write"
     ),
     # Before hf: its writer of safetensors shards says in their headers which part of each tensor they have.
-    "dcp": Format("PyTorch DCP", "dcp:detect", "dcp:read", "dcp_write:write"),
+    "dcp": Format("PyTorch DCP", "dcp.read:detect", "dcp.read:read", "dcp.write:write"),
     "hf": Format("Hugging Face", "huggingface:detect", "huggingface:read", "huggingface:write"),
     "npz": Format("numpy", "npz:detect", "npz:read", "npz:write"),
-    "torch": Format("torch.save", "torch_save:detect", "torch_save:read", "torch_save:write"),
+    "torch": Format("torch.save", "torch_format.save:detect", "torch_format.save:read", "torch_format.save:write"),
 }
 """By the name in addresses."""
 

@@ -25,7 +25,7 @@ from ckptsvc.interop.logical import MASTER, MODEL, STATE, Foreign, Logical, Note
 from ckptsvc.interop.options import choice, known
 from ckptsvc.interop.outputs import Output, Small
 from ckptsvc.interop.safetensors import DTYPE_OF_TAG, Tensor, read_safetensors, safetensors_output
-from ckptsvc.interop.torch_file import StoredTensor, read_torch
+from ckptsvc.interop.torch_format.file import StoredTensor, read_torch
 from ckptsvc.quantities import parse_size
 from ckptsvc.types import DTYPES, TensorMeta
 

@@ -27,7 +27,7 @@ from ckptsvc.format.checksum import Digests
 from ckptsvc.geometry.box import Box, Region
 from ckptsvc.geometry.reshard import Block, StoredRegion, check_cover
 from ckptsvc.interop.files import Files
-from ckptsvc.interop.torch_file import StoredTensor
+from ckptsvc.interop.torch_format.file import StoredTensor
 from ckptsvc.pipeline.read import Catalogue, Source
 from ckptsvc.types import DTYPES, TensorMeta
 

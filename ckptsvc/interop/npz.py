@@ -25,7 +25,7 @@ from ckptsvc.interop.files import Files, LocalFiles
 from ckptsvc.interop.logical import MODEL, Foreign, Logical, Note, Stretch
 from ckptsvc.interop.options import known
 from ckptsvc.interop.outputs import Fill, Output
-from ckptsvc.interop.zips import FileRange, data_offset
+from ckptsvc.interop.torch_format.zips import FileRange, data_offset
 from ckptsvc.types import DTYPES, TensorMeta
 
 MAX_HEADER = 1 << 16

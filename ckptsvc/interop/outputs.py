@@ -1,7 +1,7 @@
 """What an exporter plans: files of another format, before a byte of a tensor is read.
 
 An exporter is a function `(logical, options) -> Output`. It decides every file's name, length and fixed bytes (headers,
-pickles, directories) and which region of which tensor fills the rest; `interop.convert` reads, casts and writes.
+pickles, directories) and which region of which tensor fills the rest; `conversion.convert` reads, casts and writes.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ from ckptsvc.format.document import join
 from ckptsvc.format.objects import TensorRef
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop.logical import Foreign, Note
-from ckptsvc.interop.pickled_numpy import PickledArray
-from ckptsvc.interop.pickles import MAX_DEPTH, Stub
-from ckptsvc.interop.torch_file import StoredTensor
+from ckptsvc.interop.torch_format.file import StoredTensor
+from ckptsvc.interop.torch_format.pickled_numpy import PickledArray
+from ckptsvc.interop.torch_format.pickles import MAX_DEPTH, Stub
 from ckptsvc.types import TensorMeta
 
 SCALARS = (type(None), bool, int, float, complex, str, bytes, bytearray)

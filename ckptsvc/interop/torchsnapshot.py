@@ -8,7 +8,7 @@
 In paths "/" and "%" of a key are %2F and %25. Entries are containers (list, dict, OrderedDict), values in place (int,
 str, bool, bytes, float), objects, and tensors: whole (Tensor), in chunks (ChunkedTensor), or the shards of one rank
 (ShardedTensor; DTensor in unreleased versions, which were not at hand). Shards of all ranks are united here; of what
-every rank has for itself the first rank's is taken. Options are those of `interop.dcp`; the optimizer knows its
+every rank has for itself the first rank's is taken. Options are those of `interop.dcp.read`; the optimizer knows its
 parameters by number unless it was made from named ones.
 """
 
@@ -28,12 +28,12 @@ import msgspec
 
 from ckptsvc.errors import ConfigError, Damaged, InvalidInput, NotFound
 from ckptsvc.geometry.box import Box, fits
-from ckptsvc.interop.dcp import step_of
-from ckptsvc.interop.dcp_metadata import Chunk, Directory, Place, Tensor, check_files
-from ckptsvc.interop.dcp_state import State
+from ckptsvc.interop.dcp.metadata import Chunk, Directory, Place, Tensor, check_files
+from ckptsvc.interop.dcp.read import step_of
+from ckptsvc.interop.dcp.state import State
 from ckptsvc.interop.files import Files
 from ckptsvc.interop.logical import Foreign, Note
-from ckptsvc.interop.torch_file import MAX_DIMS
+from ckptsvc.interop.torch_format.file import MAX_DIMS
 from ckptsvc.types import DTYPES
 
 METADATA = ".snapshot_metadata"
@@ -81,7 +81,7 @@ def read(files: Files, origin: str, options: Mapping[str, str]) -> Foreign:
     Raises:
         NotFound: there is no metadata: the snapshot was never completed.
         ConfigError: the metadata is YAML, and the package that reads it is not installed; or an option is not known.
-        CkptsvcError: as `interop.dcp.read`.
+        CkptsvcError: as `interop.dcp.read.read`.
     """
     if METADATA not in files.children():
         raise NotFound(f"{files.url} has no {METADATA}", hint="torchsnapshot writes it last")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ckptsvc.interop.formats import exporter, open_foreign
-from ckptsvc.interop.megatron_flat import Item, spots
+from ckptsvc.interop.megatron.flat import Item, spots
 from tests.harness.foreign_values import render
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("megatron") is None, reason="Megatron-Core is not installed")

@@ -9,9 +9,9 @@ import torch
 from harness.tensors import arrays, checkpoint, same
 
 from ckptsvc.geometry.parallel import Parallel
-from ckptsvc.interop.families import family, guess, variables
-from ckptsvc.interop.layouts import arrange
-from ckptsvc.interop.mapping import mapped, parameters
+from ckptsvc.interop.naming.families import family, guess, variables
+from ckptsvc.interop.naming.layouts import arrange
+from ckptsvc.interop.naming.mapping import mapped, parameters
 
 transformers = pytest.importorskip("transformers")
 safetensors_torch = pytest.importorskip("safetensors.torch")

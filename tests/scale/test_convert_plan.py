@@ -6,11 +6,11 @@ from collections.abc import Iterable
 import pytest
 
 from ckptsvc.geometry.box import Box, Region
-from ckptsvc.interop.estimate import Estimate, estimate
-from ckptsvc.interop.native import Naming, write_native
-from ckptsvc.interop.produce import Budget
-from ckptsvc.interop.shapes import Declared, declared
-from ckptsvc.interop.tasks import tasks
+from ckptsvc.interop.conversion.estimate import Estimate, estimate
+from ckptsvc.interop.conversion.native import Naming, write_native
+from ckptsvc.interop.conversion.produce import Budget
+from ckptsvc.interop.conversion.tasks import tasks
+from ckptsvc.interop.naming.shapes import Declared, declared
 from ckptsvc.pipeline.catalog import Ref
 from ckptsvc.types import TensorMeta
 

@@ -9,8 +9,8 @@ from harness.stored import EXTENT, Run, Tensor
 from ckptsvc.cli import address, compare
 from ckptsvc.cli.compare import Comparison, Pair
 from ckptsvc.errors import Damaged
-from ckptsvc.interop import native
-from ckptsvc.interop.native import NativeLogical
+from ckptsvc.interop.conversion import native
+from ckptsvc.interop.conversion.native import NativeLogical
 from ckptsvc.pipeline.catalog import Checkpoint
 from ckptsvc.pipeline.sources import StoreSource
 

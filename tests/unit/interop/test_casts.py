@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ckptsvc.errors import InvalidInput
-from ckptsvc.interop.casts import can_cast, cast_into, is_lossless
+from ckptsvc.interop.conversion.casts import can_cast, cast_into, is_lossless
 from ckptsvc.pipeline.read import carrier
 from ckptsvc.types import DTYPES
 

@@ -15,13 +15,13 @@ from harness.declared import Arrays
 
 from ckptsvc.errors import Damaged, InvalidInput, RunBusy, SaveFailed, StoreError, StoreFull
 from ckptsvc.geometry.box import Box
-from ckptsvc.interop import convert, target
-from ckptsvc.interop.convert import Conversion
+from ckptsvc.interop.conversion import convert, target
+from ckptsvc.interop.conversion.convert import Conversion
+from ckptsvc.interop.conversion.memory import available, checked_memory, resident
+from ckptsvc.interop.conversion.request import Request, open_sources
 from ckptsvc.interop.formats import FORMATS, Format
 from ckptsvc.interop.logical import Logical
-from ckptsvc.interop.memory import available, checked_memory, resident
 from ckptsvc.interop.outputs import Fill, Output, OutputFile, Small
-from ckptsvc.interop.request import Request, open_sources
 from ckptsvc.pipeline.catalog import take_epoch
 from ckptsvc.pipeline.commit import check_fence
 from ckptsvc.storage import connect
@@ -115,7 +115,7 @@ def test_in_any_other_store_the_last_file_is_last(source: Arrays) -> None:
 
 
 def test_it_goes_on_with_what_is_finished(source: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckptsvc.interop.tasks.TASK_BYTES", 1)
+    monkeypatch.setattr("ckptsvc.interop.conversion.tasks.TASK_BYTES", 1)
     first = begin(source, tmp_path / "out")
     first.run(lambda nbytes: None, number=0, of=2)
     assert not first.finish()
@@ -350,7 +350,7 @@ def test_only_one_process_works_on_a_share(source: Arrays, tmp_path: Path) -> No
 def test_what_was_made_meanwhile_is_not_made_again(
     source: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ckptsvc.interop.tasks.TASK_BYTES", 1)
+    monkeypatch.setattr("ckptsvc.interop.conversion.tasks.TASK_BYTES", 1)
     first = begin(source, tmp_path / "out")
     helper = begin(source, tmp_path / "out", part=None)
     helper.run(lambda nbytes: None)

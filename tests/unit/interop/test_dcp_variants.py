@@ -20,8 +20,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from ckptsvc.errors import CkptsvcError, ConfigError, Damaged, InvalidInput, LayoutError, NotFound
 from ckptsvc.format.objects import decode, encode
 from ckptsvc.geometry.box import Box
-from ckptsvc.interop import dcp_entries
-from ckptsvc.interop.dcp_metadata import Chunk, Place, Tensor
+from ckptsvc.interop.dcp import entries as dcp_entries
+from ckptsvc.interop.dcp.metadata import Chunk, Place, Tensor
 from ckptsvc.interop.files import open_files
 from ckptsvc.interop.formats import exporter, open_foreign, recognised
 from ckptsvc.interop.logical import Foreign

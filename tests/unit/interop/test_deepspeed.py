@@ -12,7 +12,7 @@ import torch
 from ckptsvc.errors import CkptsvcError, Damaged, InvalidInput
 from ckptsvc.interop.files import open_files
 from ckptsvc.interop.formats import exporter, open_foreign, recognised
-from ckptsvc.interop.naming import named, numbered
+from ckptsvc.interop.naming.options import named, numbered
 from tests.harness.foreign_values import render, same, value
 
 NATIVE = [

@@ -9,11 +9,11 @@ import torch
 from ckptsvc.errors import Damaged, InvalidInput, LayoutError
 from ckptsvc.geometry.box import Region
 from ckptsvc.geometry.reshard import Block
-from ckptsvc.interop.deepspeed_cut import Cut, Cuts, places_of_runs, places_of_tensor
-from ckptsvc.interop.deepspeed_zero import Run
+from ckptsvc.interop.deepspeed.cut import Cut, Cuts, places_of_runs, places_of_tensor
+from ckptsvc.interop.deepspeed.zero import Run
 from ckptsvc.interop.files import open_files
 from ckptsvc.interop.logical import Foreign
-from ckptsvc.interop.torch_file import read_torch
+from ckptsvc.interop.torch_format.file import read_torch
 from ckptsvc.types import TensorMeta
 from tests.harness.foreign_values import value
 

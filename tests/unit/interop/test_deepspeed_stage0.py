@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ckptsvc.errors import Damaged, InvalidInput
-from ckptsvc.interop.deepspeed_order import MAX_STATES, name_parameters
+from ckptsvc.interop.deepspeed.order import MAX_STATES, name_parameters
 from ckptsvc.interop.formats import open_foreign
-from ckptsvc.interop.naming import named, numbered
+from ckptsvc.interop.naming.options import named, numbered
 from tests.harness.foreign_values import same, value
 
 NAMES = [["a", "b"], ["c"]]

@@ -16,10 +16,10 @@ from harness.tensors import arrays, checkpoint, same, trained
 from ckptsvc.errors import InvalidInput, LayoutError, NotFound
 from ckptsvc.geometry.parallel import Parallel
 from ckptsvc.geometry.placement import Entry, Placement
-from ckptsvc.interop.families import families, family, guess, read_family, variables
-from ckptsvc.interop.layouts import arrange, translate
-from ckptsvc.interop.mapping import mapped, parameters
-from ckptsvc.interop.shapes import MODELS, declared
+from ckptsvc.interop.naming.families import families, family, guess, read_family, variables
+from ckptsvc.interop.naming.layouts import arrange, translate
+from ckptsvc.interop.naming.mapping import mapped, parameters
+from ckptsvc.interop.naming.shapes import MODELS, declared
 
 HIDDEN, FFN, VOCAB, LAYERS, EXPERTS = 12, 10, 14, 3, 4
 

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 from ckptsvc.errors import CkptsvcError, Damaged, InvalidInput
-from ckptsvc.interop import dcp_metadata, deepspeed_files, megatron_files
+from ckptsvc.interop.dcp import metadata as dcp_metadata
+from ckptsvc.interop.deepspeed import files as deepspeed_files
 from ckptsvc.interop.files import open_files
-from ckptsvc.interop.pickles import PLAIN, loads
-from ckptsvc.interop.torch_file import MAGIC, TORCH, TorchFile, read_torch, storage_id
+from ckptsvc.interop.megatron import files as megatron_files
+from ckptsvc.interop.torch_format.file import MAGIC, TORCH, TorchFile, read_torch, storage_id
+from ckptsvc.interop.torch_format.pickles import PLAIN, loads
 
 
 def named(module: str, name: str) -> bytes:

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from ckptsvc.errors import RunBusy, SaveFailed
-from ckptsvc.interop import lease
-from ckptsvc.interop.lease import Holder, Lease
+from ckptsvc.interop.conversion import lease
+from ckptsvc.interop.conversion.lease import Holder, Lease
 from ckptsvc.storage import Store, connect
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptsvc.errors import CkptsvcError, InvalidInput, LayoutError
-from ckptsvc.interop.mapping import mapped
-from ckptsvc.interop.names import NameMap
+from ckptsvc.interop.naming.mapping import mapped
+from ckptsvc.interop.naming.names import NameMap
 
 QKV = """
 [names]

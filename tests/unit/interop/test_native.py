@@ -11,11 +11,11 @@ from harness.stored import Run, Tensor
 from ckptsvc.errors import InvalidInput, LayoutError, NoCheckpoint
 from ckptsvc.format.commit import COMMIT
 from ckptsvc.geometry.box import Box
-from ckptsvc.interop.convert import Conversion
+from ckptsvc.interop.conversion.convert import Conversion
+from ckptsvc.interop.conversion.memory import resident
+from ckptsvc.interop.conversion.native import Naming, NativeLogical, step_of, write_native
+from ckptsvc.interop.conversion.request import Request, open_sources
 from ckptsvc.interop.formats import open_foreign
-from ckptsvc.interop.memory import resident
-from ckptsvc.interop.native import Naming, NativeLogical, step_of, write_native
-from ckptsvc.interop.request import Request, open_sources
 from ckptsvc.pipeline.catalog import Ref, open_checkpoint
 from ckptsvc.pipeline.read import Want, read_arrays
 

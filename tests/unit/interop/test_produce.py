@@ -16,10 +16,10 @@ from harness.declared import EXTENT, Arrays, columns, rows
 from ckptsvc.errors import InvalidInput, StoreError, StoreFull
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.geometry.box import Box, FlatRange
-from ckptsvc.interop import stream
+from ckptsvc.interop.conversion import stream
+from ckptsvc.interop.conversion.produce import Budget, Production
+from ckptsvc.interop.conversion.tasks import TASK_BYTES, least, tasks
 from ckptsvc.interop.outputs import Crc, Fill, OutputFile
-from ckptsvc.interop.produce import Budget, Production
-from ckptsvc.interop.tasks import TASK_BYTES, least, tasks
 from ckptsvc.interop.views import Mapped, Part, View
 from ckptsvc.pipeline.read import READERS, window_bytes
 from ckptsvc.storage import Store, connect

@@ -6,8 +6,8 @@ from harness.declared import Arrays
 
 from ckptsvc.errors import InvalidInput, LayoutError
 from ckptsvc.geometry.box import Box, FlatRange
-from ckptsvc.interop.average import Averaged
-from ckptsvc.interop.select import Recast, renaming, select
+from ckptsvc.interop.conversion.average import Averaged
+from ckptsvc.interop.conversion.select import Recast, renaming, select
 from ckptsvc.pipeline.read import Want, read_arrays
 
 RNG = np.random.default_rng(2)

@@ -4,9 +4,9 @@ import numpy as np
 from harness.declared import Arrays, columns, rows
 
 from ckptsvc.geometry.box import Box, FlatRange
-from ckptsvc.interop import tasks
+from ckptsvc.interop.conversion import tasks
+from ckptsvc.interop.conversion.tasks import Task, share, steps
 from ckptsvc.interop.outputs import Fill, OutputFile
-from ckptsvc.interop.tasks import Task, share, steps
 
 
 def test_files_with_columns_of_a_tensor_are_made_together() -> None:

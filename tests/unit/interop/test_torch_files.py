@@ -18,8 +18,8 @@ from ckptsvc.interop import logical
 from ckptsvc.interop.files import open_files
 from ckptsvc.interop.logical import Foreign, Stretch
 from ckptsvc.interop.outputs import OutputFile
-from ckptsvc.interop.torch_file import read_torch, tensors_in
-from ckptsvc.interop.torch_write import Call, Global, Inline, Slot, torch_dtype, torch_output
+from ckptsvc.interop.torch_format.file import read_torch, tensors_in
+from ckptsvc.interop.torch_format.write import Call, Global, Inline, Slot, torch_dtype, torch_output
 from ckptsvc.interop.views import Mapped, Part, View
 from ckptsvc.pipeline.read import Want, read_arrays
 from ckptsvc.types import TensorMeta

@@ -1,0 +1,1 @@
+"""From a checkpoint to another: planned, streamed within a budget of memory, resumed where it stopped."""

@@ -1,0 +1,1 @@
+"""PyTorch's distributed checkpoints (torch.distributed.checkpoint)."""

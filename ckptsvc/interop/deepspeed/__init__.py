@@ -1,0 +1,1 @@
+"""DeepSpeed's checkpoints: ZeRO 0 to 3, pipelines, universal."""

@@ -1,0 +1,1 @@
+"""Parallel layouts, rules for families of models, and maps between names."""

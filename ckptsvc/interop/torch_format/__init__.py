@@ -1,0 +1,1 @@
+"""Files of torch.save: a restricted reader of pickles, and a writer."""
