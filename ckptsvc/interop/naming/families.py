@@ -29,7 +29,7 @@ _LARGEST = 1 << 40
 
 
 class Family(NamedTuple):
-    """What a file of `interop/maps` says.
+    """What a file of `interop/naming/maps` says.
 
     Attributes:
         name: the file's, without ending.

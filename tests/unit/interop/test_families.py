@@ -366,7 +366,7 @@ def test_ranks_of_a_real_megatron_checkpoint_hold_what_the_rules_say(foreign: Ca
 
 
 def test_every_file_that_ships_is_toml_with_a_comment_that_says_what_it_is() -> None:
-    room = Path(__file__).resolve().parents[3] / "ckptsvc" / "interop" / "maps"
+    room = Path(__file__).resolve().parents[3] / "ckptsvc" / "interop" / "naming" / "maps"
     for path in room.iterdir():
         text = path.read_text()
         assert text.startswith("# ")
