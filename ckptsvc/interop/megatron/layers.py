@@ -1,6 +1,6 @@
 """A model of Megatron-Core layer by layer, whether its checkpoint has the layers stacked or not.
 
-Checkpoints in `torch_dist` form stack layers, and experts, in front (see `interop/naming/maps/megatron.toml`); ranks of a
+Checkpoints in `torch_dist` form stack layers, and experts, in front (see `naming/maps/megatron.toml`); ranks of a
 model have them one by one. Both are the same elements in the same order: a layer is a region of the stacked tensor.
 """
 
