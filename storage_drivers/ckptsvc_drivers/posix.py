@@ -107,7 +107,7 @@ class PosixStore:
         self._system = system
         self._claims = False  # records are published by `_claim`
         self._transfer = Transfer(self._system, options.threads, options.block)
-        self.writers = options.writers
+        self.writers = 0
         self._striping: Striping | None = None
         self._looked = False  # which striping there is
         self._layouts: dict[str, Layout] = {}
@@ -266,7 +266,7 @@ class PosixStore:
         direct = bool(flags & os.O_DIRECT)
         if self._striping is None or nbytes < SMALLEST:
             return File(self._system.open(name, flags, directory), direct=direct)
-        fd, layout = self._striping.create(name, flags, directory, nbytes, self.writers)
+        fd, layout = self._striping.create(name, flags, directory, nbytes, self._options.writers or self.writers)
         self._layouts[key] = layout
         for old in list(self._layouts)[:-_LAYOUTS]:
             self._layouts.pop(old, None)
@@ -287,7 +287,7 @@ class PosixStore:
                 self._striping = CephStriping(self._system, self._options, self._options.block)
         self._looked = True
         if made and self._striping is not None:
-            self._striping.root_made(root, self.writers)
+            self._striping.root_made(root, self._options.writers or self.writers)
 
     def delete(self, key: str) -> None:
         """See `Store.delete`; directories that have become empty go as well."""
