@@ -169,7 +169,7 @@ class PosixStore:
                 self._transfer.write(file, view, ready, progress)
                 os.ftruncate(file.fd, len(view))
                 self._system.sync(file.fd)
-                tree.sync(directories, self._system)
+                self._sync(key, directories)
             except BaseException:
                 with suppress(OSError):  # so that a full disk is not left full of it
                     _unlink_if(name, file, directories[-1])
@@ -189,8 +189,19 @@ class PosixStore:
                 with suppress(OSError):
                     os.unlink(temporary, dir_fd=directories[-1])
             # Whoever won: what we report as there is there after a power failure too.
-            tree.sync(directories, self._system)
+            self._sync(key, directories)
             return won
+
+    def _sync(self, key: str, directories: Sequence[int]) -> None:
+        """Make the names on the way to `key` durable."""
+        try:
+            tree.sync(directories, self._system)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            # One of them was removed, with the object, or its server knows it by another handle by now: look again.
+            with suppress(FileNotFoundError), tree.parents(self._root, key) as found:
+                tree.sync(found, self._system)
 
     def _publish(self, temporary: str, name: str, directory: int) -> bool:
         try:

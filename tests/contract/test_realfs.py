@@ -23,7 +23,7 @@ from harness.realfs.gluster import Gluster
 from harness.realfs.moosefs import MooseFS
 from harness.runtime import eventually
 
-from ckptsvc.errors import StoreError
+from ckptsvc.errors import StoreError, StoreFull
 from ckptsvc.storage import Store, connect
 from ckptsvc.storage.testing import MiB, content_of, pages_with, put
 from ckptsvc.storage.wrappers import Retrying
@@ -199,13 +199,29 @@ def test_a_layout_is_fixed_by_the_first_byte(striped):
         os.setxattr(path_in(store, "a"), LAYOUT, b"stripe_count=4")
 
 
+def test_a_quota_is_a_full_store(striped):
+    """EDQUOT in mid-write, of a directory of CephFS: nothing half is left, and what fits still goes in."""
+    store = striped()
+    put(store, "step-1/good", bytes(2 * MiB))
+    root = path_in(store, "step-1").parent
+    os.setxattr(root, "ceph.quota.max_bytes", b"%d" % (24 * MiB))
+    content = content_of(100 * MiB)
+    with pages_with(content) as data, pytest.raises(StoreFull, match="quota is used up") as caught:
+        store.write("step-2/large", data, len(content))
+    assert not caught.value.retryable
+    assert [entry.key for entry in store.list()] == ["step-1/good"]
+    os.setxattr(root, "ceph.quota.max_bytes", b"0")  # no limit: its clients learn late of space that has become free
+    put(store, "step-2/small", content[: 2 * MiB])
+    assert store.put_if_absent("step-2/COMMIT", b"record")
+
+
 # --- servers and clients that are killed ----------------------------------------------------------------------------
 
 
 class Writers:
     """Threads that write one shard after the other and note what has been acknowledged."""
 
-    SIZE = 9 * MiB + 4099
+    SIZE = 3 * MiB + 4099
 
     def __init__(self, write: Callable[[str, bytes], object], threads: int = 2) -> None:
         self._write, self._stop = write, threading.Event()
@@ -299,7 +315,7 @@ def test_one_brick_of_three_may_be_lost(gluster, coded):
     store.close()
 
 
-# --- S3 of RGW ----------------------------------------------------------------------------------------------------------
+# --- S3 of RGW -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -147,11 +147,12 @@ class Ceph:
         }[name]
         self.daemons.start(name, program, "-c", self._conf, "-n", entity, "-f")
         if name == "osd":
-            self.daemons.wait_for(
-                lambda: json.loads(self.ceph("osd", "stat", "-f", "json"))["num_up_osds"], "osd", name
-            )
+            self.daemons.wait_for(self._disk_is_up, "the object server to be up", name)
         if name == "rgw":
             self.daemons.wait_for(lambda: answers(self._rgw_port), "RGW to answer", name)
+
+    def _disk_is_up(self) -> bool:
+        return bool(json.loads(self.ceph("osd", "stat", "-f", "json"))["num_up_osds"])
 
     def kill(self, name: str) -> None:
         """SIGKILL for one of the daemons."""

@@ -140,7 +140,8 @@ class Enclosed(Daemons):
         found = []
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if folder.name.isdigit() and os.readlink(folder / "ns/pid") == space:
-                    if part in (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"):
-                        found.append(int(folder.name))
+                if not folder.name.isdigit() or os.readlink(folder / "ns/pid") != space:
+                    continue
+                if part.encode() in (folder / "cmdline").read_bytes().replace(b"\0", b" "):
+                    found.append(int(folder.name))
         return found

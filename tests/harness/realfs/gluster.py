@@ -67,8 +67,18 @@ class Gluster:
         eventually(lambda: not self.daemons.processes(f"brick-{number}/data --"), "the brick to be gone")
 
     def start_bricks(self, volume: str) -> None:
-        """Start the bricks of a volume that have been killed."""
+        """Start the bricks of a volume that have been killed, and have them told what they have missed."""
         self._gluster("volume", "start", volume, "force")
+
+        def heals() -> bool:
+            try:
+                self._gluster("volume", "heal", volume)
+            except AssertionError:  # not before all of them answer
+                time.sleep(0.5)
+                return False
+            return True
+
+        self.daemons.wait_for(heals, "the healing to begin", "glusterd")
 
     def unhealed(self, volume: str) -> int:
         """Number of entries that a brick has still to be told of."""
