@@ -153,9 +153,20 @@ def in_page_cache(fd: int, offset: int, nbytes: int) -> bool:
     return 2 * found > _SAMPLES
 
 
+class _Buffer(ctypes.Structure):
+    """Py_buffer of the interpreter's interface for extensions, as far as it is looked at here."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("rest", ctypes.c_byte * 120))
+
+
 def address_of(view: memoryview) -> int:
-    """Return where a writable, contiguous, non-empty buffer lies in memory."""
-    return ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
+    """Return where a contiguous buffer, writable or not, lies in memory."""
+    found = _Buffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(found), 0)
+    try:
+        return found.address or 0
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(found))
 
 
 def file_system(path: str) -> str:

@@ -162,7 +162,9 @@ class PosixStore:
     def _write(self, key: str, view: memoryview, ready: Progress | None, progress: Progress | None) -> str:
         """Write an object; returns why direct I/O was not used, or ""."""
         name = _name(key)
-        with self._errors(key), self._creating(key, name, direct=self._direct, nbytes=len(view)) as created:
+        # Unaligned memory is refused only later by some, by GlusterFS even after it has said that all is written.
+        direct = self._direct and address_of(view) % PAGE == 0
+        with self._errors(key), self._creating(key, name, direct=direct, nbytes=len(view)) as created:
             directories, file = created
             try:
                 self._system.reserve(file.fd, -(-len(view) // PAGE) * PAGE)

@@ -10,11 +10,10 @@ import errno
 import fcntl
 import mmap
 import os
-import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ckptsvc.storage.api import Progress
 from ckptsvc_drivers.linux import System
@@ -38,36 +37,6 @@ class File:
     direct: bool = False
     refused: str = ""
     block: int = 0
-    _opened_direct: bool = field(init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._opened_direct = self.direct
-
-    @property
-    def mode(self) -> tuple[bool, bool]:
-        """Whether it is in direct mode, and whether its servers may take it for that."""
-        return self.direct, self._opened_direct
-
-    def step_down(self, seen: tuple[bool, bool]) -> bool:
-        """Become less direct than a call was that failed in the mode `seen`; False if that is not possible.
-
-        First the flag is taken off. A file system whose servers have noted it when the file was opened (GlusterFS)
-        needs the file to be opened again. Several threads may call.
-        """
-        with self._lock:
-            if self.mode == seen:
-                if not any(seen):
-                    return False
-                if self.direct:
-                    self.set_direct(False)
-                    self.refused = "the file system refuses it when a block is transferred"
-                else:
-                    again = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_CLOEXEC)
-                    os.dup2(again, self.fd, inheritable=False)
-                    os.close(again)
-                    self._opened_direct = False
-            return True
 
     def set_direct(self, on: bool) -> None:
         """Switch direct mode; OSError EINVAL where the file system has none."""
@@ -147,13 +116,15 @@ class Transfer:
         """Call until all of `part` is through, in direct mode as long as the file system takes it."""
         done = 0
         while done < len(part):
-            mode = file.mode
+            direct = file.direct
             try:
                 with part[done:] as rest:
                     moved = call(file.fd, rest, offset + done)
             except OSError as error:
-                if error.errno != errno.EINVAL or not file.step_down(mode):
+                if error.errno != errno.EINVAL or not direct:
                     raise
+                file.refused = "the file system refuses it when a block is transferred"
+                file.set_direct(False)
             else:
                 if moved == 0:
                     raise EOFError(offset + done)

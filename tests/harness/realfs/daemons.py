@@ -112,19 +112,17 @@ class Enclosed(Daemons):
         """`hidden` are directories of the machine that the daemons see empty, and may write to."""
         super().__init__(kind)
         mounts = "".join(f"mkdir -p {path} && mount -t tmpfs none {path} && " for path in hidden)
-        inside = f"ip link set lo up && ip addr add {self.ADDRESS}/32 dev lo && {mounts}exec sleep infinity"
+        # The first process is the parent of orphans: it must take note of their end, or they seem to live on.
+        reaping = f"touch {self.folder}/ready && while :; do sleep 3600 & wait $!; done"
+        inside = f"ip link set lo up && ip addr add {self.ADDRESS}/32 dev lo && {mounts}{reaping}"
         flags = ("--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "--propagation", "private")
         outer = self.start("enclosure", "unshare", *flags, "sh", "-c", inside)
-        self._first = 0
 
         def ready() -> bool:
-            children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
-            self._first = int(children[0]) if children else 0
-            with contextlib.suppress(OSError):
-                return bool(self._first) and Path(f"/proc/{self._first}/comm").read_text() == "sleep\n"
-            return False
+            return (self.folder / "ready").exists()
 
         self.wait_for(ready, "the enclosure to be ready", "enclosure")
+        self._first = int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text())
 
     def inside(self, *command: str) -> tuple[str, ...]:
         """The command that does this inside."""
