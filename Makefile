@@ -13,7 +13,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I proto
 STUBS := ckptsvc/rpc/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-rooms test-jobs test-slow test-slurm lint types contracts proto proto-check check demo bench clean
+.PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs lint types contracts proto proto-check check demo bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
@@ -47,12 +47,22 @@ test-jobs:
 	$(BIN)/python -m pytest -m "not slow" --durations=15 tests/integration tests/fault
 
 test-slow: install ## run the slow tests
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not realfs and not lustre" $(ARGS)
 
 test-slurm: install ## the batch template under a real Slurm (Debian, root: installs it)
 	@for program in slurmctld slurmd munged sbatch; do command -v $$program > /dev/null || absent=1; done; \
 	if [ -n "$$absent" ]; then apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; fi
 	$(BIN)/python -m pytest -m slurm $(ARGS)
+
+REALFS := radosgw ceph-mon ceph-osd ceph-mgr ceph-mds ceph-fuse ceph-common glusterfs-server glusterfs-client \
+	moosefs-master moosefs-chunkserver moosefs-client
+
+test-realfs: install ## the drivers on real CephFS, RGW, GlusterFS and MooseFS (Debian, root: installs them)
+	@for program in radosgw ceph-osd ceph-mds ceph-fuse glusterd mfsmaster mfschunkserver mfsmount; do \
+	command -v $$program > /dev/null || absent=1; done; \
+	if [ -n "$$absent" ]; then apt-get update && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $(REALFS); fi
+	$(BIN)/python -m pytest -m realfs $(ARGS)
 
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -185,10 +185,34 @@ class Metrics:
             ["scheme", "kind"],
             registry=registry,
         )
+        self._layouts(registry)
         self._coordination(registry)
         self._nics(registry)
         Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})
         self._start_at_zero()
+
+    def _layouts(self, registry: CollectorRegistry) -> None:
+        """Those of stores that spread a shard over several targets."""
+        from prometheus_client import Counter, Gauge
+
+        self.shard_stripes = Gauge(
+            "ckptsvc_shard_stripes", "Targets over which the last shard is spread.", ["scheme"], registry=registry
+        )
+        self.shard_stripe_bytes = Gauge(
+            "ckptsvc_shard_stripe_bytes", "Stripe size of the last shard.", ["scheme"], registry=registry
+        )
+        self.layouts_missed = Counter(
+            "ckptsvc_layouts_missed_total",
+            "Shards the store did not lay out as it was asked to.",
+            ["scheme"],
+            registry=registry,
+        )
+
+    def laid_out(self, scheme: str, stripes: int, stripe_bytes: int, *, as_asked: bool) -> None:
+        """Take down how a store says that a shard lies there."""
+        self.shard_stripes.labels(scheme).set(stripes)
+        self.shard_stripe_bytes.labels(scheme).set(stripe_bytes)
+        self.layouts_missed.labels(scheme).inc(not as_asked)
 
     def _coordination(self, registry: CollectorRegistry) -> None:
         """Those of the agent that leads jobs, and of those that follow."""

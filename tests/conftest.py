@@ -17,6 +17,11 @@ from harness.zygote import Zygote
 FAILED = pytest.StashKey[bool]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where what cannot be started here is to be found."""
+    parser.addoption("--lustre-dir", help="a directory on a real Lustre, for -m lustre")
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Remember that a test failed, so that `runtime` shows what its agents had to say."""

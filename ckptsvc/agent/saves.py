@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ckptsvc.agent import reports
 from ckptsvc.agent.identity import Registration
+from ckptsvc.agent.layouts import Layouts
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.workers import Workers
@@ -45,6 +46,7 @@ class Saves:
         self._local, self._workers, self._is_early = local, workers, early
         self._early: dict[str, _Early] = {}  # arena -> the writing of what a rank copies into it
         self._fills = itertools.count(1)
+        self._layouts = Layouts(local.metrics)
         local.pool.on_given_up = self._give_up
 
     def expect(self, token: str, arena: Arena, epoch: int, nbytes: int) -> None:
@@ -169,6 +171,7 @@ class Saves:
             return
         self._local.metrics.save_duration.labels(Phase.WRITE).observe(time.monotonic() - started)
         self._local.metrics.written_bytes.labels(_scheme(label.store)).inc(done["nbytes"])
+        self._layouts.note(_scheme(label.store), label, done["layout"])
         durable = pb.Durable(
             job=label.job,
             epoch=label.epoch,
@@ -286,6 +289,7 @@ def _what(of: Label | Registration, epoch: int, step: int, nbytes: int, arena: A
         "epoch": epoch,
         "step": step,
         "rank": of.rank,
+        "writers": of.world_size,
         "fill": fill,
     }
 

@@ -36,8 +36,8 @@ from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.write import write_shard
-from ckptsvc.storage import Progress, Store, connect
-from ckptsvc.storage.wrappers import Retrying
+from ckptsvc.storage import Progress, Spreading, Store, connect
+from ckptsvc.storage.wrappers import Retrying, innermost
 
 FRAME = struct.Struct("<I")
 THREADS = 16
@@ -92,9 +92,13 @@ class Worker:
             self._fills.pop(args["fill"], None)
 
     def _write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        store = self.store(args["store"])
+        driver = innermost(store)
+        if isinstance(driver, Spreading):
+            driver.writers = args["writers"]
         with self._mappings.pages(args["path"], args["nbytes"]) as image:
             written = write_shard(
-                self.store(args["store"]),
+                store,
                 image,
                 args["nbytes"],
                 extent=args["extent"],
@@ -106,7 +110,9 @@ class Worker:
                 ready=self._ready(args) if args["fill"] else lambda nbytes: None,
             )
         failpoint("after_shard")
+        key = f"{Ref(args['epoch'], args['step']).name}/{written.name}"
         return {
+            "layout": driver.layout(key) if isinstance(driver, Spreading) else None,
             "name": written.name,
             "nbytes": written.nbytes,
             "digests": written.digests.tobytes(),

@@ -4,7 +4,7 @@
 add behaviour to any store, and `testing` (which needs pytest and is not imported here) checks a driver.
 """
 
-from ckptsvc.storage.api import READ_LIMIT, TEMPORARY_PREFIX, Capabilities, Entry, Progress, Store
+from ckptsvc.storage.api import READ_LIMIT, TEMPORARY_PREFIX, Capabilities, Entry, Layout, Progress, Spreading, Store
 from ckptsvc.storage.arguments import (
     MAX_KEY_BYTES,
     MAX_PART_BYTES,
@@ -24,7 +24,9 @@ __all__ = [
     "TEMPORARY_PREFIX",
     "Capabilities",
     "Entry",
+    "Layout",
     "Progress",
+    "Spreading",
     "Store",
     "canonical",
     "check_key",

@@ -127,3 +127,30 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Give back threads and connections; call it once, when no other method is running."""
+
+
+class Layout(NamedTuple):
+    """How an object lies on the targets (disks, servers) of its store, as the store itself says.
+
+    Attributes:
+        stripes: over how many of them it is spread; 0 is not known.
+        stripe_size: bytes on one before the next has its turn; 0 is not known.
+        targets: their numbers, in order, as far as they are known.
+        problem: why that is not what the driver asked for, or "".
+    """
+
+    stripes: int
+    stripe_size: int
+    targets: tuple[int, ...]
+    problem: str
+
+
+@runtime_checkable
+class Spreading(Protocol):
+    """What a driver may have beside `Store`, if it decides over how many targets a large object is spread."""
+
+    writers: int
+    """How many processes write at the same time, 0 if unknown; who uses the store sets it."""
+
+    def layout(self, key: str) -> Layout | None:
+        """Tell once how an object lies that was written through this very store object; None if nothing is known."""

@@ -22,6 +22,7 @@ GROUP = "ckptsvc.storage"
 
 BUILT_IN: dict[str, str] = {
     "file": "ckptsvc_drivers.posix:connect",
+    "lustre": "ckptsvc_drivers.lustre:connect",
     "memory": "ckptsvc_drivers.memory:connect",
 }
 """The drivers that ship with ckptsvc, named here as well as in the package's metadata so that a start needs

@@ -92,6 +92,13 @@ class Wrapper:
         self._call("close", "", 0, self.inner.close)
 
 
+def innermost(store: Store) -> Store:
+    """Return the driver's store inside of all wrappers, for what not every store has (see `Spreading`)."""
+    while isinstance(store, Wrapper):
+        store = store.inner
+    return store
+
+
 class Retrying(Wrapper):
     """Tries again what failed with an error that says it may pass, after growing, jittered pauses.
 

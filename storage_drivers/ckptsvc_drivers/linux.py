@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import functools
 import mmap
 import os
+import stat
 
 from ckptsvc.errors import InvalidInput, NotFound, StoreDenied, StoreError, StoreFull, StoreUnavailable
 
@@ -73,6 +75,30 @@ class System:
         """Give a file a second name that must not exist; see linkat(2)."""
         os.link(source, target, src_dir_fd=directory, dst_dir_fd=directory, follow_symlinks=False)
 
+    def mknod(self, name: str, directory: int) -> None:
+        """Make an empty file that must not exist, without opening it; see mknodat(2)."""
+        os.mknod(name, stat.S_IFREG | 0o666, dir_fd=directory)
+
+    def get_attribute(self, fd: int, name: str) -> bytes:
+        """Return an extended attribute of an open file; see fgetxattr(2)."""
+        return os.getxattr(fd, name)
+
+    def set_attribute(self, fd: int, name: str, value: bytes) -> None:
+        """Set an extended attribute of an open file; see fsetxattr(2)."""
+        os.setxattr(fd, name, value)
+
+    def set_attribute_of(self, file: str, directory: int, name: str, value: bytes) -> None:
+        """Set an extended attribute of a file that is not open, or of the directory itself ("."); see lsetxattr(2)."""
+        os.setxattr(f"/proc/self/fd/{directory}/{file}", name, value, follow_symlinks=False)
+
+    def ioctl(self, fd: int, request: int, buffer: bytearray) -> None:
+        """Ask what only some file systems know; the answer is in `buffer`; see ioctl(2)."""
+        fcntl.ioctl(fd, request, buffer, True)
+
+    def kind(self, fd: int) -> int:
+        """Return the number of the kind of file system (f_type), 0 if unknown; see fstatfs(2)."""
+        return _f_type(fd)
+
 
 SYSTEM = System()
 """The calls as they are."""
@@ -95,6 +121,11 @@ def fallocate(fd: int, nbytes: int) -> None:
         number = ctypes.get_errno()
         if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise OSError(number, os.strerror(number))
+
+
+def _f_type(fd: int) -> int:
+    status = (ctypes.c_long * 64)()  # struct statfs has 120 bytes; f_type is the first word
+    return status[0] & 0xFFFF_FFFF if _libc().fstatfs(fd, ctypes.byref(status)) == 0 else 0
 
 
 def in_page_cache(fd: int, offset: int, nbytes: int) -> bool:
@@ -122,9 +153,20 @@ def in_page_cache(fd: int, offset: int, nbytes: int) -> bool:
     return 2 * found > _SAMPLES
 
 
+class _Buffer(ctypes.Structure):
+    """Py_buffer of the interpreter's interface for extensions, as far as it is looked at here."""
+
+    _fields_ = (("address", ctypes.c_void_p), ("rest", ctypes.c_byte * 120))
+
+
 def address_of(view: memoryview) -> int:
-    """Return where a writable, contiguous, non-empty buffer lies in memory."""
-    return ctypes.addressof(ctypes.c_ubyte.from_buffer(view))
+    """Return where a contiguous buffer, writable or not, lies in memory."""
+    found = _Buffer()
+    ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(found), 0)
+    try:
+        return found.address or 0
+    finally:
+        ctypes.pythonapi.PyBuffer_Release(ctypes.byref(found))
 
 
 def file_system(path: str) -> str:

@@ -21,7 +21,7 @@ from typing import Annotated
 import msgspec
 
 from ckptsvc.errors import ConfigError, Damaged, InvalidInput, NotFound, StoreError
-from ckptsvc.storage.api import READ_LIMIT, TEMPORARY_PREFIX, Capabilities, Entry, Progress
+from ckptsvc.storage.api import READ_LIMIT, TEMPORARY_PREFIX, Capabilities, Entry, Layout, Progress
 from ckptsvc.storage.arguments import (
     check_key,
     check_prefix,
@@ -32,19 +32,23 @@ from ckptsvc.storage.arguments import (
 )
 from ckptsvc_drivers import tree
 from ckptsvc_drivers.linux import SYSTEM, System, address_of, file_system, in_page_cache, translate
+from ckptsvc_drivers.lustre_striping import SUPER_MAGIC, LustreStriping
+from ckptsvc_drivers.striping import SMALLEST, CephStriping, Striping, StripingOptions, aligned_block
 from ckptsvc_drivers.transfer import PAGE, File, Transfer
 
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a named pipe must not hang us
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 _LOCAL = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs", "overlay")
+_CEPH = ("ceph", "fuse.ceph-fuse", "fuse.ceph")
 _CLAIMS = "no hard links: a new record may be seen empty for an instant"
 _DIRECT_READ = 1 << 20  # bytes; shorter reads are left to the page cache and its read-ahead
+_LAYOUTS = 1000  # remembered until somebody asks
 _ATTEMPTS = 100  # to create a file in a directory that others remove because it has just become empty
 
 
-class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Settings of a `file://` store.
+class Options(StripingOptions, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Settings of a `file://` store, beside those of striping.
 
     Attributes:
         direct: try direct I/O.
@@ -68,11 +72,16 @@ def connect(url: str, options: Mapping[str, object]) -> PosixStore:
     Raises:
         ConfigError: the URL names a host or no absolute path, or an option is unknown or out of range.
     """
-    path = url.removeprefix("file://")
+    return PosixStore(*parse(url, options))
+
+
+def parse(url: str, options: Mapping[str, object], scheme: str = "file") -> tuple[str, Options]:
+    """Return the path and the options; see `connect`."""
+    path = url.removeprefix(f"{scheme}://")
     if path == url or not path.startswith("/") or "\0" in path:
-        raise ConfigError(f"{url!r} is not the address of a directory", hint="write file:///absolute/path")
+        raise ConfigError(f"{url!r} is not the address of a directory", hint=f"write {scheme}:///absolute/path")
     try:
-        return PosixStore(path, msgspec.convert(dict(options), Options, strict=False))
+        return path, msgspec.convert(dict(options), Options, strict=False)
     except msgspec.ValidationError as error:
         raise ConfigError(f"options of {url}: {error}") from error
 
@@ -84,19 +93,29 @@ class PosixStore:
         root: absolute path; need not exist.
         options: settings.
         system: the calls to make.
+
+    Attributes:
+        writers: how many processes write at the same time, 0 if unknown: large files are striped accordingly.
     """
+
+    scheme = "file"
 
     def __init__(self, root: str, options: Options = DEFAULTS, system: System = SYSTEM) -> None:
         self._root = "/" + os.path.normpath(root).lstrip("/")
+        self._options = options
         self._direct = options.direct
         self._system = system
         self._claims = False  # records are published by `_claim`
         self._transfer = Transfer(self._system, options.threads, options.block)
+        self.writers = 0
+        self._striping: Striping | None = None
+        self._looked = False  # which striping there is
+        self._layouts: dict[str, Layout] = {}
 
     @property
     def url(self) -> str:
-        """`file://` and the path."""
-        return f"file://{self._root}"
+        """The scheme and the path."""
+        return f"{self.scheme}://{self._root}"
 
     def capabilities(self) -> Capabilities:
         """See `Store.capabilities`; direct I/O is tried with one page in a temporary file."""
@@ -107,7 +126,7 @@ class PosixStore:
             direct_io=direct,
             fork_safe=True,
             local=kind in _LOCAL,
-            notes=(f"file system: {kind or 'unknown'}", *notes),
+            notes=(f"file system: {kind or 'unknown'}", *notes, *(self._striping.notes() if self._striping else ())),
         )
 
     def _try(self) -> tuple[str, Sequence[str]]:
@@ -143,13 +162,16 @@ class PosixStore:
     def _write(self, key: str, view: memoryview, ready: Progress | None, progress: Progress | None) -> str:
         """Write an object; returns why direct I/O was not used, or ""."""
         name = _name(key)
-        with self._errors(key), self._creating(key, name, direct=self._direct) as (directories, file):
+        # Unaligned memory is refused only later by some, by GlusterFS even after it has said that all is written.
+        direct = self._direct and address_of(view) % PAGE == 0
+        with self._errors(key), self._creating(key, name, direct=direct, nbytes=len(view)) as created:
+            directories, file = created
             try:
                 self._system.reserve(file.fd, -(-len(view) // PAGE) * PAGE)
                 self._transfer.write(file, view, ready, progress)
                 os.ftruncate(file.fd, len(view))
                 self._system.sync(file.fd)
-                tree.sync(directories, self._system)
+                self._sync(key, directories)
             except BaseException:
                 with suppress(OSError):  # so that a full disk is not left full of it
                     _unlink_if(name, file, directories[-1])
@@ -169,8 +191,19 @@ class PosixStore:
                 with suppress(OSError):
                     os.unlink(temporary, dir_fd=directories[-1])
             # Whoever won: what we report as there is there after a power failure too.
-            tree.sync(directories, self._system)
+            self._sync(key, directories)
             return won
+
+    def _sync(self, key: str, directories: Sequence[int]) -> None:
+        """Make the names on the way to `key` durable."""
+        try:
+            tree.sync(directories, self._system)
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+            # One of them was removed, with the object, or its server knows it by another handle by now: look again.
+            with suppress(FileNotFoundError), tree.parents(self._root, key) as found:
+                tree.sync(found, self._system)
 
     def _publish(self, temporary: str, name: str, directory: int) -> bool:
         try:
@@ -201,18 +234,24 @@ class PosixStore:
         return True
 
     @contextmanager
-    def _creating(self, key: str, name: str, *, direct: bool) -> Iterator[tuple[Sequence[int], File]]:
+    def _creating(self, key: str, name: str, *, direct: bool, nbytes: int = 0) -> Iterator[tuple[Sequence[int], File]]:
         """Open a new file `name` beside `key`; yields the directories from the root on, and the file.
 
-        A file of that name is unlinked first, not truncated: a writer that hung and wakes up late then writes
-        into nothing.
+        A file of that name is unlinked before, not truncated: a writer that hung and wakes up late then writes
+        into nothing. Of `nbytes` that are large enough the file gets a layout.
         """
         for attempt in range(1, _ATTEMPTS + 1):
             with ExitStack() as opened:
                 try:
+                    made = not self._looked and not os.path.isdir(self._root)
                     parents = tree.parents(self._root, key, create=True, system=self._system)
                     directories = opened.enter_context(parents)
-                    file = self._open_new(name, directories[-1], direct=direct)
+                    self._look(directories[0], made=made)
+                    try:
+                        file = self._open_new(key, name, directories[-1], direct=direct, nbytes=nbytes)
+                    except FileExistsError:  # rare: the names of shards are new
+                        os.unlink(name, dir_fd=directories[-1])
+                        file = self._open_new(key, name, directories[-1], direct=direct, nbytes=nbytes)
                 except (FileNotFoundError, FileExistsError):
                     if attempt == _ATTEMPTS:
                         raise
@@ -221,20 +260,47 @@ class PosixStore:
                 yield directories, file
                 return
 
-    def _open_new(self, name: str, directory: int, *, direct: bool) -> File:
+    def _open_new(self, key: str, name: str, directory: int, *, direct: bool, nbytes: int) -> File:
         refused = ""
-        with suppress(FileNotFoundError):
-            os.unlink(name, dir_fd=directory)
         if direct:
             try:
-                return File(self._system.open(name, _CREATE | os.O_DIRECT, directory), direct=True)
+                return self._open_as(key, name, _CREATE | os.O_DIRECT, directory, nbytes)
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
             refused = "the file system refuses it when a file is opened"
             with suppress(FileNotFoundError):  # some create the file before they refuse
                 os.unlink(name, dir_fd=directory)
-        return File(self._system.open(name, _CREATE, directory), refused=refused)
+        file = self._open_as(key, name, _CREATE, directory, nbytes)
+        file.refused = refused
+        return file
+
+    def _open_as(self, key: str, name: str, flags: int, directory: int, nbytes: int) -> File:
+        direct = bool(flags & os.O_DIRECT)
+        if self._striping is None or nbytes < SMALLEST:
+            return File(self._system.open(name, flags, directory), direct=direct)
+        fd, layout = self._striping.create(name, flags, directory, nbytes, self._options.writers or self.writers)
+        self._layouts[key] = layout
+        for old in list(self._layouts)[:-_LAYOUTS]:
+            self._layouts.pop(old, None)
+        return File(fd, direct=direct, block=aligned_block(self._options.block, layout.stripe_size))
+
+    def layout(self, key: str) -> Layout | None:
+        """See `Spreading.layout`."""
+        return self._layouts.pop(key, None)
+
+    def _look(self, root: int, *, made: bool) -> None:
+        """Find out once what the file system can be told about the layout of files."""
+        if self._looked:
+            return
+        if self._options.striping:
+            if self._system.kind(root) == SUPER_MAGIC:
+                self._striping = LustreStriping(self._system, self._options, self._options.block)
+            elif file_system(self._root) in _CEPH:
+                self._striping = CephStriping(self._system, self._options, self._options.block)
+        self._looked = True
+        if made and self._striping is not None:
+            self._striping.root_made(root, self._options.writers or self.writers)
 
     def delete(self, key: str) -> None:
         """See `Store.delete`; directories that have become empty go as well."""

@@ -30,11 +30,13 @@ class File:
         fd: its descriptor.
         direct: it is in direct mode.
         refused: why it is not, where it was asked for.
+        block: bytes of a transfer that suit how the file is striped, a multiple of `PAGE`; 0 is any number.
     """
 
     fd: int
     direct: bool = False
     refused: str = ""
+    block: int = 0
 
     def set_direct(self, on: bool) -> None:
         """Switch direct mode; OSError EINVAL where the file system has none."""
@@ -69,7 +71,7 @@ class Transfer:
             with view[start:stop] as part:
                 return self.write_all(file, part, start)
 
-        self._spread(write_step, whole, self._block, ready, progress)
+        self._spread(write_step, whole, file.block or self._block, ready, progress)
         if rest := len(view) - whole:
             if ready is not None:
                 ready(len(view))

@@ -48,10 +48,15 @@ def parents(root: str, key: str, *, create: bool = False, system: System = SYSTE
         descriptors = [os.open(root, _ROOT)]
         opened.callback(os.close, descriptors[0])
         for part in key.split("/")[:-1]:
-            if create:
+            try:
+                below = _step(part, descriptors[-1])
+            except FileNotFoundError:  # looked up first: thousands of ranks must not all ask for one directory
+                if not create:
+                    raise
                 with suppress(FileExistsError):
                     os.mkdir(part, dir_fd=descriptors[-1])
-            descriptors.append(_step(part, descriptors[-1]))
+                below = _step(part, descriptors[-1])
+            descriptors.append(below)
             opened.callback(os.close, descriptors[-1])
         yield descriptors
 

@@ -228,6 +228,21 @@ def test_writes_of_any_size_are_direct_to_the_last_byte(root, size):
     store.close()
 
 
+def test_only_aligned_memory_is_written_directly(root):
+    """GlusterFS refuses other memory after it has said that all is written."""
+    system = Watching()
+    store = store_with(root, system)
+    content = content_of(2 * MiB)
+    with pages_with(content) as data:
+        store.write("a", data[1:], MiB)
+        store.write("b", data[:MiB].toreadonly(), MiB)
+    assert (root / "a").read_bytes() == content[1 : MiB + 1]
+    if store.capabilities().direct_io:
+        pytest.skip("no direct I/O here")
+    assert system.direct[:2] == [False, True]
+    store.close()
+
+
 def test_cold_reads_are_direct_and_warm_ones_are_not(root):
     system = Watching()
     store = store_with(root, system)

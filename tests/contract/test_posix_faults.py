@@ -283,6 +283,31 @@ def test_a_file_system_that_cannot_sync_directories(root):
     store.close()
 
 
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_directory_that_changes_its_handle_is_looked_up_again(root, gone):
+    """ESTALE: it was removed with what is in it, or its server has another handle for it by now."""
+
+    class Stale(System):
+        left, synced = 1, 0
+
+        def sync(self, fd):
+            ours = os.readlink(f"/proc/self/fd/{fd}") == str(root / "step")
+            if ours and self.left:
+                self.left = 0
+                if gone:
+                    (root / "step/a").unlink()
+                    (root / "step").rmdir()
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            self.synced += ours
+            super().sync(fd)
+
+    store = store_with(root, system := Stale())
+    put(store, "step/a", b"1")
+    assert (root / "step/a").exists() != gone
+    assert system.synced == (not gone)
+    store.close()
+
+
 def test_everything_is_synced_before_return(root):
     class Recorder(System):
         def __init__(self):

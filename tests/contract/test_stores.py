@@ -5,32 +5,16 @@ import fcntl
 import os
 import uuid
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from ckptsvc_drivers.linux import System, file_system
 from ckptsvc_drivers.memory import MemoryStore
 from ckptsvc_drivers.posix import Options, PosixStore
+from harness.posix_suite import Posix, path_of
 
 from ckptsvc.storage import Store, connect
 from ckptsvc.storage.testing import StoreTests, put
 from ckptsvc.storage.wrappers import Faulty, Limited, Measured, Retrying
-
-
-def path_of(store: Store, key: str) -> Path:
-    return Path(store.url.removeprefix("file://")) / key
-
-
-class Posix(StoreTests):
-    """What all the tests of PosixStore share."""
-
-    def raw_read(self, store, key):
-        return path_of(store, key).read_bytes()
-
-    def raw_write(self, store, key, content):
-        path = path_of(store, key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
 
 
 class TestMemory(StoreTests):

@@ -22,6 +22,7 @@ METRICS = {
     ("ckptsvc_incidents_total", "counter", ("kind",)),
     ("ckptsvc_last_commit_timestamp_seconds", "gauge", ("job",)),
     ("ckptsvc_last_committed_step", "gauge", ("job",)),
+    ("ckptsvc_layouts_missed_total", "counter", ("scheme",)),
     ("ckptsvc_nic_events_total", "counter", ("nic", "signal")),
     ("ckptsvc_nic_findings", "gauge", ("kind",)),
     ("ckptsvc_nic_held_back_seconds_total", "counter", ("nic", "signal")),
@@ -36,6 +37,8 @@ METRICS = {
     ("ckptsvc_save_duration_seconds", "histogram", ("phase",)),
     ("ckptsvc_saves_total", "counter", ("outcome",)),
     ("ckptsvc_sessions", "gauge", ()),
+    ("ckptsvc_shard_stripe_bytes", "gauge", ("scheme",)),
+    ("ckptsvc_shard_stripes", "gauge", ("scheme",)),
     ("ckptsvc_snapshots_skipped_total", "counter", ("reason",)),
     ("ckptsvc_store_errors_total", "counter", ("kind", "scheme")),
     ("ckptsvc_written_bytes_total", "counter", ("scheme",)),
@@ -75,13 +78,14 @@ def a_card(metrics: Metrics) -> None:
 def test_the_names_are_frozen(metrics: Metrics) -> None:
     metrics.committed("job", 1, 1.0)
     metrics.written_bytes.labels("file")
+    metrics.laid_out("file", 1, 1 << 20, as_asked=True)
     metrics.store_errors.labels("file", "store-full")
     a_card(metrics)
     assert exposed(metrics) == METRICS
 
 
 def test_the_names_follow_the_rules(metrics: Metrics) -> None:
-    units = ("_bytes", "_seconds", "_step", "_sessions", "_findings", "_up")
+    units = ("_bytes", "_seconds", "_step", "_stripes", "_sessions", "_findings", "_up")
     for name, kind, labels in METRICS:
         assert re.fullmatch(r"ckptsvc_[a-z_]+", name)
         assert (kind == "counter") == name.endswith("_total")

@@ -1,0 +1,41 @@
+"""What a store says of the layout of its shards reaches the agent: its metrics, and its log once."""
+
+import urllib.request
+from pathlib import Path
+
+import torch
+from harness.job import Launch
+from harness.rank import Rank
+from harness.runtime import Runtime
+
+import ckptsvc
+
+
+def train(rank: Rank, store: str) -> None:
+    tensor = torch.zeros(500_000)
+    run = ckptsvc.attach({"tensor": tensor}, store=store, every="off")
+    for _ in range(3):
+        tensor += 1
+        run.step()
+        run.save(wait=True, timeout=60)
+    rank.report("saved")
+    rank.until("end")
+    run.close()
+
+
+def test_a_store_that_is_no_lustre_is_told_of_once(runtime: Runtime, launch: Launch, tmp_path: Path) -> None:
+    agent = runtime.start_agent("--metrics-listen", "127.0.0.1:0")
+    with launch.plain(1, train, f"lustre://{tmp_path}/run") as job:
+        job.wait_for("saved")
+        with urllib.request.urlopen(
+            f"http://{runtime.status(runtime.sockets)['metrics']}/metrics", timeout=10
+        ) as answer:
+            metrics = answer.read().decode()
+        job.go("end")
+        job.results()
+    agent.terminate()
+    assert agent.wait(10) == 0
+    assert 'ckptsvc_layouts_missed_total{scheme="lustre"} 3.0\n' in metrics
+    assert 'ckptsvc_shard_stripes{scheme="lustre"} 0.0\n' in metrics
+    assert runtime.log().count(f"shards are not striped as asked: {tmp_path}/run is not on Lustre") == 1
+    assert len(list(tmp_path.glob("run/step-*/COMMIT*"))) == 3
