@@ -21,8 +21,11 @@ GROUP = "ckptsvc.storage"
 """The entry-point group."""
 
 BUILT_IN: dict[str, str] = {
+    "az": "ckptsvc_drivers.object:connect",
     "file": "ckptsvc_drivers.posix:connect",
+    "gs": "ckptsvc_drivers.object:connect",
     "memory": "ckptsvc_drivers.memory:connect",
+    "s3": "ckptsvc_drivers.object:connect",
 }
 """The drivers that ship with ckptsvc, named here as well as in the package's metadata so that a start needs
 no scan of every installed distribution, and so that no other distribution can take these schemes over."""
