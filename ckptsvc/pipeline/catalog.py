@@ -183,8 +183,9 @@ def take_epoch(store: Store, job: str, attempt: int, owner: str, created: str) -
         StoreError: as the store raises, and as `check_exclusive`.
     """
     check_exclusive(store)
+    epoch = 0
     for _ in range(100):
-        epoch = newest_epoch(store) + 1
+        epoch = max(newest_epoch(store), epoch) + 1  # a listing may be behind what was met
         record = EpochRecord(epoch=epoch, job=job, attempt=attempt, owner=owner, created=created)
         if store.put_if_absent(epoch_key(epoch), record.encode()) or read_epoch(store, epoch).owner == owner:
             return epoch

@@ -54,7 +54,9 @@ class Proxy:
 
     Attributes:
         rules: in force; tests change them.
+        endpoint: its address.
         seen: "METHOD target" of every request, in order.
+        headers: of the last request, names in lower case.
         busiest: most requests that were under way at a time.
     """
 
@@ -66,7 +68,8 @@ class Proxy:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.port: int = self._listener.getsockname()[1]
+        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.headers: dict[str, str] = {}
         self._sockets: set[socket.socket] = set()
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
         self._threads[0].start()
@@ -117,6 +120,7 @@ class Proxy:
     def _request(self, client: socket.socket, source: socket.SocketIO, line: str, headers: dict[str, str]) -> bool:
         """Deal with one request; whether the connection goes on."""
         rule = self._due(line.rpartition(" ")[0])
+        self.headers = dict(headers)
         body = source.read(int(headers.get("content-length", 0)))
         if rule and rule.delay:
             self._closed.wait(rule.delay)
