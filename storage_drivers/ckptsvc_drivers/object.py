@@ -66,29 +66,24 @@ class ObjectStore:
 
     def capabilities(self) -> Capabilities:
         """See `Store.capabilities`; whether the server refuses to create twice is tried once for each store object."""
-        if self._found is None:
-            exclusive, note = self._try()
-            self._found = Capabilities(
-                exclusive_create=exclusive,
-                direct_io="objects are sent over the network",
-                notes=(f"object store: {self._clients.endpoint or self._clients.place.scheme}", *note),
-            )
-        return self._found
-
-    def _try(self) -> tuple[bool, Sequence[str]]:
-        """Create a scratch object twice: the second time must be refused. There are servers that replace it."""
+        if self._found is not None:
+            return self._found
         key = TEMPORARY_PREFIX + secrets.token_hex(8)
+        where = f"object store: {self._clients.endpoint or self._clients.place.scheme}"
         try:
-            first = self._create(key, b"1")
-            second = self._create(key, b"2")
+            # There are servers that replace what they were asked to create.
+            exclusive = self._create(key, b"1") and not self._create(key, b"2")
         except StoreDenied as error:
-            return False, (f"not known: nothing can be written: {error}",)
+            return self._capable(False, where, f"not known: nothing can be written: {error}")
         finally:
             with suppress(StoreError):
                 self.delete(key)
-        if not first:
-            return False, ("the server refuses to create an object that is not there",)
-        return not second, ("the server replaces an object that it was asked to create",) if second else ()
+        note = () if exclusive else ("the server replaces an object that it was asked to create",)
+        self._found = self._capable(exclusive, where, *note)
+        return self._found
+
+    def _capable(self, exclusive: bool, *notes: str) -> Capabilities:
+        return Capabilities(exclusive_create=exclusive, direct_io="objects are sent over the network", notes=notes)
 
     # --- writing --------------------------------------------------------------------------------------------
 

@@ -52,6 +52,9 @@ _OTHER_AWS_CREDENTIALS = (
 )
 
 
+_USED_IN: dict[str, int] = {}  # the process whose threads obstore has: they do not survive a fork
+
+
 class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Settings of an object store.
 
@@ -139,7 +142,7 @@ class Clients:
             raise ConfigError(f"the endpoint of {place.url} cannot be used", hint=hint)
         self._authorities = _read(options.ca_file) if options.ca_file else b""
         self._made: dict[int, Client] = {}
-        self._lock, self._pid = threading.Lock(), 0
+        self._lock = threading.Lock()
 
     @property
     def plain(self) -> Client:
@@ -172,12 +175,11 @@ class Clients:
 
     def _client(self, retries: int) -> Client:
         with self._lock:
-            if self._pid not in (0, os.getpid()):
+            if _USED_IN.setdefault("process", os.getpid()) != os.getpid():
                 raise StoreError(
-                    f"{self.place.url} was opened in another process than this one, which was forked from it",
-                    hint="connect in the process that uses the store",
+                    f"{self.place.url} cannot be used in a process forked from one that has used an object store",
+                    hint="open it with ckptsvc.storage.opening.open_apart",
                 )
-            self._pid = os.getpid()
             if retries not in self._made:
                 self._made[retries] = self._make(retries, self.endpoint, self.options.virtual_host)
             return self._made[retries]

@@ -13,6 +13,7 @@ from ckptsvc.errors import CkptsvcError, Damaged, NotFound, StoreDenied, StoreEr
 _STATUS = re.compile(r"status(?: code)?: (\d{3})\b")
 _CODE = re.compile(r"<Code>\s*(\w{1,60})\s*</Code>")
 _SEARCH_FOR_CREDENTIALS = re.compile(r"/latest/(?:api|meta-data)|/metadata/|metadata\.google|/oauth2/|sts\.|/v2/cred")
+_CERTIFICATE = re.compile(r"invalid peer certificate|UnknownIssuer|CertificateError|certificate verify", re.IGNORECASE)
 _QUERY = re.compile(r"\?[^\s,]*")
 
 _NO_BUCKET = {"NoSuchBucket", "ContainerNotFound", "AllAccessDisabled"}
@@ -52,6 +53,8 @@ def translate(error: BaseException, where: str) -> CkptsvcError:
         return of_answer(facts, where)
     if "Wanted range starting at" in text:  # obstore has noticed it, not the server
         return Damaged(f"{where} ends before what is wanted")
+    if _CERTIFICATE.search(text):
+        return StoreDenied(f"{where}: the server's certificate is not trusted", hint="set the option ca_file")
     if "error sending request" in text or "error decoding response" in text or "imed out" in text or "HTTP" in text:
         if "builder error" in text:  # http:// where it is not allowed
             return StoreError(f"{where}: the request cannot be made", hint="is the endpoint right?")

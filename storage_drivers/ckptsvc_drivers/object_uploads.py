@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 
 from ckptsvc.errors import NotFound, StoreError, StoreUnavailable
 from ckptsvc.storage.api import Entry
+from ckptsvc.storage.arguments import is_key
 from ckptsvc_drivers.object_clients import Clients
 from ckptsvc_drivers.object_errors import Facts, facts_of, of_answer
 from ckptsvc_drivers.object_names import Upload, key_of, name_of
@@ -49,7 +50,7 @@ def unfinished(clients: Clients, prefix: str = "", timeout: float | None = None)
             if key is None or not (not prefix or key == prefix or key.startswith(f"{prefix}/")):
                 continue
             upload = Upload(key, found.findtext("{*}UploadId", ""))
-            if upload.id:
+            if upload.id and is_key(upload.temporary):
                 yield upload, Entry(upload.temporary, 0, _time(found.findtext("{*}Initiated", "")))
         if page.findtext("{*}IsTruncated", "false").strip() != "true":
             return
@@ -100,7 +101,7 @@ def _parsed(document: bytes, where: str) -> ElementTree.Element:
         raise StoreError(f"{where}: the list of unfinished uploads is not what S3 sends")
     try:
         return ElementTree.fromstring(document)
-    except ElementTree.ParseError as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: strange encodings
         raise StoreError(f"{where}: the list of unfinished uploads cannot be read: {error}") from None
 
 

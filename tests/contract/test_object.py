@@ -4,9 +4,13 @@ CKPTSVC_TEST_S3 adds another S3 server: a JSON object such as {"url": "s3://buck
 for an existing bucket; each test uses a prefix of its own in it. Credentials come from the environment as usual.
 """
 
+import contextlib
 import json
 import os
+import random
 import re
+import signal
+import ssl
 import threading
 import uuid
 from collections.abc import Iterator
@@ -18,13 +22,14 @@ import pytest
 from ckptsvc_drivers.object_clients import parse
 from ckptsvc_drivers.object_names import Upload, key_of, name_of, upload_of
 from ckptsvc_drivers.object_parts import MOST_PARTS, cut
-from harness.object_servers import AzureContainer, Bucket, S3Bucket, opened
-from harness.proxy import Rule
+from harness.etcd import make_certificates
+from harness.object_servers import AzureContainer, Bucket, S3Bucket, address_of, opened
+from harness.proxy import Rule, proxy
 
-from ckptsvc.errors import ConfigError, StoreError
+from ckptsvc.errors import ConfigError, StoreDenied, StoreError
 from ckptsvc.pipeline.catalog import take_epoch
 from ckptsvc.pipeline.retain import find_garbage, remove_garbage
-from ckptsvc.storage import check_key, connect
+from ckptsvc.storage import check_key, connect, is_key
 from ckptsvc.storage.testing import StoreTests, content_of, pages_with, put
 from ckptsvc.storage.unfinished import unfinished_by_folder
 from ckptsvc.storage.wrappers import Retrying
@@ -233,6 +238,44 @@ def test_what_is_sent_is_signed_where_that_is_asked_for(s3_bucket, between):
         assert between.headers["x-amz-content-sha256"].startswith(expected)
 
 
+def test_tls_is_checked_with_an_authority_of_ones_own(s3_bucket, moto_server, tmp_path):
+    make_certificates(tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
+    with proxy(address_of(moto_server.endpoint), context) as between:
+        store = opened(s3_bucket, endpoint=between.endpoint, ca_file=str(tmp_path / "ca.crt"))
+        put(store, "a", content_of(9 * MiB))
+        s3_bucket.begin_upload("b")
+        assert [entry.key[:1] for entry in store.list()] == ["a", "b"]
+        store.close()
+        with pytest.raises(StoreDenied, match="certificate"):
+            put(opened(s3_bucket, endpoint=between.endpoint), "a", b"1")
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_is_told_and_does_not_hang(s3_bucket):
+    opened(s3_bucket).children()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        try:
+            opened(s3_bucket).children()
+        except StoreError as error:
+            os._exit(0 if "fork" in str(error) else 2)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_client_of_google_is_made_of_the_same_settings(between):
+    """No emulator here speaks what obstore speaks to Google; what an answer means is the same."""
+    between.rules.append(Rule("", answer=(403, b"<Error><Code>AccessDenied</Code></Error>")))
+    store = connect("gs://bucket/run", {"endpoint": between.endpoint, "anonymous": True})
+    with pytest.raises(StoreDenied, match="gs://bucket/run/a"):
+        store.read("a")
+    assert between.seen[0].startswith("GET /bucket/run%2Fa")
+
+
 # --- uploads that nobody finishes ----------------------------------------------------------------------------------
 
 
@@ -334,6 +377,21 @@ def test_a_list_of_uploads_that_is_none_is_an_error(s3_bucket, between, answer):
     between.rules.append(Rule("GET .*uploads", answer=(200, answer)))
     with pytest.raises(StoreError):
         list(opened(s3_bucket, endpoint=between.endpoint).list())
+
+
+def test_damaged_lists_of_uploads_are_errors_or_lists(s3_bucket, between):
+    """Seeded: bytes of an answer changed, lost and doubled."""
+    chance = random.Random(5)
+    store = opened(s3_bucket, endpoint=between.endpoint)
+    for _ in range(40):
+        answer = bytearray(page("step-1/a", more=False))
+        for _ in range(chance.randint(1, 4)):
+            at = chance.randrange(len(answer))
+            answer[at : at + chance.randint(0, 3)] = chance.randbytes(chance.randint(0, 3))
+        between.rules = [Rule("GET .*uploads.*key-marker", answer=(200, page("z", more=False)))]
+        between.rules.append(Rule("GET .*uploads", answer=(200, bytes(answer))))
+        with contextlib.suppress(StoreError):
+            assert all(is_key(entry.key) for entry in store.list())
 
 
 def test_who_may_not_list_uploads_may_list_objects(s3_bucket, between):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import hashlib
 import hmac
 import os
@@ -61,23 +62,10 @@ class S3Bucket:
     """A bucket of an S3 server; made anew unless `name` says which, then only what lies below `prefix` counts."""
 
     def __init__(self, endpoint: str, name: str = "", prefix: str = "", **options: Any) -> None:
-        import boto3
-        from botocore.config import Config
-
         self.name, self._prefix = name or f"t{uuid.uuid4().hex[:20]}", f"{prefix}/" if prefix else ""
         self.url = f"s3://{self.name}" + (f"/{prefix}" if prefix else "")
         self.options: dict[str, Any] = {"endpoint": endpoint} | options
-        self.client = boto3.client(
-            "s3",
-            endpoint_url=endpoint,
-            region_name=os.environ.get("AWS_REGION", "us-east-1"),
-            config=Config(
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-                s3={"addressing_style": "path"},
-                proxies={},
-            ),
-        )
+        self.client = _boto3(endpoint, os.environ["AWS_ACCESS_KEY_ID"])
         if not name:
             self.client.create_bucket(Bucket=self.name)
 
@@ -100,6 +88,23 @@ class S3Bucket:
         upload: str = self.client.create_multipart_upload(Bucket=self.name, Key=name)["UploadId"]
         self.client.upload_part(Bucket=self.name, Key=name, UploadId=upload, PartNumber=1, Body=b"part")
         return upload
+
+
+@functools.cache
+def _boto3(endpoint: str, key: str) -> Any:
+    """A client that speaks as plainly as the servers here understand; it takes 0.1 s to make one."""
+    import boto3
+    from botocore.config import Config
+
+    plain = Config(
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"addressing_style": "path"},
+        proxies={},
+    )
+    region = os.environ.get("AWS_REGION", "us-east-1")
+    return boto3.client("s3", endpoint_url=endpoint, region_name=region, aws_access_key_id=key, config=plain,
+        aws_secret_access_key=os.environ["AWS_SECRET_ACCESS_KEY"])  # fmt: skip
 
 
 class AzureContainer:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -50,7 +51,7 @@ class Rule:
 
 
 class Proxy:
-    """Listens on loopback, and asks the server at `target` (host, port).
+    """Listens on loopback, with TLS where there is a context for it, and asks the server at `target` (host, port).
 
     Attributes:
         rules: in force; tests change them.
@@ -60,15 +61,15 @@ class Proxy:
         busiest: most requests that were under way at a time.
     """
 
-    def __init__(self, target: tuple[str, int]) -> None:
-        self._target = target
+    def __init__(self, target: tuple[str, int], tls: ssl.SSLContext | None = None) -> None:
+        self._target, self._tls = target, tls
         self.rules: list[Rule] = []
         self.seen: list[str] = []
         self.busiest = self._busy = 0
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
-        self.endpoint = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.endpoint = f"http{'s' if tls else ''}://127.0.0.1:{self._listener.getsockname()[1]}"
         self.headers: dict[str, str] = {}
         self._sockets: set[socket.socket] = set()
         self._threads = [threading.Thread(target=self._accept, daemon=True)]
@@ -99,23 +100,30 @@ class Proxy:
             self._threads.append(thread)
             thread.start()
 
-    def _serve(self, client: socket.socket) -> None:
-        with client, contextlib.suppress(OSError, EOFError):
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            source = client.makefile("rb")
-            while head := _head(source):
-                line, headers = head
+    def _serve(self, sock: socket.socket) -> None:
+        with sock, contextlib.suppress(OSError, EOFError):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls is None:
+                self._converse(sock)
+                return
+            with self._tls.wrap_socket(sock, server_side=True) as wrapped:  # which takes the descriptor over
                 with self._lock:
-                    self._busy += 1
-                    self.busiest = max(self.busiest, self._busy)
-                try:
-                    if not self._request(client, source, line, headers):
-                        return
-                finally:
-                    with self._lock:
-                        self._busy -= 1
-        with self._lock:
-            self._sockets.discard(client)
+                    self._sockets.add(wrapped)
+                self._converse(wrapped)
+
+    def _converse(self, client: socket.socket) -> None:
+        source = client.makefile("rb")
+        while head := _head(source):
+            line, headers = head
+            with self._lock:
+                self._busy += 1
+                self.busiest = max(self.busiest, self._busy)
+            try:
+                if not self._request(client, source, line, headers):
+                    return
+            finally:
+                with self._lock:
+                    self._busy -= 1
 
     def _request(self, client: socket.socket, source: socket.SocketIO, line: str, headers: dict[str, str]) -> bool:
         """Deal with one request; whether the connection goes on."""
@@ -193,9 +201,9 @@ def _reset(client: socket.socket) -> bool:
 
 
 @contextlib.contextmanager
-def proxy(target: tuple[str, int]) -> Iterator[Proxy]:
+def proxy(target: tuple[str, int], tls: ssl.SSLContext | None = None) -> Iterator[Proxy]:
     """A proxy before a server."""
-    between = Proxy(target)
+    between = Proxy(target, tls)
     try:
         yield between
     finally:
