@@ -218,7 +218,8 @@ class ObjectStore:
             if found.range != (offset, end):
                 raise Damaged(f"{self.url}/{key} ends at byte {found.range[1]}, before {end}")
             for chunk in found.stream(min_chunk_size=_CHUNK):
-                view[done : done + len(chunk)] = chunk
+                if done + len(chunk) <= len(view):
+                    view[done : done + len(chunk)] = chunk
                 done += len(chunk)
         if done != len(view):
             raise StoreUnavailable(f"{self.url}/{key}: {done} of {len(view)} bytes have come")

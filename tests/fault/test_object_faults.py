@@ -20,7 +20,7 @@ from harness.runtime import Runtime
 from harness.stored import Run, Tensor, cli
 
 import ckptsvc
-from ckptsvc.errors import Damaged, StoreDenied, StoreError, StoreFull, StoreUnavailable
+from ckptsvc.errors import CkptsvcError, Damaged, StoreDenied, StoreError, StoreFull, StoreUnavailable
 from ckptsvc.format.commit import epoch_key
 from ckptsvc.pipeline.catalog import find, newest_epoch, take_epoch
 from ckptsvc.storage.testing import content_of, pages_with, put
@@ -331,3 +331,26 @@ def test_a_job_saves_to_s3_and_is_restored_from_it(
     content[len(content) // 2] ^= 1
     s3_bucket.write(shard, bytes(content))
     assert cli("verify", url, "--step", "5").status == 12
+
+
+def save_in_vain(rank: Rank, store: str) -> str:
+    run = ckptsvc.attach({"weight": torch.zeros(9)}, store=store, every="off")
+    try:
+        run.step()
+        run.save(wait=True, timeout=20)
+    except CkptsvcError as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        run.close()
+    return "saved"
+
+
+def test_a_job_is_told_that_nothing_can_be_committed(s3_bucket, launch, runtime, moto_server, between):
+    """The server replaces what it was asked to create: no save is begun, no training is ended."""
+    between.rules.append(Rule("PUT", headers={"if-none-match": "x"}))
+    options = {"s3": {"endpoint": between.endpoint}}
+    runtime.environ.update(moto_server.environ, CKPTSVC_STORE_OPTIONS=json.dumps(options))
+    (said,) = launch.plain(1, save_in_vain, s3_bucket.url).results()
+    assert said.startswith("SaveFailed: ")
+    assert "exactly one of several writers" in said
+    assert list(opened(s3_bucket).list()) == []
