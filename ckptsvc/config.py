@@ -18,7 +18,7 @@ import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 import msgspec
 
@@ -35,6 +35,7 @@ from ckptsvc.quantities import (
     parse_limit,
     parse_names,
     parse_size,
+    parse_tables,
 )
 
 SYSTEM_FILE = Path("/etc/ckptsvc/config.toml")
@@ -203,11 +204,14 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
         url: for example "file:///scratch/run7" or a bare path; "" means that the caller names one.
         retries: further attempts after a failure that may pass.
         timeout: seconds one request may take.
+        options: for the drivers, a table for each scheme: [store.options.s3]; see storage_drivers/README.md. In the
+            environment as one line of JSON or TOML: {"s3": {"region": "eu-west-1"}}.
     """
 
     url: str = ""
     retries: Annotated[int, msgspec.Meta(ge=0, le=100)] = 5
     timeout: Annotated[float, parse_duration] = 60.0
+    options: Annotated[dict[str, dict[str, Any]], parse_tables] = {}
 
 
 class HealthSettings(msgspec.Struct, frozen=True, kw_only=True):

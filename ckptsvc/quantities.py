@@ -5,9 +5,11 @@ Every parser takes what a settings file, an environment variable or an argument 
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from typing import NamedTuple, NoReturn
+import tomllib
+from typing import Any, NamedTuple, NoReturn
 
 from ckptsvc.errors import ConfigError
 
@@ -160,6 +162,25 @@ def parse_names(value: object) -> tuple[str, ...]:
     if not all(part.isidentifier() for name in found for part in name.split(".")):
         _refuse(value, "a list of modules", '"torch,transformers"')
     return found
+
+
+def parse_tables(value: object) -> dict[str, dict[str, Any]]:
+    """Tables by name: as a settings file has them, or one line of JSON or TOML: {"s3": {"region": "eu-west-1"}}.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.lstrip().startswith("{") else tomllib.loads(value)
+        except ValueError:
+            _refuse(value, "a line of JSON or TOML", _TABLES)
+    if not isinstance(value, dict) or not all(isinstance(table, dict) for table in value.values()):
+        _refuse(value, "a table for each scheme", _TABLES)
+    return {str(name): dict(table) for name, table in value.items()}
+
+
+_TABLES = """{"s3": {"region": "eu-west-1"}} or s3 = {region = "eu-west-1"}"""
 
 
 def _match(pattern: re.Pattern[str], value: object) -> re.Match[str] | None:

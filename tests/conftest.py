@@ -1,5 +1,6 @@
 """What the tests with real processes share: a private world for each test, and jobs in it."""
 
+import os
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ sys.path.append(str(Path(__file__).parent))  # for `harness`
 
 from harness.etcd import EtcdServer, etcd_server
 from harness.job import Launch
+from harness.object_servers import AzureContainer, ObjectServer, S3Bucket, address_of, azurite, moto
+from harness.proxy import Proxy, proxy
 from harness.runtime import Runtime
 from harness.zygote import Zygote
 
@@ -76,6 +79,47 @@ def etcd(tmp_path: Path, _programs: Path) -> Iterator[EtcdServer]:
     folder.mkdir()
     with etcd_server(_programs, folder) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    """A server that speaks S3, for all tests; each makes buckets of its own."""
+    with moto(tmp_path_factory.mktemp("moto")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def _azurite_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    with azurite(tmp_path_factory.mktemp("azurite")) as server:
+        yield server
+
+
+def _set_credentials(monkeypatch: pytest.MonkeyPatch, server: ObjectServer) -> None:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    for name, value in server.environ.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def s3_bucket(moto_server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> S3Bucket:
+    """A new bucket at moto; the environment has credentials for it."""
+    _set_credentials(monkeypatch, moto_server)
+    return S3Bucket(moto_server.endpoint)
+
+
+@pytest.fixture
+def azure_container(_azurite_server: ObjectServer, monkeypatch: pytest.MonkeyPatch) -> AzureContainer:
+    """A new container at Azurite; the environment has credentials for it."""
+    _set_credentials(monkeypatch, _azurite_server)
+    return AzureContainer(_azurite_server.endpoint)
+
+
+@pytest.fixture
+def between(moto_server: ObjectServer) -> Iterator[Proxy]:
+    """What lies between a store and moto, and does as it is told."""
+    with proxy(address_of(moto_server.endpoint)) as found:
+        yield found
 
 
 @pytest.fixture(scope="session")

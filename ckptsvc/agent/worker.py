@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from ckptsvc.agent import nodelist
-from ckptsvc.config import load
+from ckptsvc.config import StoreSettings, load
 from ckptsvc.errors import CkptsvcError, SaveFailed, StoreError
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.format.columns import Columns
@@ -36,7 +36,8 @@ from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.write import write_shard
-from ckptsvc.storage import Progress, Spreading, Store, connect
+from ckptsvc.storage import Progress, Spreading, Store
+from ckptsvc.storage.opening import open_store
 from ckptsvc.storage.wrappers import Retrying, innermost
 
 FRAME = struct.Struct("<I")
@@ -63,8 +64,8 @@ class Request(msgspec.Struct):
 class Worker:
     """Executes requests on one store; every method named `do_*` is an operation."""
 
-    def __init__(self, retries: int) -> None:
-        self._retries = retries
+    def __init__(self, settings: StoreSettings) -> None:
+        self._settings = settings
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
         self._mappings = Mappings()
@@ -75,7 +76,9 @@ class Worker:
         """The store of that URL, connected once, with retries."""
         with self._lock:
             if url not in self._stores:
-                self._stores[url] = Retrying(connect(url), attempts=self._retries + 1)
+                self._stores[url] = Retrying(
+                    open_store(url, settings=self._settings), attempts=self._settings.retries + 1
+                )
             return self._stores[url]
 
     def end(self) -> NoReturn:
@@ -199,7 +202,7 @@ class Worker:
 
 def serve(sock: socket.socket) -> None:
     """Answer requests until the agent closes its end."""
-    worker = Worker(load(os.environ).store.retries)
+    worker = Worker(load(os.environ).store)
     # A thread that computes soon lets go one that has a block to write: by default it takes 5 ms, at every call.
     sys.setswitchinterval(0.0005)
     # The table of a shard is 100,000 objects without cycles: looking through them again and again doubles the time.

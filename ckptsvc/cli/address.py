@@ -18,7 +18,8 @@ from ckptsvc.cli.terminal import plural
 from ckptsvc.errors import Damaged, IncompatibleVersion, InvalidInput, NoCheckpoint
 from ckptsvc.format.commit import CommitRecord, parse_checkpoint_name
 from ckptsvc.pipeline.catalog import Checkpoint, Ref, Refused, find, list_refs, open_checkpoint
-from ckptsvc.storage import Store, canonical, connect
+from ckptsvc.storage import Store, canonical
+from ckptsvc.storage.opening import open_store
 
 
 class Address(NamedTuple):
@@ -78,7 +79,7 @@ _LOOKS_LIKE = "they look like step-000000000100.e00007; `ckptsvc ls` lists them"
 @contextmanager
 def opened(address: Address) -> Iterator[Store]:
     """The store of an address, closed at the end of the block."""
-    store = connect(address.url)
+    store = open_store(address.url)
     try:
         yield store
     finally:

@@ -13,13 +13,15 @@ import msgspec
 from ckptsvc.client.group import Group, together
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.restore import Image, memory_image, store_image
+from ckptsvc.config import StoreSettings
 from ckptsvc.errors import BY_CODE, CkptsvcError, NotFound
 from ckptsvc.format.commit import CommitRecord
 from ckptsvc.launch import Placement
 from ckptsvc.pipeline import catalog
 from ckptsvc.pipeline.catalog import Checkpoint, Ref, decode_checkpoint, open_checkpoint, read_index
 from ckptsvc.rpc.v1 import agent_pb2
-from ckptsvc.storage import Store, connect
+from ckptsvc.storage import Store
+from ckptsvc.storage.opening import open_apart
 from ckptsvc.storage.wrappers import Retrying
 
 SNAPSHOT_TIMEOUT = 90.0
@@ -39,10 +41,10 @@ class Candidate(NamedTuple):
 
 
 class Candidates:
-    """The candidates of one restore. `retries`: further attempts after a failure of the store that may pass."""
+    """The candidates of one restore; `close` them when it is over. `settings`: of the store."""
 
-    def __init__(self, url: str, retries: int, link: AgentLink, group: Group, place: Placement) -> None:
-        self._url, self._retries = url, retries
+    def __init__(self, url: str, settings: StoreSettings, link: AgentLink, group: Group, place: Placement) -> None:
+        self._url, self._settings = url, settings
         self._link, self._group, self._place = link, group, place
         self._store: Store | None = None
         self._snapshots: list[agent_pb2.Snapshot] = []
@@ -106,5 +108,11 @@ class Candidates:
 
     def _connected(self) -> Store:
         if self._store is None:
-            self._store = Retrying(connect(self._url), attempts=self._retries + 1)
+            opened = open_apart(self._url, settings=self._settings)
+            self._store = Retrying(opened, attempts=self._settings.retries + 1)
         return self._store
+
+    def close(self) -> None:
+        """Give back the store."""
+        if self._store is not None:
+            self._store.close()

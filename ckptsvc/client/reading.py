@@ -20,7 +20,8 @@ from ckptsvc.interop.formats import is_foreign, open_foreign, split_address
 from ckptsvc.pipeline.catalog import Checkpoint, Refused, find, open_checkpoint
 from ckptsvc.pipeline.read import Catalogue, Source, Want, read_arrays
 from ckptsvc.pipeline.sources import StoreSource
-from ckptsvc.storage import Store, connect
+from ckptsvc.storage import Store
+from ckptsvc.storage.opening import open_apart
 
 
 def load(
@@ -54,7 +55,7 @@ def load(
         finally:
             logical.close()
     store = split_address(store)[1] if isinstance(store, str) else store
-    where = connect(store, options or {}) if isinstance(store, str) else store
+    where = open_apart(store, options) if isinstance(store, str) else store
     try:
         return read_tree(newest(where, step), only, rank)
     finally:

@@ -434,7 +434,11 @@ class Session:
         return True
 
     def _restore_newest(self, step: int | None) -> int | None:
-        candidates = Candidates(self._url, self.settings.store.retries, self._link, self._group, self._place)
+        candidates = Candidates(self._url, self.settings.store, self._link, self._group, self._place)
+        with contextlib.closing(candidates):
+            return self._restore_from(candidates, step)
+
+    def _restore_from(self, candidates: Candidates, step: int | None) -> int | None:
         tried: list[str] = []
         newer = True  # every one of them was written by a newer version
         for candidate in candidates.find(step):
@@ -445,7 +449,7 @@ class Session:
                 newer = newer and isinstance(error, IncompatibleVersion)
                 log.warning("rank %d: cannot restore %s: %s; trying an older one", self._group.rank, candidate, error)
                 if self._group.rank == 0:
-                    warnings.warn(f"ckptsvc: cannot restore {candidate}: {error}", RuntimeWarning, stacklevel=4)
+                    warnings.warn(f"ckptsvc: cannot restore {candidate}: {error}", RuntimeWarning, stacklevel=5)
                 continue
             self.state = {**self._tree_of, **values}
             self.steps_done = candidate.step

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Protocol
 
 from ckptsvc.errors import Damaged, InvalidInput, NotFound, StoreError
-from ckptsvc.storage import Store, connect
+from ckptsvc.storage import Store
+from ckptsvc.storage.opening import open_apart
 
 MAX_OPEN = 64
 """Most files held open at a time."""
@@ -54,7 +55,7 @@ def open_files(address: str) -> Files:
     path = address.removeprefix("file://")
     if "://" not in path:
         return LocalFiles(Path(path).absolute())
-    return _StoreFiles(connect(address))
+    return _StoreFiles(open_apart(address))
 
 
 class LocalFiles:

@@ -163,13 +163,29 @@ def read_epoch(store: Store, epoch: int) -> EpochRecord:
     return EpochRecord.decode(store.read(key), key)
 
 
+def check_exclusive(store: Store) -> None:
+    """Raise StoreError where two writers of one record might both win: no commit would be safe there."""
+    found = store.capabilities()
+    if not found.exclusive_create:
+        raise StoreError(
+            f"nothing can be committed to {store.url}: it does not let exactly one of several writers create an object"
+            f" ({'; '.join(found.notes)})",
+            hint="choose another store",
+        )
+
+
 def take_epoch(store: Store, job: str, attempt: int, owner: str, created: str) -> int:
     """Take the next epoch: from now on, saves of other jobs with a lower one are fenced off.
 
     `owner` is a random id of the caller: a create whose answer was lost is recognised by it.
+
+    Raises:
+        StoreError: as the store raises, and as `check_exclusive`.
     """
+    check_exclusive(store)
+    epoch = 0
     for _ in range(100):
-        epoch = newest_epoch(store) + 1
+        epoch = max(newest_epoch(store), epoch) + 1  # a listing may be behind what was met
         record = EpochRecord(epoch=epoch, job=job, attempt=attempt, owner=owner, created=created)
         if store.put_if_absent(epoch_key(epoch), record.encode()) or read_epoch(store, epoch).owner == owner:
             return epoch

@@ -9,10 +9,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ckptsvc.errors import Damaged, IncompatibleVersion
-from ckptsvc.format.commit import COMMIT, EPOCHS, CommitRecord
+from ckptsvc.format.commit import COMMIT, EPOCHS, CommitRecord, parse_checkpoint_name
 from ckptsvc.pipeline.catalog import Ref, find, list_refs, newest_epoch, open_checkpoint, read_commit
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.storage import TEMPORARY_PREFIX, Entry, Store
+from ckptsvc.storage.unfinished import unfinished_by_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,8 @@ def find_garbage(store: Store) -> Iterator[Garbage]:
     decides by age and by what the agents say. Checkpoints whose commit record or index cannot be read are left alone.
     """
     newest = newest_epoch(store)
-    for ref in list_refs(store):
+    refs = list_refs(store)
+    for ref in refs:
         try:
             commit = read_commit(store, ref)
             if commit is None:
@@ -88,6 +90,11 @@ def find_garbage(store: Store) -> Iterator[Garbage]:
         strays = tuple(e for e in entries if e.key.removeprefix(f"{ref.name}/") not in known)
         if strays:
             yield Garbage(ref.name, None, "not part of the committed checkpoint", strays)
+    folders = {ref.name for ref in refs}
+    for folder, uploads in unfinished_by_folder(store).items():
+        parsed = parse_checkpoint_name(folder)  # others may use the bucket, too
+        if parsed is not None and folder not in folders:  # nothing else is in it, so that nothing shows it
+            yield Garbage(folder, Ref(parsed[1], parsed[0]), "upload never completed", tuple(uploads))
     torn = tuple(e for e in store.list(EPOCHS) if e.key.rpartition("/")[2].startswith(TEMPORARY_PREFIX))
     if torn:
         yield Garbage(EPOCHS, None, "left by an interrupted write", torn)

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -21,9 +22,12 @@ GROUP = "ckptsvc.storage"
 """The entry-point group."""
 
 BUILT_IN: dict[str, str] = {
+    "az": "ckptsvc_drivers.object:connect",
     "file": "ckptsvc_drivers.posix:connect",
     "lustre": "ckptsvc_drivers.lustre:connect",
+    "gs": "ckptsvc_drivers.object:connect",
     "memory": "ckptsvc_drivers.memory:connect",
+    "s3": "ckptsvc_drivers.object:connect",
 }
 """The drivers that ship with ckptsvc, named here as well as in the package's metadata so that a start needs
 no scan of every installed distribution, and so that no other distribution can take these schemes over."""
@@ -66,6 +70,16 @@ def canonical(url: str) -> str:
 def schemes() -> list[str]:
     """Return every scheme that some installed driver serves, sorted."""
     return sorted({*BUILT_IN, *(point.name for point in entry_points(group=GROUP))})
+
+
+def survives_fork(url: str) -> bool:
+    """Whether a forked child may use the stores of this driver: its module says `FORK_SAFE = False` if not.
+
+    Raises:
+        ConfigError: no driver for the scheme, or one that cannot be loaded.
+    """
+    driver = _driver(canonical(url).partition("://")[0])
+    return bool(getattr(sys.modules.get(driver.__module__), "FORK_SAFE", True))
 
 
 def _driver(scheme: str) -> Callable[[str, Mapping[str, Any]], object]:

@@ -78,10 +78,10 @@ class Outcome(NamedTuple):
 
 
 class Run:
-    """A run at an address."""
+    """A run at an address; `options` are the driver's."""
 
-    def __init__(self, url: str) -> None:
-        self.store = connect(url)
+    def __init__(self, url: str, options: Mapping[str, Any] = {}) -> None:
+        self.store = connect(url, options)
         self.url = self.store.url
 
     def save(

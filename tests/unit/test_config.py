@@ -95,6 +95,7 @@ def test_every_setting_has_its_variable() -> None:
         "store.url": "memory://x",
         "store.retries": "0",
         "store.timeout": "500ms",
+        "store.options": '{"s3": {"region": "eu-west-1"}}',
         "health.enabled": "false",
         "health.automatic": "never",
         "health.floor": "2s",
@@ -131,7 +132,9 @@ def test_every_setting_has_its_variable() -> None:
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0, early_cores=1
     )
     assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
-    assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
+    assert settings.store == config.StoreSettings(
+        url="memory://x", retries=0, timeout=0.5, options={"s3": {"region": "eu-west-1"}}
+    )
     assert settings.health == config.HealthSettings(
         enabled=False, automatic="never", floor=2.0, factor=4.0, startup=1200.0, confirm=300.0, give_up=3600.0
     )
@@ -419,3 +422,18 @@ def test_a_link_a_file_and_an_open_directory_are_refused(tmp_path: Path) -> None
 def test_no_place_at_all_says_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="RUNTIME_DIRECTORY"):
         config.runtime_dir({}, root=tmp_path / "missing")
+
+
+class TestTablesOfOptions:
+    @pytest.mark.parametrize("text", ['{"s3": {"part": 8}}', "s3 = {part = 8}", "s3.part = 8"])
+    def test_they_are_a_line_of_json_or_toml(self, text: str) -> None:
+        assert load({"CKPTSVC_STORE_OPTIONS": text}, files=[]).store.options == {"s3": {"part": 8}}
+
+    def test_or_tables_of_a_file(self, tmp_path: Path) -> None:
+        (tmp_path / "c.toml").write_text('[store.options.s3]\npart = 8\n[store.options.az]\naccount = "a"\n')
+        assert load({}, files=[tmp_path / "c.toml"]).store.options == {"s3": {"part": 8}, "az": {"account": "a"}}
+
+    @pytest.mark.parametrize("text", ["8", "part = 8", '{"s3": 8}', "{", "[]", "s3 = {"])
+    def test_anything_else_is_refused(self, text: str) -> None:
+        with pytest.raises(ConfigError, match=r"store\.options"):
+            load({"CKPTSVC_STORE_OPTIONS": text}, files=[])

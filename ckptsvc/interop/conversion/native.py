@@ -34,7 +34,7 @@ from ckptsvc.interop.outputs import Fill, Output, OutputFile, Small
 from ckptsvc.pipeline.catalog import Checkpoint, Ref, find, open_checkpoint
 from ckptsvc.pipeline.read import Want, read_arrays
 from ckptsvc.pipeline.sources import StoreSource
-from ckptsvc.storage import connect
+from ckptsvc.storage.opening import open_apart
 from ckptsvc.types import DTYPES, TensorMeta
 
 JOB = "convert"
@@ -139,7 +139,7 @@ def read_native(files: Files, origin: str, options: Mapping[str, str]) -> Logica
     if parse_checkpoint_name(last):
         url, name = above or "/", last
     step = _number(options, "step")
-    store = connect(url)
+    store = open_apart(url)
     try:
         found = find(store, step, name)
         if not found:

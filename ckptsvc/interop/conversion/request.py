@@ -22,7 +22,8 @@ from ckptsvc.interop.logical import Logical
 from ckptsvc.interop.naming.families import Family, family, read_family
 from ckptsvc.interop.naming.layouts import translate
 from ckptsvc.pipeline.catalog import find, open_checkpoint
-from ckptsvc.storage import canonical, connect
+from ckptsvc.storage import canonical
+from ckptsvc.storage.opening import open_store
 
 _DEPTH, _MOST_FILES = 5, 1_000_000  # of a source, when it is fingerprinted
 
@@ -155,7 +156,7 @@ def _newest(address: str, count: int) -> list[Logical]:
     name, place = split_address(address)
     if name not in ("", NATIVE):
         raise InvalidInput(f"{address}: only a run of ckptsvc has several checkpoints", hint="name them all instead")
-    store = connect(place)
+    store = open_store(place)
     seen: set[int] = set()
     found: list[Logical] = []
     for ref, commit in find(store):

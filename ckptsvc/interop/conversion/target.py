@@ -22,9 +22,10 @@ from ckptsvc.interop.conversion.ledger import Ledger, put_same
 from ckptsvc.interop.conversion.native import JOB
 from ckptsvc.interop.formats import NATIVE
 from ckptsvc.interop.outputs import OutputFile, Small
-from ckptsvc.pipeline.catalog import Ref, find, newest_epoch, read_commit, read_epoch
+from ckptsvc.pipeline.catalog import Ref, check_exclusive, find, newest_epoch, read_commit, read_epoch
 from ckptsvc.pipeline.commit import check_fence
-from ckptsvc.storage import Store, canonical, connect
+from ckptsvc.storage import Store, canonical
+from ckptsvc.storage.opening import open_store
 
 PARTIAL, RECORDS = ".partial", ".convert"
 """What is added to the name of a target for what is unfinished, and for the records of what is finished."""
@@ -59,8 +60,8 @@ class Target:
         if self.local is not None:
             _check_no_links(self.local)
         options = {"block": block} if url.startswith("file://") else {}
-        self.store: Store = connect(f"{url}{PARTIAL}" if self.local else url, options)
-        self._records = self.store if self.native else connect(f"{url}{RECORDS}")
+        self.store: Store = open_store(f"{url}{PARTIAL}" if self.local else url, options)
+        self._records = self.store if self.native else open_store(f"{url}{RECORDS}")
         folder = f"convert-step-{step:012d}" if self.native else ""
         self.ledger = Ledger(self._records, folder)
         self._lease = Lease(self._records, folder, *part) if part else None
@@ -263,7 +264,9 @@ class Target:
         Raises:
             InvalidInput: it is the run of a job.
             StoreUnavailable: others take one after the other.
+            StoreError: as `catalog.check_exclusive`.
         """
+        check_exclusive(self.store)
         for _ in range(100):
             epoch = self._check_run() + 1
             record = EpochRecord(epoch=epoch, job=JOB, attempt=0, owner=owner, created=created)
