@@ -21,6 +21,7 @@ GROUP = "ckptsvc.storage"
 """The entry-point group."""
 
 BUILT_IN: dict[str, str] = {
+    "daos": "ckptsvc_drivers.daos:connect",
     "file": "ckptsvc_drivers.posix:connect",
     "memory": "ckptsvc_drivers.memory:connect",
 }
