@@ -23,6 +23,7 @@ GROUP = "ckptsvc.storage"
 BUILT_IN: dict[str, str] = {
     "daos": "ckptsvc_drivers.daos:connect",
     "file": "ckptsvc_drivers.posix:connect",
+    "fsspec": "ckptsvc_drivers.fsspec_store:connect",  # fsspec+PROTOCOL://
     "memory": "ckptsvc_drivers.memory:connect",
 }
 """The drivers that ship with ckptsvc, named here as well as in the package's metadata so that a start needs
@@ -44,7 +45,7 @@ def connect(url: str, options: Mapping[str, Any] | None = None) -> Store:
     """
     url = canonical(url)
     scheme = url.partition("://")[0]
-    store = _driver(scheme)(url, options or {})
+    store = _driver("fsspec" if scheme.startswith("fsspec+") else scheme)(url, options or {})
     if not isinstance(store, Store):
         raise ConfigError(f"the driver for {scheme}:// returned a {type(store).__qualname__}, which is no store")
     return store
