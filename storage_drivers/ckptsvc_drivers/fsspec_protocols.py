@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ FileSystem = Any
 """An fsspec.AbstractFileSystem; which methods and attributes it has beyond that, its protocol says."""
 
 _SFTP_READ = 32768  # bytes: more than that a server need not answer
+_CONFLICTS = 20
 _PRECONDITION = ("PreconditionFailed", "pre-conditions", "ConditionNotMet", "conditionNotMet")
 
 
@@ -217,16 +219,21 @@ def _sftp_arguments() -> dict[str, Any]:
 
 def _create_on_object_store(filesystem: FileSystem, path: str, data: bytes) -> bool:
     """One PUT with a condition; small enough for one, since on a multipart upload servers ignore the condition."""
-    try:
-        filesystem.pipe_file(path, data, mode="create")
-    except FileExistsError:
-        return False
-    except OSError as error:  # s3fs: EINVAL for a condition that failed
-        said = f"{error} {error.__cause__}"
-        if error.errno == errno.EINVAL and any(word in said for word in _PRECONDITION):
+    for attempt in range(_CONFLICTS):
+        try:
+            filesystem.pipe_file(path, data, mode="create")
+        except FileExistsError:
             return False
-        raise
-    return True
+        except OSError as error:
+            said = f"{error} {error.__cause__}"
+            if error.errno == errno.EINVAL and any(word in said for word in _PRECONDITION):  # as s3fs has it
+                return False
+            if "ConditionalRequestConflict" not in said or attempt == _CONFLICTS - 1:
+                raise
+            time.sleep(0.1)  # S3's answer while another such PUT is under way: neither has won yet
+        else:
+            return True
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _temporary(path: str) -> str:

@@ -74,6 +74,8 @@ def connect(url: str, options: Mapping[str, object]) -> FsspecStore:
         raise ConfigError(f"{url!r} is no address for fsspec", hint="write fsspec+PROTOCOL://..., as fsspec+sftp://...")
     if "::" in inner or any(ord(each) < 32 for each in inner):
         raise ConfigError(f"{url!r} chains file systems", hint="caches in between show what was, not what is")
+    if "?" in inner or "#" in inner:
+        raise ConfigError(f"fsspec+{scheme}:// with a query in the address", hint="give settings as options")
     if urlsplit(f"x://{rest.partition('/')[0]}").password is not None:
         raise ConfigError(f"fsspec+{scheme}:// with a password in the address", hint="give it as an option")
     given = dict(options)
@@ -356,7 +358,10 @@ def _translated(error: Exception, where: str) -> CkptsvcError:
     if isinstance(error, PermissionError):
         return StoreDenied(what)
     if isinstance(error, OSError) and error.errno is not None:
-        return translate(error, where)
+        known = translate(error, where)
+        translated = type(known)(what, hint=known.hint)
+        translated.retryable = known.retryable
+        return translated
     gone = names & _UNAVAILABLE or "is closed" in str(error)  # paramiko: a bare OSError
     return StoreUnavailable(what) if gone else StoreError(what)
 

@@ -10,16 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import pytest
 from ckptsvc_drivers import daos_client, libdfs
 from harness.daos import standin as stand_in
 from harness.daos.standin import Standin
+from harness.stored import Run, Tensor, cli
 
 from ckptsvc.errors import (
+    EXIT_STATUS,
     ConfigError,
     Damaged,
     InvalidInput,
     NotFound,
+    SaveFailed,
     StoreDenied,
     StoreError,
     StoreFull,
@@ -85,6 +89,7 @@ class TestDaos(StoreTests):
         path.write_bytes(content)
 
 
+@pytest.mark.slow
 class TestDaosInSmallBlocks(TestDaos):
     @pytest.fixture
     def store(self, daos):
@@ -130,6 +135,19 @@ else:
     @pytest.mark.daos
     def test_real_daos():
         pytest.skip("CKPTSVC_TEST_DAOS names no pool/container")
+
+
+def test_a_run_is_saved_listed_and_verified(daos):
+    run = Run(URL)
+    name = run.save(7, {"model/w": Tensor(np.arange(6000.0).reshape(60, 100), cut="dim 0")}, world=4)
+    assert name in cli("ls", URL).out
+    assert cli("verify", URL).status == 0
+    shard = next(path for path in file_of(daos, name).glob("*.safetensors") if "index" not in path.name)
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert cli("verify", URL).status == EXIT_STATUS["damaged"]
+    with pytest.raises(SaveFailed):
+        run.save(7, {"model/w": Tensor(np.zeros(4))}, job="another")
+    run.store.close()
 
 
 # --- the library ------------------------------------------------------------------------------------------------

@@ -225,6 +225,7 @@ class TestS3(StoreTests):
         "fsspec+memory://a\nb",
         "fsspec+simplecache://x::memory://x",
         "fsspec+sftp://me:secret@host/x",
+        "fsspec+https://host/x?token=secret",
     ],
 )
 def test_what_is_no_address_is_refused(url):
@@ -310,6 +311,37 @@ def test_a_server_whose_rename_replaces_is_found_out(tmp_path, home, quick_place
     assert keys(store) == []
     store.close()
     server.close()
+
+
+class Conflicting(MemoryFileSystem):
+    """An object store that answers "try again" while others write, as S3 does."""
+
+    protocol = "conflicting"
+    refusals = 3
+
+    def pipe_file(self, path, value, mode="overwrite", **kwargs):
+        if type(self).refusals and mode == "create":
+            type(self).refusals -= 1
+            raise OSError(5, "An error occurred (ConditionalRequestConflict) when calling PutObject")
+        made = fsspec.implementations.memory.MemoryFile(self, self._strip_protocol(path), value)
+        if self.store.setdefault(made.path, made) is not made:
+            raise OSError(22, "PreconditionFailed: at least one of the pre-conditions did not hold")
+
+
+def test_a_conflict_on_an_object_store_is_no_loss(monkeypatch):
+    fsspec.register_implementation("conflicting", Conflicting, clobber=True)
+    monkeypatch.setitem(fsspec_protocols._KNOWN, "conflicting", fsspec_protocols._OBJECTS)
+    monkeypatch.setattr(Conflicting, "refusals", 3)
+    store = connect(f"fsspec+conflicting://{uuid.uuid4()}/run")
+    assert store.capabilities().exclusive_create
+    monkeypatch.setattr(Conflicting, "refusals", 3)
+    assert store.put_if_absent("COMMIT", b"1") is True
+    monkeypatch.setattr(Conflicting, "refusals", 1)
+    assert store.put_if_absent("COMMIT", b"2") is False
+    monkeypatch.setattr(Conflicting, "refusals", 1000)
+    monkeypatch.setattr(fsspec_protocols.time, "sleep", lambda _: None)
+    with pytest.raises(StoreError, match="Conflict"):
+        store.put_if_absent("COMMIT", b"3")
 
 
 RACE = """
