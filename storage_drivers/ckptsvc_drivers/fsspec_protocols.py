@@ -20,6 +20,7 @@ from ckptsvc.storage import TEMPORARY_PREFIX
 FileSystem = Any
 """An fsspec.AbstractFileSystem; which methods and attributes it has beyond that, its protocol says."""
 
+_SFTP_TIMEOUT = 60.0  # seconds without a byte from the server
 _SFTP_READ = 32768  # bytes: more than that a server need not answer
 _CONFLICTS = 20
 _PRECONDITION = ("PreconditionFailed", "pre-conditions", "ConditionNotMet", "conditionNotMet")
@@ -39,6 +40,7 @@ class Protocol:
     one_thread: a file system object serves one thread at a time: paramiko's clients take each other's answers, and wait
         for ever.
     arguments: for the file system, unless the caller gives others.
+    prepare: called once with a new file system.
     """
 
     create: Callable[[FileSystem, str, bytes], bool] | None = None
@@ -54,6 +56,7 @@ class Protocol:
     directories: bool = False
     one_thread: bool = False
     arguments: Callable[[], dict[str, Any]] = dict
+    prepare: Callable[[FileSystem], None] = lambda _: None
 
 
 def protocol(name: str) -> Protocol:
@@ -211,7 +214,12 @@ def _sftp_arguments() -> dict[str, Any]:
                     f"the {key.get_name()} key ..{print_of} of {hostname} is not in known_hosts"
                 )
 
-    return {"host_key_policy": KnownHosts()}
+    timeouts = dict.fromkeys(("timeout", "banner_timeout", "auth_timeout"), _SFTP_TIMEOUT)
+    return {"host_key_policy": KnownHosts(), **timeouts}
+
+
+def _prepare_sftp(filesystem: FileSystem) -> None:
+    filesystem.ftp.get_channel().settimeout(_SFTP_TIMEOUT)  # paramiko would wait for ever
 
 
 # --- object stores ----------------------------------------------------------------------------------------------
@@ -250,6 +258,7 @@ _SFTP = Protocol(
     directories=True,
     one_thread=True,
     arguments=_sftp_arguments,
+    prepare=_prepare_sftp,
 )
 _OBJECTS = Protocol(_create_on_object_store, "one PUT with a condition", durable=True)
 

@@ -92,6 +92,7 @@ def _open(inner: str, scheme: str, options: Mapping[str, object]) -> tuple[FileS
     try:
         arguments = {**protocol(scheme).arguments(), **options}
         filesystem, path = fsspec.url_to_fs(inner, skip_instance_cache=True, **arguments)
+        protocol(scheme).prepare(filesystem)
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"fsspec cannot open {inner}: {error}") from error
     except Exception as error:  # fsspec's file systems raise what their libraries do

@@ -15,7 +15,7 @@ import fsspec
 import pytest
 from ckptsvc_drivers import fsspec_protocols
 from fsspec.implementations.memory import MemoryFileSystem
-from harness.sftp import ReplacingFiles, SftpServer
+from harness.sftp import ReplacingFiles, SftpServer, SilentFiles
 
 from ckptsvc.errors import ConfigError, Damaged, NotFound, StoreDenied, StoreError, StoreUnavailable
 from ckptsvc.storage import Capabilities, connect
@@ -467,6 +467,22 @@ def test_a_server_that_is_gone_is_unavailable(tmp_path, home, quick_place):
     with pytest.raises(StoreUnavailable):
         connect(f"{server.url}{quick_place}/run", server.options())
     store.close()
+
+
+def test_a_server_that_falls_silent_is_unavailable(tmp_path, home, quick_place, monkeypatch):
+    monkeypatch.setattr(fsspec_protocols, "_SFTP_TIMEOUT", 3.0)
+    server = SftpServer(tmp_path, SilentFiles)
+    shutil.copy(server.known_hosts, home / ".ssh" / "known_hosts")
+    store = connect(f"{server.url}{quick_place}/run", server.options())
+    put(store, "a", b"1")
+    try:
+        with pytest.raises(StoreUnavailable):
+            store.read("silent")
+        assert store.read("a") == b"1", "by a new connection"
+    finally:
+        SilentFiles.go_on.set()
+        store.close()
+        server.close()
 
 
 def test_wrong_credentials_are_denied(s3):

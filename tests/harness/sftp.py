@@ -106,6 +106,17 @@ class ReplacingFiles(Files):
     replaces = True
 
 
+class SilentFiles(Files):
+    """A server that stops answering questions about files whose name says so, until `go_on`."""
+
+    go_on = threading.Event()
+
+    def stat(self, path):
+        if path.endswith("silent"):
+            self.go_on.wait()
+        return super().stat(path)
+
+
 class Door(paramiko.ServerInterface):
     """Lets in whoever has the client's key."""
 

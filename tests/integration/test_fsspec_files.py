@@ -1,8 +1,11 @@
 """A run's tensors as files through fsspec: every layout, ranges, addresses, damage, and paths that lead nowhere."""
 
 import json
+import os
 import pickle
 import random
+import subprocess
+import sys
 import tomllib
 import uuid
 from pathlib import Path
@@ -46,6 +49,23 @@ def test_the_entry_point_names_the_class():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     (point,) = project["project"]["entry-points"]["fsspec.specs"].values()
     assert point == f"{CheckpointFiles.__module__}:{CheckpointFiles.__qualname__}"
+
+
+def test_installed_it_is_known_to_fsspec(tmp_path):
+    """A process that has never heard of ckptsvc opens a tensor."""
+    Run(str(tmp_path / "run")).save(1, {"w": Tensor(GRID)})
+    site = tmp_path / "ckptsvc_files-1.dist-info"
+    site.mkdir()
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: ckptsvc_files\nVersion: 1\n")
+    entry = f"[fsspec.specs]\nckptsvc = {CheckpointFiles.__module__}:{CheckpointFiles.__qualname__}\n"
+    (site / "entry_points.txt").write_text(entry)
+    program = (
+        "import fsspec, numpy, sys; print(numpy.load(fsspec.open(sys.argv[1]).open()).sum(), 'torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    command = [sys.executable, "-c", program, f"ckptsvc://{tmp_path}/run!/latest/w.npy"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ended.stdout.split() == [str(GRID.sum()), "False"]
 
 
 @pytest.mark.parametrize("cut", CUTS)
