@@ -23,9 +23,11 @@ GROUP = "ckptsvc.storage"
 
 BUILT_IN: dict[str, str] = {
     "az": "ckptsvc_drivers.object:connect",
+    "daos": "ckptsvc_drivers.daos:connect",
     "file": "ckptsvc_drivers.posix:connect",
-    "lustre": "ckptsvc_drivers.lustre:connect",
+    "fsspec": "ckptsvc_drivers.fsspec_store:connect",  # fsspec+PROTOCOL://
     "gs": "ckptsvc_drivers.object:connect",
+    "lustre": "ckptsvc_drivers.lustre:connect",
     "memory": "ckptsvc_drivers.memory:connect",
     "s3": "ckptsvc_drivers.object:connect",
 }
@@ -48,7 +50,7 @@ def connect(url: str, options: Mapping[str, Any] | None = None) -> Store:
     """
     url = canonical(url)
     scheme = url.partition("://")[0]
-    store = _driver(scheme)(url, options or {})
+    store = _driver("fsspec" if scheme.startswith("fsspec+") else scheme)(url, options or {})
     if not isinstance(store, Store):
         raise ConfigError(f"the driver for {scheme}:// returned a {type(store).__qualname__}, which is no store")
     return store

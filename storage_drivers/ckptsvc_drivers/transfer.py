@@ -10,13 +10,12 @@ import errno
 import fcntl
 import mmap
 import os
-from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from ckptsvc.storage.api import Progress
 from ckptsvc_drivers.linux import System
+from ckptsvc_drivers.threads import Threads
 
 PAGE = mmap.PAGESIZE
 """Alignment of direct I/O in memory, offset and length; most file systems ask for 512, none met for more."""
@@ -55,13 +54,11 @@ class Transfer:
     """
 
     def __init__(self, system: System, threads: int, block: int) -> None:
-        self._system, self._threads, self._block = system, threads, block
-        self._pool, self._pid = self._new_pool(), os.getpid()
+        self._system, self._threads, self._block = system, Threads(threads), block
 
     def close(self) -> None:
         """End the threads."""
-        if self._pid == os.getpid():
-            self._pool.shutdown()
+        self._threads.close()
 
     def write(self, file: File, view: memoryview, ready: Progress | None, progress: Progress | None) -> None:
         """Write all of `view` from offset 0 on, padded with zeros to whole pages."""
@@ -71,7 +68,7 @@ class Transfer:
             with view[start:stop] as part:
                 return self.write_all(file, part, start)
 
-        self._spread(write_step, whole, file.block or self._block, ready, progress)
+        self._threads.spread(write_step, whole, file.block or self._block, ready, progress)
         if rest := len(view) - whole:
             if ready is not None:
                 ready(len(view))
@@ -98,7 +95,7 @@ class Transfer:
         if whole <= step:
             read_step(0, whole)
         else:
-            self._spread(read_step, whole, step, None, None)
+            self._threads.spread(read_step, whole, step)
         if whole < len(view):
             file.set_direct(False)
             with view[whole:] as tail:
@@ -130,46 +127,3 @@ class Transfer:
                     raise EOFError(offset + done)
                 done += moved
         return done
-
-    def _spread(
-        self,
-        work: Callable[[int, int], int],
-        nbytes: int,
-        step: int,
-        ready: Progress | None,
-        progress: Progress | None,
-    ) -> None:
-        """Call `work(start, stop)` in the threads for every step of `nbytes`, and `progress` with its result.
-
-        When this returns or raises, nothing is running or waiting any more: the memory is the caller's again.
-        """
-        pool = self._live_pool()
-        pending: deque[Future[int]] = deque()
-
-        def finish(*, down_to: int) -> None:
-            while len(pending) > down_to or (pending and pending[0].done()):
-                done = pending.popleft().result()
-                if progress is not None:
-                    progress(done)
-
-        try:
-            for start in range(0, nbytes, step):
-                # A few steps ahead and no more, so that concurrent transfers take turns. What is through is reported
-                # before `ready` is asked: it may wait until memory is free.
-                finish(down_to=2 * self._threads - 1)
-                if ready is not None:
-                    ready(min(start + step, nbytes))
-                pending.append(pool.submit(work, start, min(start + step, nbytes)))
-            finish(down_to=0)
-        finally:
-            for future in pending:
-                future.cancel()
-            wait(pending)
-
-    def _live_pool(self) -> ThreadPoolExecutor:
-        if self._pid != os.getpid():  # a forked child has none of its parent's threads
-            self._pool, self._pid = self._new_pool(), os.getpid()
-        return self._pool
-
-    def _new_pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self._threads, thread_name_prefix="ckptsvc-transfer")
