@@ -8,7 +8,8 @@ from harness.random_run import memory_store, small_run
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.format.commit import COMMIT
 from ckptsvc.pipeline.catalog import Ref, find, open_checkpoint
-from ckptsvc.pipeline.retain import delete_checkpoint, expire, find_garbage, remove_garbage
+from ckptsvc.pipeline.references import delete_checkpoint
+from ckptsvc.pipeline.retain import expire, find_garbage, remove_garbage
 from ckptsvc.pipeline.verify import verify_checkpoint
 from ckptsvc.storage import connect
 from ckptsvc.storage.wrappers import Fault, Faulty
