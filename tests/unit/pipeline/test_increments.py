@@ -19,6 +19,7 @@ from ckptsvc.pipeline import increments
 from ckptsvc.pipeline.catalog import Ref, open_checkpoint
 from ckptsvc.pipeline.commit import commit_checkpoint
 from ckptsvc.pipeline.increments import Economy, ShardWriter
+from ckptsvc.pipeline.packing import Trial, is_worth
 from ckptsvc.pipeline.read import Want, read_arrays
 from ckptsvc.pipeline.references import Bases
 from ckptsvc.pipeline.retain import expire
@@ -222,15 +223,23 @@ def test_a_failed_write_leaves_nothing(monkeypatch):
     assert list(store.inner.list()) == []
 
 
-@pytest.mark.parametrize(("rate", "compressed"), [(None, False), (20e6, True)])
-def test_whether_to_compress_is_measured(rate, compressed):
-    """A store in memory is faster than any compression; one of 20 MB/s is slower than any."""
-    zeros = big_run({"weights": floats(1_000_000) & np.uint32(0xFF00FF00)}, extent=1 << 18)
-    saver = Saver(Limited(memory_store(), bytes_per_second=rate), Economy(compression="auto"))
-    assert saver.write(zeros, 0, 1).segments is None, "not known yet"
-    written = saver.write(zeros, 0, 2)
-    assert written.why.endswith(": compressed" if compressed else "not compressed")
-    assert (written.stored < 0.7 * written.nbytes) == compressed
+def test_whether_to_compress_is_measured():
+    few = big_run({"weights": floats(1_000_000) & np.uint32(0xFF00FF00)}, extent=1 << 18)
+    noise = np.random.default_rng(0).integers(0, 2**32, 1_000_000, np.uint32)
+    saver = Saver(Limited(memory_store(), bytes_per_second=20e6), Economy(compression="auto"))
+    assert saver.write(few, 0, 1).segments is None, "how fast the store is is not known yet"
+    written = saver.write(few, 0, 2)
+    assert "leaves 35%" in written.why
+    assert written.stored < 0.4 * written.nbytes
+    assert "leaves 100%: not compressed" in saver.write(big_run({"weights": noise}, extent=1 << 18), 0, 3).why
+
+
+def test_compression_must_be_faster_than_the_store():
+    halves = Trial(speed=500e6, ratio=0.5)
+    assert is_worth(halves, bandwidth=100e6, threads=1)[0]
+    assert not is_worth(halves, bandwidth=500e6, threads=1)[0]
+    assert is_worth(halves, bandwidth=500e6, threads=2)[0]
+    assert not is_worth(halves._replace(ratio=0.95), bandwidth=1e6, threads=1)[0]
 
 
 def test_what_is_referred_to_stays_as_long_as_it_is():
