@@ -172,7 +172,8 @@ class SegmentMap:
 
         Returns:
             bytes of the shards that are "referenced" (they lie in other checkpoints) and "compressed" (in this one),
-            how many of the latter are "deltas", and the bytes of this checkpoint's own files that were "written".
+            what the latter are "compressed_to", how many of them are "deltas", and the bytes of the files that were
+            "written".
         """
         columns = self.columns
         own = np.array([file.folder == folder for file in self.files], np.bool_)[columns["segment_file"]]
@@ -181,6 +182,7 @@ class SegmentMap:
         return {
             "referenced": int(logical[~own].sum()),
             "compressed": int(logical[packed].sum()),
+            "compressed_to": int(columns["segment_nbytes"][packed].sum()),
             "deltas": int(logical[packed & (columns["segment_base"] > 0)].sum()),
             "written": sum(file.nbytes for file in self.files if file.folder == folder),
         }

@@ -135,7 +135,7 @@ def test_neighbours_are_one_segment() -> None:
     ]  # fmt: skip
     assert [s.start for s in segments.find(0, 199, 201)] == [0, 200]
     assert segments.stored("step-000000000002.e00001") == {
-        "referenced": 200, "compressed": 150, "deltas": 50, "written": 9000,
+        "referenced": 200, "compressed": 150, "compressed_to": 50, "deltas": 50, "written": 9000,
     }  # fmt: skip
 
 
