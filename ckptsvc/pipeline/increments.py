@@ -10,14 +10,14 @@ import time
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
 
 import numpy as np
 
 from ckptsvc.errors import InvalidInput
-from ckptsvc.format.checksum import Digests, strong_digests
+from ckptsvc.format.checksum import Digests, extent_digests, strong_digests
 from ckptsvc.format.columnar import Int64
 from ckptsvc.format.extents import ExtentTable, empty_rows
 from ckptsvc.format.limits import MAX_SEGMENT_BYTES
@@ -35,12 +35,16 @@ MAX_FILES = 16
 CHAPTER = 64 << 20
 """Bytes of a shard that are compressed before a file is written, at least."""
 
+MOSTLY_NEW = 0.9
+"""Where a greater part than this has changed, all is written: straight from the arena, and nothing hangs on others."""
+
 LEAST_MEASURED = 1 << 20
 """Bytes from which on a write says how fast a store is."""
 
 Pages = Callable[[str, int], AbstractContextManager[memoryview]]
 OnDigests = Callable[[Digests], None]
 Packer = Callable[[int], packing.Packed]
+Digest = Callable[[memoryview, int], tuple[Digests, Digests]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,27 +155,31 @@ class ShardWriter:
 
     def _whole(self, store: Store, shard: ShardImage, path: str, on_digests: OnDigests, ready: Progress) -> Written:
         """Write all of it as one file, and remember it."""
-        clock = _Clock(ready)
-        write = partial(write_shard, store, shard.image, shard.nbytes, extent=shard.extent, epoch=shard.epoch,
-            step=shard.step, rank=shard.rank, pool=self._pool, on_digests=on_digests, ready=clock.ready)  # fmt: skip
-        if not self._economy.incremental:
-            written = write()
-        else:
-            high: list[Digests] = []
+        digest: Digest = strong_digests if self._economy.incremental else _weak_digests
+        return self._write_whole(store, shard, path, on_digests, _Clock(ready), digest)
 
-            def digest(buffer: memoryview, extent: int) -> Digests:
-                low, more = strong_digests(buffer, extent)
-                high.append(more)
-                return low
+    def _write_whole(
+        self, store: Store, shard: ShardImage, path: str, on_digests: OnDigests, clock: _Clock, digest: Digest
+    ) -> Written:
+        high: list[Digests] = []
 
-            written = write(digest_with=digest)
-            table = ExtentTable.whole(StoredFile(shard.folder, written.name, shard.nbytes), shard.extent)
-            self._remember(store, shard, Past(written.digests, high[0], shard.nbytes, shard.extent, table, path, 0))
+        def digest_with(buffer: memoryview, extent: int) -> Digests:
+            low, more = digest(buffer, extent)
+            high.append(more)
+            return low
+
+        written = write_shard(
+            store, shard.image, shard.nbytes, extent=shard.extent, epoch=shard.epoch, step=shard.step, rank=shard.rank,
+            pool=self._pool, on_digests=on_digests, ready=clock.ready, digest_with=digest_with,
+        )  # fmt: skip
         self._note_bandwidth(store, shard.nbytes, clock.seconds)
+        table = ExtentTable.whole(StoredFile(shard.folder, written.name, shard.nbytes), shard.extent)
+        self._remember(store, shard, Past(written.digests, high[0], shard.nbytes, shard.extent, table, path, 0))
         return written
 
     def _remember(self, store: Store, shard: ShardImage, past: Past) -> None:
-        self._history.remember(store.url, shard.rank, (shard.epoch, shard.step), past)
+        if self._economy.incremental:
+            self._history.remember(store.url, shard.rank, (shard.epoch, shard.step), past)
 
     def _parts(self, store: Store, shard: ShardImage, path: str, past: Past | None, on_digests: OnDigests) -> Written:
         """Write what cannot be referred to, in files of segments."""
@@ -186,7 +194,7 @@ class ShardWriter:
             same[:1] = False  # the header says which step it is; and so there is always something to write
             rows[same], files = past.table.rows[np.flatnonzero(same)], past.table.files
         todo = np.flatnonzero(rows["file"] < 0)
-        writer, why = SegmentWriter(store, shard, info, files), ""
+        writer, worth, why = SegmentWriter(store, shard, info, files), False, ""
         with ExitStack() as stack:
             chapters: Iterable[list[Chunk]] = [_plain(shard, todo)]
             if self._packs(store, shard):
@@ -195,12 +203,15 @@ class ShardWriter:
                 worth, why = self._is_worth(store, shard, todo, packer)
                 if worth:
                     chapters = stack.enter_context(closing(self._packed(shard, todo, packer)))
+            if not worth and len(todo) > MOSTLY_NEW * len(rows):
+                clock = _Clock(lambda nbytes: None)
+                known = partial(_known_digests, low, high)
+                return replace(self._write_whole(store, shard, path, lambda _: None, clock, known), why=why)
             seconds = writer.write(chapters, rows, past.table.rows if past else rows)
         self._note_bandwidth(store, writer.nbytes, seconds)
         table = ExtentTable(tuple(writer.files), rows)
-        if self._economy.incremental:
-            age = past.age + 1 if past is not None else 0
-            self._remember(store, shard, Past(low, high, shard.nbytes, shard.extent, table, path, age))
+        age = past.age + 1 if past is not None else 0
+        self._remember(store, shard, Past(low, high, shard.nbytes, shard.extent, table, path, age))
         segments = table.segments(shard.nbytes, shard.extent)
         return Written(writer.name, shard.nbytes, low, columns, info, segments, writer.nbytes, why)
 
@@ -256,6 +267,14 @@ class ShardWriter:
             with self._lock:
                 now = nbytes / max(seconds, 1e-6)
                 self._bandwidth[store.url] = (self._bandwidth.get(store.url, now) + now) / 2
+
+
+def _weak_digests(buffer: memoryview, extent: int) -> tuple[Digests, Digests]:
+    return extent_digests(buffer, extent), np.empty(0, np.uint64)
+
+
+def _known_digests(low: Digests, high: Digests, buffer: memoryview, extent: int) -> tuple[Digests, Digests]:
+    return low, high
 
 
 def _plain(shard: ShardImage, todo: Int64) -> list[Chunk]:
