@@ -277,7 +277,7 @@ def merge(maps: Sequence[SegmentMap | None]) -> dict[str, Array]:
     """The columns for many shards, from a map of each; None for a shard that is a file of its own."""
     folders: dict[str, int] = {}
     parts: dict[str, list[Array]] = {name: [np.empty(0, dtype)] for name, dtype in SCHEMA.items()}
-    files = bases = segments = 0
+    files = bases = segments = text = 0
     counts = []
     for one in maps:
         if one is None:
@@ -290,12 +290,12 @@ def merge(maps: Sequence[SegmentMap | None]) -> dict[str, Array]:
             columns[name] = columns[name] + np.uint32(files)
         based = columns["segment_base"]
         columns["segment_base"] = np.where(based > 0, based + np.uint32(bases), np.uint32(0)).astype(np.uint32)
-        columns["file_name_ends"] = columns["file_name_ends"] + np.uint64(sum(map(len, parts["file_names"])))
+        columns["file_name_ends"] = columns["file_name_ends"] + np.uint64(text)
         for name, column in columns.items():
             if not name.startswith(("folder_", "shard_")):
                 parts[name].append(column)
         files, bases = files + len(one.files), bases + len(columns["base_file"])
-        segments += len(based)
+        segments, text = segments + len(based), text + len(columns["file_names"])
         counts.append(segments)
     names = [folder.encode() for folder in folders]
     parts["shard_segment_ends"] = [np.array(counts, np.uint64)]

@@ -63,6 +63,7 @@ def commit_checkpoint(
         StoreError: as the store raises.
     """
     check_fence(store, info.job, info.epoch)
+    bases = bases or Bases()
     ref = Ref(info.epoch, info.step)
     earlier = read_commit(store, ref)
     if earlier is None:
@@ -73,7 +74,7 @@ def commit_checkpoint(
         name = index_name(secrets.token_hex(4))
         _write_aligned(store, f"{ref.name}/{name}", image)
         failpoint("before_record")
-        refers = (bases or Bases()).check(store, shards, ref.name)
+        refers = bases.check(store, shards, ref.name)
         record = CommitRecord(
             step=info.step,
             epoch=info.epoch,
@@ -91,6 +92,8 @@ def commit_checkpoint(
             format=index.info.format,
         )
         earlier = _put(store, ref, record)
+        if earlier is not None and earlier.index == name:
+            bases.remember(ref.name, _names(ref, shards))
     if earlier is None or earlier.job != info.job:
         other = earlier.job if earlier else "somebody who removed it again"
         raise SaveFailed(f"{ref.name} was committed by {other}")
@@ -100,15 +103,22 @@ def commit_checkpoint(
 def _check_there(store: Store, ref: Ref, shards: Sequence[ShardRecord]) -> None:
     """Raise SaveFailed for a shard that only its writer can see: the store is a local directory on every node."""
     there = set(store.children(ref.name))
-    names = [shard.name for shard in shards]
-    for shard in shards:
-        names += [file.name for file in shard.segments.files if file.folder == ref.name] if shard.segments else []
-    unseen = [name for name in dict.fromkeys(names) if name not in there]
+    names = _names(ref, shards)
+    unseen = [name for name in names if name not in there]
     if unseen:
         raise SaveFailed(
-            f"{len(unseen)} of {len(set(names))} shards are not in {store.url}/{ref.name}, for example {unseen[0]}",
+            f"{len(unseen)} of {len(names)} shards are not in {store.url}/{ref.name}, for example {unseen[0]}",
             hint="does every node see the same store?",
         )
+
+
+def _names(ref: Ref, shards: Sequence[ShardRecord]) -> list[str]:
+    """The names of all files of these shards in their own checkpoint's folder."""
+    names = [shard.name for shard in shards]
+    for shard in shards:
+        if shard.segments is not None:
+            names += [file.name for file in shard.segments.files if file.folder == ref.name]
+    return list(dict.fromkeys(names))
 
 
 def _put(store: Store, ref: Ref, record: CommitRecord) -> CommitRecord | None:

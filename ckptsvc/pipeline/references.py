@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 
-from ckptsvc.errors import Damaged, IncompatibleVersion, NotFound, SaveFailed
+from ckptsvc.errors import Damaged, IncompatibleVersion, NoCheckpoint, NotFound, SaveFailed
 from ckptsvc.format.commit import COMMIT, CommitRecord, parse_checkpoint_name
 from ckptsvc.format.limits import MAX_RECORD_BYTES
 from ckptsvc.format.merge import ShardRecord
@@ -73,11 +73,21 @@ def delete_checkpoint(store: Store, ref: Ref, seen: Collection[Ref] = ()) -> boo
     return True
 
 
+REMEMBERED = 16
+"""Checkpoints whose files are remembered."""
+
+
 class Bases:
     """Which files the checkpoints of a store have, remembered: what is committed does not change."""
 
     def __init__(self) -> None:
         self._names: dict[str, frozenset[str]] = {}
+
+    def remember(self, folder: str, names: Iterable[str]) -> None:
+        """These are the files of a committed checkpoint."""
+        self._names[folder] = frozenset(names)
+        while len(self._names) > REMEMBERED:
+            del self._names[next(iter(self._names))]
 
     def check(self, store: Store, shards: Sequence[ShardRecord], own: str) -> tuple[str, ...]:
         """The other checkpoints that these shards need, ascending; all they need of them is committed and there.
@@ -110,7 +120,7 @@ class Bases:
     def _committed(self, store: Store, folder: str) -> frozenset[str]:
         if folder not in self._names:
             try:
-                self._names[folder] = frozenset(open_checkpoint(store, ref_of(folder)).own_names())
-            except (Damaged, IncompatibleVersion) as error:
+                self.remember(folder, open_checkpoint(store, ref_of(folder)).own_names())
+            except (Damaged, IncompatibleVersion, NoCheckpoint) as error:
                 raise SaveFailed(f"it refers to {folder}, which cannot be used: {error.what}") from None
         return self._names[folder]

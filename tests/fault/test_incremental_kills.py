@@ -77,7 +77,7 @@ def await_step(runtime: Runtime, store: Path, step: int) -> None:
     eventually(ended, f"step {step} to be committed")
 
 
-@pytest.mark.parametrize("compression", ["off", "zstd"])
+@pytest.mark.parametrize("compression", [pytest.param("off", marks=pytest.mark.slow), "zstd"])
 def test_the_worker_is_killed_at_every_point(
     launch: Launch, runtime: Runtime, tmp_path: Path, compression: str
 ) -> None:

@@ -64,7 +64,14 @@ def totals(store: Path) -> list[dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("how", ["incremental", "incremental and compressed", "compressed"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "incremental and compressed",
+        pytest.param("incremental", marks=pytest.mark.slow),
+        pytest.param("compressed", marks=pytest.mark.slow),
+    ],
+)
 def test_a_job_with_frozen_parameters(launch: Launch, tmp_path: Path, how: str) -> None:
     store = tmp_path / "run"
     environ = (INCREMENTAL if "incremental" in how else {}) | (COMPRESSED if "compressed" in how else {})
