@@ -1,6 +1,7 @@
 """SIGKILL at every point of a save that writes only what is new: all that is committed is whole, and stays so."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -68,11 +69,16 @@ def go(job: Job, step: int) -> None:
     job.wait_for("stepped", step=step)
 
 
+def saving(runtime: Runtime) -> bool:
+    """Whether the agent has saves that have not ended."""
+    return any(one["running_saves"] for one in runtime.status()["coordinates"])
+
+
 def await_step(runtime: Runtime, store: Path, step: int) -> None:
     """Wait until a step is committed, old ones are removed, and the agent knows it."""
 
     def ended() -> bool:
-        return step in steps(store) and not any(one["running_saves"] for one in runtime.status()["coordinates"])
+        return step in steps(store) and not saving(runtime)
 
     eventually(ended, f"step {step} to be committed")
 
@@ -108,6 +114,28 @@ def test_the_worker_is_killed_at_every_point(
     assert_good(store)
     (again,) = launch.plain(1, attach_only, str(store), **LESS).results()
     assert again == [step, float(step)]
+
+
+def test_a_checkpoint_that_somebody_deletes_fails_few_saves(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
+    store = tmp_path / "run"
+    with launch.plain(1, train, str(store), **LESS) as job:
+        for step in (1, 2):
+            go(job, step)
+            await_step(runtime, store, step)
+        shutil.rmtree(store / "step-000000000001.e00001")
+        step = 2
+        while steps(store)[0] == 2:
+            step += 1
+            assert step < 9
+            go(job, step)
+            eventually(
+                lambda: not any(one["running_saves"] for one in runtime.status()["coordinates"]), "the save's end"
+            )
+        assert not refers(store, step)
+        assert "refers to step-000000000001.e00001, which has been deleted meanwhile" in runtime.log()
+        job.go("end")
+        job.go(str(step + 1))
+        job.results()
 
 
 def attach_only(rank: Rank, store: str) -> list[float]:

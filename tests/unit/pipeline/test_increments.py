@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 
 from ckptsvc.errors import SaveFailed, StoreFull
 from ckptsvc.format.commit import COMMIT
+from ckptsvc.geometry.box import Box
 from ckptsvc.pipeline import increments
+from ckptsvc.pipeline.catalog import open_checkpoint
 from ckptsvc.pipeline.increments import Economy
 from ckptsvc.pipeline.packing import Trial, is_worth
+from ckptsvc.pipeline.read import Want, read_arrays
 from ckptsvc.pipeline.retain import expire
-from ckptsvc.storage.wrappers import Fault, Faulty, Limited
+from ckptsvc.pipeline.sources import StoreSource
+from ckptsvc.storage.wrappers import Fault, Faulty, Limited, Measured
 
 
 def change(run, rng, share: float) -> None:
@@ -197,3 +201,23 @@ def test_files_of_an_earlier_try_are_not_referred_to():
     saver.committed = (1, 1)
     with pytest.raises(SaveFailed, match="refers to"):
         saver.save(run, 2)
+
+
+def test_a_part_is_read_without_the_rest():
+    run = big_run({"weights": floats(100_000), "bias": floats(1000, 1)})
+    saver = Saver(memory_store(), ALL)
+    for step in (1, 2):
+        run.truth["weights"] = run.truth["weights"] ^ step
+        checkpoint, _ = saver.save(run, step)
+    read = []
+    store = Measured(saver.store, lambda op, seconds, nbytes, error: read.append(nbytes))
+    opened = open_checkpoint(store, checkpoint.ref)
+    read.clear()
+    (found,) = read_arrays(opened.index, StoreSource(opened), [Want("bias", "float32", (1000,), Box((0,), (1000,)))])
+    assert found.tobytes() == run.truth["bias"].tobytes()
+    assert sum(read) <= 4 * 4096, "two extents, each with its base"
+    read.clear()
+    part = memoryview(bytearray(10))
+    StoreSource(opened).read_into(0, 50_003, part)
+    assert bytes(part) == bytes(run.image(0, 2)[50_003:50_013])
+    assert sum(read) <= 2 * 4096
