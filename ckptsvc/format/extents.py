@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ckptsvc.format import columnar, record, segments
-from ckptsvc.format.checksum import extent_count
+from ckptsvc.format.checksum import Digests, extent_count
 from ckptsvc.format.columnar import Array
 from ckptsvc.format.compat import SEGMENTED
 from ckptsvc.format.limits import MAX_RECORD_BYTES
@@ -20,10 +20,10 @@ from ckptsvc.format.planes import PLAIN
 from ckptsvc.format.segments import SegmentMap, StoredFile
 
 ROW: Final = np.dtype(
-    [(f"{prefix}{name}", kind) for prefix in ("", "base_") for name, kind in
-     (("file", np.int64), ("offset", np.int64), ("nbytes", np.int64), ("codec", np.uint8))]
+    [(f"{prefix}{name}", kind) for prefix in ("", "base_") for name, kind in zip(segments.PLACE,
+     (np.int64, np.int64, np.int64, np.uint8, np.uint64), strict=True)]
 )  # fmt: skip
-"""Where an extent is, and its base: a `file` of -1 is none."""
+"""Where an extent is, and its base: a `file` of -1 is none. The digests are of the stored bytes."""
 
 Rows = NDArray[Any]
 
@@ -40,12 +40,13 @@ class ExtentTable(msgspec.Struct, frozen=True, eq=False):
     rows: Rows
 
     @classmethod
-    def whole(cls, file: StoredFile, extent: int) -> ExtentTable:
-        """Those of a shard that is all of a file."""
+    def whole(cls, file: StoredFile, extent: int, digests: Digests) -> ExtentTable:
+        """Those of a shard that is all of a file; `digests` are those of its extents."""
         rows = empty_rows(extent_count(file.nbytes, extent))
         rows["file"] = 0
         rows["offset"] = np.arange(len(rows)) * extent
         rows["nbytes"] = np.minimum(extent, file.nbytes - rows["offset"])
+        rows["digest"] = digests
         return cls((file,), rows)
 
     def segments(self, nbytes: int, extent: int) -> SegmentMap:
@@ -76,6 +77,7 @@ class ExtentTable(msgspec.Struct, frozen=True, eq=False):
             "segment_offset": rows["offset"][first],
             "segment_nbytes": np.add.reduceat(rows["nbytes"], first) if len(first) else rows["nbytes"],
             "segment_codec": rows["codec"][first],
+            "segment_digest": np.where(rows["codec"][first] == PLAIN, np.uint64(0), rows["digest"][first]),
             "segment_base": base[first],
             "base_file": np.searchsorted(used, rows["base_file"][based]),
             "file_folder": np.array([folders.index(file.folder) for file in files]),
@@ -83,7 +85,7 @@ class ExtentTable(msgspec.Struct, frozen=True, eq=False):
             "file_header_nbytes": np.array([file.header_nbytes for file in files]),
             "file_header_digest": np.array([file.header_digest for file in files], np.uint64),
         }
-        columns |= {name: rows[name][based] for name in ("base_offset", "base_nbytes", "base_codec")}
+        columns |= {name: rows[name][based] for name in ("base_offset", "base_nbytes", "base_codec", "base_digest")}
         for kind, names in (("file", [file.name for file in files]), ("folder", folders)):
             text = [name.encode() for name in names]
             columns[f"{kind}_names"] = np.frombuffer(b"".join(text), np.uint8)

@@ -28,11 +28,13 @@ SCHEMA: Final[dict[str, Any]] = {
     "segment_offset": np.uint64,
     "segment_nbytes": np.uint64,
     "segment_codec": np.uint8,
+    "segment_digest": np.uint64,
     "segment_base": np.uint32,
     "base_file": np.uint32,
     "base_offset": np.uint64,
     "base_nbytes": np.uint64,
     "base_codec": np.uint8,
+    "base_digest": np.uint64,
     "file_folder": np.uint32,
     "file_nbytes": np.uint64,
     "file_header_nbytes": np.uint64,
@@ -44,9 +46,12 @@ SCHEMA: Final[dict[str, Any]] = {
 }
 """The columns and their dtypes."""
 
+PLACE: Final = ("file", "offset", "nbytes", "codec", "digest")
+"""What columns say of a place."""
+
 _SAME_LENGTH: Final = {
-    "segment_extents": ("segment_file", "segment_offset", "segment_nbytes", "segment_codec", "segment_base"),
-    "base_file": ("base_offset", "base_nbytes", "base_codec"),
+    "segment_extents": tuple(f"segment_{name}" for name in (*PLACE, "base")),
+    "base_file": tuple(f"base_{name}" for name in PLACE),
     "file_folder": ("file_nbytes", "file_header_nbytes", "file_header_digest", "file_name_ends"),
 }
 
@@ -76,12 +81,21 @@ class StoredFile(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Some bytes of a file: its number, absolute byte offset, stored bytes, and how they are stored."""
+    """Some bytes of a file.
+
+    Attributes:
+        file: its number.
+        offset: absolute byte offset of the first.
+        nbytes: how many are stored there.
+        codec: how they are stored, see `format.planes`.
+        digest: their xxh3_64; 0 for a plain segment, whose bytes have the digests of their extents.
+    """
 
     file: int
     offset: int
     nbytes: int
     codec: int
+    digest: int
 
 
 class Segment(NamedTuple):
@@ -163,7 +177,7 @@ class SegmentMap:
 
     def _place(self, kind: str, row: int) -> Place:
         columns = self.columns
-        return Place(*(int(columns[f"{kind}_{name}"][row]) for name in ("file", "offset", "nbytes", "codec")))
+        return Place(*(int(columns[f"{kind}_{name}"][row]) for name in PLACE))
 
     # Totals
 

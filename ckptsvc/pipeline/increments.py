@@ -35,6 +35,9 @@ MAX_FILES = 16
 CHAPTER = 64 << 20
 """Bytes of a shard that are compressed before a file is written, at least."""
 
+MAX_PARTS = 1 << 18
+"""Segments in a file at most, whatever that makes of the number of files: a header has to hold an entry for each."""
+
 MOSTLY_NEW = 0.9
 """Where a greater part than this has changed, all is written: straight from the arena, and nothing hangs on others."""
 
@@ -173,7 +176,7 @@ class ShardWriter:
             pool=self._pool, on_digests=on_digests, ready=clock.ready, digest_with=digest_with,
         )  # fmt: skip
         self._note_bandwidth(store, shard.nbytes, clock.seconds)
-        table = ExtentTable.whole(StoredFile(shard.folder, written.name, shard.nbytes), shard.extent)
+        table = ExtentTable.whole(StoredFile(shard.folder, written.name, shard.nbytes), shard.extent, written.digests)
         self._remember(store, shard, Past(written.digests, high[0], shard.nbytes, shard.extent, table, path, 0))
         return written
 
@@ -188,6 +191,7 @@ class ShardWriter:
             low, high = strong_digests(shard.image[: shard.nbytes], shard.extent)
         on_digests(low)
         rows = empty_rows(len(low))
+        rows["digest"] = low
         files: tuple[StoredFile, ...] = ()
         if past is not None:
             same = past.same(low, high, shard.nbytes)
@@ -196,7 +200,7 @@ class ShardWriter:
         todo = np.flatnonzero(rows["file"] < 0)
         writer, worth, why = SegmentWriter(store, shard, info, files), False, ""
         with ExitStack() as stack:
-            chapters: Iterable[list[Chunk]] = [_plain(shard, todo)]
+            chapters: Iterable[list[Chunk]] = _plain(shard, todo)
             if self._packs(store, shard):
                 planes = packing.planes_of(columns, len(rows), shard.extent)
                 packer = partial(self._pack, shard, self._earlier(stack, past), planes)
@@ -248,7 +252,7 @@ class ShardWriter:
     def _packed(self, shard: ShardImage, todo: Int64, packer: Packer) -> Generator[list[Chunk]]:
         """What is to be stored, file by file; the next is compressed while one is written."""
         assert self._packing is not None
-        step = max(CHAPTER // shard.extent, -(-len(todo) // MAX_FILES), 1)
+        step = min(max(CHAPTER // shard.extent, -(-len(todo) // MAX_FILES), 1), MAX_PARTS)
         chapters = [todo[start : start + step].tolist() for start in range(0, len(todo), step)]
         pending: list[Future[packing.Packed]] = []
         try:
@@ -277,8 +281,9 @@ def _known_digests(low: Digests, high: Digests, buffer: memoryview, extent: int)
     return low, high
 
 
-def _plain(shard: ShardImage, todo: Int64) -> list[Chunk]:
-    """Runs of extents to be stored as they are."""
+def _plain(shard: ShardImage, todo: Int64) -> list[list[Chunk]]:
+    """Runs of extents to be stored as they are, file by file: as a rule it is one."""
     first = np.flatnonzero(np.concatenate((np.ones(min(len(todo), 1), np.bool_), np.diff(todo) != 1)))
     runs = zip(todo[first].tolist(), np.diff(np.append(first, len(todo))).tolist(), strict=True)
-    return [Chunk(start, count, shard.bytes_of(start, start + count), PLAIN, False) for start, count in runs]
+    chunks = [Chunk(start, count, shard.bytes_of(start, start + count), PLAIN, False) for start, count in runs]
+    return [chunks[start : start + MAX_PARTS] for start in range(0, len(chunks), MAX_PARTS)]

@@ -16,7 +16,7 @@ from ckptsvc.format.commit import shard_name
 from ckptsvc.format.extents import Rows
 from ckptsvc.format.planes import PLAIN
 from ckptsvc.format.segment_file import Part, SegmentFileInfo, encode_header
-from ckptsvc.format.segments import StoredFile
+from ckptsvc.format.segments import PLACE, StoredFile
 from ckptsvc.format.shard import ShardInfo
 from ckptsvc.pipeline.assembled import write_assembled
 from ckptsvc.pipeline.write import ShardImage
@@ -53,7 +53,7 @@ class SegmentWriter:
 
         Args:
             chapters: what to store.
-            rows: [extents] of `extents.ROW`; those of the chapters are filled.
+            rows: [extents] of `extents.ROW`; those of the chapters are filled. They have the extents' own digests.
             bases: the rows of the shard that deltas have their bases in.
 
         Returns:
@@ -94,8 +94,9 @@ class SegmentWriter:
                 here["nbytes"] = np.minimum(self._shard.extent, len(chunk.data) - starts)
             else:
                 here["offset"], here["nbytes"] = offset, len(chunk.data)
+                here["digest"] = xxhash.xxh3_64_intdigest(chunk.data)
             if chunk.delta:
                 base = bases[chunk.first]
-                for field in ("file", "offset", "nbytes", "codec"):
+                for field in PLACE:
                     here[f"base_{field}"] = base[field]
             offset += len(chunk.data)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import xxhash
+
 from ckptsvc.errors import Damaged, NotFound
 from ckptsvc.format.planes import PLAIN, decompress, exclusive_or
 from ckptsvc.format.segments import Place, Segment, SegmentMap
@@ -61,15 +63,21 @@ def _runs(found: Iterator[Segment]) -> Iterator[list[Segment]]:
 def _unpacked(store: Store, segments: SegmentMap, segment: Segment, stored: memoryview) -> memoryview:
     """The bytes of a compressed segment."""
     size = segment.stop - segment.start
-    content = decompress(stored, segment.place.codec, size, _where(store, segments, segment.place))
+    content = _content(store, segments, segment.place, stored, size)
     base = segment.base
     if base is None:
         return content
     data = memoryview(bytearray(base.nbytes))
     _read(store, segments, base, data)
-    if base.codec != PLAIN:
-        data = decompress(data, base.codec, size, _where(store, segments, base))
-    return exclusive_or(content, data)
+    return exclusive_or(content, _content(store, segments, base, data, size))
+
+
+def _content(store: Store, segments: SegmentMap, place: Place, stored: memoryview, size: int) -> memoryview:
+    """What bytes that were read from a place stand for, verified before they are looked at."""
+    what = f"{store.url}/{segments.files[place.file].key}: bytes {place.offset} to {place.offset + place.nbytes}"
+    if xxhash.xxh3_64_intdigest(stored) != place.digest:
+        raise Damaged(f"{what} do not match their checksum")
+    return stored if place.codec == PLAIN else decompress(stored, place.codec, size, f"what is in {what},")
 
 
 def _read(store: Store, segments: SegmentMap, place: Place, buffer: memoryview) -> None:
@@ -78,8 +86,3 @@ def _read(store: Store, segments: SegmentMap, place: Place, buffer: memoryview) 
         store.read_into(key, place.offset, buffer)
     except NotFound:
         raise Damaged(f"{store.url}/{key}, which holds a part of a shard, is missing") from None
-
-
-def _where(store: Store, segments: SegmentMap, place: Place) -> str:
-    stop = place.offset + place.nbytes
-    return f"{store.url}/{segments.files[place.file].key}: what is compressed in bytes {place.offset} to {stop}"

@@ -27,7 +27,9 @@ class StoreSource:
 
     def name(self, shard: int) -> str:
         """See pipeline.read.Source."""
-        return f"{self._checkpoint.store.url}/{self._checkpoint.key(shard)}"
+        key, segments = self._checkpoint.key(shard), self._checkpoint.index.segments
+        is_mapped = segments is not None and segments.is_mapped(shard)
+        return f"{self._checkpoint.store.url}/{key}" + (" and the files it refers to" if is_mapped else "")
 
     def read_into(self, shard: int, offset: int, buffer: memoryview) -> None:
         """See pipeline.read.Source."""

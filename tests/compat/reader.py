@@ -173,7 +173,7 @@ class Checkpoint:
             require(hashes == self.columns["tensor_hash"].tolist() == sorted(hashes), "names do not match hashes")
 
     def _read_segments(self):
-        """§9.2: for each shard [(first extent, extents, place, base)]; a place is (file, offset, nbytes, codec)."""
+        """§9.2: for each shard [(first extent, extents, place, base)]; a place is a row of `fields`."""
         columns = self.columns
         folders = [name.decode() for name in lists(columns["folder_names"].tobytes(), columns["folder_name_ends"])]
         own = self.folder.name
@@ -190,9 +190,9 @@ class Checkpoint:
             require(path.stat().st_size == size, f"{path} has another size")
             if xxhash and header:
                 require(xxhash.xxh3_64_intdigest(head) == digest, f"the header of {path} is damaged")
+        fields = ("file", "offset", "nbytes", "codec", "digest")
         places, bases = (
-            list(zip(*(columns[f"{kind}_{n}"].tolist() for n in ("file", "offset", "nbytes", "codec")), strict=True))
-            for kind in ("segment", "base")
+            list(zip(*(columns[f"{kind}_{n}"].tolist() for n in fields), strict=True)) for kind in ("segment", "base")
         )
         rows = list(zip(columns["segment_extents"].tolist(), places, columns["segment_base"].tolist(), strict=True))
         self.segments = []
@@ -204,12 +204,14 @@ class Checkpoint:
             self.segments.append(found)
 
     def _stored(self, place):
-        file, offset, nbytes, _ = place
+        file, offset, nbytes, codec, digest = place
         with self.files[file].open("rb") as opened:
             opened.seek(offset)
             data = opened.read(nbytes)
         require(len(data) == nbytes, f"{self.files[file]} is truncated")
-        return data
+        if xxhash and digest:
+            require(xxhash.xxh3_64_intdigest(data) == digest, f"{self.files[file]}: a segment is damaged")
+        return data, codec
 
     def _extents(self, shard, first, last):
         """The bytes of extents [first, last) of a shard."""
@@ -225,9 +227,9 @@ class Checkpoint:
             if low >= high:
                 continue
             nbytes = min((begin + extents) * extent, size) - begin * extent
-            content = unpacked(self._stored(place), place[3], nbytes)
+            content = unpacked(*self._stored(place), nbytes)
             if base is not None:
-                content = content ^ unpacked(self._stored(base), base[3], nbytes)
+                content = content ^ unpacked(*self._stored(base), nbytes)
             parts.append(content[(low - begin) * extent : (high - begin) * extent].tobytes())
         return b"".join(parts)
 

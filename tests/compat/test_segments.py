@@ -133,7 +133,7 @@ def test_the_independent_reader_finds_damage(run):
             path.write_bytes(data)
             try:
                 assert read_all() == before
-            except (reader.BadCheckpointError, reader.zstandard.ZstdError):
+            except reader.BadCheckpointError:
                 found.add((path, at))
             data[at] ^= 1
             path.write_bytes(data)

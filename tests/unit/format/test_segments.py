@@ -42,10 +42,10 @@ def tables(draw: Any) -> tuple[ExtentTable, int]:
             length = min(EXTENT, nbytes - i * EXTENT)
             codec = draw(st.sampled_from([PLAIN, PLAIN, *PLANES]))
             stored = length if codec == PLAIN else draw(st.integers(0, length))
-            base = (-1, 0, 0, 0)
+            base = (-1, 0, 0, 0, 0)
             if codec != PLAIN and draw(st.booleans()):
-                base = (draw(st.integers(0, 2)), 4096, length, PLAIN)
-            rows[i] = (file, offset, stored, codec, *base)
+                base = (draw(st.integers(0, 2)), 4096, length, PLAIN, draw(st.integers(0, 2**64 - 1)))
+            rows[i] = (file, offset, stored, codec, draw(st.integers(0, 2**64 - 1)), *base)
             offset += stored
             number = i + 1
     return ExtentTable(FILES, rows), nbytes
@@ -58,12 +58,13 @@ def found(segments: SegmentMap, shard: int, table: ExtentTable, nbytes: int) -> 
         (segment,) = segments.find(shard, start, stop)
         assert segment.start <= start < stop <= segment.stop
         place = segment.place
-        file, offset, stored, codec, *base = row
+        file, offset, stored, codec, digest, *base = row
         assert (segments.files[place.file], place.codec) == (FILES[file], codec)
         if codec == PLAIN:
             assert place.offset + start - segment.start == offset
+            assert place.digest == 0
         else:
-            assert (place.offset, place.nbytes) == (offset, stored)
+            assert (place.offset, place.nbytes, place.digest) == (offset, stored, digest)
         if base[0] < 0:
             assert segment.base is None
         else:

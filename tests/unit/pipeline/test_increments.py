@@ -138,6 +138,19 @@ def test_a_compressed_shard_is_a_few_files(monkeypatch):
     assert checkpoint.own_names() == {key.rpartition("/")[2] for key in (e.key for e in saver.store.list())}
 
 
+@pytest.mark.parametrize("compression", ["off", "zstd"])
+def test_a_header_has_room_for_all_segments_of_its_file(monkeypatch, compression):
+    monkeypatch.setattr(increments, "MAX_PARTS", 7)
+    run = big_run({"weights": floats(60_000)}, extent=1024)
+    saver = Saver(memory_store(), Economy(incremental=True, compression=compression))
+    saver.save(run, 1)
+    run.truth["weights"][::768] ^= 1  # every third extent
+    checkpoint, _ = saver.save(run, 2)
+    assert len(checkpoint.index.segments.files) > 10
+    assert checkpoint.commit.refers
+    assert_holds(checkpoint, run)
+
+
 def test_a_failed_write_leaves_nothing(monkeypatch):
     monkeypatch.setattr(increments, "CHAPTER", 8192)
     run = big_run({"weights": floats(50_000)})
