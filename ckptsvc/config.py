@@ -147,6 +147,10 @@ class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
         timeout: seconds after which a save that has not committed is given up.
         early_cores: a large snapshot is written while it is copied on nodes with at least so many cores; on fewer, the
             writing slows the copy down, for which the training waits.
+        incremental: write only what has changed since the newest checkpoint, and refer to its files for the rest.
+        full_every: then one of so many checkpoints in a row is whole: as many hang on one file at most.
+        compression: "off"; "zstd": compress what is written; "auto": where that is measured to be done sooner.
+        compression_level: of zstandard.
     """
 
     every: Annotated[Every | None, parse_every] = Every(0, 600.0)
@@ -156,6 +160,10 @@ class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
     deadline: Annotated[float, parse_duration] = 1.0
     timeout: Annotated[float, parse_duration] = 1800.0
     early_cores: Annotated[int, msgspec.Meta(ge=1)] = 8
+    incremental: bool = False
+    full_every: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 16
+    compression: Literal["off", "auto", "zstd"] = "off"
+    compression_level: Annotated[int, msgspec.Meta(ge=1, le=19)] = 1
 
 
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -163,6 +163,12 @@ class Metrics:
         self.written_bytes = Counter(
             "ckptsvc_written_bytes_total", "Bytes made durable in a store.", ["scheme"], registry=registry
         )
+        self.spared_bytes = Counter(
+            "ckptsvc_spared_bytes_total",
+            "Bytes of shards that were not written: unchanged, or compressed.",
+            ["scheme"],
+            registry=registry,
+        )
         self.last_commit = Gauge(
             "ckptsvc_last_commit_timestamp_seconds", "When a job last committed.", ["job"], registry=registry
         )

@@ -260,7 +260,7 @@ class CoordinatorShell:
             "aliases": effect.aliases,
         }
         shards = [
-            {"name": s.name, "rank": s.rank, "nbytes": s.nbytes, "digests": s.digests, "columns": s.columns}
+            {name: getattr(s, name) for name in ("name", "rank", "nbytes", "digests", "columns", "segments")}
             for s in effect.shards
         ]
         # The same writer for every try of this commit, so that a record whose answer was lost is known as ours.

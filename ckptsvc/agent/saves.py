@@ -55,7 +55,8 @@ class Saves:
             return
         reg = self._local.session(token).reg
         job, fill = self._local.jobs[reg.job], next(self._fills)
-        task = asyncio.ensure_future(self._write(job, arena, _what(reg, epoch, arena.step, nbytes, arena, fill)))
+        args = _what(reg, epoch, arena.step, nbytes, arena, fill, job.newest)
+        task = asyncio.ensure_future(self._write(job, arena, args))
         early = self._early[arena.name] = _Early(fill, nbytes, task)
 
         def ended(task: asyncio.Task[dict[str, Any]]) -> None:
@@ -131,7 +132,7 @@ class Saves:
         early = self._early.get(arena.name)  # until it has ended: the arena may be let go before
         if early is None:
             written: Awaitable[dict[str, Any]] = self._write(
-                job, arena, _what(label, label.epoch, label.step, label.nbytes, arena, 0)
+                job, arena, _what(label, label.epoch, label.step, label.nbytes, arena, 0, job.newest)
             )
         else:
             written = early.written
@@ -170,8 +171,11 @@ class Saves:
             self._tell(job, label, reports.shard_failed(label, error.code, str(error)))
             return
         self._local.metrics.save_duration.labels(Phase.WRITE).observe(time.monotonic() - started)
-        self._local.metrics.written_bytes.labels(_scheme(label.store)).inc(done["nbytes"])
+        self._local.metrics.written_bytes.labels(_scheme(label.store)).inc(done["stored"])
+        self._local.metrics.spared_bytes.labels(_scheme(label.store)).inc(max(done["nbytes"] - done["stored"], 0))
         self._layouts.note(_scheme(label.store), label, done["layout"])
+        if done["why"]:
+            logger.debug("step %d, rank %d: %s", label.step, label.rank, done["why"])
         durable = pb.Durable(
             job=label.job,
             epoch=label.epoch,
@@ -182,6 +186,7 @@ class Saves:
             extent=label.extent,
             digests=done["digests"],
             columns=done["columns"],
+            segments=done["segments"],
         )
         self._tell(job, label, pb.Report(durable=durable))
 
@@ -279,8 +284,10 @@ class Saves:
             job=job.name, step=outcome.step, epoch=outcome.epoch)  # fmt: skip
 
 
-def _what(of: Label | Registration, epoch: int, step: int, nbytes: int, arena: Arena, fill: int) -> dict[str, Any]:
-    """The arguments of the worker's `write`."""
+def _what(
+    of: Label | Registration, epoch: int, step: int, nbytes: int, arena: Arena, fill: int, committed: tuple[int, int]
+) -> dict[str, Any]:
+    """The arguments of the worker's `write`; `committed` is the newest checkpoint (epoch, step) known to be."""
     return {
         "path": str(arena.path),
         "nbytes": nbytes,
@@ -291,6 +298,7 @@ def _what(of: Label | Registration, epoch: int, step: int, nbytes: int, arena: A
         "rank": of.rank,
         "writers": of.world_size,
         "fill": fill,
+        "committed": committed,
     }
 
 

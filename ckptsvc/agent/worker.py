@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,19 +24,22 @@ import msgspec
 import numpy as np
 
 from ckptsvc.agent import nodelist
-from ckptsvc.config import StoreSettings, load
+from ckptsvc.config import SaveSettings, StoreSettings, load
 from ckptsvc.errors import CkptsvcError, SaveFailed, StoreError
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import CommitRecord
+from ckptsvc.format.extents import decode, encode
 from ckptsvc.format.index import IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.arena import Mappings
 from ckptsvc.pipeline.catalog import Ref, read_commit, take_epoch
 from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
 from ckptsvc.pipeline.failpoint import failpoint
+from ckptsvc.pipeline.increments import Economy, ShardWriter
+from ckptsvc.pipeline.references import Bases
 from ckptsvc.pipeline.retain import expire
-from ckptsvc.pipeline.write import write_shard
+from ckptsvc.pipeline.write import ShardImage
 from ckptsvc.storage import Progress, Spreading, Store
 from ckptsvc.storage.opening import open_store
 from ckptsvc.storage.wrappers import Retrying, innermost
@@ -43,6 +47,10 @@ from ckptsvc.storage.wrappers import Retrying, innermost
 FRAME = struct.Struct("<I")
 THREADS = 16
 """Requests that are executed at a time."""
+
+IN_FLIGHT = 2
+"""Saves that may have begun before the newest commit was known: as many checkpoints before that are not yet deleted,
+where saves refer to others."""
 
 MAX_FRAME = 1 << 30
 """Largest frame in bytes."""
@@ -64,13 +72,17 @@ class Request(msgspec.Struct):
 class Worker:
     """Executes requests on one store; every method named `do_*` is an operation."""
 
-    def __init__(self, settings: StoreSettings) -> None:
+    def __init__(self, settings: StoreSettings, save: SaveSettings) -> None:
         self._settings = settings
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
         self._mappings = Mappings()
         self._fills: dict[int, threading.Event] = {}  # snapshots that are written while they are copied in -> given up
-        self._digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
+        digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
+        self._shards = ShardWriter(_economy(save), digesting, self._mappings.pages)
+        self._committing = threading.Lock()  # no commit may come to refer to what is just being deleted
+        self._bases: dict[str, Bases] = {}
+        self._recent: dict[str, list[Ref]] = {}  # the newest that were committed here, by store
 
     def store(self, url: str) -> Store:
         """The store of that URL, connected once, with retries."""
@@ -100,15 +112,12 @@ class Worker:
         if isinstance(driver, Spreading):
             driver.writers = args["writers"]
         with self._mappings.pages(args["path"], args["nbytes"]) as image:
-            written = write_shard(
+            shard = ShardImage(image, *(args[name] for name in ("nbytes", "extent", "epoch", "step", "rank")))
+            written = self._shards.write(
                 store,
-                image,
-                args["nbytes"],
-                extent=args["extent"],
-                epoch=args["epoch"],
-                step=args["step"],
-                rank=args["rank"],
-                pool=self._digesting,
+                shard,
+                path=args["path"],
+                committed=tuple(args["committed"]),
                 on_digests=lambda d: note({"digests": d.tobytes()}),
                 ready=self._ready(args) if args["fill"] else lambda nbytes: None,
             )
@@ -118,8 +127,11 @@ class Worker:
             "layout": driver.layout(key) if isinstance(driver, Spreading) else None,
             "name": written.name,
             "nbytes": written.nbytes,
+            "stored": written.stored,
+            "why": written.why,
             "digests": written.digests.tobytes(),
             "columns": written.columns.encode(),
+            "segments": encode(written.segments) if written.segments else b"",
         }
 
     def expect(self, request: Request) -> None:
@@ -173,18 +185,23 @@ class Worker:
         failpoint("before_commit")
         store = self.store(args["store"])
         info = msgspec.convert(args["info"], IndexInfo)
-        shards = [
-            ShardRecord(s["name"], s["rank"], s["nbytes"], _digests(s["digests"]), Columns.decode(s["columns"]))
-            for s in args["shards"]
-        ]
-        record: CommitRecord = commit_checkpoint(store, info, shards, args["writer"])
-        failpoint("after_commit")
-        gone = []
+        shards = [_shard(each, info.extent) for each in args["shards"]]
+        with self._committing if self._shards.is_incremental else nullcontext():
+            bases = self._bases.setdefault(store.url, Bases())
+            record: CommitRecord = commit_checkpoint(store, info, shards, args["writer"], bases)
+            failpoint("after_commit")
+            gone = self._expire(store, record, args["keep"], note)
+        return {"index_bytes": record.index_bytes, "removed": [ref.name for ref in gone]}
+
+    def _expire(self, store: Store, record: CommitRecord, keep: int, note: Note) -> list[Ref]:
+        """Delete old checkpoints, but not those that a save which is still on its way may refer to."""
+        recent = [Ref(record.epoch, record.step), *self._recent.get(store.url, [])]
+        self._recent[store.url] = recent[:IN_FLIGHT] if self._shards.is_incremental else []
         try:
-            gone = expire(store, args["keep"], protect=[Ref(record.epoch, record.step)])
+            return expire(store, keep, protect=recent)
         except StoreError as error:
             note({"warning": f"old checkpoints could not be removed: {error}"})
-        return {"index_bytes": record.index_bytes, "removed": [ref.name for ref in gone]}
+            return []
 
     def do_lookup(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Is this step committed?"""
@@ -202,7 +219,8 @@ class Worker:
 
 def serve(sock: socket.socket) -> None:
     """Answer requests until the agent closes its end."""
-    worker = Worker(load(os.environ).store)
+    settings = load(os.environ)
+    worker = Worker(settings.store, settings.save)
     # A thread that computes soon lets go one that has a block to write: by default it takes 5 ms, at every call.
     sys.setswitchinterval(0.0005)
     # The table of a shard is 100,000 objects without cycles: looking through them again and again doubles the time.
@@ -267,6 +285,19 @@ def _receive(sock: socket.socket, nbytes: int) -> bytearray | None:
             return None
         view = view[got:]
     return buffer
+
+
+def _economy(save: SaveSettings) -> Economy:
+    """What may be done to write less; most cores belong to the training."""
+    threads = max((os.cpu_count() or 1) // 8, 1)
+    return Economy(save.incremental, save.full_every, save.compression, save.compression_level, threads)
+
+
+def _shard(told: dict[str, Any], extent: int) -> ShardRecord:
+    """A shard to be committed, as its writer has told."""
+    segments = decode(told["segments"], told["nbytes"], extent) if told["segments"] else None
+    columns = Columns.decode(told["columns"])
+    return ShardRecord(told["name"], told["rank"], told["nbytes"], _digests(told["digests"]), columns, segments)
 
 
 def _digests(data: bytes) -> np.ndarray[Any, np.dtype[np.uint64]]:

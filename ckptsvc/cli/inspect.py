@@ -110,12 +110,17 @@ def command(
 
     \b
     JSON: {"checkpoint": {"store", "name", "step", "epoch", "attempt", "job",
-      "world_size", "created", "format", "shards", "bytes"}, ...}
+      "world_size", "created", "format", "shards", "bytes", "stored"}, ...}
     and "tensors": [{"name", "dtype", "shape", "bytes", "layout": {"kind",
       "pieces", "dims", "grid"}, "shards", "alias_of"}], "totals": {"tensors",
       "elements", "bytes"}
     or with --values "rank", "values": [{"path", "type", "value"}]
 
+    \b
+    stored: {"written", "referenced", "compressed", "compressed_to", "deltas",
+    "ratio", "refers"}: bytes of the files written for it; bytes of its shards
+    that lie in files of other checkpoints (refers), that were compressed and to
+    what, and that were stored as differences; written bytes per byte of a shard.
     \b
     layout kinds: "whole"; "slabs": boxes along one dimension; "tiles": a grid
     of boxes; "boxes": other boxes; "flat": ranges of the flattened tensor;
@@ -155,7 +160,23 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "format": commit.format,
         "shards": commit.shards,
         "bytes": commit.bytes,
+        "stored": stored(checkpoint),
     }
+
+
+def stored(checkpoint: Checkpoint) -> dict[str, Any]:
+    """How the bytes of a checkpoint are stored, as a JSON object."""
+    index, found = (
+        checkpoint.index,
+        dict.fromkeys(("written", "referenced", "compressed", "compressed_to", "deltas"), 0),
+    )
+    segments = index.segments
+    if segments is not None:
+        found.update(segments.stored(checkpoint.ref.name))
+    whole = [shard.nbytes for row, shard in enumerate(index.shards) if segments is None or not segments.is_mapped(row)]
+    found["written"] += sum(whole)
+    ratio = round(found["written"] / max(checkpoint.commit.bytes, 1), 4)
+    return {**found, "ratio": ratio, "refers": list(checkpoint.commit.refers)}
 
 
 def tensors(index: Index, patterns: Sequence[str], show_all: bool) -> list[Row]:
@@ -209,7 +230,20 @@ def _show_header(screen: Screen, checkpoint: Checkpoint) -> None:
     saved = f"saved {age(when(commit.created))} ago by {plural(commit.world_size, 'rank')}"
     screen.line(printable(f"step {commit.step:,}, epoch {commit.epoch}, job {commit.job}, attempt {commit.attempt}"))
     screen.line(f"{saved}: {size(commit.bytes)} in {plural(commit.shards, 'shard')}, format {printable(commit.format)}")
+    if checkpoint.index.segments is not None:
+        screen.line(_stored_text(stored(checkpoint)))
     screen.line()
+
+
+def _stored_text(found: dict[str, Any]) -> str:
+    parts = [f"{size(found['written'])} written ({found['ratio']:.0%})"]
+    if found["referenced"]:
+        where = plural(len(found["refers"]), "other checkpoint")
+        parts.append(f"{size(found['referenced'])} referenced in {where}")
+    if found["compressed"]:
+        deltas = f", {size(found['deltas'])} of it as differences" if found["deltas"] else ""
+        parts.append(f"{size(found['compressed'])} compressed to {size(found['compressed_to'])}{deltas}")
+    return ", ".join(parts)
 
 
 def _show_tensors(screen: Screen, index: Index, rows: Sequence[Row], limit: int | None, hidden: bool) -> None:

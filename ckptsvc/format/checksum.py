@@ -18,6 +18,9 @@ from ckptsvc.errors import Damaged, InvalidInput
 EXTENT: Final = 1 << 20
 """Bytes per digest that are written by default: 8 bytes of index per MiB."""
 
+_LOW: Final = (1 << 64) - 1
+_SHORT: Final = 240
+
 Digests = npt.NDArray[np.uint64]
 Buffer = bytes | bytearray | memoryview
 
@@ -39,6 +42,27 @@ def extent_digests(buffer: Buffer, extent: int = EXTENT) -> Digests:
     digest = xxhash.xxh3_64_intdigest
     starts = range(0, len(view), extent)
     return np.fromiter((digest(view[i : i + extent]) for i in starts), dtype=np.uint64, count=len(starts))
+
+
+def strong_digests(buffer: Buffer, extent: int = EXTENT) -> tuple[Digests, Digests]:
+    """Two digests per extent: that of `extent_digests`, and 64 more bits, in the time of one.
+
+    The low half of an xxh3_128 is the xxh3_64 for inputs of more than 240 bytes (both end in the same merge of the same
+    accumulators); shorter ones, of which a file has at most its last extent, are hashed twice.
+
+    Raises:
+        InvalidInput: `extent` is not positive.
+    """
+    if extent <= 0:
+        raise InvalidInput(f"an extent has at least one byte, not {extent}")
+    view = memoryview(buffer).cast("B")
+    low, high = np.empty((2, extent_count(len(view), extent)), np.uint64)
+    for number, start in enumerate(range(0, len(view), extent)):
+        part = view[start : start + extent]
+        both = xxhash.xxh3_128_intdigest(part)
+        high[number] = both >> 64
+        low[number] = both & _LOW if len(part) > _SHORT else xxhash.xxh3_64_intdigest(part)
+    return low, high
 
 
 def bad_extents(buffer: Buffer, expected: Digests, first: int = 0, extent: int = EXTENT) -> list[int]:

@@ -15,7 +15,7 @@ from ckptsvc.errors import Damaged, InvalidInput
 from ckptsvc.format import record
 from ckptsvc.format.checksum import digest64
 from ckptsvc.format.compat import FORMAT
-from ckptsvc.format.limits import MAX_RECORD_BYTES, MAX_SHARDS
+from ckptsvc.format.limits import MAX_RECORD_BYTES, MAX_REFERS, MAX_SHARDS
 
 COMMIT: Final = "COMMIT"
 """Name of the commit record in a checkpoint's directory."""
@@ -51,6 +51,7 @@ class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
         bytes: the sum of their sizes.
         world_size: how many ranks saved.
         created: time of the commit, ISO 8601 in UTC.
+        refers: folders of other checkpoints whose files this one needs, ascending.
         format: version of the format.
     """
 
@@ -66,6 +67,7 @@ class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
     bytes: Count
     world_size: Count
     created: str
+    refers: tuple[str, ...] = ()
     format: str = FORMAT
 
     def encode(self) -> Octets:
@@ -91,6 +93,13 @@ class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
         commit = _unseal(data, cls, what)
         if not _INDEX.fullmatch(commit.index):
             raise Damaged(f"{what} names {commit.index!r} as its index, which is no name of an index")
+        refers = commit.refers
+        if (
+            len(refers) > MAX_REFERS
+            or list(refers) != sorted(set(refers))
+            or None in map(parse_checkpoint_name, refers)
+        ):
+            raise Damaged(f"{what} refers to what are no other checkpoints: {', '.join(refers)[:200]}")
         return commit
 
 
@@ -126,6 +135,8 @@ class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 def _seal(value: msgspec.Struct, what: str) -> Octets:
     fields = msgspec.to_builtins(value)
+    if not fields.get("refers"):  # so that a record that refers to nothing is as it was before there was such a field
+        fields.pop("refers", None)
     fields["check"] = digest64(record.canonical(fields))
     data = record.canonical(fields)
     if len(data) > MAX_RECORD_BYTES:

@@ -2,7 +2,10 @@
 
 A version is "major.minor". A new minor version only adds what an older reader may ignore; a new major
 version changes what it must understand. So a reader takes every minor version of the majors it knows and
-refuses newer majors. Readers of older majors will live here; 1 is the first.
+refuses newer majors.
+
+Major 2 adds segments: shards whose bytes lie in other files than one of their own. It is written only where
+there are some: all else stays readable by all that read major 1.
 """
 
 from __future__ import annotations
@@ -13,9 +16,12 @@ from typing import Final
 from ckptsvc.errors import Damaged, IncompatibleVersion
 
 FORMAT: Final = "1.0"
-"""What this code writes."""
+"""What this code writes where it can."""
 
-_NEWEST_MAJOR: Final = 1
+SEGMENTED: Final = "2.0"
+"""What it writes where shards have segments."""
+
+_NEWEST_MAJOR: Final = 2
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})", re.ASCII)
 
 

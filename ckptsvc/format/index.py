@@ -15,12 +15,12 @@ import msgspec
 import numpy as np
 
 from ckptsvc.errors import Damaged, InvalidInput, LayoutError
-from ckptsvc.format import columnar, cover, record
+from ckptsvc.format import columnar, cover, record, segments
 from ckptsvc.format.checksum import EXTENT, Digests, extent_count
 from ckptsvc.format.columnar import Array, Int64
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import parse_shard_name
-from ckptsvc.format.compat import FORMAT
+from ckptsvc.format.compat import FORMAT, SEGMENTED, check_version
 from ckptsvc.format.limits import (
     MAX_ELEMENTS,
     MAX_INDEX_INFO_BYTES,
@@ -31,6 +31,7 @@ from ckptsvc.format.limits import (
 from ckptsvc.format.merge import ShardRecord, merge
 from ckptsvc.format.names import Names
 from ckptsvc.format.regions import Regions, Selection, Tensors
+from ckptsvc.format.segments import SegmentMap
 from ckptsvc.geometry import reshard
 from ckptsvc.geometry.box import Region
 from ckptsvc.geometry.reshard import StoredRegion
@@ -114,6 +115,7 @@ class Index:
         region_shard: [regions] row of the shard it lies in.
         region_offset: [regions] absolute byte offset in that shard.
         region_nbytes: [regions] its length in bytes.
+        segments: where the bytes of shards are that have no file of their own; None where all have one.
     """
 
     def __init__(self, info: IndexInfo, columns: dict[str, Array], what: str) -> None:
@@ -141,6 +143,8 @@ class Index:
         sizes = np.array([shard.nbytes for shard in self.shards], np.int64)
         self._regions.check_places(self.region_shard, self.region_offset, sizes, what)
         self._check_aliases(what)
+        is_segmented = "shard_segment_ends" in columns
+        self.segments = SegmentMap(columns, sizes.tolist(), info.extent, what) if is_segmented else None
 
     @classmethod
     def build(cls, info: IndexInfo, records: Sequence[ShardRecord]) -> Index:
@@ -150,7 +154,12 @@ class Index:
             InvalidInput: a record or an alias is impossible.
             LayoutError: two shards disagree about a tensor; the message names it and both.
         """
-        columns = merge(sorted(records, key=lambda record: record.rank))
+        records = sorted(records, key=lambda record: record.rank)
+        columns = merge(records)
+        maps = [record.segments for record in records]
+        if any(one is not None for one in maps):
+            info = msgspec.structs.replace(info, format=SEGMENTED)
+            columns |= segments.merge(maps)
         try:
             return cls(info, columns, "the index")
         except Damaged as error:
@@ -180,6 +189,8 @@ class Index:
             IncompatibleVersion: of a newer major version of the format.
         """
         columns, raw = columnar.decode(data, _SCHEMA, what, MAX_INDEX_INFO_BYTES)
+        if check_version(raw["format"], what) >= (2, 0):
+            columns |= columnar.decode(data, segments.SCHEMA, what, MAX_INDEX_INFO_BYTES)[0]
         return cls(record.convert(raw, IndexInfo, f"the info record of {what}"), columns, what)
 
     # Tensors

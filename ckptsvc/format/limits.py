@@ -47,3 +47,9 @@ it."""
 
 MAX_OBJECTS_DEPTH: Final = 100
 """Containers that a value of an objects document may lie in."""
+
+MAX_REFERS: Final = 1024
+"""Other checkpoints whose files one checkpoint needs."""
+
+MAX_SEGMENT_BYTES: Final = 67_108_864
+"""Bytes of a shard that are compressed as one: what a reader must hold to get at any of them."""

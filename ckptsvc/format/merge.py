@@ -15,6 +15,7 @@ from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import parse_shard_name
 from ckptsvc.format.names import name_columns
 from ckptsvc.format.regions import KIND_BOX, numbers_per_region
+from ckptsvc.format.segments import SegmentMap
 from ckptsvc.format.shard import objects_name
 from ckptsvc.types import DTYPES
 
@@ -28,6 +29,7 @@ class ShardRecord(msgspec.Struct, frozen=True, eq=False):
         nbytes: its size.
         digests: the xxh3_64 of each extent.
         columns: its table.
+        segments: where its bytes are, if it has no file of its own; `name` is then that of the first file written.
     """
 
     name: str
@@ -35,6 +37,7 @@ class ShardRecord(msgspec.Struct, frozen=True, eq=False):
     nbytes: int
     digests: Digests
     columns: Columns
+    segments: SegmentMap | None = None
 
 
 def merge(records: Sequence[ShardRecord]) -> dict[str, Array]:

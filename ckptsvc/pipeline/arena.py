@@ -349,7 +349,8 @@ class Mappings:
 
     def _close(self, mapping: _Mapping) -> None:
         if mapping.forgotten and not mapping.users:
-            mapping.memory.close()
+            with contextlib.suppress(BufferError):  # an error on its way up still has views: it goes with them
+                mapping.memory.close()
 
 
 _MADV_POPULATE_READ = 22

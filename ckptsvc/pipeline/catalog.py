@@ -55,6 +55,20 @@ class Checkpoint:
         """The store key of a shard."""
         return f"{self.ref.name}/{self.index.shards[shard].name}"
 
+    def files(self, shard: int) -> dict[str, int]:
+        """The objects that hold the bytes of a shard, in this folder and in others: key -> size."""
+        segments = self.index.segments
+        if segments is None or not segments.is_mapped(shard):
+            return {self.key(shard): self.index.shards[shard].nbytes}
+        return {file.key: file.nbytes for file in segments.files_of(shard)}
+
+    def own_names(self) -> set[str]:
+        """The names of all objects in its folder that belong to it; garbage may lie beside them."""
+        names = {COMMIT, self.commit.index, *(shard.name for shard in self.index.shards)}
+        if self.index.segments is not None:
+            names.update(file.name for file in self.index.segments.files if file.folder == self.ref.name)
+        return names
+
 
 def list_refs(store: Store) -> list[Ref]:
     """Every checkpoint folder, committed or not, newest (highest epoch, then step) first."""
@@ -119,6 +133,9 @@ def decode_checkpoint(store: Store, ref: Ref, commit: CommitRecord, image: bytes
     index = Index.decode(image, f"{ref.name}/{commit.index}")
     if (index.info.step, index.info.epoch, len(index.shards)) != (commit.step, commit.epoch, commit.shards):
         raise Damaged(f"{ref.name}/{commit.index}, the index, belongs to another checkpoint than its commit record")
+    folders = index.segments.folders if index.segments else []
+    if sorted({*folders} - {ref.name}) != list(commit.refers):
+        raise Damaged(f"{ref.name}/{commit.index}, the index, needs other checkpoints than its commit record names")
     return Checkpoint(store, ref, commit, index)
 
 

@@ -19,6 +19,7 @@ from ckptsvc.format.index import Index, IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.catalog import Ref, newest_epoch, read_commit, read_epoch
 from ckptsvc.pipeline.failpoint import failpoint
+from ckptsvc.pipeline.references import Bases
 from ckptsvc.storage import Store
 
 
@@ -40,7 +41,9 @@ def check_fence(store: Store, job: str, epoch: int) -> None:
         raise Fenced(f"job {owner.job} took this run over at {owner.created} (epoch {newest}; ours is {epoch})")
 
 
-def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecord], writer: str) -> CommitRecord:
+def commit_checkpoint(
+    store: Store, info: IndexInfo, shards: Sequence[ShardRecord], writer: str, bases: Bases | None = None
+) -> CommitRecord:
     """Commit one checkpoint whose shards are all durable.
 
     Args:
@@ -48,6 +51,7 @@ def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecor
         info: step, epoch, attempt, job and so on.
         shards: one record for each rank.
         writer: a random id of the caller, the same when it tries again.
+        bases: what is known of other checkpoints of this store.
 
     Returns:
         the record that is in the store: ours, or that of an earlier try of this very save.
@@ -55,10 +59,11 @@ def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecor
     Raises:
         Fenced: a newer job has taken the run over.
         LayoutError: the shards do not cover every tensor.
-        SaveFailed: a record of somebody else is there.
+        SaveFailed: a record of somebody else is there, or a checkpoint that a shard refers to is not there any more.
         StoreError: as the store raises.
     """
     check_fence(store, info.job, info.epoch)
+    bases = bases or Bases()
     ref = Ref(info.epoch, info.step)
     earlier = read_commit(store, ref)
     if earlier is None:
@@ -69,6 +74,7 @@ def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecor
         name = index_name(secrets.token_hex(4))
         _write_aligned(store, f"{ref.name}/{name}", image)
         failpoint("before_record")
+        refers = bases.check(store, shards, ref.name)
         record = CommitRecord(
             step=info.step,
             epoch=info.epoch,
@@ -82,8 +88,12 @@ def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecor
             bytes=sum(s.nbytes for s in shards),
             world_size=info.world_size,
             created=now_iso(),
+            refers=refers,
+            format=index.info.format,
         )
         earlier = _put(store, ref, record)
+        if earlier is not None and earlier.index == name:
+            bases.remember(ref.name, _names(ref, shards))
     if earlier is None or earlier.job != info.job:
         other = earlier.job if earlier else "somebody who removed it again"
         raise SaveFailed(f"{ref.name} was committed by {other}")
@@ -93,11 +103,12 @@ def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecor
 def _check_there(store: Store, ref: Ref, shards: Sequence[ShardRecord]) -> None:
     """Raise SaveFailed for a shard that only its writer can see: the store is a local directory on every node."""
     there = set(store.children(ref.name))
+    names = _names(ref, shards)
     # A listing may be behind: the object itself is asked before it counts as missing.
-    unseen = [s.name for s in shards if s.name not in there and not _exists(store, f"{ref.name}/{s.name}")]
+    unseen = [name for name in names if name not in there and not _exists(store, f"{ref.name}/{name}")]
     if unseen:
         raise SaveFailed(
-            f"{len(unseen)} of {len(shards)} shards are not in {store.url}/{ref.name}, for example {unseen[0]}",
+            f"{len(unseen)} of {len(names)} shards are not in {store.url}/{ref.name}, for example {unseen[0]}",
             hint="does every node see the same store?",
         )
 
@@ -108,6 +119,15 @@ def _exists(store: Store, key: str) -> bool:
     except NotFound:
         return False
     return True
+
+
+def _names(ref: Ref, shards: Sequence[ShardRecord]) -> list[str]:
+    """The names of all files of these shards in their own checkpoint's folder."""
+    names = [shard.name for shard in shards]
+    for shard in shards:
+        if shard.segments is not None:
+            names += [file.name for file in shard.segments.files if file.folder == ref.name]
+    return list(dict.fromkeys(names))
 
 
 def _put(store: Store, ref: Ref, record: CommitRecord) -> CommitRecord | None:

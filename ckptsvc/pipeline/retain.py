@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ckptsvc.errors import Damaged, IncompatibleVersion
-from ckptsvc.format.commit import COMMIT, EPOCHS, CommitRecord, parse_checkpoint_name
+from ckptsvc.format.commit import EPOCHS, CommitRecord, parse_checkpoint_name
 from ckptsvc.pipeline.catalog import Ref, find, list_refs, newest_epoch, open_checkpoint, read_commit
-from ckptsvc.pipeline.failpoint import failpoint
+from ckptsvc.pipeline.references import delete_checkpoint, needed, referrers
 from ckptsvc.storage import TEMPORARY_PREFIX, Entry, Store
 from ckptsvc.storage.unfinished import unfinished_by_folder
 
@@ -46,23 +46,24 @@ class Garbage:
 def expire(store: Store, keep: int, protect: Collection[Ref] = ()) -> list[Ref]:
     """Delete all but the newest `keep` committed checkpoints; those in `protect` stay. Returns what went.
 
+    What those that stay refer to stays as well.
+
     A commit record that cannot be used counts as no checkpoint and is left alone, as evidence or for a newer ckptsvc.
     """
     if keep <= 0:
         return []
-    good = [ref for ref, commit in find(store) if isinstance(commit, CommitRecord)]
-    gone = [ref for ref in good[keep:] if ref not in protect]
-    for ref in gone:
-        delete_checkpoint(store, ref)
+    good = {ref: commit for ref, commit in find(store) if isinstance(commit, CommitRecord)}
+    stay = {*list(good)[:keep], *protect}
+    stay |= needed(commit for ref, commit in good.items() if ref in stay)
+    gone = []
+    for ref, commit in good.items():
+        if ref in stay:
+            continue
+        if delete_checkpoint(store, ref, good):
+            gone.append(ref)
+        else:
+            stay |= needed([commit])
     return gone
-
-
-def delete_checkpoint(store: Store, ref: Ref) -> None:
-    """Delete one checkpoint, commit record first."""
-    store.delete(f"{ref.name}/{COMMIT}")
-    failpoint("in_expire")
-    for entry in list(store.list(ref.name)):
-        store.delete(entry.key)
 
 
 def find_garbage(store: Store) -> Iterator[Garbage]:
@@ -77,16 +78,17 @@ def find_garbage(store: Store) -> Iterator[Garbage]:
         try:
             commit = read_commit(store, ref)
             if commit is None:
+                if referrers(store, ref):
+                    continue
                 open_end = " (it may still be running)" if ref.epoch == newest else ""
                 yield Garbage(ref.name, ref, "save not committed" + open_end, tuple(store.list(ref.name)))
                 continue
             entries = list(store.list(ref.name))
             if len(entries) <= commit.shards + 2:
                 continue  # shards, index and record: no need to read an index that may be large
-            index = open_checkpoint(store, ref, commit).index
+            known = open_checkpoint(store, ref, commit).own_names()
         except (Damaged, IncompatibleVersion):
             continue
-        known = {COMMIT, commit.index, *(shard.name for shard in index.shards)}
         strays = tuple(e for e in entries if e.key.removeprefix(f"{ref.name}/") not in known)
         if strays:
             yield Garbage(ref.name, None, "not part of the committed checkpoint", strays)
@@ -101,8 +103,12 @@ def find_garbage(store: Store) -> Iterator[Garbage]:
 
 
 def remove_garbage(store: Store, garbage: Garbage) -> bool:
-    """Delete what was found, unless its save has committed after all; returns whether it was deleted."""
-    if garbage.ref is not None and read_commit(store, garbage.ref) is not None:
+    """Delete what was found, unless its save has committed after all; returns whether it was deleted.
+
+    Nor is anything deleted that has come to be referred to.
+    """
+    ref = garbage.ref
+    if ref is not None and (read_commit(store, ref) is not None or referrers(store, ref)):
         return False
     for entry in garbage.entries:
         store.delete(entry.key)

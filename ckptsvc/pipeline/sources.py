@@ -8,10 +8,11 @@ from ckptsvc.errors import Damaged, NotFound
 from ckptsvc.format.checksum import Digests
 from ckptsvc.format.index import Index
 from ckptsvc.pipeline.catalog import Checkpoint
+from ckptsvc.pipeline.segmented import read_segments
 
 
 class StoreSource:
-    """The shards of a committed checkpoint in its store."""
+    """The shards of a committed checkpoint in its store, wherever their bytes are there."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -26,10 +27,16 @@ class StoreSource:
 
     def name(self, shard: int) -> str:
         """See pipeline.read.Source."""
-        return f"{self._checkpoint.store.url}/{self._checkpoint.key(shard)}"
+        key, segments = self._checkpoint.key(shard), self._checkpoint.index.segments
+        is_mapped = segments is not None and segments.is_mapped(shard)
+        return f"{self._checkpoint.store.url}/{key}" + (" and the files it refers to" if is_mapped else "")
 
     def read_into(self, shard: int, offset: int, buffer: memoryview) -> None:
         """See pipeline.read.Source."""
+        segments = self._checkpoint.index.segments
+        if segments is not None and segments.is_mapped(shard):
+            read_segments(self._checkpoint.store, segments, shard, offset, buffer)
+            return
         key = self._checkpoint.key(shard)
         try:
             self._checkpoint.store.read_into(key, offset, buffer)

@@ -9,10 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from ckptsvc.errors import Damaged, LayoutError, NotFound, StoreDenied, StoreError, StoreUnavailable
 from ckptsvc.format.checksum import bad_extents
+from ckptsvc.format.planes import PLAIN
+from ckptsvc.format.segments import Segment, StoredFile
 from ckptsvc.pipeline.catalog import Checkpoint
+from ckptsvc.pipeline.sources import StoreSource
 
 CHUNK_EXTENTS = 16
 """Extents read at a time."""
@@ -78,6 +82,9 @@ class _Shard:
         self._key = checkpoint.key(number)
         self._size = checkpoint.index.shards[number].nbytes
         self._extent = checkpoint.index.info.extent
+        self._source = StoreSource(checkpoint)
+        segments = checkpoint.index.segments
+        self._segments = segments if segments is not None and segments.is_mapped(number) else None
 
     def verify(self) -> list[Damage]:
         """What is wrong with it; nothing once the others have been told to stop."""
@@ -88,6 +95,8 @@ class _Shard:
             raise
 
     def _verify(self) -> list[Damage]:
+        if self._segments is not None:
+            return self._verify_segments()
         try:
             actual = self._checkpoint.store.size(self._key)
         except NotFound:
@@ -101,6 +110,50 @@ class _Shard:
             damages.append(self._damage(readable, max(actual, self._size), why))
             self._progress(self._size - readable)
         return damages
+
+    def _verify_segments(self) -> list[Damage]:
+        """Where the shard is in pieces: its files are judged by size and header, its bytes by the extents they make."""
+        assert self._segments is not None
+        damages = []
+        for file in self._segments.files_of(self._number):
+            why = self._bad_file(file)
+            if why:
+                damages.append(Damage(file.key, 0, file.header_nbytes or file.nbytes, (), why))
+        for start, stop, why in _merged(self._bad(self._size)):
+            found = self._segments.find(self._number, start, stop)
+            damages.extend(self._segment_damage(segment, start, stop, why) for segment in found)
+        return damages
+
+    def _bad_file(self, file: StoredFile) -> str:
+        """Why a file of segments is not as the index says, apart from its segments; "" if it is."""
+        store = self._checkpoint.store
+        try:
+            actual = store.size(file.key)
+            if actual != file.nbytes:
+                return f"the file has {actual} bytes; the index says {file.nbytes}"
+            header = bytearray(file.header_nbytes)
+            if header:
+                store.read_into(file.key, 0, memoryview(header))
+        except NotFound:
+            return "the file is missing"
+        except Damaged as error:
+            return f"cannot be read: {error.what}"
+        if header and xxhash.xxh3_64_intdigest(header) != file.header_digest:
+            return "checksum mismatch"
+        return ""
+
+    def _segment_damage(self, segment: Segment, start: int, stop: int, why: str) -> Damage:
+        """Damage of the bytes [start, stop) of the shard, as the place that one of its segments has in its file."""
+        assert self._segments is not None
+        place = segment.place
+        low, high = max(start, segment.start), min(stop, segment.stop)
+        tensors = self._damage(low, high, why).tensors
+        at, nbytes = place.offset, place.nbytes
+        if place.codec == PLAIN:
+            at, nbytes = at + low - segment.start, high - low
+        if segment.base is not None:
+            why += f", here or in its base in {self._segments.files[segment.base.file].key}"
+        return Damage(self._segments.files[place.file].key, at, at + nbytes, tensors, why)
 
     def _bad(self, readable: int) -> Iterator[tuple[int, int, str]]:
         """(start, stop, why) of every extent in the first bytes that does not verify."""
@@ -125,7 +178,7 @@ class _Shard:
     def _read(self, start: int, buffer: memoryview) -> str | None:
         """Fill the buffer; returns why these bytes cannot be read, or None."""
         try:
-            self._checkpoint.store.read_into(self._key, start, buffer)
+            self._source.read_into(self._number, start, buffer)
         except (StoreUnavailable, StoreDenied):
             raise  # says nothing about the bytes
         except (Damaged, StoreError) as error:

@@ -2,9 +2,10 @@
 
     python reader.py RUN            lists the newest checkpoint below a folder
 
-It needs json, numpy and safetensors; with xxhash it also verifies all that it reads. Sections (§) are the
-specification's. It has two ways to a tensor: by the index (`tensor`), as a restore would, and by the headers of the
-shards (`tensor_from_shards`), with the safetensors library only. What section 13 limits is left to the product.
+It needs json, numpy and safetensors; with xxhash it also verifies all that it reads, and with zstandard it reads what
+is compressed. Sections (§) are the specification's. It has two ways to a tensor: by the index (`tensor`), as a restore
+would, and by the headers of the shards (`tensor_from_shards`), with the safetensors library only: where each shard is
+one file. What section 13 limits is left to the product.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ try:
     import xxhash
 except ImportError:  # it reads all the same, unverified
     xxhash = None
+
+try:
+    import zstandard
+except ImportError:
+    zstandard = None
 
 # §4.2: code -> (name, bytes per element, numpy's name or None)
 DTYPES = {
@@ -78,7 +84,7 @@ def parse_record(text, sealed=False):
     """§5: canonical JSON, the version checked first, the seal verified."""
     fields = json.loads(text)
     major, _ = map(int, fields["format"].split("."))
-    require(major == 1, f"format {fields['format']} is newer than this reader")
+    require(major in (1, 2), f"format {fields['format']} is newer than this reader")
 
     def canonical(record):
         return json.dumps(record, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
@@ -124,6 +130,16 @@ def as_numpy(dtype, data):
     return np.ascontiguousarray(data).view(NUMPY[dtype]).reshape(data.shape[:-1])
 
 
+def unpacked(data, planes, nbytes):
+    """§9.2: the content of a segment: decompressed, and its planes joined."""
+    if planes == 0:
+        return np.frombuffer(data, np.uint8)
+    content = np.frombuffer(zstandard.ZstdDecompressor().decompress(data, max_output_size=nbytes), np.uint8)
+    require(len(content) == nbytes, "a segment comes to another size")
+    whole = nbytes // planes * planes
+    return np.concatenate((content[:whole].reshape(planes, -1).T.reshape(-1), content[whole:]))
+
+
 class Checkpoint:
     """§12: one committed checkpoint, opened by its index."""
 
@@ -149,9 +165,73 @@ class Checkpoint:
         self.shards = [self.folder / name.decode() for name in shard_names]
         self.digests = lists(self.columns["shard_digests"], self.columns["shard_digest_ends"])
         require(len(self.shards) == self.commit["shards"], "the index lists another number of shards")
+        self.segments = [[] for _ in self.shards]
+        if self.info["format"].startswith("2."):
+            self._read_segments()
         if xxhash:
             hashes = [xxhash.xxh3_64_intdigest(name) for name in names]
             require(hashes == self.columns["tensor_hash"].tolist() == sorted(hashes), "names do not match hashes")
+
+    def _read_segments(self):
+        """§9.2: for each shard [(first extent, extents, place, base)]; a place is a row of `fields`."""
+        columns = self.columns
+        folders = [name.decode() for name in lists(columns["folder_names"].tobytes(), columns["folder_name_ends"])]
+        own = self.folder.name
+        require(sorted({*folders} - {own}) == self.commit.get("refers", []), "the commit record refers to others")
+        names = lists(columns["file_names"].tobytes(), columns["file_name_ends"])
+        self.files = [
+            self.folder.parent / folders[folder] / name.decode()
+            for folder, name in zip(columns["file_folder"], names, strict=True)
+        ]
+        fields = [columns[f"file_{name}"].tolist() for name in ("nbytes", "header_nbytes", "header_digest")]
+        for path, size, header, digest in zip(self.files, *fields, strict=True):
+            with path.open("rb") as file:
+                head = file.read(header)
+            require(path.stat().st_size == size, f"{path} has another size")
+            if xxhash and header:
+                require(xxhash.xxh3_64_intdigest(head) == digest, f"the header of {path} is damaged")
+        fields = ("file", "offset", "nbytes", "codec", "digest")
+        places, bases = (
+            list(zip(*(columns[f"{kind}_{n}"].tolist() for n in fields), strict=True)) for kind in ("segment", "base")
+        )
+        rows = list(zip(columns["segment_extents"].tolist(), places, columns["segment_base"].tolist(), strict=True))
+        self.segments = []
+        for listed in lists(rows, columns["shard_segment_ends"]):
+            first, found = 0, []
+            for extents, place, base in listed:
+                found.append((first, extents, place, bases[base - 1] if base else None))
+                first += extents
+            self.segments.append(found)
+
+    def _stored(self, place):
+        file, offset, nbytes, codec, digest = place
+        with self.files[file].open("rb") as opened:
+            opened.seek(offset)
+            data = opened.read(nbytes)
+        require(len(data) == nbytes, f"{self.files[file]} is truncated")
+        if xxhash and digest:
+            require(xxhash.xxh3_64_intdigest(data) == digest, f"{self.files[file]}: a segment is damaged")
+        return data, codec
+
+    def _extents(self, shard, first, last):
+        """The bytes of extents [first, last) of a shard."""
+        extent = self.info["extent"]
+        size = int(self.columns["shard_nbytes"][shard])
+        if not self.segments[shard]:
+            with self.shards[shard].open("rb") as file:
+                file.seek(first * extent)
+                return file.read((last - first) * extent)
+        parts = []
+        for begin, extents, place, base in self.segments[shard]:
+            low, high = max(begin, first), min(begin + extents, last)
+            if low >= high:
+                continue
+            nbytes = min((begin + extents) * extent, size) - begin * extent
+            content = unpacked(*self._stored(place), nbytes)
+            if base is not None:
+                content = content ^ unpacked(*self._stored(base), nbytes)
+            parts.append(content[(low - begin) * extent : (high - begin) * extent].tobytes())
+        return b"".join(parts)
 
     def names(self):
         """All tensors and aliases but the objects documents."""
@@ -185,9 +265,7 @@ class Checkpoint:
         """§10: bytes of a shard, verified in whole extents."""
         extent = self.info["extent"]
         first, last = offset // extent, -(-(offset + nbytes) // extent)
-        with self.shards[shard].open("rb") as file:
-            file.seek(first * extent)
-            data = file.read((last - first) * extent)
+        data = self._extents(shard, first, last)
         for i in range(first, last) if xxhash else ():
             part = data[(i - first) * extent : (i - first + 1) * extent]
             require(

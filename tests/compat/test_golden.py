@@ -22,7 +22,7 @@ from ckptsvc.geometry.reshard import plan
 from ckptsvc.types import DTYPES
 
 GOLDEN = Path(__file__).with_name("golden")
-VERSIONS = sorted(path.name for path in GOLDEN.iterdir())
+VERSIONS = ["1.0"]  # a run of 2.0 is read by test_segments
 
 
 def files_of(root):

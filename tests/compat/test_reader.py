@@ -41,7 +41,7 @@ def test_the_reader_knows_nothing_of_the_product():
         for alias in node.names
     }
     third_party = imports - sys.stdlib_module_names
-    assert third_party == {"numpy", "safetensors", "xxhash"}
+    assert third_party == {"numpy", "safetensors", "xxhash", "zstandard"}
 
 
 def test_it_reads_every_tensor_by_the_index_and_by_the_shards(run, sample):

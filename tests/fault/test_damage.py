@@ -82,7 +82,7 @@ def test_restore_falls_back_over_any_damage_and_says_so(
     launch: Launch, run_of_three: tuple[Path, list[dict[str, str]]]
 ) -> None:
     store, states = run_of_three
-    newer = Damage(COMMIT, "replace", text=newer_record(store, "2.0"))
+    newer = Damage(COMMIT, "replace", text=newer_record(store, "3.0"))
     compatible = Damage(COMMIT, "replace", text=newer_record(store, "1.7"))
     (found,) = launch.plain(1, restore_over, str(store), [*DAMAGES, newer, compatible]).results()
     for damage, outcome in zip([*DAMAGES, newer], found[:-1], strict=True):
@@ -91,7 +91,7 @@ def test_restore_falls_back_over_any_damage_and_says_so(
         (message,) = outcome["said"]
         assert "step 3" in message, str(damage)
         assert checkpoints(store)[0].name in message, f"{damage}: {message}"
-    assert "2.0" in found[-2]["said"][0]
+    assert "3.0" in found[-2]["said"][0]
     # A newer minor version adds only what may be ignored.
     assert (found[-1]["restored"], found[-1]["said"], found[-1]["state"]) == (3, [], states[2])
 
@@ -105,7 +105,7 @@ def test_ranks_fall_back_together_when_one_shard_is_bad(launch: Launch, tmp_path
         Damage("r00000-*", "cut", 4500),
         Damage(INDEX, "flip", 9),
         Damage(COMMIT, "flip", 9),
-        Damage(COMMIT, "replace", text=newer_record(store, "2.0")),
+        Damage(COMMIT, "replace", text=newer_record(store, "3.0")),
     ]
     ranks = launch.plain(2, restore_over, str(store), damages).results()
     for damage, *outcomes in zip(damages, *ranks, strict=True):
@@ -144,7 +144,7 @@ def test_verify_names_file_tensor_and_bytes(run_of_three: tuple[Path, list[dict[
             error = find(opened)[0][1]
             assert isinstance(error, Damaged), str(damage)
             assert f"{newest.name}/COMMIT" in str(error)
-    with damaged(store, Damage(COMMIT, "replace", text=newer_record(store, "2.0"))):
+    with damaged(store, Damage(COMMIT, "replace", text=newer_record(store, "3.0"))):
         assert isinstance(find(opened)[0][1], IncompatibleVersion)
 
 
@@ -171,6 +171,6 @@ def test_a_run_without_a_good_checkpoint_is_not_begun_anew(
     assert answer.startswith("Damaged: none of 3 checkpoints could be restored")
     assert "step 3" in answer
     for folder in checkpoints(store):
-        (folder / "COMMIT").write_text(newer_record(store, "2.0", folder))
+        (folder / "COMMIT").write_text(newer_record(store, "3.0", folder))
     (answer,) = launch.plain(1, refuse, str(store)).results()
     assert answer.startswith("IncompatibleVersion: none of 3 checkpoints could be restored")

@@ -83,6 +83,10 @@ def test_every_setting_has_its_variable() -> None:
         "save.deadline": "0",
         "save.timeout": "1h",
         "save.early_cores": "1",
+        "save.incremental": "true",
+        "save.full_every": "4",
+        "save.compression": "auto",
+        "save.compression_level": "3",
         "scheduler.margin": "off",
         "scheduler.drain": "true",
         "launch.standby": "false",
@@ -129,8 +133,9 @@ def test_every_setting_has_its_variable() -> None:
     )
     assert settings.arena == config.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
     assert settings.save == config.SaveSettings(
-        every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0, early_cores=1
-    )
+        every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0, early_cores=1,
+        incremental=True, full_every=4, compression="auto", compression_level=3,
+    )  # fmt: skip
     assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
     assert settings.store == config.StoreSettings(
         url="memory://x", retries=0, timeout=0.5, options={"s3": {"region": "eu-west-1"}}

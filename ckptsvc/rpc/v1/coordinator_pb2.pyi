@@ -168,7 +168,7 @@ class Staged(_message.Message):
     def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., store: _Optional[str] = ..., ended: bool = ..., again: bool = ...) -> None: ...
 
 class Durable(_message.Message):
-    __slots__ = ("job", "epoch", "step", "rank", "name", "nbytes", "extent", "digests", "columns")
+    __slots__ = ("job", "epoch", "step", "rank", "name", "nbytes", "extent", "digests", "columns", "segments")
     JOB_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
@@ -178,6 +178,7 @@ class Durable(_message.Message):
     EXTENT_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
     COLUMNS_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
     job: str
     epoch: int
     step: int
@@ -187,7 +188,8 @@ class Durable(_message.Message):
     extent: int
     digests: bytes
     columns: bytes
-    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., name: _Optional[str] = ..., nbytes: _Optional[int] = ..., extent: _Optional[int] = ..., digests: _Optional[bytes] = ..., columns: _Optional[bytes] = ...) -> None: ...
+    segments: bytes
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., name: _Optional[str] = ..., nbytes: _Optional[int] = ..., extent: _Optional[int] = ..., digests: _Optional[bytes] = ..., columns: _Optional[bytes] = ..., segments: _Optional[bytes] = ...) -> None: ...
 
 class ShardFailed(_message.Message):
     __slots__ = ("job", "epoch", "step", "rank", "code", "what")

@@ -76,6 +76,11 @@ def test_json(run: Run) -> None:
     checkpoint = document["checkpoint"]
     assert checkpoint.keys() == {
         "store", "name", "step", "epoch", "attempt", "job", "world_size", "created", "format", "shards", "bytes",
+        "stored",
+    }  # fmt: skip
+    assert checkpoint["stored"] == {
+        "written": checkpoint["bytes"], "referenced": 0, "compressed": 0, "compressed_to": 0, "deltas": 0,
+        "ratio": 1.0, "refers": [],
     }  # fmt: skip
     assert (checkpoint["store"], checkpoint["step"], checkpoint["world_size"]) == (run.url, 10, 4)
     tied = json.loads(cli("inspect", run.url, "--json", "--match", "head").out)

@@ -77,16 +77,16 @@ def test_records_that_cannot_be_used_are_shown_and_hide_no_others(tmp_path: Path
     run = Run(f"file://{tmp_path}")
     for step in (1, 2, 3):
         run.save(step)
-    (tmp_path / "step-000000000003.e00001" / "COMMIT").write_text(newer_record(tmp_path, "2.0"))
+    (tmp_path / "step-000000000003.e00001" / "COMMIT").write_text(newer_record(tmp_path, "3.0"))
     (tmp_path / "step-000000000002.e00001" / "COMMIT").write_bytes(b"x" * 100_000)
     status, out, err = cli("ls", tmp_path)
     assert status == 0
     assert [line.split("  ")[-1] for line in out.splitlines()[1:]] == ["newer format", "damaged", "committed"]
-    assert "format 2.0" in err
+    assert "format 3.0" in err
     assert "too large for a commit record" in err
     found = json.loads(cli("ls", tmp_path, "--json").out)["checkpoints"]
     assert [entry["state"] for entry in found] == ["newer format", "damaged", "committed"]
-    assert "format 2.0" in found[0]["why"]
+    assert "format 3.0" in found[0]["why"]
     assert found[0]["created"] is None
 
 

@@ -84,11 +84,11 @@ def test_json(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_newer_format_is_told_from_damage(run: Run, tmp_path: Path) -> None:
-    with damaged(tmp_path, Damage("COMMIT", "replace", text=newer_record(tmp_path, "2.0"))):
+    with damaged(tmp_path, Damage("COMMIT", "replace", text=newer_record(tmp_path, "3.0"))):
         status, out, _ = cli("verify", run.url, "--all")
         assert status == 13
         assert out.startswith(f"{NEWEST}  newer format\n")
-        assert "format 2.0" in out
+        assert "format 3.0" in out
         assert cli("verify", run.url).status == 13
         record = tmp_path / OLDER / "COMMIT"
         record.write_bytes(b"{}")

@@ -40,7 +40,7 @@ def test_more_columns_than_are_wanted_are_a_newer_minor_version():
     file = encode(COLUMNS, b'{"format":"1.5"}')
     assert set(decode(file, {"wide": np.uint64}, "x", 100)[0]) == {"wide"}
     with pytest.raises(IncompatibleVersion):
-        decode(encode(COLUMNS, b'{"format":"2.0"}'), SCHEMA, "x", 100)
+        decode(encode(COLUMNS, b'{"format":"3.0"}'), SCHEMA, "x", 100)
 
 
 @pytest.mark.parametrize("schema", [{"missing": np.uint8}, {"wide": np.int64}, {"bytes": np.uint64}])

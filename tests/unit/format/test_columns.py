@@ -102,7 +102,7 @@ def test_columns_that_contradict_themselves_are_damage(columns):
 
 
 def test_a_newer_major_version_is_refused():
-    newer = sample().encode().replace(b'\\"format\\":\\"1.0\\"', b'\\"format\\":\\"2.0\\"')
+    newer = sample().encode().replace(b'\\"format\\":\\"1.0\\"', b'\\"format\\":\\"3.0\\"')
     with pytest.raises(IncompatibleVersion):
         Columns.decode(newer)
 

@@ -70,8 +70,8 @@ def test_a_record_with_a_newer_minor_version_is_read():
 
 
 def test_a_record_with_a_newer_major_version_is_refused():
-    with pytest.raises(IncompatibleVersion, match=r"step-1/COMMIT has format 2\.0"):
-        CommitRecord.decode(sealed(format="2.0"), "step-1/COMMIT")
+    with pytest.raises(IncompatibleVersion, match=r"step-1/COMMIT has format 3\.0"):
+        CommitRecord.decode(sealed(format="3.0"), "step-1/COMMIT")
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,7 @@ def test_entries_come_back_in_file_order_with_absolute_offsets():
 
 
 def test_a_newer_version_is_refused_before_anything_else_is_looked_at():
-    header = {"__metadata__": {"ckptsvc": '{"format":"2.0"}'}, "a": entry(0, 5, "F6_NEW")}
+    header = {"__metadata__": {"ckptsvc": '{"format":"3.0"}'}, "a": entry(0, 5, "F6_NEW")}
     with pytest.raises(IncompatibleVersion):
         decoded(file_of(header))
 

@@ -256,8 +256,8 @@ def test_an_impossible_info_record_is_damage(kit, info):
 
 def test_versions(kit):
     assert Index.decode(rewritten(kit, info={"format": "1.5", "novelty": "x"})).info.step == 7
-    with pytest.raises(IncompatibleVersion, match=r"index-1.*2\.0"):
-        Index.decode(rewritten(kit, info={"format": "2.0"}), "index-1")
+    with pytest.raises(IncompatibleVersion, match=r"index-1.*3\.0"):
+        Index.decode(rewritten(kit, info={"format": "3.0"}), "index-1")
 
 
 def look_at_everything(data):

@@ -7,16 +7,19 @@ import re
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import xxhash
 from safetensors.numpy import load, save
 
 from ckptsvc.errors import Damaged, InvalidInput
-from ckptsvc.format import index, limits, objects, shard
+from ckptsvc.format import columnar, index, limits, objects, shard
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import CommitRecord
+from ckptsvc.format.extents import ROW, ExtentTable, decode
 from ckptsvc.format.header import header_length
 from ckptsvc.format.index import Index
+from ckptsvc.format.segments import StoredFile
 from ckptsvc.format.shard import PAGE, Part, ShardTemplate, decode_header
 from ckptsvc.geometry.box import Box
 from ckptsvc.types import TensorMeta
@@ -86,6 +89,24 @@ def nested(depth):
 
 def listing(items):
     return b'{"format":"1.0","tree":[' + b",".join([b"0"] * items) + b"]}"
+
+
+def commit_that_refers_to(count):
+    return commit_with(format="2.0", refers=[f"step-{step:012}.e00001" for step in range(count)])
+
+
+def packed(nbytes):
+    """The map of a shard of so many bytes that are compressed as one, and how many they are."""
+    rows = np.zeros(1, ROW)
+    rows["nbytes"], rows["codec"], rows["base_file"] = 10, 1, -1
+    file = StoredFile("step-000000000001.e00001", "r00000-00000000.safetensors", 10)
+    columns = {**ExtentTable((file,), rows).segments(10, 10).columns}
+    return columnar.encode(columns, b'{"format":"2.0"}') + nbytes.to_bytes(8, "little")
+
+
+def decode_packed(file):
+    nbytes = int.from_bytes(file[-8:], "little")
+    return decode(file[:-8], nbytes, nbytes)
 
 
 # For each limit: a file at it that is read, a file beyond it, and what reads them.
@@ -163,6 +184,12 @@ HOSTILE = {
         index_with(kit, novelty="x" * 17_000_000),
     ),
     "MAX_SHARDS": lambda kit: (CommitRecord.decode, commit_with(shards=2**24), commit_with(shards=2**24 + 1)),
+    "MAX_REFERS": lambda kit: (CommitRecord.decode, commit_that_refers_to(1024), commit_that_refers_to(1025)),
+    "MAX_SEGMENT_BYTES": lambda kit: (
+        decode_packed,
+        packed(limits.MAX_SEGMENT_BYTES),
+        packed(limits.MAX_SEGMENT_BYTES + 1),
+    ),
     "MAX_OBJECTS_BYTES": lambda kit: (objects.decode, nested(1), bytes(limits.MAX_OBJECTS_BYTES + 1)),
     "MAX_OBJECTS_ITEMS": lambda kit: (objects.decode, listing(1000), listing(limits.MAX_OBJECTS_ITEMS)),
     "MAX_OBJECTS_DEPTH": lambda kit: (

@@ -321,7 +321,7 @@ def test_what_is_no_document_is_damage(data):
 
 def test_a_newer_major_version_is_refused():
     with pytest.raises(IncompatibleVersion):
-        decode(b'{"format":"2.0","forest":[]}')
+        decode(b'{"format":"3.0","forest":[]}')
 
 
 def survives(kit, data):

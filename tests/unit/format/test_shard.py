@@ -273,7 +273,7 @@ def test_versions(kit):
 
     assert table(edited(sample(kit), set_version("1.9"))).info.step == 7
     with pytest.raises(IncompatibleVersion):
-        table(edited(sample(kit), set_version("2.0")))
+        table(edited(sample(kit), set_version("3.0")))
 
 
 @given(st.data())

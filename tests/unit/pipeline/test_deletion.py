@@ -3,12 +3,15 @@
 import contextlib
 
 import pytest
+from harness.increments import Saver, big_run, floats
 from harness.random_run import memory_store, small_run
 
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.format.commit import COMMIT
-from ckptsvc.pipeline.catalog import Ref, find, open_checkpoint
-from ckptsvc.pipeline.retain import delete_checkpoint, expire, find_garbage, remove_garbage
+from ckptsvc.pipeline.catalog import Ref, find, list_refs, open_checkpoint
+from ckptsvc.pipeline.increments import Economy
+from ckptsvc.pipeline.references import delete_checkpoint, referrers
+from ckptsvc.pipeline.retain import expire, find_garbage, remove_garbage
 from ckptsvc.pipeline.verify import verify_checkpoint
 from ckptsvc.storage import connect
 from ckptsvc.storage.wrappers import Fault, Faulty
@@ -86,3 +89,78 @@ def test_an_interruption_anywhere_leaves_whole_checkpoints_only(lost):
             assert remove_garbage(store, garbage)
         assert whole(store) == [40, 30]
         assert {entry.key.split("/")[0] for entry in store.list()} == {Ref(1, 40).name, Ref(1, 30).name}
+
+
+def fill_with_references(store, last=6):
+    """Steps 1 to `last`; the first and every third after it are whole, the others refer to the whole one before."""
+    run = big_run({"frozen": floats(20_000), "trained": floats(500)})
+    saver = Saver(store, Economy(incremental=True, full_every=3))
+    for step in range(1, last + 1):
+        run.truth["trained"] = floats(500, step)
+        saver.save(run, step)
+    return store
+
+
+def test_what_is_referred_to_stays():
+    store = fill_with_references(memory_store(), 5)  # 2 and 3 refer to 1, and 5 to 4
+    assert referrers(store, Ref(1, 1)) == [Ref(1, 3), Ref(1, 2)]
+    assert not delete_checkpoint(store, Ref(1, 1))
+    assert expire(store, 1) == [Ref(1, 3), Ref(1, 2), Ref(1, 1)]
+    assert whole(store) == [5, 4]
+    fill_with_references(store, 5)
+    assert expire(store, 1, protect=[Ref(1, 2)]) == [Ref(1, 3)]
+    assert whole(store) == [5, 4, 2, 1]
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_interruption_anywhere_leaves_all_that_is_referred_to(lost):
+    counting = Faulty(fill_with_references(memory_store(), 5))
+    expire(counting, 1)
+    for nth in range(1, len(counting.calls) + 1):
+        store = fill_with_references(memory_store(), 5)
+        with contextlib.suppress(CkptsvcError):
+            expire(Faulty(store, [Fault(nth=nth, times=0, error="store-unavailable", lost=lost)]), 1)
+        assert whole(store)[:2] == [5, 4]
+        for _ in range(2):
+            expire(store, 1)
+            for garbage in list(find_garbage(store)):
+                assert remove_garbage(store, garbage)
+        assert whole(store) == [5, 4]
+        assert {entry.key.split("/")[0] for entry in store.list()} == {Ref(1, 5).name, Ref(1, 4).name}
+
+
+@pytest.mark.parametrize("nth", range(1, 8))
+def test_a_record_that_cannot_be_read_for_a_moment_loses_no_base(nth):
+    store = fill_with_references(memory_store(), 5)
+    with contextlib.suppress(CkptsvcError):
+        expire(Faulty(store, [Fault(op="read", nth=nth, error="store-unavailable")]), 1)
+    assert whole(store)[:2] == [5, 4]
+
+
+def test_a_reference_that_comes_while_a_checkpoint_is_being_deleted_is_seen():
+    store = fill_with_references(memory_store(), 2)
+    late = store.read(f"{Ref(1, 2).name}/{COMMIT}")
+    store.delete(f"{Ref(1, 2).name}/{COMMIT}")
+
+    class Racing(Faulty):
+        def delete(self, key):
+            self.inner.delete(key)
+            if key == f"{Ref(1, 1).name}/{COMMIT}":
+                self.inner.put_if_absent(f"{Ref(1, 2).name}/{COMMIT}", late)
+
+    assert not delete_checkpoint(Racing(store), Ref(1, 1))
+    assert whole(store) == [2, 1]
+
+
+def test_a_folder_that_is_referred_to_is_no_garbage():
+    """Whatever took its commit record away."""
+    store = fill_with_references(memory_store(), 2)
+    store.delete(f"{Ref(1, 1).name}/{COMMIT}")
+    assert list(find_garbage(store)) == []
+    assert whole(store) == [2]
+    assert expire(store, 1) == []
+    delete_checkpoint(store, Ref(1, 2))
+    (garbage,) = find_garbage(store)
+    assert garbage.ref == Ref(1, 1)
+    assert remove_garbage(store, garbage)
+    assert list_refs(store) == []

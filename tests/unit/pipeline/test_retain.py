@@ -39,7 +39,7 @@ def test_only_the_newest_are_kept(run: Run) -> None:
 def test_records_that_cannot_be_used_are_neither_counted_nor_deleted(run: Run, tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         run.save(step, TENSORS)
-    newer = newer_record(tmp_path, "2.0")
+    newer = newer_record(tmp_path, "3.0")
     (tmp_path / "step-000000000004.e00001" / "COMMIT").write_text(newer)
     (tmp_path / "step-000000000003.e00001" / "COMMIT").write_text("{}")
     assert expire(run.store, 1) == [Ref(1, 1)]
@@ -84,7 +84,7 @@ def test_what_interrupted_saves_leave_is_found_and_nothing_else(run: Run, tmp_pa
 def test_what_cannot_be_read_is_left_alone(run: Run, tmp_path: Path) -> None:
     for step in (1, 2, 3):
         run.save(step, TENSORS)
-    newer = newer_record(tmp_path, "2.0")
+    newer = newer_record(tmp_path, "3.0")
     (tmp_path / "step-000000000001.e00001" / "COMMIT").write_bytes(b"damaged")
     (tmp_path / "step-000000000002.e00001" / "COMMIT").write_text(newer)
     (index,) = (tmp_path / "step-000000000003.e00001").glob("index-*")

@@ -1,0 +1,236 @@
+"""Shards of which only what is new is written: what is read from them is what was saved, wherever the bytes are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from harness.increments import ALL, NONE, Saver, assert_holds, big_run, floats
+from harness.random_run import memory_store, runs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptsvc.errors import SaveFailed, StoreFull
+from ckptsvc.format.commit import COMMIT
+from ckptsvc.geometry.box import Box
+from ckptsvc.pipeline import increments
+from ckptsvc.pipeline.catalog import open_checkpoint
+from ckptsvc.pipeline.increments import Economy
+from ckptsvc.pipeline.packing import Trial, is_worth
+from ckptsvc.pipeline.read import Want, read_arrays
+from ckptsvc.pipeline.retain import expire
+from ckptsvc.pipeline.sources import StoreSource
+from ckptsvc.storage.wrappers import Fault, Faulty, Limited, Measured
+
+
+def change(run, rng, share: float) -> None:
+    """Change a share of the elements of every tensor."""
+    for name, array in run.truth.items():
+        raw = bytearray(array.tobytes())
+        for at in rng.integers(0, max(len(raw), 1), int(len(raw) * share)).tolist():
+            raw[at] ^= 1 + int(rng.integers(255))
+        run.truth[name] = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
+
+
+@settings(max_examples=40)
+@given(
+    runs(), st.sampled_from(["off", "zstd"]), st.booleans(), st.lists(st.sampled_from([0, 0.001, 0.3, 1]), max_size=5),
+    st.integers(1, 4),
+)  # fmt: skip
+def test_what_was_saved_is_read_whatever_was_written(run, compression, incremental, shares, full_every):
+    rng = np.random.default_rng(1)
+    saver = Saver(memory_store(), Economy(incremental, full_every, compression))
+    kept = [(saver.save(run, 1)[0], {**run.truth})]
+    for step, share in enumerate(shares, 2):
+        change(run, rng, share)
+        kept.append((saver.save(run, step)[0], {**run.truth}))
+    for checkpoint, truth in kept:
+        run.truth = truth
+        assert_holds(checkpoint, run)
+
+
+def test_what_has_not_changed_is_not_written_again():
+    run = big_run({"frozen": floats(90_000), "trained": floats(10_000)})
+    saver = Saver(memory_store(), Economy(incremental=True))
+    first, all_of_it = saver.save(run, 1)
+    assert (first.commit.format, first.commit.refers, first.index.segments) == ("1.0", (), None)
+    run.truth["trained"] = floats(10_000, 1)
+    second, some = saver.save(run, 2)
+    assert some < all_of_it / 7
+    assert (second.commit.format, second.index.info.format) == ("2.0", "2.0")
+    assert second.commit.refers == (first.ref.name,)
+    assert second.commit.bytes == first.commit.bytes
+    totals = second.index.segments.stored(second.ref.name)
+    assert totals["written"] == some
+    assert totals["referenced"] > 0.85 * second.commit.bytes
+    run.truth["trained"] = floats(10_000, 2)
+    third, _ = saver.save(run, 3)
+    assert third.commit.refers == (first.ref.name,), "of the second nothing is needed"
+    assert_holds(third, run)
+    assert list(third.files(0)) == [file.key for file in third.index.segments.files]
+
+
+def test_a_whole_one_is_written_now_and_then():
+    run = big_run({"frozen": floats(10_000)})
+    saver = Saver(memory_store(), Economy(incremental=True, full_every=3))
+    found = [saver.save(run, step)[0].commit.refers for step in range(1, 8)]
+    assert [bool(refers) for refers in found] == [False, True, True, False, True, True, False]
+    assert found[4] == ("step-000000000004.e00001",)
+
+
+def test_only_what_is_committed_is_referred_to():
+    run = big_run({"frozen": floats(10_000)})
+    saver = Saver(memory_store(), Economy(incremental=True))
+    saver.write(run, 0, 1)  # never committed
+    second = saver.write(run, 0, 2)
+    assert second.segments is None
+    saver.save(run, 3)
+    for step in (4, 5, 6):
+        written = saver.write(run, 0, step)
+        assert written.segments.folders == ["step-000000000003.e00001", f"step-{step:012}.e00001"]
+    # Nothing gets committed any more: maybe for what it refers to.
+    assert saver.write(run, 0, 7).segments is None
+
+
+def test_another_layout_or_size_of_shard_is_no_problem():
+    saver = Saver(memory_store(), ALL)
+    for step, sizes in enumerate([(5000, 3000), (5000, 3000, 700), (100,), (5000, 3000), (5001,)], 1):
+        run = big_run({f"t{i}": floats(n, i) for i, n in enumerate(sizes)})
+        assert_holds(saver.save(run, step)[0], run)
+
+
+def test_small_updates_are_stored_as_differences_one_deep():
+    run = big_run({"weights": floats(100_000)}, extent=1 << 16)
+    saver = Saver(memory_store(), ALL)
+    sizes, kept = [], []
+    for step in range(1, 6):
+        checkpoint, stored = saver.save(run, step)
+        sizes.append(stored)
+        kept.append((checkpoint, {**run.truth}))
+        totals = checkpoint.index.segments.stored(checkpoint.ref.name)
+        assert bool(totals["deltas"]) == (step % 2 == 0), "a base is not a difference itself"
+        run.truth["weights"] = run.truth["weights"] ^ np.random.default_rng(step).integers(0, 4, 100_000, np.uint32)
+    assert max(sizes[1], sizes[3]) < 0.5 * min(sizes[0], sizes[2])
+    for checkpoint, truth in kept:
+        run.truth = truth
+        assert_holds(checkpoint, run)
+
+
+def test_a_difference_is_not_made_to_an_arena_that_has_been_filled_anew():
+    run = big_run({"weights": floats(50_000)})
+    saver = Saver(memory_store(), ALL)
+    saver.save(run, 2)
+    run.truth["weights"] = run.truth["weights"] ^ 1
+    saver.arenas["0-0"][:] = bytes(len(saver.arenas["0-0"]))  # the rank is about to take the next snapshot
+    checkpoint, _ = saver.save(run, 3)
+    assert checkpoint.index.segments.stored(checkpoint.ref.name)["deltas"] == 0
+    assert_holds(checkpoint, run)
+
+
+def test_a_compressed_shard_is_a_few_files(monkeypatch):
+    monkeypatch.setattr(increments, "CHAPTER", 8192)
+    monkeypatch.setattr(increments, "MAX_FILES", 5)
+    run = big_run({"weights": floats(100_000)})
+    saver = Saver(memory_store(), Economy(compression="zstd"))
+    checkpoint, _ = saver.save(run, 1)
+    assert len(checkpoint.files(0)) == 5
+    assert checkpoint.commit.refers == ()
+    assert_holds(checkpoint, run)
+    assert checkpoint.own_names() == {key.rpartition("/")[2] for key in (e.key for e in saver.store.list())}
+
+
+@pytest.mark.parametrize("compression", ["off", "zstd"])
+def test_a_header_has_room_for_all_segments_of_its_file(monkeypatch, compression):
+    monkeypatch.setattr(increments, "MAX_PARTS", 7)
+    run = big_run({"weights": floats(60_000)}, extent=1024)
+    saver = Saver(memory_store(), Economy(incremental=True, compression=compression))
+    saver.save(run, 1)
+    run.truth["weights"][::768] ^= 1  # every third extent
+    checkpoint, _ = saver.save(run, 2)
+    assert len(checkpoint.index.segments.files) > 10
+    assert checkpoint.commit.refers
+    assert_holds(checkpoint, run)
+
+
+def test_a_failed_write_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(increments, "CHAPTER", 8192)
+    run = big_run({"weights": floats(50_000)})
+    store = Faulty(memory_store(), [Fault(op="write", nth=3, error="store-full")])
+    with pytest.raises(StoreFull):
+        Saver(store, Economy(compression="zstd")).write(run, 0, 1)
+    assert list(store.inner.list()) == []
+
+
+def test_whether_to_compress_is_measured():
+    few = big_run({"weights": floats(1_000_000) & np.uint32(0xFF00FF00)}, extent=1 << 18)
+    noise = np.random.default_rng(0).integers(0, 2**32, 1_000_000, np.uint32)
+    saver = Saver(Limited(memory_store(), bytes_per_second=20e6), Economy(compression="auto"))
+    assert saver.write(few, 0, 1).segments is None, "how fast the store is is not known yet"
+    written = saver.write(few, 0, 2)
+    assert "leaves 35%" in written.why
+    assert written.stored < 0.4 * written.nbytes
+    assert "leaves 100%: not compressed" in saver.write(big_run({"weights": noise}, extent=1 << 18), 0, 3).why
+
+
+def test_compression_must_be_faster_than_the_store():
+    halves = Trial(speed=500e6, ratio=0.5)
+    assert is_worth(halves, bandwidth=100e6, threads=1)[0]
+    assert not is_worth(halves, bandwidth=500e6, threads=1)[0]
+    assert is_worth(halves, bandwidth=500e6, threads=2)[0]
+    assert not is_worth(halves._replace(ratio=0.95), bandwidth=1e6, threads=1)[0]
+
+
+def test_what_is_referred_to_stays_as_long_as_it_is():
+    run = big_run({"frozen": floats(10_000), "trained": floats(1000)})
+    saver = Saver(memory_store(), Economy(incremental=True, full_every=4))
+    refs = []
+    for step in range(1, 10):
+        run.truth["trained"] = floats(1000, step)
+        checkpoint, _ = saver.save(run, step)
+        refs.append(checkpoint.ref)
+        expire(saver.store, 1, protect=[checkpoint.ref])
+        there = [ref.step for ref in refs if saver.store.children(ref.name)]
+        assert there == sorted({step, (step - 1) // 4 * 4 + 1})
+        assert_holds(checkpoint, run)
+
+
+def test_a_checkpoint_whose_base_was_deleted_is_not_committed():
+    run = big_run({"frozen": floats(10_000)})
+    saver = Saver(memory_store(), Economy(incremental=True))
+    first, _ = saver.save(run, 1)
+    for entry in list(saver.store.list(first.ref.name)):
+        saver.store.delete(entry.key)
+    with pytest.raises(SaveFailed, match=r"refers to step-000000000001.*deleted"):
+        saver.save(run, 2)
+    assert COMMIT not in saver.store.children("step-000000000002.e00001")
+
+
+def test_files_of_an_earlier_try_are_not_referred_to():
+    """The coordinator may have committed another file of that rank than the one this process wrote last."""
+    run = big_run({"frozen": floats(10_000)})
+    saver = Saver(memory_store(), Economy(incremental=True))
+    saver.save(run, 1)
+    saver.committed = NONE
+    saver.write(run, 0, 1)
+    saver.committed = (1, 1)
+    with pytest.raises(SaveFailed, match="refers to"):
+        saver.save(run, 2)
+
+
+def test_a_part_is_read_without_the_rest():
+    run = big_run({"weights": floats(100_000), "bias": floats(1000, 1)})
+    saver = Saver(memory_store(), ALL)
+    for step in (1, 2):
+        run.truth["weights"] = run.truth["weights"] ^ step
+        checkpoint, _ = saver.save(run, step)
+    read = []
+    store = Measured(saver.store, lambda op, seconds, nbytes, error: read.append(nbytes))
+    opened = open_checkpoint(store, checkpoint.ref)
+    read.clear()
+    (found,) = read_arrays(opened.index, StoreSource(opened), [Want("bias", "float32", (1000,), Box((0,), (1000,)))])
+    assert found.tobytes() == run.truth["bias"].tobytes()
+    assert sum(read) <= 4 * 4096, "two extents, each with its base"
+    read.clear()
+    part = memoryview(bytearray(10))
+    StoreSource(opened).read_into(0, 50_003, part)
+    assert bytes(part) == bytes(run.image(0, 2)[50_003:50_013])
+    assert sum(read) <= 2 * 4096
