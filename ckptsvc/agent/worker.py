@@ -24,7 +24,7 @@ import numpy as np
 
 from ckptsvc.agent import nodelist
 from ckptsvc.config import load
-from ckptsvc.errors import CkptsvcError, SaveFailed, StoreError
+from ckptsvc.errors import CkptsvcError, SaveFailed
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import CommitRecord
@@ -35,6 +35,7 @@ from ckptsvc.pipeline.catalog import Ref, read_commit, take_epoch
 from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.retain import expire
+from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.write import write_shard
 from ckptsvc.storage import Progress, Store, connect
 from ckptsvc.storage.wrappers import Retrying
@@ -69,6 +70,7 @@ class Worker:
         self._lock = threading.Lock()
         self._mappings = Mappings()
         self._fills: dict[int, threading.Event] = {}  # snapshots that are written while they are copied in -> given up
+        self._expiring: dict[str, dict[str, Any] | None] = {}  # store a thread deletes in -> what it does next
         self._digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
 
     def store(self, url: str) -> Store:
@@ -160,7 +162,7 @@ class Worker:
         return {"epoch": epoch}
 
     def do_commit(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
-        """Commit a checkpoint, then let go of those beyond the number to keep."""
+        """Commit a checkpoint."""
         failpoint("before_commit")
         store = self.store(args["store"])
         info = msgspec.convert(args["info"], IndexInfo)
@@ -168,14 +170,33 @@ class Worker:
             ShardRecord(s["name"], s["rank"], s["nbytes"], _digests(s["digests"]), Columns.decode(s["columns"]))
             for s in args["shards"]
         ]
-        record: CommitRecord = commit_checkpoint(store, info, shards, args["writer"])
+        record: CommitRecord = commit_checkpoint(store, info, shards, args["writer"], args["metrics"])
         failpoint("after_commit")
-        gone = []
-        try:
-            gone = expire(store, args["keep"], protect=[Ref(record.epoch, record.step)])
-        except StoreError as error:
-            note({"warning": f"old checkpoints could not be removed: {error}"})
-        return {"index_bytes": record.index_bytes, "removed": [ref.name for ref in gone]}
+        return {"index_bytes": record.index_bytes}
+
+    def do_expire(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Delete what nothing keeps. While one thread does, others leave it what they were asked for."""
+        url, gone, objects = args["store"], [], 0
+        with self._lock:
+            busy = url in self._expiring
+            self._expiring[url] = args
+        while not busy:
+            with self._lock:
+                wanted = self._expiring[url]
+                self._expiring[url] = None
+                if wanted is None:
+                    del self._expiring[url]
+                    break
+            try:
+                policy = msgspec.convert(wanted["policy"], Policy)
+                done = expire(self.store(url), policy, [Ref(wanted["epoch"], wanted["step"])])
+            except BaseException:
+                with self._lock:
+                    del self._expiring[url]
+                raise
+            gone += [ref.name for ref in done.gone]
+            objects += done.objects
+        return {"gone": gone, "objects": objects}
 
     def do_lookup(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Is this step committed?"""

@@ -14,7 +14,7 @@ from ckptsvc.cli import address
 from ckptsvc.cli.agents import agent_directory, ask_all
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, progress, size
 from ckptsvc.errors import CkptsvcError, InvalidInput
-from ckptsvc.pipeline.retain import Garbage, find_garbage, remove_garbage
+from ckptsvc.pipeline.garbage import Garbage, find_garbage, remove_garbage
 from ckptsvc.quantities import parse_duration
 from ckptsvc.storage import Store
 

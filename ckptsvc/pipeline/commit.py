@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import mmap
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 from ckptsvc.errors import Damaged, Fenced, NotFound, SaveFailed, StoreError
 from ckptsvc.format.checksum import digest128
@@ -40,7 +41,13 @@ def check_fence(store: Store, job: str, epoch: int) -> None:
         raise Fenced(f"job {owner.job} took this run over at {owner.created} (epoch {newest}; ours is {epoch})")
 
 
-def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecord], writer: str) -> CommitRecord:
+def commit_checkpoint(
+    store: Store,
+    info: IndexInfo,
+    shards: Sequence[ShardRecord],
+    writer: str,
+    metrics: Mapping[str, str] = MappingProxyType({}),
+) -> CommitRecord:
     """Commit one checkpoint whose shards are all durable.
 
     Args:
@@ -48,6 +55,7 @@ def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecor
         info: step, epoch, attempt, job and so on.
         shards: one record for each rank.
         writer: a random id of the caller, the same when it tries again.
+        metrics: as the record has them (see `format.commit.metrics_text`).
 
     Returns:
         the record that is in the store: ours, or that of an earlier try of this very save.
@@ -82,6 +90,7 @@ def commit_checkpoint(store: Store, info: IndexInfo, shards: Sequence[ShardRecor
             bytes=sum(s.nbytes for s in shards),
             world_size=info.world_size,
             created=now_iso(),
+            metrics=dict(metrics),
         )
         earlier = _put(store, ref, record)
     if earlier is None or earlier.job != info.job:

@@ -12,7 +12,7 @@ from harness.stored import Run, Tensor, cli
 from ckptsvc.cli import gc
 from ckptsvc.cli.agents import Answer
 from ckptsvc.errors import AgentUnavailable
-from ckptsvc.pipeline.retain import remove_garbage
+from ckptsvc.pipeline.garbage import remove_garbage
 
 TENSORS = {"w": Tensor(np.zeros(5000, np.float32), cut="dim 0")}
 

@@ -8,7 +8,9 @@ from harness.random_run import memory_store, small_run
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.format.commit import COMMIT
 from ckptsvc.pipeline.catalog import Ref, find, open_checkpoint
-from ckptsvc.pipeline.retain import delete_checkpoint, expire, find_garbage, remove_garbage
+from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
+from ckptsvc.pipeline.retain import delete_checkpoint, expire
+from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.verify import verify_checkpoint
 from ckptsvc.storage import connect
 from ckptsvc.storage.wrappers import Fault, Faulty
@@ -53,35 +55,35 @@ def test_the_commit_record_goes_first(store):
 
 def test_what_is_protected_stays(store):
     fill(store)
-    assert expire(store, 1, protect=[Ref(1, 10), Ref(1, 30), Ref(1, 99)]) == [Ref(1, 20)]
+    assert expire(store, Policy(last=1), [Ref(1, 10), Ref(1, 30), Ref(1, 99)]).gone == [Ref(1, 20)]
     assert whole(store) == [40, 30, 10]
 
 
 def test_the_newest_epoch_counts_before_the_highest_step(store):
     fill(store)
     small_run().store(store, step=5, epoch=2)
-    assert expire(store, 1) == [Ref(1, 40), Ref(1, 30), Ref(1, 20), Ref(1, 10)]
+    assert expire(store, Policy(last=1)).gone == [Ref(1, 10), Ref(1, 20), Ref(1, 30), Ref(1, 40)]
     assert whole(store) == [5]
 
 
 def test_to_keep_more_than_there_are_is_to_keep_all(store):
     fill(store)
-    assert expire(store, 4) == []
-    assert expire(store, 100) == []
+    assert expire(store, Policy(last=4)).gone == []
+    assert expire(store, Policy(last=100)).gone == []
     assert whole(store) == [40, 30, 20, 10]
 
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_an_interruption_anywhere_leaves_whole_checkpoints_only(lost):
     counting = Faulty(fill(memory_store()))
-    expire(counting, 2)
+    expire(counting, Policy(last=2))
     for nth in range(1, len(counting.calls) + 1):
         store = fill(memory_store())
         with contextlib.suppress(CkptsvcError):  # a record that cannot be read is passed over
-            expire(Faulty(store, [Fault(nth=nth, times=0, error="store-unavailable", lost=lost)]), 2)
+            expire(Faulty(store, [Fault(nth=nth, times=0, error="store-unavailable", lost=lost)]), Policy(last=2))
         assert whole(store)[:2] == [40, 30]
         # What was begun is finished by the next one, or found as garbage.
-        expire(store, 2)
+        expire(store, Policy(last=2), resume_after=0)
         for garbage in list(find_garbage(store)):
             assert remove_garbage(store, garbage)
         assert whole(store) == [40, 30]
