@@ -182,9 +182,9 @@ class CoordinatorShell:
             done = await self._allot(effect)
             self._execute(self.core.epoch_done(done, time.monotonic()))
         elif isinstance(effect, Commit):
-            done = await self._commit(effect)
-            self._execute(self.core.commit_done(done, time.monotonic()))
-            if not done.code and self._may_act():
+            ended = await self._commit(effect)
+            self._execute(self.core.commit_done(ended, time.monotonic()))
+            if not ended.code and self._may_act():
                 await self._expire(effect)
         elif isinstance(effect, Probe):
             async with self._ringing:

@@ -27,7 +27,9 @@ COMMANDS = {
     "diff": "compare two checkpoints",
     "convert": "turn a checkpoint into another layout or format",
     "layout": "show how a parallel layout would divide a checkpoint, and by which rules",
-    "gc": "remove what interrupted saves have left",
+    "pin": "keep a checkpoint from being deleted",
+    "unpin": "let retention decide about a checkpoint again",
+    "gc": "remove what interrupted work has left; show what retention keeps and why",
     "bench": "measure saving and restoring here, beside the raw limits and other systems",
     "demo": "train, kill, recover, and resume at other scales",
 }

@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import xxhash
 
 from ckptsvc.client.group import Group
 from ckptsvc.config import Settings, agents_directory, private_directory
 from ckptsvc.errors import ConfigError
 from ckptsvc.launch import LOCAL_JOB, Placement, detect
+from ckptsvc.pipeline.retention import policy_of
 from ckptsvc.rpc.dial import is_alive
 
 
@@ -72,24 +74,10 @@ def registration(group: Group, place: Placement, settings: Settings, url: str, c
         "every_steps": every.steps if every else 0,
         "every_seconds": every.seconds if every else 0.0,
         "keep": settings.save.keep,
-        "retention": retention_of(settings),
+        "retention": msgspec.to_builtins(policy_of(settings)),
         "extent": settings.save.extent,
         "coordinator": coordinator,
         "ends": _ends(place),
-    }
-
-
-def retention_of(settings: Settings) -> dict[str, Any]:
-    """What is kept besides the newest checkpoints, as a registration says it (pipeline.retention.Policy)."""
-    wanted = settings.retention
-    return {
-        "steps": wanted.every.steps if wanted.every else 0,
-        "seconds": wanted.every.seconds if wanted.every else 0.0,
-        "best": wanted.best,
-        "metric": wanted.metric,
-        "highest": wanted.order == "highest",
-        "age": wanted.age or 0.0,
-        "rate": wanted.rate,
     }
 
 

@@ -240,7 +240,7 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, str]:
         try:
             if len(found) == MAX_METRICS:
                 raise InvalidInput(f"there are more than {MAX_METRICS}")
-            found |= metrics_text({name: value})
+            found |= metrics_text({str(name): value})
         except InvalidInput as error:
             log.warning("metric %r is left out: %s", name, error)
     return found

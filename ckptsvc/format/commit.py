@@ -202,7 +202,7 @@ def check_metrics(metrics: Mapping[str, str]) -> None:
     if len(metrics) > MAX_METRICS:
         raise InvalidInput(f"{len(metrics)} metrics are too many: {MAX_METRICS} are the most")
     for name, text in metrics.items():
-        if not isinstance(name, str) or not _METRIC_NAME.fullmatch(name):
+        if not _METRIC_NAME.fullmatch(name):
             raise InvalidInput(f"{name!r} is no name of a metric: 1 to 100 characters without spaces")
         if not _FLOAT.fullmatch(text) or repr(float(text)) != text:
             raise InvalidInput(f"metric {name!r} is {text[:100]!r}, and no number as it should be written")

@@ -7,7 +7,7 @@ the agents say.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -146,11 +146,15 @@ def _beside(
             yield Garbage("(uploads)", None, "uploads that were never completed", uploads, uploads=True)
 
 
-def remove_garbage(store: Store, garbage: Garbage) -> bool:
-    """Delete what was found, unless it is a checkpoint after all; returns whether it was deleted."""
+def remove_garbage(store: Store, garbage: Garbage, pace: Callable[[], None] = lambda: None) -> bool:
+    """Delete what was found, unless it is a checkpoint after all; returns whether it was deleted.
+
+    `pace` is called before every object.
+    """
     if garbage.ref is not None and read_commit(store, garbage.ref) is not None:
         return False
     for entry in garbage.entries:
+        pace()
         if garbage.uploads:
             assert isinstance(store, Uploads)
             store.abandon(entry)

@@ -27,7 +27,7 @@ from ckptsvc.pipeline.retention import Candidate, Policy, Verdict, decide
 from ckptsvc.storage import Store
 
 RESUME_AFTER = 600.0
-"""Seconds after which a deletion that has begun and not ended is taken up by others: till then somebody may be at it."""
+"""Seconds after which a deletion that has begun and not ended is taken up: until then somebody may be at it."""
 
 Found = Sequence[tuple[Ref, CommitRecord | Refused]]
 """What `catalog.find` returns."""
@@ -110,6 +110,7 @@ def expire(
     needed: Collection[Ref] = (),
     now: float | None = None,
     resume_after: float = RESUME_AFTER,
+    progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Expired:
     """Delete what nothing keeps, and what others began to delete.
 
@@ -121,6 +122,7 @@ def expire(
         needed: checkpoints that a running save or a drain works with.
         now: seconds since 1970; None asks the clock.
         resume_after: seconds after which deletions that others began are taken up.
+        progress: called with the size of every file that is deleted.
 
     Raises:
         StoreError: the store failed; the next call goes on where this one was interrupted.
@@ -144,7 +146,7 @@ def expire(
         if ref in holds | refers and put_back(store, ref):
             done.back.append(ref)
         elif ref not in refers:  # a pin alone came too late if files are gone: whoever set it was told so
-            done.objects += sweep(store, ref, pace)
+            done.objects += sweep(store, ref, pace, progress)
             done.gone.append(ref)
     return done
 
@@ -152,7 +154,7 @@ def expire(
 def delete_checkpoint(store: Store, ref: Ref) -> None:
     """Delete one checkpoint, whatever retention or a pin says."""
     _retire(store, ref)
-    sweep(store, ref, Pace(0))
+    sweep(store, ref, Pace(0), lambda nbytes: None)
 
 
 def mark_key(ref: Ref) -> str:
@@ -210,12 +212,13 @@ def whole(store: Store, ref: Ref) -> bytes:
     return data if commit.index in names and len(names) > commit.shards else b""
 
 
-def sweep(store: Store, ref: Ref, pace: Callable[[], None]) -> int:
+def sweep(store: Store, ref: Ref, pace: Callable[[], None], progress: Callable[[int], None]) -> int:
     """Delete the files of what is no checkpoint any more, and then its mark; returns how many objects went."""
     count = 0
     for entry in list(store.list(ref.name)):
         pace()
         store.delete(entry.key)
+        progress(entry.size)
         count += 1
         failpoint("in_sweep")
     store.delete(mark_key(ref))

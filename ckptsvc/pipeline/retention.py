@@ -20,6 +20,7 @@ from typing import Annotated
 
 import msgspec
 
+from ckptsvc.config import Settings
 from ckptsvc.pipeline.catalog import Ref
 
 NEWEST = "the newest"
@@ -52,6 +53,21 @@ class Policy(msgspec.Struct, frozen=True, kw_only=True):
     highest: bool = False
     age: _Amount = 0.0
     rate: _Amount = 0.0
+
+
+def policy_of(settings: Settings) -> Policy:
+    """The policy of the settings."""
+    wanted = settings.retention
+    return Policy(
+        last=settings.save.keep,
+        steps=wanted.every.steps if wanted.every else 0,
+        seconds=wanted.every.seconds if wanted.every else 0.0,
+        best=wanted.best,
+        metric=wanted.metric,
+        highest=wanted.order == "highest",
+        age=wanted.age or 0.0,
+        rate=wanted.rate,
+    )
 
 
 @dataclass(frozen=True, slots=True)

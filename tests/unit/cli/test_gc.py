@@ -102,7 +102,7 @@ def test_a_step_that_an_agent_is_saving_is_left_alone(run: Run, monkeypatch: pyt
 
 
 def test_a_save_that_commits_while_we_look_is_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(store, garbage):
+    def late(store, garbage, pace):
         run.save(garbage.ref.step, TENSORS, world=2)
         return remove_garbage(store, garbage)
 

@@ -76,6 +76,7 @@ def test_json(run: Run) -> None:
     checkpoint = document["checkpoint"]
     assert checkpoint.keys() == {
         "store", "name", "step", "epoch", "attempt", "job", "world_size", "created", "format", "shards", "bytes",
+        "metrics", "refers",
     }  # fmt: skip
     assert (checkpoint["store"], checkpoint["step"], checkpoint["world_size"]) == (run.url, 10, 4)
     tied = json.loads(cli("inspect", run.url, "--json", "--match", "head").out)
