@@ -15,6 +15,9 @@ from ckptsvc.errors import Damaged, IncompatibleVersion
 FORMAT: Final = "1.0"
 """What this code writes."""
 
+WITH_METRICS: Final = "1.1"
+"""What a commit record with metrics has: 1.0 does not know them."""
+
 _NEWEST_MAJOR: Final = 1
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})", re.ASCII)
 

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from ckptsvc.errors import Damaged, Fenced, NotFound, SaveFailed, StoreError
 from ckptsvc.format.checksum import digest128
 from ckptsvc.format.commit import COMMIT, CommitRecord, index_name
+from ckptsvc.format.compat import FORMAT, WITH_METRICS
 from ckptsvc.format.index import Index, IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.catalog import Ref, newest_epoch, read_commit, read_epoch
@@ -91,6 +92,7 @@ def commit_checkpoint(
             world_size=info.world_size,
             created=now_iso(),
             metrics=dict(metrics),
+            format=WITH_METRICS if metrics else FORMAT,
         )
         earlier = _put(store, ref, record)
     if earlier is None or earlier.job != info.job:

@@ -9,11 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 from ckptsvc.errors import Damaged, IncompatibleVersion
 from ckptsvc.format.commit import (
-    COMMIT,
     EPOCHS,
     PINS,
     RETIRED,
@@ -23,7 +21,7 @@ from ckptsvc.format.commit import (
 )
 from ckptsvc.pipeline.catalog import Ref, list_refs, newest_epoch, open_checkpoint, read_commit
 from ckptsvc.pipeline.pins import pinned
-from ckptsvc.pipeline.retain import referred, whole
+from ckptsvc.pipeline.retain import own_names, referred, whole
 from ckptsvc.storage import TEMPORARY_PREFIX, Entry, Store
 
 CONVERSION = re.compile(r"convert-step-[0-9]{12,18}", re.ASCII)
@@ -40,14 +38,12 @@ class Garbage:
         why: how they came to be there.
         entries: the objects, in the order in which they are to be deleted; none where an empty folder is all that is
             left.
-        uploads: they are uploads that were never completed (see `Uploads`), not objects.
     """
 
     folder: str
     ref: Ref | None
     why: str
     entries: tuple[Entry, ...]
-    uploads: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -58,20 +54,6 @@ class Garbage:
     def modified(self) -> float:
         """When the last of them was written, in seconds since 1970: a save that is slow is not an old one."""
         return max((entry.modified for entry in self.entries), default=0.0)
-
-
-@runtime_checkable
-class Uploads(Protocol):
-    """What a store may offer besides `Store`: parts of objects that were uploaded and never made one.
-
-    Object stores keep (and charge for) the parts of a multipart upload whose writer was killed, and list them nowhere.
-    """
-
-    def unfinished(self) -> Iterator[Entry]:
-        """Yield every such upload: its key, the bytes uploaded (0 if that is not known), when it began."""
-
-    def abandon(self, entry: Entry) -> None:
-        """Give an upload up, and with it its parts; no error where there is none."""
 
 
 def find_garbage(store: Store) -> Iterator[Garbage]:
@@ -109,10 +91,10 @@ def _strays(store: Store, ref: Ref, commit: CommitRecord) -> Iterator[Garbage]:
     if len(entries) <= commit.shards + 2:
         return  # shards, index and record: no need to read an index that may be large
     try:
-        index = open_checkpoint(store, ref, commit).index
+        found = open_checkpoint(store, ref, commit)
     except (Damaged, IncompatibleVersion):
         return
-    known = {COMMIT, commit.index, *(shard.name for shard in index.shards)}
+    known = own_names(found)
     strays = tuple(e for e in entries if e.key.removeprefix(f"{ref.name}/") not in known)
     if strays:
         yield Garbage(ref.name, None, "not part of the committed checkpoint", strays)
@@ -140,10 +122,6 @@ def _beside(
     for name in store.children():
         if CONVERSION.fullmatch(name):
             yield Garbage(name, None, "records of an unfinished conversion", tuple(store.list(name)))
-    if isinstance(store, Uploads):
-        uploads = tuple(store.unfinished())
-        if uploads:
-            yield Garbage("(uploads)", None, "uploads that were never completed", uploads, uploads=True)
 
 
 def remove_garbage(store: Store, garbage: Garbage, pace: Callable[[], None] = lambda: None) -> bool:
@@ -155,11 +133,7 @@ def remove_garbage(store: Store, garbage: Garbage, pace: Callable[[], None] = la
         return False
     for entry in garbage.entries:
         pace()
-        if garbage.uploads:
-            assert isinstance(store, Uploads)
-            store.abandon(entry)
-        else:
-            store.delete(entry.key)
+        store.delete(entry.key)
     if not garbage.entries:  # a driver removes folders that have become empty, here one that already was
         store.delete(f"{garbage.folder}/{TEMPORARY_PREFIX}none")
     return True

@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from ckptsvc.errors import Damaged, IncompatibleVersion, NotFound, StoreError
 from ckptsvc.format.commit import COMMIT, RETIRED, CommitRecord, parse_checkpoint_name
 from ckptsvc.format.limits import MAX_RECORD_BYTES
-from ckptsvc.pipeline.catalog import Ref, Refused, find
+from ckptsvc.pipeline.catalog import Checkpoint, Ref, Refused, find, open_checkpoint
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.pins import pinned
 from ckptsvc.pipeline.retention import Candidate, Policy, Verdict, decide
@@ -208,8 +208,16 @@ def whole(store: Store, ref: Ref) -> bytes:
         commit = CommitRecord.decode(data, mark_key(ref))
     except (NotFound, Damaged, IncompatibleVersion):
         return b""
-    names = set(store.children(ref.name))
-    return data if commit.index in names and len(names) > commit.shards else b""
+    try:
+        missing = own_names(open_checkpoint(store, ref, commit)) - {COMMIT} - set(store.children(ref.name))
+    except (Damaged, IncompatibleVersion):
+        return b""
+    return b"" if missing else data
+
+
+def own_names(checkpoint: Checkpoint) -> set[str]:
+    """Names of all objects in a checkpoint's folder that are part of it."""
+    return {COMMIT, checkpoint.commit.index, *(shard.name for shard in checkpoint.index.shards)}
 
 
 def sweep(store: Store, ref: Ref, pace: Callable[[], None], progress: Callable[[int], None]) -> int:
