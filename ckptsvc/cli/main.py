@@ -29,6 +29,7 @@ COMMANDS = {
     "layout": "show how a parallel layout would divide a checkpoint, and by which rules",
     "pin": "keep a checkpoint from being deleted",
     "unpin": "let retention decide about a checkpoint again",
+    "doctor": "check this node, and measure what a store can do",
     "plan": "compute sizes, times and the best interval of a job's checkpoints",
     "gc": "remove what interrupted work has left; show what retention keeps and why",
     "bench": "measure saving and restoring here, beside the raw limits and other systems",
