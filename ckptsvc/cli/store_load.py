@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ckptsvc.cli.bench_machine import evict
-from ckptsvc.storage import Store
+from ckptsvc.storage import TEMPORARY_PREFIX, Store
 
 FOLDER = "ckptsvc-trial-"
 """Beginning of the keys of all that is written for a measurement."""
@@ -101,6 +101,7 @@ def make_cold(store: Store, keys: Sequence[str]) -> str:
 
 
 def clear(store: Store, folder: str) -> None:
-    """Delete all that is below a folder."""
+    """Delete all that is below a folder, and with it the folder."""
     for entry in list(store.list(folder)):
         store.delete(entry.key)
+    store.delete(f"{folder}/{TEMPORARY_PREFIX}none")  # a driver removes folders that have become empty
