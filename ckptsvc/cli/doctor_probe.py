@@ -21,9 +21,9 @@ from typing import Any
 
 import msgspec
 
-from ckptsvc.cli.store_load import FOLDER, Buffers, clear, each, make_cold, timed, workers
+from ckptsvc.cli.store_load import FOLDER, Buffers, clear, connect_as_set, each, make_cold, timed, workers
 from ckptsvc.errors import CkptsvcError, ConfigError
-from ckptsvc.storage import Store, connect
+from ckptsvc.storage import Store
 
 MiB = 1 << 20
 RACERS, RACES = 8, 10
@@ -148,7 +148,7 @@ class Probe:
         with contextlib.ExitStack() as stack:
             for way in ways:
                 try:
-                    store = connect(self._spec.url, way)
+                    store = connect_as_set(self._spec.url, way)
                 except ConfigError:
                     continue
                 stack.callback(store.close)
@@ -234,7 +234,7 @@ def main(text: str) -> int:
     signal.signal(signal.SIGTERM, _ended)
     threading.Thread(target=_watch_input, daemon=True).start()
     try:
-        store = connect(spec.url)
+        store = connect_as_set(spec.url)
         try:
             _run(spec, store)
         finally:
@@ -260,7 +260,7 @@ def _run(spec: Spec, store: Store) -> None:
 def clean(url: str, folder: str) -> int:
     """Remove what a probe that was killed has left."""
     with contextlib.suppress(CkptsvcError):
-        clear(connect(url), folder)
+        clear(connect_as_set(url), folder)
         return 0
     return 1
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ckptsvc.cli.bench_machine import evict
-from ckptsvc.storage import TEMPORARY_PREFIX, Store
+from ckptsvc.storage import TEMPORARY_PREFIX, Store, connect
 
 FOLDER = "ckptsvc-trial-"
 """Beginning of the keys of all that is written for a measurement."""
@@ -86,6 +87,11 @@ def timed(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def connect_as_set(url: str, options: Mapping[str, Any] | None = None) -> Store:
+    """Open a store as the agent would, with further options of its driver."""
+    return connect(url, options or {})
 
 
 def make_cold(store: Store, keys: Sequence[str]) -> str:
