@@ -54,6 +54,7 @@ class System(ABC):
 
     def describe(self) -> None:
         """Say how it does it in `note`, after an object was written; this is not measured."""
+        self.note = self.note or type(self).__name__
 
     @abstractmethod
     def write(self, name: str) -> None:

@@ -54,7 +54,7 @@ def main(text: str) -> int:
     _answer(out, _attempt(lambda: system.setup(source, target)) | {"note": system.note})
     for line in sys.stdin:
         word, name = line.split()
-        _answer(out, _attempt(lambda word=word, name=name: _do(system, word, name)))  # type: ignore[misc]
+        _answer(out, _attempt(lambda word=word, name=name: _do(system, word, name)))
     return 0
 
 

@@ -84,7 +84,8 @@ class Probe:
                     old.add(name)
         # The first object makes the directory, without which some things cannot be known.
         self._store.put_if_absent(self._key("first"), b"1")
-        return msgspec.to_builtins(self._store.capabilities()) | {"url": self._store.url, "removed": sorted(old)}
+        said: dict[str, Any] = msgspec.to_builtins(self._store.capabilities())
+        return said | {"url": self._store.url, "removed": sorted(old)}
 
     def metadata(self) -> dict[str, Any]:
         """Seconds of every call on small objects."""
