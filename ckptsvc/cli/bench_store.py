@@ -122,6 +122,7 @@ def run(url: str, names: Sequence[str], nbytes: int, connections: int, repeat: i
                 _drop(found, name, answer["error"])
             else:
                 workers[name] = worker
+        os.unlink(memory)  # all have mapped it, or ended
         total = (repeat + 1) * len(workers) * 2 * nbytes
         with progress("measuring", total) as advance:
             for repetition in range(repeat + 1):
@@ -207,7 +208,8 @@ def _shared(nbytes: int) -> Iterator[str]:
             file.writelines(piece[: min(MiB, 2 * nbytes - start)] for start in range(0, 2 * nbytes, MiB))
         yield path
     finally:
-        os.unlink(path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
 
 
 def _clean(url: str, folder: str) -> None:

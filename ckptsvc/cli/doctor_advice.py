@@ -16,7 +16,6 @@ NOISY = 0.5
 """Spread of the samples, in parts of their median, from which on they are called noisy."""
 
 DEFAULT_RATE = 100.0
-DEFAULT_WAY = {"threads": 4}
 LONG = 60.0
 """Seconds a save may take before a faster tier in front of the store pays."""
 
@@ -102,7 +101,7 @@ def _exclusive(found: Mapping[str, Mapping[str, Any]]) -> list[Advice]:
 
 
 def _direct(about: Mapping[str, Any]) -> list[Advice]:
-    if about.get("direct_io"):
+    if about.get("direct_io") and str(about.get("url", "")).startswith(("file://", "lustre://")):
         return [Advice("", "", f"no direct I/O: {about['direct_io']}; writing takes more of the CPU")]
     return []
 
@@ -112,17 +111,18 @@ def _driver(found: Mapping[str, Mapping[str, Any]]) -> list[Advice]:
     options = f"store.options.{str(found.get('about', {}).get('url', '')).partition('://')[0] or 'file'}"
     ways = [(way, speed(tune["size"], seconds)) for way, seconds in tune.get("ways", ())]
     known = [(way, each) for way, each in ways if each is not None]
-    base = next((each for way, each in known if way == DEFAULT_WAY), None)
-    if base is None:
+    base = next((each for way, each in known if not way), None)
+    others = [(way, each) for way, each in known if way]
+    if base is None or not others:
         return []
-    way, top = max(known, key=lambda each: each[1].median)
+    way, top = max(others, key=lambda each: each[1].median)
     name, value = next(iter(way.items()))
-    text = str(value) if name == "threads" else f"{value // MiB}MiB"
     if top.median > CLEAR * base.median and top.low > base.median:
-        why = f"{_mib(top.median)} instead of {_mib(base.median)} with 4 threads and the usual block"
+        why = f"{_mib(top.median)} for one large object instead of {_mib(base.median)}"
+        text = f"{value // MiB}MiB" if name in ("block", "part") else str(value)
         return [Advice(f"{options}.{name}", text, why, change=True)]
-    return [Advice(f"{options}.threads", "4", f"no other number of threads or size of block is clearly better than"
-        f" {_mib(base.median)}")]  # fmt: skip
+    tried = ", ".join(dict.fromkeys(name for way, _ in others for name in way))
+    return [Advice(options, "-", f"no other {tried} is clearly better than the driver's own: {_mib(base.median)}")]
 
 
 def _extent(read: Mapping[tuple[int, int], Speed]) -> list[Advice]:

@@ -144,7 +144,8 @@ class Probe:
     def tune(self) -> dict[str, Any]:
         """Seconds for writing one large object with other settings of the driver, where it has them."""
         size = self._spec.sizes[-1]
-        ways = [{"threads": n} for n in (1, 2, 4, 8, 16)] + [{"block": n * MiB} for n in (2, 8, 32)]
+        ways = [{}, *({"threads": n} for n in (1, 2, 8, 16)), *({"block": n * MiB} for n in (2, 32))]  # of files
+        ways += [*({"connections": n} for n in (4, 16, 32)), *({"part": n * MiB} for n in (8, 32))]  # of object stores
         stores: list[tuple[dict[str, int], Store]] = []
         with contextlib.ExitStack() as stack:
             for way in ways:

@@ -55,7 +55,7 @@ def test_a_store_is_measured_and_nothing_is_left(runtime: Runtime, there: Path) 
     assert found["race"]["winners"] == [1] * 10
     assert all(len(times) for times in found["metadata"]["calls"].values())
     assert all(sample["seconds"] for stage in ("write", "read") for sample in found[stage]["samples"])
-    assert {each["setting"] for each in store["advice"]} >= {"store.options.file.threads", "retention.rate"}
+    assert {each["setting"] for each in store["advice"]} >= {"retention.rate", "save.early_cores", "tiers"}
     out = run(runtime, "--store", there, *SMALL)[1]
     assert "of 8 writers of one object exactly one won" in out
     assert max(map(len, out.splitlines())) <= 120
