@@ -29,6 +29,8 @@ from ckptsvc.storage import Store
 RESUME_AFTER = 600.0
 """Seconds after which a deletion that has begun and not ended is taken up: until then somebody may be at it."""
 
+_LONGEST_PAUSE = 60.0  # seconds between two objects, however low the rate
+
 Found = Sequence[tuple[Ref, CommitRecord | Refused]]
 """What `catalog.find` returns."""
 
@@ -56,7 +58,7 @@ class Pace:
             return
         now = self._clock()
         wait = self._free_at - now
-        self._free_at = max(self._free_at, now) + 1 / self._rate
+        self._free_at = max(self._free_at, now) + min(1 / self._rate, _LONGEST_PAUSE)
         if wait > 0:
             self._sleep(wait)
 
@@ -207,6 +209,8 @@ def whole(store: Store, ref: Ref) -> bytes:
         data = store.read(mark_key(ref), MAX_RECORD_BYTES)
         commit = CommitRecord.decode(data, mark_key(ref))
     except (NotFound, Damaged, IncompatibleVersion):
+        return b""
+    if (commit.epoch, commit.step) != ref:
         return b""
     try:
         missing = own_names(open_checkpoint(store, ref, commit)) - {COMMIT} - set(store.children(ref.name))

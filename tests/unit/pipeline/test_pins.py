@@ -7,8 +7,9 @@ import msgspec
 import pytest
 from harness.random_run import memory_store, small_run
 
-from ckptsvc.errors import CkptsvcError, NoCheckpoint
+from ckptsvc.errors import CkptsvcError, NoCheckpoint, SaveFailed
 from ckptsvc.format.commit import COMMIT, PINS, RETIRED, CommitRecord, pin_key
+from ckptsvc.pipeline import commit
 from ckptsvc.pipeline.catalog import Ref, find, open_checkpoint, read_commit
 from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
 from ckptsvc.pipeline.pins import pin, pinned, read_pin, unpin
@@ -236,6 +237,24 @@ def test_files_that_a_checkpoint_needs_stay_though_their_own_is_half_deleted(sto
     assert expire(store, LAST, resume_after=0).gone == [MIDDLE]
     assert [g.folder for g in find_garbage(store)] == []
     assert sorted(store.list(OLD.name)) == before
+
+
+def test_a_mark_of_another_checkpoint_brings_nothing_back(store):
+    store.put_if_absent(f"{RETIRED}/{OLD.name}", store.read(f"{MIDDLE.name}/{COMMIT}"))
+    store.delete(f"{OLD.name}/{COMMIT}")
+    assert not put_back(store, OLD)
+
+
+def test_a_commit_that_needs_what_was_deleted_meanwhile_is_taken_back(store):
+    key = f"{NEW.name}/{COMMIT}"
+    record = msgspec.structs.replace(read_commit(store, NEW), refers=(MIDDLE.name,))
+    store.delete(key)
+    store.put_if_absent(key, record.encode())
+    commit._check_referred(store, NEW, record)
+    store.delete(f"{MIDDLE.name}/{COMMIT}")
+    with pytest.raises(SaveFailed, match="was deleted meanwhile"):
+        commit._check_referred(store, NEW, record)
+    assert whole(store) == [OLD]
 
 
 def test_a_hostile_mark_deletes_no_checkpoint(store):
