@@ -170,7 +170,7 @@ class Worker:
             ShardRecord(s["name"], s["rank"], s["nbytes"], _digests(s["digests"]), Columns.decode(s["columns"]))
             for s in args["shards"]
         ]
-        record: CommitRecord = commit_checkpoint(store, info, shards, args["writer"], args["metrics"])
+        record: CommitRecord = commit_checkpoint(store, info, shards, args["writer"], metrics=args["metrics"])
         failpoint("after_commit")
         return {"index_bytes": record.index_bytes}
 

@@ -47,6 +47,7 @@ def commit_checkpoint(
     info: IndexInfo,
     shards: Sequence[ShardRecord],
     writer: str,
+    *,
     metrics: Mapping[str, str] = MappingProxyType({}),
 ) -> CommitRecord:
     """Commit one checkpoint whose shards are all durable.

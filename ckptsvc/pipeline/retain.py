@@ -139,7 +139,7 @@ def expire(
     there = {ref for ref, _ in found}
     for ref in there.intersection(marks).difference(verdict.gone):
         store.delete(mark_key(ref))  # whoever set it came no further
-    for ref in verdict.gone:
+    for ref in reversed(verdict.gone):  # newest first: what an older one is needed for goes before it
         _retire(store, ref)
         failpoint("in_expire")
     halves = [*(ref for ref in sorted(marks) if ref not in there), *verdict.gone]
