@@ -166,6 +166,26 @@ class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
     compression_level: Annotated[int, msgspec.Meta(ge=1, le=19)] = 1
 
 
+class RetentionSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[retention]: which checkpoints stay besides the newest `save.keep`. With save.keep = 0 all do.
+
+    Attributes:
+        every: one for each so many steps, or each duration, for good; or "off".
+        best: so many with the best values of `metric`.
+        metric: name of a value that the training gives: run.step(metrics={"loss": ...}).
+        order: which of its values are the best.
+        age: those that are younger, or "off".
+        rate: objects that are deleted in a second; 0: as many as the store lets.
+    """
+
+    every: Annotated[Every | None, parse_every] = None
+    best: Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)] = 0
+    metric: Annotated[str, msgspec.Meta(max_length=100)] = ""
+    order: Literal["lowest", "highest"] = "lowest"
+    age: Annotated[float | None, parse_duration_or_off] = None
+    rate: Annotated[float, msgspec.Meta(ge=0, lt=1e9)] = 100.0
+
+
 class SchedulerSettings(msgspec.Struct, frozen=True, kw_only=True):
     """[scheduler]: what is done because of, or asked of, Slurm or PBS.
 
@@ -271,6 +291,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     tls: TlsSettings = TlsSettings()
     arena: ArenaSettings = ArenaSettings()
     save: SaveSettings = SaveSettings()
+    retention: RetentionSettings = RetentionSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     store: StoreSettings = StoreSettings()
     health: HealthSettings = HealthSettings()
@@ -420,6 +441,8 @@ def _check(settings: Settings) -> None:
         refuse("etcd.ttl", f"is {settings.etcd.ttl:g} s, not 2 to 60")
     if save.extent == 0 or save.extent % PAGE:
         refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
+    if settings.retention.best and not settings.retention.metric:
+        refuse("retention.best", "needs retention.metric: of what are they the best?")
     if save.deadline >= save.timeout:
         refuse("save.deadline", f"is {save.deadline:g} s, not less than save.timeout, {save.timeout:g} s")
     for key in ("floor", "startup", "confirm", "give_up"):

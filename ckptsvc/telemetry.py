@@ -192,6 +192,9 @@ class Metrics:
             registry=registry,
         )
         self._layouts(registry)
+        self.deleted_checkpoints = Counter(
+            "ckptsvc_deleted_checkpoints_total", "Checkpoints that retention has deleted.", registry=registry
+        )
         self._coordination(registry)
         self._nics(registry)
         Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})

@@ -15,6 +15,7 @@ import msgspec
 
 from ckptsvc.agent.witness import Witness
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
+from ckptsvc.pipeline.retention import Policy
 from ckptsvc.rpc.identity import MAX_PACKET, peer_of, send_answer
 from ckptsvc.storage import canonical
 
@@ -25,7 +26,7 @@ ACCEPT_AGAIN = 0.2
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a rank says of itself.
+    """What a rank says of itself. `keep` is how many checkpoints stay at least; `retention` says which others do.
 
     `coordinator` is "" for this very agent; `ends` is when the scheduler ends the job, in seconds of CLOCK_MONOTONIC,
     or 0 where that is not known.
@@ -41,6 +42,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     every_steps: int = 0
     every_seconds: float = 0.0
     keep: int = 0
+    retention: Policy = Policy()
     extent: int = 1 << 20
     coordinator: str = ""
     ends: float = 0.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.sessions import Session
 from ckptsvc.pipeline.arena import Label
@@ -21,6 +23,7 @@ def joined(node: str, reg: Registration, epoch: int) -> pb.Report:
         every_steps=reg.every_steps,
         every_seconds=reg.every_seconds,
         keep=reg.keep,
+        retention=pb.Retention(**{k: v for k, v in msgspec.to_builtins(reg.retention).items() if k != "last"}),
     )
     return pb.Report(rank_joined=event)
 
@@ -56,6 +59,7 @@ def staged(node: str, label: Label, *, ended: bool = False, again: bool = False)
         world_size=label.world_size,
         nbytes=label.nbytes,
         aliases=label.aliases,
+        metrics=label.metrics,
         store=label.store,
         ended=ended,
         again=again,

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ckptsvc import telemetry
 from ckptsvc.agent.doorbell import ring
 from ckptsvc.agent.drain import drain
 from ckptsvc.agent.worker_proxy import WorkerProxy
@@ -41,7 +42,7 @@ from ckptsvc.control.health import Policy
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
-from ckptsvc.telemetry import IncidentKind, Metrics
+from ckptsvc.telemetry import Event, IncidentKind, Metrics
 
 log = logging.getLogger("ckptsvc.coordinator")
 
@@ -186,7 +187,10 @@ class CoordinatorShell:
             done = await self._allot(effect)
             self._execute(self.core.epoch_done(done, time.monotonic()))
         elif isinstance(effect, Commit):
-            self._execute(self.core.commit_done(await self._commit(effect), time.monotonic()))
+            ended = await self._commit(effect)
+            self._execute(self.core.commit_done(ended, time.monotonic()))
+            if not ended.code and self._may_act():
+                await self._expire(effect)
         elif isinstance(effect, Probe):
             answer = await self._ring(effect)
             self._execute(self.core.probed(Probed(effect.job, effect.node, answer), time.monotonic()))
@@ -265,9 +269,10 @@ class CoordinatorShell:
         ]
         # The same writer for every try of this commit, so that a record whose answer was lost is known as ours.
         writer = self._writers.setdefault(key, secrets.token_hex(8))
-        args = {"store": effect.store, "info": info, "shards": shards, "writer": writer, "keep": effect.keep}
+        args = {"store": effect.store, "info": info, "shards": shards, "writer": writer}
+        args["metrics"] = dict(effect.metrics)
         try:
-            await self._workers.of(effect.job).call("commit", args, self._warn)
+            await self._workers.of(effect.job).call("commit", args)
         except CkptsvcError as error:
             return CommitDone(effect.job, effect.epoch, effect.step, error.code, str(error))
         except Exception as error:  # an unforeseen one must not keep the save waiting for its timeout
@@ -286,8 +291,20 @@ class CoordinatorShell:
             return None
         return LookupDone(effect.job, effect.epoch, effect.step, answer["committed"])
 
-    def _warn(self, note: dict[str, str]) -> None:
-        log.warning(note.get("warning", ""))
+    async def _expire(self, effect: Commit) -> None:
+        """Have old checkpoints deleted, beside the saves: nobody waits for it."""
+        policy = {f.name: getattr(effect.retention, f.name) for f in effect.retention.DESCRIPTOR.fields}
+        args = {"store": effect.store, "policy": policy | {"last": effect.keep}, "epoch": effect.epoch}
+        try:
+            done = await self._workers.of(effect.job).call("expire", args | {"step": effect.step})
+        except CkptsvcError as error:
+            log.warning("old checkpoints could not be removed: %s", error)
+            return
+        if done["gone"]:
+            telemetry.log(log, logging.INFO, Event.CHECKPOINT_DELETED, "removed %s: %d objects",
+                ", ".join(done["gone"]), done["objects"], job=effect.job)  # fmt: skip
+            if self._metrics is not None:
+                self._metrics.deleted_checkpoints.inc(len(done["gone"]))
 
 
 def _warn_of_clock(event: pb.NodeJoined, here: float) -> None:

@@ -77,7 +77,9 @@ class Saves:
             if worker is not None:
                 self._local.spawn(worker.tell("cancel", {"fill": early.fill}))
 
-    def submit(self, token: str, slot: str, step: int, nbytes: int, aliases: dict[str, str]) -> None:
+    def submit(
+        self, token: str, slot: str, step: int, nbytes: int, aliases: dict[str, str], metrics: dict[str, str]
+    ) -> None:
         """The arena holds a whole shard image: it is ours now."""
         session = self._local.session(token)
         reg = session.reg
@@ -99,6 +101,7 @@ class Saves:
             nbytes=nbytes,
             extent=reg.extent,
             aliases=aliases,
+            metrics=metrics if reg.rank == 0 else {},
         )
         failpoint("before_label")
         self._local.pool.stage(arena, label)

@@ -17,6 +17,7 @@ from ckptsvc.agent.node import Node
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import CkptsvcError, InvalidInput
+from ckptsvc.format.commit import check_metrics
 from ckptsvc.rpc.channel import TOKEN_KEY, trailers_of
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -103,7 +104,10 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     @_errors
     async def Submit(self, request: agent_pb2.SubmitRequest, context: Any) -> agent_pb2.SubmitResponse:
         """See agent.proto."""
-        self._node.saves.submit(_token(context), request.slot, request.step, request.bytes, dict(request.aliases))
+        metrics = dict(request.metrics)
+        check_metrics(metrics)
+        aliases = dict(request.aliases)
+        self._node.saves.submit(_token(context), request.slot, request.step, request.bytes, aliases, metrics)
         return agent_pb2.SubmitResponse()
 
     @_errors

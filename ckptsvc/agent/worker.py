@@ -16,7 +16,6 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,7 +24,7 @@ import numpy as np
 
 from ckptsvc.agent import nodelist
 from ckptsvc.config import SaveSettings, StoreSettings, load
-from ckptsvc.errors import CkptsvcError, SaveFailed, StoreError
+from ckptsvc.errors import CkptsvcError, SaveFailed
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import CommitRecord
@@ -39,6 +38,7 @@ from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.increments import Economy, ShardWriter
 from ckptsvc.pipeline.references import Bases
 from ckptsvc.pipeline.retain import expire
+from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.write import ShardImage
 from ckptsvc.storage import Progress, Spreading, Store
 from ckptsvc.storage.opening import open_store
@@ -80,9 +80,9 @@ class Worker:
         self._fills: dict[int, threading.Event] = {}  # snapshots that are written while they are copied in -> given up
         digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
         self._shards = ShardWriter(_economy(save), digesting, self._mappings.pages)
-        self._committing = threading.Lock()  # no commit may come to refer to what is just being deleted
         self._bases: dict[str, Bases] = {}
         self._recent: dict[str, list[Ref]] = {}  # the newest that were committed here, by store
+        self._expiring: dict[str, dict[str, Any] | None] = {}  # store a thread deletes in -> what it does next
 
     def store(self, url: str) -> Store:
         """The store of that URL, connected once, with retries."""
@@ -181,27 +181,43 @@ class Worker:
         return {"epoch": epoch}
 
     def do_commit(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
-        """Commit a checkpoint, then let go of those beyond the number to keep."""
+        """Commit a checkpoint."""
         failpoint("before_commit")
         store = self.store(args["store"])
         info = msgspec.convert(args["info"], IndexInfo)
         shards = [_shard(each, info.extent) for each in args["shards"]]
-        with self._committing if self._shards.is_incremental else nullcontext():
-            bases = self._bases.setdefault(store.url, Bases())
-            record: CommitRecord = commit_checkpoint(store, info, shards, args["writer"], bases)
-            failpoint("after_commit")
-            gone = self._expire(store, record, args["keep"], note)
-        return {"index_bytes": record.index_bytes, "removed": [ref.name for ref in gone]}
+        bases = self._bases.setdefault(store.url, Bases())
+        record: CommitRecord = commit_checkpoint(store, info, shards, args["writer"], bases, metrics=args["metrics"])
+        failpoint("after_commit")
+        if self._shards.is_incremental:  # a save which is still on its way may refer to them
+            recent = [Ref(record.epoch, record.step), *self._recent.get(store.url, [])]
+            self._recent[store.url] = recent[:IN_FLIGHT]
+        return {"index_bytes": record.index_bytes}
 
-    def _expire(self, store: Store, record: CommitRecord, keep: int, note: Note) -> list[Ref]:
-        """Delete old checkpoints, but not those that a save which is still on its way may refer to."""
-        recent = [Ref(record.epoch, record.step), *self._recent.get(store.url, [])]
-        self._recent[store.url] = recent[:IN_FLIGHT] if self._shards.is_incremental else []
-        try:
-            return expire(store, keep, protect=recent)
-        except StoreError as error:
-            note({"warning": f"old checkpoints could not be removed: {error}"})
-            return []
+    def do_expire(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Delete what nothing keeps. While one thread does, others leave it what they were asked for."""
+        url, gone, objects = args["store"], [], 0
+        with self._lock:
+            busy = url in self._expiring
+            self._expiring[url] = args
+        while not busy:
+            with self._lock:
+                wanted = self._expiring[url]
+                self._expiring[url] = None
+                if wanted is None:
+                    del self._expiring[url]
+                    break
+            try:
+                store, policy = self.store(url), msgspec.convert(wanted["policy"], Policy)
+                needed = [Ref(wanted["epoch"], wanted["step"]), *self._recent.get(store.url, ())]
+                done = expire(store, policy, needed)
+            except BaseException:
+                with self._lock:
+                    del self._expiring[url]
+                raise
+            gone += [ref.name for ref in done.gone]
+            objects += done.objects
+        return {"gone": gone, "objects": objects}
 
     def do_lookup(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Is this step committed?"""

@@ -41,7 +41,11 @@ _STAGED = 2
 """Copies that a peer makes that saves in the background."""
 
 
-OTHERS = {"control": "ckptsvc.cli.bench_control", "faults": "ckptsvc.cli.bench_faults"}
+OTHERS = {
+    "control": "ckptsvc.cli.bench_control",
+    "faults": "ckptsvc.cli.bench_faults",
+    "store": "ckptsvc.cli.bench_store",
+}
 """Benchmarks with options of their own."""
 
 
@@ -83,6 +87,7 @@ def command(
     overlap  slowdown of a compute loop beside a save, training time lost in all
     faults   what becomes of a job that is hurt; with options of its own: ckptsvc bench faults --help
     control  cost and speed of a job's coordinator; with options of its own: ckptsvc bench control --help
+    store    a store's driver beside the raw limit and other clients: ckptsvc bench store --help
 
     Limits (memcpy, direct write, cold read), ckptsvc and the systems given with --vs take turns, so that the moods of a
     shared machine fall on all alike. Medians are shown with minimum and maximum. A bar that is not met does not fail

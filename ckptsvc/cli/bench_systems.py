@@ -20,6 +20,7 @@ from ckptsvc.client.restore import restore, store_image
 from ckptsvc.client.state import StateTree
 from ckptsvc.errors import SaveFailed
 from ckptsvc.pipeline.retain import expire
+from ckptsvc.pipeline.retention import Policy
 from ckptsvc.storage import connect
 
 
@@ -93,7 +94,7 @@ class Ckptsvc:
             return
         store = connect(self._store)
         try:
-            expire(store, 1)
+            expire(store, Policy(last=1))
         finally:
             store.close()
 

@@ -1,22 +1,29 @@
-"""`ckptsvc gc`: what interrupted saves have left, and its removal."""
+"""`ckptsvc gc`: what interrupted work has left in a run, what retention would delete, and the removal of both."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import click
+import msgspec
 
-from ckptsvc.cli import address
+from ckptsvc.cli import address, retention
 from ckptsvc.cli.agents import agent_directory, ask_all
+from ckptsvc.cli.retention import Judged
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, progress, size
 from ckptsvc.errors import CkptsvcError, InvalidInput
-from ckptsvc.pipeline.retain import Garbage, find_garbage, remove_garbage
+from ckptsvc.interop.leftovers import leftovers
+from ckptsvc.interop.target import RECORDS
+from ckptsvc.pipeline.garbage import Garbage, find_garbage, remove_garbage
+from ckptsvc.pipeline.retain import Pace, expire
+from ckptsvc.pipeline.retention import Policy
 from ckptsvc.quantities import parse_duration
-from ckptsvc.storage import Store
+from ckptsvc.storage import Store, connect
 
 REMOVE, REMOVED, YOUNG, RUNNING, COMMITTED = "remove", "removed", "too young", "running", "committed meanwhile"
 _STYLE = {REMOVE: "doubt", REMOVED: "good"}
@@ -24,49 +31,97 @@ _STYLE = {REMOVE: "doubt", REMOVED: "good"}
 
 @dataclass(slots=True)
 class Case:
-    """Some garbage, and what becomes of it: one of the words above."""
+    """Some garbage, where it is, and what becomes of it: one of the words above."""
 
     garbage: Garbage
     fate: str
+    store: Store
 
 
 @click.command()
 @click.argument("store")
 @click.option("--delete", is_flag=True, help="Delete it; without this flag nothing is changed.")
+@click.option("--dry-run", is_flag=True, help="Change nothing, which is what happens without --delete.")
+@click.option("--expire", "expires", is_flag=True, help="Deal with checkpoints, too, that retention does not keep.")
 @click.option("--older-than", default="1h", show_default=True, metavar="TIME",
-    help='Only what was last written to so long ago, as "90s", "10min", "2h" or "7d".')  # fmt: skip
+    help='Only garbage that was last written to so long ago, as "90s", "10min", "2h" or "7d".')  # fmt: skip
+@retention.options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def command(store: str, delete: bool, older_than: str, as_json: bool) -> None:
-    """Show what interrupted saves have left in the run at STORE (a URL or a path), and --delete it.
+def command(
+    store: str, delete: bool, dry_run: bool, expires: bool, older_than: str, as_json: bool, **rules: str | None
+) -> None:
+    """Show what interrupted work has left in the run at STORE (a URL or a path), and --delete it.
 
-    That is: folders whose save was never committed, objects that no committed checkpoint refers to, and temporary
-    objects. A save that is still running looks the same, so only what is older than --older-than is deleted, and never
-    a step that an agent of this node is saving. What a committed checkpoint refers to is never touched, nor checkpoints
-    whose commit record or index cannot be read.
+    That is: folders whose save was never committed or whose deletion was interrupted, objects that no committed
+    checkpoint refers to, temporary objects, records of unfinished conversions, uploads that were never completed. What
+    is still at work looks the same, so only what is older than --older-than is deleted, and never a step that an agent
+    of this node is saving. What a committed checkpoint refers to is never touched, nor checkpoints whose commit record
+    or index cannot be read.
+
+    Where retention is set (save.keep and [retention], or the options below), every checkpoint is listed with the rules
+    that keep it. A running job deletes the others by itself; with --expire they are deleted here, for a run that has
+    none.
 
     \b
     JSON: {"store", "dry_run", "older_than", "garbage": [{"folder", "why",
       "fate", "bytes", "modified", "objects": [{"key", "bytes", "modified"}]}],
-      "found": {"objects", "bytes"}, "removed": {"objects", "bytes"}}
+      "found": {"objects", "bytes"}, "removed": {"objects", "bytes"},
+      "policy": {"last", "steps", "seconds", "best", "metric", "highest",
+      "age", "rate"}, "checkpoints": [{"name", "step", "epoch", "created",
+      "bytes", "metrics", "fate", "why": [...]}]}
     fate is "remove" (in a dry run), "removed", "too young", "running" or
-    "committed meanwhile"; modified is ISO 8601 in UTC, null for an empty
-    folder; removed counts what would be removed in a dry run.
+    "committed meanwhile", of a checkpoint "keep", "remove" or "removed";
+    modified is ISO 8601 in UTC, null for an empty folder; removed counts what
+    would be removed in a dry run.
     """  # noqa: D301  \b is click's
-    seconds = parse_duration(older_than)
+    if delete and dry_run:
+        raise InvalidInput("--delete and --dry-run contradict each other")
+    seconds, policy = parse_duration(older_than), retention.policy(rules)
+    if expires:
+        retention.refuse_nothing_to_expire(policy)
     place = address.parse(store)
     if place.name:
         raise InvalidInput(f"{store} is a checkpoint", hint="give the run that it belongs to")
-    with address.opened(place) as opened:
+    with ExitStack() as stack:
+        opened = stack.enter_context(address.opened(place))
         running = _running_steps()
-        before = time.time() - seconds
-        cases = [Case(garbage, _fate(garbage, before, running)) for garbage in find_garbage(opened)]
+        now = time.time()
+        judged = retention.look(opened, policy, now, running)
+        cases = [Case(garbage, _fate(garbage, now - seconds, running), opened) for garbage in find_garbage(opened)]
+        cases += [Case(g, _fate(g, now - seconds, ()), s) for s, g in _beside_targets(opened, place.url, stack)]
         if delete:
-            _delete(opened, cases)
+            judged = _expire(opened, judged, policy if expires else Policy(rate=policy.rate), now, seconds)
+            _delete(cases, Pace(policy.rate))
         url = opened.url
     if as_json:
-        emit(_json(url, cases, seconds, delete))
+        emit(_json(url, cases, judged, seconds, delete))
     else:
-        _show(url, cases, seconds, delete)
+        _show(url, cases, judged, seconds, delete, expires)
+
+
+def _beside_targets(store: Store, url: str, stack: ExitStack) -> Iterator[tuple[Store, Garbage]]:
+    """What conversions into this target, or into those in this folder, have left."""
+    for name in store.children():
+        if name.endswith(RECORDS):
+            yield from ((store, garbage) for garbage in leftovers(store, name.removesuffix(RECORDS)))
+    above, _, last = url.rstrip("/").rpartition("/")
+    if last and not above.endswith("/") and above.count("/") >= 2:
+        with suppress(CkptsvcError):  # what is above a run may be nobody's business
+            parent = connect(above)
+            stack.callback(parent.close)
+            yield from ((parent, garbage) for garbage in leftovers(parent, last))
+
+
+def _expire(store: Store, judged: Judged, policy: Policy, now: float, older_than: float) -> Judged:
+    """Delete what retention does not keep, and what others began to delete so long ago."""
+    needed = [ref for ref, why in judged.verdict.kept.items() if "in use" in why]
+    going = judged.going if policy.last else 0
+    with progress("deleting checkpoints", going) as advance:
+        done = expire(store, policy, needed, now, older_than, advance)
+    for ref in done.back:
+        note(f"{ref.name} was half deleted, and is a checkpoint again: it is pinned, or another one needs it")
+    judged.removed = done.gone
+    return judged
 
 
 def _running_steps() -> set[int]:
@@ -93,11 +148,11 @@ def _fate(garbage: Garbage, before: float, running: Collection[int]) -> str:
     return REMOVE if garbage.modified <= before else YOUNG
 
 
-def _delete(store: Store, cases: Sequence[Case]) -> None:
+def _delete(cases: Sequence[Case], pace: Pace) -> None:
     chosen = [case for case in cases if case.fate == REMOVE]
     with progress("deleting", sum(case.garbage.nbytes for case in chosen)) as advance:
         for case in chosen:
-            case.fate = REMOVED if remove_garbage(store, case.garbage) else COMMITTED
+            case.fate = REMOVED if remove_garbage(case.store, case.garbage, pace) else COMMITTED
             advance(case.garbage.nbytes)
 
 
@@ -112,7 +167,7 @@ def _going(cases: Sequence[Case]) -> list[Case]:
     return [case for case in cases if case.fate in (REMOVE, REMOVED)]
 
 
-def _json(url: str, cases: Sequence[Case], seconds: float, delete: bool) -> dict[str, Any]:
+def _json(url: str, cases: Sequence[Case], judged: Judged, seconds: float, delete: bool) -> dict[str, Any]:
     listed = [
         {
             "folder": case.garbage.folder,
@@ -125,17 +180,35 @@ def _json(url: str, cases: Sequence[Case], seconds: float, delete: bool) -> dict
         for case in cases
     ]
     sums = {"found": _sum(cases), "removed": _sum(_going(cases))}
-    return {"store": url, "dry_run": not delete, "older_than": seconds, "garbage": listed} | sums
+    kept = {"policy": msgspec.to_builtins(judged.policy), "checkpoints": retention.document(judged)}
+    return {"store": url, "dry_run": not delete, "older_than": seconds, "garbage": listed} | sums | kept
 
 
 def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _show(url: str, cases: Sequence[Case], seconds: float, delete: bool) -> None:
-    if not cases:
+def _show(url: str, cases: Sequence[Case], judged: Judged, seconds: float, delete: bool, expires: bool) -> None:
+    screen = Screen()
+    if judged.policy.last and judged.commits:
+        retention.show(screen, judged)
+        gone = judged.verdict.gone
+        if gone:
+            what = f"{plural(len(gone), 'checkpoint')}, {size(judged.going)}"
+            later = "this was a dry run" if expires else "a running job does so by itself"
+            done = f"removed {what}" if delete and expires else f"--expire --delete would remove {what}; {later}"
+            screen.line(done)
+        if cases:
+            screen.line()
+    elif judged.policy != Policy(rate=judged.policy.rate) and judged.commits:
+        note("save.keep is 0: every checkpoint is kept, whatever the other rules of retention are")
+    if cases:
+        _show_garbage(screen, cases, seconds, delete)
+    elif not judged.policy.last or not judged.verdict.gone:
         note(f"nothing to remove in {url}")
-        return
+
+
+def _show_garbage(screen: Screen, cases: Sequence[Case], seconds: float, delete: bool) -> None:
     now = time.time()
     rows = [
         [
@@ -148,7 +221,6 @@ def _show(url: str, cases: Sequence[Case], seconds: float, delete: bool) -> None
         ]
         for case in cases
     ]
-    screen = Screen()
     screen.table(
         ["FOLDER", "OBJECTS", "SIZE", "AGE", "FATE", "WHY"],
         rows,

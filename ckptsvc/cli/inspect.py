@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 import click
 
 from ckptsvc.cli import address, values
+from ckptsvc.cli.ls import metrics_text
+from ckptsvc.cli.retention import as_json as metrics_json
 from ckptsvc.cli.terminal import Screen, age, emit, natural, plural, printable, shortened, size, when
+from ckptsvc.format.commit import PinRecord
 from ckptsvc.format.index import Index
 from ckptsvc.geometry.box import FlatRange, Region, is_whole
 from ckptsvc.pipeline.catalog import Checkpoint
+from ckptsvc.pipeline.pins import read_pin
 from ckptsvc.types import DTYPES
 
 WIDE = 100
@@ -110,7 +114,8 @@ def command(
 
     \b
     JSON: {"checkpoint": {"store", "name", "step", "epoch", "attempt", "job",
-      "world_size", "created", "format", "shards", "bytes", "stored"}, ...}
+      "world_size", "created", "format", "shards", "bytes", "stored", "metrics",
+      "refers"}, "pinned": what was noted with its pin, or null, ...}
     and "tensors": [{"name", "dtype", "shape", "bytes", "layout": {"kind",
       "pieces", "dims", "grid"}, "shards", "alias_of"}], "totals": {"tensors",
       "elements", "bytes"}
@@ -131,14 +136,16 @@ def command(
     with address.opened(place) as opened:
         checkpoint = address.choose(opened, place)
         found = _values(checkpoint, rank, patterns) if show_values else None
+        pin = read_pin(opened, checkpoint.ref)
     rows = [] if show_values else tensors(checkpoint.index, patterns, show_all)
     rows.sort(key=(lambda row: (-row.nbytes, natural(row.name))) if sort == "size" else lambda row: natural(row.name))
     if as_json:
-        emit({"checkpoint": describe(checkpoint)} | (_values_json(found[:limit], rank) if found is not None else
+        head = {"checkpoint": describe(checkpoint), "pinned": pin and pin.note}
+        emit(head | (_values_json(found[:limit], rank) if found is not None else
             _tensors_json(rows[:limit], _totals(rows))))  # fmt: skip
         return
     screen = Screen()
-    _show_header(screen, checkpoint)
+    _show_header(screen, checkpoint, pin)
     if found is not None:
         _show_values(screen, found, limit)
     else:
@@ -161,6 +168,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "shards": commit.shards,
         "bytes": commit.bytes,
         "stored": stored(checkpoint),
+        "metrics": metrics_json(commit.values),
+        "refers": commit.refers,
     }
 
 
@@ -224,7 +233,7 @@ def _tensors_json(rows: Sequence[Row], totals: dict[str, int]) -> dict[str, Any]
     return {"tensors": listed, "totals": totals}
 
 
-def _show_header(screen: Screen, checkpoint: Checkpoint) -> None:
+def _show_header(screen: Screen, checkpoint: Checkpoint, pin: PinRecord | None) -> None:
     commit = checkpoint.commit
     screen.line(screen.paint(f"{checkpoint.ref.name}  {printable(checkpoint.store.url)}", "head"))
     saved = f"saved {age(when(commit.created))} ago by {plural(commit.world_size, 'rank')}"
@@ -232,6 +241,10 @@ def _show_header(screen: Screen, checkpoint: Checkpoint) -> None:
     screen.line(f"{saved}: {size(commit.bytes)} in {plural(commit.shards, 'shard')}, format {printable(commit.format)}")
     if checkpoint.index.segments is not None:
         screen.line(_stored_text(stored(checkpoint)))
+    if commit.metrics:
+        screen.line(metrics_text(commit))
+    if pin is not None:
+        screen.line(f"pinned {age(when(pin.created))} ago" + (f": {printable(pin.note)}" if pin.note else ""))
     screen.line()
 
 

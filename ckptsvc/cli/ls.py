@@ -9,13 +9,19 @@ from typing import Any, NamedTuple
 import click
 
 from ckptsvc.cli import address
+from ckptsvc.cli.retention import as_json as metrics_json
+from ckptsvc.cli.retention import metric_text
 from ckptsvc.cli.terminal import Screen, age, emit, note, plural, printable, size, when
 from ckptsvc.errors import Damaged, IncompatibleVersion
 from ckptsvc.format.commit import CommitRecord
 from ckptsvc.pipeline.catalog import Ref, Refused, list_refs, read_commit
+from ckptsvc.pipeline.pins import pinned
 from ckptsvc.storage import Store
 
-_STYLE = {"damaged": "bad", "newer format": "doubt", "not committed": "doubt"}
+WIDE = 100
+"""Columns from which on a terminal gets everything beside the metrics."""
+
+_STYLE = {"damaged": "bad", "newer format": "doubt", "not committed": "doubt", "pinned": "good"}
 
 
 class Found(NamedTuple):
@@ -26,12 +32,14 @@ class Found(NamedTuple):
         commit: its commit record, why that cannot be used, or None where there is none.
         nbytes: of all shards, or of all that is there where nothing is committed; None if not known.
         created: when it was committed, or last written to; None if not known.
+        pinned: it is not deleted, whatever retention says.
     """
 
     ref: Ref
     commit: CommitRecord | Refused | None
     nbytes: int | None
     created: datetime | None
+    pinned: bool = False
 
     @property
     def state(self) -> str:
@@ -54,17 +62,23 @@ def command(store: str, show_all: bool, as_json: bool) -> None:
 
     \b
     JSON: {"store", "checkpoints": [{"name", "step", "epoch", "state",
-      "world_size", "attempt", "job", "shards", "bytes", "created", "why"}],
-      "not_committed"}
+      "world_size", "attempt", "job", "shards", "bytes", "created", "why",
+      "pinned", "metrics", "refers"}], "not_committed"}
     state is "committed", "damaged", "newer format" or "not committed"; bytes
     are those of the shards; created is ISO 8601 in UTC, of the commit or else
-    of the last write; not_committed counts such saves, listed or not; what is
-    not known is null.
+    of the last write; not_committed counts such saves, listed or not; refers
+    are checkpoints whose files this one needs; what is not known is null;
+    metrics that are no finite numbers are text ("nan").
     """  # noqa: D301  \b is click's
     place = address.parse(store)
     with address.opened(place) as opened:
         url = opened.url
-        found = [_look(opened, ref) for ref in list_refs(opened) if place.name in (None, ref.name)]
+        pins = pinned(opened)
+        found = [
+            _look(opened, ref)._replace(pinned=ref in pins)
+            for ref in list_refs(opened)
+            if place.name in (None, ref.name)
+        ]
         hint = "" if found else address.what_instead(opened)
     hidden = sum(1 for each in found if each.commit is None)
     shown = found if show_all or place.name else [each for each in found if each.commit is not None]
@@ -104,6 +118,9 @@ def _json(found: Found) -> dict[str, Any]:
         "bytes": found.nbytes,
         "created": found.created and found.created.isoformat(),
         "why": str(found.commit) if isinstance(found.commit, Damaged | IncompatibleVersion) else None,
+        "pinned": found.pinned,
+        "metrics": metrics_json(commit.values if commit else {}),
+        "refers": commit.refers if commit else [],
     }
 
 
@@ -113,24 +130,39 @@ def _show(url: str, found: Sequence[Found], hint: str) -> None:
         if hint:
             note(f"hint: {hint}")
         return
-    rows = [
-        (
-            each.ref.name,
-            f"{each.ref.step:,}",
-            str(each.ref.epoch),
-            f"{each.commit.world_size:,}" if isinstance(each.commit, CommitRecord) else "?",
-            "?" if each.nbytes is None else size(each.nbytes),
-            age(each.created),
-            each.state,
-        )
-        for each in found
-    ]
-    Screen().table(
-        ("NAME", "STEP", "EPOCH", "RANKS", "SIZE", "AGE", "STATE"),
+    screen = Screen()
+    header, rows = (
+        ["NAME", "STEP", "EPOCH", "RANKS", "SIZE", "AGE", "STATE", "METRICS"],
+        [
+            [
+                each.ref.name,
+                f"{each.ref.step:,}",
+                str(each.ref.epoch),
+                f"{each.commit.world_size:,}" if isinstance(each.commit, CommitRecord) else "?",
+                "?" if each.nbytes is None else size(each.nbytes),
+                age(each.created),
+                "pinned" if each.pinned and each.state == "committed" else each.state,
+                metrics_text(each.commit) if isinstance(each.commit, CommitRecord) else "",
+            ]
+            for each in found
+        ],
+    )
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    elif screen.width is not None and screen.width < WIDE:  # the name says the epoch
+        header, rows = [*header[:2], *header[4:]], [[*row[:2], *row[4:]] for row in rows]
+    screen.table(
+        header,
         rows,
         right=("STEP", "EPOCH", "RANKS", "SIZE", "AGE"),
-        style=lambda row, column: _STYLE.get(found[row].state, "") if column == "STATE" else "",
+        fold="METRICS" if "METRICS" in header else "",
+        style=lambda row, column: _STYLE.get(rows[row][header.index("STATE")], "") if column == "STATE" else "",
     )
     for each in found:
         if isinstance(each.commit, Damaged | IncompatibleVersion):
             note(printable(str(each.commit)))
+
+
+def metrics_text(commit: CommitRecord) -> str:
+    """The metrics of a checkpoint for people: "loss=1.25 lr=0.0001"."""
+    return " ".join(f"{printable(name)}={metric_text(value)}" for name, value in sorted(commit.values.items()))

@@ -29,7 +29,11 @@ COMMANDS = {
     "layout": "show how a parallel layout would divide a checkpoint, and by which rules",
     "config": "show, check and explain settings",
     "certs": "make and show the certificates of agents on several hosts",
-    "gc": "remove what interrupted saves have left",
+    "pin": "keep a checkpoint from being deleted",
+    "unpin": "let retention decide about a checkpoint again",
+    "doctor": "check this node, and measure what a store can do",
+    "plan": "compute sizes, times and the best interval of a job's checkpoints",
+    "gc": "remove what interrupted work has left; show what retention keeps and why",
     "bench": "measure saving and restoring here, beside the raw limits and other systems",
     "demo": "train, kill, recover, and resume at other scales",
 }

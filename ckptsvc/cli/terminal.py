@@ -163,15 +163,16 @@ def cells(text: str) -> int:
 
 
 def fold_name(name: str, width: int) -> list[str]:
-    """A name in pieces of at most `width` columns, cut after "/" or "." where that is not too early."""
+    """A text in pieces of at most `width` columns, cut after a space, or "/" or ".", where that is not too early."""
     pieces = []
     while cells(name) > width:
         cut = width
         while cells(name[:cut]) > width:
             cut -= 1
-        nice = max(name.rfind("/", 0, cut), name.rfind(".", 0, cut)) + 1
+        space = name.rfind(" ", 0, cut + 1) + 1
+        nice = space if space > cut // 2 else max(name.rfind("/", 0, cut), name.rfind(".", 0, cut)) + 1
         cut = nice if nice > cut // 2 else cut
-        pieces.append(name[:cut])
+        pieces.append(name[:cut].rstrip())
         name = "  " + name[cut:]
     return [*pieces, name]
 

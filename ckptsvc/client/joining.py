@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import xxhash
 
 from ckptsvc.client.group import Group
 from ckptsvc.config import Settings, agents_directory, private_directory
 from ckptsvc.errors import ConfigError
 from ckptsvc.launch import LOCAL_JOB, Placement, detect
+from ckptsvc.pipeline.retention import policy_of
 from ckptsvc.rpc.dial import is_alive
 
 
@@ -72,6 +74,7 @@ def registration(group: Group, place: Placement, settings: Settings, url: str, c
         "every_steps": every.steps if every else 0,
         "every_seconds": every.seconds if every else 0.0,
         "keep": settings.save.keep,
+        "retention": msgspec.to_builtins(policy_of(settings)),
         "extent": settings.save.extent,
         "coordinator": coordinator,
         "ends": _ends(place),

@@ -177,9 +177,10 @@ class AgentLink:
         self.registration["epoch"] = answer.epoch
         return answer.slot, answer.epoch
 
-    def submit(self, slot: str, step: int, nbytes: int, aliases: dict[str, str]) -> None:
+    def submit(self, slot: str, step: int, nbytes: int, aliases: dict[str, str], metrics: dict[str, str]) -> None:
         """The arena holds a whole shard image."""
-        self.call("Submit", agent_pb2.SubmitRequest(slot=slot, step=step, bytes=nbytes, aliases=aliases))
+        request = agent_pb2.SubmitRequest(slot=slot, step=step, bytes=nbytes, aliases=aliases, metrics=metrics)
+        self.call("Submit", request)
 
     def abandon(self, slot: str, step: int, reason: str) -> None:
         """This rank cannot take the snapshot."""

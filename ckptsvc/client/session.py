@@ -145,13 +145,18 @@ class Session:
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
-    def step(self) -> None:
+    def step(self, metrics: Mapping[str, Any] | None = None) -> None:
         """One training step is done: heartbeat, and a snapshot if one is due.
+
+        Args:
+            metrics: values of this step by name, as {"loss": loss}: numbers, or tensors of one element, which are read
+                only when a snapshot is taken. They are kept with its checkpoint; rank 0's count.
 
         Raises:
             StopTraining: the job was asked to stop, and has saved.
         """
         self.steps_done += 1
+        self._snapshots.metrics = metrics
         page = self._phases.beat(self.steps_done)
         if not self._warm:
             self._warm = True
@@ -184,12 +189,15 @@ class Session:
         """Show that a long phase goes on, by any amount in any unit; it costs less than a microsecond."""
         self._phases.progress(amount)
 
-    def save(self, *, wait: bool = False, timeout: float | None = None) -> bool:
+    def save(
+        self, *, wait: bool = False, timeout: float | None = None, metrics: Mapping[str, Any] | None = None
+    ) -> bool:
         """Take a snapshot now; every rank must call this at the same step.
 
         Args:
             wait: return only when the checkpoint is committed.
             timeout: seconds to wait for an arena and for the commit; None takes `save.timeout`.
+            metrics: as for `step`, in addition to those given there.
 
         Returns:
             whether the snapshot was taken (with `wait`: committed).
@@ -199,6 +207,7 @@ class Session:
             UnsupportedObject: something in the state cannot be stored.
         """
         limit = self.settings.save.timeout if timeout is None else timeout
+        self._snapshots.metrics = {**(self._snapshots.metrics or {}), **(metrics or {})}
         try:
             self._link.connect()
             if self._snapshots.last_tried == self.steps_done:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import xxhash
@@ -18,7 +18,8 @@ from ckptsvc.client.link import AgentLink
 from ckptsvc.client.parts import Capture
 from ckptsvc.client.stage import StagePlan
 from ckptsvc.client.state import StateTree
-from ckptsvc.errors import CkptsvcError, Fenced, SaveFailed
+from ckptsvc.errors import CkptsvcError, Fenced, InvalidInput, SaveFailed
+from ckptsvc.format.commit import MAX_METRICS, metrics_text
 from ckptsvc.format.objects import encode
 from ckptsvc.format.shard import ShardInfo
 from ckptsvc.launch import Placement
@@ -54,6 +55,7 @@ class Snapshots:
         last_tried: step of the last one that was tried, the same on all ranks.
         last_blocked: seconds it held the loop up.
         overlap: copy parameters and optimizer state beside the training; `fence` is called before they change.
+        metrics: values of this step that go with its snapshot; rank 0's count.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Snapshots:
         self.last_tried = -1
         self.last_blocked = 0.0
         self.overlap = False
+        self.metrics: Mapping[str, Any] | None = None
         self._tree, self._link, self._group, self._place, self._url = tree, link, group, place, url
         self._on_failure = on_failure
         self._plans: dict[str, StagePlan] = {}  # by structure of the state
@@ -133,6 +136,7 @@ class Snapshots:
         try:
             capture = self._tree.capture()
             objects = encode(capture.objects)
+            metrics = _numbers(self.metrics or {}) if self._group.rank == 0 else {}
             plan = self._plan_for(capture, step)
             slot, epoch = self._link.acquire(step, plan.template.total(len(objects)), patience)
             info = ShardInfo(
@@ -156,7 +160,7 @@ class Snapshots:
             try:
                 finish()
                 failpoint("before_submit")
-                self._link.submit(slot, step, nbytes, capture.aliases)
+                self._link.submit(slot, step, nbytes, capture.aliases, metrics)
                 failpoint("after_submit")
             except Exception as error:
                 self._abandon(slot, step, str(error) or type(error).__name__)
@@ -227,3 +231,16 @@ class Snapshots:
             self._arrange(capture, step)
         # Without an answer this rank stages all it holds: right whatever the others do, if more than need be.
         return plan or StagePlan.make(capture, self._group.rank, (self._group.rank,))
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, str]:
+    """Metrics as they are recorded. A value that is no number is left out: a checkpoint is worth more than that."""
+    found: dict[str, str] = {}
+    for name, value in metrics.items():
+        try:
+            if len(found) == MAX_METRICS:
+                raise InvalidInput(f"there are more than {MAX_METRICS}")
+            found |= metrics_text({str(name): value})
+        except InvalidInput as error:
+            log.warning("metric %r is left out: %s", name, error)
+    return found

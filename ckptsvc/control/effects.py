@@ -31,7 +31,7 @@ class AllotEpoch:
 class Commit:
     """Every shard is durable: write index and commit record; answered by `CommitDone`.
 
-    `keep` is how many committed checkpoints stay afterwards; 0 keeps all.
+    `keep` is how many committed checkpoints stay afterwards; 0 keeps all. `retention` says which others stay.
     """
 
     job: str
@@ -43,6 +43,8 @@ class Commit:
     keep: int
     aliases: dict[str, str]
     shards: tuple[pb.Durable, ...]
+    retention: pb.Retention = field(default_factory=pb.Retention)
+    metrics: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,7 @@ class Job:
         self.ranks[event.rank], self.seen[event.rank] = event.node, now
         self.saves.rank_back(event.rank)
         self.saves.nodes.add(event.node)
-        self.saves.keep = event.keep
+        self.saves.keep, self.saves.retention = event.keep, event.retention
         self.every_seconds = event.every_seconds
         if event.epoch > self.epoch:
             self.epoch, self.heard = event.epoch, set()

@@ -59,6 +59,7 @@ class Save:
     staged: dict[int, str] = field(default_factory=dict)
     durable: dict[int, pb.Durable] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[int]:
@@ -73,6 +74,7 @@ class Saves:
     job: str
     timeout: float
     keep: int = 0
+    retention: pb.Retention = field(default_factory=pb.Retention)
     attempt: int = 0
     attempt_began: float = 0.0
     nodes: set[str] = field(default_factory=set)
@@ -119,6 +121,7 @@ class Saves:
         save.changed = now
         save.fresh = save.fresh or not event.again
         save.aliases.update(event.aliases)
+        save.metrics.update(event.metrics)
         if save.attempt == self.attempt:
             lost = [rank for rank in self.gone if not self._has_staged(key, rank)]
             if lost:
@@ -169,6 +172,8 @@ class Saves:
             self.keep,
             save.aliases,
             shards,
+            self.retention,
+            save.metrics,
         )
         return Decision([effect], [f"step {save.step}: all {save.world_size} shards are durable; committing"])
 

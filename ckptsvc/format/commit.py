@@ -7,6 +7,7 @@ the checkpoint (other attempts may have left others) and verifies itself and the
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Annotated, Final
 
 import msgspec
@@ -23,6 +24,15 @@ COMMIT: Final = "COMMIT"
 EPOCHS: Final = "epochs"
 """Directory of the epoch records."""
 
+PINS: Final = "pins"
+"""Directory of the records that keep a checkpoint from being deleted."""
+
+RETIRED: Final = "retired"
+"""Directory of the commit records of checkpoints that are being deleted."""
+
+MAX_METRICS: Final = 64
+"""Values that a commit record may have."""
+
 Octets = bytes  # `bytes` is a field of CommitRecord
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 _STEP_MAX: Final = 10**18 - 1
@@ -33,6 +43,8 @@ _SHARD = re.compile(r"r([0-9]{5,9})-[0-9a-f]{8}\.safetensors", re.ASCII)
 _INDEX = re.compile(r"index-[0-9a-f]{8}\.safetensors", re.ASCII)
 _EPOCH = re.compile(r"([0-9]{8,9})\.json", re.ASCII)
 _TOKEN = re.compile(r"[0-9a-f]{8}", re.ASCII)
+_METRIC_NAME = re.compile(r"[^\s\x00-\x1f\x7f\ud800-\udfff]{1,100}")
+_FLOAT = re.compile(r"nan|-?inf|-?[0-9]+(\.[0-9]+)?(e[+-][0-9]+)?", re.ASCII)
 
 
 class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +63,8 @@ class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
         bytes: the sum of their sizes.
         world_size: how many ranks saved.
         created: time of the commit, ISO 8601 in UTC.
-        refers: folders of other checkpoints whose files this one needs, ascending.
+        refers: folders of other checkpoints of the run whose files this one needs, ascending.
+        metrics: values that the training gave with this checkpoint, as text (see `metrics_text`).
         format: version of the format.
     """
 
@@ -68,7 +81,13 @@ class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
     world_size: Count
     created: str
     refers: tuple[str, ...] = ()
+    metrics: dict[str, str] = {}
     format: str = FORMAT
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The metrics as numbers; NaN and infinities are possible."""
+        return {name: float(text) for name, text in self.metrics.items()}
 
     def encode(self) -> Octets:
         """The bytes of the commit record: canonical JSON with the `check` of all other fields.
@@ -100,6 +119,10 @@ class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
             or None in map(parse_checkpoint_name, refers)
         ):
             raise Damaged(f"{what} refers to what are no other checkpoints: {', '.join(refers)[:200]}")
+        try:
+            check_metrics(commit.metrics)
+        except InvalidInput as error:
+            raise Damaged(f"{what}: {error}") from None
         return commit
 
 
@@ -133,10 +156,65 @@ class EpochRecord(msgspec.Struct, frozen=True, kw_only=True):
         return _unseal(data, cls, what)
 
 
+class PinRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """Somebody wants a checkpoint to stay, whatever retention says.
+
+    Attributes:
+        checkpoint: its name, also in the object's name.
+        note: why, for people.
+        created: ISO 8601 in UTC.
+        format: version of the format.
+    """
+
+    checkpoint: str
+    note: str
+    created: str
+    format: str = FORMAT
+
+    def encode(self) -> Octets:
+        """The bytes of the record, as for a commit record. Raises InvalidInput when a field is too long."""
+        return _seal(self, "pin")
+
+    @classmethod
+    def decode(cls, data: Octets, what: str = "pin") -> PinRecord:
+        """Reads a pin. Raises Damaged and IncompatibleVersion as for a commit record."""
+        return _unseal(data, cls, what)
+
+
+def metrics_text(values: Mapping[str, float]) -> dict[str, str]:
+    """Values as a commit record has them: the shortest text that is read back as the same binary64 number.
+
+    Raises:
+        InvalidInput: there are too many, a name is not 1 to 100 characters without spaces, or a value is no number.
+    """
+    found = {}
+    for name, value in values.items():
+        try:
+            found[name] = repr(float(value))
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise InvalidInput(f"metric {name!r} is no number: {error}") from None
+    check_metrics(found)
+    return found
+
+
+def check_metrics(metrics: Mapping[str, str]) -> None:
+    """See that these are metrics as a commit record has them.
+
+    Raises:
+        InvalidInput: as in `metrics_text`, or a number is spelled otherwise.
+    """
+    if len(metrics) > MAX_METRICS:
+        raise InvalidInput(f"{len(metrics)} metrics are too many: {MAX_METRICS} are the most")
+    for name, text in metrics.items():
+        if not _METRIC_NAME.fullmatch(name):
+            raise InvalidInput(f"{name!r} is no name of a metric: 1 to 100 characters without spaces")
+        if not _FLOAT.fullmatch(text) or repr(float(text)) != text:
+            raise InvalidInput(f"metric {name!r} is {text[:100]!r}, and no number as it should be written")
+
+
 def _seal(value: msgspec.Struct, what: str) -> Octets:
-    fields = msgspec.to_builtins(value)
-    if not fields.get("refers"):  # so that a record that refers to nothing is as it was before there was such a field
-        fields.pop("refers", None)
+    # What is empty is left out: the records of a checkpoint without it are those of version 1.0.
+    fields = {name: each for name, each in msgspec.to_builtins(value).items() if each not in ([], (), {})}
     fields["check"] = digest64(record.canonical(fields))
     data = record.canonical(fields)
     if len(data) > MAX_RECORD_BYTES:
@@ -218,6 +296,16 @@ def parse_epoch_name(name: str) -> int | None:
         return None
     epoch = int(match[1])
     return epoch if f"{epoch:08d}" == match[1] else None
+
+
+def pin_key(name: str) -> str:
+    """The key of the pin of a checkpoint: "pins/step-000000000100.e00007.json"."""
+    return f"{PINS}/{name}.json"
+
+
+def parse_pin_name(name: str) -> tuple[int, int] | None:
+    """The (step, epoch) of a name below "pins/"; None for any other name."""
+    return parse_checkpoint_name(name.removesuffix(".json")) if name.endswith(".json") else None
 
 
 def _check_number(what: str, value: int, most: int) -> None:

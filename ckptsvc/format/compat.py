@@ -18,6 +18,9 @@ from ckptsvc.errors import Damaged, IncompatibleVersion
 FORMAT: Final = "1.0"
 """What this code writes where it can."""
 
+WITH_METRICS: Final = "1.1"
+"""What a commit record with metrics has: 1.0 does not know them."""
+
 SEGMENTED: Final = "2.0"
 """What it writes where shards have segments."""
 

@@ -58,6 +58,7 @@ class Label(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: int
     extent: int
     aliases: dict[str, str]
+    metrics: dict[str, str] = {}
     kept: bool = False
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import mmap
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 from ckptsvc.errors import Damaged, Fenced, NotFound, SaveFailed, StoreError
 from ckptsvc.format.checksum import digest128
-from ckptsvc.format.commit import COMMIT, CommitRecord, index_name
+from ckptsvc.format.commit import COMMIT, CommitRecord, index_name, parse_checkpoint_name
+from ckptsvc.format.compat import FORMAT, WITH_METRICS
 from ckptsvc.format.index import Index, IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.catalog import Ref, newest_epoch, read_commit, read_epoch
@@ -42,7 +44,13 @@ def check_fence(store: Store, job: str, epoch: int) -> None:
 
 
 def commit_checkpoint(
-    store: Store, info: IndexInfo, shards: Sequence[ShardRecord], writer: str, bases: Bases | None = None
+    store: Store,
+    info: IndexInfo,
+    shards: Sequence[ShardRecord],
+    writer: str,
+    bases: Bases | None = None,
+    *,
+    metrics: Mapping[str, str] = MappingProxyType({}),
 ) -> CommitRecord:
     """Commit one checkpoint whose shards are all durable.
 
@@ -52,6 +60,7 @@ def commit_checkpoint(
         shards: one record for each rank.
         writer: a random id of the caller, the same when it tries again.
         bases: what is known of other checkpoints of this store.
+        metrics: as the record has them (see `format.commit.metrics_text`).
 
     Returns:
         the record that is in the store: ours, or that of an earlier try of this very save.
@@ -89,7 +98,8 @@ def commit_checkpoint(
             world_size=info.world_size,
             created=now_iso(),
             refers=refers,
-            format=index.info.format,
+            metrics=dict(metrics),
+            format=WITH_METRICS if metrics and index.info.format == FORMAT else index.info.format,
         )
         earlier = _put(store, ref, record)
         if earlier is not None and earlier.index == name:
@@ -97,7 +107,20 @@ def commit_checkpoint(
     if earlier is None or earlier.job != info.job:
         other = earlier.job if earlier else "somebody who removed it again"
         raise SaveFailed(f"{ref.name} was committed by {other}")
+    _check_referred(store, ref, earlier)
     return earlier
+
+
+def _check_referred(store: Store, ref: Ref, record: CommitRecord) -> None:
+    """Take a commit back that needs files of a checkpoint which was deleted meanwhile.
+
+    Who deletes looks for such references after the other's record is gone, so that one of the two sees what the other
+    has done (FORMAT.md, section 11.4).
+    """
+    for step, epoch in filter(None, map(parse_checkpoint_name, record.refers)):
+        if read_commit(store, Ref(epoch, step)) is None:
+            store.delete(f"{ref.name}/{COMMIT}")
+            raise SaveFailed(f"{Ref(epoch, step).name}, which {ref.name} needs, was deleted meanwhile")
 
 
 def _check_there(store: Store, ref: Ref, shards: Sequence[ShardRecord]) -> None:

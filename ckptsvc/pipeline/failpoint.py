@@ -9,7 +9,7 @@ order of a save:
     after_submit                                 training process: `step` is about to return
     before_shard  in_shard  after_shard          I/O worker
     before_commit  before_record  after_commit   I/O worker: ...; the index is written; the record is there
-    in_expire                                    I/O worker: the commit record of an old checkpoint is removed
+    in_expire  in_sweep                          I/O worker: the commit record of an old checkpoint is removed; a file
 """
 
 from __future__ import annotations

@@ -1,20 +1,17 @@
 """Checkpoints that need files of others: what they need is there when they are committed, and stays as long as they do.
 
 A checkpoint names in its commit record the folders of all others whose files it needs. One that is referred to stays
-whole, a checkpoint like any other, however old it is; it may go when nothing refers to it any more. Who deletes takes
-the commit record away first, looks once more whether somebody has come to refer to it, and puts it back then.
+whole, a checkpoint like any other, however old it is; it may go when nothing refers to it any more (see `retain`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
-from ckptsvc.errors import Damaged, IncompatibleVersion, NoCheckpoint, NotFound, SaveFailed
-from ckptsvc.format.commit import COMMIT, CommitRecord, parse_checkpoint_name
-from ckptsvc.format.limits import MAX_RECORD_BYTES
+from ckptsvc.errors import Damaged, IncompatibleVersion, NoCheckpoint, SaveFailed
+from ckptsvc.format.commit import COMMIT, parse_checkpoint_name
 from ckptsvc.format.merge import ShardRecord
-from ckptsvc.pipeline.catalog import Ref, list_refs, open_checkpoint, read_commit
-from ckptsvc.pipeline.failpoint import failpoint
+from ckptsvc.pipeline.catalog import Ref, open_checkpoint
 from ckptsvc.storage import Store
 
 
@@ -24,53 +21,6 @@ def ref_of(folder: str) -> Ref:
     if parsed is None:
         raise Damaged(f"{folder[:200]!r} is no name of a checkpoint")
     return Ref(parsed[1], parsed[0])
-
-
-def needed(commits: Iterable[CommitRecord]) -> set[Ref]:
-    """The checkpoints that others need."""
-    return {ref_of(folder) for commit in commits for folder in commit.refers}
-
-
-def referrers(store: Store, ref: Ref, besides: Collection[Ref] = ()) -> list[Ref]:
-    """The committed checkpoints that need files of this one, apart from those in `besides`."""
-    found = []
-    for other in list_refs(store):
-        if other == ref or other in besides:
-            continue
-        try:
-            commit = read_commit(store, other)
-        except (Damaged, IncompatibleVersion):
-            continue  # it cannot be used, whatever it needs
-        if commit is not None and ref.name in commit.refers:
-            found.append(other)
-    return found
-
-
-def delete_checkpoint(store: Store, ref: Ref, seen: Collection[Ref] = ()) -> bool:
-    """Delete a checkpoint that nothing refers to, commit record first; returns whether it is gone.
-
-    Checkpoints are to be deleted newest first: an older one never needs a newer one.
-
-    Args:
-        store: where it is.
-        ref: which.
-        seen: checkpoints that are known not to refer to it; others are looked at.
-    """
-    key = f"{ref.name}/{COMMIT}"
-    if referrers(store, ref, seen):
-        return False
-    try:
-        record = store.read(key, MAX_RECORD_BYTES)
-    except NotFound:
-        record = b""
-    store.delete(key)
-    failpoint("in_expire")
-    if record and referrers(store, ref, seen):  # committed just now, by another process
-        store.put_if_absent(key, record)
-        return False
-    for entry in list(store.list(ref.name)):
-        store.delete(entry.key)
-    return True
 
 
 REMEMBERED = 16

@@ -107,6 +107,12 @@ def test_every_setting_has_its_variable() -> None:
         "health.startup": "20min",
         "health.confirm": "5min",
         "health.give_up": "1h",
+        "retention.every": "6h",
+        "retention.best": "3",
+        "retention.metric": "val_loss",
+        "retention.order": "highest",
+        "retention.age": "7d",
+        "retention.rate": "20",
         "nics.enabled": "false",
         "nics.root": "/host",
         "tls.ca_file": "/ca",
@@ -136,6 +142,9 @@ def test_every_setting_has_its_variable() -> None:
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0, early_cores=1,
         incremental=True, full_every=4, compression="auto", compression_level=3,
     )  # fmt: skip
+    assert settings.retention == config.RetentionSettings(
+        every=Every(0, 21600.0), best=3, metric="val_loss", order="highest", age=604800.0, rate=20.0
+    )
     assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
     assert settings.store == config.StoreSettings(
         url="memory://x", retries=0, timeout=0.5, options={"s3": {"region": "eu-west-1"}}
@@ -211,6 +220,9 @@ def test_every_field_is_described() -> None:
         ("[health]\nautomatic = 'yes'", ["health.automatic", "'yes'", "one of launched, always, never"]),
         ("[health]\nfloor = 0", ["health.floor", "health.enabled"]),
         ("[health]\nfactor = 0.5", ["health.factor", ">= 1"]),
+        ("[retention]\nbest = 3", ["retention.best", "retention.metric"]),
+        ("[retention]\nevery = 0", ["retention.every", "10min"]),
+        ("[retention]\norder = 'up'", ["retention.order", "lowest, highest"]),
         ("[origin]\nx = 'y'", ["origin"]),
     ],
 )

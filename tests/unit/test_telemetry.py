@@ -19,6 +19,7 @@ METRICS = {
     ("ckptsvc_build_info", "gauge", ("version",)),
     ("ckptsvc_calls_refused_total", "counter", ()),
     ("ckptsvc_coordinator_changes_total", "counter", ()),
+    ("ckptsvc_deleted_checkpoints_total", "counter", ()),
     ("ckptsvc_incidents_total", "counter", ("kind",)),
     ("ckptsvc_last_commit_timestamp_seconds", "gauge", ("job",)),
     ("ckptsvc_last_committed_step", "gauge", ("job",)),

@@ -82,8 +82,15 @@ class AcquireResponse(_message.Message):
     def __init__(self, slot: _Optional[str] = ..., capacity: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("slot", "step", "bytes", "aliases")
+    __slots__ = ("slot", "step", "bytes", "aliases", "metrics")
     class AliasesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -94,11 +101,13 @@ class SubmitRequest(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     slot: str
     step: int
     bytes: int
     aliases: _containers.ScalarMap[str, str]
-    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., bytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    metrics: _containers.ScalarMap[str, str]
+    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., bytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class SubmitResponse(_message.Message):
     __slots__ = ()

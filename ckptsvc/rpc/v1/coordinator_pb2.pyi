@@ -65,7 +65,7 @@ class AgentHello(_message.Message):
     def __init__(self, node: _Optional[str] = ..., job: _Optional[str] = ..., term: _Optional[int] = ...) -> None: ...
 
 class RankJoined(_message.Message):
-    __slots__ = ("job", "node", "store", "attempt", "rank", "world_size", "epoch", "every_steps", "every_seconds", "keep")
+    __slots__ = ("job", "node", "store", "attempt", "rank", "world_size", "epoch", "every_steps", "every_seconds", "keep", "retention")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
@@ -76,6 +76,7 @@ class RankJoined(_message.Message):
     EVERY_STEPS_FIELD_NUMBER: _ClassVar[int]
     EVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
+    RETENTION_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     store: str
@@ -86,7 +87,26 @@ class RankJoined(_message.Message):
     every_steps: int
     every_seconds: float
     keep: int
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., store: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., epoch: _Optional[int] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ..., keep: _Optional[int] = ...) -> None: ...
+    retention: Retention
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., store: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., epoch: _Optional[int] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ..., keep: _Optional[int] = ..., retention: _Optional[_Union[Retention, _Mapping]] = ...) -> None: ...
+
+class Retention(_message.Message):
+    __slots__ = ("steps", "seconds", "best", "metric", "highest", "age", "rate")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    BEST_FIELD_NUMBER: _ClassVar[int]
+    METRIC_FIELD_NUMBER: _ClassVar[int]
+    HIGHEST_FIELD_NUMBER: _ClassVar[int]
+    AGE_FIELD_NUMBER: _ClassVar[int]
+    RATE_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    seconds: float
+    best: int
+    metric: str
+    highest: bool
+    age: float
+    rate: float
+    def __init__(self, steps: _Optional[int] = ..., seconds: _Optional[float] = ..., best: _Optional[int] = ..., metric: _Optional[str] = ..., highest: bool = ..., age: _Optional[float] = ..., rate: _Optional[float] = ...) -> None: ...
 
 class RankLeft(_message.Message):
     __slots__ = ("job", "node", "attempt", "rank", "died", "detail")
@@ -133,8 +153,15 @@ class Progressed(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ...) -> None: ...
 
 class Staged(_message.Message):
-    __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended", "again")
+    __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended", "again", "metrics")
     class AliasesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -153,6 +180,7 @@ class Staged(_message.Message):
     STORE_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     epoch: int
@@ -165,7 +193,8 @@ class Staged(_message.Message):
     store: str
     ended: bool
     again: bool
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., store: _Optional[str] = ..., ended: bool = ..., again: bool = ...) -> None: ...
+    metrics: _containers.ScalarMap[str, str]
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., store: _Optional[str] = ..., ended: bool = ..., again: bool = ..., metrics: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Durable(_message.Message):
     __slots__ = ("job", "epoch", "step", "rank", "name", "nbytes", "extent", "digests", "columns", "segments")

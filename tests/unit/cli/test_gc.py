@@ -12,7 +12,7 @@ from harness.stored import Run, Tensor, cli
 from ckptsvc.cli import gc
 from ckptsvc.cli.agents import Answer
 from ckptsvc.errors import AgentUnavailable
-from ckptsvc.pipeline.retain import remove_garbage
+from ckptsvc.pipeline.garbage import remove_garbage
 
 TENSORS = {"w": Tensor(np.zeros(5000, np.float32), cut="dim 0")}
 
@@ -102,7 +102,7 @@ def test_a_step_that_an_agent_is_saving_is_left_alone(run: Run, monkeypatch: pyt
 
 
 def test_a_save_that_commits_while_we_look_is_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    def late(store, garbage):
+    def late(store, garbage, pace):
         run.save(garbage.ref.step, TENSORS, world=2)
         return remove_garbage(store, garbage)
 

@@ -76,7 +76,7 @@ def test_json(run: Run) -> None:
     checkpoint = document["checkpoint"]
     assert checkpoint.keys() == {
         "store", "name", "step", "epoch", "attempt", "job", "world_size", "created", "format", "shards", "bytes",
-        "stored",
+        "stored", "metrics", "refers",
     }  # fmt: skip
     assert checkpoint["stored"] == {
         "written": checkpoint["bytes"], "referenced": 0, "compressed": 0, "compressed_to": 0, "deltas": 0,

@@ -44,7 +44,7 @@ def test_json(run: Run) -> None:
     assert entry.pop("bytes") == sum(e.size for e in run.store.list("step-000000000007.e00001") if "/r" in e.key)
     assert entry == {
         "name": "step-000000000007.e00001", "step": 7, "epoch": 1, "state": "committed", "world_size": 2, "attempt": 1,
-        "job": "me", "shards": 2, "why": None,
+        "job": "me", "shards": 2, "why": None, "pinned": False, "metrics": {}, "refers": [],
     }  # fmt: skip
 
 

@@ -9,9 +9,10 @@ from harness.random_run import memory_store, small_run
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.format.commit import COMMIT
 from ckptsvc.pipeline.catalog import Ref, find, list_refs, open_checkpoint
+from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
 from ckptsvc.pipeline.increments import Economy
-from ckptsvc.pipeline.references import delete_checkpoint, referrers
-from ckptsvc.pipeline.retain import expire, find_garbage, remove_garbage
+from ckptsvc.pipeline.retain import delete_checkpoint, expire
+from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.verify import verify_checkpoint
 from ckptsvc.storage import connect
 from ckptsvc.storage.wrappers import Fault, Faulty
@@ -56,35 +57,35 @@ def test_the_commit_record_goes_first(store):
 
 def test_what_is_protected_stays(store):
     fill(store)
-    assert expire(store, 1, protect=[Ref(1, 10), Ref(1, 30), Ref(1, 99)]) == [Ref(1, 20)]
+    assert expire(store, Policy(last=1), [Ref(1, 10), Ref(1, 30), Ref(1, 99)]).gone == [Ref(1, 20)]
     assert whole(store) == [40, 30, 10]
 
 
 def test_the_newest_epoch_counts_before_the_highest_step(store):
     fill(store)
     small_run().store(store, step=5, epoch=2)
-    assert expire(store, 1) == [Ref(1, 40), Ref(1, 30), Ref(1, 20), Ref(1, 10)]
+    assert expire(store, Policy(last=1)).gone == [Ref(1, 10), Ref(1, 20), Ref(1, 30), Ref(1, 40)]
     assert whole(store) == [5]
 
 
 def test_to_keep_more_than_there_are_is_to_keep_all(store):
     fill(store)
-    assert expire(store, 4) == []
-    assert expire(store, 100) == []
+    assert expire(store, Policy(last=4)).gone == []
+    assert expire(store, Policy(last=100)).gone == []
     assert whole(store) == [40, 30, 20, 10]
 
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_an_interruption_anywhere_leaves_whole_checkpoints_only(lost):
     counting = Faulty(fill(memory_store()))
-    expire(counting, 2)
+    expire(counting, Policy(last=2))
     for nth in range(1, len(counting.calls) + 1):
         store = fill(memory_store())
         with contextlib.suppress(CkptsvcError):  # a record that cannot be read is passed over
-            expire(Faulty(store, [Fault(nth=nth, times=0, error="store-unavailable", lost=lost)]), 2)
+            expire(Faulty(store, [Fault(nth=nth, times=0, error="store-unavailable", lost=lost)]), Policy(last=2))
         assert whole(store)[:2] == [40, 30]
         # What was begun is finished by the next one, or found as garbage.
-        expire(store, 2)
+        expire(store, Policy(last=2), resume_after=0)
         for garbage in list(find_garbage(store)):
             assert remove_garbage(store, garbage)
         assert whole(store) == [40, 30]
@@ -103,26 +104,24 @@ def fill_with_references(store, last=6):
 
 def test_what_is_referred_to_stays():
     store = fill_with_references(memory_store(), 5)  # 2 and 3 refer to 1, and 5 to 4
-    assert referrers(store, Ref(1, 1)) == [Ref(1, 3), Ref(1, 2)]
-    assert not delete_checkpoint(store, Ref(1, 1))
-    assert expire(store, 1) == [Ref(1, 3), Ref(1, 2), Ref(1, 1)]
+    assert expire(store, Policy(last=1)).gone == [Ref(1, 1), Ref(1, 2), Ref(1, 3)]
     assert whole(store) == [5, 4]
     fill_with_references(store, 5)
-    assert expire(store, 1, protect=[Ref(1, 2)]) == [Ref(1, 3)]
+    assert expire(store, Policy(last=1), [Ref(1, 2)]).gone == [Ref(1, 3)]
     assert whole(store) == [5, 4, 2, 1]
 
 
 @pytest.mark.parametrize("lost", [False, True])
 def test_an_interruption_anywhere_leaves_all_that_is_referred_to(lost):
     counting = Faulty(fill_with_references(memory_store(), 5))
-    expire(counting, 1)
+    expire(counting, Policy(last=1))
     for nth in range(1, len(counting.calls) + 1):
         store = fill_with_references(memory_store(), 5)
         with contextlib.suppress(CkptsvcError):
-            expire(Faulty(store, [Fault(nth=nth, times=0, error="store-unavailable", lost=lost)]), 1)
+            expire(Faulty(store, [Fault(nth=nth, times=0, error="store-unavailable", lost=lost)]), Policy(last=1))
         assert whole(store)[:2] == [5, 4]
         for _ in range(2):
-            expire(store, 1)
+            expire(store, Policy(last=1), resume_after=0)
             for garbage in list(find_garbage(store)):
                 assert remove_garbage(store, garbage)
         assert whole(store) == [5, 4]
@@ -133,23 +132,27 @@ def test_an_interruption_anywhere_leaves_all_that_is_referred_to(lost):
 def test_a_record_that_cannot_be_read_for_a_moment_loses_no_base(nth):
     store = fill_with_references(memory_store(), 5)
     with contextlib.suppress(CkptsvcError):
-        expire(Faulty(store, [Fault(op="read", nth=nth, error="store-unavailable")]), 1)
+        expire(Faulty(store, [Fault(op="read", nth=nth, error="store-unavailable")]), Policy(last=1))
     assert whole(store)[:2] == [5, 4]
 
 
 def test_a_reference_that_comes_while_a_checkpoint_is_being_deleted_is_seen():
-    store = fill_with_references(memory_store(), 2)
-    late = store.read(f"{Ref(1, 2).name}/{COMMIT}")
-    store.delete(f"{Ref(1, 2).name}/{COMMIT}")
+    store = fill_with_references(memory_store(), 3)
+    late = {step: store.read(f"{Ref(1, step).name}/{COMMIT}") for step in (2, 3)}
+    for step in late:
+        store.delete(f"{Ref(1, step).name}/{COMMIT}")
+    fill_with = small_run()
+    fill_with.store(store, step=9)
 
     class Racing(Faulty):
         def delete(self, key):
             self.inner.delete(key)
             if key == f"{Ref(1, 1).name}/{COMMIT}":
-                self.inner.put_if_absent(f"{Ref(1, 2).name}/{COMMIT}", late)
+                self.inner.put_if_absent(f"{Ref(1, 2).name}/{COMMIT}", late[2])
 
-    assert not delete_checkpoint(Racing(store), Ref(1, 1))
-    assert whole(store) == [2, 1]
+    done = expire(Racing(store), Policy(last=1))
+    assert (done.gone, done.back) == ([], [Ref(1, 1)])
+    assert whole(store) == [9, 2, 1]
 
 
 def test_a_folder_that_is_referred_to_is_no_garbage():
@@ -158,7 +161,6 @@ def test_a_folder_that_is_referred_to_is_no_garbage():
     store.delete(f"{Ref(1, 1).name}/{COMMIT}")
     assert list(find_garbage(store)) == []
     assert whole(store) == [2]
-    assert expire(store, 1) == []
     delete_checkpoint(store, Ref(1, 2))
     (garbage,) = find_garbage(store)
     assert garbage.ref == Ref(1, 1)

@@ -10,7 +10,9 @@ from harness.damage import newer_record
 from harness.stored import Run, Tensor
 
 from ckptsvc.pipeline.catalog import Ref, find, list_refs, open_checkpoint, take_epoch
-from ckptsvc.pipeline.retain import expire, find_garbage, remove_garbage
+from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
+from ckptsvc.pipeline.retain import expire
+from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.verify import verify_checkpoint
 
 TENSORS = {"w": Tensor(np.arange(1000, dtype=np.float32), cut="dim 0")}
@@ -29,10 +31,10 @@ def test_only_the_newest_are_kept(run: Run) -> None:
     for epoch, step in ((1, 10), (1, 20), (2, 5), (2, 15)):
         run.save(step, TENSORS, epoch=epoch)
     run.save(30, TENSORS, epoch=1, commit=False)
-    gone = expire(run.store, 2, protect=[Ref(1, 10)])
+    gone = expire(run.store, Policy(last=2), [Ref(1, 10)]).gone
     assert gone == [Ref(1, 20)]
     assert list_refs(run.store) == [Ref(2, 15), Ref(2, 5), Ref(1, 30), Ref(1, 10)]
-    assert expire(run.store, 0) == []
+    assert expire(run.store, Policy()).gone == []
     assert len(list_refs(run.store)) == 4
 
 
@@ -42,7 +44,7 @@ def test_records_that_cannot_be_used_are_neither_counted_nor_deleted(run: Run, t
     newer = newer_record(tmp_path, "3.0")
     (tmp_path / "step-000000000004.e00001" / "COMMIT").write_text(newer)
     (tmp_path / "step-000000000003.e00001" / "COMMIT").write_text("{}")
-    assert expire(run.store, 1) == [Ref(1, 1)]
+    assert expire(run.store, Policy(last=1)).gone == [Ref(1, 1)]
     assert [ref.step for ref in list_refs(run.store)] == [4, 3, 2]
 
 

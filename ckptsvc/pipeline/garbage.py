@@ -1,0 +1,154 @@
+"""What interrupted saves, deletions and conversions have left in a run, and its removal.
+
+A store cannot tell what is abandoned from what somebody is at work on: who removes it decides by its age and by what
+the agents say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+
+from ckptsvc.errors import Damaged, IncompatibleVersion
+from ckptsvc.format.commit import (
+    EPOCHS,
+    PINS,
+    RETIRED,
+    CommitRecord,
+    parse_checkpoint_name,
+    parse_pin_name,
+)
+from ckptsvc.pipeline.catalog import Ref, list_refs, newest_epoch, open_checkpoint, read_commit
+from ckptsvc.pipeline.pins import pinned
+from ckptsvc.pipeline.retain import referred, whole
+from ckptsvc.storage import TEMPORARY_PREFIX, Entry, Store
+from ckptsvc.storage.unfinished import unfinished_by_folder
+
+CONVERSION = re.compile(r"convert-step-[0-9]{12,18}", re.ASCII)
+"""Names of folders in which conversions into a run record what they have finished (interop.ledger)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Garbage:
+    """Objects of one folder that nothing refers to.
+
+    Attributes:
+        folder: the first part of their keys.
+        ref: the checkpoint that is none, whose folder this is; None where only single objects are garbage.
+        why: how they came to be there.
+        entries: the objects, in the order in which they are to be deleted; none where an empty folder is all that is
+            left.
+    """
+
+    folder: str
+    ref: Ref | None
+    why: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all objects."""
+        return sum(entry.size for entry in self.entries)
+
+    @property
+    def modified(self) -> float:
+        """When the last of them was written, in seconds since 1970: a save that is slow is not an old one."""
+        return max((entry.modified for entry in self.entries), default=0.0)
+
+
+def find_garbage(store: Store) -> Iterator[Garbage]:
+    """What interrupted saves, deletions and conversions left, folder by folder.
+
+    A folder without a commit record may belong to a save that is still going on. Checkpoints whose commit record or
+    index cannot be read are left alone, and so is what a committed checkpoint refers to.
+    """
+    commits: dict[Ref, CommitRecord | None] = {}
+    unusable = set()
+    for ref in list_refs(store):
+        try:
+            commits[ref] = read_commit(store, ref)
+        except (Damaged, IncompatibleVersion):
+            unusable.add(ref)
+    marks = {e.key.removeprefix(f"{RETIRED}/"): e for e in store.list(RETIRED)}
+    needed, pins = referred(commit for commit in commits.values() if commit is not None), pinned(store)
+    newest = newest_epoch(store)
+    for ref, commit in commits.items():
+        if commit is not None:
+            yield from _strays(store, ref, commit)
+        elif ref not in needed and not (ref in pins and whole(store, ref)):  # `expire` makes it a checkpoint again
+            entries = tuple(store.list(ref.name))
+            if ref.name in marks:  # the mark goes last: until then this is known to be half deleted
+                yield Garbage(ref.name, ref, "its deletion was interrupted", (*entries, marks[ref.name]))
+            else:
+                open_end = " (it may still be running)" if ref.epoch == newest else ""
+                yield Garbage(ref.name, ref, f"save not committed{open_end}", entries)
+    yield from _unfinished(store, {ref.name for ref in commits.keys() | unusable})
+    yield from _beside(store, commits, marks, pins - commits.keys() - unusable)
+
+
+def _strays(store: Store, ref: Ref, commit: CommitRecord) -> Iterator[Garbage]:
+    """What is in the folder of a committed checkpoint, and no part of it."""
+    entries = list(store.list(ref.name))
+    if len(entries) <= commit.shards + 2:
+        return  # shards, index and record: no need to read an index that may be large
+    try:
+        found = open_checkpoint(store, ref, commit)
+    except (Damaged, IncompatibleVersion):
+        return
+    known = found.own_names()
+    strays = tuple(e for e in entries if e.key.removeprefix(f"{ref.name}/") not in known)
+    if strays:
+        yield Garbage(ref.name, None, "not part of the committed checkpoint", strays)
+
+
+def _unfinished(store: Store, folders: Collection[str]) -> Iterator[Garbage]:
+    """Uploads that were never completed, where nothing else is in the folder, so that nothing shows it."""
+    for folder, uploads in unfinished_by_folder(store).items():
+        parsed = parse_checkpoint_name(folder)  # others may use the bucket, too
+        if parsed is not None and folder not in folders:
+            yield Garbage(folder, Ref(parsed[1], parsed[0]), "upload never completed", tuple(uploads))
+
+
+def _beside(
+    store: Store, commits: Mapping[Ref, CommitRecord | None], marks: Mapping[str, Entry], vain: set[Ref]
+) -> Iterator[Garbage]:
+    """What is in no checkpoint's folder."""
+    torn = tuple(
+        e
+        for folder in (EPOCHS, PINS, RETIRED)
+        for e in store.list(folder)
+        if e.key.rpartition("/")[2].startswith(TEMPORARY_PREFIX)
+    )
+    if torn:
+        yield Garbage(EPOCHS, None, "left by an interrupted write", torn)
+    halves = {ref.name for ref, commit in commits.items() if commit is None}
+    done = tuple(e for name, e in marks.items() if name not in halves and parse_checkpoint_name(name))
+    if done:
+        yield Garbage(RETIRED, None, "left by an interrupted deletion", done)
+    if vain:
+        entries = tuple(e for e in store.list(PINS) if _ref_of_pin(e) in vain)
+        yield Garbage(PINS, None, "pins a checkpoint that is not there", entries)
+    for name in store.children():
+        if CONVERSION.fullmatch(name):
+            yield Garbage(name, None, "records of an unfinished conversion", tuple(store.list(name)))
+
+
+def remove_garbage(store: Store, garbage: Garbage, pace: Callable[[], None] = lambda: None) -> bool:
+    """Delete what was found, unless it is a checkpoint after all; returns whether it was deleted.
+
+    `pace` is called before every object.
+    """
+    if garbage.ref is not None and read_commit(store, garbage.ref) is not None:
+        return False
+    for entry in garbage.entries:
+        pace()
+        store.delete(entry.key)
+    if not garbage.entries:  # a driver removes folders that have become empty, here one that already was
+        store.delete(f"{garbage.folder}/{TEMPORARY_PREFIX}none")
+    return True
+
+
+def _ref_of_pin(entry: Entry) -> Ref | None:
+    parsed = parse_pin_name(entry.key.removeprefix(f"{PINS}/"))
+    return parsed and Ref(parsed[1], parsed[0])
