@@ -17,8 +17,8 @@ from ckptsvc.cli.agents import agent_directory, ask_all
 from ckptsvc.cli.retention import Judged
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, progress, size
 from ckptsvc.errors import CkptsvcError, InvalidInput
-from ckptsvc.interop.leftovers import leftovers
-from ckptsvc.interop.target import RECORDS
+from ckptsvc.interop.conversion.leftovers import leftovers
+from ckptsvc.interop.conversion.target import RECORDS
 from ckptsvc.pipeline.garbage import Garbage, find_garbage, remove_garbage
 from ckptsvc.pipeline.retain import Pace, expire
 from ckptsvc.pipeline.retention import Policy

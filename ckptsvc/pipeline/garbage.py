@@ -26,7 +26,7 @@ from ckptsvc.storage import TEMPORARY_PREFIX, Entry, Store
 from ckptsvc.storage.unfinished import unfinished_by_folder
 
 CONVERSION = re.compile(r"convert-step-[0-9]{12,18}", re.ASCII)
-"""Names of folders in which conversions into a run record what they have finished (interop.ledger)."""
+"""Names of folders in which conversions into a run record what they have finished (interop.conversion.ledger)."""
 
 
 @dataclass(frozen=True, slots=True)

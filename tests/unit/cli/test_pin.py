@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from ckptsvc.interop.ledger import Ledger, Plan
 from harness.stored import Run, Tensor, cli
 
 from ckptsvc.format.commit import COMMIT, PINS, metrics_text
+from ckptsvc.interop.conversion.ledger import Ledger, Plan
 from ckptsvc.pipeline.catalog import Ref, find, read_commit
 from ckptsvc.storage import connect
 

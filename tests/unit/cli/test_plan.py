@@ -5,13 +5,13 @@ import math
 import random
 
 import pytest
-from ckptsvc.interop.shapes import MODELS
 from harness.stored import cli
 
 from ckptsvc.cli.plan import count, decimal, rate, seconds
 from ckptsvc.cli.plan_examples import EXAMPLES, LLAMA
 from ckptsvc.cli.plan_model import Job, daly, doubts, plans, useful_share
 from ckptsvc.errors import ConfigError
+from ckptsvc.interop.naming.shapes import MODELS
 
 
 def job(**changes):

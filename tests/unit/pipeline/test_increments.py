@@ -18,6 +18,7 @@ from ckptsvc.pipeline.increments import Economy
 from ckptsvc.pipeline.packing import Trial, is_worth
 from ckptsvc.pipeline.read import Want, read_arrays
 from ckptsvc.pipeline.retain import expire
+from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.sources import StoreSource
 from ckptsvc.storage.wrappers import Fault, Faulty, Limited, Measured
 
@@ -187,7 +188,7 @@ def test_what_is_referred_to_stays_as_long_as_it_is():
         run.truth["trained"] = floats(1000, step)
         checkpoint, _ = saver.save(run, step)
         refs.append(checkpoint.ref)
-        expire(saver.store, 1, protect=[checkpoint.ref])
+        expire(saver.store, Policy(last=1), [checkpoint.ref])
         there = [ref.step for ref in refs if saver.store.children(ref.name)]
         assert there == sorted({step, (step - 1) // 4 * 4 + 1})
         assert_holds(checkpoint, run)

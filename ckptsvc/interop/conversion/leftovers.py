@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ckptsvc.errors import CkptsvcError
-from ckptsvc.interop.ledger import Ledger
-from ckptsvc.interop.target import PARTIAL, RECORDS
+from ckptsvc.interop.conversion.ledger import Ledger
+from ckptsvc.interop.conversion.target import PARTIAL, RECORDS
 from ckptsvc.pipeline.garbage import Garbage
 from ckptsvc.storage import Store
 
