@@ -50,14 +50,19 @@ class Apart:
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
         self._asked = url, dict(options)
-        self._lock = threading.Lock()
-        self._slots = threading.BoundedSemaphore(LINES)
-        self._process: _Process | None = None
+        self._begin()
         try:
             self.url: str = self._call("url")
         except BaseException:
             self.close()
             raise
+
+    def _begin(self) -> None:
+        """As a new store, and in a forked child, where locks may be held by threads that it does not have."""
+        self._owner = os.getpid()
+        self._lock = threading.Lock()
+        self._slots = threading.BoundedSemaphore(LINES)
+        self._process: _Process | None = None
 
     def capabilities(self) -> Capabilities:
         """See `Store.capabilities`; through here a store survives a fork."""
@@ -124,7 +129,9 @@ class Apart:
         self._call("delete", check_key(key))
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, unless it is that of the process this one was forked from."""
+        if self._owner != os.getpid():
+            return
         with self._lock:
             process, self._process = self._process, None
         if process is not None:
@@ -136,7 +143,9 @@ class Apart:
 
     @contextlib.contextmanager
     def _line(self) -> Iterator[_Line]:
-        """A line that nobody else uses meanwhile; one that breaks is not used again, nor is its process."""
+        """A line that nobody else uses meanwhile; a broken one is not used again, nor is a process that has ended."""
+        if self._owner != os.getpid():
+            self._begin()
         with self._slots:
             process = self._live()
             line = process.take()
@@ -151,7 +160,7 @@ class Apart:
 
     def _live(self) -> _Process:
         with self._lock:
-            if self._process is None or self._process.owner != os.getpid():  # a forked child starts one of its own
+            if self._process is None:
                 self._process = _Process(*self._asked)
             return self._process
 
@@ -163,7 +172,7 @@ class Apart:
 
 
 class _Line:
-    """One call at a time. `broken` is set when the process has not answered as it should."""
+    """One call at a time. `broken` is set while an answer is awaited: it may still come when nobody asks any more."""
 
     def __init__(self, sock: socket.socket, fd: int) -> None:
         self._sock, self._fd = sock, fd
@@ -187,6 +196,7 @@ class _Line:
     def ask(self, op: str, *arguments: Any, on_note: Any = None) -> Any:
         """One question; its answer, or the error that is the answer."""
         failure: BaseException | None = None
+        self.broken = True
         try:
             send(self._sock, [op, os.fstat(self._fd).st_size, *arguments])
             while (message := receive(self._sock))[0] == "note":
@@ -196,8 +206,8 @@ class _Line:
                     failure = error
                 send(self._sock, failure is None)
         except (OSError, EOFError, msgspec.MsgspecError) as error:
-            self.broken = True
             raise StoreUnavailable(f"the process that opened the store has ended: {error}") from None
+        self.broken = False
         if failure is not None:
             raise failure
         if message[0] == "error":
@@ -217,13 +227,12 @@ class _Process:
     """The other process, and the lines to it."""
 
     def __init__(self, url: str, options: Mapping[str, Any]) -> None:
-        self.owner = os.getpid()
         self._lock = threading.Lock()
         self._free: list[_Line] = []
         self._ended = False
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, "-m", "ckptsvc.storage.apart_process", str(theirs.fileno()), str(self.owner)]
+            command = [sys.executable, "-m", "ckptsvc.storage.apart_process", str(theirs.fileno()), str(os.getpid())]
             try:
                 self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
             except OSError as error:

@@ -97,6 +97,28 @@ def test_a_forked_child_has_a_process_of_its_own_and_disturbs_nobody(apart):
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_that_only_closes_ends_nothing_of_its_parent(apart):
+    process = apart._process
+    assert in_a_fork(lambda: apart.close() is None) == 0
+    assert read_all(apart)
+    assert apart._process is process
+
+
+def test_a_call_that_was_interrupted_leaves_no_answer_for_the_next_one(apart, monkeypatch):
+    """As by Ctrl-C, between question and answer."""
+
+    def interrupted(sock):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ckptsvc.storage.apart.receive", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            apart.read("a")
+    assert apart.size("a") == 3 * MiB
+    assert read_all(apart)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_the_process_ends_though_a_forked_child_lives(tmp_path):
     before = children_of(os.getpid())
     store = Apart(f"file://{tmp_path}", {})

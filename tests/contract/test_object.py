@@ -383,7 +383,7 @@ def test_damaged_lists_of_uploads_are_errors_or_lists(s3_bucket, between):
     """Seeded: bytes of an answer changed, lost and doubled."""
     chance = random.Random(5)
     store = opened(s3_bucket, endpoint=between.endpoint)
-    for _ in range(40):
+    for _ in range(25):
         answer = bytearray(page("step-1/a", more=False))
         for _ in range(chance.randint(1, 4)):
             at = chance.randrange(len(answer))
