@@ -19,7 +19,7 @@ from ckptsvc.format.index import Index, IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.catalog import Ref, newest_epoch, read_commit, read_epoch
 from ckptsvc.pipeline.failpoint import failpoint
-from ckptsvc.pipeline.references import Bases
+from ckptsvc.pipeline.references import Bases, withdraw_if_late
 from ckptsvc.storage import Store
 
 
@@ -97,6 +97,7 @@ def commit_checkpoint(
     if earlier is None or earlier.job != info.job:
         other = earlier.job if earlier else "somebody who removed it again"
         raise SaveFailed(f"{ref.name} was committed by {other}")
+    withdraw_if_late(store, ref, earlier)
     return earlier
 
 

@@ -77,6 +77,28 @@ REMEMBERED = 16
 """Checkpoints whose files are remembered."""
 
 
+def withdraw_if_late(store: Store, ref: Ref, commit: CommitRecord) -> None:
+    """Take a record back that was put when something it refers to was just being deleted.
+
+    Who commits puts its record and then looks for those it refers to; who deletes takes a record away and then looks
+    for others that refer to it. Whichever comes second sees the other.
+
+    Raises:
+        SaveFailed: that is how it was.
+    """
+    for folder in commit.refers:
+        if read_commit(store, ref_of(folder)) is None:
+            store.delete(f"{ref.name}/{COMMIT}")
+            raise _gone(folder)
+
+
+def _gone(folder: str) -> SaveFailed:
+    return SaveFailed(
+        f"it refers to {folder}, which has been deleted meanwhile",
+        hint="the next checkpoints will not; keep more of them if this happens often",
+    )
+
+
 class Bases:
     """Which files the checkpoints of a store have, remembered: what is committed does not change."""
 
@@ -111,10 +133,7 @@ class Bases:
             if COMMIT in there and not names <= self._committed(store, folder):
                 there = set()  # files of an earlier try of that save, which are garbage
             if COMMIT not in there or not names <= there:
-                raise SaveFailed(
-                    f"it refers to {folder}, which has been deleted meanwhile",
-                    hint="the next checkpoints will not; keep more of them if this happens often",
-                )
+                raise _gone(folder)
         return tuple(sorted(wanted))
 
     def _committed(self, store: Store, folder: str) -> frozenset[str]:
