@@ -15,13 +15,13 @@ from types import MappingProxyType
 
 from ckptsvc.errors import Damaged, Fenced, NotFound, SaveFailed, StoreError
 from ckptsvc.format.checksum import digest128
-from ckptsvc.format.commit import COMMIT, CommitRecord, index_name, parse_checkpoint_name
+from ckptsvc.format.commit import COMMIT, CommitRecord, index_name
 from ckptsvc.format.compat import FORMAT, WITH_METRICS
 from ckptsvc.format.index import Index, IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.catalog import Ref, newest_epoch, read_commit, read_epoch
 from ckptsvc.pipeline.failpoint import failpoint
-from ckptsvc.pipeline.references import Bases
+from ckptsvc.pipeline.references import Bases, withdraw_if_late
 from ckptsvc.storage import Store
 
 
@@ -107,20 +107,8 @@ def commit_checkpoint(
     if earlier is None or earlier.job != info.job:
         other = earlier.job if earlier else "somebody who removed it again"
         raise SaveFailed(f"{ref.name} was committed by {other}")
-    _check_referred(store, ref, earlier)
+    withdraw_if_late(store, ref, earlier)
     return earlier
-
-
-def _check_referred(store: Store, ref: Ref, record: CommitRecord) -> None:
-    """Take a commit back that needs files of a checkpoint which was deleted meanwhile.
-
-    Who deletes looks for such references after the other's record is gone, so that one of the two sees what the other
-    has done (FORMAT.md, section 11.4).
-    """
-    for step, epoch in filter(None, map(parse_checkpoint_name, record.refers)):
-        if read_commit(store, Ref(epoch, step)) is None:
-            store.delete(f"{ref.name}/{COMMIT}")
-            raise SaveFailed(f"{Ref(epoch, step).name}, which {ref.name} needs, was deleted meanwhile")
 
 
 def _check_there(store: Store, ref: Ref, shards: Sequence[ShardRecord]) -> None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ckptsvc.errors import Damaged, IncompatibleVersion, NoCheckpoint, SaveFailed
-from ckptsvc.format.commit import COMMIT, parse_checkpoint_name
+from ckptsvc.format.commit import COMMIT, CommitRecord, parse_checkpoint_name
 from ckptsvc.format.merge import ShardRecord
-from ckptsvc.pipeline.catalog import Ref, open_checkpoint
+from ckptsvc.pipeline.catalog import Ref, open_checkpoint, read_commit
 from ckptsvc.storage import Store
 
 
@@ -25,6 +25,28 @@ def ref_of(folder: str) -> Ref:
 
 REMEMBERED = 16
 """Checkpoints whose files are remembered."""
+
+
+def withdraw_if_late(store: Store, ref: Ref, commit: CommitRecord) -> None:
+    """Take a record back that was put when something it refers to was just being deleted.
+
+    Who commits puts its record and then looks for those it refers to; who deletes takes a record away and then looks
+    for others that refer to it. Whichever comes second sees the other.
+
+    Raises:
+        SaveFailed: that is how it was.
+    """
+    for folder in commit.refers:
+        if read_commit(store, ref_of(folder)) is None:
+            store.delete(f"{ref.name}/{COMMIT}")
+            raise _gone(folder)
+
+
+def _gone(folder: str) -> SaveFailed:
+    return SaveFailed(
+        f"it refers to {folder}, which has been deleted meanwhile",
+        hint="the next checkpoints will not; keep more of them if this happens often",
+    )
 
 
 class Bases:
@@ -61,10 +83,7 @@ class Bases:
             if COMMIT in there and not names <= self._committed(store, folder):
                 there = set()  # files of an earlier try of that save, which are garbage
             if COMMIT not in there or not names <= there:
-                raise SaveFailed(
-                    f"it refers to {folder}, which has been deleted meanwhile",
-                    hint="the next checkpoints will not; keep more of them if this happens often",
-                )
+                raise _gone(folder)
         return tuple(sorted(wanted))
 
     def _committed(self, store: Store, folder: str) -> frozenset[str]:

@@ -18,6 +18,7 @@ METRICS = {
     ("ckptsvc_arena_bytes", "gauge", ("state",)),
     ("ckptsvc_build_info", "gauge", ("version",)),
     ("ckptsvc_calls_refused_total", "counter", ()),
+    ("ckptsvc_certificate_expiry_timestamp_seconds", "gauge", ()),
     ("ckptsvc_coordinator_changes_total", "counter", ()),
     ("ckptsvc_deleted_checkpoints_total", "counter", ()),
     ("ckptsvc_incidents_total", "counter", ("kind",)),

@@ -6,7 +6,7 @@ import pytest
 from harness.increments import Saver, big_run, floats
 from harness.random_run import memory_store, small_run
 
-from ckptsvc.errors import CkptsvcError
+from ckptsvc.errors import CkptsvcError, SaveFailed
 from ckptsvc.format.commit import COMMIT
 from ckptsvc.pipeline.catalog import Ref, find, list_refs, open_checkpoint
 from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
@@ -153,6 +153,23 @@ def test_a_reference_that_comes_while_a_checkpoint_is_being_deleted_is_seen():
     done = expire(Racing(store), Policy(last=1))
     assert (done.gone, done.back) == ([], [Ref(1, 1)])
     assert whole(store) == [9, 2, 1]
+
+
+def test_a_record_that_comes_while_what_it_needs_is_being_deleted_is_withdrawn():
+    """The deleter has looked already when the record comes."""
+    store = memory_store()
+
+    class Racing(Faulty):
+        def put_if_absent(self, key, data):
+            if key == f"{Ref(1, 2).name}/{COMMIT}":
+                assert delete_checkpoint(self.inner, Ref(1, 1))
+            return self.inner.put_if_absent(key, data)
+
+    with pytest.raises(SaveFailed, match="deleted meanwhile"):
+        fill_with_references(Racing(store), 2)
+    assert whole(store) == []
+    (garbage,) = find_garbage(store)
+    assert garbage.ref == Ref(1, 2)
 
 
 def test_a_folder_that_is_referred_to_is_no_garbage():

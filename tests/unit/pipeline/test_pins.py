@@ -9,10 +9,10 @@ from harness.random_run import memory_store, small_run
 
 from ckptsvc.errors import CkptsvcError, NoCheckpoint, SaveFailed
 from ckptsvc.format.commit import COMMIT, PINS, RETIRED, CommitRecord, pin_key
-from ckptsvc.pipeline import commit
 from ckptsvc.pipeline.catalog import Ref, find, open_checkpoint, read_commit
 from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
 from ckptsvc.pipeline.pins import pin, pinned, read_pin, unpin
+from ckptsvc.pipeline.references import withdraw_if_late
 from ckptsvc.pipeline.retain import Pace, expire, put_back, retired
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.verify import verify_checkpoint
@@ -250,10 +250,10 @@ def test_a_commit_that_needs_what_was_deleted_meanwhile_is_taken_back(store):
     record = msgspec.structs.replace(read_commit(store, NEW), refers=(MIDDLE.name,))
     store.delete(key)
     store.put_if_absent(key, record.encode())
-    commit._check_referred(store, NEW, record)
+    withdraw_if_late(store, NEW, record)
     store.delete(f"{MIDDLE.name}/{COMMIT}")
-    with pytest.raises(SaveFailed, match="was deleted meanwhile"):
-        commit._check_referred(store, NEW, record)
+    with pytest.raises(SaveFailed, match="deleted meanwhile"):
+        withdraw_if_late(store, NEW, record)
     assert whole(store) == [OLD]
 
 
