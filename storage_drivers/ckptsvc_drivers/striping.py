@@ -123,10 +123,12 @@ def aligned_block(block: int, stripe: int) -> int:
 
 
 class CephStriping:
-    """CephFS: "ceph.file.layout" of an empty file. One file goes to several objects at a time.
+    """CephFS: "ceph.file.layout" of an empty file; see "File layouts" at docs.ceph.com.
 
-    Source: docs.ceph.com, "File layouts". An object is a multiple of the stripe; four make one long enough that
-    several writing threads meet several object servers.
+    A file goes to one object after the other, each on a server of its own. So an object as long as a transfer is all
+    that is needed for several threads to meet several servers. More than one stripe only where somebody asks for it:
+    when a client dies, the servers make a file in several stripes longer than it was (seen with 16.2, up to the end of
+    a stripe), though what was in it stays.
     """
 
     _ATTRIBUTE = "ceph.file.layout"
@@ -140,7 +142,7 @@ class CephStriping:
     def create(self, name: str, flags: int, directory: int, nbytes: int, writers: int) -> Created:
         """See `Striping.create`."""
         fd = self._system.open(name, flags, directory)
-        stripes = plan(nbytes, writers, 0, self._stripe_size, self._options)[-1].stripes
+        stripes = self._options.stripes or 1
         problem = self._ask(fd, _FEW if stripes < 0 else stripes)
         try:
             given = dict(

@@ -499,10 +499,11 @@ class Ceph(System):
     ("options", "nbytes", "layout"),
     [
         ({}, MiB, b"stripe_unit=8388608 stripe_count=1 object_size=8388608"),
-        ({}, 2 * GiB, b"stripe_unit=8388608 stripe_count=2 object_size=33554432"),
+        ({}, 9 * GiB, b"stripe_unit=8388608 stripe_count=1 object_size=8388608"),
+        ({"stripes": 2}, MiB, b"stripe_unit=8388608 stripe_count=2 object_size=33554432"),
         ({"stripes": -1}, MiB, b"stripe_unit=8388608 stripe_count=4 object_size=33554432"),
-        ({"stripe_size": 3 << 16}, 9 * GiB, b"stripe_unit=196608 stripe_count=4 object_size=786432"),
-        ({"stripe_size": 48 * MiB, "pool": "fast"}, 9 * GiB,
+        ({"stripe_size": 3 << 16, "stripes": 3}, MiB, b"stripe_unit=196608 stripe_count=3 object_size=786432"),
+        ({"stripe_size": 48 * MiB, "stripes": 4, "pool": "fast"}, 9 * GiB,
          b"stripe_unit=50331648 stripe_count=4 object_size=100663296 pool=fast"),
     ],
 )  # fmt: skip

@@ -263,7 +263,7 @@ class Writers:
 
 def test_a_killed_object_server_loses_nothing(ceph, cephfs, tmp_path):
     """The writers wait until it is back; a client that has cached nothing finds all of it."""
-    store = connect(str(cephfs / "killed-osd"), {"stripes": 2})
+    store = connect(str(cephfs / "killed-osd"), {"stripe_size": MiB})
     writers = Writers(lambda key, content: put(store, key, content))
     for _ in range(2):
         writers.wait_for(3)
@@ -283,7 +283,7 @@ def test_a_killed_object_server_loses_nothing(ceph, cephfs, tmp_path):
 def test_a_killed_client_loses_nothing_that_was_acknowledged(ceph, cephfs):
     """ceph-fuse dies with what it had cached: what `write` has returned for is in the cluster."""
     point = ceph.daemons.mount("second", ceph.folder / "second", *ceph.client(ceph.folder / "second"))
-    store = PosixStore(str(point / "killed-client"), Options(stripes=2))
+    store = PosixStore(str(point / "killed-client"), Options(stripe_size=MiB))  # each file in four objects
     writers = Writers(lambda key, content: put(store, key, content))
     writers.wait_for(4)
     ceph.kill("second")
