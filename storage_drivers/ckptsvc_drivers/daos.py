@@ -237,19 +237,30 @@ class DaosStore:
                     return False
                 with suppress(OSError), memoryview(content) as copy:  # the record is there already
                     mount.write(file, copy, 0)
-                return True if self._leads_to(key, file) else None
+            # What counts is what a reader finds: an attribute goes to whatever has the name by now.
+            with mount.lookup(self._path(key)) as found:
+                return True if self._attribute(found, _RECORD) == content else None
 
     def delete(self, key: str) -> None:
         """See `Store.delete`; directories that have become empty go as well."""
-        mount = self._mount
-        with self._errors(check_key(key)):
-            with suppress(FileNotFoundError, IsADirectoryError), self._directory_of(key) as directory:
-                self._remove_file(directory, _name(key))
-            parts = key.split("/")
+        parts = check_key(key).split("/")
+        with self._errors(key):
+            with (
+                suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError),
+                self._directory_of(key) as directory,
+            ):
+                self._remove_file(directory, parts[-1])
             with suppress(OSError):  # usually ENOTEMPTY; in no case worth an error
                 for depth in range(len(parts) - 1, 0, -1):
-                    with mount.lookup(self._path("/".join(parts[: depth - 1])), os.O_RDWR) as above:
-                        mount.remove(above, parts[depth - 1])
+                    self._remove_directory("/".join(parts[:depth]))
+
+    def _remove_directory(self, key: str) -> None:
+        """Remove a directory; OSError where it is none, or not empty."""
+        with self._directory_of(key) as above:
+            with self._mount.entry(above, _name(key)) as found:
+                if not found.is_directory:
+                    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+            self._mount.remove(above, _name(key))
 
     def _remove_file(self, directory: Object, name: str) -> None:
         """Remove what is no directory, if it is there."""

@@ -526,6 +526,28 @@ def test_a_directory_is_not_taken_for_an_object(daos, store):
     assert keys(store) == ["step/a"]
 
 
+def test_deleting_below_an_object_does_not_delete_it(daos, store):
+    put(store, "step", b"1")
+    store.delete("step/a")
+    store.delete("step/a/b")
+    assert store.read("step") == b"1"
+
+
+def test_a_record_on_a_name_that_was_made_anew_meanwhile_is_ours(daos, store):
+    """Between opening the file and setting the attribute another process removes it and takes the name again."""
+    daos.fault("dfs_setxattr", delay_ms=500)
+    with ThreadPoolExecutor(1) as pool:
+        putting = pool.submit(store.put_if_absent, "step/COMMIT", b"mine")
+        deadline = time.monotonic() + 20
+        while not file_of(daos, "step/COMMIT").exists() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        file_of(daos, "step/COMMIT").unlink()
+        file_of(daos, "step/COMMIT").touch()
+        assert putting.result() is True
+    assert store.read("step/COMMIT") == b"mine"
+    assert store.put_if_absent("step/COMMIT", b"another") is False
+
+
 def test_names_that_are_no_keys_are_not_listed(daos, store):
     put(store, "step/a", b"1")
     os.mknod(os.fsencode(str(file_of(daos, "step"))) + b"/\xff\xfe")

@@ -164,13 +164,27 @@ else:
 # --- S3, as s3fs speaks it ------------------------------------------------------------------------------------------
 
 
+MOTO = """
+import threading
+from moto.server import DomainDispatcherApplication, MotoRequestHandler, create_backend_app, run_simple
+
+moto, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+def one_at_a_time(environ, start_response):
+    with lock:
+        return [b"".join(moto(environ, start_response))]
+
+run_simple("127.0.0.1", 0, one_at_a_time, threaded=True, request_handler=MotoRequestHandler)
+"""
+"""By itself, moto looks whether an object is there and writes it then: of several at once, more than one may win."""
+
+
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
     """The address of an S3 server (moto's) in a process of its own."""
     log = tmp_path_factory.mktemp("moto") / "log"
-    command = [sys.executable, "-u", "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
     with log.open("w") as out:
-        server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=out)
+        server = subprocess.Popen([sys.executable, "-u", "-c", MOTO], stdout=subprocess.DEVNULL, stderr=out)
     try:
         while not (found := re.search(r"Running on (http://127\.0\.0\.1:\d+)", log.read_text())):
             assert server.poll() is None, log.read_text()

@@ -361,14 +361,13 @@ int dfs_read(dfs_t *dfs, obj_t *obj, sgl_t *sgl, uint64_t offset, uint64_t *size
 int dfs_setxattr(dfs_t *dfs, obj_t *obj, const char *name, const void *value, uint64_t size, int flags) {
     CALL("dfs_setxattr", {
         struct stat st;
-        struct stat there;
         if (dfs->amode != O_RDWR) FAIL(EPERM);
         if (size > XATTR_MAX || size == 0) FAIL(EINVAL);
         if (obj->orphan) break;
-        fstat(obj->fd, &st);
         int attributes = attributes_lock(dfs);
         char had[1];
-        if (fstatat(obj->parent, obj->name, &there, AT_SYMLINK_NOFOLLOW) || there.st_ino != st.st_ino) rc = ENOENT;
+        /* an attribute belongs to the entry of that name, whatever object it leads to by now */
+        if (fstatat(obj->parent, obj->name, &st, AT_SYMLINK_NOFOLLOW)) rc = ENOENT;
         else if (flags == XATTR_CREATE && attribute_read(attributes, st.st_ino, name, had, 1) >= 0) rc = EEXIST;
         else rc = attribute_write(attributes, st.st_ino, name, value, size);
         close(attributes);
