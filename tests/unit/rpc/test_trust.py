@@ -264,8 +264,8 @@ def signed(names, common_name="you"):
 @pytest.mark.parametrize(
     "other", [x509.RFC822Name("me.user.ckptsvc"), x509.UniformResourceIdentifier("me.user.ckptsvc")]
 )
-def test_our_name_as_a_name_of_another_kind_is_not_ours(tmp_path, other):
-    certificate, key = signed([x509.DNSName("me2.user.ckptsvc"), other])
+def test_our_name_as_a_name_of_another_kind_is_not_ours(tmp_path, kind):
+    certificate, key = signed([x509.DNSName("me2.user.ckptsvc"), kind("me.user.ckptsvc")])
 
     async def story():
         ours = ByCertificate(*files(tmp_path / "a"))
