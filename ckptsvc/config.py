@@ -435,6 +435,10 @@ def _check(settings: Settings) -> None:
         refuse("arena.dir", f"is {arena.dir!r}, which is not an absolute path")
     if not os.path.isabs(settings.nics.root):
         refuse("nics.root", f"is {settings.nics.root!r}, which is not an absolute path")
+    for key in ("ca_file", "cert_file", "key_file"):
+        path = getattr(settings.tls, key)
+        if path and not os.path.isabs(path):  # agents run in the directory of whoever started them
+            refuse(f"tls.{key}", f"is {path!r}, which is not an absolute path")
     if len({bool(settings.tls.ca_file), bool(settings.tls.cert_file), bool(settings.tls.key_file)}) > 1:
         refuse("tls.cert_file", "needs tls.ca_file and tls.key_file, and they need it")
     if not 2 <= settings.etcd.ttl <= 60:

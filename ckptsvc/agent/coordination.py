@@ -406,6 +406,8 @@ def holder_of(key: str, found: Found, trust: Trust) -> Holder | None:
     try:
         value = msgspec.json.decode(found.value[:MAX_VALUE], type=_Value)
         address = parse_address(value.address)
+        if not (value.node + value.address + value.mark).isprintable():
+            raise ConfigError("there are no such names")
     except (msgspec.MsgspecError, UnicodeError, ConfigError):
         raise CoordinationUnavailable(
             f"{key} in etcd does not name a coordinator", hint="is the prefix ours?"

@@ -38,7 +38,11 @@ async def hang_up(address: str) -> tuple[asyncio.Server, int]:
 
 
 async def ring(address: str, port: int) -> Answer:
-    """Whether there is still somebody at the door; the first try that is answered decides."""
+    """Whether there is still somebody at the door; the first try that is answered decides.
+
+    Raises:
+        OSError: this process has no descriptors left, which says nothing of the other.
+    """
     host = await _numeric(address, port)
     if not host:
         return Answer.SILENT

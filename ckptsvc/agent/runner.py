@@ -39,6 +39,7 @@ from ckptsvc.control.effects import (
     Strike,
 )
 from ckptsvc.control.health import Policy
+from ckptsvc.control.nodes import Node
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -52,11 +53,17 @@ TICK = 0.2
 KEPT_INCIDENTS = 256
 """Incidents kept in memory, of all jobs together."""
 
-RINGS = 256
+RINGS = 1024
 """Launchers that are looked after at the same time: when ten thousand agents are lost at once, descriptors are not."""
 
-RING_RATE = 500.0
+RING_RATE = 1000.0
 """Further ones in a second, a fifth of a core: those ten thousand want to come back meanwhile."""
+
+INTRODUCTIONS = 16
+"""Launchers at a time that are rung at for the first time, to see whether they can be: that may wait."""
+
+NO_DESCRIPTORS = 0.3
+"""Seconds after which to try again."""
 
 LIST_TIMEOUT = 10.0
 """Seconds to read or write the list of nodes that have failed; it may be on a file system that hangs."""
@@ -105,7 +112,7 @@ class CoordinatorShell:
         self.term, self.dropped = term, 0
         self._state = state
         self._listing, self._ringing = asyncio.Lock(), asyncio.Semaphore(RINGS)
-        self._next_ring = 0.0
+        self._introducing, self._next_ring = asyncio.Semaphore(INTRODUCTIONS), 0.0
         self._workers, self._may_act = workers, may_act
         self._drains, self._metrics = drains, metrics
         self._peers: dict[str, Deliver] = {}
@@ -193,7 +200,8 @@ class CoordinatorShell:
                 await self._expire(effect)
         elif isinstance(effect, Probe):
             answer = await self._ring(effect)
-            self._execute(self.core.probed(Probed(effect.job, effect.node, answer), time.monotonic()))
+            if answer is not None:
+                self._execute(self.core.probed(Probed(effect.job, effect.node, answer), time.monotonic()))
         elif isinstance(effect, ReadNodes):
             self._execute(self.core.nodes_read(NodesRead(await self._read_nodes()), time.monotonic()))
         elif isinstance(effect, KeepNodes):
@@ -207,13 +215,28 @@ class CoordinatorShell:
             if found:
                 self._execute(self.core.lookup_done(found, time.monotonic()))
 
-    async def _ring(self, effect: Probe) -> Answer:
-        """Look after a launcher, in its turn when many are to be looked after."""
-        async with self._ringing:
-            now = time.monotonic()
-            self._next_ring = max(self._next_ring, now - RINGS / RING_RATE) + 1 / RING_RATE
-            await asyncio.sleep(max(self._next_ring - now, 0.0))
-            return await ring(effect.address, effect.port)
+    async def _ring(self, effect: Probe) -> Answer | None:
+        """Look after a launcher, in its turn where many are to be; None if nobody wants to know any more."""
+        node = self._node(effect)
+        if node is None:
+            return None
+        async with self._ringing if node.away_since is not None else self._introducing:
+            node = self._node(effect)
+            if node is None or (node.away_since is None and node.rung):
+                return None  # it has come back
+            if node.away_since is not None:
+                now = time.monotonic()
+                self._next_ring = max(self._next_ring, now - RINGS / RING_RATE) + 1 / RING_RATE
+                await asyncio.sleep(max(self._next_ring - now, 0.0))
+            while True:
+                try:
+                    return await ring(effect.address, effect.port)
+                except OSError:  # no descriptors
+                    await asyncio.sleep(NO_DESCRIPTORS)
+
+    def _node(self, effect: Probe) -> Node | None:
+        attempts = self.core.launched.get(effect.job)
+        return attempts.nodes.get(effect.node) if attempts else None
 
     def _drop(self, effect: Effect) -> None:
         self.dropped += 1

@@ -135,7 +135,14 @@ class Agent:
                     *self._etcd, self._options.settings.etcd.ttl, self.local, self.trust, self.address, self._new_shell
                 )
             self.node.saves.recover(left)
-            lasting = (self.shell.run(), self.node.watch(), self.watch.run(), self.nics.run(), self._until_idle())
+            lasting = (
+                self.trust.run(),
+                self.shell.run(),
+                self.node.watch(),
+                self.watch.run(),
+                self.nics.run(),
+                self._until_idle(),
+            )
             tasks = [asyncio.ensure_future(c) for c in lasting]
             (directory / "ready.new").write_text(self._ready_text())
             (directory / "ready.new").rename(directory / "ready")

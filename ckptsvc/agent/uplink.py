@@ -149,6 +149,8 @@ class RemoteUplink:
             raise error_of(error) from None
         except TimeoutError:
             raise AgentUnavailable(f"coordinator {self._address} did not answer in time") from None
+        except asyncio.CancelledError:
+            raise self._hung_up() from None
         return list(answer.snapshots)
 
     async def measure(self) -> float:
@@ -160,7 +162,19 @@ class RemoteUplink:
             await admission.check(call)
             return call
 
-        return await measure(begin)
+        try:
+            return await measure(begin)
+        except asyncio.CancelledError:
+            if isinstance(failure := self._hung_up(), asyncio.CancelledError):
+                raise failure from None
+            return 0.0
+
+    def _hung_up(self) -> BaseException:
+        """What a call ends with that grpc has cancelled because its channel was closed, or that somebody cancelled."""
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            return asyncio.CancelledError()
+        return AgentUnavailable(f"the connection to coordinator {self._address} is made anew")
 
     async def close(self) -> None:
         """Stop."""
@@ -170,16 +184,16 @@ class RemoteUplink:
         await self._channel.close()
 
     async def _run(self) -> None:
-        silent = False
+        said = ""
         while True:
             try:
                 await self._attend()
-                silent = False
+                said = ""
             except (grpc.RpcError, CkptsvcError) as failure:
-                if not silent:
-                    error = error_of(failure) if isinstance(failure, grpc.RpcError) else failure
-                    log.warning("coordinator %s: %s", self._address, error.what)
-                silent = True
+                error = error_of(failure) if isinstance(failure, grpc.RpcError) else failure
+                if error.what != said:
+                    log.warning("coordinator %s: %s", self._address, error)
+                said = error.what
             except Exception:
                 log.exception("the connection to coordinator %s ended", self._address)
             self._queue = None

@@ -14,6 +14,7 @@ from ckptsvc.cli.terminal import Screen, age, duration, emit, note, printable
 from ckptsvc.config import load, private_directory
 from ckptsvc.errors import ConfigError, InvalidInput
 from ckptsvc.rpc.certificates import Pair, identity_of, issue, make_authority, name_of
+from ckptsvc.rpc.trust import contents
 
 CA, CA_KEY, CERT, KEY = "ca.pem", "ca.key", "cert.pem", "key.pem"
 """Names of the files."""
@@ -67,7 +68,7 @@ def issue_one(authority: Path, user: str, out: Path, days: float) -> None:
     Writes ca.pem, cert.pem and key.pem, key and certificate each at once.
     """  # noqa: D301  \b is click's
     name = name_of(user)
-    given = Pair(_contents(authority / CA), _contents(authority / CA_KEY))
+    given = Pair(_contents(authority / CA), contents("the authority's key", str(authority / CA_KEY), private=True))
     made = issue(given, user, days)
     private_directory(out.absolute())
     _replace(out / CA, given.certificate, private=False)
@@ -92,7 +93,7 @@ def show(files: tuple[Path, ...], as_json: bool) -> int:
         raise InvalidInput("no certificate is set", hint="give a file, or set tls.cert_file")
     rows = []
     for path in files or (Path(settings.cert_file),):
-        key = None if files else _contents(Path(settings.key_file))
+        key = None if files else contents("tls.key_file", settings.key_file, private=True)
         found = identity_of(_contents(path), key, str(path))
         valid = found.not_before <= time.time() < found.not_after
         rows.append((path, found, valid))

@@ -25,7 +25,7 @@ from ckptsvc.config import LaunchSettings, Settings, agents_directory, load
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.dial import address_of, agent_arguments, is_alive
-from ckptsvc.rpc.secret import require_loopback
+from ckptsvc.rpc.secret import is_loopback, require_loopback
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -115,7 +115,7 @@ def command(
         address=nodes.address,
         coordinator=elected or ("" if leads else nodes.coordinator),
         directory=directory,
-        agent_arguments=agent_arguments(name, nodes.coordinator if leads else "", elected),
+        agent_arguments=agent_arguments(name, _listen(settings, nodes, leads, elected), elected),
         log_dir=log_dir,
         preflight=(settings.arena.dir, _written_to(settings, log_dir)) if settings.launch.preflight else None,
         crash_loop=settings.launch.crash_loop,
@@ -128,6 +128,13 @@ def command(
     if status_file is not None:
         _note(status_file, f"{status} {name}\n")
     return status
+
+
+def _listen(settings: Settings, nodes: Nodes, leads: bool, elected: str) -> str:
+    """Where the agent that this job starts is to be found by others; "": nowhere in particular."""
+    if elected and settings.tls.is_set and is_loopback(settings.agent.listen.host):
+        return "0.0.0.0:0"  # whoever is elected must be reached from the other hosts
+    return nodes.coordinator if leads else ""
 
 
 def _bounds(nnodes: str | None, standalone: bool) -> tuple[int, int]:

@@ -24,7 +24,8 @@ from ckptsvc.quantities import (
 )
 
 _ATTRIBUTE = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
-_SECRET = re.compile(r"secret|password|token|credential|(^|_)key$", re.IGNORECASE)
+_SECRET = re.compile(r"secret|passw|passphrase|token|credential|(^|_)(key|sas)(_|$)", re.IGNORECASE)
+_USERINFO = re.compile(r"(?<=://)[^/@]+@")
 _KINDS = {
     parse_duration: 'duration: 30, "90s", "1h30min"',
     parse_duration_or_off: 'duration or "off"',
@@ -81,7 +82,10 @@ def values(settings: Settings) -> Iterator[tuple[str, str, str]]:
 
 
 def written(value: Any, kind: Any = None) -> str:
-    """A value as TOML that is read back as that value; what a table holds under the name of a secret is left out."""
+    """A value as TOML that is read back as that value.
+
+    What a table holds under the name of a secret is left out, and so is who logs in with what in a URL.
+    """
     parser = _parser(kind)
     if value is None:
         return '"off"'
@@ -102,7 +106,7 @@ def written(value: Any, kind: Any = None) -> str:
         if parser in (parse_duration, parse_duration_or_off):
             return json.dumps(_duration(value))
         return json.dumps(_size(int(value))) if parser is parse_size else f"{value!r}"
-    return json.dumps(str(value), ensure_ascii=False)
+    return json.dumps(_USERINFO.sub("...@", str(value)), ensure_ascii=False)
 
 
 def _variable(key: str) -> str:

@@ -106,7 +106,25 @@ def identity_of(certificate: bytes, key: bytes | None, what: str) -> Identity:
             f"the certificate in {what} names {len(agents)} users of ckptsvc, not 1",
             hint=f"it needs the subject alternative name DNS:<user>{SUFFIX}; see `ckptsvc certs`",
         )
+    if not _USER.fullmatch(agents[0].removesuffix(SUFFIX)):
+        raise ConfigError(f"the certificate in {what} names {agents[0]!r}, which stands for no single user")
     return Identity(agents[0], since, until, issuer)
+
+
+def check_authority(certificates: bytes, what: str) -> None:
+    """See that a PEM file holds certificates.
+
+    Raises:
+        ConfigError: it holds none.
+    """
+    from cryptography import x509
+
+    try:
+        found = x509.load_pem_x509_certificates(certificates)
+    except ValueError as error:
+        raise ConfigError(f"{what}: no certificates in PEM: {str(error)[:200]}") from None
+    if not found:
+        raise ConfigError(f"{what}: no certificates in PEM")
 
 
 def make_authority(name: str, days: float) -> Pair:

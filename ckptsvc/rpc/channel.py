@@ -41,6 +41,8 @@ ten thousand agents, a third of a core."""
 BETWEEN = [
     ("grpc.http2.min_ping_interval_without_data_ms", 300),  # one that pings more often is taken for an attacker
     ("grpc.max_concurrent_streams", 128),  # of one connection: a stream for each job, and calls; more of them wait
+    ("grpc.server_handshake_timeout_ms", 3000),  # who connects and says nothing is not waited for
+    ("grpc.max_connection_idle_ms", 10_000),  # without a call; agents always have one
     ("grpc.so_reuseport", 0),  # one process listens at an address, as rpc.proof needs it
 ]
 """For the server at which agents look for a coordinator."""
@@ -77,7 +79,7 @@ def error_of(failure: grpc.RpcError) -> CkptsvcError:
     details = failure.details() or ""
     if any(word in details for word in _HANDSHAKE):
         why = details.rpartition("error: ")[2] or details
-        return AgentUnavailable(f"no secure connection: {why[-MAX_DETAILS:]}", hint=_CERTIFICATES)
+        return AgentUnavailable(f"no secure connection: {why[:MAX_DETAILS]}", hint=_CERTIFICATES)
     # grpc.aio: the connection broke under a read or a write.
     broken = failure.code() is grpc.StatusCode.INTERNAL and failure.details() == "Internal error from Core"
     if broken or failure.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):

@@ -2,11 +2,15 @@
 
 On one host all of a user's agents can read one private file (rpc.proof). Between hosts, both ends show a certificate
 of one authority that names the same user (rpc.certificates), and all they say is encrypted: TLS 1.2 or newer, by gRPC.
-Certificates are read anew when their files change: what is connected stays, what connects shows the new one.
+Certificates are read anew when their files change (`Trust.run`): what is connected stays, what connects shows the new
+one. Nothing else touches the files: they may be on a file system that hangs.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import ipaddress
 import logging
 import os
 import socket
@@ -22,7 +26,7 @@ import grpc.aio
 from ckptsvc.errors import ConfigError, StoreDenied
 from ckptsvc.quantities import Address, parse_address
 from ckptsvc.rpc import proof
-from ckptsvc.rpc.certificates import Identity, identity_of
+from ckptsvc.rpc.certificates import Identity, check_authority, identity_of
 from ckptsvc.rpc.channel import trailers_of
 from ckptsvc.rpc.secret import numeric
 
@@ -30,6 +34,12 @@ log = logging.getLogger("ckptsvc.agent")
 
 SOON = 7 * 86400.0
 """Seconds before its end from which on a certificate is warned of."""
+
+REMIND_EVERY = 86400.0
+"""Seconds between two such warnings."""
+
+LOOK_EVERY = 2.0
+"""Seconds between two looks whether the files have changed."""
 
 MAX_FILE = 1 << 20
 """Bytes of a file of certificates."""
@@ -79,6 +89,9 @@ class Trust(Protocol):
     def is_sealed(self, given: str, *facts: str) -> bool:
         """Whether they are; no more than a hint (`ask` decides)."""
 
+    async def run(self) -> None:
+        """Keep up with what changes, until cancelled."""
+
 
 class BySecret:
     """On one host: agents listen on loopback only."""
@@ -118,6 +131,9 @@ class BySecret:
         """See `Trust`."""
         return proof.same(given, self.seal(*facts))
 
+    async def run(self) -> None:
+        """A secret does not change."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Held:
@@ -155,6 +171,7 @@ class ByCertificate:
     ) -> None:
         self._paths = {"tls.ca_file": authority, "tls.cert_file": certificate, "tls.key_file": key}
         self._on_expiry = on_expiry
+        self._warned = 0.0
         self._seen = self._stamp()
         self._held = self._read()
 
@@ -169,18 +186,20 @@ class ByCertificate:
 
     def channel(self, address: str, options: Options) -> grpc.aio.Channel:
         """See `Trust`."""
-        held = self._current()
+        held = self._held
         shown = grpc.ssl_channel_credentials(held.authority, held.key, held.certificate)
         # The name is that of the user, not of the host: whoever has a certificate of another user is not let pass.
         options = [*options, ("grpc.ssl_target_name_override", held.identity.name)]
-        return grpc.aio.secure_channel(address, shown, options=options)
+        # By name: "unix:80" is the path of a socket to gRPC.
+        return grpc.aio.secure_channel(f"dns:///{address}", shown, options=options)
 
     def shown(self) -> object:
         """See `Trust`."""
-        return self._current()
+        return self._held
 
     async def ask(self, channel: grpc.aio.Channel, address: str, method: str) -> _Handshake:
-        """See `Trust`."""
+        """See `Trust`; the other end does not say why it hangs up on a certificate that is not valid."""
+        _check_time(self._held.identity, "our own certificate")
         return _Handshake()
 
     def gate(self, refused: Callable[[], None]) -> CertificateGate:
@@ -193,15 +212,19 @@ class ByCertificate:
         def shown(held: _Held) -> Any:
             return grpc.ssl_server_certificate_configuration([(held.key, held.certificate)], held.authority)
 
-        def renewed() -> Any:
-            before = self._held
-            now = self._current()
-            return None if now is before else shown(now)
+        given = self._held
 
-        credentials = grpc.dynamic_ssl_server_credentials(shown(self._held), renewed, True)
-        port = _opened(lambda: server.add_secure_port(str(address), credentials), address)
-        anywhere = address.host in ("0.0.0.0", "::")
-        return port, socket.gethostname() if anywhere else address.host
+        def renewed() -> Any:  # called by a thread of gRPC's, before every handshake
+            nonlocal given
+            now = self._held
+            if now is given:
+                return None
+            given = now
+            return shown(now)
+
+        credentials = grpc.dynamic_ssl_server_credentials(shown(given), renewed, True)
+        bound, host = _reachable(address)
+        return _opened(lambda: server.add_secure_port(str(bound), credentials), address), host
 
     def seal(self, *facts: str) -> str:
         """See `Trust`."""
@@ -221,8 +244,14 @@ class ByCertificate:
                 stamps.append((0, 0, 0))
         return tuple(stamps)
 
-    def _current(self) -> _Held:
-        """What the files hold now; what they held before, where that is of no use."""
+    async def run(self) -> None:
+        """See `Trust`."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY)
+            await asyncio.to_thread(self.refresh)
+
+    def refresh(self) -> None:
+        """Read the files if they have changed; what they held before counts, where that is of no use."""
         stamp = self._stamp()
         if stamp != self._seen:
             self._seen = stamp
@@ -231,22 +260,25 @@ class ByCertificate:
                 log.info("certificates were read anew; ours is of %s", self.name)
             except ConfigError as error:  # one file of two has been replaced, maybe
                 log.warning("new certificates are not used: %s", error)
-        return self._held
+        self._remind(self._held.identity)
 
     def _read(self) -> _Held:
         authority, certificate, key = (
-            _contents(setting, path, private=setting == "tls.key_file") for setting, path in self._paths.items()
+            contents(setting, path, private=setting == "tls.key_file") for setting, path in self._paths.items()
         )
+        check_authority(authority, self._paths["tls.ca_file"])
         identity = identity_of(certificate, key, self._paths["tls.cert_file"])
-        left = identity.not_after - time.time()
-        until = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(identity.not_after))
-        if left <= 0:
-            what = f"tls.cert_file: the certificate in {self._paths['tls.cert_file']} has expired on {until}"
-            raise ConfigError(what, hint="get a new one; with an authority of your own: `ckptsvc certs issue`")
-        if left < SOON:
-            log.warning("tls.cert_file: the certificate expires on %s", until)
+        _check_time(identity, f"tls.cert_file: the certificate in {self._paths['tls.cert_file']}")
         self._on_expiry(identity.not_after)
+        self._warned = 0.0
+        self._remind(identity)
         return _Held(authority, certificate, key, identity)
+
+    def _remind(self, identity: Identity) -> None:
+        now = time.time()
+        if identity.not_after - now < SOON and now - self._warned > REMIND_EVERY:
+            self._warned = now
+            log.warning("tls.cert_file: the certificate expires on %s", _date(identity.not_after))
 
 
 class CertificateGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types
@@ -270,15 +302,16 @@ class CertificateGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
 
         async def serve(requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[Any]:
             # Messages come as bytes: nothing is parsed of a stranger's.
-            shown = context.auth_context().get("x509_subject_alternative_name", ())
+            shown = context.auth_context().get("peer_dns", ())  # other kinds of names are not looked at by who signs
             if self._name().encode() not in shown:
                 self._refused()
                 error = StoreDenied("this port is for the agents of another user", hint="see tls.cert_file")
                 await context.abort(*trailers_of(error))
             decoded = (decode(message) async for message in requests)
             if handler.response_streaming:
-                async for response in handler.stream_stream(decoded, context):
-                    yield response
+                async with contextlib.aclosing(handler.stream_stream(decoded, context)) as responses:
+                    async for response in responses:
+                        yield response
             else:
                 async for request in decoded:
                     yield await handler.unary_unary(request, context)
@@ -289,6 +322,32 @@ class CertificateGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc
         return grpc.stream_stream_rpc_method_handler(serve, None, handler.response_serializer)
 
 
+def _check_time(identity: Identity, what: str) -> None:
+    if time.time() >= identity.not_after:
+        raise ConfigError(f"{what} has expired on {_date(identity.not_after)}",
+            hint="get a new one; with an authority of your own: `ckptsvc certs issue`")  # fmt: skip
+    if time.time() < identity.not_before:
+        raise ConfigError(f"{what} is valid from {_date(identity.not_before)} on", hint="is the clock right?")
+
+
+def _date(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(seconds))
+
+
+def _reachable(address: Address) -> tuple[Address, str]:
+    """Where to listen, and the host by which others reach it.
+
+    A name is not resolved here: on many hosts /etc/hosts gives its own as a loopback address.
+    """
+    try:
+        anywhere = ipaddress.ip_address(address.host).is_unspecified
+    except ValueError:
+        if address.host == "localhost":
+            return address, address.host
+        return address._replace(host="::" if socket.has_dualstack_ipv6() else "0.0.0.0"), address.host
+    return address, socket.gethostname() if anywhere else address.host
+
+
 def _opened(listen: Callable[[], int], address: Address) -> int:
     try:
         return listen()
@@ -297,7 +356,12 @@ def _opened(listen: Callable[[], int], address: Address) -> int:
         raise ConfigError(why, hint="has another program that port? is it an address of this host?") from None
 
 
-def _contents(setting: str, path: str, *, private: bool) -> bytes:
+def contents(setting: str, path: str, *, private: bool) -> bytes:
+    """A file of certificates or a private key.
+
+    Raises:
+        ConfigError: it cannot be read, or is a private key that others can read.
+    """
     try:
         with open(path, "rb") as file:
             status = os.fstat(file.fileno())

@@ -1,6 +1,7 @@
 """Agents of several hosts: whose certificate is let in, by whom, and until when. Over real TLS."""
 
 import asyncio
+import datetime
 import logging
 import os
 import time
@@ -9,6 +10,10 @@ from contextlib import asynccontextmanager, suppress
 import grpc
 import grpc.aio
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -163,10 +168,13 @@ def test_new_files_are_used_by_what_connects_then(tmp_path, caplog):
             # Both ends go over to another authority; the port stays.
             files(tmp_path / "a", authority=OTHER, days=20)
             files(tmp_path / "b", authority=OTHER, days=20)
+            ours.refresh()
+            theirs.refresh()
             assert theirs.shown() is not before
             await call(theirs, address)
             # A file that is of no use changes nothing.
             (tmp_path / "a" / "cert.pem").write_text("nonsense")
+            ours.refresh()
             await call(theirs, address)
             return heard
 
@@ -183,10 +191,13 @@ def test_an_expired_certificate_is_said_at_the_start_and_warned_of_before(tmp_pa
     assert "expires on" in caplog.text
 
 
-def test_a_peer_whose_certificate_has_expired_gets_no_call_through(tmp_path):
+def test_a_certificate_that_expires_in_use_is_said_and_gets_no_call_through(tmp_path, monkeypatch):
     ours = ByCertificate(*files(tmp_path / "a"))
     theirs = ByCertificate(*files(tmp_path / "b", days=2 / 86400))
     time.sleep(2.5)
+    with pytest.raises(ConfigError, match="our own certificate has expired"):
+        meet(ours, theirs)
+    monkeypatch.setattr("ckptsvc.rpc.trust._check_time", lambda identity, what: None)  # one that does not look
     heard, refused, error = meet(ours, theirs)
     assert (heard, refused) == ([], 0)
     assert isinstance(error, AgentUnavailable)
@@ -198,6 +209,8 @@ OTHER_KEY = issue(AUTHORITY, "me", 1).key
 @pytest.mark.parametrize(
     ("spoiled", "says"),
     [
+        ({"ca.pem": b"nonsense"}, "no certificates in PEM"),
+        ({"ca.pem": b""}, "no certificates in PEM"),
         ({"key.pem": None}, "No such file"),
         ({"cert.pem": b"nonsense"}, "no certificate and key in PEM"),
         ({"key.pem": OTHER_KEY}, "does not belong"),
@@ -230,6 +243,49 @@ def test_damaged_certificates_are_refused(noise, at):
     if damaged != pair.certificate:
         with suppress(ConfigError):
             identity_of(damaged, pair.key, "it")
+
+
+def signed(names, common_name="you"):
+    """A certificate of our authority with these subject alternative names, and its key."""
+    signer = x509.load_pem_x509_certificate(AUTHORITY.certificate)
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+    made = (
+        x509.CertificateBuilder().subject_name(subject).issuer_name(signer.subject).public_key(key.public_key())
+        .serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .sign(serialization.load_pem_private_key(AUTHORITY.key, None), hashes.SHA256())
+    )  # fmt: skip
+    form = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    return made.public_bytes(serialization.Encoding.PEM), key.private_bytes(serialization.Encoding.PEM, *form)
+
+
+@pytest.mark.parametrize(
+    "other", [x509.RFC822Name("me.user.ckptsvc"), x509.UniformResourceIdentifier("me.user.ckptsvc")]
+)
+def test_our_name_as_a_name_of_another_kind_is_not_ours(tmp_path, kind):
+    certificate, key = signed([x509.DNSName("me2.user.ckptsvc"), kind("me.user.ckptsvc")])
+
+    async def story():
+        ours = ByCertificate(*files(tmp_path / "a"))
+        shown = grpc.ssl_channel_credentials(AUTHORITY.certificate, key, certificate)
+        name = [("grpc.ssl_target_name_override", ours.name)]
+        async with (
+            listening(ours) as (address, heard, refused),
+            grpc.aio.secure_channel(address, shown, name) as channel,
+        ):
+            with pytest.raises(grpc.RpcError):
+                await channel.unary_unary("/ckptsvc.rpc.v1.CoordinatorService/ListComplete")(b"", timeout=10)
+            return heard, len(refused)
+
+    assert asyncio.run(story()) == ([], 1)
+
+
+def test_a_name_for_many_users_is_refused():
+    certificate, key = signed([x509.DNSName("*.user.ckptsvc")])
+    with pytest.raises(ConfigError, match="no single user"):
+        identity_of(certificate, key, "it")
 
 
 @pytest.mark.parametrize("user", ["", "A", "a.b", "-a", "a" * 64, "ä", "a/b", "*"])
