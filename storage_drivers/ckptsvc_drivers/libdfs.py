@@ -1,8 +1,8 @@
 """libdfs, DAOS' library for file systems, through ctypes: the calls the driver needs, as methods that raise OSError.
 
-Declared as in daos_fs.h, daos_obj_class.h and daos_types.h of DAOS 2.9. Every call returns 0 or a positive
-errno, releases the interpreter lock while it runs, and blocks until it is done (its event is NULL). What has
-been written is durable when the call returns.
+Declared as in daos_fs.h, daos_obj_class.h and daos_types.h of DAOS 2.4, 2.6 and 2.9. Every call returns 0 or a positive
+errno, releases the interpreter lock while it runs, and blocks until it is done (its event is NULL). What has been
+written is durable when the call returns.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class _ObjectInfo(ctypes.Structure):  # dfs_obj_info_t
         ("dir_oclass", c_uint32),
         ("file_oclass", c_uint32),
         ("oid", _ObjectId),
+        ("later", c_uint8 * 256),  # each version has added to it
     ]
 
 
@@ -159,7 +160,7 @@ class Library:
             try:
                 function = getattr(loaded, name)
             except AttributeError:
-                raise ConfigError(f"{path} has no {name}()", hint="a newer DAOS client is needed") from None
+                raise ConfigError(f"{path} has no {name}()", hint="DAOS 2.4 or newer is needed") from None
             function.argtypes, function.restype = arguments, c_int
         self.calls: Any = loaded
 
@@ -323,4 +324,4 @@ def _sgl(part: memoryview) -> _Sgl:
 
 def size_of_structures() -> Sequence[int]:
     """Bytes of stat, dirent, anchor, scatter list and object info, to be compared with what a C compiler says."""
-    return [ctypes.sizeof(each) for each in (_Stat, _Dirent, _Anchor, _Sgl, _ObjectInfo)]
+    return [*(ctypes.sizeof(each) for each in (_Stat, _Dirent, _Anchor, _Sgl)), _ObjectInfo.later.offset]
