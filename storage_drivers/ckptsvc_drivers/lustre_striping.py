@@ -156,9 +156,10 @@ class LustreStriping:
 
     def _open_mine(self, name: str, flags: int, directory: int) -> int:
         """Open the file that was just made: what somebody has put in its place since then is not written to."""
-        fd = self._system.open(name, flags, directory)
+        fd = self._system.open(name, flags | os.O_NONBLOCK, directory)  # a named pipe must not hang us
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode) and status.st_size == 0 and status.st_nlink == 1:
+            os.set_blocking(fd, True)  # to Lustre, O_NONBLOCK means not to wait for locks
             return fd
         os.close(fd)
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)

@@ -350,6 +350,8 @@ class PosixStore:
                 status = os.fstat(file.fd)
                 if not stat.S_ISREG(status.st_mode):
                     raise NotFound(f"{self.url}/{key} is not a file")
+                # To Lustre, O_NONBLOCK means not to wait for a lock that another node holds: EAGAIN.
+                os.set_blocking(file.fd, True)
                 yield file, status.st_size
             except EOFError as error:
                 raise Damaged(f"{self.url}/{key} ends at byte {error}, before what is wanted") from error

@@ -243,6 +243,23 @@ def test_only_aligned_memory_is_written_directly(root):
     store.close()
 
 
+def test_files_are_read_in_blocking_mode(root):
+    """On Lustre a read with O_NONBLOCK fails where another node holds a lock."""
+
+    class Blocking(System):
+        seen = ()
+
+        def pread(self, fd, part, offset):
+            self.seen += (os.get_blocking(fd),)
+            return super().pread(fd, part, offset)
+
+    store = store_with(root, system := Blocking())
+    put(store, "a", b"1")
+    assert store.read("a") == b"1"
+    assert system.seen == (True,)
+    store.close()
+
+
 def test_cold_reads_are_direct_and_warm_ones_are_not(root):
     system = Watching()
     store = store_with(root, system)

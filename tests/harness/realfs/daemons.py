@@ -24,7 +24,7 @@ def need(*programs: str) -> None:
     """Skip the test where it is not root's, or a program is not installed."""
     if os.geteuid() != 0 or not os.access("/dev/fuse", os.W_OK):
         pytest.skip("needs root and /dev/fuse")
-    absent = [program for program in programs if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin") is None]
+    absent = [program for program in programs if shutil.which(program) is None]
     if absent:
         pytest.skip(f"not installed: {', '.join(absent)} (make test-realfs installs them)")
 
