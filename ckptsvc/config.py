@@ -34,6 +34,7 @@ from ckptsvc.quantities import (
     parse_every,
     parse_limit,
     parse_names,
+    parse_rate_or_off,
     parse_size,
 )
 
@@ -184,11 +185,13 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
         url: for example "file:///scratch/run7" or a bare path; "" means that the caller names one.
         retries: further attempts after a failure that may pass.
         timeout: seconds one request may take.
+        max_write_rate: bytes per second that a node may write to the store, all its jobs together, or "off".
     """
 
     url: str = ""
     retries: Annotated[int, msgspec.Meta(ge=0, le=100)] = 5
     timeout: Annotated[float, parse_duration] = 60.0
+    max_write_rate: Annotated[int | None, parse_rate_or_off] = None
 
 
 class HealthSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -69,6 +69,24 @@ def parse_size(value: object) -> int:
     return int(nbytes)
 
 
+def parse_rate_or_off(value: object) -> int | None:
+    """Bytes per second: "2GB/s", "512 MiB/s", a size alone, or None for "off".
+
+    Raises:
+        ConfigError: none of these, or zero.
+    """
+    if value == "off":
+        return None
+    text = value.strip().removesuffix("/s") if isinstance(value, str) else value
+    try:
+        rate = parse_size(text)
+    except ConfigError:
+        rate = 0
+    if not rate:
+        _refuse(value, "a rate", '"2GB/s" or "off"')
+    return rate
+
+
 def parse_duration(value: object) -> float:
     """Seconds in a duration: 90, 0.5, "90", "90s", "10min", "1h30min" (units ms, s, min, h, d).
 

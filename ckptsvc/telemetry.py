@@ -163,6 +163,9 @@ class Metrics:
         self.written_bytes = Counter(
             "ckptsvc_written_bytes_total", "Bytes made durable in a store.", ["scheme"], registry=registry
         )
+        self.write_held_back = Counter(
+            "ckptsvc_write_held_back_seconds_total", "Time writes waited for store.max_write_rate.", registry=registry
+        )
         self.last_commit = Gauge(
             "ckptsvc_last_commit_timestamp_seconds", "When a job last committed.", ["job"], registry=registry
         )

@@ -149,7 +149,7 @@ class Saves:
                 future.set_result(note["digests"])
 
         try:
-            return await self._workers.of(job).call("write", args, on_note)
+            return await self._workers.of(job).call("write", {**args, "rate": self._workers.write_rate}, on_note)
         except BaseException as error:
             if not future.done():
                 why = error if isinstance(error, CkptsvcError) else SaveFailed("the snapshot was given up")
@@ -169,6 +169,7 @@ class Saves:
             return
         self._local.metrics.save_duration.labels(Phase.WRITE).observe(time.monotonic() - started)
         self._local.metrics.written_bytes.labels(_scheme(label.store)).inc(done["nbytes"])
+        self._local.metrics.write_held_back.inc(done["held_back"])
         durable = pb.Durable(
             job=label.job,
             epoch=label.epoch,

@@ -91,7 +91,7 @@ class Agent:
         settings = options.settings
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
-        self.workers = Workers()
+        self.workers = Workers(settings.store.max_write_rate)
         self._on_incident: Callable[[coordinator_pb2.Incident], None] = lambda incident: None
         self.shell = self._new_shell(0, lambda: True)
         where = settings.agent.coordination
@@ -315,6 +315,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name")
     parser.add_argument("--metrics-listen")
     parser.add_argument("--coordination")
+    parser.add_argument("--max-write-rate")
     parser.add_argument("--linger")
     parser.add_argument("--json-log", action="store_true")
     args = parser.parse_args(arguments)
@@ -324,6 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
             "agent.name": args.name,
             "agent.metrics_listen": args.metrics_listen,
             "agent.coordination": args.coordination,
+            "store.max_write_rate": args.max_write_rate,
         }
         settings = load(os.environ, overrides)
         setup_logging(sys.stderr, json=args.json_log)

@@ -37,7 +37,8 @@ from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.write import write_shard
 from ckptsvc.storage import Progress, Store, connect
-from ckptsvc.storage.wrappers import Retrying
+from ckptsvc.storage.rate import Rate
+from ckptsvc.storage.wrappers import Limited, Retrying
 
 FRAME = struct.Struct("<I")
 THREADS = 16
@@ -66,6 +67,7 @@ class Worker:
     def __init__(self, retries: int) -> None:
         self._retries = retries
         self._stores: dict[str, Store] = {}
+        self._rate = Rate(None)
         self._lock = threading.Lock()
         self._mappings = Mappings()
         self._fills: dict[int, threading.Event] = {}  # snapshots that are written while they are copied in -> given up
@@ -75,7 +77,9 @@ class Worker:
         """The store of that URL, connected once, with retries."""
         with self._lock:
             if url not in self._stores:
-                self._stores[url] = Retrying(connect(url), attempts=self._retries + 1)
+                # Limited within: what is written again is paid for again.
+                limited = Limited(connect(url), bytes_per_second=self._rate)
+                self._stores[url] = Retrying(limited, attempts=self._retries + 1)
             return self._stores[url]
 
     def end(self) -> NoReturn:
@@ -86,6 +90,7 @@ class Worker:
     def do_write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Write the shard in an arena; notes its digests as soon as they are known."""
         failpoint("before_shard")
+        self._rate.limit = args["rate"]
         try:
             return self._write(args, note)
         finally:
@@ -111,6 +116,7 @@ class Worker:
             "nbytes": written.nbytes,
             "digests": written.digests.tobytes(),
             "columns": written.columns.encode(),
+            "held_back": self._rate.collect(),
         }
 
     def expect(self, request: Request) -> None:

@@ -95,6 +95,7 @@ def test_every_setting_has_its_variable() -> None:
         "store.url": "memory://x",
         "store.retries": "0",
         "store.timeout": "500ms",
+        "store.max_write_rate": "2GB/s",
         "health.enabled": "false",
         "health.automatic": "never",
         "health.floor": "2s",
@@ -416,3 +417,17 @@ def test_a_link_a_file_and_an_open_directory_are_refused(tmp_path: Path) -> None
 def test_no_place_at_all_says_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="RUNTIME_DIRECTORY"):
         config.runtime_dir({}, root=tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("2GB/s", 2 * 10**9), ("512 MiB/s", 512 * MIB), ("1000", 1000), (4096, 4096), ("off", None)]
+)
+def test_rates(text: object, rate: int | None) -> None:
+    assert quantities.parse_rate_or_off(text) == rate
+    assert load({}, {"store.max_write_rate": text}, []).store.max_write_rate == rate
+
+
+@pytest.mark.parametrize("text", ["fast", "0", "2GB/min", "-1", True, 1.5, "/s", ""])
+def test_what_is_no_rate(text: object) -> None:
+    with pytest.raises(ConfigError, match="rate"):
+        quantities.parse_rate_or_off(text)

@@ -38,6 +38,7 @@ METRICS = {
     ("ckptsvc_sessions", "gauge", ()),
     ("ckptsvc_snapshots_skipped_total", "counter", ("reason",)),
     ("ckptsvc_store_errors_total", "counter", ("kind", "scheme")),
+    ("ckptsvc_write_held_back_seconds_total", "counter", ()),
     ("ckptsvc_written_bytes_total", "counter", ("scheme",)),
 }
 """Dashboards and alerts of other people are built on these: a change needs an entry in the changelog."""
