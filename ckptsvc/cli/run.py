@@ -94,12 +94,11 @@ def command(
     if coordinator and coordination:
         raise ConfigError("--rdzv-endpoint and --coordination exclude each other")
     flags = {"standby": standby, "preload": preload, "preflight": preflight, "crash_loop": crash_loop, "grow": grow}
-    launching = {f"launch.{key}": value for key, value in flags.items()}
-    flags_of_the_agent = {"agent.coordination": coordination, "store.max_write_rate": max_write_rate}
-    settings = load(os.environ, flags_of_the_agent | launching)
+    given = {"agent.coordination": coordination, "store.max_write_rate": max_write_rate}
+    settings = load(os.environ, given | {f"launch.{key}": value for key, value in flags.items()})
     etcd = "" if coordinator else settings.agent.coordination
-    given = Nodes(low, high, node_rank, job or "", coordinator or etcd, node or "", address)
-    nodes = placed(given, os.environ, socket.gethostname())
+    wanted = Nodes(low, high, node_rank, job or "", coordinator or etcd, node or "", address)
+    nodes = placed(wanted, os.environ, socket.gethostname())
     elected = reachable(etcd, settings.etcd) if etcd and nodes.high > 1 else ""
     nodes = dataclasses.replace(nodes, coordinator="" if etcd else nodes.coordinator)
     name = nodes.node or settings.agent.name or socket.gethostname()

@@ -129,7 +129,7 @@ def test_every_setting_has_its_variable() -> None:
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0, early_cores=1
     )
     assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
-    assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5)
+    assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5, max_write_rate=2 * 10**9)
     assert settings.health == config.HealthSettings(
         enabled=False, automatic="never", floor=2.0, factor=4.0, startup=1200.0, confirm=300.0, give_up=3600.0
     )
