@@ -29,6 +29,7 @@ from ckptsvc.quantities import (
     Limit,
     parse_address,
     parse_address_or_off,
+    parse_directory_or_off,
     parse_duration,
     parse_duration_or_off,
     parse_every,
@@ -194,6 +195,24 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     max_write_rate: Annotated[int | None, parse_rate_or_off] = None
 
 
+class TiersSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[tiers]: places between the memory of a node and the durable store.
+
+    Attributes:
+        local: a directory on a disk of each node, to which every snapshot is written first, or "off".
+        local_keep: newest snapshots that stay there, where there is room for them.
+        local_limit: what an agent's snapshots may take there; a share is one of the file system's size.
+        durable_every: the first of so many snapshots goes on to the durable store, the others stay local.
+        durable_backlog: so many may wait to be written there; when it is behind by more, only the newest is.
+    """
+
+    local: Annotated[str, parse_directory_or_off] = ""
+    local_keep: Annotated[int, msgspec.Meta(ge=1)] = 2
+    local_limit: Annotated[Limit, parse_limit] = Limit(0, 0.5)
+    durable_every: Annotated[int, msgspec.Meta(ge=1)] = 1
+    durable_backlog: Annotated[int, msgspec.Meta(ge=1)] = 2
+
+
 class HealthSettings(msgspec.Struct, frozen=True, kw_only=True):
     """[health]: when a rank hangs, and what is done about it.
 
@@ -244,6 +263,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     save: SaveSettings = SaveSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     store: StoreSettings = StoreSettings()
+    tiers: TiersSettings = TiersSettings()
     health: HealthSettings = HealthSettings()
     nics: NicsSettings = NicsSettings()
     etcd: EtcdSettings = EtcdSettings()

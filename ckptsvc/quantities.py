@@ -165,6 +165,20 @@ def parse_duration_or_off(value: object) -> float | None:
     return None if value == "off" else parse_duration(value)
 
 
+def parse_directory_or_off(value: object) -> str:
+    """An absolute path, also as file://path; "" for "off".
+
+    Raises:
+        ConfigError: neither.
+    """
+    if value in ("", "off"):
+        return ""
+    path = value.removeprefix("file://") if isinstance(value, str) else ""
+    if not path.startswith("/") or "\0" in path:
+        _refuse(value, "a directory on this node", '"/local/nvme" or "off"')
+    return path
+
+
 def parse_names(value: object) -> tuple[str, ...]:
     """Names of Python modules: "torch, torch.optim", or a list of them.
 

@@ -17,7 +17,7 @@ from ckptsvc.errors import AgentUnavailable, ConfigError
 from ckptsvc.pipeline.arena import ArenaPool, Label, State
 from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
-from ckptsvc.telemetry import ArenaState, Metrics
+from ckptsvc.telemetry import ArenaState, Metrics, Tier
 
 _ARENA_STATES = {
     State.FREE: ArenaState.FREE,
@@ -39,6 +39,7 @@ class Local:
         launchers: reports about the launchers of a coordinator's jobs.
         stops: requests to stop such jobs.
         stalled: reports about the stalled ranks of a coordinator's jobs.
+        on_disk: reports about the copies on the local disk of a coordinator's jobs.
         launched: whether a launcher of that job is connected.
         elect: makes the way to an elected coordinator.
         leading: the elected coordinators in this process.
@@ -53,6 +54,7 @@ class Local:
         self.launchers: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.stops: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.stalled: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
+        self.on_disk: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.launched: Callable[[str], bool] = lambda job: False
         self.elect: Callable[[str], Uplink] = _elects_none
         self.leading: Callable[[], Sequence[CoordinatorShell]] = list
@@ -141,6 +143,7 @@ class Local:
             holder = self.jobs.get(arena.job)
             if arena.label is not None and holder is not None and holder.coordinator == coordinator:
                 yield reports.staged(self.name, arena.label, ended=arena.state is State.KEPT, again=True)
+        yield from self.on_disk(coordinator)
         for job in self.jobs.values():
             if job.coordinator == coordinator:
                 yield from job.results.values()
@@ -157,6 +160,7 @@ class Local:
         held = dict.fromkeys(State, 0)
         for arena in self.pool.arenas.values():
             held[arena.state] += arena.capacity
+        self.metrics.tier_bytes.labels(Tier.MEMORY).set(held[State.STAGED] + held[State.KEPT])
         for state, nbytes in held.items():
             self.metrics.arena_bytes.labels(_ARENA_STATES[state]).set(nbytes)
 

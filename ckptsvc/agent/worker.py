@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from ckptsvc.agent import nodelist
+from ckptsvc.agent.worker_local import LocalCopies
 from ckptsvc.config import load
 from ckptsvc.errors import CkptsvcError, SaveFailed, StoreError
 from ckptsvc.format.checksum import extent_digests
@@ -61,16 +62,14 @@ class Request(msgspec.Struct):
     args: dict[str, Any]
 
 
-class Worker:
+class Worker(LocalCopies):
     """Executes requests on one store; every method named `do_*` is an operation."""
 
     def __init__(self, retries: int) -> None:
+        super().__init__(Rate(None), Mappings(), {})  # `fills`: what is being written -> whether it is given up
         self._retries = retries
         self._stores: dict[str, Store] = {}
-        self._rate = Rate(None)
         self._lock = threading.Lock()
-        self._mappings = Mappings()
-        self._fills: dict[int, threading.Event] = {}  # snapshots that are written while they are copied in -> given up
         self._digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
 
     def store(self, url: str) -> Store:
@@ -88,9 +87,10 @@ class Worker:
         os._exit(0)
 
     def do_write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
-        """Write the shard in an arena; notes its digests as soon as they are known."""
+        """Write the shard in an arena, to the store or the local disk; notes its digests as soon as they are known."""
         failpoint("before_shard")
-        self._rate.limit = args["rate"]
+        if not args["disk"]:
+            self._rate.limit = args["rate"]
         try:
             return self._write(args, note)
         finally:
@@ -99,7 +99,7 @@ class Worker:
     def _write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         with self._mappings.pages(args["path"], args["nbytes"]) as image:
             written = write_shard(
-                self.store(args["store"]),
+                self.disk(args["disk"]) if args["disk"] else self.store(args["store"]),
                 image,
                 args["nbytes"],
                 extent=args["extent"],
@@ -121,7 +121,7 @@ class Worker:
 
     def expect(self, request: Request) -> None:
         """A request has come in and will be executed in its turn."""
-        if request.op == "write" and request.args["fill"]:
+        if request.op in ("write", "drain") and request.args["fill"]:
             self._fills[request.args["fill"]] = threading.Event()
 
     def _ready(self, args: dict[str, Any]) -> Progress:

@@ -121,7 +121,7 @@ class Session:
     Attributes:
         steps_done: steps this state has behind it: 0, or the step of the checkpoint that was restored.
         state: the plain values of the state tree, as restored (or as given).
-        restored_from: "memory", "store", the address given as `init_from`, or None for a fresh start.
+        restored_from: "memory", "local", "store", the address given as `init_from`, or None for a fresh start.
         skipped: snapshots that were due and not taken.
     """
 
@@ -434,7 +434,8 @@ class Session:
         return True
 
     def _restore_newest(self, step: int | None) -> int | None:
-        candidates = Candidates(self._url, self.settings.store.retries, self._link, self._group, self._place)
+        retries, progress = self.settings.store.retries, self._phases.progress
+        candidates = Candidates(self._url, retries, self._link, self._group, self._place, progress)
         tried: list[str] = []
         newer = True  # every one of them was written by a newer version
         for candidate in candidates.find(step):
@@ -469,6 +470,6 @@ class Session:
         try:
             return restore(image, self._tree, self._group, self._phases.progress)
         except (LayoutError, UnsupportedObject) as error:
-            if candidate.tier == "memory":
+            if candidate.tier != "store":
                 raise Damaged(str(error)) from error  # the store has an older one, perhaps of before a change
             raise

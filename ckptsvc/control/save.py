@@ -29,6 +29,8 @@ LATE_NEWS = 60.0
 REMEMBERED = 64
 """Ended saves whose outcome is kept, to answer an agent that reports them again."""
 
+_MAY_PASS = ("store", "store-full", "store-denied", "store-unavailable")
+"""Codes of errors after which a save that is whole on local disks is not given up: they lie with the store."""
 
 Failure = tuple[agent_pb2.Outcome, str, str]
 """How a save fails: outcome, error code, reason."""
@@ -43,6 +45,11 @@ class Save:
         changed: when there last were news, or a look-up.
         fresh: some rank has staged in our time, so that no earlier coordinator can have committed it.
         failure: how it fails, unless it turns out to be committed; and since when.
+        local: ranks whose shard is on a local disk (control.tiering), from where it is drained when that is decided.
+        must: it is to be drained whatever the policy says.
+        decided: whether the policy has been asked.
+        draining: the agents have been told to drain it.
+        lost_at: since when one of its shards is on a disk that is out of reach.
     """
 
     epoch: int
@@ -59,6 +66,16 @@ class Save:
     staged: dict[int, str] = field(default_factory=dict)
     durable: dict[int, pb.Durable] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    local: set[int] = field(default_factory=set)
+    decided: bool = False
+    must: bool = False
+    draining: bool = False
+    lost_at: float | None = None
+
+    @property
+    def settled(self) -> bool:
+        """No shard is in memory alone, and not all are durable yet."""
+        return bool(self.local) and all(r in self.local or r in self.durable for r in range(self.world_size))
 
     @property
     def missing(self) -> list[int]:
@@ -257,8 +274,20 @@ class Saves:
         key = (event.epoch, event.step)
         if not event.code:
             return self._end(key, agent_pb2.OUTCOME_COMMITTED, "", "committed", now)
+        save = self.open.get(key)
+        if save is not None and save.settled and event.code in _MAY_PASS:
+            save.committing, save.changed = False, now
+            return Decision([], [f"step {save.step}: not committed yet, will be tried again: {event.why}"])
         outcome = agent_pb2.OUTCOME_FENCED if event.code == "fenced" else agent_pb2.OUTCOME_FAILED
         return self._end(key, outcome, event.code, event.why, now)
+
+    def commit_again(self, save: Save) -> Decision:
+        """Try a commit again that the store did not take."""
+        return self._commit(save)
+
+    def leave_local(self, key: Key, why: str, now: float) -> Decision:
+        """End a save as it is on the local disks."""
+        return self._end(key, agent_pb2.OUTCOME_LOCAL, "", why, now)
 
     def tick(self, now: float) -> Decision:
         """Give up saves that take too long; look up those that may have been committed before our time."""
@@ -278,7 +307,7 @@ class Saves:
                     decision.add(self._end(key, outcome, "store-unavailable", why, now))
                 elif quiet:
                     decision.effects.append(self._look_up(save, now))
-            elif now - save.opened > self.timeout:
+            elif now - save.opened > self.timeout and not save.settled:
                 decision.add(self._fail(key, (agent_pb2.OUTCOME_FAILED, "save-failed", self._overdue(save)), now))
             elif save.attempt < self.attempt and now - self.attempt_began > LATE_NEWS and save.missing:
                 decision.add(self._lost_rank(key, save.missing[0], "was gone", now))

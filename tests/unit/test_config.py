@@ -96,6 +96,11 @@ def test_every_setting_has_its_variable() -> None:
         "store.retries": "0",
         "store.timeout": "500ms",
         "store.max_write_rate": "2GB/s",
+        "tiers.local": "file:///local/nvme",
+        "tiers.local_keep": "3",
+        "tiers.local_limit": "2GiB",
+        "tiers.durable_every": "4",
+        "tiers.durable_backlog": "1",
         "health.enabled": "false",
         "health.automatic": "never",
         "health.floor": "2s",
@@ -130,6 +135,9 @@ def test_every_setting_has_its_variable() -> None:
     )
     assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
     assert settings.store == config.StoreSettings(url="memory://x", retries=0, timeout=0.5, max_write_rate=2 * 10**9)
+    assert settings.tiers == config.TiersSettings(
+        local="/local/nvme", local_keep=3, local_limit=Limit(2048 * MIB, 0.0), durable_every=4, durable_backlog=1
+    )
     assert settings.health == config.HealthSettings(
         enabled=False, automatic="never", floor=2.0, factor=4.0, startup=1200.0, confirm=300.0, give_up=3600.0
     )
@@ -431,3 +439,10 @@ def test_rates(text: object, rate: int | None) -> None:
 def test_what_is_no_rate(text: object) -> None:
     with pytest.raises(ConfigError, match="rate"):
         quantities.parse_rate_or_off(text)
+
+
+@pytest.mark.parametrize("text", ["nvme", "./nvme", "s3://bucket", "file://nvme", "/a\0b", 3, None])
+def test_what_is_no_directory_of_the_node(text: object) -> None:
+    with pytest.raises(ConfigError, match="directory"):
+        quantities.parse_directory_or_off(text)
+    assert quantities.parse_directory_or_off("off") == ""
