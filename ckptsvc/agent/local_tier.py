@@ -128,7 +128,7 @@ class LocalTier:
             vfs = os.statvfs(self.root)
             self._limit = self._settings.local_limit.of(vfs.f_blocks * vfs.f_frsize)
             call = worker.call("local_scan", {"directory": str(self.root)})
-            found = (await asyncio.wait_for(call, SCAN_TIMEOUT))["copies"]
+            found = await asyncio.wait_for(call, SCAN_TIMEOUT)
         except (CkptsvcError, OSError) as error:
             why = f"no answer in {SCAN_TIMEOUT:g} s" if isinstance(error, TimeoutError) else error
             self.close()
@@ -137,7 +137,9 @@ class LocalTier:
         finally:
             await worker.close()
         self.problem = ""
-        return [(disk, record, marks) for disk, record, marks in found]
+        for why in found["damaged"]:
+            log(logger, logging.ERROR, Event.CHECKPOINT_REJECTED, "a copy on the local disk cannot be used: %s", why)
+        return [(disk, record, marks) for disk, record, marks in found["copies"]]
 
     def recover(self, found: list[tuple[str, bytes, list[str]]]) -> None:
         """Go on with the copies that were found."""
@@ -189,7 +191,7 @@ class LocalTier:
         if self._make_room(job, nbytes):
             mine.writing[number] = nbytes
             try:
-                disk = f"file://{self.root}/{xxhash.xxh3_64_hexdigest(job.encode())}"
+                disk = self._folder(job)
                 done = await self._workers.of(job).call("write", {**args, "disk": disk}, on_note)
             except CkptsvcError as error:
                 if error.code == "save-failed":  # the snapshot was given up
@@ -301,6 +303,10 @@ class LocalTier:
                 self.remove(job, held)
         self.measure()
 
+    def has(self, label: Label) -> bool:
+        """Whether a shard is on the disk."""
+        return (label.epoch, label.step, label.rank) in self._of(label.job).copies
+
     # ---- what others ask ---------------------------------------------------------------------------------------------
 
     def busy(self, job: LocalJob) -> bool:
@@ -325,6 +331,10 @@ class LocalTier:
             self._report_gone(job, held)
             if held.stage is Stage.COMMITTED or held.key < job.newest:
                 await self._told(held, "local_remove", key=held.copy.key)
+        if self._lock >= 0:  # what a worker that was killed has left half written
+            worker = self._workers.running(job.name)
+            if worker is not None:
+                await worker.tell("local_tidy", {"disk": self._folder(job.name)})
 
     def resync(self, way: str) -> Iterator[pb.Report]:
         """What a coordinator that knows nothing must hear."""
@@ -350,6 +360,9 @@ class LocalTier:
     async def _tell(self, held: Held, op: str, **more: Any) -> dict[str, Any]:
         args = {"disk": held.disk, "record": held.copy.encode(), **more}
         return await self._workers.of(held.label.job).call(op, args)
+
+    def _folder(self, job: str) -> str:
+        return f"file://{self.root}/{xxhash.xxh3_64_hexdigest(job.encode())}"
 
     def _of(self, job: str) -> JobDisk:
         return self.jobs.setdefault(job, JobDisk())

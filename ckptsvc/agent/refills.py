@@ -54,6 +54,7 @@ class Refills:
                     await self._bring(job, held)
                 except Damaged as error:
                     self._complain(held, error)
+                    self._local.report(job, reports.shard_failed(held.label, error.code, str(error)))
                     tier.remove(job, held)
                 except CkptsvcError as error:
                     self._complain(held, error)

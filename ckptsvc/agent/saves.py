@@ -114,7 +114,7 @@ class Saves:
         self._begin_save(arena, label)
 
     def recover(self, arenas: list[Arena]) -> None:
-        """Go on with the snapshots an earlier agent left in its arenas."""
+        """Go on with the snapshots an earlier agent left in its arenas; those on the local disk are known already."""
         for arena in arenas:
             assert arena.label is not None
             label = arena.label
@@ -127,6 +127,8 @@ class Saves:
             job.idle_since = time.monotonic()
             log(logger, logging.INFO, Event.ARENA_RECOVERED, "found the snapshot of step %d", label.step,
                 job=label.job, rank=label.rank, step=label.step)  # fmt: skip
+            if self._tier is not None and self._tier.has(label):
+                self._local.pool.keep(arena)
             if arena.state is State.STAGED:
                 self._begin_save(arena, label, again=True)
             else:

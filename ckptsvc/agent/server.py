@@ -139,9 +139,9 @@ class Agent:
                 self.elections = Elections(
                     *self._etcd, self._options.settings.etcd.ttl, self.local, self.secret, self.address, self._new_shell
                 )
-            self.node.saves.recover(left)
             if self.tier:
                 self.tier.recover(copies)
+            self.node.saves.recover(left)
             lasting = (self.shell.run(), self.node.watch(), self.watch.run(), self.nics.run(), self._until_idle())
             tasks = [asyncio.ensure_future(c) for c in lasting]
             (directory / "ready.new").write_text(self._ready_text())

@@ -46,13 +46,21 @@ class LocalCopies:
             return self._bare[name]
 
     def do_local_scan(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
-        """Every copy below a directory: [url of the job's folder, record, marks]."""
-        found = []
+        """Every copy below a directory: [url of the job's folder, record, marks]; and what was wrong with others."""
+        found: list[Any] = []
+        damaged: list[str] = []
         for folder in sorted(Path(args["directory"]).iterdir()):
             if folder.is_dir() and not folder.is_symlink():
                 store = self.disk(f"file://{folder}")
-                found += [[store.url, f.copy.encode(), [m.value for m in f.marks]] for f in local_copy.scan(store)]
-        return {"copies": found}
+                for copy, marks in local_copy.scan(store, lambda error: damaged.append(str(error))):
+                    found.append([store.url, copy.encode(), [mark.value for mark in marks]])
+        return {"copies": found, "damaged": damaged}
+
+    def do_local_tidy(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Remove what interrupted writes have left in one job's folder; nothing is being written there."""
+        for _ in local_copy.scan(self.disk(args["disk"]), lambda error: None):
+            pass
+        return {}
 
     def do_local_keep(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """A shard has been written to the local disk: make it a copy."""

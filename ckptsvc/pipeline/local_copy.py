@@ -16,13 +16,12 @@ from __future__ import annotations
 import enum
 import mmap
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
 
-from ckptsvc.errors import Damaged, IncompatibleVersion, InvalidInput, NotFound, StoreError
+from ckptsvc.errors import CkptsvcError, Damaged, IncompatibleVersion, InvalidInput, NotFound, StoreError
 from ckptsvc.format.checksum import Digests, check, digest64, extent_count
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import checkpoint_name, parse_shard_name
@@ -132,8 +131,11 @@ def remove(store: Store, key: str) -> None:
         store.delete(key + end)
 
 
-def scan(store: Store) -> Iterator[Found]:
-    """The copies of one job's folder, oldest first; what interrupted writes and removals left there is removed."""
+def scan(store: Store, on_damaged: Callable[[CkptsvcError], None]) -> Iterator[Found]:
+    """The copies of one job's folder, oldest first; what interrupted writes and removals left there is removed.
+
+    `on_damaged` is told of every record that cannot be used; its shard is removed too.
+    """
     for folder in store.children(""):
         sizes = {entry.key: entry.size for entry in store.list(folder)}
         known = set()
@@ -141,12 +143,16 @@ def scan(store: Store) -> Iterator[Found]:
             shard = key.removesuffix(_RECORD)
             if shard == key or shard not in sizes:
                 continue
-            with suppress(Damaged, IncompatibleVersion, InvalidInput, NotFound):
+            try:
                 copy = Copy.decode(store.read(key, MAX_COPY_RECORD), key)
-                if copy.key == shard and copy.label.nbytes == sizes[shard]:
-                    marks = frozenset(m for m in Mark if shard + m.value in sizes)
-                    known |= {shard, key, *(shard + m.value for m in marks)}
-                    yield Found(copy, marks)
+                if copy.key != shard or copy.label.nbytes != sizes[shard]:
+                    raise Damaged(f"{key} is the record of {copy.key}, of {copy.label.nbytes} bytes")
+            except (Damaged, IncompatibleVersion, InvalidInput, NotFound) as error:
+                on_damaged(error)
+                continue
+            marks = frozenset(m for m in Mark if shard + m.value in sizes)
+            known |= {shard, key, *(shard + m.value for m in marks)}
+            yield Found(copy, marks)
         for key in sorted(sizes.keys() - known, reverse=True):
             store.delete(key)
 
