@@ -27,7 +27,7 @@ from ckptsvc.agent.worker_proxy import Note, WorkerProxy
 from ckptsvc.agent.workers import Workers
 from ckptsvc.config import TiersSettings, private_directory
 from ckptsvc.control.room import Kept, Stage, expendable
-from ckptsvc.errors import CkptsvcError, ConfigError
+from ckptsvc.errors import CkptsvcError, ConfigError, StoreError
 from ckptsvc.pipeline.arena import Label, State
 from ckptsvc.pipeline.local_copy import Copy, Mark
 from ckptsvc.rpc.v1 import agent_pb2
@@ -193,9 +193,7 @@ class LocalTier:
             try:
                 disk = self._folder(job)
                 done = await self._workers.of(job).call("write", {**args, "disk": disk}, on_note)
-            except CkptsvcError as error:
-                if error.code == "save-failed":  # the snapshot was given up
-                    raise
+            except StoreError as error:
                 self._degraded(f"the local disk takes no shard: {error}")
             else:
                 self.problem = ""
@@ -278,7 +276,10 @@ class LocalTier:
 
     def remove(self, job: LocalJob, held: Held) -> None:
         """Let a copy go."""
-        if self._of(job.name).copies.pop((*held.key, held.label.rank), None) is not None:
+        mine = self._of(job.name)
+        if mine.copies.pop((*held.key, held.label.rank), None) is not None:
+            if not mine.of(held.key):
+                mine.complete.discard(held.key)
             self._report_gone(job, held)
             self._local.spawn(self._told(held, "local_remove", key=held.copy.key))
             self.measure()
@@ -298,10 +299,13 @@ class LocalTier:
             used = any(held.fill or held.readers for held in copies)
             kept.append(Kept(key, copies[0].stage, sum(held.label.nbytes for held in copies), used))
         for key in expendable(kept, mine.complete, self._settings.local_keep, over):
-            mine.complete.discard(key)
             for held in mine.of(key):
                 self.remove(job, held)
         self.measure()
+
+    def copies(self, job: LocalJob, key: Key) -> list[Held]:
+        """The copies of one snapshot."""
+        return self.jobs[job.name].of(key) if job.name in self.jobs else []
 
     def has(self, label: Label) -> bool:
         """Whether a shard is on the disk."""

@@ -13,7 +13,7 @@ from ckptsvc.agent.sessions import Key, LocalJob
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.backoff import Backoff
 from ckptsvc.control.room import Stage
-from ckptsvc.errors import CkptsvcError, StoreError
+from ckptsvc.errors import CkptsvcError, Damaged, SaveFailed
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, log
 
@@ -37,17 +37,16 @@ class Lowering:
 
     def start(self, job: LocalJob, key: Key) -> None:
         """Drain all copies of a snapshot that are not being drained already."""
-        for held in self._tier.jobs[job.name].of(key) if job.name in self._tier.jobs else ():
-            if held.fill:
-                continue
+        for held in self._tier.copies(job, key):
             if held.stage is Stage.LOCAL:
                 held.stage = Stage.PENDING  # somebody waits for it after all
-            held.fill = next(self._numbers)
-            self._local.spawn(self._drain(job, held))
+            if not held.fill:
+                held.fill = next(self._numbers)
+                self._local.spawn(self._drain(job, held))
 
     async def _drain(self, job: LocalJob, held: Held) -> None:
         try:
-            while held.stage is Stage.PENDING and held in self._tier.jobs[job.name].copies.values():
+            while held.stage is Stage.PENDING and held in self._tier.copies(job, held.key):
                 await self._turn()
                 try:
                     if await self._try(job, held):
@@ -112,10 +111,10 @@ class Lowering:
 
     def _failed(self, job: LocalJob, held: Held, error: CkptsvcError) -> bool:
         label = held.label
-        if held.stage is not Stage.PENDING:
-            return True  # it was given up
+        if isinstance(error, SaveFailed):
+            return False  # it was given up, maybe to be wanted again by now
         self._local.metrics.store_errors.labels(label.store.partition("://")[0], error.code).inc()
-        if isinstance(error, StoreError) and error.code != "not-found":
+        if not isinstance(error, Damaged):
             self.backoff.failed()
             self._note(f"the store fails: {error}")
             return False

@@ -33,7 +33,7 @@ class Refills:
         What cannot be read or verified is reported and left out: the ranks find the snapshot incomplete.
         """
         job = self._local.jobs[self._local.session(token).reg.job]
-        if self._tier is not None and job.name in self._tier.jobs:
+        if self._tier is not None:
             name = (job.name, key)
             task = self._running.get(name)
             if task is None:
@@ -45,7 +45,7 @@ class Refills:
         return snapshot
 
     async def _refill(self, tier: LocalTier, job: LocalJob, key: Key) -> None:
-        copies = tier.jobs[job.name].of(key)
+        copies = tier.copies(job, key)
         for held in copies:
             held.readers += 1
         try:

@@ -230,7 +230,7 @@ class Saves:
             outcome = job.outcomes.get((epoch, step))
             if outcome is not None and outcome.outcome != agent_pb2.OUTCOME_LOCAL:
                 return outcome
-            if self._tier is not None:
+            if self._tier is not None or outcome is not None:
                 wanted = pb.DurableWanted(job=job.name, node=self._local.name, epoch=epoch, step=step)
                 self._local.report(job, pb.Report(durable_wanted=wanted))
             await wait_for(job.ended, WANTED_AGAIN)
@@ -263,7 +263,8 @@ class Saves:
         committed = outcome.outcome == agent_pb2.OUTCOME_COMMITTED
         if committed:
             job.newest = max(job.newest, key)
-        if key not in job.outcomes:
+        before = job.outcomes.get(key)
+        if before is None or (before.outcome == agent_pb2.OUTCOME_LOCAL and before.outcome != outcome.outcome):
             self._count(job, outcome, committed)
         job.record(outcome)
         if self._tier is not None:

@@ -110,7 +110,12 @@ class Coordinator:
     def commit_done(self, event: CommitDone, now: float) -> Decision:
         """Answer to `Commit`."""
         job = self.jobs.get(event.job)
-        return job.saves.commit_done(event, now).add(self._epochs(now)) if job else Decision()
+        if job is None:
+            return Decision()
+        decision = job.saves.commit_done(event, now)
+        if event.job in self.tiers:
+            decision.add(self.tiers[event.job].plan(now))
+        return decision.add(self._epochs(now))
 
     def lookup_done(self, event: LookupDone, now: float) -> Decision:
         """Answer to `Lookup`."""

@@ -26,6 +26,7 @@ from ckptsvc.format.checksum import Digests, check, digest64, extent_count
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import checkpoint_name, parse_shard_name
 from ckptsvc.format.compat import FORMAT
+from ckptsvc.format.limits import MAX_SHARDS, MAX_TENSOR_BYTES
 from ckptsvc.format.record import canonical, convert, parse
 from ckptsvc.format.shard import decode_header, header_length
 from ckptsvc.pipeline.arena import Label
@@ -34,6 +35,10 @@ from ckptsvc.storage import Store
 
 MAX_COPY_RECORD: Final = 64 << 20
 """Bytes of a record: a shard of 4 TiB, in extents of 1 MiB, has 32 MiB of digests, and a third more in JSON."""
+
+MIN_EXTENT: Final = 4096
+MAX_EXTENT: Final = 64 << 20
+"""Bytes per digest, as for the registration of a rank."""
 
 _RECORD: Final = ".json"
 _READ_STEP: Final = 16 << 20
@@ -100,8 +105,13 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
             checkpoint_name(label.step, label.epoch)
         except InvalidInput as error:
             raise Damaged(f"{what}: {error}") from None
-        possible = 0 <= label.rank < label.world_size and label.nbytes > 0 and label.extent >= 4096 and label.job
-        if not possible or parse_shard_name(copy.name) != label.rank:
+        possible = (
+            0 <= label.rank < label.world_size <= MAX_SHARDS
+            and 0 < label.nbytes <= MAX_TENSOR_BYTES
+            and MIN_EXTENT <= label.extent <= MAX_EXTENT
+            and 0 <= label.attempt < 1 << 31
+        )
+        if not possible or not label.job or not label.store or parse_shard_name(copy.name) != label.rank:
             raise Damaged(f"{what} says what cannot be")
         if len(copy.digests) != 8 * extent_count(label.nbytes, label.extent):
             raise Damaged(f"{what} has {len(copy.digests)} bytes of digests for {label.nbytes} of data")
