@@ -71,12 +71,19 @@ class Local:
         return session
 
     def job(self, name: str, coordinator: str, store: str) -> LocalJob:
-        """The job of that name, known from now on."""
+        """The job of that name, known from now on.
+
+        What an earlier agent has left of a job names its coordinator of then: the ranks that come know better.
+        """
         way = way_to(coordinator, name)
-        self.uplink(way)
+        uplink = self.uplink(way)
         job = self.jobs.get(name)
         if job is None:
             job = self.jobs[name] = LocalJob(name, way, store)
+        elif job.coordinator != way and not any(s.reg.job == name for s in self.sessions.values()):
+            job.coordinator = way
+            for report in self.resync(way):
+                uplink.report(report)
         job.store = store
         return job
 

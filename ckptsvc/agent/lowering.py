@@ -24,7 +24,12 @@ AT_A_TIME = 4
 
 
 class Lowering:
-    """Drains what the coordinator names. A store that fails or is slow is left more and more alone, never given up."""
+    """Drains what the coordinator names. A store that fails or is slow is left more and more alone, never given up.
+
+    Attributes:
+        backoff: how many shards at a time.
+        problem: what is the matter with the store; "" if all is well.
+    """
 
     def __init__(self, local: Local, workers: Workers, tier: LocalTier) -> None:
         self._local, self._workers, self._tier = local, workers, tier
@@ -32,7 +37,8 @@ class Lowering:
         self._under_way = 0
         self._changed = asyncio.Event()
         self.backoff = Backoff(AT_A_TIME)
-        self.problem = ""
+        local.metrics.drains_allowed.set(AT_A_TIME)
+        self.problem, self._trouble = "", ""
         tier.on_drain = self.start
 
     def start(self, job: LocalJob, key: Key) -> None:
@@ -90,7 +96,7 @@ class Lowering:
             metrics, scheme = self._local.metrics, label.store.partition("://")[0]
             metrics.written_bytes.labels(scheme).inc(label.nbytes)
             metrics.write_held_back.inc(done["held_back"])
-        self._note("the store is slow" if self.backoff.slow else "")
+        self._note()
         held.durable = True
         durable = pb.Durable(
             job=label.job,
@@ -116,7 +122,7 @@ class Lowering:
         self._local.metrics.store_errors.labels(label.store.partition("://")[0], error.code).inc()
         if not isinstance(error, Damaged):
             self.backoff.failed()
-            self._note(f"the store fails: {error}")
+            self._note(f": {error}")
             return False
         log(logger, logging.ERROR, Event.CHECKPOINT_REJECTED, "the copy on the local disk cannot be drained: %s", error,
             job=label.job, rank=label.rank, step=label.step)  # fmt: skip
@@ -124,14 +130,12 @@ class Lowering:
         self._tier.remove(job, held)
         return True
 
-    def _note(self, problem: str) -> None:
-        if problem.partition(":")[0] != self.problem.partition(":")[0]:
-            words = f"{problem}; {self.backoff.allowed} shards at a time" if problem else "drains go on as usual"
-            log(logger, logging.WARNING if problem else logging.INFO, Event.STORE_DEGRADED, "%s", words)
-        self.problem = problem
-        self._local.metrics.drains_allowed.set(self.backoff.allowed)
-
-    @property
-    def under_way(self) -> int:
-        """Shards that are being drained now."""
-        return self._under_way
+    def _note(self, more: str = "") -> None:
+        trouble, allowed = self.backoff.trouble, self.backoff.allowed
+        if trouble != self._trouble:
+            words = f"the store {trouble}{more}; shards drained at a time: {allowed}" if trouble else "drains go on"
+            level = logging.INFO if trouble in ("", "recovers") else logging.WARNING
+            log(logger, level, Event.STORE_DEGRADED, "%s", words)
+        self._trouble = trouble
+        self.problem = f"the store {trouble}{more}" if trouble else ""
+        self._local.metrics.drains_allowed.set(allowed)

@@ -31,6 +31,7 @@ class Backoff:
         best: bytes per second, of all shards under way together, that the store is known to take.
         rate: the same, at the last write.
         pause: seconds to wait before the next try; 0.0 unless the last one failed.
+        trouble: what the store does: "", "fails", "is slow" or "recovers".
     """
 
     most: int
@@ -38,30 +39,27 @@ class Backoff:
     best: float = 0.0
     rate: float = 0.0
     pause: float = 0.0
+    trouble: str = ""
 
     def __post_init__(self) -> None:
         self.allowed = self.most
 
-    @property
-    def slow(self) -> bool:
-        """Whether it holds back."""
-        return self.allowed < self.most
-
     def wrote(self, nbytes: int, seconds: float, under_way: int) -> None:
         """A write has ended well, one of so many; `seconds` without those for which a limit has held it back."""
-        if self.pause:
-            self.pause = 0.0
-        if nbytes < LEAST_BYTES or seconds <= 0:
-            self.allowed = min(self.most, self.allowed + 1) if self.rate >= SLOW * self.best else self.allowed
-            return
-        self.rate = nbytes * under_way / seconds
-        self.best = max(self.best * FADE, self.rate)
+        self.pause = 0.0
+        self.trouble = self.trouble and "recovers"
+        if nbytes >= LEAST_BYTES and seconds > 0:
+            self.rate = nbytes * under_way / seconds
+            self.best = max(self.best * FADE, self.rate)
         if self.rate < SLOW * self.best:
-            self.allowed = max(1, self.allowed // 2)
+            self.trouble = "is slow"
+            if nbytes >= LEAST_BYTES:
+                self.allowed = max(1, self.allowed // 2)
         elif self.rate >= WELL * self.best:
             self.allowed = min(self.most, self.allowed + 1)
+            self.trouble = self.trouble if self.allowed < self.most else ""
 
     def failed(self) -> None:
         """A write has failed, and may pass when it is tried again."""
-        self.allowed = 1
+        self.allowed, self.trouble = 1, "fails"
         self.pause = min(2 * self.pause or FIRST_PAUSE, LONGEST_PAUSE)

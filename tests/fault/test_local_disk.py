@@ -3,11 +3,14 @@
 Step n's tensor is full of n, so that what a restore brings back can be told from the values.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from harness.damage import assert_intact, steps
-from harness.job import Job, Launch
+from harness.job import SCRIPT, Job, Launch, free_port
 from harness.rank import Rank
 from harness.runtime import Runtime, eventually, tmpfs
 
@@ -324,3 +327,108 @@ def test_what_somebody_waits_for_goes_on(node: Node) -> None:
         (result,) = node.end(job, 3)
     assert result["waited"] is True
     assert assert_intact(node.store) == [3, 1]
+
+
+# ---- several nodes
+
+
+class Nodes:
+    """A job of two nodes: each is a `ckptsvc run` with its own agent, its own disk folder and one rank.
+
+    Its coordinator listens on another port each time.
+    """
+
+    def __init__(self, launch: Launch, runtime: Runtime, store: str, disk: Path) -> None:
+        port = free_port()
+        self._runtime = runtime
+        environ = {"CKPTSVC_TIERS_LOCAL": str(disk), "CKPTSVC_LAUNCH_STANDBY": "false"}
+        first = launch._launched(self._command(0, port), 2, train, (store,), environ)
+        spec = first.processes[0].args[-1]  # type: ignore[attr-defined]
+        self.logs = [first._folder / "launcher.log", first._folder / "launcher-1.log"]
+        with self.logs[1].open("wb") as log:
+            second = subprocess.Popen(
+                [*self._command(1, port), str(SCRIPT), spec], env=runtime.environ | environ, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log,
+            )  # fmt: skip
+        self.job = Job(runtime, first._folder, 2, [first.processes[0], second], self.logs)
+
+    def _command(self, number: int, port: int) -> list[str]:
+        run = [sys.executable, "-m", "ckptsvc.cli.main", "run"]
+        return [*run, "--nnodes", "2", "--rdzv-id", "job", "--rdzv-endpoint", f"127.0.0.1:{port}", "--node",
+            f"n{number}", "--node-rank", str(number), "--no-preflight"]  # fmt: skip
+
+    def directory(self, number: int) -> Path:
+        return self._runtime.sockets / f"node-n{number}"
+
+    def disk(self, number: int) -> dict[int, dict[str, Any]]:
+        found = self._runtime.status(self.directory(number))["local_disk"]["snapshots"]
+        return {each["step"]: each for each in found}
+
+    def agent(self, number: int) -> int:
+        return int((self.directory(number) / "ready").read_text().split("\n")[0])
+
+
+def to_step(job: Job, last: int, first: int) -> None:
+    for step in range(first, last + 1):
+        job.go(str(step))
+        for rank in range(2):
+            job.wait_for("stepped", rank, step=step)
+
+
+def test_two_nodes_drain_together_though_an_agent_is_killed(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
+    node = Node(launch, runtime, tmp_path)
+    nodes = Nodes(launch, runtime, faulty(node), tmp_path / "disk")
+    with nodes.job as job:
+        to_step(job, 1, 1)
+        node.committed(1)
+        faulty(node, AWAY)
+        to_step(job, 3, 2)
+        for number in range(2):
+            eventually(lambda n=number: nodes.disk(n).get(3, {}).get("complete"), "step 3 to be on both disks")
+        before = nodes.agent(1)
+        os.kill(before, signal.SIGKILL)
+        faulty(node)
+        node.committed(3)
+        assert nodes.agent(1) != before
+        eventually(lambda: runtime.status(nodes.directory(1))["ranks"], "the rank to register again")
+        to_step(job, 4, 4)
+        node.committed(4)
+        job.go("end")
+        job.go("5")
+        assert job.wait() == [0, 0]
+    assert assert_intact(node.store) == [4, 3, 2, 1]
+
+
+def test_a_node_that_has_lost_its_memory_reads_its_disk_and_the_other_need_not(
+    launch: Launch, runtime: Runtime, tmp_path: Path
+) -> None:
+    node = Node(launch, runtime, tmp_path)
+    nodes = Nodes(launch, runtime, faulty(node), tmp_path / "disk")
+    with nodes.job as job:
+        to_step(job, 1, 1)
+        node.committed(1)
+        faulty(node, AWAY)
+        to_step(job, 3, 2)
+        for number in range(2):
+            eventually(lambda n=number: nodes.disk(n).get(3, {}).get("complete"), "step 3 to be on both disks")
+        rank_of_n1 = job.reports("begun", 1)[-1]["pid"]
+        lost = {Path(os.readlink(link)).parent for link in Path(f"/proc/{rank_of_n1}/map_files").iterdir()
+            if ".arena" in os.readlink(link)}  # fmt: skip
+        for process in runtime.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        eventually(lambda: not runtime.processes(), "everything to be gone")
+    assert len(lost) == 1
+    shutil.rmtree(lost.pop())
+    nodes = Nodes(launch, runtime, faulty(node, AWAY), tmp_path / "disk")
+    with nodes.job as job:
+        for rank in range(2):
+            attached = job.wait_for("attached", rank)
+            assert (attached["step"], attached["tier"], attached["values"]) == (3, "local", [3.0])
+        faulty(node)
+        node.committed(3)
+        job.go("end")
+        job.go("4")
+        assert job.wait() == [0, 0]
+    log = runtime.log()
+    assert log.count("is back in memory from the local disk") == 1

@@ -9,7 +9,7 @@ def test_a_steady_store_gets_all() -> None:
     backoff = Backoff(4)
     for _ in range(50):
         backoff.wrote(100 * MIB, 1.0, 4)
-    assert (backoff.allowed, backoff.slow, backoff.pause) == (4, False, 0.0)
+    assert (backoff.allowed, backoff.trouble, backoff.pause) == (4, "", 0.0)
 
 
 def test_a_store_that_becomes_slow_gets_half_and_half_again() -> None:
@@ -20,7 +20,7 @@ def test_a_store_that_becomes_slow_gets_half_and_half_again() -> None:
         backoff.wrote(100 * MIB, 10.0, backoff.allowed)
         seen.append(backoff.allowed)
     assert seen == [2, 1, 1]
-    assert backoff.slow
+    assert backoff.trouble == "is slow"
 
 
 def test_it_gets_more_step_by_step_when_it_is_well_again() -> None:
@@ -31,8 +31,8 @@ def test_it_gets_more_step_by_step_when_it_is_well_again() -> None:
     seen = []
     for _ in range(4):
         backoff.wrote(1600 * MIB // backoff.allowed, 1.0, backoff.allowed)
-        seen.append(backoff.allowed)
-    assert seen == [2, 3, 4, 4]
+        seen.append((backoff.allowed, backoff.trouble))
+    assert seen == [(2, "recovers"), (3, "recovers"), (4, ""), (4, "")]
 
 
 def test_a_store_that_is_slower_for_good_is_not_slow_for_ever() -> None:
@@ -60,5 +60,6 @@ def test_a_failing_store_is_asked_less_and_less_often() -> None:
     assert pauses[:4] == [FIRST_PAUSE, 2 * FIRST_PAUSE, 4 * FIRST_PAUSE, 8 * FIRST_PAUSE]
     assert pauses[-1] == LONGEST_PAUSE
     assert backoff.allowed == 1
+    assert backoff.trouble == "fails"
     backoff.wrote(1000, 1.0, 1)
-    assert backoff.pause == 0.0
+    assert (backoff.pause, backoff.trouble) == (0.0, "recovers")
