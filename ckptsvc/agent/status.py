@@ -29,6 +29,7 @@ def status_of(agent: Agent) -> dict[str, Any]:
         "ranks": _ranks(agent),
         "arenas": _arenas(agent),
         "arena_limit": agent.pool.limit,
+        "max_write_rate": agent.workers.max_write_rate,
         "local_disk": _local_disk(agent),
         "saves": _saves(agent),
         "coordinates": _coordinated(agent),
@@ -110,7 +111,6 @@ def _local_disk(agent: Agent) -> dict[str, Any] | None:
         "snapshots": [snapshots[key] for key in sorted(snapshots)],
         "drains_allowed": lowering.backoff.allowed,
         "store_problem": lowering.problem,
-        "max_write_rate": agent.workers.write_rate,
     }
 
 

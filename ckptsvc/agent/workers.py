@@ -10,12 +10,12 @@ class Workers:
 
     def __init__(self, max_write_rate: int | None = None) -> None:
         self._by_job: dict[str, WorkerProxy] = {}
-        self._max_write_rate = max_write_rate
+        self.max_write_rate = max_write_rate
 
     @property
     def write_rate(self) -> float | None:
         """What a worker may write in a second: an even share of what the node may."""
-        return self._max_write_rate and self._max_write_rate / max(1, len(self._by_job))
+        return self.max_write_rate and self.max_write_rate / max(1, len(self._by_job))
 
     def of(self, job: str) -> WorkerProxy:
         """The worker of a job."""

@@ -48,14 +48,13 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
     \b
     JSON: {"directory", "agents": [{"directory", "error", "status": {
       "status_version", "version", "node", "pid", "started", "address",
-      "metrics", "arena_limit",
+      "metrics", "arena_limit", "max_write_rate",
       "ranks": [{"job", "attempt", "rank", "world_size", "pid", "store",
         "step", "phase", "heartbeat_age", "committed"}],
       "arenas": [{"job", "rank", "state", "step", "bytes"}],
       "local_disk": {"directory", "problem", "snapshots": [{"job", "epoch",
         "step", "stage", "complete", "shards", "durable", "draining",
-        "bytes", "age"}], "drains_allowed", "store_problem",
-        "max_write_rate"} or null,
+        "bytes", "age"}], "drains_allowed", "store_problem"} or null,
       "saves": [{"job", "epoch", "step", "outcome", "code", "reason",
         "bytes", "seconds"}],
       "coordinates": [{"job", "attempt", "epoch", "world_size",
@@ -148,6 +147,8 @@ def _show(screen: Screen, answer: Answer) -> None:
     screen.line(f"  pid {status['pid']}, up {up}, version {status['version']}, {answer.directory}")
     screen.line(f"  listens on {status['address']}{metrics}")
     screen.line(f"  {_arenas(status)}")
+    if status.get("max_write_rate"):
+        screen.line(f"  writes at most {size(status['max_write_rate'])}/s to stores")
     for line in _local_disk(screen, status):
         screen.line(line)
     for job in _jobs(status):
