@@ -8,6 +8,7 @@ What lies there outlives this agent: the next one in the same directory reports 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import itertools
 import logging
@@ -38,6 +39,9 @@ logger = logging.getLogger("ckptsvc.agent")
 
 SCAN_TIMEOUT = 15.0
 """Seconds to find what an earlier agent has left; a disk that takes longer is not used."""
+
+ORPHANED_AFTER = 3600.0
+"""Seconds without a change after which a folder is taken over whose agent is gone."""
 
 LAST_ONE = 10.0
 """Seconds for which the newest snapshot of a job without ranks is kept, until its coordinator has it drained."""
@@ -110,7 +114,7 @@ class LocalTier:
         self.jobs: dict[str, JobDisk] = {}
         self.on_drain: Callable[[LocalJob, Key], None] = lambda job, key: None
         self.problem = "not opened"
-        self._lock = -1
+        self._locks: dict[Path, int] = {}  # of the folders that are ours
         self._limit = 0
         self._numbers = itertools.count(1)
         local.on_disk = self.resync
@@ -118,16 +122,17 @@ class LocalTier:
     async def open(self) -> list[tuple[str, bytes, list[str]]]:
         """Take possession of the folder; returns what an earlier agent has left there, for `recover`.
 
-        A disk that cannot be used is reported, and done without.
+        The same goes for folders of this user's agents that are gone for good. A disk that cannot be used is reported,
+        and done without.
         """
         worker = WorkerProxy("local disk")
         try:
             private_directory(self.root)
-            self._lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._locks[self.root] = _locked(self.root)
+            orphans = [each for each in sorted(self.root.parent.glob(f"ckptsvc-{os.geteuid()}-*")) if self._adopt(each)]
             vfs = os.statvfs(self.root)
             self._limit = self._settings.local_limit.of(vfs.f_blocks * vfs.f_frsize)
-            call = worker.call("local_scan", {"directory": str(self.root)})
+            call = worker.call("local_scan", {"directories": [str(each) for each in (self.root, *orphans)]})
             found = await asyncio.wait_for(call, SCAN_TIMEOUT)
         except (CkptsvcError, OSError) as error:
             why = f"no answer in {SCAN_TIMEOUT:g} s" if isinstance(error, TimeoutError) else error
@@ -141,6 +146,18 @@ class LocalTier:
             log(logger, logging.ERROR, Event.CHECKPOINT_REJECTED, "a copy on the local disk cannot be used: %s", why)
         return [(disk, record, marks) for disk, record, marks in found["copies"]]
 
+    def _adopt(self, folder: Path) -> bool:
+        """Take over the folder of an agent that is gone, unless that is this one's, or in use, or of late."""
+        try:
+            changed = max(each.lstat().st_mtime for each in (folder, *folder.iterdir()))
+            if folder == self.root or time.time() - changed < ORPHANED_AFTER:
+                return False
+            private_directory(folder)
+            self._locks[folder] = _locked(folder)
+        except (CkptsvcError, OSError):
+            return False
+        return True
+
     def recover(self, found: list[tuple[str, bytes, list[str]]]) -> None:
         """Go on with the copies that were found."""
         for disk, record, marks in found:
@@ -148,10 +165,16 @@ class LocalTier:
         self.measure()
 
     def close(self) -> None:
-        """Give the folder up; what is in it stays."""
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        """Give the folders up; what is in them stays."""
+        for folder, lock in self._locks.items():
+            with contextlib.suppress(OSError):  # there is something in it
+                for each in folder.iterdir():
+                    if each.is_dir():
+                        each.rmdir()
+                (folder / "lock").unlink()
+                folder.rmdir()
+            os.close(lock)
+        self._locks.clear()
 
     def _recover(self, copy: Copy, disk: str, marks: Collection[Mark]) -> None:
         label = copy.label
@@ -226,7 +249,7 @@ class LocalTier:
 
     def _make_room(self, job: str, nbytes: int) -> bool:
         """Whether so many bytes more are within the limit, once what may go has gone."""
-        if self._lock < 0:
+        if not self._locks:
             return False
         over = self._total() + nbytes - self._limit
         if over > 0:
@@ -297,7 +320,8 @@ class LocalTier:
         for key in {held.key for held in mine.copies.values()}:
             copies = mine.of(key)
             used = any(held.fill or held.readers for held in copies)
-            kept.append(Kept(key, copies[0].stage, sum(held.label.nbytes for held in copies), used))
+            stage = max((held.stage for held in copies), key=lambda s: s is Stage.PENDING)
+            kept.append(Kept(key, stage, sum(held.label.nbytes for held in copies), used))
         for key in expendable(kept, mine.complete, self._settings.local_keep, over):
             for held in mine.of(key):
                 self.remove(job, held)
@@ -335,7 +359,7 @@ class LocalTier:
             self._report_gone(job, held)
             if held.stage is Stage.COMMITTED or held.key < job.newest:
                 await self._told(held, "local_remove", key=held.copy.key)
-        if self._lock >= 0:  # what a worker that was killed has left half written
+        if self._locks:  # what a worker that was killed has left half written
             worker = self._workers.running(job.name)
             if worker is not None:
                 await worker.tell("local_tidy", {"disk": self._folder(job.name)})
@@ -385,3 +409,18 @@ class LocalTier:
         metrics.tier_bytes.labels(Tier.LOCAL).set(sum(held.label.nbytes for held in copies))
         metrics.drain_backlog.set(sum(held.label.nbytes for held in waiting))
         metrics.drain_age.set(max((now - held.since for held in waiting), default=0.0))
+
+
+def _locked(folder: Path) -> int:
+    """The lock of an agent's folder, taken.
+
+    Raises:
+        OSError: another agent has it.
+    """
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock

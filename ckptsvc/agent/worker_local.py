@@ -46,10 +46,10 @@ class LocalCopies:
             return self._bare[name]
 
     def do_local_scan(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
-        """Every copy below a directory: [url of the job's folder, record, marks]; and what was wrong with others."""
+        """Every copy in the folders of agents: [url of the job's folder, record, marks]; what was wrong with others."""
         found: list[Any] = []
         damaged: list[str] = []
-        for folder in sorted(Path(args["directory"]).iterdir()):
+        for folder in (each for directory in args["directories"] for each in sorted(Path(directory).iterdir())):
             if folder.is_dir() and not folder.is_symlink():
                 store = self.disk(f"file://{folder}")
                 for copy, marks in local_copy.scan(store, lambda error: damaged.append(str(error))):

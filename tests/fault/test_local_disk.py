@@ -101,7 +101,7 @@ def node(launch: Launch, runtime: Runtime, tmp_path: Path) -> Node:
     return Node(launch, runtime, tmp_path)
 
 
-def test_a_save_goes_over_the_local_disk_and_is_committed_as_ever(node: Node) -> None:
+def test_a_save_goes_over_the_local_disk_and_is_committed_as_ever(node: Node, runtime: Runtime) -> None:
     with node.job() as job:
         node.to_step(job, 3)
         node.committed(3)
@@ -112,6 +112,8 @@ def test_a_save_goes_over_the_local_disk_and_is_committed_as_ever(node: Node) ->
     assert not result["said"]
     assert assert_intact(node.store)[0] == 3
     eventually(lambda: node.copies() == [], "the disk to be tidied when the job has ended")
+    runtime.stop(runtime.agents()[0])
+    assert list(node.disk.iterdir()) == []
 
 
 # ---- kills
@@ -301,6 +303,33 @@ def test_a_damaged_copy_is_not_restored_but_an_older_one_loudly(node: Node, what
         node.committed(2)
         node.end(job, 2)
     assert assert_intact(node.store)[:2] == [2, 1]
+
+
+def test_what_an_agent_that_is_gone_for_good_has_left_is_made_durable_by_another(node: Node) -> None:
+    """Its job does not come back. Whoever serves the user next on this node finds its folder."""
+    with node.job(faulty(node)) as job:
+        node.to_step(job, 1)
+        node.committed(1)
+        faulty(node, AWAY)
+        node.to_step(job, 2, 2)
+        eventually(lambda: node.snapshots().get(2, {}).get("complete"), "step 2 to be on the disk")
+        job.kill()
+        job.wait()
+        node.reboot()
+    faulty(node)
+    (folder,) = node.disk.glob("ckptsvc-*")
+    young = node.runtime.start_agent()
+    assert node.snapshots() == {}, "its agent may come back"
+    young.terminate()
+    young.wait()
+    for path in (folder, *folder.iterdir()):
+        os.utime(path, (1, 1))
+    agent = node.runtime.start_agent()
+    node.committed(2)
+    assert assert_intact(node.store) == [2, 1]
+    eventually(lambda: not node.snapshots() or node.snapshots()[2]["stage"] == "committed", "the agent to know it")
+    agent.terminate()
+    agent.wait()
 
 
 # ---- the policy
