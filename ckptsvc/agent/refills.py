@@ -68,6 +68,8 @@ class Refills:
         for arena in self._local.pool.of(job.name, label.rank):
             if arena.label is None or (arena.label.epoch, arena.label.step) != held.key:
                 continue
+            if arena.state is State.STAGED:
+                return  # it is being saved from there
             look = {**args, "path": str(arena.path), "compare": True}
             if (await self._workers.of(job.name).call("refill", look))["same"]:
                 return

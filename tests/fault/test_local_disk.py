@@ -126,10 +126,15 @@ def kill_agent(runtime: Runtime, worker: int) -> None:
 
 
 POINTS = ("after_local", "before_drain", "in_drain", "after_drain")
+FIRST = [("worker", "in_drain"), ("agent", "after_local"), ("agent", "in_drain"), ("trainer", "in_drain")]
+"""Those of every run; the others are for `-m slow`."""
+
+KILLS = [(whom, point) for whom in ("worker", "agent", "trainer") for point in POINTS]
 
 
-@pytest.mark.parametrize("point", POINTS)
-@pytest.mark.parametrize("whom", ["worker", "agent", "trainer"])
+@pytest.mark.parametrize(
+    ("whom", "point"), [pytest.param(*kill, marks=() if kill in FIRST else pytest.mark.slow) for kill in KILLS]
+)
 def test_a_drain_goes_on_after_a_kill(node: Node, runtime: Runtime, point: str, whom: str) -> None:
     with node.job() as job:
         node.to_step(job, 1)
@@ -207,6 +212,7 @@ def test_training_goes_on_while_the_store_is_away_and_the_drains_catch_up_in_ord
     assert assert_intact(node.store) == [8, 1]
 
 
+@pytest.mark.slow
 def test_a_short_queue_is_drained_in_order(node: Node) -> None:
     node.environ["CKPTSVC_TIERS_DURABLE_BACKLOG"] = "8"
     url = faulty(node, AWAY)
@@ -276,7 +282,7 @@ def test_after_the_loss_of_all_memory_the_newest_is_restored_from_the_disk(node:
     assert assert_intact(node.store)[:2] == [4, 3]
 
 
-@pytest.mark.parametrize("what", ["*.safetensors", "*.json"])
+@pytest.mark.parametrize("what", ["*.safetensors", pytest.param("*.json", marks=pytest.mark.slow)])
 def test_a_damaged_copy_is_not_restored_but_an_older_one_loudly(node: Node, what: str) -> None:
     url = faulty(node)
     with node.job(url) as job:
@@ -305,6 +311,7 @@ def test_a_damaged_copy_is_not_restored_but_an_older_one_loudly(node: Node, what
     assert assert_intact(node.store)[:2] == [2, 1]
 
 
+@pytest.mark.slow
 def test_what_an_agent_that_is_gone_for_good_has_left_is_made_durable_by_another(node: Node) -> None:
     """Its job does not come back. Whoever serves the user next on this node finds its folder."""
     with node.job(faulty(node)) as job:
@@ -428,6 +435,7 @@ def test_two_nodes_drain_together_though_an_agent_is_killed(launch: Launch, runt
     assert assert_intact(node.store) == [4, 3, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_node_that_has_lost_its_memory_reads_its_disk_and_the_other_need_not(
     launch: Launch, runtime: Runtime, tmp_path: Path
 ) -> None:
