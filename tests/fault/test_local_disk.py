@@ -27,11 +27,11 @@ import ckptsvc
 ELEMENTS = 3_000_000  # 12 MB: drained in several pieces
 
 
-def train(rank: Rank, store: str) -> dict[str, Any]:
+def train(rank: Rank, store: str, elements: int = ELEMENTS) -> dict[str, Any]:
     """Steps and saves when the test says so, until it says to end."""
     if rank.world > 1:
         rank.join()
-    tensor = torch.full((ELEMENTS,), -1.0)
+    tensor = torch.full((elements,), -1.0)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         run = ckptsvc.attach({"tensor": tensor}, store=store, every=1)
@@ -64,8 +64,8 @@ class Node:
         self.environ = {"CKPTSVC_TIERS_LOCAL": str(self.disk), "CKPTSVC_JOB": "job", **environ}
         runtime.environ |= self.environ  # for agents that the test starts itself
 
-    def job(self, store: str = "", world: int = 1) -> Job:
-        return self.launch.plain(world, train, store or str(self.store), **self.environ)
+    def job(self, store: str = "", world: int = 1, elements: int = ELEMENTS) -> Job:
+        return self.launch.plain(world, train, store or str(self.store), elements, **self.environ)
 
     def to_step(self, job: Job, last: int, first: int = 1, ranks: int = 1) -> None:
         for step in range(first, last + 1):
@@ -114,6 +114,22 @@ def test_a_save_goes_over_the_local_disk_and_is_committed_as_ever(node: Node, ru
     eventually(lambda: node.copies() == [], "the disk to be tidied when the job has ended")
     runtime.stop(runtime.agents()[0])
     assert list(node.disk.iterdir()) == []
+
+
+def test_a_large_snapshot_is_written_to_the_disk_while_it_is_copied(node: Node, runtime: Runtime) -> None:
+    """And when its rank is killed in mid-copy, nothing of it stays there."""
+    node.environ["CKPTSVC_SAVE_EARLY_CORES"] = "1"
+    with node.job(elements=20_000_000) as job:
+        node.to_step(job, 2)
+        node.committed(2)
+        runtime.arm("in_copy")
+        job.go("3")
+        runtime.reached("in_copy")
+        eventually(lambda: list(node.disk.rglob("step-000000000003*/*")), "the writing to begin")
+        job.kill()
+        runtime.let_go("in_copy")
+        eventually(lambda: not list(node.disk.rglob("step-000000000003*/*")), "it to be given up")
+    assert assert_intact(node.store) == [2, 1]
 
 
 # ---- kills

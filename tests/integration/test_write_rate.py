@@ -33,7 +33,13 @@ def held_back(runtime: Runtime) -> float:
     return float(next(line for line in lines if line.startswith("ckptsvc_write_held_back_seconds_total ")).split()[1])
 
 
-@pytest.mark.parametrize("tiers", [{}, {"CKPTSVC_TIERS_LOCAL": "disk"}], ids=["direct", "drained"])
+@pytest.mark.parametrize(
+    "tiers",
+    [
+        pytest.param({}, id="direct", marks=pytest.mark.slow),
+        pytest.param({"CKPTSVC_TIERS_LOCAL": "disk"}, id="drained"),
+    ],
+)
 def test_the_store_gets_no_more_than_the_limit(
     launch: Launch, runtime: Runtime, tmp_path: Path, tiers: dict[str, str]
 ) -> None:
