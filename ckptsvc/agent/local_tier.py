@@ -294,7 +294,7 @@ class LocalTier:
                 self._local.spawn(self._told(held, "local_mark", mark=Mark.COMMITTED.value))
         elif outcome.outcome == agent_pb2.OUTCOME_LOCAL:
             held.stage = Stage.LOCAL
-        else:
+        elif held.stage is Stage.PENDING:  # what was left local is whole, and stays, whatever became of it since
             self.remove(job, held)
 
     def remove(self, job: LocalJob, held: Held) -> None:

@@ -55,7 +55,7 @@ class Lowering:
             while held.stage is Stage.PENDING and held in self._tier.copies(job, held.key):
                 await self._turn()
                 try:
-                    if await self._try(job, held):
+                    if held.stage is not Stage.PENDING or await self._try(job, held):
                         return
                 finally:
                     self._under_way -= 1

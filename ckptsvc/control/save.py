@@ -29,8 +29,9 @@ LATE_NEWS = 60.0
 REMEMBERED = 64
 """Ended saves whose outcome is kept, to answer an agent that reports them again."""
 
-_MAY_PASS = ("store", "store-full", "store-denied", "store-unavailable")
-"""Codes of errors after which a save that is whole on local disks is not given up: they lie with the store."""
+_FINAL = ("fenced", "layout", "config", "damaged", "incompatible-version", "save-failed")
+"""Codes of errors of a commit after which a save is given up though it is whole on local disks: it will never be one.
+Others lie with the store, and may pass."""
 
 Failure = tuple[agent_pb2.Outcome, str, str]
 """How a save fails: outcome, error code, reason."""
@@ -275,7 +276,7 @@ class Saves:
         if not event.code:
             return self._end(key, agent_pb2.OUTCOME_COMMITTED, "", "committed", now)
         save = self.open.get(key)
-        if save is not None and save.settled and event.code in _MAY_PASS:
+        if save is not None and save.settled and event.code not in _FINAL:
             save.committing, save.changed = False, now
             return Decision([], [f"step {save.step}: not committed yet, will be tried again: {event.why}"])
         outcome = agent_pb2.OUTCOME_FENCED if event.code == "fenced" else agent_pb2.OUTCOME_FAILED
@@ -298,6 +299,9 @@ class Saves:
                 if now - save.changed > self.timeout:
                     # The store hangs. Whether the record is there, the next attempt will see.
                     why = f"the commit has not returned for {self.timeout:g} s"
+                    if save.settled:
+                        decision.add(self.leave_local(key, why, now))
+                        continue
                     decision.add(self._end(key, agent_pb2.OUTCOME_FAILED, "store-unavailable", why, now))
                 continue
             if save.failure:

@@ -124,10 +124,12 @@ class Tiers:
         ended = self.saves.ended.get(key)
         if ended is None:
             return Decision()
-        if ended.outcome == agent_pb2.OUTCOME_LOCAL:
-            why = "it was not drained, and is not whole on the local disks any more"
-            ended.outcome, ended.code, ended.reason = agent_pb2.OUTCOME_FAILED, "save-failed", why
-        return Decision([self._tell(event.node, save_ended=pb.SaveEnded(outcome=ended))])
+        told = agent_pb2.SaveOutcome()
+        told.CopyFrom(ended)
+        if ended.outcome == agent_pb2.OUTCOME_LOCAL:  # which it stays: a node that is away may bring it back
+            why = "it was not drained, and is not whole on the local disks that can be reached"
+            told.outcome, told.code, told.reason = agent_pb2.OUTCOME_FAILED, "save-failed", why
+        return Decision([self._tell(event.node, save_ended=pb.SaveEnded(outcome=told))])
 
     def tick(self, now: float, *, over: bool) -> Decision:
         """Whatever time decides; `over`: the job has no ranks (any more): its last snapshot must not stay local."""

@@ -159,6 +159,11 @@ def test_who_waits_for_what_is_gone_hears_it() -> None:
         world.say(f"n{rank}", local_dropped=pb.LocalDropped(job="j", epoch=1, step=20, rank=rank))
     world.say("n0", durable_wanted=pb.DurableWanted(job="j", node="n0", epoch=1, step=20))
     assert world.outcomes[20] == [LOCAL, FAILED]
+    world.kept(20, again=True, ended=True)  # the disks come back: it is what it was
+    assert [s.step for s in world.core.snapshots("j") if s.on_disk] == [20, 10]
+    world.say("n0", durable_wanted=pb.DurableWanted(job="j", node="n0", epoch=1, step=20))
+    world.through(20)
+    assert world.outcomes[20][-1] == COMMITTED
 
 
 def test_a_save_with_a_shard_on_no_disk_is_always_drained() -> None:
@@ -188,6 +193,24 @@ def test_a_store_that_does_not_take_the_commit_is_asked_again() -> None:
     assert world.commits == [10, 10]
     world.commit(10)
     assert world.outcomes == {10: [COMMITTED]}
+
+
+@pytest.mark.parametrize("code", ["store", "store-full", "internal", "a later version's"])
+def test_no_trouble_of_a_store_ends_a_save_that_is_on_disks(code: str) -> None:
+    world = World()
+    world.kept(10)
+    world.durable(10)
+    world.commit(10, code)
+    assert world.outcomes == {}
+
+
+def test_a_commit_that_hangs_leaves_the_snapshot_on_the_disks() -> None:
+    world = World()
+    world.kept(10)
+    world.durable(10)
+    world.tick(601)
+    assert world.outcomes == {10: [LOCAL]}
+    assert [s.step for s in world.core.snapshots("j") if s.on_disk] == [10]
 
 
 def test_a_fenced_commit_is_the_end() -> None:
