@@ -18,6 +18,9 @@ from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 COMMIT_AGAIN = 5.0
 """Seconds after which a commit that the store did not take is tried again."""
 
+SETTLE_PATIENCE = 60.0
+"""Seconds that a save may take to settle while a newer one that was faster waits for it."""
+
 LOST_PATIENCE = 60.0
 """Seconds that a drain waits for a node that is away with its disk."""
 
@@ -155,7 +158,7 @@ class Tiers:
     def plan(self, now: float) -> Decision:
         """Decide about the saves that are settled, and order the next drain unless one is in progress."""
         decision = Decision()
-        settled = sorted(key for key, save in self.saves.open.items() if save.settled and not save.committing)
+        settled = self._settled(now)
         waiting = []
         for key in settled:
             save = self.saves.open[key]
@@ -187,6 +190,16 @@ class Tiers:
             if len(disks.nodes.keys() | self.saves.held.get(key, {}).keys()) == disks.world_size
             and not (key in self.saves.ended and self.saves.ended[key].outcome in bad)
         }
+
+    def _settled(self, now: float) -> list[Key]:
+        """The saves that can be drained, oldest first, but none before an older one that is on its way to the disks."""
+        keys = []
+        for key, save in sorted(self.saves.open.items()):
+            if not save.settled and now - save.opened < SETTLE_PATIENCE:
+                break
+            if save.settled and not save.committing:
+                keys.append(key)
+        return keys
 
     def _is_due(self) -> bool:
         """Whether the policy wants the next one drained."""

@@ -6,7 +6,7 @@ import pytest
 
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import Commit, CommitDone, Decision, Send
-from ckptsvc.control.tiering import COMMIT_AGAIN, LOST_PATIENCE, Draining, Waiting, choose
+from ckptsvc.control.tiering import COMMIT_AGAIN, LOST_PATIENCE, SETTLE_PATIENCE, Draining, Waiting, choose
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -72,11 +72,15 @@ class World:
         self.now += seconds
         self.obey(self.core.tick(self.now))
 
+    def staged(self, step: int, *ranks: int) -> None:
+        for rank in ranks or (0, 1):
+            fields = {"job": "j", "node": f"n{rank}", "epoch": 1, "step": step, "attempt": 1, "rank": rank}
+            self.say(f"n{rank}", staged=pb.Staged(**fields, world_size=2, nbytes=1, store=STORE))
+
     def kept(self, step: int, *ranks: int, again: bool = False, ended: bool = False) -> None:
         for rank in ranks or (0, 1):
             if not again:
-                fields = {"job": "j", "node": f"n{rank}", "epoch": 1, "step": step, "attempt": 1, "rank": rank}
-                self.say(f"n{rank}", staged=pb.Staged(**fields, world_size=2, nbytes=1, store=STORE))
+                self.staged(step, rank)
             self.say(
                 f"n{rank}",
                 local_kept=pb.LocalKept(
@@ -121,6 +125,24 @@ def test_one_step_at_a_time_and_a_long_queue_is_cut() -> None:
     assert world.outcomes == {20: [LOCAL], 30: [LOCAL], 10: [COMMITTED]}
     world.through(40)
     assert [step for _, step in world.drains] == [10, 10, 40, 40]
+
+
+def test_a_newer_one_that_is_faster_waits_for_its_turn_but_not_for_ever() -> None:
+    world = World(every=2)
+    world.staged(10)
+    world.kept(10, 0)
+    world.kept(20)
+    world.tick()
+    assert world.drains == []
+    world.kept(10, 1)
+    assert {step for _, step in world.drains} == {10}
+    assert world.outcomes == {20: [LOCAL]}
+    world.through(10)
+    world.staged(30)
+    world.kept(30, 0)
+    world.kept(40)
+    world.tick(SETTLE_PATIENCE + 1)
+    assert world.drains[-1] == ("n1", 40)
 
 
 def test_every_third_goes_on_unless_somebody_waits() -> None:
