@@ -52,10 +52,10 @@ class Lowering:
 
     async def _drain(self, job: LocalJob, held: Held) -> None:
         try:
-            while held.stage is Stage.PENDING and held in self._tier.copies(job, held.key):
+            while self._is_wanted(job, held):
                 await self._turn()
                 try:
-                    if held.stage is not Stage.PENDING or await self._try(job, held):
+                    if not self._is_wanted(job, held) or await self._try(job, held):
                         return
                 finally:
                     self._under_way -= 1
@@ -64,6 +64,9 @@ class Lowering:
                     await asyncio.sleep(self.backoff.pause)
         finally:
             held.fill = 0
+
+    def _is_wanted(self, job: LocalJob, held: Held) -> bool:
+        return held.stage is Stage.PENDING and held in self._tier.copies(job, held.key)
 
     async def _turn(self) -> None:
         while self._under_way >= self.backoff.allowed:
