@@ -29,11 +29,13 @@ from ckptsvc.quantities import (
     Limit,
     parse_address,
     parse_address_or_off,
+    parse_directory_or_off,
     parse_duration,
     parse_duration_or_off,
     parse_every,
     parse_limit,
     parse_names,
+    parse_rate_or_off,
     parse_size,
     parse_tables,
 )
@@ -234,12 +236,32 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
         timeout: seconds one request may take.
         options: for the drivers, a table for each scheme: [store.options.s3]; see storage_drivers/README.md. In the
             environment as one line of JSON or TOML: {"s3": {"region": "eu-west-1"}}.
+        max_write_rate: bytes per second that a node may write to the store, all its jobs together, or "off".
     """
 
     url: str = ""
     retries: Annotated[int, msgspec.Meta(ge=0, le=100)] = 5
     timeout: Annotated[float, parse_duration] = 60.0
     options: Annotated[dict[str, dict[str, Any]], parse_tables] = {}
+    max_write_rate: Annotated[int | None, parse_rate_or_off] = None
+
+
+class TiersSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[tiers]: places between the memory of a node and the durable store.
+
+    Attributes:
+        local: a directory on a disk of each node, to which every snapshot is written first, or "off".
+        local_keep: newest snapshots that stay there, where there is room for them.
+        local_limit: what an agent's snapshots may take there; a share is one of the file system's size.
+        durable_every: the first of so many snapshots goes on to the durable store, the others stay local.
+        durable_backlog: so many may wait to be written there; when it is behind by more, only the newest is.
+    """
+
+    local: Annotated[str, parse_directory_or_off] = ""
+    local_keep: Annotated[int, msgspec.Meta(ge=1)] = 2
+    local_limit: Annotated[Limit, parse_limit] = Limit(0, 0.5)
+    durable_every: Annotated[int, msgspec.Meta(ge=1)] = 1
+    durable_backlog: Annotated[int, msgspec.Meta(ge=1)] = 2
 
 
 class HealthSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -294,6 +316,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     retention: RetentionSettings = RetentionSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     store: StoreSettings = StoreSettings()
+    tiers: TiersSettings = TiersSettings()
     health: HealthSettings = HealthSettings()
     nics: NicsSettings = NicsSettings()
     etcd: EtcdSettings = EtcdSettings()

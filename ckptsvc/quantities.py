@@ -71,6 +71,24 @@ def parse_size(value: object) -> int:
     return int(nbytes)
 
 
+def parse_rate_or_off(value: object) -> int | None:
+    """Bytes per second: "2GB/s", "512 MiB/s", a size alone, or None for "off".
+
+    Raises:
+        ConfigError: none of these, or zero.
+    """
+    if value == "off":
+        return None
+    text = value.strip().removesuffix("/s") if isinstance(value, str) else value
+    try:
+        rate = parse_size(text)
+    except ConfigError:
+        rate = 0
+    if not rate:
+        _refuse(value, "a rate", '"2GB/s" or "off"')
+    return rate
+
+
 def parse_duration(value: object) -> float:
     """Seconds in a duration: 90, 0.5, "90", "90s", "10min", "1h30min" (units ms, s, min, h, d).
 
@@ -147,6 +165,20 @@ def parse_address_or_off(value: object) -> Address | None:
 def parse_duration_or_off(value: object) -> float | None:
     """Seconds in a duration, or None for "off"; else ConfigError."""
     return None if value == "off" else parse_duration(value)
+
+
+def parse_directory_or_off(value: object) -> str:
+    """An absolute path, also as file://path; "" for "off".
+
+    Raises:
+        ConfigError: neither.
+    """
+    if value in ("", "off"):
+        return ""
+    path = value.removeprefix("file://") if isinstance(value, str) else ""
+    if not path.startswith("/") or "\0" in path:
+        _refuse(value, "a directory on this node", '"/local/nvme" or "off"')
+    return path
 
 
 def parse_names(value: object) -> tuple[str, ...]:

@@ -28,6 +28,7 @@ class Outcome(StrEnum):
     FAILED = "failed"
     TIMED_OUT = "timed-out"
     FENCED = "fenced"
+    LOCAL = "local"
 
 
 class Phase(StrEnum):
@@ -53,6 +54,13 @@ class ArenaState(StrEnum):
     STAGING = "staging"
     WRITING = "writing"
     KEPT = "kept"
+
+
+class Tier(StrEnum):
+    """Where snapshots are, below the durable store."""
+
+    MEMORY = "memory"
+    LOCAL = "local"
 
 
 class IncidentKind(StrEnum):
@@ -126,10 +134,12 @@ class Event(StrEnum):
     SNAPSHOT_STAGED = "snapshot-staged"
     SNAPSHOT_SKIPPED = "snapshot-skipped"
     ARENA_RECOVERED = "arena-recovered"
+    COPY_RECOVERED = "copy-recovered"
     SHARD_WRITTEN = "shard-written"
     SAVE_STARTED = "save-started"
     SAVE_COMMITTED = "save-committed"
     SAVE_FAILED = "save-failed"
+    SAVE_LEFT_LOCAL = "save-left-local"
     RESTORE_DONE = "restore-done"
     CHECKPOINT_REJECTED = "checkpoint-rejected"
     CHECKPOINT_DELETED = "checkpoint-deleted"
@@ -169,6 +179,9 @@ class Metrics:
             ["scheme"],
             registry=registry,
         )
+        self.write_held_back = Counter(
+            "ckptsvc_write_held_back_seconds_total", "Time writes waited for store.max_write_rate.", registry=registry
+        )
         self.last_commit = Gauge(
             "ckptsvc_last_commit_timestamp_seconds", "When a job last committed.", ["job"], registry=registry
         )
@@ -195,6 +208,7 @@ class Metrics:
         self.deleted_checkpoints = Counter(
             "ckptsvc_deleted_checkpoints_total", "Checkpoints that retention has deleted.", registry=registry
         )
+        self._tiers(registry)
         self._coordination(registry)
         self._nics(registry)
         Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})
@@ -222,6 +236,24 @@ class Metrics:
         self.shard_stripes.labels(scheme).set(stripes)
         self.shard_stripe_bytes.labels(scheme).set(stripe_bytes)
         self.layouts_missed.labels(scheme).inc(not as_asked)
+
+    def _tiers(self, registry: CollectorRegistry) -> None:
+        """Those of the places between the ranks and the durable store."""
+        from prometheus_client import Counter, Gauge
+
+        self.tier_bytes = Gauge("ckptsvc_tier_bytes", "Snapshots held on this node.", ["tier"], registry=registry)
+        self.local_refused = Counter(
+            "ckptsvc_local_disk_refusals_total", "Shards the local disk did not take.", registry=registry
+        )
+        self.drain_backlog = Gauge(
+            "ckptsvc_drain_backlog_bytes", "Shards on the local disk that are to be made durable.", registry=registry
+        )
+        self.drain_age = Gauge(
+            "ckptsvc_drain_backlog_age_seconds", "Age of the oldest snapshot among them.", registry=registry
+        )
+        self.drains_allowed = Gauge(
+            "ckptsvc_drain_parallel_shards", "Shards that may be drained at a time.", registry=registry
+        )
 
     def _coordination(self, registry: CollectorRegistry) -> None:
         """Those of the agent that leads jobs, and of those that follow."""
@@ -284,6 +316,8 @@ class Metrics:
             self.save_duration.labels(phase)
         for state in ArenaState:
             self.arena_bytes.labels(state)
+        for tier in Tier:
+            self.tier_bytes.labels(tier)
         for reason in Skip:
             self.snapshots_skipped.labels(reason)
         for cause in Cause:

@@ -18,7 +18,7 @@ from ckptsvc.pipeline.arena import ArenaPool, Label, State
 from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.trust import Trust
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
-from ckptsvc.telemetry import ArenaState, Metrics
+from ckptsvc.telemetry import ArenaState, Metrics, Tier
 
 _ARENA_STATES = {
     State.FREE: ArenaState.FREE,
@@ -40,6 +40,7 @@ class Local:
         launchers: reports about the launchers of a coordinator's jobs.
         stops: requests to stop such jobs.
         stalled: reports about the stalled ranks of a coordinator's jobs.
+        on_disk: reports about the copies on the local disk of a coordinator's jobs.
         launched: whether a launcher of that job is connected.
         elect: makes the way to an elected coordinator.
         leading: the elected coordinators in this process.
@@ -54,6 +55,7 @@ class Local:
         self.launchers: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.stops: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.stalled: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
+        self.on_disk: Callable[[str], Iterator[pb.Report]] = lambda coordinator: iter(())
         self.launched: Callable[[str], bool] = lambda job: False
         self.elect: Callable[[str], Uplink] = _elects_none
         self.leading: Callable[[], Sequence[CoordinatorShell]] = list
@@ -70,12 +72,19 @@ class Local:
         return session
 
     def job(self, name: str, coordinator: str, store: str) -> LocalJob:
-        """The job of that name, known from now on."""
+        """The job of that name, known from now on.
+
+        What an earlier agent has left of a job names its coordinator of then: the ranks that come know better.
+        """
         way = way_to(coordinator, name)
-        self.uplink(way)
+        uplink = self.uplink(way)
         job = self.jobs.get(name)
         if job is None:
             job = self.jobs[name] = LocalJob(name, way, store)
+        elif job.coordinator != way and not any(s.reg.job == name for s in self.sessions.values()):
+            job.coordinator = way
+            for report in self.resync(way):
+                uplink.report(report)
         job.store = store
         return job
 
@@ -142,6 +151,7 @@ class Local:
             holder = self.jobs.get(arena.job)
             if arena.label is not None and holder is not None and holder.coordinator == coordinator:
                 yield reports.staged(self.name, arena.label, ended=arena.state is State.KEPT, again=True)
+        yield from self.on_disk(coordinator)
         for job in self.jobs.values():
             if job.coordinator == coordinator:
                 yield from job.results.values()
@@ -158,6 +168,7 @@ class Local:
         held = dict.fromkeys(State, 0)
         for arena in self.pool.arenas.values():
             held[arena.state] += arena.capacity
+        self.metrics.tier_bytes.labels(Tier.MEMORY).set(held[State.STAGED] + held[State.KEPT])
         for state, nbytes in held.items():
             self.metrics.arena_bytes.labels(_ARENA_STATES[state]).set(nbytes)
 

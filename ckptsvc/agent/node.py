@@ -16,7 +16,9 @@ from ckptsvc.agent import reports
 from ckptsvc.agent.arenas import Arenas
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
+from ckptsvc.agent.local_tier import LocalTier
 from ckptsvc.agent.procfs import has_ended
+from ckptsvc.agent.refills import Refills
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
 from ckptsvc.agent.stops import Stops
@@ -51,6 +53,7 @@ class Node:
         save_timeout: seconds after which the coordinator gives a save up.
         margin: seconds to spare at the end of a job's time; None: jobs are not stopped before it.
         early: write large snapshots while they are copied.
+        tier: the node's local disk, where snapshots go first; None: they go to the durable store.
 
     Attributes:
         arenas, saves: the parts that ranks call through the servicer.
@@ -68,9 +71,12 @@ class Node:
         save_timeout: float,
         margin: float | None = None,
         early: bool = False,
+        tier: LocalTier | None = None,
     ) -> None:
         self.arenas = Arenas(local, workers, slots)
-        self.saves = Saves(local, workers, early=early)
+        self.saves = Saves(local, workers, early=early, tier=tier)
+        self.refills = Refills(local, workers, tier, self.saves)
+        self.tier = tier
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
         self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self._local, self._workers = local, workers
@@ -239,6 +245,9 @@ class Node:
             self.saves.ended(job, effect.outcome)
         elif kind == "snapshot_complete":
             job.complete.add((effect.epoch, effect.step))
+        elif kind in ("local_complete", "drain_shards"):
+            if self.tier is not None:
+                self.tier.on_order(job, order)
         else:
             self._attempt_order(job.attempt(effect.attempt), kind, effect)
 
@@ -262,6 +271,8 @@ class Node:
             self._report_progress(time.monotonic())
             self._stops.look()
             self._give_up_overdue()
+            if self.tier is not None:
+                self.tier.measure()
             for job in list(self._local.jobs.values()):
                 self._retire(job)
             for name in self._workers.jobs():
@@ -316,7 +327,7 @@ class Node:
         if self._local.saving(job.name):
             return
         arenas = [a for a in self._local.pool.arenas.values() if a.job == job.name]
-        if any(a.state is State.STAGED for a in arenas):
+        if any(a.state is State.STAGED for a in arenas) or (self.tier is not None and self.tier.busy(job)):
             self._local.last_active = time.monotonic()
             return
         if job.died and time.monotonic() - job.idle_since < self._linger:
@@ -326,12 +337,19 @@ class Node:
         self._local.pool.drop(job.name)
         self._local.metrics.forget(job.name)
         del self._local.jobs[job.name]
-        self._local.spawn(self._workers.close(job.name))
+        self._local.spawn(self._let_go(job))
+
+    async def _let_go(self, job: LocalJob) -> None:
+        if self.tier is not None:
+            await self.tier.forget(job)
+        await self._workers.close(job.name)
 
     @property
     def idle(self) -> bool:
         """No ranks and nothing being saved."""
-        return not self._local.sessions and not any(a.state is State.STAGED for a in self._local.pool.arenas.values())
+        if self._local.sessions or (self.tier is not None and not self.tier.idle):
+            return False
+        return not any(a.state is State.STAGED for a in self._local.pool.arenas.values())
 
     async def stop(self) -> None:
         """Stop all activity; what is staged stays in its arenas."""

@@ -67,6 +67,25 @@ def staged(node: str, label: Label, *, ended: bool = False, again: bool = False)
     return pb.Report(staged=event)
 
 
+def local_kept(node: str, label: Label, *, ended: bool, again: bool = False) -> pb.Report:
+    """A shard is on the local disk of the node; `ended` and `again` as for `staged`."""
+    event = pb.LocalKept(
+        job=label.job,
+        node=node,
+        epoch=label.epoch,
+        step=label.step,
+        attempt=label.attempt,
+        rank=label.rank,
+        world_size=label.world_size,
+        nbytes=label.nbytes,
+        aliases=label.aliases,
+        store=label.store,
+        ended=ended,
+        again=again,
+    )
+    return pb.Report(local_kept=event)
+
+
 def dropped(label: Label) -> pb.Report:
     """A snapshot has left an arena."""
     event = pb.Dropped(job=label.job, epoch=label.epoch, step=label.step, rank=label.rank)

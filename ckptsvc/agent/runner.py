@@ -40,6 +40,7 @@ from ckptsvc.control.effects import (
 )
 from ckptsvc.control.health import Policy
 from ckptsvc.control.nodes import Node
+from ckptsvc.control.tiering import Draining
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -86,6 +87,7 @@ class CoordinatorShell:
         term: of an elected coordinator, 0 of any other; every order carries it.
         may_act: whether it may still decide; asked before every effect.
         drains: ask the scheduler to drain nodes that have failed too often.
+        draining: which snapshots go on from the local disks to the durable store.
         metrics: where incidents and restarts are counted; None: nowhere.
 
     Attributes:
@@ -104,9 +106,12 @@ class CoordinatorShell:
         term: int = 0,
         may_act: Callable[[], bool] = lambda: True,
         drains: bool = False,
+        draining: Draining | None = None,
         metrics: Metrics | None = None,
     ) -> None:
-        self.core = Coordinator(save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2))
+        self.core = Coordinator(
+            save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2), draining=draining or Draining()
+        )
         self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
         self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
         self.term, self.dropped = term, 0

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from ckptsvc.agent import reports
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.layouts import Layouts
-from ckptsvc.agent.local import Local
+from ckptsvc.agent.local import Local, wait_for
+from ckptsvc.agent.local_tier import LocalTier
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import CkptsvcError, ConfigError, InvalidInput, SaveFailed
@@ -27,6 +28,9 @@ logger = logging.getLogger("ckptsvc.agent")
 EARLY_BYTES = 64 << 20
 """Snapshots of so many bytes are written while they are copied: of smaller ones the copy takes no time."""
 
+WANTED_AGAIN = 5.0
+"""Seconds after which a coordinator, maybe another one by now, is told again that somebody waits for a save."""
+
 DIGEST_TIMEOUT = 60.0
 """Seconds a restore from memory waits for the checksums of a snapshot that was staged just now."""
 
@@ -40,10 +44,17 @@ class _Early(NamedTuple):
 
 
 class Saves:
-    """The saves of one agent; with `early`, large snapshots are written while they are copied."""
+    """The saves of one agent.
 
-    def __init__(self, local: Local, workers: Workers, *, early: bool) -> None:
-        self._local, self._workers, self._is_early = local, workers, early
+    Args:
+        local: the agent's state.
+        workers: the I/O workers.
+        early: large snapshots are written while they are copied.
+        tier: the local disk, where there is one: shards are written there first.
+    """
+
+    def __init__(self, local: Local, workers: Workers, *, early: bool, tier: LocalTier | None = None) -> None:
+        self._local, self._workers, self._is_early, self._tier = local, workers, early, tier
         self._early: dict[str, _Early] = {}  # arena -> the writing of what a rank copies into it
         self._fills = itertools.count(1)
         self._layouts = Layouts(local.metrics)
@@ -109,7 +120,7 @@ class Saves:
         self._begin_save(arena, label)
 
     def recover(self, arenas: list[Arena]) -> None:
-        """Go on with the snapshots an earlier agent left in its arenas."""
+        """Go on with the snapshots an earlier agent left in its arenas; those on the local disk are known already."""
         for arena in arenas:
             assert arena.label is not None
             label = arena.label
@@ -122,6 +133,8 @@ class Saves:
             job.idle_since = time.monotonic()
             log(logger, logging.INFO, Event.ARENA_RECOVERED, "found the snapshot of step %d", label.step,
                 job=label.job, rank=label.rank, step=label.step)  # fmt: skip
+            if self._tier is not None and self._tier.has(label):
+                self._local.pool.keep(arena)
             if arena.state is State.STAGED:
                 self._begin_save(arena, label, again=True)
             else:
@@ -142,7 +155,7 @@ class Saves:
             if early.written.done():
                 del self._early[arena.name]
         self._local.report(job, reports.staged(self._local.name, label, again=again))
-        self._local.spawn(self._save(job, label, written))
+        self._local.spawn(self._save(job, label, arena, written))
 
     def _write(self, job: LocalJob, arena: Arena, args: dict[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
         """Have the shard written; its checksums are known from `job.digests` before that."""
@@ -154,8 +167,12 @@ class Saves:
             if "digests" in note and not future.done():
                 future.set_result(note["digests"])
 
+        def direct() -> Coroutine[Any, Any, dict[str, Any]]:
+            more = {"disk": "", "rate": self._workers.write_rate}
+            return self._workers.of(job).call("write", args | more, on_note)
+
         try:
-            return await self._workers.of(job).call("write", args, on_note)
+            return await (self._tier.write(job, args, on_note, direct) if self._tier else direct())
         except BaseException as error:
             if not future.done():
                 why = error if isinstance(error, CkptsvcError) else SaveFailed("the snapshot was given up")
@@ -163,10 +180,16 @@ class Saves:
                 future.exception()  # nobody need ask
             raise
 
-    async def _save(self, job: LocalJob, label: Label, written: Awaitable[dict[str, Any]]) -> None:
+    async def _save(self, job: LocalJob, label: Label, arena: Arena, written: Awaitable[dict[str, Any]]) -> None:
         started = time.monotonic()
         try:
             done = await written
+            if self._tier is not None and done["disk"]:
+                if await self._tier.keep(job, label, done):
+                    return
+                args = _what(label, label.epoch, label.step, label.nbytes, arena, 0, job.newest)
+                more = {"disk": "", "rate": self._workers.write_rate}
+                done = await self._workers.of(job.name).call("write", args | more)
         except CkptsvcError as error:
             log(logger, logging.ERROR, Event.SAVE_FAILED, "shard not written: %s", error,
                 job=label.job, rank=label.rank, step=label.step)  # fmt: skip
@@ -176,6 +199,7 @@ class Saves:
         self._local.metrics.save_duration.labels(Phase.WRITE).observe(time.monotonic() - started)
         self._local.metrics.written_bytes.labels(_scheme(label.store)).inc(done["stored"])
         self._local.metrics.spared_bytes.labels(_scheme(label.store)).inc(max(done["nbytes"] - done["stored"], 0))
+        self._local.metrics.write_held_back.inc(done["held_back"])
         self._layouts.note(_scheme(label.store), label, done["layout"])
         if done["why"]:
             logger.debug("step %d, rank %d: %s", label.step, label.rank, done["why"])
@@ -213,32 +237,36 @@ class Saves:
         reg = self._local.session(token).reg
         job = self._local.jobs[reg.job]
         while True:
-            outcome = job.outcomes.get((job.attempt(reg.attempt).epoch, step))
-            if outcome is not None:
+            epoch = job.attempt(reg.attempt).epoch
+            outcome = job.outcomes.get((epoch, step))
+            if outcome is not None and outcome.outcome != agent_pb2.OUTCOME_LOCAL:
                 return outcome
-            await job.ended.wait()
+            if self._tier is not None or outcome is not None:
+                wanted = pb.DurableWanted(job=job.name, node=self._local.name, epoch=epoch, step=step)
+                self._local.report(job, pb.Report(durable_wanted=wanted))
+            await wait_for(job.ended, WANTED_AGAIN)
 
     async def list_snapshots(self, token: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of this rank's job in memory, with the shards that are on this node."""
         job = self._local.jobs[self._local.session(token).reg.job]
         found = await self._local.uplink(job.coordinator).list_complete(job.name)
         for snapshot in found:
-            for arena in list(self._local.pool.arenas.values()):
-                label = arena.label
-                if label is None or (label.job, label.epoch, label.step) != (
-                    job.name,
-                    snapshot.epoch,
-                    snapshot.step,
-                ):
-                    continue
-                try:
-                    digests = await asyncio.wait_for(asyncio.shield(job.digests[arena.name]), DIGEST_TIMEOUT)
-                except (KeyError, TimeoutError, CkptsvcError):
-                    continue  # without checksums it cannot be trusted: the ranks find the snapshot incomplete
-                snapshot.local.add(
-                    rank=label.rank, slot=arena.name, bytes=label.nbytes, extent=label.extent, digests=digests
-                )
+            await self.fill_in(job, snapshot)
         return found
+
+    async def fill_in(self, job: LocalJob, snapshot: agent_pb2.Snapshot) -> None:
+        """Say which shards of a snapshot are in arenas of this node."""
+        for arena in list(self._local.pool.arenas.values()):
+            label = arena.label
+            if label is None or (label.job, label.epoch, label.step) != (job.name, snapshot.epoch, snapshot.step):
+                continue
+            try:
+                digests = await asyncio.wait_for(asyncio.shield(job.digests[arena.name]), DIGEST_TIMEOUT)
+            except (KeyError, TimeoutError, CkptsvcError):
+                continue  # without checksums it cannot be trusted: the ranks find the snapshot incomplete
+            snapshot.local.add(
+                rank=label.rank, slot=arena.name, bytes=label.nbytes, extent=label.extent, digests=digests
+            )
 
     def ended(self, job: LocalJob, outcome: agent_pb2.SaveOutcome) -> None:
         """The coordinator says how a save ended: keep the snapshot as memory tier, or let it go."""
@@ -246,9 +274,12 @@ class Saves:
         committed = outcome.outcome == agent_pb2.OUTCOME_COMMITTED
         if committed:
             job.newest = max(job.newest, key)
-        if key not in job.outcomes:
+        before = job.outcomes.get(key)
+        if before is None or (before.outcome == agent_pb2.OUTCOME_LOCAL and before.outcome != outcome.outcome):
             self._count(job, outcome, committed)
         job.record(outcome)
+        if self._tier is not None:
+            self._tier.ended(job, outcome)
         for arena in list(self._local.pool.arenas.values()):
             label = arena.label
             if (
@@ -271,7 +302,7 @@ class Saves:
             if reg.job == job.name and job.attempt(reg.attempt).epoch == outcome.epoch:
                 if committed:
                     session.page.put("committed", job.newest[1])
-                else:
+                elif outcome.outcome != agent_pb2.OUTCOME_LOCAL:
                     session.page.put("failed", outcome.step)
 
     def _count(self, job: LocalJob, outcome: agent_pb2.SaveOutcome, committed: bool) -> None:
@@ -280,6 +311,11 @@ class Saves:
             self._local.metrics.save_duration.labels(Phase.COMMIT).observe(outcome.seconds)
             log(logger, logging.INFO, Event.SAVE_COMMITTED, "step %d committed, %d bytes in %.2f s", outcome.step,
                 outcome.bytes, outcome.seconds, job=job.name, step=outcome.step, epoch=outcome.epoch)  # fmt: skip
+            return
+        if outcome.outcome == agent_pb2.OUTCOME_LOCAL:
+            self._local.metrics.saves.labels(Outcome.LOCAL).inc()
+            log(logger, logging.INFO, Event.SAVE_LEFT_LOCAL, "step %d: %s", outcome.step, outcome.reason,
+                job=job.name, step=outcome.step, epoch=outcome.epoch)  # fmt: skip
             return
         fenced = outcome.outcome == agent_pb2.OUTCOME_FENCED
         self._local.metrics.saves.labels(Outcome.FENCED if fenced else Outcome.FAILED).inc()

@@ -35,8 +35,10 @@ from ckptsvc.agent.incidents import IncidentLog, incidents_directory
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.local import Local
+from ckptsvc.agent.local_tier import LocalTier
+from ckptsvc.agent.lowering import Lowering
 from ckptsvc.agent.nic_watch import NicWatch
-from ckptsvc.agent.node import Node
+from ckptsvc.agent.node import OVERDUE, Node
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
@@ -45,6 +47,7 @@ from ckptsvc.agent.workers import Workers
 from ckptsvc.config import HealthSettings, Settings, agents_directory, load, private_directory
 from ckptsvc.control.health import Policy
 from ckptsvc.control.stalls import Limits
+from ckptsvc.control.tiering import Draining
 from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import Address, parse_duration
@@ -92,7 +95,7 @@ class Agent:
         settings = options.settings
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
-        self.workers = Workers()
+        self.workers = Workers(settings.store.max_write_rate)
         self._on_incident: Callable[[coordinator_pb2.Incident], None] = lambda incident: None
         self.shell = self._new_shell(0, lambda: True)
         where = settings.agent.coordination
@@ -100,11 +103,13 @@ class Agent:
         self.elections: Elections | None = None
         arenas = Path(settings.arena.dir)
         # Agents with different directories may share a machine (two "nodes" of a test): their arenas must not meet.
-        tag = hashlib.sha256(str(options.directory).encode()).hexdigest()[:8]
+        self._tag = tag = hashlib.sha256(str(options.directory).encode()).hexdigest()[:8]
         vfs = os.statvfs(arenas)
         self.pool = ArenaPool(
             arenas / f"ckptsvc-{os.geteuid()}-{tag}", settings.arena.limit.of(vfs.f_blocks * vfs.f_frsize)
         )
+        self.tier: LocalTier | None = None
+        self.lowering: Lowering | None = None
         self.address = ""
         self.metrics_address = ""
         self.started = time.time()
@@ -124,6 +129,7 @@ class Agent:
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
         left = self.pool.open()
         self._build()
+        copies = await self.tier.open() if self.tier else []
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._stopping.set)
         loop.add_signal_handler(signal.SIGTERM, self._terminated)
@@ -134,6 +140,8 @@ class Agent:
                 self.elections = Elections(
                     *self._etcd, self._options.settings.etcd.ttl, self.local, self.trust, self.address, self._new_shell
                 )
+            if self.tier:
+                self.tier.recover(copies)
             self.node.saves.recover(left)
             lasting = (
                 self.trust.run(),
@@ -161,6 +169,8 @@ class Agent:
             await self.elections.close()
         await self.workers.close()
         self.pool.close(remove=idle)
+        if self.tier:
+            self.tier.close()
         log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
         os.close(lock)
 
@@ -178,8 +188,10 @@ class Agent:
         health = settings.health
         policy = Policy(health.automatic, health.confirm, health.give_up)
         listed = nodelist.directory_of(os.environ, settings.launch)
+        tiers = settings.tiers
         shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act,
-            drains=settings.scheduler.drain, metrics=self.metrics)  # fmt: skip
+            drains=settings.scheduler.drain, draining=Draining(tiers.durable_every, tiers.durable_backlog),
+            metrics=self.metrics)  # fmt: skip
         shell.on_incident = lambda incident: self._on_incident(incident)
         return shell
 
@@ -196,6 +208,9 @@ class Agent:
         settings = self._options.settings
         self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.trust)
         linger = 600.0 if self._options.linger is None else self._options.linger
+        if settings.tiers.local:
+            self.tier = LocalTier(self.local, self.workers, settings.tiers, self._tag, OVERDUE * settings.save.timeout)
+            self.lowering = Lowering(self.local, self.workers, self.tier)
         self.node = Node(
             self.local,
             self.workers,
@@ -204,6 +219,7 @@ class Agent:
             save_timeout=settings.save.timeout,
             margin=settings.scheduler.margin,
             early=(os.cpu_count() or 1) >= settings.save.early_cores,
+            tier=self.tier,
         )
         self.launches = Launches(self.local)
         self.nics = NicWatch(self.local, settings.nics)
@@ -327,6 +343,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--name")
     parser.add_argument("--metrics-listen")
     parser.add_argument("--coordination")
+    parser.add_argument("--max-write-rate")
     parser.add_argument("--linger")
     parser.add_argument("--json-log", action="store_true")
     args = parser.parse_args(arguments)
@@ -336,6 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
             "agent.name": args.name,
             "agent.metrics_listen": args.metrics_listen,
             "agent.coordination": args.coordination,
+            "store.max_write_rate": args.max_write_rate,
         }
         settings = load(os.environ, overrides)
         setup_logging(sys.stderr, json=args.json_log)

@@ -134,6 +134,16 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         return agent_pb2.ListSnapshotsResponse(snapshots=await self._node.saves.list_snapshots(_token(context)))
 
     @_errors
+    async def Refill(self, request: agent_pb2.RefillRequest, context: Any) -> agent_pb2.RefillResponse:
+        """See agent.proto."""
+        try:
+            filling = self._node.refills.refill(_token(context), (request.epoch, request.step))
+            snapshot = await asyncio.wait_for(filling, _remaining(context, 600.0))
+        except TimeoutError:
+            return agent_pb2.RefillResponse()
+        return agent_pb2.RefillResponse(done=True, snapshot=snapshot)
+
+    @_errors
     async def Leave(self, request: agent_pb2.LeaveRequest, context: Any) -> agent_pb2.LeaveResponse:
         """See agent.proto."""
         self._node.leave(_token(context))

@@ -29,6 +29,8 @@ def status_of(agent: Agent) -> dict[str, Any]:
         "ranks": _ranks(agent),
         "arenas": _arenas(agent),
         "arena_limit": agent.pool.limit,
+        "max_write_rate": agent.workers.max_write_rate,
+        "local_disk": _local_disk(agent),
         "saves": _saves(agent),
         "coordinates": _coordinated(agent),
         "elections": agent.elections.status() if agent.elections else [],
@@ -75,6 +77,43 @@ def _arenas(agent: Agent) -> list[dict[str, Any]]:
     ]
 
 
+def _local_disk(agent: Agent) -> dict[str, Any] | None:
+    """What the local disk holds, and what is to be drained from it; None where there is none."""
+    tier, lowering = agent.tier, agent.lowering
+    if tier is None or lowering is None:
+        return None
+    snapshots: dict[tuple[str, int, int], dict[str, Any]] = {}
+    now = time.monotonic()
+    for job, disk in tier.jobs.items():
+        for held in disk.copies.values():
+            one = snapshots.setdefault(
+                (job, *held.key),
+                {
+                    "job": job,
+                    "epoch": held.key[0],
+                    "step": held.key[1],
+                    "stage": held.stage.value,
+                    "complete": held.key in disk.complete,
+                    "shards": 0,
+                    "durable": 0,
+                    "draining": 0,
+                    "bytes": 0,
+                    "age": now - held.since,
+                },
+            )
+            one["shards"] += 1
+            one["durable"] += held.durable
+            one["draining"] += bool(held.fill)
+            one["bytes"] += held.label.nbytes
+    return {
+        "directory": str(tier.root),
+        "problem": tier.problem,
+        "snapshots": [snapshots[key] for key in sorted(snapshots)],
+        "drains_allowed": lowering.backoff.allowed,
+        "store_problem": lowering.problem,
+    }
+
+
 def _saves(agent: Agent) -> list[dict[str, Any]]:
     return [
         {
@@ -103,6 +142,7 @@ def _coordinated(agent: Agent) -> list[dict[str, Any]]:
             "nodes": job.nodes,
             "running_saves": sorted(save.step for save in job.saves.open.values()),
             "in_memory": [step for _, step in job.saves.snapshots()],
+            "on_disk": sorted(step for _, step in (core.tiers[job.name].snapshots() if job.name in core.tiers else ())),
             "restarts": attempts.restarts if (attempts := core.launched.get(launched_as(job.name))) else 0,
             "incidents": attempts.incidents if attempts else [],
             "aside": attempts.aside(time.monotonic()) if attempts else {},

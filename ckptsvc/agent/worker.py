@@ -23,9 +23,10 @@ import msgspec
 import numpy as np
 
 from ckptsvc.agent import nodelist
+from ckptsvc.agent.worker_local import LocalCopies
 from ckptsvc.config import SaveSettings, StoreSettings, load
 from ckptsvc.errors import CkptsvcError, SaveFailed
-from ckptsvc.format.checksum import extent_digests
+from ckptsvc.format.checksum import Digests, extent_digests
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import CommitRecord
 from ckptsvc.format.extents import decode, encode
@@ -39,10 +40,11 @@ from ckptsvc.pipeline.increments import Economy, ShardWriter
 from ckptsvc.pipeline.references import Bases
 from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.retention import Policy
-from ckptsvc.pipeline.write import ShardImage
+from ckptsvc.pipeline.write import ShardImage, Written, write_shard
 from ckptsvc.storage import Progress, Spreading, Store
 from ckptsvc.storage.opening import open_store
-from ckptsvc.storage.wrappers import Retrying, innermost
+from ckptsvc.storage.rate import Rate
+from ckptsvc.storage.wrappers import Limited, Retrying, innermost
 
 FRAME = struct.Struct("<I")
 THREADS = 16
@@ -69,17 +71,17 @@ class Request(msgspec.Struct):
     args: dict[str, Any]
 
 
-class Worker:
+class Worker(LocalCopies):
     """Executes requests on one store; every method named `do_*` is an operation."""
 
     def __init__(self, settings: StoreSettings, save: SaveSettings) -> None:
+        # `fills`: what is being written -> whether it is given up
+        super().__init__(Rate(None), Mappings(), {}, lambda url: open_store(url, settings=settings))
         self._settings = settings
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
-        self._mappings = Mappings()
-        self._fills: dict[int, threading.Event] = {}  # snapshots that are written while they are copied in -> given up
-        digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
-        self._shards = ShardWriter(_economy(save), digesting, self._mappings.pages)
+        self._digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
+        self._shards = ShardWriter(_economy(save), self._digesting, self._mappings.pages)
         self._bases: dict[str, Bases] = {}
         self._recent: dict[str, list[Ref]] = {}  # the newest that were committed here, by store
         self._expiring: dict[str, dict[str, Any] | None] = {}  # store a thread deletes in -> what it does next
@@ -88,9 +90,9 @@ class Worker:
         """The store of that URL, connected once, with retries."""
         with self._lock:
             if url not in self._stores:
-                self._stores[url] = Retrying(
-                    open_store(url, settings=self._settings), attempts=self._settings.retries + 1
-                )
+                # Limited within: what is written again is paid for again.
+                limited = Limited(open_store(url, settings=self._settings), bytes_per_second=self._rate)
+                self._stores[url] = Retrying(limited, attempts=self._settings.retries + 1)
             return self._stores[url]
 
     def end(self) -> NoReturn:
@@ -99,28 +101,34 @@ class Worker:
         os._exit(0)
 
     def do_write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
-        """Write the shard in an arena; notes its digests as soon as they are known."""
+        """Write the shard in an arena, to the store or the local disk; notes its digests as soon as they are known."""
         failpoint("before_shard")
+        if not args["disk"]:
+            self._rate.limit = args["rate"]
         try:
             return self._write(args, note)
         finally:
             self._fills.pop(args["fill"], None)
 
     def _write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
-        store = self.store(args["store"])
+        store = self.disk(args["disk"]) if args["disk"] else self.store(args["store"])
         driver = innermost(store)
         if isinstance(driver, Spreading):
             driver.writers = args["writers"]
         with self._mappings.pages(args["path"], args["nbytes"]) as image:
             shard = ShardImage(image, *(args[name] for name in ("nbytes", "extent", "epoch", "step", "rank")))
-            written = self._shards.write(
-                store,
-                shard,
-                path=args["path"],
-                committed=tuple(args["committed"]),
-                on_digests=lambda d: note({"digests": d.tobytes()}),
-                ready=self._ready(args) if args["fill"] else lambda nbytes: None,
-            )
+
+            def on_digests(digests: Digests) -> None:
+                note({"digests": digests.tobytes()})
+
+            ready = self._ready(args) if args["fill"] else lambda nbytes: None
+            if args["disk"]:  # whole: what goes on from there must not hang on what lies elsewhere
+                written = self._write_whole(store, shard, on_digests, ready)
+            else:
+                written = self._shards.write(
+                    store, shard, path=args["path"], committed=tuple(args["committed"]), on_digests=on_digests,
+                    ready=ready,
+                )  # fmt: skip
         failpoint("after_shard")
         key = f"{Ref(args['epoch'], args['step']).name}/{written.name}"
         return {
@@ -132,11 +140,20 @@ class Worker:
             "digests": written.digests.tobytes(),
             "columns": written.columns.encode(),
             "segments": encode(written.segments) if written.segments else b"",
+            "held_back": self._rate.collect(),
         }
+
+    def _write_whole(
+        self, store: Store, shard: ShardImage, on_digests: Callable[[Digests], None], ready: Progress
+    ) -> Written:
+        return write_shard(
+            store, shard.image, shard.nbytes, extent=shard.extent, epoch=shard.epoch, step=shard.step, rank=shard.rank,
+            pool=self._digesting, on_digests=on_digests, ready=ready,
+        )  # fmt: skip
 
     def expect(self, request: Request) -> None:
         """A request has come in and will be executed in its turn."""
-        if request.op == "write" and request.args["fill"]:
+        if request.op in ("write", "drain") and request.args["fill"]:
             self._fills[request.args["fill"]] = threading.Event()
 
     def _ready(self, args: dict[str, Any]) -> Progress:

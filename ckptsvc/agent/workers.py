@@ -6,10 +6,16 @@ from ckptsvc.agent.worker_proxy import WorkerProxy
 
 
 class Workers:
-    """Worker processes by job."""
+    """Worker processes by job; `max_write_rate`: bytes per second that all of them may write, None: no limit."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_write_rate: int | None = None) -> None:
         self._by_job: dict[str, WorkerProxy] = {}
+        self.max_write_rate = max_write_rate
+
+    @property
+    def write_rate(self) -> float | None:
+        """What a worker may write in a second: an even share of what the node may."""
+        return self.max_write_rate and self.max_write_rate / max(1, len(self._by_job))
 
     def of(self, job: str) -> WorkerProxy:
         """The worker of a job."""

@@ -21,13 +21,14 @@ from ckptsvc.telemetry import setup_logging
 @click.option("--metrics-listen", help='Where Prometheus reaches this one, or "off".')
 @click.option("--name", help="Name of this node; default: its host name.")
 @click.option("--coordination", metavar="etcd://HOST:PORT,...", help="Where agents elect their jobs' coordinators.")
+@click.option("--max-write-rate", metavar="SIZE/s|off", help="What this node may write to stores; default: no limit.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path), help="Directory of the sockets.")
 @click.option("--linger", help="End after so long without ranks and saves (for example 60s); default: never.")
 @click.option("--json-log", is_flag=True, help="Log JSON lines.")
 @click.option("--check-config", is_flag=True, help="Check the settings and end.")
 def command(
-    listen: str | None, metrics_listen: str | None, name: str | None, coordination: str | None, directory: Path | None,
-    linger: str | None, json_log: bool, check_config: bool,
+    listen: str | None, metrics_listen: str | None, name: str | None, coordination: str | None,
+    max_write_rate: str | None, directory: Path | None, linger: str | None, json_log: bool, check_config: bool,
 ) -> None:  # fmt: skip
     """Run the agent of this node until it is told to stop (SIGTERM)."""
     overrides = {
@@ -35,6 +36,7 @@ def command(
         "agent.metrics_listen": metrics_listen,
         "agent.name": name,
         "agent.coordination": coordination,
+        "store.max_write_rate": max_write_rate,
     }
     settings = load(os.environ, overrides)
     if check_config:

@@ -65,6 +65,8 @@ from ckptsvc.rpc.secret import is_loopback, require_loopback
     help="Failed attempts in a row without progress that end the job; 0: never; default 3.")  # fmt: skip
 @click.option("--grow", metavar="TIME|off",
     help="How long a job on too few nodes waits for a checkpoint when one has come; default 10m.")  # fmt: skip
+@click.option("--max-write-rate", "--max_write_rate", metavar="SIZE/s|off",
+    help="What a node may write to the store, where this job starts its agent; default: no limit.")  # fmt: skip
 @click.option("--stop-grace", type=float, default=60.0, show_default=True,
     help="Seconds for a last save after SIGTERM; a second SIGTERM ends at once.")  # fmt: skip
 @click.option("--status-file", type=click.Path(path_type=Path),
@@ -76,7 +78,8 @@ def command(
     master_addr: str | None, master_port: int, coordination: str | None, max_restarts: int, standalone: bool,
     node: str | None, address: str, log_dir: Path | None, module: bool, no_python: bool, run_path: bool,
     virtual_local_rank: bool, standby: bool | None, preload: str | None, preflight: bool | None, crash_loop: int | None,
-    grow: str | None, stop_grace: float, status_file: Path | None, script: str, arguments: tuple[str, ...],
+    grow: str | None, max_write_rate: str | None, stop_grace: float, status_file: Path | None, script: str,
+    arguments: tuple[str, ...],
 ) -> int:  # fmt: skip
     """Start the ranks of a job on this node, and restart them when one dies.
 
@@ -91,11 +94,11 @@ def command(
     if coordinator and coordination:
         raise ConfigError("--rdzv-endpoint and --coordination exclude each other")
     flags = {"standby": standby, "preload": preload, "preflight": preflight, "crash_loop": crash_loop, "grow": grow}
-    launching = {f"launch.{key}": value for key, value in flags.items()}
-    settings = load(os.environ, {"agent.coordination": coordination, **launching})
+    given = {"agent.coordination": coordination, "store.max_write_rate": max_write_rate}
+    settings = load(os.environ, given | {f"launch.{key}": value for key, value in flags.items()})
     etcd = "" if coordinator else settings.agent.coordination
-    given = Nodes(low, high, node_rank, job or "", coordinator or etcd, node or "", address)
-    nodes = placed(given, os.environ, socket.gethostname())
+    wanted = Nodes(low, high, node_rank, job or "", coordinator or etcd, node or "", address)
+    nodes = placed(wanted, os.environ, socket.gethostname())
     elected = reachable(etcd, settings.etcd) if etcd and nodes.high > 1 else ""
     nodes = dataclasses.replace(nodes, coordinator="" if etcd else nodes.coordinator)
     name = nodes.node or settings.agent.name or socket.gethostname()
@@ -115,7 +118,9 @@ def command(
         address=nodes.address,
         coordinator=elected or ("" if leads else nodes.coordinator),
         directory=directory,
-        agent_arguments=agent_arguments(name, _listen(settings, nodes, leads, elected), elected),
+        agent_arguments=agent_arguments(
+            name, _listen(settings, nodes, leads, elected), elected, settings.store.max_write_rate
+        ),
         log_dir=log_dir,
         preflight=(settings.arena.dir, _written_to(settings, log_dir)) if settings.launch.preflight else None,
         crash_loop=settings.launch.crash_loop,

@@ -48,15 +48,18 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
     \b
     JSON: {"directory", "agents": [{"directory", "error", "status": {
       "status_version", "version", "node", "pid", "started", "address",
-      "metrics", "arena_limit",
+      "metrics", "arena_limit", "max_write_rate",
       "ranks": [{"job", "attempt", "rank", "world_size", "pid", "store",
         "step", "phase", "heartbeat_age", "committed"}],
       "arenas": [{"job", "rank", "state", "step", "bytes"}],
+      "local_disk": {"directory", "problem", "snapshots": [{"job", "epoch",
+        "step", "stage", "complete", "shards", "durable", "draining",
+        "bytes", "age"}], "drains_allowed", "store_problem"} or null,
       "saves": [{"job", "epoch", "step", "outcome", "code", "reason",
         "bytes", "seconds"}],
       "coordinates": [{"job", "attempt", "epoch", "world_size",
-        "live_ranks", "nodes", "running_saves", "in_memory", "restarts",
-        "incidents", "aside", "nics"}],
+        "live_ranks", "nodes", "running_saves", "in_memory", "on_disk",
+        "restarts", "incidents", "aside", "nics"}],
       "elections": [{"job", "coordinator", "address", "term", "here",
         "refused", "problem"}],
       "nics": [{"nic", "family", "link", "sent", "received", "findings"}]}}]}
@@ -64,7 +67,9 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
     bytes, ages in seconds, times in Unix seconds; a step of -1 is none.
     "nics" are the network cards (bytes per second) and sentences about those
     in trouble: by their own counters, and in "coordinates" against the job's.
-    "aside" are nodes of the job that run no rank, with the reason.
+    "aside" are nodes of the job that run no rank, with the reason. The stage
+    of a snapshot on the local disk is "pending" until it is in the durable
+    store ("committed") or known to stay where it is ("local").
     """  # noqa: D301  \b is click's
     where = directory or agent_directory()
     while True:
@@ -110,8 +115,11 @@ def _only(answers: Sequence[Answer], job: str) -> list[Answer]:
         if answer.status is None:
             kept.append(answer)
             continue
-        mine = {name: [each for each in answer.status[name] if each["job"] == job] for name in _OF_JOBS}
+        mine: dict[str, Any] = {name: [each for each in answer.status[name] if each["job"] == job] for name in _OF_JOBS}
         if any(mine.values()):
+            disk = answer.status.get("local_disk")
+            if disk:
+                mine["local_disk"] = disk | {"snapshots": [each for each in disk["snapshots"] if each["job"] == job]}
             kept.append(answer._replace(status=answer.status | mine))
     if not kept:
         raise NotFound(f"no agent of this node has a job {job!r}", hint="`ckptsvc status` shows those it has")
@@ -139,6 +147,10 @@ def _show(screen: Screen, answer: Answer) -> None:
     screen.line(f"  pid {status['pid']}, up {up}, version {status['version']}, {answer.directory}")
     screen.line(f"  listens on {status['address']}{metrics}")
     screen.line(f"  {_arenas(status)}")
+    if status.get("max_write_rate"):
+        screen.line(f"  writes at most {size(status['max_write_rate'])}/s to stores")
+    for line in _local_disk(screen, status):
+        screen.line(line)
     for job in _jobs(status):
         screen.line()
         for line in _describe(screen, status, job):
@@ -153,6 +165,22 @@ def _arenas(status: Status) -> str:
     listed = ": " + ", ".join(f"{count} {state}" for state, count in sorted(states.items())) if arenas else ""
     used = sum(arena["bytes"] for arena in arenas)
     return f"arenas {size(used)} of {size(status['arena_limit'])}{listed}"
+
+
+def _local_disk(screen: Screen, status: Status) -> Iterator[str]:
+    disk = status.get("local_disk")  # an agent of an earlier version has none
+    if not disk:
+        return
+    held = sorted(disk["snapshots"], key=lambda each: (each["epoch"], each["step"]))
+    newest = f", newest step {held[-1]['step']:,} ({held[-1]['stage']})" if held else ""
+    yield f"  local disk {size(sum(each['bytes'] for each in held))}: {plural(len(held), 'snapshot')}{newest}"
+    waiting = [each for each in held if each["stage"] == "pending"]
+    for each in waiting[:1]:
+        done = f"{each['durable']} of {plural(each['shards'], 'shard')} durable, {duration(each['age'])} old"
+        behind = f"; {len(waiting) - 1} more behind it" if waiting[1:] else ""
+        yield f"    draining step {each['step']:,}: {done}{behind}"
+    for problem in filter(None, (disk["problem"], disk["store_problem"])):
+        yield "    " + screen.paint(printable(problem), "doubt")
 
 
 def _jobs(status: Status) -> list[str]:
@@ -177,7 +205,8 @@ def _describe(screen: Screen, status: Status, job: str) -> Iterator[str]:
             ranks = f"{own['live_ranks']} of {plural(own['world_size'], 'rank')} on {nodes}"
             yield f"    coordinated here: attempt {own['attempt']}, epoch {own['epoch']}, {ranks}"
             saving, memory = (", ".join(map(str, own[name])) or "none" for name in ("running_saves", "in_memory"))
-            yield f"    steps being saved: {saving}; in memory: {memory}"
+            disks = f"; on local disks: {', '.join(map(str, own['on_disk']))}" if own.get("on_disk") else ""
+            yield f"    steps being saved: {saving}; in memory: {memory}{disks}"
             if own["restarts"]:
                 yield "    " + screen.paint(plural(own["restarts"], "restart"), "doubt")
             for incident in own["incidents"]:

@@ -1,4 +1,5 @@
-"""What can be restored, newest first over all tiers: snapshots in the job's memory, checkpoints in the store.
+"""What can be restored, newest first over all tiers: snapshots in the job's memory or on its nodes' local disks,
+checkpoints in the store.
 
 Rank 0 looks and tells the others, so that all try the same in the same order.
 """
@@ -6,6 +7,8 @@ Rank 0 looks and tells the others, so that all try the same in the same order.
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -24,27 +27,52 @@ from ckptsvc.storage import Store
 from ckptsvc.storage.opening import open_apart
 from ckptsvc.storage.wrappers import Retrying
 
+log = logging.getLogger("ckptsvc")
+
 SNAPSHOT_TIMEOUT = 90.0
 """Seconds to wait for the agent's list: it waits for the checksums of a snapshot taken just before."""
 
 
+REFILL_TIMEOUT = 1800.0
+"""Seconds that a snapshot may take from the local disk to memory."""
+
+TIERS = {"memory": "in memory", "local": "on local disks", "store": "in the store"}
+"""The tiers, in the order in which one and the same snapshot is tried, and how to speak of them."""
+
+
 class Candidate(NamedTuple):
-    """One thing to try. Memory before the store where both have the same."""
+    """One thing to try. The faster tier first where several have the same."""
 
     epoch: int
     step: int
     tier: str
 
     def __str__(self) -> str:
-        where = "in memory" if self.tier == "memory" else "in the store"
-        return f"step {self.step} (epoch {self.epoch}, {where})"
+        return f"step {self.step} (epoch {self.epoch}, {TIERS[self.tier]})"
 
 
 class Candidates:
-    """The candidates of one restore; `close` them when it is over. `settings`: of the store."""
+    """The candidates of one restore; `close` them when it is over.
 
-    def __init__(self, url: str, settings: StoreSettings, link: AgentLink, group: Group, place: Placement) -> None:
-        self._url, self._settings = url, settings
+    Args:
+        url: of the run.
+        settings: of the store.
+        link: to the agent.
+        group: the job's ranks.
+        place: of this rank.
+        progress: called now and then while something takes long.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        settings: StoreSettings,
+        link: AgentLink,
+        group: Group,
+        place: Placement,
+        progress: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._url, self._settings, self._progress = url, settings, progress
         self._link, self._group, self._place = link, group, place
         self._store: Store | None = None
         self._snapshots: list[agent_pb2.Snapshot] = []
@@ -73,11 +101,24 @@ class Candidates:
         Raises:
             Damaged, StoreError, NoCheckpoint: it cannot be read.
         """
-        if candidate.tier == "memory":
+        if candidate.tier != "store":
             key = (candidate.epoch, candidate.step)
             mine = next((s for s in self._snapshots if (s.epoch, s.step) == key), None)
+            if candidate.tier == "local":
+                mine = self._refilled(mine, candidate)
             return memory_image(mine, self._link, self._group, self._place.job, self._place.attempt)
         return store_image(self._open_stored(Ref(candidate.epoch, candidate.step)))
+
+    def _refilled(self, known: agent_pb2.Snapshot | None, candidate: Candidate) -> agent_pb2.Snapshot | None:
+        """What is in this node's memory of a snapshot once its agent has read the local disk."""
+        try:
+            found = self._link.refill(candidate.epoch, candidate.step, REFILL_TIMEOUT, self._progress)
+        except CkptsvcError as error:
+            log.warning("rank %d: %s: %s", self._group.rank, candidate, error)
+            return known
+        if known is not None:
+            found.MergeFrom(agent_pb2.Snapshot(world_size=known.world_size, aliases=known.aliases))
+        return found
 
     def _open_stored(self, ref: Ref) -> Checkpoint:
         """Rank 0 reads commit record and index; the others get them from it, not from the store."""
@@ -99,12 +140,14 @@ class Candidates:
         return decode_checkpoint(store, ref, commit, self._group.broadcast(image))
 
     def _look(self) -> list[tuple[int, int, str]]:
-        found = [(s.epoch, s.step, "memory") for s in self._snapshots]
+        found = [(s.epoch, s.step, "memory") for s in self._snapshots if not s.not_in_memory]
+        found += [(s.epoch, s.step, "local") for s in self._snapshots if s.on_disk]
         with contextlib.suppress(NotFound):  # nothing was ever written there
             # A damaged record is a candidate too: trying it says what is wrong with it.
             found += [(ref.epoch, ref.step, "store") for ref, _ in catalog.find(self._connected())]
-        # Highest epoch, then highest step, then memory.
-        return sorted(found, key=lambda c: (-c[0], -c[1], c[2]))
+        # Highest epoch, then highest step, then the fastest tier.
+        order = list(TIERS)
+        return sorted(found, key=lambda c: (-c[0], -c[1], order.index(c[2])))
 
     def _connected(self) -> Store:
         if self._store is None:

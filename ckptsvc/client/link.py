@@ -207,6 +207,26 @@ class AgentLink:
         """Complete snapshots of this job in memory, newest first."""
         return list(self.call("ListSnapshots", agent_pb2.ListSnapshotsRequest(), timeout).snapshots)
 
+    def refill(
+        self, epoch: int, step: int, timeout: float, progress: Callable[[], None] = lambda: None
+    ) -> agent_pb2.Snapshot:
+        """Have the agent bring a snapshot from the local disk into memory; returns the shards that are there then.
+
+        `progress` is called with every answer of an agent that is still at it.
+
+        Raises:
+            AgentUnavailable: it is not there, or not ready within `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
+        request = agent_pb2.RefillRequest(epoch=epoch, step=step)
+        while time.monotonic() < deadline:
+            answer = self.call("Refill", request, ASK_AGAIN + 1.0)
+            if answer.done:
+                found: agent_pb2.Snapshot = answer.snapshot
+                return found
+            progress()
+        raise AgentUnavailable(f"step {step} is not back in memory after {timeout:g} s")
+
     def leave(self) -> None:
         """End in good order."""
         self.call("Leave", agent_pb2.LeaveRequest())

@@ -121,7 +121,7 @@ class Session:
     Attributes:
         steps_done: steps this state has behind it: 0, or the step of the checkpoint that was restored.
         state: the plain values of the state tree, as restored (or as given).
-        restored_from: "memory", "store", the address given as `init_from`, or None for a fresh start.
+        restored_from: "memory", "local", "store", the address given as `init_from`, or None for a fresh start.
         skipped: snapshots that were due and not taken.
     """
 
@@ -443,8 +443,8 @@ class Session:
         return True
 
     def _restore_newest(self, step: int | None) -> int | None:
-        candidates = Candidates(self._url, self.settings.store, self._link, self._group, self._place)
-        with contextlib.closing(candidates):
+        where = self._url, self.settings.store, self._link, self._group, self._place
+        with contextlib.closing(Candidates(*where, self._phases.progress)) as candidates:
             return self._restore_from(candidates, step)
 
     def _restore_from(self, candidates: Candidates, step: int | None) -> int | None:
@@ -482,6 +482,6 @@ class Session:
         try:
             return restore(image, self._tree, self._group, self._phases.progress)
         except (LayoutError, UnsupportedObject) as error:
-            if candidate.tier == "memory":
+            if candidate.tier != "store":
                 raise Damaged(str(error)) from error  # the store has an older one, perhaps of before a change
             raise

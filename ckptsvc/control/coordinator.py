@@ -27,6 +27,7 @@ from ckptsvc.control.nics import Finding
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.control.save import Saves
 from ckptsvc.control.slow import SlowJobs
+from ckptsvc.control.tiering import Draining, Tiers
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -45,7 +46,9 @@ class Coordinator:
     save_timeout: float = 1800.0
     policy: Policy = field(default_factory=Policy)
     mark: str = ""
+    draining: Draining = field(default_factory=Draining)
     jobs: dict[str, Job] = field(default_factory=dict)
+    tiers: dict[str, Tiers] = field(default_factory=dict)
     launched: dict[str, Attempts] = field(default_factory=dict)
     nics: dict[str, JobNics] = field(default_factory=dict)
     exclusion: Exclusion = field(default_factory=Exclusion)
@@ -72,6 +75,8 @@ class Coordinator:
         for job in self.jobs.values():
             job.saves.node_gone(node)
             job.agent_lost(node, now)
+            if job.name in self.tiers:
+                self.tiers[job.name].node_gone(node)
         decision = Decision([], [f"agent of {node} disconnected"])
         for attempts in self.launched.values():
             decision.add(attempts.agent_lost(node, now))
@@ -105,7 +110,12 @@ class Coordinator:
     def commit_done(self, event: CommitDone, now: float) -> Decision:
         """Answer to `Commit`."""
         job = self.jobs.get(event.job)
-        return job.saves.commit_done(event, now).add(self._epochs(now)) if job else Decision()
+        if job is None:
+            return Decision()
+        decision = job.saves.commit_done(event, now)
+        if event.job in self.tiers:
+            decision.add(self.tiers[event.job].plan(now))
+        return decision.add(self._epochs(now))
 
     def lookup_done(self, event: LookupDone, now: float) -> Decision:
         """Answer to `Lookup`."""
@@ -118,6 +128,8 @@ class Coordinator:
         for job in self.jobs.values():
             known = dict(job.ranks) if job.overdue(now) else {}
             decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
+            if job.name in self.tiers:
+                decision.add(self.tiers[job.name].tick(now, over=not job.ranks))
             for rank in known.keys() - job.ranks.keys():
                 self.health.missing(job, rank, known[rank])
         for attempts in self.launched.values():
@@ -126,10 +138,11 @@ class Coordinator:
             decision.add(nics.tick(now))
         decision.add(self.health.tick(now)).add(self.slow.tick(now))
         for name, job in list(self.jobs.items()):
-            if job.ranks or job.saves.open or job.saves.held:
+            if job.ranks or job.saves.open or job.saves.held or (name in self.tiers and self.tiers[name].disks):
                 job.busy_at = now
             elif now - job.busy_at > FORGET_AFTER:
                 del self.jobs[name]
+                self.tiers.pop(name, None)
                 self.incidents.forget(name)
                 self.nics.pop(name, None)
         for name, attempts in list(self.launched.items()):
@@ -178,19 +191,30 @@ class Coordinator:
         return Decision()
 
     def snapshots(self, job: str) -> list[agent_pb2.Snapshot]:
-        """Complete snapshots of a job in memory, newest first (`local` is filled in by each agent)."""
+        """Complete snapshots of a job in memory or on local disks, newest first; each agent fills in `local`."""
         known = self.jobs.get(job)
         if known is None:
             return []
-        return [
+        disks = self.tiers[job].snapshots() if job in self.tiers else {}
+        found = [
             agent_pb2.Snapshot(
                 epoch=epoch,
                 step=step,
                 world_size=known.saves.complete[epoch, step],
                 aliases=known.saves.aliases.get((epoch, step), {}),
+                on_disk=(epoch, step) in disks,
             )
             for epoch, step in known.saves.snapshots()
         ]
+        in_memory = {(each.epoch, each.step) for each in found}
+        found += [
+            agent_pb2.Snapshot(
+                epoch=key[0], step=key[1], world_size=d.world_size, aliases=d.aliases, on_disk=True, not_in_memory=True
+            )
+            for key, d in disks.items()
+            if key not in in_memory
+        ]
+        return sorted(found, key=lambda each: (each.epoch, each.step), reverse=True)
 
     def nic_findings(self, job: str) -> list[Finding]:
         """The network cards of a job that are in trouble now, worst first."""
@@ -274,6 +298,21 @@ class Coordinator:
             job.saves.dropped(event)
         return Decision()
 
+    def _on_local_kept(self, event: pb.LocalKept, now: float) -> Decision:
+        return self._tiers_of(self._job(event.job, event.store, now)).kept(event, now)
+
+    def _on_local_dropped(self, event: pb.LocalDropped, now: float) -> Decision:
+        if event.job in self.tiers:
+            self.tiers[event.job].dropped(event)
+        return Decision()
+
+    def _on_durable_wanted(self, event: pb.DurableWanted, now: float) -> Decision:
+        job = self.jobs.get(event.job)
+        return self._tiers_of(job).wanted(event, now) if job else Decision()
+
+    def _tiers_of(self, job: Job) -> Tiers:
+        return self.tiers.setdefault(job.name, Tiers(job.saves, self.draining))
+
     def _on_node_joined(self, event: pb.NodeJoined, now: float) -> Decision:
         attempts = self.launched.get(event.job)
         decision = Decision()
@@ -304,7 +343,8 @@ class Coordinator:
         """How far a launched job is: the newest step that could be restored, and the steps done if anybody told."""
         jobs = [job for job in self.jobs.values() if launched_as(job.name) == launched]
         told = [job.highest for job in jobs if job.progress]
-        return max((job.saves.newest for job in jobs), default=-1), max(told, default=None)
+        whole = [step for job in jobs if job.name in self.tiers for _, step in self.tiers[job.name].complete]
+        return max([job.saves.newest for job in jobs] + whole, default=-1), max(told, default=None)
 
     def _on_node_ready(self, event: pb.NodeReady, now: float) -> Decision:
         attempts = self.launched.get(event.job)

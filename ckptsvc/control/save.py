@@ -29,6 +29,9 @@ LATE_NEWS = 60.0
 REMEMBERED = 64
 """Ended saves whose outcome is kept, to answer an agent that reports them again."""
 
+_FINAL = ("fenced", "layout", "config", "damaged", "incompatible-version", "save-failed")
+"""Codes of errors of a commit after which a save is given up though it is whole on local disks: it will never be one.
+Others lie with the store, and may pass."""
 
 Failure = tuple[agent_pb2.Outcome, str, str]
 """How a save fails: outcome, error code, reason."""
@@ -43,6 +46,11 @@ class Save:
         changed: when there last were news, or a look-up.
         fresh: some rank has staged in our time, so that no earlier coordinator can have committed it.
         failure: how it fails, unless it turns out to be committed; and since when.
+        local: ranks whose shard is on a local disk (control.tiering), from where it is drained when that is decided.
+        must: it is to be drained whatever the policy says.
+        decided: whether the policy has been asked.
+        draining: the agents have been told to drain it.
+        lost_at: since when one of its shards is on a disk that is out of reach.
     """
 
     epoch: int
@@ -60,6 +68,16 @@ class Save:
     durable: dict[int, pb.Durable] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, str] = field(default_factory=dict)
+    local: set[int] = field(default_factory=set)
+    decided: bool = False
+    must: bool = False
+    draining: bool = False
+    lost_at: float | None = None
+
+    @property
+    def settled(self) -> bool:
+        """No shard is in memory alone, and not all are durable yet."""
+        return bool(self.local) and all(r in self.local or r in self.durable for r in range(self.world_size))
 
     @property
     def missing(self) -> list[int]:
@@ -262,8 +280,20 @@ class Saves:
         key = (event.epoch, event.step)
         if not event.code:
             return self._end(key, agent_pb2.OUTCOME_COMMITTED, "", "committed", now)
+        save = self.open.get(key)
+        if save is not None and save.settled and event.code not in _FINAL:
+            save.committing, save.changed = False, now
+            return Decision([], [f"step {save.step}: not committed yet, will be tried again: {event.why}"])
         outcome = agent_pb2.OUTCOME_FENCED if event.code == "fenced" else agent_pb2.OUTCOME_FAILED
         return self._end(key, outcome, event.code, event.why, now)
+
+    def commit_again(self, save: Save) -> Decision:
+        """Try a commit again that the store did not take."""
+        return self._commit(save)
+
+    def leave_local(self, key: Key, why: str, now: float) -> Decision:
+        """End a save as it is on the local disks."""
+        return self._end(key, agent_pb2.OUTCOME_LOCAL, "", why, now)
 
     def tick(self, now: float) -> Decision:
         """Give up saves that take too long; look up those that may have been committed before our time."""
@@ -274,6 +304,9 @@ class Saves:
                 if now - save.changed > self.timeout:
                     # The store hangs. Whether the record is there, the next attempt will see.
                     why = f"the commit has not returned for {self.timeout:g} s"
+                    if save.settled:
+                        decision.add(self.leave_local(key, why, now))
+                        continue
                     decision.add(self._end(key, agent_pb2.OUTCOME_FAILED, "store-unavailable", why, now))
                 continue
             if save.failure:
@@ -283,7 +316,7 @@ class Saves:
                     decision.add(self._end(key, outcome, "store-unavailable", why, now))
                 elif quiet:
                     decision.effects.append(self._look_up(save, now))
-            elif now - save.opened > self.timeout:
+            elif now - save.opened > self.timeout and not save.settled:
                 decision.add(self._fail(key, (agent_pb2.OUTCOME_FAILED, "save-failed", self._overdue(save)), now))
             elif save.attempt < self.attempt and now - self.attempt_began > LATE_NEWS and save.missing:
                 decision.add(self._lost_rank(key, save.missing[0], "was gone", now))

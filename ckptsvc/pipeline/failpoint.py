@@ -10,6 +10,12 @@ order of a save:
     before_shard  in_shard  after_shard          I/O worker
     before_commit  before_record  after_commit   I/O worker: ...; the index is written; the record is there
     in_expire  in_sweep                          I/O worker: the commit record of an old checkpoint is removed; a file
+
+With a local disk, where a shard goes first:
+
+    after_local                                  I/O worker: it is a copy
+    before_drain  in_drain  after_drain          I/O worker: ...; ...; it is in the durable store, and not marked so yet
+    in_refill                                    I/O worker: a part of it is in an arena again
 """
 
 from __future__ import annotations

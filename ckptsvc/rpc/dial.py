@@ -64,19 +64,24 @@ def address_of(directory: Path) -> str:
         return ""
 
 
-def agent_arguments(name: str, listen: str = "", coordination: str = "") -> list[str]:
+def agent_arguments(
+    name: str, listen: str = "", coordination: str = "", max_write_rate: int | None = None
+) -> list[str]:
     """For the agent that a job starts, now or when the one that is there has ended: it goes when it is done.
 
     Args:
         name: of the node.
         listen: address at which other agents look for it; "": none in particular.
         coordination: where the job's coordinator is elected; "": nowhere.
+        max_write_rate: bytes per second it may write to stores; None: no limit.
     """
     arguments = ["--name", name, "--linger", "30s"]
     if listen:
         arguments += ["--listen", listen]
     if coordination:
         arguments += ["--coordination", coordination]
+    if max_write_rate:
+        arguments += ["--max-write-rate", str(max_write_rate)]
     return arguments
 
 

@@ -23,6 +23,7 @@ import stamina
 from ckptsvc.errors import BY_CODE, CkptsvcError, ConfigError, StoreError
 from ckptsvc.storage.api import READ_LIMIT, Capabilities, Entry, Progress, Store
 from ckptsvc.storage.arguments import check_target
+from ckptsvc.storage.rate import Rate
 
 T = TypeVar("T")
 
@@ -179,34 +180,25 @@ class Limited(Wrapper):
 
     Args:
         inner: the store.
-        bytes_per_second: of all reads and writes of objects together; None is no limit.
+        bytes_per_second: of all reads and writes of objects together; None is no limit. A `Rate` may be shared with
+            other stores.
         in_flight: calls at the same time, others wait; None is no limit.
     """
 
     _STEP = 8 << 20  # bytes read between two looks at the clock
 
-    def __init__(self, inner: Store, *, bytes_per_second: float | None = None, in_flight: int | None = None) -> None:
+    def __init__(
+        self, inner: Store, *, bytes_per_second: float | Rate | None = None, in_flight: int | None = None
+    ) -> None:
         super().__init__(inner)
-        for name, value in (("bytes_per_second", bytes_per_second), ("in_flight", in_flight)):
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} is {value}; it must be more than 0")
+        if in_flight is not None and in_flight <= 0:
+            raise ConfigError(f"in_flight is {in_flight}; it must be more than 0")
         self._slots = threading.BoundedSemaphore(in_flight) if in_flight else nullcontext()
-        self._rate = bytes_per_second
-        self._lock = threading.Lock()
-        self._free_at = 0.0  # on the monotonic clock: when all bytes let through so far are paid for
+        self._rate = bytes_per_second if isinstance(bytes_per_second, Rate) else Rate(bytes_per_second)
 
     def _call(self, op: str, key: str, nbytes: int, run: Callable[[], T]) -> T:
         with self._slots:
             return run()
-
-    def _pay(self, nbytes: int) -> None:
-        """Wait for as long as `nbytes` take at the rate, in line behind all other threads."""
-        if self._rate is None:
-            return
-        with self._lock:
-            self._free_at = max(self._free_at, time.monotonic()) + nbytes / self._rate
-            wait = self._free_at - time.monotonic()
-        time.sleep(max(0.0, wait))
 
     def write(
         self, key: str, data: memoryview, size: int, *, ready: Progress | None = None, progress: Progress | None = None
@@ -214,7 +206,7 @@ class Limited(Wrapper):
         """See `Store.write`; the store is held back through `progress`."""
 
         def held_back(nbytes: int) -> None:
-            self._pay(nbytes)
+            self._rate.pay(nbytes)
             if progress is not None:
                 progress(nbytes)
 
@@ -223,19 +215,19 @@ class Limited(Wrapper):
     def read(self, key: str, limit: int = READ_LIMIT) -> bytes:
         """See `Store.read`."""
         content = super().read(key, limit)
-        self._pay(len(content))
+        self._rate.pay(len(content))
         return content
 
     def read_into(self, key: str, offset: int, buffer: memoryview) -> None:
         """See `Store.read_into`; reads in steps where there is a rate."""
-        if self._rate is None:
+        if self._rate.limit is None:
             super().read_into(key, offset, buffer)
             return
         with check_target(buffer, offset) as view:
             for start in range(0, len(view) or 1, self._STEP):
                 with view[start : start + self._STEP] as part:
                     super().read_into(key, offset + start, part)
-                    self._pay(len(part))
+                    self._rate.pay(len(part))
 
 
 Observe = Callable[[str, float, int, Exception | None], None]

@@ -100,6 +100,12 @@ def test_every_setting_has_its_variable() -> None:
         "store.retries": "0",
         "store.timeout": "500ms",
         "store.options": '{"s3": {"region": "eu-west-1"}}',
+        "store.max_write_rate": "2GB/s",
+        "tiers.local": "file:///local/nvme",
+        "tiers.local_keep": "3",
+        "tiers.local_limit": "2GiB",
+        "tiers.durable_every": "4",
+        "tiers.durable_backlog": "1",
         "health.enabled": "false",
         "health.automatic": "never",
         "health.floor": "2s",
@@ -147,7 +153,10 @@ def test_every_setting_has_its_variable() -> None:
     )
     assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
     assert settings.store == config.StoreSettings(
-        url="memory://x", retries=0, timeout=0.5, options={"s3": {"region": "eu-west-1"}}
+        url="memory://x", retries=0, timeout=0.5, max_write_rate=2 * 10**9, options={"s3": {"region": "eu-west-1"}}
+    )
+    assert settings.tiers == config.TiersSettings(
+        local="/local/nvme", local_keep=3, local_limit=Limit(2048 * MIB, 0.0), durable_every=4, durable_backlog=1
     )
     assert settings.health == config.HealthSettings(
         enabled=False, automatic="never", floor=2.0, factor=4.0, startup=1200.0, confirm=300.0, give_up=3600.0
@@ -454,3 +463,24 @@ class TestTablesOfOptions:
     def test_anything_else_is_refused(self, text: str) -> None:
         with pytest.raises(ConfigError, match=r"store\.options"):
             load({"CKPTSVC_STORE_OPTIONS": text}, files=[])
+
+
+@pytest.mark.parametrize(
+    ("text", "rate"), [("2GB/s", 2 * 10**9), ("512 MiB/s", 512 * MIB), ("1000", 1000), (4096, 4096), ("off", None)]
+)
+def test_rates(text: object, rate: int | None) -> None:
+    assert quantities.parse_rate_or_off(text) == rate
+    assert load({}, {"store.max_write_rate": text}, []).store.max_write_rate == rate
+
+
+@pytest.mark.parametrize("text", ["fast", "0", "2GB/min", "-1", True, 1.5, "/s", ""])
+def test_what_is_no_rate(text: object) -> None:
+    with pytest.raises(ConfigError, match="rate"):
+        quantities.parse_rate_or_off(text)
+
+
+@pytest.mark.parametrize("text", ["nvme", "./nvme", "s3://bucket", "file://nvme", "/a\0b", 3, None])
+def test_what_is_no_directory_of_the_node(text: object) -> None:
+    with pytest.raises(ConfigError, match="directory"):
+        quantities.parse_directory_or_off(text)
+    assert quantities.parse_directory_or_off("off") == ""

@@ -25,6 +25,13 @@ METRICS = {
     ("ckptsvc_last_commit_timestamp_seconds", "gauge", ("job",)),
     ("ckptsvc_last_committed_step", "gauge", ("job",)),
     ("ckptsvc_layouts_missed_total", "counter", ("scheme",)),
+    ("ckptsvc_drain_backlog_age_seconds", "gauge", ()),
+    ("ckptsvc_drain_backlog_bytes", "gauge", ()),
+    ("ckptsvc_drain_parallel_shards", "gauge", ()),
+    ("ckptsvc_incidents_total", "counter", ("kind",)),
+    ("ckptsvc_last_commit_timestamp_seconds", "gauge", ("job",)),
+    ("ckptsvc_last_committed_step", "gauge", ("job",)),
+    ("ckptsvc_local_disk_refusals_total", "counter", ()),
     ("ckptsvc_nic_events_total", "counter", ("nic", "signal")),
     ("ckptsvc_nic_findings", "gauge", ("kind",)),
     ("ckptsvc_nic_held_back_seconds_total", "counter", ("nic", "signal")),
@@ -43,6 +50,8 @@ METRICS = {
     ("ckptsvc_shard_stripes", "gauge", ("scheme",)),
     ("ckptsvc_snapshots_skipped_total", "counter", ("reason",)),
     ("ckptsvc_store_errors_total", "counter", ("kind", "scheme")),
+    ("ckptsvc_tier_bytes", "gauge", ("tier",)),
+    ("ckptsvc_write_held_back_seconds_total", "counter", ()),
     ("ckptsvc_written_bytes_total", "counter", ("scheme",)),
     ("ckptsvc_spared_bytes_total", "counter", ("scheme",)),
 }
@@ -90,6 +99,7 @@ def test_the_names_are_frozen(metrics: Metrics) -> None:
 
 def test_the_names_follow_the_rules(metrics: Metrics) -> None:
     units = ("_bytes", "_seconds", "_step", "_stripes", "_sessions", "_findings", "_up")
+    units = ("_bytes", "_seconds", "_step", "_sessions", "_findings", "_up", "_shards")
     for name, kind, labels in METRICS:
         assert re.fullmatch(r"ckptsvc_[a-z_]+", name)
         assert (kind == "counter") == name.endswith("_total")

@@ -13,11 +13,13 @@ class Outcome(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     OUTCOME_FAILED: _ClassVar[Outcome]
     OUTCOME_SKIPPED: _ClassVar[Outcome]
     OUTCOME_FENCED: _ClassVar[Outcome]
+    OUTCOME_LOCAL: _ClassVar[Outcome]
 OUTCOME_UNSPECIFIED: Outcome
 OUTCOME_COMMITTED: Outcome
 OUTCOME_FAILED: Outcome
 OUTCOME_SKIPPED: Outcome
 OUTCOME_FENCED: Outcome
+OUTCOME_LOCAL: Outcome
 
 class PrepareRequest(_message.Message):
     __slots__ = ("plain_digest", "generation")
@@ -168,7 +170,7 @@ class ListSnapshotsResponse(_message.Message):
     def __init__(self, snapshots: _Optional[_Iterable[_Union[Snapshot, _Mapping]]] = ...) -> None: ...
 
 class Snapshot(_message.Message):
-    __slots__ = ("epoch", "step", "world_size", "local", "aliases")
+    __slots__ = ("epoch", "step", "world_size", "local", "aliases", "on_disk", "not_in_memory")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -181,12 +183,16 @@ class Snapshot(_message.Message):
     WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
     LOCAL_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
+    ON_DISK_FIELD_NUMBER: _ClassVar[int]
+    NOT_IN_MEMORY_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     world_size: int
     local: _containers.RepeatedCompositeFieldContainer[LocalShard]
     aliases: _containers.ScalarMap[str, str]
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., world_size: _Optional[int] = ..., local: _Optional[_Iterable[_Union[LocalShard, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    on_disk: bool
+    not_in_memory: bool
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., world_size: _Optional[int] = ..., local: _Optional[_Iterable[_Union[LocalShard, _Mapping]]] = ..., aliases: _Optional[_Mapping[str, str]] = ..., on_disk: bool = ..., not_in_memory: bool = ...) -> None: ...
 
 class LocalShard(_message.Message):
     __slots__ = ("rank", "slot", "bytes", "extent", "digests")
@@ -201,6 +207,22 @@ class LocalShard(_message.Message):
     extent: int
     digests: bytes
     def __init__(self, rank: _Optional[int] = ..., slot: _Optional[str] = ..., bytes: _Optional[int] = ..., extent: _Optional[int] = ..., digests: _Optional[bytes] = ...) -> None: ...
+
+class RefillRequest(_message.Message):
+    __slots__ = ("epoch", "step")
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+
+class RefillResponse(_message.Message):
+    __slots__ = ("done", "snapshot")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    done: bool
+    snapshot: Snapshot
+    def __init__(self, done: bool = ..., snapshot: _Optional[_Union[Snapshot, _Mapping]] = ...) -> None: ...
 
 class LeaveRequest(_message.Message):
     __slots__ = ()

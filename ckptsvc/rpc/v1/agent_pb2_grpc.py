@@ -74,6 +74,11 @@ class AgentServiceStub(object):
                 request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ListSnapshotsRequest.SerializeToString,
                 response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ListSnapshotsResponse.FromString,
                 _registered_method=True)
+        self.Refill = channel.unary_unary(
+                '/ckptsvc.rpc.v1.AgentService/Refill',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.RefillRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.RefillResponse.FromString,
+                _registered_method=True)
         self.Leave = channel.unary_unary(
                 '/ckptsvc.rpc.v1.AgentService/Leave',
                 request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.LeaveRequest.SerializeToString,
@@ -154,6 +159,14 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Refill(self, request, context):
+        """Brings what the local disk has of a snapshot back into arenas, verified; answers with all shards of it that are in
+        this node's arenas then, or, before the deadline, that it is still at it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Leave(self, request, context):
         """This rank ends in good order.
         """
@@ -217,6 +230,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.ListSnapshots,
                     request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ListSnapshotsRequest.FromString,
                     response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ListSnapshotsResponse.SerializeToString,
+            ),
+            'Refill': grpc.unary_unary_rpc_method_handler(
+                    servicer.Refill,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.RefillRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.RefillResponse.SerializeToString,
             ),
             'Leave': grpc.unary_unary_rpc_method_handler(
                     servicer.Leave,
@@ -450,6 +468,33 @@ class AgentService(object):
             '/ckptsvc.rpc.v1.AgentService/ListSnapshots',
             ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ListSnapshotsRequest.SerializeToString,
             ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.ListSnapshotsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Refill(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.AgentService/Refill',
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.RefillRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.RefillResponse.FromString,
             options,
             channel_credentials,
             insecure,

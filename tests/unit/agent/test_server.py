@@ -109,6 +109,7 @@ class TestRefusals:
         "Abandon": agent_pb2.AbandonRequest(slot="x", step=1),
         "WaitSave": agent_pb2.WaitSaveRequest(step=1),
         "ListSnapshots": agent_pb2.ListSnapshotsRequest(),
+        "Refill": agent_pb2.RefillRequest(epoch=1, step=1),
         "Leave": agent_pb2.LeaveRequest(),
     }
 

@@ -33,12 +33,18 @@ def document(job: str = "gpt", **changes: Any) -> dict[str, Any]:
     return {
         "status_version": 1, "version": "0.1.0", "node": "n1", "pid": 7, "started": time.time() - 7200,
         "address": "127.0.0.1:1", "metrics": "127.0.0.1:2", "ranks": ranks, "saves": saves, "arena_limit": 8 << 30,
+        "max_write_rate": 2 << 30,
         "arenas": [{"job": job, "rank": r, "state": s, "step": 1, "bytes": 64 << 20} for r, s in
             ((0, "kept"), (0, "staged"), (1, "kept"))],
         "coordinates": [{"job": job, "attempt": 2, "epoch": 2, "world_size": 2, "live_ranks": 1, "nodes": ["n1"],
-            "running_saves": [1230], "in_memory": [1200, 1100], "restarts": 1,
+            "running_saves": [1230], "in_memory": [1200, 1100], "on_disk": [1100, 1200], "restarts": 1,
             "incidents": ["attempt 1: rank 1 killed"], "aside": {"n3": "a spare"},
             "nics": ["cxi1 on n1: its link is 'down'"]}],
+        "local_disk": {"directory": "/local", "problem": "", "drains_allowed": 1,
+            "store_problem": "the store is slow", "snapshots": [
+                {"job": job, "epoch": 2, "step": step, "stage": stage, "complete": True, "shards": 2,
+                    "durable": durable, "draining": 1, "bytes": 64 << 20, "age": 90.0}
+                for step, stage, durable in ((1200, "pending", 1), (1100, "committed", 2), (1230, "pending", 0))]},
         "elections": [{"job": job, "coordinator": "n1", "address": "127.0.0.1:1", "term": 7, "here": True, "refused": 0,
             "problem": "etcd does not answer"}],
     } | changes  # fmt: skip
@@ -62,13 +68,17 @@ def test_what_a_person_sees(answers: list[Answer]) -> None:
         "pid 7, up 2 h, version 0.1.0, /run/a",
         "listens on 127.0.0.1:1, metrics on 127.0.0.1:2",
         "arenas 192.0 MiB of 8.0 GiB: 2 kept, 1 staged",
+        "writes at most 2.0 GiB/s to stores",
+        "local disk 192.0 MiB: 3 snapshots, newest step 1,230 (pending)",
+        "draining step 1,200: 1 of 2 shards durable, 90 s old; 1 more behind it",
+        "the store is slow",
         "",
         "job gpt",
         "store file:///runs/\\x1b[31mgpt",
         "coordinator n1, elected in term 7",
         "etcd does not answer",
         "coordinated here: attempt 2, epoch 2, 1 of 2 ranks on 1 node",
-        "steps being saved: 1230; in memory: 1200, 1100",
+        "steps being saved: 1230; in memory: 1200, 1100; on local disks: 1100, 1200",
         "1 restart",
         "attempt 1: rank 1 killed",
         "n3: a spare",
@@ -113,6 +123,7 @@ def test_one_job(answers: list[Answer]) -> None:
     both = document()
     for name in ("ranks", "arenas", "saves", "coordinates"):
         both[name] = both[name] + document("bert")[name]
+    both["local_disk"]["snapshots"] += document("bert")["local_disk"]["snapshots"]
     answers[:] = [Answer(Path("/run/a"), both), Answer(Path("/run/c"), document("bert"))]
     found = json.loads(cli("status", "--job", "gpt", "--json").out)["agents"]
     assert [each["directory"] for each in found] == ["/run/a"]
@@ -126,7 +137,7 @@ def test_one_job(answers: list[Answer]) -> None:
 
 
 def test_an_idle_agent(answers: list[Answer]) -> None:
-    idle = document(ranks=[], arenas=[], saves=[], coordinates=[], metrics="")
+    idle = document(ranks=[], arenas=[], saves=[], coordinates=[], metrics="", local_disk=None, max_write_rate=None)
     answers[:] = [Answer(Path("/run/a"), idle)]
     assert cli("status").out.splitlines()[2:] == ["  listens on 127.0.0.1:1", "  arenas 0 B of 8.0 GiB"]
 
