@@ -26,8 +26,10 @@ Note = Callable[[dict[str, Any]], None]
 class LocalCopies:
     """The operations of a worker that concern local copies."""
 
-    def __init__(self, rate: Rate, mappings: Mappings, fills: dict[int, threading.Event]) -> None:
-        self._rate, self._mappings, self._fills = rate, mappings, fills
+    def __init__(
+        self, rate: Rate, mappings: Mappings, fills: dict[int, threading.Event], opened: Callable[[str], Store]
+    ) -> None:
+        self._rate, self._mappings, self._fills, self._opened = rate, mappings, fills, opened
         self._bare: dict[str, Store] = {}
         self._connecting = threading.Lock()
 
@@ -37,7 +39,7 @@ class LocalCopies:
 
     def _durable(self, url: str) -> Store:
         # Not tried again: the agent does, and in between other shards have their turn.
-        return self._connected(f"drain {url}", lambda: Limited(connect(url), bytes_per_second=self._rate))
+        return self._connected(f"drain {url}", lambda: Limited(self._opened(url), bytes_per_second=self._rate))
 
     def _connected(self, name: str, connected: Callable[[], Store]) -> Store:
         with self._connecting:
