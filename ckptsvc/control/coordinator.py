@@ -24,6 +24,7 @@ from ckptsvc.control.incidents import Incidents, standing
 from ckptsvc.control.membership import Job
 from ckptsvc.control.nic_job import JobNics
 from ckptsvc.control.nics import Finding
+from ckptsvc.control.redundancy import PartnerPolicy, Redundancy
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.control.save import Saves
 from ckptsvc.control.slow import SlowJobs
@@ -45,6 +46,7 @@ class Coordinator:
     save_timeout: float = 1800.0
     policy: Policy = field(default_factory=Policy)
     mark: str = ""
+    partners: PartnerPolicy = PartnerPolicy()
     jobs: dict[str, Job] = field(default_factory=dict)
     launched: dict[str, Attempts] = field(default_factory=dict)
     nics: dict[str, JobNics] = field(default_factory=dict)
@@ -52,16 +54,18 @@ class Coordinator:
     incidents: Incidents = field(init=False)
     health: Health = field(init=False)
     slow: SlowJobs = field(init=False)
+    redundancy: Redundancy = field(init=False)
 
     def __post_init__(self) -> None:
         self.incidents = Incidents(self.mark)
         self.health = Health(self.jobs, self.launched, self.incidents, self.nics, self.policy)
         self.slow = SlowJobs(self.jobs, self.incidents, self.health.cases)
+        self.redundancy = Redundancy(self.partners)
 
     def handle(self, node: str, report: pb.Report, now: float) -> Decision:
         """One report from the agent of `node`."""
         kind = report.WhichOneof("event")
-        if kind is None or kind == "agent_hello":
+        if kind is None:
             return Decision()
         event = getattr(report, kind)
         decision: Decision = getattr(self, f"_on_{kind}")(event, now)
@@ -72,7 +76,7 @@ class Coordinator:
         for job in self.jobs.values():
             job.saves.node_gone(node)
             job.agent_lost(node, now)
-        decision = Decision([], [f"agent of {node} disconnected"])
+        decision = Decision([], [f"agent of {node} disconnected"]).add(self.redundancy.agent_lost(node))
         for attempts in self.launched.values():
             decision.add(attempts.agent_lost(node, now))
         return decision.add(self.health.agent_lost(node, now))
@@ -124,13 +128,14 @@ class Coordinator:
             decision.add(self._tick_launched(attempts, now))
         for nics in self.nics.values():
             decision.add(nics.tick(now))
-        decision.add(self.health.tick(now)).add(self.slow.tick(now))
+        decision.add(self.health.tick(now)).add(self.slow.tick(now)).add(self.redundancy.tick(now))
         for name, job in list(self.jobs.items()):
             if job.ranks or job.saves.open or job.saves.held:
                 job.busy_at = now
             elif now - job.busy_at > FORGET_AFTER:
                 del self.jobs[name]
                 self.incidents.forget(name)
+                self.redundancy.forget(name)
                 self.nics.pop(name, None)
         for name, attempts in list(self.launched.items()):
             if attempts.phase is Phase.ENDED and now - attempts.ended > FORGET_AFTER:
@@ -155,6 +160,9 @@ class Coordinator:
         before, nodes = standing(attempts), list(attempts.nodes)
         suspects = [(rank, where) for rank, (_, where) in attempts.suspects.items() if rank not in attempts.statuses]
         decision = attempts.tick(now)
+        if attempts.phase is Phase.STOPPING:  # the next attempt will ask what there is to restore
+            for job in self._runs_of(attempts.job):
+                decision.add(self.redundancy.rebuild(job, now))
         if suspects:
             return decision.add(self.incidents.failed(attempts, before, "died", *suspects[0]))
         lost = next((node for node in nodes if node not in attempts.nodes), "")
@@ -176,6 +184,17 @@ class Coordinator:
             for job in jobs:
                 job.save_wanted = True
         return Decision()
+
+    def _runs_of(self, launched: str) -> list[Job]:
+        return [job for job in self.jobs.values() if launched_as(job.name) == launched]
+
+    def recover(self, job: str, now: float) -> Decision:
+        """The ranks of a job want to know what is in memory: have what is lost rebuilt, where it can be."""
+        return self.redundancy.rebuild(self.jobs[job], now) if job in self.jobs else Decision()
+
+    def lost(self, job: str) -> list[str]:
+        """Snapshots that were newer than any that is still whole, a sentence each."""
+        return self.redundancy.lost(self.jobs[job].saves) if job in self.jobs else []
 
     def snapshots(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job in memory, newest first (`local` is filled in by each agent)."""
@@ -249,8 +268,21 @@ class Coordinator:
             job.progressed(event, now)
         return Decision()
 
+    def _on_agent_hello(self, event: pb.AgentHello, now: float) -> Decision:
+        self.redundancy.attends(event)
+        return Decision()
+
+    def _on_guarded(self, event: pb.Guarded, now: float) -> Decision:
+        self.redundancy.guarded(event)
+        return Decision()
+
+    def _on_rebuilt(self, event: pb.Rebuilt, now: float) -> Decision:
+        return self.redundancy.rebuilt(event)
+
     def _on_staged(self, event: pb.Staged, now: float) -> Decision:
-        return self._job(event.job, event.store, now).saves.staged(event, now)
+        job = self._job(event.job, event.store, now)
+        decision = job.saves.staged(event, now)
+        return decision.add(self.redundancy.staged(job, event))
 
     def _on_durable(self, event: pb.Durable, now: float) -> Decision:
         job = self.jobs.get(event.job)
@@ -270,7 +302,9 @@ class Coordinator:
 
     def _on_dropped(self, event: pb.Dropped, now: float) -> Decision:
         job = self.jobs.get(event.job)
-        if job:
+        if event.rank < 0:
+            self.redundancy.dropped(event)
+        elif job:
             job.saves.dropped(event)
         return Decision()
 
