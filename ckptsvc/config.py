@@ -22,6 +22,7 @@ from typing import Annotated, Literal, NoReturn, get_args, get_origin
 
 import msgspec
 
+from ckptsvc import tiers
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import (
     Address,
@@ -241,6 +242,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     save: SaveSettings = SaveSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     store: StoreSettings = StoreSettings()
+    tiers: tiers.TierSettings = tiers.TierSettings()
     health: HealthSettings = HealthSettings()
     nics: NicsSettings = NicsSettings()
     etcd: EtcdSettings = EtcdSettings()
@@ -388,6 +390,8 @@ def _check(settings: Settings) -> None:
         refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
     if save.deadline >= save.timeout:
         refuse("save.deadline", f"is {save.deadline:g} s, not less than save.timeout, {save.timeout:g} s")
+    for key, problem in tiers.problems(settings.tiers):
+        refuse(key, problem)
     for key in ("floor", "startup", "confirm", "give_up"):
         if getattr(health, key) == 0:
             refuse(f"health.{key}", 'is 0; to switch the watch off, set health.enabled to "false"')

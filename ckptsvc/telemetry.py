@@ -55,6 +55,22 @@ class ArenaState(StrEnum):
     KEPT = "kept"
 
 
+class Tier(StrEnum):
+    """Where in the memory of nodes a snapshot is, or what it can be rebuilt from."""
+
+    MEMORY = "memory"
+    COPY = "copy"
+    PARITY = "parity"
+
+
+class Purpose(StrEnum):
+    """Why a node reads what others hold."""
+
+    COPY = "copy"
+    PARITY = "parity"
+    REBUILD = "rebuild"
+
+
 class IncidentKind(StrEnum):
     """What has happened to a job; a rank that goes on by itself after all is slow."""
 
@@ -142,6 +158,8 @@ class Event(StrEnum):
     NIC_FOUND = "nic-found"
     NIC_UNREADABLE = "nic-unreadable"
     INCIDENT_KEPT = "incident-kept"
+    PARTNER_KEPT = "partner-kept"
+    PARTNER_FAILED = "partner-failed"
 
 
 class Metrics:
@@ -187,6 +205,7 @@ class Metrics:
         )
         self._coordination(registry)
         self._nics(registry)
+        self._partners(registry)
         Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})
         self._start_at_zero()
 
@@ -213,6 +232,29 @@ class Metrics:
             "ckptsvc_calls_refused_total",
             "Calls by who is no agent of this user.",
             registry=registry,
+        )
+
+    def _partners(self, registry: CollectorRegistry) -> None:
+        """Those of what nodes keep for each other."""
+        from prometheus_client import Counter, Gauge
+
+        self.tier_bytes = Gauge(
+            "ckptsvc_tier_bytes", "Bytes of whole snapshots, of copies, and of parity in memory.", ["tier"],
+            registry=registry,
+        )  # fmt: skip
+        self.partner_kept = Counter(
+            "ckptsvc_partner_kept_total", "Copies and parts of parity made, and shards rebuilt.", ["purpose"],
+            registry=registry,
+        )  # fmt: skip
+        self.partner_failures = Counter(
+            "ckptsvc_partner_failures_total", "Those that could not be.", ["purpose"], registry=registry
+        )
+        self.partner_bytes = Counter(
+            "ckptsvc_partner_read_bytes_total", "Bytes that were read from other nodes for them.", ["purpose"],
+            registry=registry,
+        )  # fmt: skip
+        self.guests_dropped = Counter(
+            "ckptsvc_partner_dropped_total", "Those that had to go for the memory of local ranks.", registry=registry
         )
 
     def _nics(self, registry: CollectorRegistry) -> None:
@@ -254,6 +296,11 @@ class Metrics:
             self.incidents.labels(incident)
         for kind in NicTrouble:
             self.nic_findings.labels(kind)
+        for tier in Tier:
+            self.tier_bytes.labels(tier)
+        for purpose in Purpose:
+            for counter in (self.partner_kept, self.partner_failures, self.partner_bytes):
+                counter.labels(purpose)
 
     def committed(self, job: str, step: int, now: float) -> None:
         """Count a commit of `job` at `step`; `now` is in unix seconds."""

@@ -204,7 +204,7 @@ class ElectedUplink:
         if self._inner is not None:
             self._inner.report(report)
 
-    async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
+    async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
         """Complete snapshots of a job in memory, newest first."""
         try:
             await asyncio.wait_for(self._there.wait(), LIST_PATIENCE)
@@ -348,14 +348,14 @@ class ElectedUplink:
         self._local.metrics.coordinator_changes.inc()
         self.shell = self._all.new_shell(term, lambda: self._election.may_act(term, clock()))
         self._ticking = asyncio.ensure_future(self.shell.run())
-        self._switch(LocalUplink(self._local.name, self.shell, self._obey))
+        self._switch(LocalUplink(self._local.hello(self.job, term), self.shell, self._obey))
         for report in self._local.resync(self.way):
             self.report(report)
         self._leads.set()
 
     def _follow(self, holder: Holder) -> None:
         self._local.metrics.coordinator_changes.inc()
-        hello = pb.AgentHello(node=self._local.name, job=self.job, term=holder.term)
+        hello = self._local.hello(self.job, holder.term)
         self._switch(self._local.dial(hello, holder.address, self._obey, self.way))
 
     def _switch(self, inner: Uplink | None) -> None:

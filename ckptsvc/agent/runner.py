@@ -37,6 +37,7 @@ from ckptsvc.control.effects import (
     Strike,
 )
 from ckptsvc.control.health import Policy
+from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -75,6 +76,7 @@ class CoordinatorShell:
         may_act: whether it may still decide; asked before every effect.
         drains: ask the scheduler to drain nodes that have failed too often.
         metrics: where incidents and restarts are counted; None: nowhere.
+        partners: what nodes keep for each other.
 
     Attributes:
         incidents: the latest, by job and id, oldest first.
@@ -93,8 +95,9 @@ class CoordinatorShell:
         may_act: Callable[[], bool] = lambda: True,
         drains: bool = False,
         metrics: Metrics | None = None,
+        partners: PartnerPolicy | None = None,
     ) -> None:
-        self.core = Coordinator(save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2))
+        self.core = Coordinator(save_timeout, policy, secrets.token_hex(2), partners or PartnerPolicy())
         self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
         self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
         self.term, self.dropped = term, 0
@@ -105,6 +108,7 @@ class CoordinatorShell:
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: dict[tuple[str, int, int], str] = {}
+        self._ticked = asyncio.Event()
 
     def attend(self, node: str, deliver: Deliver) -> None:
         """An agent has connected; it will report all it holds."""
@@ -124,15 +128,23 @@ class CoordinatorShell:
             _warn_of_clock(report.node_joined, time.time())
         self._execute(self.core.handle(node, report, time.monotonic()))
 
-    def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
-        """Complete snapshots of a job in memory, newest first."""
-        return self.core.snapshots(job)
+    async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
+        """Complete snapshots of a job in memory, newest first, once what is lost has been rebuilt."""
+        self._execute(self.core.recover(job, time.monotonic()))
+        while self.core.redundancy.is_rebuilding(job):
+            await self._ticked.wait()
+        notes = self.core.lost(job)
+        for note in notes:
+            log.warning("job %s: %s", job, note)
+        return agent_pb2.ListSnapshotsResponse(snapshots=self.core.snapshots(job), notes=notes)
 
     async def run(self) -> None:
         """Tick until cancelled."""
         while True:
             await asyncio.sleep(TICK)
             self._execute(self.core.tick(time.monotonic()))
+            ticked, self._ticked = self._ticked, asyncio.Event()
+            ticked.set()
 
     async def stop(self) -> None:
         """Cancel what is running."""

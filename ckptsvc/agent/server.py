@@ -36,6 +36,7 @@ from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import Node
+from ckptsvc.agent.partners import Partners
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
@@ -43,8 +44,10 @@ from ckptsvc.agent.watch import Watch
 from ckptsvc.agent.workers import Workers
 from ckptsvc.config import HealthSettings, Settings, agents_directory, load, private_directory
 from ckptsvc.control.health import Policy
+from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
+from ckptsvc.launch.domain import domain_of
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import parse_duration
 from ckptsvc.rpc.channel import BETWEEN, OPTIONS, SERVER_KEEPALIVE
@@ -54,6 +57,7 @@ from ckptsvc.rpc.proof import Gate
 from ckptsvc.rpc.secret import numeric, require_loopback, shared_secret
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.telemetry import Event, Metrics, log, setup_logging
+from ckptsvc.tiers import TierSettings
 
 logger = logging.getLogger("ckptsvc.agent")
 
@@ -129,6 +133,7 @@ class Agent:
         loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
+            self.local.address = self.address
             if self._etcd:
                 self.elections = Elections(
                     *self._etcd, self._options.settings.etcd.ttl, self.local, self.secret, self.address, self._new_shell
@@ -148,6 +153,7 @@ class Agent:
             await asyncio.gather(*tasks, return_exceptions=True)
         idle = self.node.idle
         await self.node.stop()
+        await self.partners.close()
         await self.shell.stop()
         if self.elections:
             await self.elections.close()
@@ -162,7 +168,7 @@ class Agent:
         policy = Policy(health.automatic, health.confirm, health.give_up)
         listed = nodelist.directory_of(os.environ, settings.launch)
         shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act,
-            drains=settings.scheduler.drain, metrics=self.metrics)  # fmt: skip
+            drains=settings.scheduler.drain, metrics=self.metrics, partners=_partners(settings.tiers))  # fmt: skip
         shell.on_incident = lambda incident: self._on_incident(incident)
         return shell
 
@@ -188,6 +194,9 @@ class Agent:
             margin=settings.scheduler.margin,
             early=(os.cpu_count() or 1) >= settings.save.early_cores,
         )
+        self.local.domain = domain_of(settings.tiers.domain, os.environ, self.node_name)
+        self.partners = Partners(self.local, self.secret, settings.tiers.partner_rate)
+        self.node.partner_order, self.node.on_filling = self.partners.order, self.partners.filling
         self.launches = Launches(self.local)
         self.nics = NicWatch(self.local, settings.nics)
         self.node.launch_order = self.launches.order
@@ -234,7 +243,7 @@ class Agent:
         # The other port is open to every user of the host: whoever does not know the secret is told nothing there.
         gate = Gate(self.secret, self.metrics.calls_refused.inc)
         between = grpc.aio.server(interceptors=[gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
-        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name), between)
+        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer), between)
         require_loopback(settings.listen.host, f"agent.listen is {settings.listen}")
         try:
             port = between.add_insecure_port(numeric(str(settings.listen)))
@@ -273,6 +282,10 @@ class Agent:
 
 def _limits(settings: HealthSettings) -> Limits:
     return Limits(settings.floor, settings.factor, settings.startup)
+
+
+def _partners(settings: TierSettings) -> PartnerPolicy:
+    return PartnerPolicy(settings.partner, settings.group, settings.partner_every, settings.rebuild)
 
 
 async def _own(lock: int, directory: Path) -> None:

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 import numpy as np
@@ -191,9 +191,18 @@ class Worker:
         return {}
 
 
-def serve(sock: socket.socket) -> None:
+class Executes(Protocol):
+    """What serves requests: every method named `do_*` is an operation."""
+
+    def expect(self, request: Request) -> None:
+        """A request has come in and will be executed in its turn."""
+
+    def end(self) -> NoReturn:
+        """End this process."""
+
+
+def serve(sock: socket.socket, worker: Executes) -> None:
     """Answer requests until the agent closes its end."""
-    worker = Worker(load(os.environ).store.retries)
     # A thread that computes soon lets go one that has a block to write: by default it takes 5 ms, at every call.
     sys.setswitchinterval(0.0005)
     # The table of a shard is 100,000 objects without cycles: looking through them again and again doubles the time.
@@ -238,7 +247,7 @@ def serve(sock: socket.socket) -> None:
                 worker.end()
             request = decoder.decode(body)
             worker.expect(request)
-            if request.op in ("unmap", "cancel"):  # they must not wait for threads that a store may hold up
+            if request.op in ("unmap", "cancel", "hold"):  # they must not wait for threads that a store may hold up
                 execute(request)
             else:
                 pool.submit(execute, request)
@@ -265,4 +274,4 @@ def _digests(data: bytes) -> np.ndarray[Any, np.dtype[np.uint64]]:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    serve(socket.socket(fileno=int(sys.argv[1])), Worker(load(os.environ).store.retries))

@@ -39,10 +39,10 @@ class WorkerDied(Exception):
 
 
 class WorkerProxy:
-    """One worker process; requests may run concurrently."""
+    """One worker process; requests may run concurrently. `module` is the program that it runs, with `arguments`."""
 
-    def __init__(self, job: str) -> None:
-        self.job = job
+    def __init__(self, job: str, module: str = "ckptsvc.agent.worker", arguments: tuple[str, ...] = ()) -> None:
+        self.job, self._module, self._arguments = job, module, arguments
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
@@ -117,7 +117,7 @@ class WorkerProxy:
                 ours, theirs = socket.socketpair()
             except OSError as error:
                 raise StoreUnavailable(f"no I/O worker could be started: {error}") from error
-            command = [sys.executable, "-m", "ckptsvc.agent.worker", str(theirs.fileno())]
+            command = [sys.executable, "-m", self._module, str(theirs.fileno()), *self._arguments]
             try:
                 self._process = subprocess.Popen(  # noqa: ASYNC220  exec of a known file: bounded and short
                     command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ

@@ -23,9 +23,9 @@ from ckptsvc.cli.placing import Nodes, parse_nodes, placed
 from ckptsvc.cli.torchrun_flags import refuse_unknown
 from ckptsvc.config import LaunchSettings, Settings, agents_directory, load
 from ckptsvc.errors import ConfigError
-from ckptsvc.quantities import parse_address
+from ckptsvc.quantities import Address, parse_address
 from ckptsvc.rpc.dial import address_of, agent_arguments, is_alive
-from ckptsvc.rpc.secret import require_loopback
+from ckptsvc.rpc.secret import is_loopback, require_loopback
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -115,7 +115,7 @@ def command(
         address=nodes.address,
         coordinator=elected or ("" if leads else nodes.coordinator),
         directory=directory,
-        agent_arguments=agent_arguments(name, nodes.coordinator if leads else "", elected),
+        agent_arguments=agent_arguments(name, nodes.coordinator if leads else _listen(settings, nodes), elected),
         log_dir=log_dir,
         preflight=(settings.arena.dir, _written_to(settings, log_dir)) if settings.launch.preflight else None,
         crash_loop=settings.launch.crash_loop,
@@ -147,6 +147,12 @@ def _agent_directory(base: Path, nodes: Nodes, leads: bool) -> Path:
     if leads and nodes.coordinator and is_alive(directory) and address_of(directory) != nodes.coordinator:
         return directory / f"job-{xxhash.xxh3_64_hexdigest(nodes.job.encode())}"
     return directory
+
+
+def _listen(settings: Settings, nodes: Nodes) -> str:
+    """Where the agents of other nodes can reach this one's, to keep copies for each other; "": as it is set."""
+    is_set = settings.origin["agent.listen"] != "default"
+    return "" if nodes.high == 1 or is_set or not is_loopback(nodes.address) else str(Address(nodes.address, 0))
 
 
 def _note(path: Path, line: str) -> None:

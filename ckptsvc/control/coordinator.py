@@ -46,7 +46,7 @@ class Coordinator:
     save_timeout: float = 1800.0
     policy: Policy = field(default_factory=Policy)
     mark: str = ""
-    partners: PartnerPolicy = PartnerPolicy()
+    partners: PartnerPolicy = field(default_factory=PartnerPolicy)
     jobs: dict[str, Job] = field(default_factory=dict)
     launched: dict[str, Attempts] = field(default_factory=dict)
     nics: dict[str, JobNics] = field(default_factory=dict)

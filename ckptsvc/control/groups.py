@@ -1,7 +1,7 @@
 """Which nodes protect each other: groups of a few, whose members fail apart from each other as far as that can be had.
 
-A failure domain is a word: nodes with the same one (a chassis, a switch, a zone) may go at the same moment. A node whose
-domain nobody knows, "", is one of its own.
+A failure domain is a word: nodes with the same one (a chassis, a switch, a zone) may go at the same moment. A node
+whose domain nobody knows, "", is one of its own.
 """
 
 from __future__ import annotations

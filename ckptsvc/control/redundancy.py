@@ -96,7 +96,7 @@ class Protection:
 class Redundancy:
     """That of all jobs of one coordinator."""
 
-    policy: PartnerPolicy = PartnerPolicy()
+    policy: PartnerPolicy = field(default_factory=PartnerPolicy)
     peers: dict[str, Peer] = field(default_factory=dict)
     jobs: dict[str, Protection] = field(default_factory=dict)
 
@@ -210,10 +210,12 @@ class Redundancy:
 
     def _rebuildable(self, saves: Saves, known: Protection, key: Key) -> bool:
         able = [g for g in known.guards.get(key, ()) if len(g.members) - len(g.left(saves.held[key])) <= g.losses]
-        return {r for guard in able for ranks in guard.members.values() for r in ranks} >= set(self._missing(saves, key))
+        return {r for guard in able for ranks in guard.members.values() for r in ranks} >= set(
+            self._missing(saves, key)
+        )
 
     def _order_rebuild(self, job: Job, known: Protection, key: Key) -> Decision:
-        """Each lost shard goes to a node that has come in place of a lost one, else to one that is left of its group."""
+        """A lost shard goes to a node that has come in place of a lost one, else to one that is left of its group."""
         held, missing = job.saves.held[key], set(self._missing(job.saves, key))
         holding = {node for nodes in held.values() for node in nodes}
         fresh = [n for n in job.nodes if n not in holding and n in self.peers and self.peers[n].address]
@@ -229,7 +231,9 @@ class Redundancy:
                     order.members.extend(self._holder(n, r, lost=n not in left) for n, r in guard.members.items())
                     decision.effects.append(_order(job, key, node, order))
         nodes = ", ".join(sorted({send.node for send in decision.effects if isinstance(send, Send)}))
-        decision.reasons.append(f"step {key[1]}: {_shards(missing)} lost with their nodes; rebuilt from parity on {nodes}")
+        decision.reasons.append(
+            f"step {key[1]}: {_shards(missing)} lost with their nodes; rebuilt from parity on {nodes}"
+        )
         return decision
 
     def rebuilt(self, event: pb.Rebuilt) -> Decision:
