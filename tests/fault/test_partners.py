@@ -130,3 +130,35 @@ def test_a_spare_goes_on_from_the_partners_copy(training: Training) -> None:
     for rank in (0, 1):
         assert training.began(2, rank) == ["10", "memory", "True", "2"]
     training.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("training", "partner", "gone"), [((3, "2:3"), "xor", [2]), ((4, "2:4"), "rs", [2, 4])], indirect=["training"]
+)
+def test_those_that_are_left_rebuild_what_was_lost_from_parity(
+    training: Training, partner: str, gone: list[int]
+) -> None:
+    count = len(training.hosts)
+    for number in range(1, count + 1):
+        training.start(number, CKPTSVC_TIERS_PARTNER=partner)
+    training.logged(f"step 10: parity of {count} nodes, for {len(gone)} losses", count)
+    for number in gone:
+        training.lose(number)
+    for rank in range(count - len(gone)):
+        assert training.began(2, rank) == ["10", "memory", "True", str(count - len(gone))]
+    training.logged("lost with their nodes; rebuilt from parity on")
+    training.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [(3, "1:3")], indirect=True)
+def test_where_a_node_and_its_partner_are_lost_an_older_checkpoint_has_to_do(training: Training) -> None:
+    for number in (1, 2, 3):
+        training.start(number, CKPTSVC_TIERS_PARTNER="copy")
+    training.logged("step 10: a copy of what", 3)
+    for number in (2, 3):
+        training.lose(number)
+    assert training.began(2, 0) == ["5", "store", "True", "1"]
+    training.logged("step 10 was complete in memory and is lost: the shard")
+    training.end()
