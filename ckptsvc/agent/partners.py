@@ -67,6 +67,7 @@ class Partners:
         self._started: WorkerProxy | None = None
         self._next: dict[str, pb.Protect] = {}  # by job; the newest only, once what is being done is done
         self._busy: set[str] = set()
+        self._rebuilding = asyncio.Lock()
         self._held = False
 
     def order(self, job: LocalJob, order: pb.Order) -> None:
@@ -244,7 +245,10 @@ class Partners:
         why = ""
         try:
             self._check_current(job, order)
-            await self._rebuild_shards(job, order)
+            async with self._rebuilding:
+                wanted = [rank for rank in ranks_of(order.ranks) if not self._has(job, order, rank)]
+                if wanted:
+                    await self._rebuild_shards(job, order, set(wanted))
         except (CkptsvcError, OSError) as error:
             self._failed(job, order, Purpose.REBUILD, error)
             why = str(error)
@@ -254,7 +258,12 @@ class Partners:
         event = pb.Rebuilt(job=job.name, node=self._local.name, epoch=order.epoch, step=order.step, why=why)
         self._local.report(job, pb.Report(rebuilt=event))
 
-    async def _rebuild_shards(self, job: LocalJob, order: pb.Rebuild) -> None:
+    def _has(self, job: LocalJob, order: Order, rank: int) -> bool:
+        key = (job.name, order.epoch, order.step, rank)
+        labels = (arena.label for arena in self._local.pool.arenas.values())
+        return any(label and (label.job, label.epoch, label.step, label.rank) == key for label in labels)
+
+    async def _rebuild_shards(self, job: LocalJob, order: pb.Rebuild, wanted: set[int]) -> None:
         left = {number: holder for number, holder in enumerate(order.members) if holder.address}
         answers = dict(zip(left, await asyncio.gather(
             *(self._ask(job, order, holder, parity=True) for holder in left.values())), strict=True))  # fmt: skip
@@ -263,7 +272,6 @@ class Partners:
         size = stripes.losses * stripes.chunk * extent
         if any(answer.parity.nbytes != size for answer in answers.values()):
             raise InvalidInput("the parts of the parity do not fit each other")
-        wanted = set(ranks_of(order.ranks))
         with self._guests.filling() as filling:
             lost, rebuilt = [], []
             for number, (_, held) in enumerate(members):

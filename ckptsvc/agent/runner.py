@@ -109,6 +109,7 @@ class CoordinatorShell:
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: dict[tuple[str, int, int], str] = {}
         self._ticked = asyncio.Event()
+        self._noted: list[str] = []
 
     def attend(self, node: str, deliver: Deliver) -> None:
         """An agent has connected; it will report all it holds."""
@@ -135,7 +136,9 @@ class CoordinatorShell:
             await self._ticked.wait()
         notes = self.core.lost(job)
         for note in notes:
-            log.warning("job %s: %s", job, note)
+            if note not in self._noted:  # every rank asks
+                log.warning("job %s: %s", job, note)
+        self._noted = notes
         return agent_pb2.ListSnapshotsResponse(snapshots=self.core.snapshots(job), notes=notes)
 
     async def run(self) -> None:

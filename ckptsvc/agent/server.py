@@ -133,7 +133,6 @@ class Agent:
         loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
-            self.local.address = self.address
             if self._etcd:
                 self.elections = Elections(
                     *self._etcd, self._options.settings.etcd.ttl, self.local, self.secret, self.address, self._new_shell
@@ -250,7 +249,7 @@ class Agent:
         except RuntimeError:  # grpc has no other, and tells the reason to standard error only
             why = f"agent.listen: cannot listen at {settings.listen}"
             raise ConfigError(why, hint="has another program that port?") from None
-        self.address = str(settings.listen._replace(port=port))
+        self.address = self.local.address = str(settings.listen._replace(port=port))
         gate.address = numeric(self.address)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(grpc_path)

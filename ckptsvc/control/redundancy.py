@@ -74,10 +74,11 @@ class Guard:
 
 @dataclass(slots=True)
 class Rebuilding:
-    """What is being rebuilt: since when, and the nodes that are at it."""
+    """What is being rebuilt: since when, the nodes that are at it, and those that are left of the groups."""
 
     since: float
     nodes: set[str]
+    left: frozenset[str]
 
 
 @dataclass(slots=True)
@@ -89,7 +90,7 @@ class Protection:
     newest: Key = (0, -1)  # of them
     guards: dict[Key, list[Guard]] = field(default_factory=dict)
     rebuilding: dict[Key, Rebuilding] = field(default_factory=dict)
-    failed: set[Key] = field(default_factory=set)  # what could not be rebuilt
+    failed: dict[Key, frozenset[str]] = field(default_factory=dict)  # what those that were left could not rebuild
 
 
 @dataclass(slots=True)
@@ -192,11 +193,14 @@ class Redundancy:
         known = self.jobs.get(job.name)
         if known is None or known.rebuilding:
             return Decision()
+        known.failed = {key: left for key, left in known.failed.items() if key in job.saves.complete}
         for key in self._newer_than_whole(job.saves):
-            if key in known.failed or not self._rebuildable(job.saves, known, key):
-                continue
+            held = job.saves.held[key]
+            left = frozenset(node for guard in known.guards.get(key, ()) for node in guard.left(held))
+            if known.failed.get(key) == left or not self.is_rebuildable(job, key):
+                continue  # where another node has been lost meanwhile, that may have been why it failed
             decision = self._order_rebuild(job, known, key)
-            known.rebuilding[key] = Rebuilding(now, {s.node for s in decision.effects if isinstance(s, Send)})
+            known.rebuilding[key] = Rebuilding(now, {s.node for s in decision.effects if isinstance(s, Send)}, left)
             return decision
         return Decision()
 
@@ -208,11 +212,16 @@ class Redundancy:
     def _missing(self, saves: Saves, key: Key) -> list[int]:
         return sorted(set(range(saves.complete[key])) - saves.held[key].keys())
 
-    def _rebuildable(self, saves: Saves, known: Protection, key: Key) -> bool:
-        able = [g for g in known.guards.get(key, ()) if len(g.members) - len(g.left(saves.held[key])) <= g.losses]
-        return {r for guard in able for ranks in guard.members.values() for r in ranks} >= set(
-            self._missing(saves, key)
-        )
+    def _able(self, saves: Saves, known: Protection, key: Key) -> list[Guard]:
+        """The groups that have lost no more than their parity makes up for."""
+        held = saves.held[key]
+        return [g for g in known.guards.get(key, ()) if len(g.members) - len(g.left(held)) <= g.losses]
+
+    def is_rebuildable(self, job: Job, key: Key) -> bool:
+        """Whether all that is missing of a complete snapshot can be made of what is left."""
+        able = self._able(job.saves, self.jobs[job.name], key)
+        covered = {rank for guard in able for ranks in guard.members.values() for rank in ranks}
+        return covered >= set(self._missing(job.saves, key))
 
     def _order_rebuild(self, job: Job, known: Protection, key: Key) -> Decision:
         """A lost shard goes to a node that has come in place of a lost one, else to one that is left of its group."""
@@ -220,7 +229,7 @@ class Redundancy:
         holding = {node for nodes in held.values() for node in nodes}
         fresh = [n for n in job.nodes if n not in holding and n in self.peers and self.peers[n].address]
         decision = Decision()
-        for guard in known.guards[key]:
+        for guard in self._able(job.saves, known, key):
             lost = sorted(missing & {rank for ranks in guard.members.values() for rank in ranks})
             left = guard.left(held)
             takers = fresh or left
@@ -231,9 +240,8 @@ class Redundancy:
                     order.members.extend(self._holder(n, r, lost=n not in left) for n, r in guard.members.items())
                     decision.effects.append(_order(job, key, node, order))
         nodes = ", ".join(sorted({send.node for send in decision.effects if isinstance(send, Send)}))
-        decision.reasons.append(
-            f"step {key[1]}: {_shards(missing)} lost with their nodes; rebuilt from parity on {nodes}"
-        )
+        whose = f"step {key[1]}: the nodes with the snapshots of {_ranks(missing)} are lost"
+        decision.reasons.append(f"{whose}; they are rebuilt from parity on {nodes}")
         return decision
 
     def rebuilt(self, event: pb.Rebuilt) -> Decision:
@@ -245,20 +253,20 @@ class Redundancy:
         work.nodes.discard(event.node)
         decision = Decision()
         if event.why:
-            known.failed.add(key)
+            known.failed[key] = work.left
             decision.reasons.append(f"step {event.step} cannot be rebuilt from parity on {event.node}: {event.why}")
         if not work.nodes or event.why:
             del known.rebuilding[key]
         return decision
 
     def tick(self, now: float) -> Decision:
-        """Give up what takes too long; forget snapshots that are gone."""
+        """Give up what takes too long."""
         decision = Decision()
         for known in self.jobs.values():
             for key, work in list(known.rebuilding.items()):
                 if now - work.since > self.policy.patience:
                     del known.rebuilding[key]
-                    known.failed.add(key)
+                    known.failed[key] = work.left
                     why = f"step {key[1]} was not rebuilt from parity in {self.policy.patience:g} s"
                     decision.reasons.append(f"{why}; an older one has to do")
         return decision
@@ -266,8 +274,8 @@ class Redundancy:
     def lost(self, saves: Saves) -> list[str]:
         """Newer snapshots than the newest that is whole, as sentences: they were complete, and cannot be had."""
         return [
-            f"step {step} was complete in memory and is lost: {_shards(self._missing(saves, (epoch, step)))} gone with"
-            " their nodes and those that kept them"
+            f"step {step} was complete in memory and is lost, with the nodes that had the snapshots of"
+            f" {_ranks(self._missing(saves, (epoch, step)))} and those that kept them"
             for epoch, step in self._newer_than_whole(saves)
         ]
 
@@ -280,6 +288,6 @@ def _order(job: Job, key: Key, node: str, effect: pb.Protect | pb.Rebuild) -> Se
     return Send(node, pb.Order(job=job.name, rebuild=effect))
 
 
-def _shards(ranks: Collection[int]) -> str:
+def _ranks(ranks: Collection[int]) -> str:
     shown = ", ".join(map(str, sorted(ranks)[:8])) + (" ..." if len(ranks) > 8 else "")
-    return f"the shard of rank {shown} is" if len(ranks) == 1 else f"the shards of ranks {shown} are"
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

@@ -69,7 +69,9 @@ class Training:
         eventually(lambda: f"node n{number} joined" in self.runtime.log(), f"n{number} to join", PATIENCE)
 
     def story(self) -> str:
-        logs = "\n".join(f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in self.folder.glob("run-*.log"))
+        logs = "\n".join(
+            f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in self.folder.glob("run-*.log")
+        )
         return f"{logs}\n--- agents\n{self.runtime.log()}"
 
     def logged(self, text: str, times: int = 1) -> None:
@@ -147,7 +149,7 @@ def test_those_that_are_left_rebuild_what_was_lost_from_parity(
         training.lose(number)
     for rank in range(count - len(gone)):
         assert training.began(2, rank) == ["10", "memory", "True", str(count - len(gone))]
-    training.logged("lost with their nodes; rebuilt from parity on")
+    training.logged("are lost; they are rebuilt from parity on")
     training.end()
 
 
@@ -160,5 +162,5 @@ def test_where_a_node_and_its_partner_are_lost_an_older_checkpoint_has_to_do(tra
     for number in (2, 3):
         training.lose(number)
     assert training.began(2, 0) == ["5", "store", "True", "1"]
-    training.logged("step 10 was complete in memory and is lost: the shard")
+    training.logged("step 10 was complete in memory and is lost, with the nodes")
     training.end()
