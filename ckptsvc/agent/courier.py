@@ -22,6 +22,7 @@ from ckptsvc.agent.worker import Note, Request, serve
 from ckptsvc.errors import InvalidInput, StoreUnavailable
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.pipeline.arena import TAIL, Mappings
+from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.parity import Stripes, Sum, as_bytes, coefficient, zeros
 
 
@@ -109,6 +110,7 @@ class Courier:
         self._pace.wait(len(block))
         reader.take(block)
         check(block, piece, extent, "what another node has sent")
+        failpoint("in_transfer")
 
     # ---- parity ------------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ class Partners:
     def _courier(self) -> WorkerProxy:
         if self._started is None:
             host = parse_address(numeric(self._local.address)).host
-            self._started = WorkerProxy("of other nodes", "ckptsvc.agent.courier", (host, str(self._rate)))
+            self._started = WorkerProxy("courier", "ckptsvc.agent.courier", (host, str(self._rate)))
         return self._started
 
     # ---- what others read --------------------------------------------------------------------------------------------

@@ -199,11 +199,15 @@ class Reader:
         answer = bytearray(32)
         try:
             self._socket = socket.create_connection((host, port), HELLO_SECONDS)
+        except OSError as error:
+            raise AgentUnavailable(f"the transfer from {address} did not begin: {error}") from error
+        try:
             yield_to_others(self._socket)
             self._socket.sendall(hello)
             _receive(self._socket, memoryview(answer), time.monotonic() + HELLO_SECONDS)
             self._socket.settimeout(IDLE_SECONDS)
         except OSError as error:
+            self._socket.close()
             raise AgentUnavailable(f"the transfer from {address} did not begin: {error}") from error
         if not hmac.compare_digest(bytes(answer), _proof(key, b"serves", raw, nonce)):
             self._socket.close()

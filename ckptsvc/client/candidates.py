@@ -6,6 +6,7 @@ Rank 0 looks and tells the others, so that all try the same in the same order.
 from __future__ import annotations
 
 import contextlib
+import logging
 from typing import NamedTuple
 
 import msgspec
@@ -13,6 +14,7 @@ import msgspec
 from ckptsvc.client.group import Group, together
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.restore import Image, memory_image, store_image
+from ckptsvc.config import Settings
 from ckptsvc.errors import BY_CODE, CkptsvcError, NotFound
 from ckptsvc.format.commit import CommitRecord
 from ckptsvc.launch import Placement
@@ -21,6 +23,8 @@ from ckptsvc.pipeline.catalog import Checkpoint, Ref, decode_checkpoint, open_ch
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.storage import Store, connect
 from ckptsvc.storage.wrappers import Retrying
+
+log = logging.getLogger("ckptsvc")
 
 SNAPSHOT_TIMEOUT = 90.0
 """Seconds to wait for the agent's list: it waits for the checksums of a snapshot taken just before."""
@@ -39,10 +43,18 @@ class Candidate(NamedTuple):
 
 
 class Candidates:
-    """The candidates of one restore. `retries`: further attempts after a failure of the store that may pass."""
+    """The candidates of one restore.
 
-    def __init__(self, url: str, retries: int, link: AgentLink, group: Group, place: Placement) -> None:
-        self._url, self._retries = url, retries
+    Args:
+        url: of the run.
+        settings: how often a store is tried again, and how long what is rebuilt from parity is waited for.
+        link: to the agent.
+        group: the job's ranks.
+        place: of this one.
+    """
+
+    def __init__(self, url: str, settings: Settings, link: AgentLink, group: Group, place: Placement) -> None:
+        self._url, self._retries, self._patience = url, settings.store.retries, settings.tiers.rebuild
         self._link, self._group, self._place = link, group, place
         self._store: Store | None = None
         self._snapshots: list[agent_pb2.Snapshot] = []
@@ -54,7 +66,10 @@ class Candidates:
             StoreError: the store cannot be listed: to start afresh then would be to lose the run.
         """
         try:
-            self._snapshots = self._link.snapshots(SNAPSHOT_TIMEOUT)
+            found = self._link.snapshots(SNAPSHOT_TIMEOUT + self._patience)
+            self._snapshots = list(found.snapshots)
+            for note in found.notes if self._group.rank == 0 else ():
+                log.warning("%s; an older one has to do", note)
         except CkptsvcError:
             self._snapshots = []
         message = b""
@@ -62,8 +77,8 @@ class Candidates:
             self._connected()
             if self._group.rank == 0:
                 message = msgspec.json.encode(self._look())
-        found = [Candidate(*entry) for entry in msgspec.json.decode(self._group.broadcast(message))]
-        return [c for c in found if step is None or c.step == step]
+        candidates = [Candidate(*entry) for entry in msgspec.json.decode(self._group.broadcast(message))]
+        return [c for c in candidates if step is None or c.step == step]
 
     def open(self, candidate: Candidate) -> Image:
         """Open one; all ranks call this together.

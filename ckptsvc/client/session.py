@@ -434,7 +434,7 @@ class Session:
         return True
 
     def _restore_newest(self, step: int | None) -> int | None:
-        candidates = Candidates(self._url, self.settings.store.retries, self._link, self._group, self._place)
+        candidates = Candidates(self._url, self.settings, self._link, self._group, self._place)
         tried: list[str] = []
         newer = True  # every one of them was written by a newer version
         for candidate in candidates.find(step):

@@ -9,6 +9,7 @@ order of a save:
     after_submit                                 training process: `step` is about to return
     before_shard  in_shard  after_shard          I/O worker
     before_commit  before_record  after_commit   I/O worker: ...; the index is written; the record is there
+    in_transfer                                  courier: it has taken an extent from another node
     in_expire                                    I/O worker: the commit record of an old checkpoint is removed
 """
 

@@ -31,6 +31,10 @@ METRICS = {
     ("ckptsvc_nic_received_bytes_total", "counter", ("nic",)),
     ("ckptsvc_nic_sent_bytes_total", "counter", ("nic",)),
     ("ckptsvc_orders_refused_total", "counter", ()),
+    ("ckptsvc_partner_dropped_total", "counter", ()),
+    ("ckptsvc_partner_failures_total", "counter", ("purpose",)),
+    ("ckptsvc_partner_kept_total", "counter", ("purpose",)),
+    ("ckptsvc_partner_read_bytes_total", "counter", ("purpose",)),
     ("ckptsvc_rank_heartbeat_age_seconds", "gauge", ()),
     ("ckptsvc_restarts_total", "counter", ("cause",)),
     ("ckptsvc_save_duration_seconds", "histogram", ("phase",)),
@@ -38,6 +42,7 @@ METRICS = {
     ("ckptsvc_sessions", "gauge", ()),
     ("ckptsvc_snapshots_skipped_total", "counter", ("reason",)),
     ("ckptsvc_store_errors_total", "counter", ("kind", "scheme")),
+    ("ckptsvc_tier_bytes", "gauge", ("tier",)),
     ("ckptsvc_written_bytes_total", "counter", ("scheme",)),
 }
 """Dashboards and alerts of other people are built on these: a change needs an entry in the changelog."""
