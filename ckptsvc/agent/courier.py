@@ -8,16 +8,19 @@ matched its checksums. It touches no store, so one that hangs does not keep snap
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import mmap
 import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn
 
 import msgspec
 
-from ckptsvc.agent.transfer import File, Listener, Pace, Piece, Reader, Tickets, check, open_arena, runs
+from ckptsvc.agent.transfer import MAX_STREAMS, File, Listener, Pace, Piece, Reader, Tickets, check, open_arena, runs
 from ckptsvc.agent.worker import Note, Request, serve
 from ckptsvc.errors import InvalidInput, StoreUnavailable
 from ckptsvc.format.checksum import extent_digests
@@ -53,10 +56,12 @@ class Courier:
     Args:
         host: where to listen for other couriers.
         rate: bytes per second that may be read from them; 0: as many as come.
+        streams: connections, and threads, for one transfer.
     """
 
-    def __init__(self, host: str, rate: float) -> None:
+    def __init__(self, host: str, rate: float, streams: int) -> None:
         self._host, self._tickets, self._pace = host, Tickets(), Pace(rate)
+        self._streams = min(streams, MAX_STREAMS)
         self._listener: Listener | None = None
         self._mappings = Mappings()
 
@@ -94,23 +99,37 @@ class Courier:
     def do_copy(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Fill arenas with the pieces of one origin."""
         origin = msgspec.convert(args["origin"], Origin)
-        targets = msgspec.convert(args["targets"], list[Target])
         files = {piece.number: piece for piece in origin.files}
-        with Reader(origin.address, origin.ticket, origin.key) as reader:
-            for target in targets:
-                piece = files[target.number]
-                reader.ask(piece.number, 0, piece.nbytes)
-                with _arena(target.path, piece.nbytes) as view:
-                    for extent in range(piece.extents):
-                        block = view[extent * piece.extent : min((extent + 1) * piece.extent, piece.nbytes)]
-                        self._take(reader, block, piece, extent)
-        return {"bytes": reader.nbytes}
+        with contextlib.ExitStack() as stack:
+            filled = [
+                (files[target.number], stack.enter_context(_arena(target.path, files[target.number].nbytes)))
+                for target in msgspec.convert(args["targets"], list[Target])
+            ]
+
+            def copy(readers: dict[int, Reader], share: Share) -> None:
+                for piece, view in filled:
+                    for _ in _Row(readers[0], [piece], *share(0, piece.extents), piece.extent).blocks(self._take, view):
+                        pass
+
+            return {"bytes": self._stream({0: origin}, copy)}
 
     def _take(self, reader: Reader, block: memoryview, piece: Piece, extent: int) -> None:
         self._pace.wait(len(block))
         reader.take(block)
         check(block, piece, extent, "what another node has sent")
         failpoint("in_transfer")
+
+    def _stream(self, origins: dict[int, Origin], work: Callable[[dict[int, Reader], Share], None]) -> int:
+        """Do work in several threads, each with its own connections and its share of it; returns the bytes read."""
+
+        def stream(number: int) -> int:
+            with contextlib.ExitStack() as stack:
+                readers = {n: stack.enter_context(Reader(o.address, o.ticket, o.key)) for n, o in origins.items()}
+                work(readers, functools.partial(_share, number, self._streams))
+                return sum(reader.nbytes for reader in readers.values())
+
+        with ThreadPoolExecutor(self._streams, thread_name_prefix="ckptsvc-stream") as pool:
+            return sum(pool.map(stream, range(self._streams)))
 
     # ---- parity ------------------------------------------------------------------------------------------------------
 
@@ -120,78 +139,102 @@ class Courier:
         origins = {node: msgspec.convert(origin, Origin) for node, origin in enumerate(args["origins"]) if origin}
         size = stripes.chunk * extent
         nbytes = stripes.losses * size
-        with contextlib.ExitStack() as stack:
-            readers = {n: stack.enter_context(Reader(o.address, o.ticket, o.key)) for n, o in origins.items()}
-            view = stack.enter_context(_arena(args["path"], nbytes))
-            for line, stripe in enumerate(stripes.stripes_of(keeper)):
-                rows = [
-                    _Row(readers[node], origins[node].files, stripes.first(node, stripe), stripes.chunk, extent,
+        with _arena(args["path"], nbytes) as view:
+
+            def guard(readers: dict[int, Reader], share: Share) -> None:
+                offset, count = share(0, stripes.chunk)
+                for line, stripe in enumerate(stripes.stripes_of(keeper)):
+                    rows = [
+                        (_Row(readers[node], origins[node].files, stripes.first(node, stripe) + offset, count, extent),
                          coefficient(line, node))
-                    for node in stripes.data(stripe)
-                ]  # fmt: skip
-                self._sums(rows, stripes.chunk, extent, _Placed(view[line * size : (line + 1) * size], extent))
-            digests = extent_digests(view[:nbytes], extent).tobytes()
-        return {"digests": digests, "bytes": sum(reader.nbytes for reader in readers.values())}
+                        for node in stripes.data(stripe)
+                    ]  # fmt: skip
+                    start = line * size + offset * extent
+                    for _ in self._sums(rows, view[start : start + count * extent], extent):
+                        pass
+
+            nread = self._stream(origins, guard)
+            return {"digests": extent_digests(view, extent).tobytes(), "bytes": nread}
 
     def do_rebuild(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Fill arenas with the shards of lost nodes, from what is left of the group; checked against their sums."""
-        stripes, extent = Stripes(*args["stripes"]), args["extent"]
-        origins = {node: msgspec.convert(origin, Origin) for node, origin in enumerate(args["origins"]) if origin}
-        lost = set(range(stripes.nodes)) - origins.keys()
+        group = Group(
+            Stripes(*args["stripes"]),
+            args["extent"],
+            {node: msgspec.convert(origin, Origin) for node, origin in enumerate(args["origins"]) if origin},
+        )
         with contextlib.ExitStack() as stack:
-            readers = {n: stack.enter_context(Reader(o.address, o.ticket, o.key)) for n, o in origins.items()}
+            wanted = []
             for number, pieces, paths in args["lost"]:
                 row = [Piece(*piece) for piece in pieces]
                 views = [
                     stack.enter_context(_arena(path, piece.nbytes)) if path else None
                     for path, piece in zip(paths, row, strict=True)
                 ]
-                for stripe in stripes.stripes_with(number):
-                    self._rebuild_chunk(stripes, extent, (number, stripe), lost, (readers, origins), (row, views))
-        return {"bytes": sum(reader.nbytes for reader in readers.values())}
+                wanted.append((number, row, views))
 
-    def _rebuild_chunk(
-        self,
-        stripes: Stripes,
-        extent: int,
-        chunk: tuple[int, int],
-        lost: set[int],
-        there: tuple[dict[int, Reader], dict[int, Origin]],
-        wanted: tuple[Sequence[Piece], Sequence[memoryview | None]],
-    ) -> None:
-        """Those parts of a lost node's chunk in one stripe that lie in shards that are wanted here."""
-        (number, stripe), (readers, origins), (row, views) = chunk, there, wanted
-        start = stripes.first(number, stripe)
-        lines, nodes = stripes.recipe(stripe, number, lost)
-        for piece, first, count in runs(row, start, stripes.chunk):
-            view = views[piece.number]
-            if view is None:
-                continue
-            offset = sum(p.extents for p in row[: piece.number]) + first - start  # in the chunk
-            rows = [
-                _Row(
-                    readers[node], origins[node].files[:-1], stripes.first(node, stripe) + offset, count, extent, factor
-                )
-                for node, factor in nodes.items()
-            ]
-            for line, factor in lines.items():
-                keeper = stripes.keepers(stripe)[line]
-                rows.append(_Row(readers[keeper], origins[keeper].files[-1:], line * stripes.chunk + offset, count,
-                    extent, factor))  # fmt: skip
-            self._sums(rows, count, extent, _Checked(view, piece, first))
+            def rebuild(readers: dict[int, Reader], share: Share) -> None:
+                for number, row, views in wanted:
+                    for stripe in group.stripes.stripes_with(number):
+                        for piece, first, count in runs(row, group.stripes.first(number, stripe), group.stripes.chunk):
+                            view = views[piece.number]
+                            if view is not None:
+                                before = sum(p.extents for p in row[: piece.number])
+                                part = piece, *share(first, count)
+                                self._rebuild(group.rows(readers, number, stripe, before, part), part, view)
 
-    def _sums(self, rows: list[_Row], count: int, extent: int, into: Callable[[int, memoryview], None]) -> None:
+            return {"bytes": self._stream(group.origins, rebuild)}
+
+    def _rebuild(self, rows: Rows, part: tuple[Piece, int, int], view: memoryview) -> None:
+        """Some extents of a lost shard."""
+        piece, first, count = part
+        into = view[first * piece.extent : min((first + count) * piece.extent, piece.nbytes)]
+        for number, block in enumerate(self._sums(rows, into, piece.extent)):
+            check(block, piece, first + number, "what was rebuilt")
+
+    def _sums(self, rows: Rows, into: memoryview, extent: int) -> Iterator[memoryview]:
         """Add rows of extents to each other; all are read beside each other, so none can be far ahead."""
-        buffer, total, sums = memoryview(bytearray(extent)), zeros(extent), Sum()
-        incoming = [(row, row.extents()) for row in rows]
-        for number in range(count):
-            total[:] = 0
-            for row, extents in incoming:
-                length, piece, which = next(extents)
-                if piece is not None:
-                    self._take(row.reader, buffer[:length], piece, which)
-                    sums.add(total, as_bytes(buffer[:length]), row.factor)
-            into(number, total.data)
+        sums, whole = Sum(), zeros(extent)
+        incoming = [(row.blocks(self._take), factor) for row, factor in rows]
+        for start in range(0, len(into), extent):
+            target = into[start : start + extent]
+            total = (
+                as_bytes(target) if len(target) == extent else whole
+            )  # what is beyond the end is zero, if all is right
+            begun = False
+            for blocks, factor in incoming:
+                block = as_bytes(next(blocks))
+                (sums.add if begun else sums.put)(total, block, factor)
+                begun = True
+            if total is whole:
+                target[:] = whole.data[: len(target)]
+            yield target
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A group of which some nodes are lost, and the origins of those that are left."""
+
+    stripes: Stripes
+    extent: int
+    origins: dict[int, Origin]
+
+    def rows(
+        self, readers: dict[int, Reader], node: int, stripe: int, before: int, part: tuple[Piece, int, int]
+    ) -> Rows:
+        """What some extents of a lost node's shard, after so many of earlier shards, are the sum of."""
+        _, first, count = part
+        lines, nodes = self.stripes.recipe(stripe, node, set(range(self.stripes.nodes)) - self.origins.keys())
+        offset = before + first - self.stripes.first(node, stripe)  # in the chunk
+        rows = []
+        for other, factor in nodes.items():
+            start = self.stripes.first(other, stripe) + offset
+            rows.append((_Row(readers[other], self.origins[other].files[:-1], start, count, self.extent), factor))
+        for line, factor in lines.items():
+            keeper = self.stripes.keepers(stripe)[line]
+            start = line * self.stripes.chunk + offset
+            rows.append((_Row(readers[keeper], self.origins[keeper].files[-1:], start, count, self.extent), factor))
+        return rows
 
 
 class _Row:
@@ -202,49 +245,43 @@ class _Row:
         pieces: what the node's row of extents is made of.
         first, count: which of them.
         extent: their bytes.
-        factor: what they are multiplied by.
     """
 
-    def __init__(
-        self, reader: Reader, pieces: Sequence[Piece], first: int, count: int, extent: int, factor: int
-    ) -> None:
-        self.reader, self.factor = reader, factor
-        self._pieces, self._first, self._count, self._extent = pieces, first, count, extent
-        for piece, start, many in runs(pieces, first, count):
+    def __init__(self, reader: Reader, pieces: Sequence[Piece], first: int, count: int, extent: int) -> None:
+        self._reader, self._extent = reader, extent
+        self._runs = list(runs(pieces, first, count))
+        for piece, start, many in self._runs:
             reader.ask(piece.number, start * extent, min((start + many) * extent, piece.nbytes) - start * extent)
 
-    def extents(self) -> Iterator[tuple[int, Piece | None, int]]:
-        """(bytes, piece, extent in it) of each; there is no piece, and nothing to read, where the row has ended."""
-        for piece, start, many in runs(self._pieces, self._first, self._count):
+    def blocks(
+        self, take: Callable[[Reader, memoryview, Piece, int], None], into: memoryview | None = None
+    ) -> Iterator[memoryview]:
+        """Read them, each where it belongs in `into`, a whole piece, or one after the other into the same memory.
+
+        Beyond the end of the row there is nothing to read, as often as anybody asks.
+        """
+        buffer = memoryview(bytearray(self._extent)) if into is None else into
+        for piece, start, many in self._runs:
             for which in range(start, start + many):
-                yield min(self._extent, piece.nbytes - which * self._extent), piece, which
-        while True:
-            yield 0, None, 0
+                low = which * self._extent
+                length = min(self._extent, piece.nbytes - low)
+                block = buffer[:length] if into is None else into[low : low + length]
+                take(self._reader, block, piece, which)
+                yield block
+        while into is None:
+            yield buffer[:0]
 
 
-class _Placed:
-    """Takes extents one after the other."""
+Rows = list[tuple[_Row, int]]
+"""Rows of extents to be added to each other, and what each is multiplied by."""
 
-    def __init__(self, view: memoryview, extent: int) -> None:
-        self._view, self._extent = view, extent
-
-    def __call__(self, number: int, block: memoryview) -> None:
-        start = number * self._extent
-        self._view[start : start + self._extent] = block
+Share = Callable[[int, int], tuple[int, int]]
+"""The part of (first, count) that one of several threads does."""
 
 
-class _Checked:
-    """Takes extents of a piece from some on, and compares each with its checksum."""
-
-    def __init__(self, view: memoryview, piece: Piece, first: int) -> None:
-        self._view, self._piece, self._first = view, piece, first
-
-    def __call__(self, number: int, block: memoryview) -> None:
-        piece, which = self._piece, self._first + number
-        start = which * piece.extent
-        stop = min(start + piece.extent, piece.nbytes)
-        check(block[: stop - start], piece, which, "what was rebuilt")
-        self._view[start:stop] = block[: stop - start]
+def _share(number: int, of: int, first: int, count: int) -> tuple[int, int]:
+    low, high = count * number // of, count * (number + 1) // of
+    return first + low, high - low
 
 
 @contextlib.contextmanager
@@ -262,4 +299,4 @@ def _arena(path: str, nbytes: int) -> Iterator[memoryview]:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])), Courier(sys.argv[2], float(sys.argv[3])))
+    serve(socket.socket(fileno=int(sys.argv[1])), Courier(sys.argv[2], float(sys.argv[3]), int(sys.argv[4])))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,6 +47,9 @@ ASK_TIMEOUT = 30.0
 DIGEST_PATIENCE = 5.0
 """Seconds to wait for the checksums that the save makes; the courier makes them where the store holds the save up."""
 
+CORES_PER_STREAM = 8
+"""One core in so many moves snapshots, while there are some to move."""
+
 LOOK_EVERY = 0.5
 """Seconds between looks whether the courier can go on, beside those when a rank has ended its copy."""
 
@@ -59,10 +63,12 @@ class Partners:
         local: the agent's state.
         secret: what the user's agents know each other by.
         rate: bytes per second that may be read from other nodes; 0: as many as come.
+        streams: connections for one transfer; 0: as many as the cores allow.
     """
 
-    def __init__(self, local: Local, secret: str, rate: float) -> None:
+    def __init__(self, local: Local, secret: str, rate: float, streams: int = 0) -> None:
         self._local, self._secret, self._rate = local, secret, rate
+        self._streams = streams or max((os.cpu_count() or 1) // CORES_PER_STREAM, 1)
         self._guests = Guests(local)
         self._started: WorkerProxy | None = None
         self._next: dict[str, pb.Protect] = {}  # by job; the newest only, once what is being done is done
@@ -105,7 +111,7 @@ class Partners:
     def _courier(self) -> WorkerProxy:
         if self._started is None:
             host = parse_address(numeric(self._local.address)).host
-            self._started = WorkerProxy("courier", "ckptsvc.agent.courier", (host, str(self._rate)))
+            self._started = WorkerProxy("courier", "ckptsvc.agent.courier", (host, str(self._rate), str(self._streams)))
         return self._started
 
     # ---- what others read --------------------------------------------------------------------------------------------

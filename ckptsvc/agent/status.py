@@ -78,7 +78,6 @@ def _arenas(agent: Agent) -> list[dict[str, Any]]:
             "bytes": a.capacity,
             "for_others": a.guest,
         }
-        }
         for a in agent.pool.arenas.values()
     ]
 

@@ -10,7 +10,8 @@ From the ticket and their secret both derive a key, which no connection carries.
 
     proof(role) = HMAC-SHA256(key, role, ticket, nonce)
 
-A ticket is good for one connection, for the files it was given for, and for `TICKET_SECONDS`. Whoever comes without one
+A ticket is good for the files it was given for, for `MAX_STREAMS` connections, each with a nonce of its own, that begin
+within `TICKET_SECONDS`. Whoever comes without one
 is told nothing, and held for `HELLO_SECONDS` at most. The reader knows the checksum of every extent from the agents'
 call: what does not match is not taken, whether the arena was filled anew meanwhile or somebody else answers.
 """
@@ -27,7 +28,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import xxhash
 
@@ -36,6 +37,9 @@ from ckptsvc.quantities import parse_address
 
 MAGIC = b"ckptsvc transfer 1\n".ljust(32, b"\0")
 REQUEST = struct.Struct("<IQQ")
+
+MAX_STREAMS = 8
+"""Connections over which one transfer goes at a time, at most: one core each, at either end."""
 
 TICKET_BYTES = 32
 _HELLO = struct.Struct("<32s32s32s32s")
@@ -80,33 +84,43 @@ def _proof(key: str, role: bytes, ticket: bytes, nonce: bytes) -> bytes:
     return hmac.new(bytes.fromhex(key), role + ticket + nonce, hashlib.sha256).digest()
 
 
+@dataclass(slots=True)
+class _Ticket:
+    key: str
+    files: list[File]
+    until: float
+    nonces: set[bytes] = field(default_factory=set)
+
+
 class Tickets:
     """Those that have been given out. Safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._open: dict[bytes, tuple[str, list[File], float]] = {}
+        self._open: dict[bytes, _Ticket] = {}
         self._lock = threading.Lock()
 
     def admit(self, ticket: str, key: str, files: list[File]) -> None:
-        """Let who shows this ticket and knows its key read these files, once."""
+        """Let who shows this ticket and knows its key read these files."""
         with self._lock:
             now = time.monotonic()
-            for old in [t for t, (_, _, until) in self._open.items() if until < now]:
+            for old in [raw for raw, known in self._open.items() if known.until < now]:
                 del self._open[old]
             while len(self._open) >= MAX_TICKETS:
                 del self._open[next(iter(self._open))]
-            self._open[bytes.fromhex(ticket)] = key, files, now + TICKET_SECONDS
+            self._open[bytes.fromhex(ticket)] = _Ticket(key, files, now + TICKET_SECONDS)
 
     def take(self, ticket: bytes, nonce: bytes, proof: bytes) -> tuple[bytes, list[File]] | None:
         """The answer to a reader who has proved that the ticket is his, and what he may read; None for anybody else."""
         with self._lock:
-            key, files, until = self._open.get(ticket, ("", [], 0.0))
-            if not key or time.monotonic() > until:
+            known = self._open.get(ticket)
+            if known is None or time.monotonic() > known.until or nonce in known.nonces:
                 return None
-            if not hmac.compare_digest(proof, _proof(key, b"reads", ticket, nonce)):
+            if not hmac.compare_digest(proof, _proof(known.key, b"reads", ticket, nonce)):
                 return None
-            del self._open[ticket]
-        return _proof(key, b"serves", ticket, nonce), files
+            known.nonces.add(nonce)
+            if len(known.nonces) == MAX_STREAMS:
+                del self._open[ticket]
+        return _proof(known.key, b"serves", ticket, nonce), known.files
 
 
 class Listener:

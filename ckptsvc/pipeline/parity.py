@@ -78,6 +78,15 @@ class Sum:
     def __init__(self) -> None:
         self._product = np.empty(_BLOCK // 2, np.uint16)
 
+    def put(self, total: Bytes, block: Bytes, factor: int) -> None:
+        """Begin anew: the total is factor * block, and zeros beyond it."""
+        total[len(block) :] = 0
+        if factor == 1:
+            np.copyto(total[: len(block)], block)
+            return
+        total[: len(block)] = 0
+        self.add(total, block, factor)
+
     def add(self, total: Bytes, block: Bytes, factor: int) -> None:
         """Add factor * block to the total, in GF(256); the block may be shorter, and is followed by zeros then."""
         if factor == 0:

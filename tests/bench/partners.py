@@ -32,6 +32,7 @@ MIB = 1 << 20
 EXTENT = MIB
 SECRET = "5" * 64
 RUNS = 3
+STREAMS = str(max((os.cpu_count() or 1) // 2, 1))
 
 
 class Node:
@@ -39,7 +40,7 @@ class Node:
 
     def __init__(self, folder: Path, number: int, nbytes: int) -> None:
         self.number, self.nbytes = number, nbytes
-        self.courier = WorkerProxy("courier", "ckptsvc.agent.courier", ("127.0.0.1", "0"))
+        self.courier = WorkerProxy("courier", "ckptsvc.agent.courier", ("127.0.0.1", "0", STREAMS))
         self.own, self.other = (str(folder / f"{number}-{what}.arena") for what in ("own", "other"))
         self.parity = str(folder / f"{number}-parity.arena")
         for path in (self.own, self.other, self.parity):
@@ -92,7 +93,7 @@ def arithmetic(nodes: int, losses: int, lost: tuple[int, ...], nbytes: int) -> f
     """Seconds to rebuild what node lost[0] held, from memory to memory, checked."""
     stripes, sums, rng = Stripes(nodes, losses, nbytes // EXTENT), Sum(), np.random.default_rng(0)
     sources = [rng.integers(0, 256, nbytes, np.uint8) for _ in range(nodes)]
-    total, result = zeros(EXTENT), zeros(nbytes)
+    result = zeros(nbytes)
     began = time.thread_time()
     for stripe in stripes.stripes_with(lost[0]):
         lines, chunks = stripes.recipe(stripe, lost[0], lost)
@@ -101,11 +102,10 @@ def arithmetic(nodes: int, losses: int, lost: tuple[int, ...], nbytes: int) -> f
             at = (stripes.first(lost[0], stripe) + extent) * EXTENT
             if at >= nbytes:
                 break
-            total[:] = 0
-            for source, factor in zip(sources, factors, strict=False):
-                sums.add(total, source[at : at + EXTENT], factor)
+            total = result[at : at + EXTENT]
+            for number, (source, factor) in enumerate(zip(sources, factors, strict=False)):
+                (sums.add if number else sums.put)(total, source[at : at + EXTENT], factor)
             extent_digests(total.data, EXTENT)
-            result[at : at + EXTENT] = total[: nbytes - at]
     return time.thread_time() - began
 
 
