@@ -158,7 +158,7 @@ class Arenas:
         arena = self._local.pool.arenas.get(slot)
         if arena is None or arena.job != session.reg.job:
             raise InvalidInput(f"there is no arena {slot!r} of job {session.reg.job}")
-        mode = os.O_RDWR if arena.rank == session.reg.rank else os.O_RDONLY
+        mode = os.O_RDWR if arena.rank == session.reg.rank and not arena.guest else os.O_RDONLY
         return os.open(arena.path, mode | os.O_CLOEXEC), arena.capacity + TAIL
 
     def _skip(self, job: LocalJob, reg: Registration, epoch: int, step: int, why: str) -> None:

@@ -198,7 +198,9 @@ class Partners:
 
     async def _copy(self, job: LocalJob, order: pb.Protect) -> None:
         """Copy what another node holds."""
-        (holder,) = order.members
+        if len(order.members) != 1:
+            raise InvalidInput("the order does not name the one node to copy from")
+        holder = order.members[0]
         answer = await self._ask(job, order, holder)
         with self._guests.filling() as filling:
             targets = []

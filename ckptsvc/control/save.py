@@ -101,7 +101,7 @@ class Saves:
         self.nodes.add(event.node)
         self._hold(key, event.rank, event.node, copy=event.copy)
         decision = self._complete(event)
-        if not event.again:
+        if not event.again and not event.copy:
             decision.add(self._overtaken(event, now))
             if event.attempt == self.attempt:
                 self.latest[event.rank] = max(key, self.latest.get(event.rank, key))

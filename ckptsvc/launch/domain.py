@@ -5,7 +5,7 @@
     x1000c0s3b0n1         HPE's component names, which PALS calls nodes by: cabinet and chassis, "x1000c0", which share
                           switches, cooling and power
 
-In Kubernetes nothing in a pod's environment says it: set tiers.domain from the node's zone or rack (deploy/kubernetes).
+In Kubernetes nothing in a pod's environment says it: set CKPTSVC_TIERS_DOMAIN to the node's zone or rack.
 """
 
 from __future__ import annotations

@@ -89,30 +89,28 @@ class Sum:
 
     def add(self, total: Bytes, block: Bytes, factor: int) -> None:
         """Add factor * block to the total, in GF(256); the block may be shorter, and is followed by zeros then."""
-        if factor == 0:
-            return
-        for start in range(0, len(block), _BLOCK):
-            part = block[start : start + _BLOCK]
-            into = total[start : start + len(part)]
-            even = len(part) - len(part) % 8
-            if factor != 1:
-                self._multiply(part[: len(part) // 2 * 2], factor, even, into)
-            else:
-                _add(into[:even], part[:even])
-            for last in range(even if factor == 1 else len(part) // 2 * 2, len(part)):
-                into[last] ^= times(factor, int(part[last]))
+        if factor == 1:
+            _xor(total[: len(block)], block)
+        elif factor:
+            for start in range(0, len(block), _BLOCK):
+                self._add_product(total[start:], block[start : start + _BLOCK], factor)
 
-    def _multiply(self, part: Bytes, factor: int, even: int, into: Bytes) -> None:
-        product = self._product[: len(part) // 2]
-        np.take(_table(factor), part.view(np.uint16), out=product, mode="clip")  # no bounds to check: 65536 entries
-        whole = product.view(np.uint8)
-        _add(into[:even], whole[:even])
-        np.bitwise_xor(into[even : len(part)], whole[even:], out=into[even : len(part)])
+    def _add_product(self, total: Bytes, block: Bytes, factor: int) -> None:
+        pairs = len(block) // 2
+        product = self._product[:pairs]
+        # "clip" checks no bounds: there is an entry for every pair of bytes
+        np.take(_table(factor), block[: 2 * pairs].view(np.uint16), out=product, mode="clip")
+        _xor(total[: 2 * pairs], product.view(np.uint8))
+        if len(block) % 2:
+            total[len(block) - 1] ^= times(factor, int(block[-1]))
 
 
-def _add(total: Bytes, block: Bytes) -> None:
-    wide = total.view(np.uint64)
-    np.bitwise_xor(wide, block.view(np.uint64), out=wide)
+def _xor(total: Bytes, block: Bytes) -> None:
+    """Add to the total, which is as long as the block: eight bytes at a time, then the rest."""
+    whole = len(block) // 8 * 8
+    wide = total[:whole].view(np.uint64)
+    np.bitwise_xor(wide, block[:whole].view(np.uint64), out=wide)
+    np.bitwise_xor(total[whole:], block[whole:], out=total[whole:])
 
 
 @dataclass(frozen=True, slots=True)

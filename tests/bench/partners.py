@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import resource
 import shutil
 import sys
 import tempfile
@@ -74,9 +73,20 @@ async def best(action: Callable[[], Awaitable[Any]]) -> float:
     return min(seconds)
 
 
-def say(what: str, nbytes: int, seconds: float, memcpy: float) -> None:
+def say(what: str, nbytes: int, seconds: float, memcpy: float, cpu: float = 0.0) -> None:
     rate = nbytes / seconds
-    print(f"{what:58} {rate / 1e9:6.2f} GB/s   {rate / memcpy:5.2f} of memcpy", flush=True)
+    used = f"   {cpu / (nbytes / 1e9):5.2f} CPU s/GB" if cpu else ""
+    print(f"{what:58} {rate / 1e9:6.2f} GB/s   {rate / memcpy:5.2f} of memcpy{used}", flush=True)
+
+
+def cpu_of(nodes: list[Node]) -> float:
+    """Processor seconds that the couriers have used."""
+    total = 0
+    for node in nodes:
+        if node.courier._process is not None:
+            fields = Path(f"/proc/{node.courier._process.pid}/stat").read_text().rpartition(")")[2].split()
+            total += int(fields[11]) + int(fields[12])
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def memcpy_rate(nbytes: int) -> float:
@@ -133,6 +143,16 @@ async def grpc_stream(nbytes: int) -> float:
     return seconds
 
 
+async def measured(
+    what: str, nodes: list[Node], nbytes: int, action: Callable[[], Awaitable[Any]], memcpy: float
+) -> None:
+    """Run it some times, and say how fast the best was, and what processor time one takes."""
+    await action()  # processes are started, and pages mapped
+    before = cpu_of(nodes)
+    seconds = await best(action)
+    say(what, nbytes, seconds, memcpy, (cpu_of(nodes) - before) / RUNS)
+
+
 async def couriers(folder: Path, nbytes: int, memcpy: float) -> None:
     nodes = [Node(folder, number, nbytes) for number in range(4)]
 
@@ -140,7 +160,7 @@ async def couriers(folder: Path, nbytes: int, memcpy: float) -> None:
         origin = await nodes[0].origin()
         await nodes[1].courier.call("copy", {"origin": origin, "targets": [{"path": nodes[1].other, "number": 0}]})
 
-    say("a copy, one to one", nbytes, await best(copy), memcpy)
+    await measured("a copy, one to one", nodes, nbytes, copy, memcpy)
     for losses, lost in ((1, (3,)), (2, (3,)), (2, (2, 3))):
         stripes = (4, losses, nbytes // EXTENT)
         chunk = Stripes(*stripes).chunk * EXTENT
@@ -151,8 +171,8 @@ async def couriers(folder: Path, nbytes: int, memcpy: float) -> None:
                 "origins": origins, "path": node.parity})  # fmt: skip
             node.parity_digests, node.parity_bytes = done["digests"], stripes[1] * chunk
 
-        seconds = await best(lambda: asyncio.gather(*map(guard, nodes)))
-        say(f"parity for {losses} losses, all 4 nodes at once, bytes protected", 4 * nbytes, seconds, memcpy)
+        what = f"parity for {losses} losses, 4 nodes at once, bytes protected"
+        await measured(what, nodes, 4 * nbytes, lambda guard=guard: asyncio.gather(*map(guard, nodes)), memcpy)
 
         async def rebuild(lost: tuple[int, ...] = lost, stripes: tuple[int, int, int] = stripes) -> None:
             origins = [None if n.number in lost else await n.origin(parity=True) for n in nodes]
@@ -161,7 +181,7 @@ async def couriers(folder: Path, nbytes: int, memcpy: float) -> None:
             await nodes[0].courier.call("rebuild", {"stripes": stripes, "extent": EXTENT, "origins": origins,
                 "lost": [row]})  # fmt: skip
 
-        say(f"rebuilt, {len(lost)} of 4 lost, parity for {losses}", nbytes, await best(rebuild), memcpy)
+        await measured(f"rebuilt, {len(lost)} of 4 lost, parity for {losses}", nodes, nbytes, rebuild, memcpy)
     for node in nodes:
         await node.courier.close()
 
@@ -182,8 +202,6 @@ def main() -> None:
         asyncio.run(couriers(folder, nbytes, memcpy))
     finally:
         shutil.rmtree(folder)
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    print(f"CPU of the couriers in all: {used.ru_utime + used.ru_stime:.1f} s")
 
 
 if __name__ == "__main__":
