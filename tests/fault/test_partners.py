@@ -163,4 +163,5 @@ def test_where_a_node_and_its_partner_are_lost_an_older_checkpoint_has_to_do(tra
         training.lose(number)
     assert training.began(2, 0) == ["5", "store", "True", "1"]
     training.logged("step 10 was complete in memory and is lost, with the nodes")
+    assert "and those that kept them; an older one has to do" in (training.folder / "run-1.log").read_text()
     training.end()

@@ -16,10 +16,13 @@ from typing import Any
 import grpc.aio
 import pytest
 
+from ckptsvc.agent.arenas import Arenas
+from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.partners import Partners
 from ckptsvc.agent.servicer import CoordinatorServicer
 from ckptsvc.agent.sessions import LocalJob
+from ckptsvc.agent.workers import Workers
 from ckptsvc.control.runs import runs_of
 from ckptsvc.errors import AgentUnavailable
 from ckptsvc.format.checksum import extent_digests
@@ -228,6 +231,24 @@ def test_where_memory_is_short_there_is_one_copy_or_none(run: Any, limit: int) -
         assert other.kept(7) is None
 
     run(test, 2, limit)
+
+
+def test_copies_go_first_when_a_rank_of_this_node_needs_their_memory(run: Any) -> None:
+    async def test(one: Member, other: Member) -> None:
+        one.pool.limit = 1 << 30
+        one.stage(0, image(0, 1000))
+        other.pool.keep(other.stage(7, image(7, 1000)))  # of a rank that is gone, and older
+        other.order(pb.Protect(members=[one.holder(0)]))
+        await until(lambda: other.kept(0), "the copy")
+        reg = Registration(op="register", job="job", store="file:///run", attempt=1, rank=8, world_size=9)
+        _, fd = Arenas(other.local, Workers(), 2)._make(reg, 1000)
+        os.close(fd)
+        assert other.kept(0) is None
+        assert [arena.rank for arena in other.pool.arenas.values()] == [7, 8]
+        assert [(e.rank, e.node) for e in other.reported("dropped")] == [(0, "n1")]
+        assert other.local.metrics.registry.get_sample_value("ckptsvc_partner_dropped_total") == 1
+
+    run(test, 2, 2 * HUGE_PAGE)
 
 
 def holding(runtime_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -34,7 +34,7 @@ def test_no_schedule_of_faults_breaks_a_promise():
 
 def test_no_loss_of_nodes_breaks_a_promise_where_they_keep_copies_or_parity():
     lost = rebuilt = 0
-    for seed in range(150):
+    for seed in range(80):
         schedule = Schedule.losses(seed)
         try:
             world = schedule.run()
@@ -44,8 +44,8 @@ def test_no_loss_of_nodes_breaks_a_promise_where_they_keep_copies_or_parity():
         said = "\n".join(world.trace)
         lost += "lose node" in said
         rebuilt += "they are rebuilt from parity" in said
-    assert lost > 30
-    assert rebuilt > 5
+    assert lost > 15
+    assert rebuilt > 2
 
 
 TAKEOVERS = {
