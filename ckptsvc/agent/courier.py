@@ -20,7 +20,19 @@ from typing import Any, NoReturn
 
 import msgspec
 
-from ckptsvc.agent.transfer import MAX_STREAMS, File, Listener, Pace, Piece, Reader, Tickets, check, open_arena, runs
+from ckptsvc.agent.transfer import (
+    MAX_CONNECTIONS,
+    MAX_STREAMS,
+    File,
+    Listener,
+    Pace,
+    Piece,
+    Reader,
+    Tickets,
+    check,
+    open_arena,
+    runs,
+)
 from ckptsvc.agent.worker import Note, Request, serve
 from ckptsvc.errors import InvalidInput, StoreUnavailable
 from ckptsvc.format.checksum import extent_digests
@@ -124,15 +136,17 @@ class Courier:
 
     def _stream(self, origins: dict[int, Origin], work: Callable[[dict[int, Reader], Share], None]) -> int:
         """Do work in several threads, each with its own connections and its share of it; returns the bytes read."""
+        # All nodes of a group read from each other at once, and each serves only so many connections.
+        streams = max(min(self._streams, MAX_CONNECTIONS // (2 * len(origins))), 1)
 
         def stream(number: int) -> int:
             with contextlib.ExitStack() as stack:
                 readers = {n: stack.enter_context(Reader(o.address, o.ticket, o.key)) for n, o in origins.items()}
-                work(readers, functools.partial(_share, number, self._streams))
+                work(readers, functools.partial(_share, number, streams))
                 return sum(reader.nbytes for reader in readers.values())
 
-        with ThreadPoolExecutor(self._streams, thread_name_prefix="ckptsvc-stream") as pool:
-            return sum(pool.map(stream, range(self._streams)))
+        with ThreadPoolExecutor(streams, thread_name_prefix="ckptsvc-stream") as pool:
+            return sum(pool.map(stream, range(streams)))
 
     # ---- parity ------------------------------------------------------------------------------------------------------
 
@@ -201,9 +215,8 @@ class Courier:
         incoming = [(row.blocks(self._take), factor) for row, factor in rows]
         for start in range(0, len(into), extent):
             target = into[start : start + extent]
-            total = (
-                as_bytes(target) if len(target) == extent else whole
-            )  # what is beyond the end is zero, if all is right
+            # Beyond the end of a shard there is nothing to write to; what is added up there is zero, if all is right.
+            total = as_bytes(target) if len(target) == extent else whole
             begun = False
             for blocks, factor in incoming:
                 block = as_bytes(next(blocks))

@@ -22,7 +22,7 @@ from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.transfer import derive, new_ticket
 from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.control.runs import ranks_of
-from ckptsvc.errors import CkptsvcError, Fenced, InvalidInput, NotFound
+from ckptsvc.errors import AgentUnavailable, CkptsvcError, Fenced, InvalidInput, NotFound
 from ckptsvc.format.checksum import extent_count
 from ckptsvc.pipeline.arena import Arena, Kept, Label, Parity, State
 from ckptsvc.pipeline.parity import MAX_GROUP, Stripes
@@ -167,7 +167,7 @@ class Partners:
             pass  # the store hangs, or has failed: that does not concern the memory
         args = {"path": str(arena.path), "nbytes": label.nbytes, "extent": label.extent}
         digests: bytes = (await self._courier.call("digest", args))["digests"]
-        if arena.label is not label:
+        if arena.label is None or (arena.label.epoch, arena.label.step) != (label.epoch, label.step):
             raise NotFound(f"step {label.step} has left the memory of {self._local.name}")
         return digests
 
@@ -182,6 +182,9 @@ class Partners:
                     self._check_current(job, order)
                     await (self._guard if order.losses else self._copy)(job, order)
                 except (CkptsvcError, OSError) as error:
+                    self._failed(job, order, purpose, error)
+                except Exception as error:  # an unforeseen one must not keep the next snapshot from being kept
+                    logger.exception("step %d is not kept for other nodes", order.step)
                     self._failed(job, order, purpose, error)
         finally:
             self._busy.discard(job.name)
@@ -311,15 +314,17 @@ class Partners:
         """
         request = pb.FetchRequest(job=job.name, epoch=order.epoch, step=order.step, ranks=holder.ranks, parity=parity)
         address = numeric(holder.address)
-        async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
-            admission = await proof.ask(channel, address, self._secret, "Fetch")
-            stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
-            call = stub.Fetch(request, timeout=ASK_TIMEOUT, metadata=admission.metadata)
-            await admission.check(call)
-            try:
+        try:
+            async with asyncio.timeout(ASK_TIMEOUT), grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
+                admission = await proof.ask(channel, address, self._secret, "Fetch")
+                stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+                call = stub.Fetch(request, timeout=ASK_TIMEOUT, metadata=admission.metadata)
+                await admission.check(call)
                 answer: pb.FetchResponse = await call
-            except grpc.RpcError as error:
-                raise error_of(error) from None
+        except grpc.RpcError as error:
+            raise error_of(error) from None
+        except TimeoutError:
+            raise AgentUnavailable(f"{holder.node} did not answer in {ASK_TIMEOUT:g} s") from None
         answer.address = numeric(answer.address)
         _check_answer(answer, ranks_of(holder.ranks), holder.node)
         if parity != answer.HasField("parity"):

@@ -131,8 +131,10 @@ class CoordinatorShell:
 
     async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
         """Complete snapshots of a job in memory, newest first, once what is lost has been rebuilt."""
-        self._execute(self.core.recover(job, time.monotonic()))
-        while self.core.redundancy.is_rebuilding(job):
+        while True:
+            self._execute(self.core.recover(job, time.monotonic()))  # again, if what it was made of is lost meanwhile
+            if not self.core.redundancy.is_rebuilding(job):
+                break
             await self._ticked.wait()
         notes = self.core.lost(job)
         for note in notes:

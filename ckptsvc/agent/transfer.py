@@ -47,12 +47,15 @@ _HELLO = struct.Struct("<32s32s32s32s")
 TICKET_SECONDS = 60.0
 HELLO_SECONDS = 10.0
 IDLE_SECONDS = 120.0
-"""Seconds without a byte after which either side gives a connection up; a reader that is held back waits less."""
+"""Seconds in which a reader takes nothing after which it is given up; one that is held back takes less."""
+
+SILENT_SECONDS = 15.0
+"""Seconds without a byte after which a holder is given up: nothing holds it back."""
 
 MAX_TICKETS = 1 << 12
 """Tickets that wait for their connection; beyond, the oldest is forgotten."""
 
-MAX_CONNECTIONS = 64
+MAX_CONNECTIONS = 256
 """Served at a time; who comes then is turned away."""
 
 LOW_PRIORITY = 0x04
@@ -219,7 +222,7 @@ class Reader:
             yield_to_others(self._socket)
             self._socket.sendall(hello)
             _receive(self._socket, memoryview(answer), time.monotonic() + HELLO_SECONDS)
-            self._socket.settimeout(IDLE_SECONDS)
+            self._socket.settimeout(SILENT_SECONDS)
         except OSError as error:
             self._socket.close()
             raise AgentUnavailable(f"the transfer from {address} did not begin: {error}") from error

@@ -109,11 +109,13 @@ class Redundancy:
         """An agent is out of reach, and what it holds."""
         self.peers.pop(node, None)
         decision = Decision()
-        for name, job in self.jobs.items():
+        for job in self.jobs.values():
             self._lose(job, node, list(job.guards))
-            for key in list(job.rebuilding):
-                gone = pb.Rebuilt(job=name, node=node, epoch=key[0], step=key[1], why="its agent is lost")
-                decision.add(self.rebuilt(gone))
+            for key, work in list(job.rebuilding.items()):
+                if node in work.nodes | work.left:  # of what is left now, it may be possible all the same
+                    del job.rebuilding[key]
+                    job.failed[key] = work.left
+                    decision.reasons.append(f"step {key[1]} cannot be rebuilt so: {node} is lost too")
         return decision
 
     def dropped(self, event: pb.Dropped) -> None:

@@ -193,11 +193,17 @@ def test_a_rebuild_that_takes_too_long_is_given_up_and_said():
     assert not world.core.redundancy.is_rebuilding("job")
 
 
-def test_the_loss_of_the_node_that_rebuilds_ends_the_waiting():
+@pytest.mark.parametrize("lost", ["n0", "n2"])
+def test_where_another_node_is_lost_meanwhile_what_is_left_then_begins_anew(lost):
     world, found = rebuilding()
-    for name, _ in found:
-        world.core.agent_lost(name, 3.0)
+    assert {name for name, _ in found} == {"n0", "n2"}
+    assert "n3" in {m.node for m in found[0][1].members if m.address}
+    decision = world.core.agent_lost(lost, 3.0)
+    assert f"step 10 cannot be rebuilt so: {lost} is lost too" in decision.reasons
     assert not world.core.redundancy.is_rebuilding("job")
+    again = orders(world.core.recover("job", 4.0), "rebuild")
+    assert {rank for _, order in again for rank in ranks_of(order.ranks)} > {2, 3}
+    assert lost not in {m.node for _, order in again for m in order.members if m.address}
 
 
 @pytest.mark.parametrize("but", [["n0"], ["n0", "n2"]])
