@@ -57,10 +57,20 @@ class ArenaState(StrEnum):
 
 
 class Tier(StrEnum):
-    """Where snapshots are, below the durable store."""
+    """Where snapshots are, or what they can be rebuilt from, below the durable store."""
 
     MEMORY = "memory"
+    COPY = "copy"
+    PARITY = "parity"
     LOCAL = "local"
+
+
+class Purpose(StrEnum):
+    """Why a node reads what others hold."""
+
+    COPY = "copy"
+    PARITY = "parity"
+    REBUILD = "rebuild"
 
 
 class IncidentKind(StrEnum):
@@ -152,6 +162,8 @@ class Event(StrEnum):
     NIC_FOUND = "nic-found"
     NIC_UNREADABLE = "nic-unreadable"
     INCIDENT_KEPT = "incident-kept"
+    PARTNER_KEPT = "partner-kept"
+    PARTNER_FAILED = "partner-failed"
 
 
 class Metrics:
@@ -211,6 +223,7 @@ class Metrics:
         self._tiers(registry)
         self._coordination(registry)
         self._nics(registry)
+        self._partners(registry)
         Info("ckptsvc_build", "What is running.", registry=registry).info({"version": version})
         self._start_at_zero()
 
@@ -285,6 +298,25 @@ class Metrics:
             registry=registry,
         )
 
+    def _partners(self, registry: CollectorRegistry) -> None:
+        """Those of what nodes keep for each other."""
+        from prometheus_client import Counter
+
+        self.partner_kept = Counter(
+            "ckptsvc_partner_kept_total", "Copies and parts of parity made, and shards rebuilt.", ["purpose"],
+            registry=registry,
+        )  # fmt: skip
+        self.partner_failures = Counter(
+            "ckptsvc_partner_failures_total", "Those that could not be.", ["purpose"], registry=registry
+        )
+        self.partner_bytes = Counter(
+            "ckptsvc_partner_read_bytes_total", "Bytes that were read from other nodes for them.", ["purpose"],
+            registry=registry,
+        )  # fmt: skip
+        self.guests_dropped = Counter(
+            "ckptsvc_partner_dropped_total", "Those that had to go for the memory of local ranks.", registry=registry
+        )
+
     def _nics(self, registry: CollectorRegistry) -> None:
         """Those of the network cards; `nic` is a card of this node, of which there are a handful."""
         from prometheus_client import Counter, Gauge
@@ -326,6 +358,9 @@ class Metrics:
             self.incidents.labels(incident)
         for kind in NicTrouble:
             self.nic_findings.labels(kind)
+        for purpose in Purpose:
+            for counter in (self.partner_kept, self.partner_failures, self.partner_bytes):
+                counter.labels(purpose)
 
     def committed(self, job: str, step: int, now: float) -> None:
         """Count a commit of `job` at `step`; `now` is in unix seconds."""

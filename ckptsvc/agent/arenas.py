@@ -58,8 +58,9 @@ class Arenas:
         pool, live = self._local.pool, {(s.reg.job, s.reg.rank) for s in self._local.sessions.values()}
         # Own ones that are too small, then those of ranks that are gone; what live ranks keep is left to them.
         kept = [a for a in pool.arenas.values() if a.state in (State.KEPT, State.FREE)]
-        small = [a for a in kept if (a.job, a.rank) == (reg.job, reg.rank) and a.capacity < nbytes]
-        orphaned = sorted((a for a in kept if (a.job, a.rank) not in live), key=lambda a: a.step)
+        small = [a for a in kept if (a.job, a.rank) == (reg.job, reg.rank) and a.capacity < nbytes and not a.guest]
+        gone = (a for a in kept if a.guest or (a.job, a.rank) not in live)
+        orphaned = sorted(gone, key=lambda a: (not a.guest, a.step))  # copies of what others hold come first
         spare = iter([*small, *orphaned])
         while True:
             try:
@@ -72,6 +73,9 @@ class Arenas:
             if job is not None:
                 self._local.dropped(job, arena.label)
             pool.remove(arena)
+            if arena.guest:
+                self._local.metrics.guests_dropped.inc()
+                logger.warning("rank %d needs the memory in which a copy or parity of other nodes was", reg.rank)
 
     async def _populate(self, session: Session, arena: Arena, fd: int) -> None:
         try:
@@ -154,7 +158,7 @@ class Arenas:
         arena = self._local.pool.arenas.get(slot)
         if arena is None or arena.job != session.reg.job:
             raise InvalidInput(f"there is no arena {slot!r} of job {session.reg.job}")
-        mode = os.O_RDWR if arena.rank == session.reg.rank else os.O_RDONLY
+        mode = os.O_RDWR if arena.rank == session.reg.rank and not arena.guest else os.O_RDONLY
         return os.open(arena.path, mode | os.O_CLOEXEC), arena.capacity + TAIL
 
     def _skip(self, job: LocalJob, reg: Registration, epoch: int, step: int, why: str) -> None:

@@ -23,7 +23,6 @@ import msgspec
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.uplink import LocalUplink, Uplink
-from ckptsvc.config import EtcdSettings
 from ckptsvc.control.election import CANDIDATES_WAIT, RENEWALS, Campaign, Election, Follow, Holder, Lead, Verdict
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, CoordinationUnavailable
 from ckptsvc.quantities import parse_address
@@ -31,6 +30,7 @@ from ckptsvc.rpc.etcd import Etcd, EtcdUrl, Found, Login, check_reachable, parse
 from ckptsvc.rpc.trust import Trust
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.settings import EtcdSettings
 from ckptsvc.telemetry import Event, log
 
 logger = logging.getLogger("ckptsvc.agent")
@@ -203,7 +203,7 @@ class ElectedUplink:
         if self._inner is not None:
             self._inner.report(report)
 
-    async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
+    async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
         """Complete snapshots of a job in memory, newest first."""
         try:
             await asyncio.wait_for(self._there.wait(), LIST_PATIENCE)
@@ -347,14 +347,14 @@ class ElectedUplink:
         self._local.metrics.coordinator_changes.inc()
         self.shell = self._all.new_shell(term, lambda: self._election.may_act(term, clock()))
         self._ticking = asyncio.ensure_future(self.shell.run())
-        self._switch(LocalUplink(self._local.name, self.shell, self._obey))
+        self._switch(LocalUplink(self._local.hello(self.job, term), self.shell, self._obey))
         for report in self._local.resync(self.way):
             self.report(report)
         self._leads.set()
 
     def _follow(self, holder: Holder) -> None:
         self._local.metrics.coordinator_changes.inc()
-        hello = pb.AgentHello(node=self._local.name, job=self.job, term=holder.term)
+        hello = self._local.hello(self.job, holder.term)
         self._switch(self._local.dial(hello, holder.address, self._obey, self.way))
 
     def _switch(self, inner: Uplink | None) -> None:

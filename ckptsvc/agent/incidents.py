@@ -28,9 +28,10 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 
 from ckptsvc.agent.aside import aside
-from ckptsvc.config import Settings, private_directory
+from ckptsvc.config import private_directory
 from ckptsvc.errors import CkptsvcError, ConfigError, Damaged, IncompatibleVersion, InvalidInput, NotFound
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.settings import Settings
 from ckptsvc.telemetry import Event, log
 
 logger = logging.getLogger("ckptsvc.agent")

@@ -45,6 +45,8 @@ class Local:
         elect: makes the way to an elected coordinator.
         leading: the elected coordinators in this process.
         last_active: when there was last something to do (CLOCK_MONOTONIC).
+        address: where other agents reach this one.
+        domain: this node's failure domain.
     """
 
     def __init__(self, name: str, pool: ArenaPool, metrics: Metrics, shell: CoordinatorShell, trust: Trust) -> None:
@@ -60,6 +62,7 @@ class Local:
         self.elect: Callable[[str], Uplink] = _elects_none
         self.leading: Callable[[], Sequence[CoordinatorShell]] = list
         self.last_active = time.monotonic()
+        self.address = self.domain = ""
         self._shell, self._trust = shell, trust
         self._uplinks: dict[str, Uplink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -94,10 +97,14 @@ class Local:
             if way.startswith(ELECTED):
                 self._uplinks[way] = self.elect(way)
             elif way:
-                self._uplinks[way] = self.dial(pb.AgentHello(node=self.name), way, self._obey, way)
+                self._uplinks[way] = self.dial(self.hello(), way, self._obey, way)
             else:
-                self._uplinks[way] = LocalUplink(self.name, self._shell, self._obey)
+                self._uplinks[way] = LocalUplink(self.hello(), self._shell, self._obey)
         return self._uplinks[way]
+
+    def hello(self, job: str = "", term: int = 0) -> pb.AgentHello:
+        """What this agent says of itself to a coordinator; job and term are of an elected one."""
+        return pb.AgentHello(node=self.name, job=job, term=term, address=self.address, domain=self.domain)
 
     def dial(self, hello: pb.AgentHello, address: str, on_order: Callable[[pb.Order], None], way: str) -> RemoteUplink:
         """Connect to the coordinator at an address, for the jobs of that way."""
@@ -132,7 +139,7 @@ class Local:
     def dropped(self, job: LocalJob, label: Label | None) -> None:
         """Tell that a snapshot has left memory."""
         if label is not None:
-            self.report(job, reports.dropped(label))
+            self.report(job, reports.dropped(self.name, label))
 
     def resync(self, coordinator: str) -> Iterator[pb.Report]:
         """Everything a coordinator that knows nothing must hear of this node."""
@@ -168,9 +175,13 @@ class Local:
         held = dict.fromkeys(State, 0)
         for arena in self.pool.arenas.values():
             held[arena.state] += arena.capacity
-        self.metrics.tier_bytes.labels(Tier.MEMORY).set(held[State.STAGED] + held[State.KEPT])
         for state, nbytes in held.items():
             self.metrics.arena_bytes.labels(_ARENA_STATES[state]).set(nbytes)
+        tiers = dict.fromkeys((Tier.MEMORY, Tier.COPY, Tier.PARITY), 0)
+        for label in (arena.label for arena in self.pool.arenas.values() if arena.label is not None):
+            tiers[Tier.PARITY if label.parity else Tier.COPY if label.guest else Tier.MEMORY] += label.nbytes
+        for tier, nbytes in tiers.items():
+            self.metrics.tier_bytes.labels(tier).set(nbytes)
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run something beside; it ends with the agent."""

@@ -26,13 +26,14 @@ from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import Key, LocalJob
 from ckptsvc.agent.worker_proxy import Note, WorkerProxy
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import TiersSettings, private_directory
+from ckptsvc.config import private_directory
 from ckptsvc.control.room import Kept, Stage, expendable
 from ckptsvc.errors import CkptsvcError, ConfigError, StoreError
 from ckptsvc.pipeline.arena import Label, State
 from ckptsvc.pipeline.local_copy import Copy, Mark
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.settings import TierSettings
 from ckptsvc.telemetry import Event, Tier, log
 
 logger = logging.getLogger("ckptsvc.agent")
@@ -108,7 +109,7 @@ class LocalTier:
         problem: why the disk is not used, or was not used for the last shard; "" if it is.
     """
 
-    def __init__(self, local: Local, workers: Workers, settings: TiersSettings, tag: str, patience: float) -> None:
+    def __init__(self, local: Local, workers: Workers, settings: TierSettings, tag: str, patience: float) -> None:
         self._local, self._workers, self._settings, self._patience = local, workers, settings, patience
         self.root = Path(settings.local) / f"ckptsvc-{os.geteuid()}-{tag}"
         self.jobs: dict[str, JobDisk] = {}

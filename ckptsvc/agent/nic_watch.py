@@ -20,11 +20,11 @@ from typing import Any
 
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.nics import NicProbe, Place, Reading, read
-from ckptsvc.config import NicsSettings
 from ckptsvc.control.nic_card import SHARES, UNANSWERED, Card
 from ckptsvc.control.nic_job import TELL_EVERY, JobNics
 from ckptsvc.control.nics import Finding, is_news
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.settings import NicsSettings
 from ckptsvc.telemetry import Event, NicSignal, NicTrouble, log
 
 logger = logging.getLogger("ckptsvc.agent")

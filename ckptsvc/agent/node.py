@@ -59,6 +59,8 @@ class Node:
         arenas, saves: the parts that ranks call through the servicer.
         launch_order: what to do with an order for a launcher.
         watch_order: what to do with an order about ranks that hang.
+        partner_order: what to do with an order about what other nodes hold.
+        on_filling: a rank has begun, or ended, to copy into an arena.
     """
 
     def __init__(
@@ -79,6 +81,8 @@ class Node:
         self.tier = tier
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
         self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
+        self.partner_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
+        self.on_filling: Callable[[], None] = lambda: None
         self._local, self._workers = local, workers
         self._stops = Stops(local, margin)
         self._progress: dict[tuple[str, int, int], float] = {}  # job, attempt, ranks -> when to tell how far they are
@@ -235,6 +239,9 @@ class Node:
             return
         if kind in ("examine", "kill"):
             self.watch_order(job, order)
+            return
+        if kind in ("protect", "rebuild"):
+            self.partner_order(job, order)
             return
         effect = getattr(order, kind)
         if kind in ("save_at", "stop_at"):

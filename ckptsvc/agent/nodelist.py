@@ -17,9 +17,9 @@ from pathlib import Path
 
 import msgspec
 
-from ckptsvc.config import LaunchSettings
 from ckptsvc.control.exclusion import Strikes
 from ckptsvc.errors import Damaged, StoreError
+from ckptsvc.settings import LaunchSettings
 
 NAME = "nodes.json"
 MAX_BYTES = 4 << 20

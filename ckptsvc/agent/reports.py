@@ -6,7 +6,8 @@ import msgspec
 
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.sessions import Session
-from ckptsvc.pipeline.arena import Label
+from ckptsvc.control.runs import runs_of
+from ckptsvc.pipeline.arena import Label, Parity
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 
@@ -48,7 +49,12 @@ def rewound(reg: Registration, count: int) -> pb.Report:
 
 
 def staged(node: str, label: Label, *, ended: bool = False, again: bool = False) -> pb.Report:
-    """A whole snapshot is in an arena; `ended` if its save has ended, `again` if this may have been said before."""
+    """A whole snapshot is in an arena; `ended` if its save has ended, `again` if this may have been said before.
+
+    If it is a part of a parity, that is what is reported.
+    """
+    if label.parity is not None:
+        return _guarded(node, label, label.parity)
     event = pb.Staged(
         job=label.job,
         node=node,
@@ -63,6 +69,7 @@ def staged(node: str, label: Label, *, ended: bool = False, again: bool = False)
         store=label.store,
         ended=ended,
         again=again,
+        copy=label.guest,
     )
     return pb.Report(staged=event)
 
@@ -86,9 +93,17 @@ def local_kept(node: str, label: Label, *, ended: bool, again: bool = False) -> 
     return pb.Report(local_kept=event)
 
 
-def dropped(label: Label) -> pb.Report:
-    """A snapshot has left an arena."""
-    event = pb.Dropped(job=label.job, epoch=label.epoch, step=label.step, rank=label.rank)
+def _guarded(node: str, label: Label, parity: Parity) -> pb.Report:
+    members = [pb.Holder(node=name, ranks=runs_of([shard.rank for shard in held])) for name, held in parity.members]
+    event = pb.Guarded(
+        job=label.job, node=node, epoch=label.epoch, step=label.step, losses=parity.losses, members=members
+    )
+    return pb.Report(guarded=event)
+
+
+def dropped(node: str, label: Label) -> pb.Report:
+    """A snapshot, or a part of a parity, has left an arena."""
+    event = pb.Dropped(job=label.job, node=node, epoch=label.epoch, step=label.step, rank=label.rank)
     return pb.Report(dropped=event)
 
 

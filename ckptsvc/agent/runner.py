@@ -40,6 +40,7 @@ from ckptsvc.control.effects import (
 )
 from ckptsvc.control.health import Policy
 from ckptsvc.control.nodes import Node
+from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.tiering import Draining
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
@@ -89,6 +90,7 @@ class CoordinatorShell:
         drains: ask the scheduler to drain nodes that have failed too often.
         draining: which snapshots go on from the local disks to the durable store.
         metrics: where incidents and restarts are counted; None: nowhere.
+        partners: what nodes keep for each other.
 
     Attributes:
         incidents: the latest, by job and id, oldest first.
@@ -108,10 +110,12 @@ class CoordinatorShell:
         drains: bool = False,
         draining: Draining | None = None,
         metrics: Metrics | None = None,
+        partners: PartnerPolicy | None = None,
     ) -> None:
         self.core = Coordinator(
-            save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2), draining=draining or Draining()
-        )
+            save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2), draining=draining or Draining(),
+            partners=partners or PartnerPolicy(),
+        )  # fmt: skip
         self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
         self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
         self.term, self.dropped = term, 0
@@ -123,6 +127,8 @@ class CoordinatorShell:
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: dict[tuple[str, int, int], str] = {}
+        self._ticked = asyncio.Event()
+        self._noted: list[str] = []
 
     def attend(self, node: str, deliver: Deliver) -> None:
         """An agent has connected; it will report all it holds."""
@@ -142,15 +148,27 @@ class CoordinatorShell:
             _warn_of_clock(report.node_joined, time.time())
         self._execute(self.core.handle(node, report, time.monotonic()))
 
-    def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
-        """Complete snapshots of a job in memory, newest first."""
-        return self.core.snapshots(job)
+    async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
+        """Complete snapshots of a job in memory, newest first, once what is lost has been rebuilt."""
+        while True:
+            self._execute(self.core.recover(job, time.monotonic()))  # again, if what it was made of is lost meanwhile
+            if not self.core.redundancy.is_rebuilding(job):
+                break
+            await self._ticked.wait()
+        notes = self.core.lost(job)
+        for note in notes:
+            if note not in self._noted:  # every rank asks
+                log.warning("job %s: %s", job, note)
+        self._noted = notes
+        return agent_pb2.ListSnapshotsResponse(snapshots=self.core.snapshots(job), notes=notes)
 
     async def run(self) -> None:
         """Tick until cancelled."""
         while True:
             await asyncio.sleep(TICK)
             self._execute(self.core.tick(time.monotonic()))
+            ticked, self._ticked = self._ticked, asyncio.Event()
+            ticked.set()
 
     async def stop(self) -> None:
         """Cancel what is running."""

@@ -138,7 +138,8 @@ class Saves:
             if arena.state is State.STAGED:
                 self._begin_save(arena, label, again=True)
             else:
-                self._local.spawn(self._digest(job, arena, label))
+                if label.parity is None:
+                    self._local.spawn(self._digest(job, arena, label))
                 self._local.report(job, reports.staged(self._local.name, label, ended=True, again=True))
 
     def _begin_save(self, arena: Arena, label: Label, *, again: bool = False) -> None:
@@ -246,11 +247,11 @@ class Saves:
                 self._local.report(job, pb.Report(durable_wanted=wanted))
             await wait_for(job.ended, WANTED_AGAIN)
 
-    async def list_snapshots(self, token: str) -> list[agent_pb2.Snapshot]:
+    async def list_snapshots(self, token: str) -> agent_pb2.ListSnapshotsResponse:
         """Complete snapshots of this rank's job in memory, with the shards that are on this node."""
         job = self._local.jobs[self._local.session(token).reg.job]
         found = await self._local.uplink(job.coordinator).list_complete(job.name)
-        for snapshot in found:
+        for snapshot in found.snapshots:
             await self.fill_in(job, snapshot)
         return found
 
@@ -258,7 +259,9 @@ class Saves:
         """Say which shards of a snapshot are in arenas of this node."""
         for arena in list(self._local.pool.arenas.values()):
             label = arena.label
-            if label is None or (label.job, label.epoch, label.step) != (job.name, snapshot.epoch, snapshot.step):
+            if label is None or label.parity is not None:
+                continue
+            if (label.job, label.epoch, label.step) != (job.name, snapshot.epoch, snapshot.step):
                 continue
             try:
                 digests = await asyncio.wait_for(asyncio.shield(job.digests[arena.name]), DIGEST_TIMEOUT)

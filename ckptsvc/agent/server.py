@@ -39,16 +39,19 @@ from ckptsvc.agent.local_tier import LocalTier
 from ckptsvc.agent.lowering import Lowering
 from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import OVERDUE, Node
+from ckptsvc.agent.partners import Partners
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
 from ckptsvc.agent.watch import Watch
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import HealthSettings, Settings, agents_directory, load, private_directory
+from ckptsvc.config import agents_directory, load, private_directory
 from ckptsvc.control.health import Policy
+from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.stalls import Limits
 from ckptsvc.control.tiering import Draining
 from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
+from ckptsvc.launch.domain import domain_of
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import Address, parse_duration
 from ckptsvc.rpc.channel import BETWEEN, OPTIONS, SERVER_KEEPALIVE
@@ -57,6 +60,7 @@ from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.secret import require_loopback, shared_secret
 from ckptsvc.rpc.trust import ByCertificate, BySecret, Trust
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
+from ckptsvc.settings import HealthSettings, Settings, TierSettings
 from ckptsvc.telemetry import Event, Metrics, log, setup_logging
 
 logger = logging.getLogger("ckptsvc.agent")
@@ -164,6 +168,7 @@ class Agent:
             await asyncio.gather(*tasks, return_exceptions=True)
         idle = self.node.idle
         await self.node.stop()
+        await self.partners.close()
         await self.shell.stop()
         if self.elections:
             await self.elections.close()
@@ -191,7 +196,7 @@ class Agent:
         tiers = settings.tiers
         shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act,
             drains=settings.scheduler.drain, draining=Draining(tiers.durable_every, tiers.durable_backlog),
-            metrics=self.metrics)  # fmt: skip
+            metrics=self.metrics, partners=_partners(tiers))  # fmt: skip
         shell.on_incident = lambda incident: self._on_incident(incident)
         return shell
 
@@ -221,6 +226,9 @@ class Agent:
             early=(os.cpu_count() or 1) >= settings.save.early_cores,
             tier=self.tier,
         )
+        self.local.domain = domain_of(settings.tiers.domain, os.environ, self.node_name)
+        self.partners = Partners(self.local, self.trust, settings.tiers.partner_rate)
+        self.node.partner_order, self.node.on_filling = self.partners.order, self.partners.filling
         self.launches = Launches(self.local)
         self.nics = NicWatch(self.local, settings.nics)
         self.node.launch_order = self.launches.order
@@ -267,9 +275,10 @@ class Agent:
         # The other port is open to every user of the host, or of the network: no stranger is told anything there.
         gate = self.trust.gate(self.metrics.calls_refused.inc)
         between = grpc.aio.server(interceptors=[gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
-        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name), between)
+        servicer = CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer)
+        coordinator_pb2_grpc_add(servicer, between)
         port, host = self.trust.open_port(between, settings.listen)
-        self.address = str(Address(host, port))
+        self.address = self.local.address = str(Address(host, port))
         gate.address = self.trust.spelled(self.address)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(grpc_path)
@@ -301,6 +310,10 @@ class Agent:
 
 def _limits(settings: HealthSettings) -> Limits:
     return Limits(settings.floor, settings.factor, settings.startup)
+
+
+def _partners(settings: TierSettings) -> PartnerPolicy:
+    return PartnerPolicy(settings.partner, settings.group, settings.partner_every, settings.rebuild)
 
 
 async def _own(lock: int, directory: Path) -> None:

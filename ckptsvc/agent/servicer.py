@@ -99,6 +99,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         token = _token(context)
         arena, epoch = await self._node.arenas.acquire(token, request.step, request.bytes, timeout)
         self._node.saves.expect(token, arena, epoch, request.bytes)
+        self._node.on_filling()
         return agent_pb2.AcquireResponse(slot=arena.name, capacity=arena.capacity, epoch=epoch)
 
     @_errors
@@ -108,6 +109,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         check_metrics(metrics)
         aliases = dict(request.aliases)
         self._node.saves.submit(_token(context), request.slot, request.step, request.bytes, aliases, metrics)
+        self._node.on_filling()
         return agent_pb2.SubmitResponse()
 
     @_errors
@@ -131,7 +133,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         self, request: agent_pb2.ListSnapshotsRequest, context: Any
     ) -> agent_pb2.ListSnapshotsResponse:
         """See agent.proto."""
-        return agent_pb2.ListSnapshotsResponse(snapshots=await self._node.saves.list_snapshots(_token(context)))
+        return await self._node.saves.list_snapshots(_token(context))
 
     @_errors
     async def Refill(self, request: agent_pb2.RefillRequest, context: Any) -> agent_pb2.RefillResponse:
@@ -168,8 +170,13 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """For the agents of other nodes: rpc.proof.Gate lets in nobody else."""
 
-    def __init__(self, shell_of: Callable[[str, int], CoordinatorShell], node: str) -> None:
-        self._shell_of, self._node = shell_of, node
+    def __init__(
+        self,
+        shell_of: Callable[[str, int], CoordinatorShell],
+        node: str,
+        offer: Callable[[pb.FetchRequest], Awaitable[pb.FetchResponse]],
+    ) -> None:
+        self._shell_of, self._node, self._offer = shell_of, node, offer
         self._mirror = Mirror()
 
     async def Attend(self, request_iterator: AsyncIterator[pb.Report], context: Any) -> AsyncIterator[pb.Order]:
@@ -186,6 +193,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         orders: asyncio.Queue[pb.Order | None] = asyncio.Queue()
         deliver = orders.put_nowait
         shell.attend(node, deliver)
+        shell.report(node, first)
         reading = asyncio.ensure_future(self._read(shell, node, request_iterator))
         reading.add_done_callback(lambda task: deliver(None))
         try:
@@ -204,7 +212,12 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
     async def ListComplete(self, request: pb.ListCompleteRequest, context: Any) -> agent_pb2.ListSnapshotsResponse:
         """See coordinator.proto."""
         shell = self._shell_of(launched_as(request.job), request.term)
-        return agent_pb2.ListSnapshotsResponse(snapshots=shell.list_complete(request.job))
+        return await shell.list_complete(request.job)
+
+    @_errors
+    async def Fetch(self, request: pb.FetchRequest, context: Any) -> pb.FetchResponse:
+        """See coordinator.proto."""
+        return await self._offer(request)
 
     async def Measure(self, request_iterator: AsyncIterator[pb.Load], context: Any) -> AsyncIterator[pb.Load]:
         """See coordinator.proto."""

@@ -72,7 +72,14 @@ def _ranks(agent: Agent) -> list[dict[str, Any]]:
 
 def _arenas(agent: Agent) -> list[dict[str, Any]]:
     return [
-        {"job": a.job, "rank": a.rank, "state": a.state.value, "step": a.step, "bytes": a.capacity}
+        {
+            "job": a.job,
+            "rank": a.rank,
+            "state": a.state.value,
+            "step": a.step,
+            "bytes": a.capacity,
+            "for_others": a.guest,
+        }
         for a in agent.pool.arenas.values()
     ]
 

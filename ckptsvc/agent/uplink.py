@@ -22,6 +22,7 @@ from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, error_of
 from ckptsvc.rpc.trust import Admission, Trust
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.settings import LONGEST_REBUILD
 
 log = logging.getLogger("ckptsvc.agent")
 
@@ -29,7 +30,10 @@ RECONNECT = 0.3
 """Seconds between attempts to reach a coordinator."""
 
 LIST_TIMEOUT = 10.0
-"""Seconds a coordinator has to say which snapshots are complete."""
+"""Seconds a coordinator has to begin to say which snapshots are complete."""
+
+REBUILD_TIMEOUT = LONGEST_REBUILD + LIST_TIMEOUT
+"""Seconds it has to say it: it waits for what is being rebuilt."""
 
 BACKOFF = [("grpc.initial_reconnect_backoff_ms", 300), ("grpc.max_reconnect_backoff_ms", 2000)]
 """gRPC's own pauses between connections; by default they grow to two minutes."""
@@ -52,8 +56,8 @@ class Uplink(Protocol):
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator; never blocks."""
 
-    async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
-        """Complete snapshots of a job in memory, newest first."""
+    async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
+        """Complete snapshots of a job in memory, newest first, once what is lost has been rebuilt."""
 
     async def measure(self) -> float:
         """Bytes per second to the coordinator's node and back (agent.bandwidth); 0.0 where that is this one."""
@@ -65,15 +69,16 @@ class Uplink(Protocol):
 class LocalUplink:
     """The coordinator is in this very process."""
 
-    def __init__(self, node: str, shell: CoordinatorShell, on_order: Callable[[pb.Order], None]) -> None:
-        self._node, self._shell = node, shell
+    def __init__(self, hello: pb.AgentHello, shell: CoordinatorShell, on_order: Callable[[pb.Order], None]) -> None:
+        self._node, self._shell = hello.node, shell
         loop = asyncio.get_running_loop()
 
         def deliver(order: pb.Order | None) -> None:
             if order is not None:  # not at once: an order must not change what its cause is still working on
                 loop.call_soon(on_order, order)
 
-        shell.attend(node, deliver)
+        shell.attend(self._node, deliver)
+        shell.report(self._node, pb.Report(agent_hello=hello))
 
     @property
     def is_connected(self) -> bool:
@@ -84,9 +89,9 @@ class LocalUplink:
         """Tell the coordinator."""
         self._shell.report(self._node, report)
 
-    async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
+    async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
         """Complete snapshots of a job."""
-        return self._shell.list_complete(job)
+        return await self._shell.list_complete(job)
 
     async def measure(self) -> float:
         """There is no way to measure."""
@@ -136,22 +141,22 @@ class RemoteUplink:
         if self._queue is not None:
             self._queue.put_nowait(report)
 
-    async def list_complete(self, job: str) -> list[agent_pb2.Snapshot]:
+    async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
         """Complete snapshots of a job."""
         try:
             async with asyncio.timeout(LIST_TIMEOUT):
                 admission = await self._ask("ListComplete")
                 request = pb.ListCompleteRequest(job=job, term=self._hello.term)
-                call = self._stub.ListComplete(request, timeout=LIST_TIMEOUT, metadata=admission.metadata)
+                call = self._stub.ListComplete(request, timeout=REBUILD_TIMEOUT, metadata=admission.metadata)
                 await admission.check(call)
-                answer = await call
+            answer: agent_pb2.ListSnapshotsResponse = await call  # the line's pings say if the coordinator is gone
         except grpc.RpcError as error:
             raise error_of(error) from None
         except TimeoutError:
             raise AgentUnavailable(f"coordinator {self._address} did not answer in time") from None
         except asyncio.CancelledError:
             raise self._hung_up() from None
-        return list(answer.snapshots)
+        return answer
 
     async def measure(self) -> float:
         """Bytes per second to the coordinator's node and back."""

@@ -17,14 +17,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 import numpy as np
 
 from ckptsvc.agent import nodelist
 from ckptsvc.agent.worker_local import LocalCopies
-from ckptsvc.config import SaveSettings, StoreSettings, load
+from ckptsvc.config import load
 from ckptsvc.errors import CkptsvcError, SaveFailed
 from ckptsvc.format.checksum import Digests, extent_digests
 from ckptsvc.format.columns import Columns
@@ -41,6 +41,7 @@ from ckptsvc.pipeline.references import Bases
 from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.write import ShardImage, Written, write_shard
+from ckptsvc.settings import SaveSettings, StoreSettings
 from ckptsvc.storage import Progress, Spreading, Store
 from ckptsvc.storage.opening import open_store
 from ckptsvc.storage.rate import Rate
@@ -250,10 +251,18 @@ class Worker(LocalCopies):
         return {}
 
 
-def serve(sock: socket.socket) -> None:
+class Executes(Protocol):
+    """What serves requests: every method named `do_*` is an operation."""
+
+    def expect(self, request: Request) -> None:
+        """A request has come in and will be executed in its turn."""
+
+    def end(self) -> NoReturn:
+        """End this process."""
+
+
+def serve(sock: socket.socket, worker: Executes) -> None:
     """Answer requests until the agent closes its end."""
-    settings = load(os.environ)
-    worker = Worker(settings.store, settings.save)
     # A thread that computes soon lets go one that has a block to write: by default it takes 5 ms, at every call.
     sys.setswitchinterval(0.0005)
     # The table of a shard is 100,000 objects without cycles: looking through them again and again doubles the time.
@@ -298,7 +307,7 @@ def serve(sock: socket.socket) -> None:
                 worker.end()
             request = decoder.decode(body)
             worker.expect(request)
-            if request.op in ("unmap", "cancel"):  # they must not wait for threads that a store may hold up
+            if request.op in ("unmap", "cancel", "hold"):  # they must not wait for threads that a store may hold up
                 execute(request)
             else:
                 pool.submit(execute, request)
@@ -338,4 +347,5 @@ def _digests(data: bytes) -> np.ndarray[Any, np.dtype[np.uint64]]:
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])))
+    found = load(os.environ)
+    serve(socket.socket(fileno=int(sys.argv[1])), Worker(found.store, found.save))

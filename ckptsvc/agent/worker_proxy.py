@@ -39,10 +39,11 @@ class WorkerDied(Exception):
 
 
 class WorkerProxy:
-    """One worker process; requests may run concurrently."""
+    """One worker process; requests may run concurrently. `module` is the program that it runs, with `arguments`."""
 
-    def __init__(self, job: str) -> None:
-        self.job = job
+    def __init__(self, job: str, module: str = "ckptsvc.agent.worker", arguments: tuple[str, ...] = ()) -> None:
+        self.job, self._module, self._arguments = job, module, arguments
+        self._what = f"the I/O worker of job {job}" if module == "ckptsvc.agent.worker" else f"the {job}"
         self._process: subprocess.Popen[bytes] | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._reader_task: asyncio.Task[None] | None = None
@@ -71,18 +72,18 @@ class WorkerProxy:
                 return await future
             except WorkerDied:
                 if self._closed:
-                    raise StoreUnavailable(f"the I/O worker of job {self.job} has been closed") from None
-                log.warning("the I/O worker of job %s died during %s; starting another", self.job, op)
+                    raise StoreUnavailable(f"{self._what} has been closed") from None
+                log.warning("%s died during %s; starting another", self._what, op)
             finally:
                 self._pending.pop(number, None)
-        raise StoreUnavailable(f"the I/O worker died {_RESTARTS} times during {op}")
+        raise StoreUnavailable(f"{self._what} died {_RESTARTS} times during {op}")
 
     async def tell(self, op: str, args: dict[str, Any]) -> None:
         """Run one operation that nobody waits for: that it failed is only logged."""
         try:
             await self.call(op, args)
         except (CkptsvcError, OSError) as error:
-            log.debug("the I/O worker of job %s did not %s: %s", self.job, op, error)
+            log.debug("%s did not %s: %s", self._what, op, error)
 
     async def close(self) -> None:
         """End the worker; what it is doing is lost."""
@@ -110,21 +111,21 @@ class WorkerProxy:
     async def _ensure(self) -> asyncio.StreamWriter:
         async with self._starting:
             if self._closed:
-                raise StoreUnavailable(f"the I/O worker of job {self.job} has been closed")
+                raise StoreUnavailable(f"{self._what} has been closed")
             if self._writer is not None:
                 return self._writer
             try:
                 ours, theirs = socket.socketpair()
             except OSError as error:
-                raise StoreUnavailable(f"no I/O worker could be started: {error}") from error
-            command = [sys.executable, "-m", "ckptsvc.agent.worker", str(theirs.fileno())]
+                raise StoreUnavailable(f"{self._what} could not be started: {error}") from error
+            command = [sys.executable, "-m", self._module, str(theirs.fileno()), *self._arguments]
             try:
                 self._process = subprocess.Popen(  # noqa: ASYNC220  exec of a known file: bounded and short
                     command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ
                 )
             except OSError as error:
                 ours.close()
-                raise StoreUnavailable(f"no I/O worker could be started: {error}") from error
+                raise StoreUnavailable(f"{self._what} could not be started: {error}") from error
             finally:
                 theirs.close()
             try:
@@ -141,7 +142,9 @@ class WorkerProxy:
                 (nbytes,) = _FRAME.unpack(await reader.readexactly(_FRAME.size))
                 self._dispatch(msgspec.msgpack.decode(await reader.readexactly(nbytes)))
         except (asyncio.IncompleteReadError, ConnectionError):
-            self._writer = None
+            writer, self._writer = self._writer, None
+            if writer is not None:
+                writer.close()
             await asyncio.get_running_loop().run_in_executor(None, process.wait)
             for future, _ in list(self._pending.values()):
                 if not future.done():

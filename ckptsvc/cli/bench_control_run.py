@@ -20,11 +20,11 @@ from ckptsvc.agent.watch import LOOK_EVERY
 from ckptsvc.cli.bench_control_agents import EXTENT, NBYTES, Agent, Fleet
 from ckptsvc.cli.bench_control_service import Service
 from ckptsvc.cli.terminal import note
-from ckptsvc.config import HealthSettings
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import checkpoint_name, shard_name
 from ckptsvc.format.shard import Entry
 from ckptsvc.geometry.box import Box
+from ckptsvc.settings import HealthSettings
 from ckptsvc.types import TensorMeta
 
 SPARES = 4

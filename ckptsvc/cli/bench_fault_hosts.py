@@ -43,6 +43,9 @@ class Hosts:
             self.close()
             raise
 
+    def __len__(self) -> int:
+        return len(self._holders) - 1
+
     def _set_up(self, count: int) -> None:
         bridge = self._hold()
         _in(bridge, "ip link add bridge0 type bridge && ip link set bridge0 up")

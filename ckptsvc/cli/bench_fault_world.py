@@ -25,9 +25,9 @@ from typing import Any, NamedTuple, Protocol, Self
 from ckptsvc.agent.incidents import IncidentLog
 from ckptsvc.cli.bench_fault_hosts import Hosts
 from ckptsvc.cli.demo_processes import Events
-from ckptsvc.config import ArenaSettings
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.settings import ArenaSettings
 
 NODES = 3
 """Nodes of a job, with a rank each; it goes on with one less."""

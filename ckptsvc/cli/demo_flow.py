@@ -19,9 +19,10 @@ from ckptsvc.cli.demo_facts import Check, Facts, Incident, Run, Save
 from ckptsvc.cli.demo_processes import Child, Children, DemoFailed, Events, wait_until
 from ckptsvc.cli.demo_report import seconds, size
 from ckptsvc.cli.demo_story import Story
-from ckptsvc.config import ArenaSettings, private_directory, runtime_dir
+from ckptsvc.config import private_directory, runtime_dir
 from ckptsvc.format.commit import COMMIT, EPOCHS
 from ckptsvc.pipeline.catalog import list_refs, read_commit
+from ckptsvc.settings import ArenaSettings
 from ckptsvc.storage import Store, connect
 from ckptsvc.telemetry import Event
 

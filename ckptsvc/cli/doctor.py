@@ -25,10 +25,10 @@ from ckptsvc.cli.doctor_probe import Spec
 from ckptsvc.cli.doctor_run import Measured, measure
 from ckptsvc.cli.store_load import FOLDER
 from ckptsvc.cli.terminal import Screen, emit, note, plural, printable, size
-from ckptsvc.config import Settings
 from ckptsvc.config import load as load_settings
 from ckptsvc.errors import InvalidInput
 from ckptsvc.quantities import parse_duration, parse_size
+from ckptsvc.settings import Settings
 
 MiB = 1 << 20
 _STAGES = {

@@ -21,11 +21,12 @@ from ckptsvc.cli import torchrun_flags
 from ckptsvc.cli.devices import ranks_of
 from ckptsvc.cli.placing import Nodes, parse_nodes, placed
 from ckptsvc.cli.torchrun_flags import refuse_unknown
-from ckptsvc.config import LaunchSettings, Settings, agents_directory, load
+from ckptsvc.config import agents_directory, load
 from ckptsvc.errors import ConfigError
-from ckptsvc.quantities import parse_address
+from ckptsvc.quantities import Address, parse_address
 from ckptsvc.rpc.dial import address_of, agent_arguments, is_alive
 from ckptsvc.rpc.secret import is_loopback, require_loopback
+from ckptsvc.settings import LaunchSettings, Settings
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -136,10 +137,15 @@ def command(
 
 
 def _listen(settings: Settings, nodes: Nodes, leads: bool, elected: str) -> str:
-    """Where the agent that this job starts is to be found by others; "": nowhere in particular."""
-    if elected and settings.tls.is_set and is_loopback(settings.agent.listen.host):
-        return "0.0.0.0:0"  # whoever is elected must be reached from the other hosts
-    return nodes.coordinator if leads else ""
+    """Where the agents of other nodes can reach the one that this job starts; "": as it is set.
+
+    They do that where it leads, may be elected, or keeps copies.
+    """
+    if leads and not elected:
+        return nodes.coordinator
+    is_set = settings.origin["agent.listen"] != "default"
+    reachable = settings.tls.is_set or is_loopback(nodes.address)
+    return str(Address(nodes.address, 0)) if nodes.high > 1 and reachable and not is_set else ""
 
 
 def _bounds(nnodes: str | None, standalone: bool) -> tuple[int, int]:

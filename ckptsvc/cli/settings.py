@@ -10,7 +10,6 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
-from ckptsvc.config import Settings
 from ckptsvc.quantities import (
     Address,
     Every,
@@ -22,6 +21,7 @@ from ckptsvc.quantities import (
     parse_names,
     parse_size,
 )
+from ckptsvc.settings import Settings
 
 _ATTRIBUTE = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
 _SECRET = re.compile(r"secret|passw|passphrase|token|credential|(^|_)(key|sas)(_|$)", re.IGNORECASE)

@@ -51,7 +51,7 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
       "metrics", "arena_limit", "max_write_rate",
       "ranks": [{"job", "attempt", "rank", "world_size", "pid", "store",
         "step", "phase", "heartbeat_age", "committed"}],
-      "arenas": [{"job", "rank", "state", "step", "bytes"}],
+      "arenas": [{"job", "rank", "state", "step", "bytes", "for_others"}],
       "local_disk": {"directory", "problem", "snapshots": [{"job", "epoch",
         "step", "stage", "complete", "shards", "durable", "draining",
         "bytes", "age"}], "drains_allowed", "store_problem"} or null,
@@ -161,7 +161,7 @@ def _show(screen: Screen, answer: Answer) -> None:
 
 def _arenas(status: Status) -> str:
     arenas = status["arenas"]
-    states = Counter(arena["state"] for arena in arenas)
+    states = Counter(arena["state"] + " for other nodes" * arena.get("for_others", False) for arena in arenas)
     listed = ": " + ", ".join(f"{count} {state}" for state, count in sorted(states.items())) if arenas else ""
     used = sum(arena["bytes"] for arena in arenas)
     return f"arenas {size(used)} of {size(status['arena_limit'])}{listed}"

@@ -16,13 +16,13 @@ import msgspec
 from ckptsvc.client.group import Group, together
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.restore import Image, memory_image, store_image
-from ckptsvc.config import StoreSettings
 from ckptsvc.errors import BY_CODE, CkptsvcError, NotFound
 from ckptsvc.format.commit import CommitRecord
 from ckptsvc.launch import Placement
 from ckptsvc.pipeline import catalog
 from ckptsvc.pipeline.catalog import Checkpoint, Ref, decode_checkpoint, open_checkpoint, read_index
 from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.settings import Settings
 from ckptsvc.storage import Store
 from ckptsvc.storage.opening import open_apart
 from ckptsvc.storage.wrappers import Retrying
@@ -56,7 +56,7 @@ class Candidates:
 
     Args:
         url: of the run.
-        settings: of the store.
+        settings: of the store, and how long what is rebuilt from parity is waited for.
         link: to the agent.
         group: the job's ranks.
         place: of this rank.
@@ -66,13 +66,14 @@ class Candidates:
     def __init__(
         self,
         url: str,
-        settings: StoreSettings,
+        settings: Settings,
         link: AgentLink,
         group: Group,
         place: Placement,
         progress: Callable[[], None] = lambda: None,
     ) -> None:
-        self._url, self._settings, self._progress = url, settings, progress
+        self._url, self._settings, self._progress = url, settings.store, progress
+        self._patience = settings.tiers.rebuild
         self._link, self._group, self._place = link, group, place
         self._store: Store | None = None
         self._snapshots: list[agent_pb2.Snapshot] = []
@@ -84,7 +85,10 @@ class Candidates:
             StoreError: the store cannot be listed: to start afresh then would be to lose the run.
         """
         try:
-            self._snapshots = self._link.snapshots(SNAPSHOT_TIMEOUT)
+            found = self._link.snapshots(SNAPSHOT_TIMEOUT + self._patience)
+            self._snapshots = list(found.snapshots)
+            for note in found.notes if self._group.rank == 0 else ():
+                log.warning("%s; an older one has to do", note)
         except CkptsvcError:
             self._snapshots = []
         message = b""
@@ -92,8 +96,8 @@ class Candidates:
             self._connected()
             if self._group.rank == 0:
                 message = msgspec.json.encode(self._look())
-        found = [Candidate(*entry) for entry in msgspec.json.decode(self._group.broadcast(message))]
-        return [c for c in found if step is None or c.step == step]
+        candidates = [Candidate(*entry) for entry in msgspec.json.decode(self._group.broadcast(message))]
+        return [c for c in candidates if step is None or c.step == step]
 
     def open(self, candidate: Candidate) -> Image:
         """Open one; all ranks call this together.

@@ -14,11 +14,12 @@ import msgspec
 import xxhash
 
 from ckptsvc.client.group import Group
-from ckptsvc.config import Settings, agents_directory, private_directory
+from ckptsvc.config import agents_directory, private_directory
 from ckptsvc.errors import ConfigError
 from ckptsvc.launch import LOCAL_JOB, Placement, detect
 from ckptsvc.pipeline.retention import policy_of
 from ckptsvc.rpc.dial import is_alive
+from ckptsvc.settings import Settings
 
 
 def placement_of(group: Group) -> Placement:

@@ -203,9 +203,10 @@ class AgentLink:
                 return outcome
             progress()
 
-    def snapshots(self, timeout: float) -> list[agent_pb2.Snapshot]:
-        """Complete snapshots of this job in memory, newest first."""
-        return list(self.call("ListSnapshots", agent_pb2.ListSnapshotsRequest(), timeout).snapshots)
+    def snapshots(self, timeout: float) -> agent_pb2.ListSnapshotsResponse:
+        """Complete snapshots of this job in memory, newest first, and what had to be said about others."""
+        answer: agent_pb2.ListSnapshotsResponse = self.call("ListSnapshots", agent_pb2.ListSnapshotsRequest(), timeout)
+        return answer
 
     def refill(
         self, epoch: int, step: int, timeout: float, progress: Callable[[], None] = lambda: None

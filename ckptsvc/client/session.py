@@ -29,7 +29,7 @@ from ckptsvc.client.restore import restore
 from ckptsvc.client.signals import StopSignals
 from ckptsvc.client.snapshots import Snapshots
 from ckptsvc.client.state import StateTree, optimizers_in
-from ckptsvc.config import Settings, load
+from ckptsvc.config import load
 from ckptsvc.errors import (
     EXIT_STATUS,
     AgentUnavailable,
@@ -47,6 +47,7 @@ from ckptsvc.errors import (
 )
 from ckptsvc.format.objects import encode
 from ckptsvc.rpc.dial import ensure_agent
+from ckptsvc.settings import Settings
 from ckptsvc.storage import canonical
 
 log = logging.getLogger("ckptsvc")
@@ -443,7 +444,7 @@ class Session:
         return True
 
     def _restore_newest(self, step: int | None) -> int | None:
-        where = self._url, self.settings.store, self._link, self._group, self._place
+        where = self._url, self.settings, self._link, self._group, self._place
         with contextlib.closing(Candidates(*where, self._phases.progress)) as candidates:
             return self._restore_from(candidates, step)
 

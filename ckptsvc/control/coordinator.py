@@ -24,6 +24,7 @@ from ckptsvc.control.incidents import Incidents, standing
 from ckptsvc.control.membership import Job
 from ckptsvc.control.nic_job import JobNics
 from ckptsvc.control.nics import Finding
+from ckptsvc.control.redundancy import PartnerPolicy, Redundancy
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.control.save import Saves
 from ckptsvc.control.slow import SlowJobs
@@ -47,6 +48,7 @@ class Coordinator:
     policy: Policy = field(default_factory=Policy)
     mark: str = ""
     draining: Draining = field(default_factory=Draining)
+    partners: PartnerPolicy = field(default_factory=PartnerPolicy)
     jobs: dict[str, Job] = field(default_factory=dict)
     tiers: dict[str, Tiers] = field(default_factory=dict)
     launched: dict[str, Attempts] = field(default_factory=dict)
@@ -55,16 +57,18 @@ class Coordinator:
     incidents: Incidents = field(init=False)
     health: Health = field(init=False)
     slow: SlowJobs = field(init=False)
+    redundancy: Redundancy = field(init=False)
 
     def __post_init__(self) -> None:
         self.incidents = Incidents(self.mark)
         self.health = Health(self.jobs, self.launched, self.incidents, self.nics, self.policy)
         self.slow = SlowJobs(self.jobs, self.incidents, self.health.cases)
+        self.redundancy = Redundancy(self.partners)
 
     def handle(self, node: str, report: pb.Report, now: float) -> Decision:
         """One report from the agent of `node`."""
         kind = report.WhichOneof("event")
-        if kind is None or kind == "agent_hello":
+        if kind is None:
             return Decision()
         event = getattr(report, kind)
         decision: Decision = getattr(self, f"_on_{kind}")(event, now)
@@ -77,7 +81,7 @@ class Coordinator:
             job.agent_lost(node, now)
             if job.name in self.tiers:
                 self.tiers[job.name].node_gone(node)
-        decision = Decision([], [f"agent of {node} disconnected"])
+        decision = Decision([], [f"agent of {node} disconnected"]).add(self.redundancy.agent_lost(node))
         for attempts in self.launched.values():
             decision.add(attempts.agent_lost(node, now))
         return decision.add(self.health.agent_lost(node, now))
@@ -136,7 +140,7 @@ class Coordinator:
             decision.add(self._tick_launched(attempts, now))
         for nics in self.nics.values():
             decision.add(nics.tick(now))
-        decision.add(self.health.tick(now)).add(self.slow.tick(now))
+        decision.add(self.health.tick(now)).add(self.slow.tick(now)).add(self.redundancy.tick(now))
         for name, job in list(self.jobs.items()):
             if job.ranks or job.saves.open or job.saves.held or (name in self.tiers and self.tiers[name].disks):
                 job.busy_at = now
@@ -144,6 +148,7 @@ class Coordinator:
                 del self.jobs[name]
                 self.tiers.pop(name, None)
                 self.incidents.forget(name)
+                self.redundancy.forget(name)
                 self.nics.pop(name, None)
         for name, attempts in list(self.launched.items()):
             if attempts.phase is Phase.ENDED and now - attempts.ended > FORGET_AFTER:
@@ -168,6 +173,9 @@ class Coordinator:
         before, nodes = standing(attempts), list(attempts.nodes)
         suspects = [(rank, where) for rank, (_, where) in attempts.suspects.items() if rank not in attempts.statuses]
         decision = attempts.tick(now)
+        if attempts.phase is Phase.STOPPING:  # the next attempt will ask what there is to restore
+            for job in self._runs_of(attempts.job):
+                decision.add(self.redundancy.rebuild(job, now))
         if suspects:
             return decision.add(self.incidents.failed(attempts, before, "died", *suspects[0]))
         lost = next((node for node in nodes if node not in attempts.nodes), "")
@@ -189,6 +197,17 @@ class Coordinator:
             for job in jobs:
                 job.save_wanted = True
         return Decision()
+
+    def _runs_of(self, launched: str) -> list[Job]:
+        return [job for job in self.jobs.values() if launched_as(job.name) == launched]
+
+    def recover(self, job: str, now: float) -> Decision:
+        """The ranks of a job want to know what is in memory: have what is lost rebuilt, where it can be."""
+        return self.redundancy.rebuild(self.jobs[job], now) if job in self.jobs else Decision()
+
+    def lost(self, job: str) -> list[str]:
+        """Snapshots that were newer than any that is still whole, a sentence each."""
+        return self.redundancy.lost(self.jobs[job].saves) if job in self.jobs else []
 
     def snapshots(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job in memory or on local disks, newest first; each agent fills in `local`."""
@@ -273,8 +292,21 @@ class Coordinator:
             job.progressed(event, now)
         return Decision()
 
+    def _on_agent_hello(self, event: pb.AgentHello, now: float) -> Decision:
+        self.redundancy.attends(event)
+        return Decision()
+
+    def _on_guarded(self, event: pb.Guarded, now: float) -> Decision:
+        self.redundancy.guarded(event)
+        return Decision()
+
+    def _on_rebuilt(self, event: pb.Rebuilt, now: float) -> Decision:
+        return self.redundancy.rebuilt(event)
+
     def _on_staged(self, event: pb.Staged, now: float) -> Decision:
-        return self._job(event.job, event.store, now).saves.staged(event, now)
+        job = self._job(event.job, event.store, now)
+        decision = job.saves.staged(event, now)
+        return decision.add(self.redundancy.staged(job, event))
 
     def _on_durable(self, event: pb.Durable, now: float) -> Decision:
         job = self.jobs.get(event.job)
@@ -294,7 +326,9 @@ class Coordinator:
 
     def _on_dropped(self, event: pb.Dropped, now: float) -> Decision:
         job = self.jobs.get(event.job)
-        if job:
+        if event.rank < 0:
+            self.redundancy.dropped(event)
+        elif job:
             job.saves.dropped(event)
         return Decision()
 

@@ -99,7 +99,7 @@ class Saves:
     latest: dict[int, Key] = field(default_factory=dict)  # rank of the attempt -> its newest snapshot
     gone: set[int] = field(default_factory=set)  # ranks of the attempt that will stage nothing more
     open: dict[Key, Save] = field(default_factory=dict)
-    held: dict[Key, dict[int, str]] = field(default_factory=dict)  # rank -> node
+    held: dict[Key, dict[int, list[str]]] = field(default_factory=dict)  # rank -> nodes; copies come last
     places: dict[str, set[tuple[Key, int]]] = field(default_factory=dict)  # the same by node
     complete: dict[Key, int] = field(default_factory=dict)
     aliases: dict[Key, dict[str, str]] = field(default_factory=dict)
@@ -119,9 +119,9 @@ class Saves:
         """A rank's snapshot is whole in its arena."""
         key = (event.epoch, event.step)
         self.nodes.add(event.node)
-        self._hold(key, event.rank, event.node)
+        self._hold(key, event.rank, event.node, copy=event.copy)
         decision = self._complete(event)
-        if not event.again:
+        if not event.again and not event.copy:
             decision.add(self._overtaken(event, now))
             if event.attempt == self.attempt:
                 self.latest[event.rank] = max(key, self.latest.get(event.rank, key))
@@ -215,8 +215,8 @@ class Saves:
         return self._end(key, agent_pb2.OUTCOME_SKIPPED, "arena-exhausted", f"rank {event.rank}: {event.why}", now)
 
     def dropped(self, event: pb.Dropped) -> None:
-        """A shard has left the memory of its node."""
-        self._forget((event.epoch, event.step), event.rank)
+        """A shard has left the memory of a node."""
+        self._forget((event.epoch, event.step), event.rank, event.node)
 
     def rank_gone(self, rank: int, how: str, now: float) -> Decision:
         """A rank will stage nothing more: saves that wait for it cannot complete."""
@@ -272,7 +272,7 @@ class Saves:
     def node_gone(self, node: str) -> None:
         """A node's memory is out of reach; what it wrote to the store still counts."""
         for key, rank in list(self.places.get(node, ())):
-            self._forget(key, rank)
+            self._forget(key, rank, node)
         self.nodes.discard(node)
 
     def commit_done(self, event: CommitDone, now: float) -> Decision:
@@ -349,20 +349,22 @@ class Saves:
         """Complete snapshots that are still whole in memory, newest first."""
         return sorted((k for k, world in self.complete.items() if len(self.held.get(k, ())) == world), reverse=True)
 
-    def _hold(self, key: Key, rank: int, node: str) -> None:
-        ranks = self.held.setdefault(key, {})
-        if ranks.get(rank, node) != node:
-            self.places[ranks[rank]].discard((key, rank))
-        ranks[rank] = node
+    def _hold(self, key: Key, rank: int, node: str, *, copy: bool) -> None:
+        nodes = self.held.setdefault(key, {}).setdefault(rank, [])
+        if node not in nodes:
+            nodes.insert(len(nodes) if copy else 0, node)
         self.places.setdefault(node, set()).add((key, rank))
 
-    def _forget(self, key: Key, rank: int) -> None:
+    def _forget(self, key: Key, rank: int, node: str) -> None:
         ranks = self.held.get(key, {})
-        node = ranks.pop(rank, None)
-        if node is not None:
+        nodes = ranks.get(rank, [])
+        if node in nodes:
+            nodes.remove(node)
             self.places[node].discard((key, rank))
             if not self.places[node]:
                 del self.places[node]
+        if not nodes:
+            ranks.pop(rank, None)
         if not ranks:
             self.held.pop(key, None)
             self.complete.pop(key, None)

@@ -34,12 +34,13 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from ckptsvc.agent.coordination import reachable
 from ckptsvc.agent.launches import COORDINATOR_KEY
-from ckptsvc.config import Settings, agents_directory, load, private_directory
+from ckptsvc.config import agents_directory, load, private_directory
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.channel import OPTIONS, error_of
 from ckptsvc.rpc.dial import agent_arguments, ensure_agent, sockets
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
+from ckptsvc.settings import Settings
 
 JOIN_TIMEOUT = 600.0
 """Seconds to wait for the other nodes, as torchrun's own rendezvous."""

@@ -44,8 +44,27 @@ class State(enum.Enum):
     KEPT = "kept"  # its save has ended; the snapshot stays as the memory tier until the arena is needed
 
 
+class Kept(msgspec.Struct, frozen=True):
+    """A shard that a part of a parity was made with."""
+
+    rank: int
+    nbytes: int
+    digests: bytes
+
+
+class Parity(msgspec.Struct, frozen=True, kw_only=True):
+    """What a part of a group's parity belongs to: the nodes of the group, in order, and what each of them held."""
+
+    losses: int
+    digests: bytes
+    members: list[tuple[str, list[Kept]]]
+
+
 class Label(msgspec.Struct, frozen=True, kw_only=True):
-    """What a filled arena holds; the JSON file beside it."""
+    """What a filled arena holds; the JSON file beside it.
+
+    A copy of another node's snapshot has `guest` set; a part of a parity (its rank is -1) has `parity` too.
+    """
 
     job: str
     store: str
@@ -60,6 +79,8 @@ class Label(msgspec.Struct, frozen=True, kw_only=True):
     aliases: dict[str, str]
     metrics: dict[str, str] = {}
     kept: bool = False
+    guest: bool = False
+    parity: Parity | None = None
 
 
 @dataclass(slots=True)
@@ -80,6 +101,7 @@ class Arena:
     label: Label | None = None
     holder: str = ""  # who fills it
     since: float = 0.0  # when it was staged, CLOCK_MONOTONIC
+    guest: bool = False  # it is for what belongs to other nodes
 
 
 @dataclass(slots=True)
@@ -122,7 +144,7 @@ class ArenaPool:
             if label is None or label.nbytes > path.stat().st_size - TAIL:
                 path.unlink()
                 continue
-            arena = Arena(path.stem, path, path.stat().st_size - TAIL, label.job, label.rank)
+            arena = Arena(path.stem, path, path.stat().st_size - TAIL, label.job, label.rank, guest=label.guest)
             arena.state = State.KEPT if label.kept else State.STAGED
             arena.step, arena.label, arena.since = label.step, label, time.monotonic()
             self.arenas[arena.name] = arena
@@ -151,8 +173,8 @@ class ArenaPool:
         return sum(a.capacity + TAIL for a in self.arenas.values())
 
     def of(self, job: str, rank: int) -> list[Arena]:
-        """A rank's arenas."""
-        return [a for a in self.arenas.values() if a.job == job and a.rank == rank]
+        """A rank's own arenas."""
+        return [a for a in self.arenas.values() if a.job == job and a.rank == rank and not a.guest]
 
     def plan(self, job: str, rank: int, nbytes: int, count: int) -> int:
         """How many arenas of `nbytes` a rank still lacks; unusable small free ones are removed first."""
@@ -161,7 +183,7 @@ class ArenaPool:
                 self.remove(arena)
         return count - sum(1 for a in self.of(job, rank) if a.capacity >= nbytes)
 
-    def make(self, job: str, rank: int, nbytes: int) -> tuple[Arena, int]:
+    def make(self, job: str, rank: int, nbytes: int, *, guest: bool = False) -> tuple[Arena, int]:
         """Reserve one more arena of at least `nbytes` bytes; `populate` must follow, with the descriptor returned.
 
         Raises:
@@ -174,10 +196,10 @@ class ArenaPool:
                 f"an arena of {size >> 20} MiB does not fit: {taken}",
                 hint="raise arena.limit, or lower arena.slots",
             )
-        name = f"{rank:05d}-{secrets.token_hex(8)}"
+        name = f"{'guest' if guest else f'{rank:05d}'}-{secrets.token_hex(8)}"
         path = self.root / f"{name}.arena"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        arena = Arena(name, path, size - TAIL, job, rank, State.FILLING)
+        arena = Arena(name, path, size - TAIL, job, rank, State.FILLING, guest=guest)
         self.arenas[name] = arena
         return arena, fd
 
@@ -229,6 +251,11 @@ class ArenaPool:
             arena.label = msgspec.structs.replace(arena.label, kept=True)
             arena.state = State.KEPT
             _write_label(arena.path, arena.label)
+
+    def keep_guest(self, arena: Arena, label: Label) -> None:
+        """The arena holds, whole and verified, what belongs to other nodes; remember that beyond this process."""
+        arena.label, arena.state, arena.step, arena.holder = label, State.KEPT, label.step, ""
+        _write_label(arena.path, label)
 
     def release(self, arena: Arena) -> None:
         """Forget what the arena holds; it can be filled again."""

@@ -16,6 +16,10 @@ With a local disk, where a shard goes first:
     after_local                                  I/O worker: it is a copy
     before_drain  in_drain  after_drain          I/O worker: ...; ...; it is in the durable store, and not marked so yet
     in_refill                                    I/O worker: a part of it is in an arena again
+
+With nodes that keep copies for each other:
+
+    in_transfer                                  courier: it has taken an extent from another node
 """
 
 from __future__ import annotations

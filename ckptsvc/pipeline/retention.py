@@ -20,8 +20,8 @@ from typing import Annotated
 
 import msgspec
 
-from ckptsvc.config import Settings
 from ckptsvc.pipeline.catalog import Ref
+from ckptsvc.settings import Settings
 
 NEWEST = "the newest"
 """Why the newest checkpoint stays, whatever the policy is."""

@@ -10,9 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import hmac
 import ipaddress
 import logging
 import os
+import re
+import secrets
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -43,6 +47,8 @@ LOOK_EVERY = 2.0
 
 MAX_FILE = 1 << 20
 """Bytes of a file of certificates."""
+
+_KEY = re.compile(r"[0-9a-f]{64}")
 
 Options = Sequence[tuple[str, Any]]
 
@@ -89,6 +95,12 @@ class Trust(Protocol):
     def is_sealed(self, given: str, *facts: str) -> bool:
         """Whether they are; no more than a hint (`ask` decides)."""
 
+    def new_key(self, ticket: str) -> tuple[str, str]:
+        """The key that goes with a ticket which is given to another agent, and what that one is told of it."""
+
+    def key_of(self, ticket: str, told: str) -> str:
+        """The key that goes with a ticket which another agent has given; ConfigError where there is none."""
+
     async def run(self) -> None:
         """Keep up with what changes, until cancelled."""
 
@@ -130,6 +142,15 @@ class BySecret:
     def is_sealed(self, given: str, *facts: str) -> bool:
         """See `Trust`."""
         return proof.same(given, self.seal(*facts))
+
+    def new_key(self, ticket: str) -> tuple[str, str]:
+        """See `Trust`: both derive it from the secret."""
+        return self.key_of(ticket, ""), ""
+
+    def key_of(self, ticket: str, told: str) -> str:
+        """See `Trust`."""
+        text = b"ckptsvc transfer, version 1\0" + ticket.encode()
+        return hmac.new(self._secret.encode(), text, hashlib.sha256).hexdigest()
 
     async def run(self) -> None:
         """A secret does not change."""
@@ -234,6 +255,17 @@ class ByCertificate:
         """See `Trust`: agents of other hosts have no secret in common; whoever listens there shows a certificate."""
         return True
 
+    def new_key(self, ticket: str) -> tuple[str, str]:
+        """See `Trust`: it is told, over a connection that nobody else can read."""
+        key = secrets.token_hex(32)
+        return key, key
+
+    def key_of(self, ticket: str, told: str) -> str:
+        """See `Trust`."""
+        if not _KEY.fullmatch(told):
+            raise ConfigError("an agent has given a ticket without a key")
+        return told
+
     def _stamp(self) -> tuple[tuple[int, int, int], ...]:
         stamps = []
         for path in self._paths.values():
@@ -335,17 +367,26 @@ def _date(seconds: float) -> str:
 
 
 def _reachable(address: Address) -> tuple[Address, str]:
-    """Where to listen, and the host by which others reach it.
-
-    A name is not resolved here: on many hosts /etc/hosts gives its own as a loopback address.
-    """
+    """Where to listen, and the host by which others reach it."""
     try:
         anywhere = ipaddress.ip_address(address.host).is_unspecified
     except ValueError:
-        if address.host == "localhost":
-            return address, address.host
-        return address._replace(host="::" if socket.has_dualstack_ipv6() else "0.0.0.0"), address.host
+        return address._replace(host=bind_host(address.host)), address.host
     return address, socket.gethostname() if anywhere else address.host
+
+
+def bind_host(host: str) -> str:
+    """What to listen at so that others reach a host by that name or address.
+
+    A name is not resolved: on many hosts /etc/hosts gives its own as a loopback address.
+    """
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        if host == "localhost":
+            return host
+        return "::" if socket.has_dualstack_ipv6() else "0.0.0.0"
+    return host
 
 
 def _opened(listen: Callable[[], int], address: Address) -> int:

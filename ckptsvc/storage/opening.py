@@ -6,7 +6,8 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ckptsvc.config import StoreSettings, load
+from ckptsvc.config import load
+from ckptsvc.settings import StoreSettings
 from ckptsvc.storage.apart import Apart
 from ckptsvc.storage.api import Store
 from ckptsvc.storage.registry import canonical, connect, survives_fork

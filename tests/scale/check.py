@@ -44,6 +44,7 @@ class Violation(AssertionError):
             f"{schedule.nodes} nodes, of which {schedule.least} to {schedule.most} are used",
             f"the last of them comes {schedule.late:.1f} s after the others",
             f"{schedule.nproc} ranks on each, {schedule.steps} steps",
+            f"they keep for each other: {schedule.partner}",
             f"a save every {schedule.every_steps} steps and every {schedule.every_seconds:g} s (0: never)",
             "faults:",
             *map(str, schedule.faults),
@@ -194,6 +195,24 @@ class Checks:
                 for rank in range(snapshot.world_size):
                     key = (job, snapshot.epoch, snapshot.step, rank)
                     require(key in held, f"the snapshot of rank {rank} in {key} is listed and nowhere in memory")
+        self._parity_is_there()
+
+    def _parity_is_there(self) -> None:
+        """What counts as rebuildable can be rebuilt."""
+        core, machines = self._world.brain.core, self._world.machines
+        for name, known in core.redundancy.jobs.items():
+            for key in known.guards:
+                if key not in core.jobs[name].saves.complete or not core.redundancy.is_rebuildable(
+                    core.jobs[name], key
+                ):
+                    continue
+                missing = set(range(core.jobs[name].saves.complete[key])) - core.jobs[name].saves.held[key].keys()
+                for guard in known.guards[key]:
+                    lost = [
+                        n for n, ranks in guard.members.items() if not machines[n].has(name, key, ranks, parity=True)
+                    ]
+                    needed = missing.intersection(*[[r for ranks in guard.members.values() for r in ranks]])
+                    require(not needed or len(lost) <= guard.losses, f"{key} counts as rebuildable without {lost}")
 
     def finished(self) -> bool:
         """Whether all has come to an end."""

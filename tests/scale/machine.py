@@ -16,9 +16,10 @@ from ckptsvc.agent.node import Node
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.watch import Watch
 from ckptsvc.control.effects import Answer
+from ckptsvc.control.runs import ranks_of
 from ckptsvc.control.stalls import Limits
 from ckptsvc.errors import ArenaExhausted
-from ckptsvc.pipeline.arena import Arena, ArenaPool, Label, State
+from ckptsvc.pipeline.arena import Arena, ArenaPool, Kept, Label, Parity, State
 from ckptsvc.rpc.identity import PHASE_BYTES
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -46,6 +47,9 @@ class Memory(ArenaPool):
 
     def keep(self, arena: Arena) -> None:
         arena.state = State.KEPT
+
+    def keep_guest(self, arena: Arena, label: Label) -> None:
+        arena.label, arena.state, arena.step = label, State.KEPT, label.step
 
     def release(self, arena: Arena) -> None:
         arena.label, arena.state, arena.step, arena.holder = None, State.FREE, -1, ""
@@ -146,6 +150,7 @@ class Machine:
         self.node.launch_order = self.launches.order
         self.watch = Watch(self.local, LIMITS, enabled=True)
         self.node.watch_order = self._watch_order
+        self.node.partner_order = self._partner_order
         self._world.later(LOOK_EVERY, self._look, self._incarnation)
         for rank in self.ranks.values():
             self._world.later(self._world.rng.uniform(0, 3), self._register_again, self._incarnation, rank)
@@ -185,6 +190,65 @@ class Machine:
     def _obey_late(self, incarnation: int, session: Session, order: pb.Order) -> None:
         if self._is(incarnation) and not session.broken:  # else the coordinator may have gone on without this node
             self.obey(order)
+
+    # ---- what nodes keep for each other (mirrors agent.partners) -----------------------------------------------------
+
+    def _partner_order(self, job: LocalJob, order: pb.Order) -> None:
+        effect = order.protect if order.HasField("protect") else order.rebuild
+        done = self._protected if order.HasField("protect") else self._rebuilt
+        self._world.later(self._world.rng.expovariate(1), done, self._incarnation, job, effect)
+
+    def has(self, job: str, key: tuple[int, int], ranks: list[int], *, parity: bool = False) -> bool:
+        """Whether all that is in memory here, for others to read."""
+        held = [a.label for a in self.pool.arenas.values() if a.label and (a.label.epoch, a.label.step) == key]
+        there = {label.rank for label in held if label.job == job}
+        return self.agent_alive and there.issuperset(ranks) and (not parity or -1 in there)
+
+    def _protected(self, incarnation: int, job: LocalJob, order: pb.Protect) -> None:
+        key, machines = (order.epoch, order.step), self._world.machines
+        held = {holder.node: ranks_of(holder.ranks) for holder in order.members}
+        if not self._is(incarnation) or not all(machines[n].has(job.name, key, ranks) for n, ranks in held.items()):
+            return
+        if not order.losses:
+            for rank in (rank for ranks in held.values() for rank in ranks):
+                self._keep_guest(job, order, rank)
+            return
+        members = [(node, [Kept(rank, 1, b"") for rank in ranks]) for node, ranks in held.items()]
+        self._keep_guest(job, order, -1, Parity(losses=order.losses, digests=b"", members=members))
+
+    def _rebuilt(self, incarnation: int, job: LocalJob, order: pb.Rebuild) -> None:
+        if not self._is(incarnation):
+            return
+        left = [holder for holder in order.members if holder.address]
+        key, machines, why = (order.epoch, order.step), self._world.machines, ""
+        able = [machines[h.node].has(job.name, key, ranks_of(h.ranks), parity=True) for h in left]
+        if not all(able) or len(order.members) - len(left) > order.losses:
+            why = "not enough is left"
+        else:
+            for rank in ranks_of(order.ranks):
+                self._keep_guest(job, order, rank)
+        event = pb.Rebuilt(job=job.name, node=self.name, epoch=order.epoch, step=order.step, why=why)
+        self.line.report(pb.Report(rebuilt=event))
+
+    def _keep_guest(
+        self, job: LocalJob, order: pb.Protect | pb.Rebuild, rank: int, parity: Parity | None = None
+    ) -> None:
+        own = [a for a in self.pool.arenas.values() if a.guest and (a.job, a.rank) == (job.name, rank)]
+        if any(a.label and (a.label.epoch, a.label.step) >= (order.epoch, order.step) for a in own):
+            return
+        if len(own) < SLOTS:
+            name = f"guest-{job.name}-{rank}-{order.step}-{order.epoch}"
+            arena = self.pool.arenas[name] = Arena(name, Path(name), 1, job.name, rank, guest=True)
+        else:
+            arena = min(own, key=lambda a: a.step)
+            self.local.dropped(job, arena.label)
+        label = Label(
+            job=job.name, store=STORE, coordinator="", attempt=order.attempt, epoch=order.epoch, step=order.step,
+            rank=rank, world_size=order.world_size, nbytes=1, extent=1 << 20, aliases={}, kept=True, guest=True,
+            parity=parity,
+        )  # fmt: skip
+        self.pool.keep_guest(arena, label)
+        self.line.report(reports.staged(self.name, label, ended=True))
 
     # ---- the watch (mirrors agent.watch where it takes time) ---------------------------------------------------------
 
@@ -429,6 +493,7 @@ class Machine:
                 return
             if 0 in state.groups and (state.epoch or state.epoch_error):
                 rank.attached, rank.epoch = True, state.epoch
+                self._world.brain.asked(rank.job)
                 return
         if self._world.now - rank.started > 120:
             self._exit(rank, 20)

@@ -43,6 +43,7 @@ from ckptsvc.control.effects import (
     Send,
 )
 from ckptsvc.control.health import Policy
+from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.restart import AWAY_PATIENCE
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -100,6 +101,7 @@ class Schedule:
     every_seconds: float
     faults: tuple[Fault, ...]
     late: float = 0.0  # seconds after the others at which the last node comes
+    partner: str = "off"  # what the nodes keep for each other
 
     @staticmethod
     def draw(seed: int) -> Schedule:
@@ -126,7 +128,25 @@ class Schedule:
             every_seconds=rng.choice([0.0, 0.0, 10.0]),
             faults=tuple(sorted(faults, key=lambda f: f.at)),
             late=rng.choice([0.0, 0.0, rng.uniform(5, 50)]),
+            partner=random.Random(f"partner {seed}").choice(["off", "copy", "xor", "rs"]),
         )
+
+    @staticmethod
+    def losses(seed: int) -> Schedule:
+        """Nodes that keep copies or parity for each other, and of which some are lost."""
+        rng = random.Random(f"losses {seed}")
+        kinds = ["lose node"] * 5 + ["kill agent", "break line", "cut off", "kill coordinator", "kill rank"]
+        faults = []
+        for _ in range(rng.randint(1, 4)):
+            at, kind = rng.uniform(8, 40), rng.choice(kinds)
+            seconds = 0.0 if kind in ("lose node", "break line", "kill rank") else rng.uniform(0.5, 5)
+            faults.append(Fault(at, kind, rng.randrange(100), seconds))
+        nodes = rng.randint(3, 6)
+        return Schedule(
+            seed=seed, nodes=nodes, least=1, most=rng.choice([nodes, nodes - 1]), nproc=rng.randint(1, 2), steps=40,
+            every_steps=rng.randint(2, 7), every_seconds=0.0, faults=tuple(sorted(faults, key=lambda f: f.at)),
+            partner=rng.choice(["copy", "xor", "rs"]),
+        )  # fmt: skip
 
     def run(self) -> World:
         """Run it to its end, or raise Violation."""
@@ -243,7 +263,8 @@ class Line:
         if self.excused:
             self._excused_until = world.now + HEALED
         self.session, self._was_cut = Session(world.now), False
-        self.report(pb.Report(agent_hello=pb.AgentHello(node=self._machine.name)))
+        name = self._machine.name
+        self.report(pb.Report(agent_hello=pb.AgentHello(node=name, address=name, domain=f"d{int(name[1:]) // 2}")))
         for report in self._machine.everything():
             self.report(report)
 
@@ -266,6 +287,7 @@ class Line:
             return
         if report.WhichOneof("event") == "agent_hello":
             self._world.brain.attend(self._machine.name, session)
+            self._world.brain.report(self._machine.name, report)
         elif self._world.brain.peers.get(self._machine.name) is session:
             self._world.brain.report(self._machine.name, report)
 
@@ -287,7 +309,8 @@ class Brain:
 
     def start(self) -> None:
         self.alive, self.born, self.peers = True, self._world.now, {}
-        self.core = Coordinator(save_timeout=SAVE_TIMEOUT, policy=POLICY)
+        partners = PartnerPolicy(self._world.schedule.partner, group=4, patience=20.0)
+        self.core = Coordinator(save_timeout=SAVE_TIMEOUT, policy=POLICY, partners=partners)
         self.life += 1
         self._world.checks.new_coordinator()
         self._tick(self.life)
@@ -309,6 +332,11 @@ class Brain:
     def report(self, node: str, report: pb.Report) -> None:
         self._world.checks.reported(report)
         self._execute(self.core.handle(node, report, self._world.now))
+
+    def asked(self, job: str) -> None:
+        """Ranks want to know what is in memory."""
+        if self.alive:
+            self._execute(self.core.recover(job, self._world.now))
 
     def _tick(self, life: int) -> None:
         if self.alive and life == self.life:

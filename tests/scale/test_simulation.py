@@ -32,6 +32,22 @@ def test_no_schedule_of_faults_breaks_a_promise():
     run(range(300))
 
 
+def test_no_loss_of_nodes_breaks_a_promise_where_they_keep_copies_or_parity():
+    lost = rebuilt = 0
+    for seed in range(80):
+        schedule = Schedule.losses(seed)
+        try:
+            world = schedule.run()
+        except Violation:
+            schedule.shrink().run()
+            raise
+        said = "\n".join(world.trace)
+        lost += "lose node" in said
+        rebuilt += "they are rebuilt from parity" in said
+    assert lost > 15
+    assert rebuilt > 2
+
+
 TAKEOVERS = {
     "a node runs whose agent is away": Schedule(
         seed=8184, nodes=2, least=1, most=1, nproc=2, steps=28, every_steps=2, every_seconds=10.0,

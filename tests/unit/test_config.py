@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptsvc import config, quantities
+from ckptsvc import settings as settings_of
 from ckptsvc.config import load
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import Address, Every, Limit
@@ -34,7 +35,7 @@ def refusal(**arguments: object) -> str:
 def test_defaults_need_nothing() -> None:
     settings = load({}, files=[])
     assert settings.save.every == Every(0, 600.0)
-    assert settings.arena == config.ArenaSettings()
+    assert settings.arena == settings_of.ArenaSettings()
     assert set(settings.origin.values()) == {"default"}
 
 
@@ -124,6 +125,12 @@ def test_every_setting_has_its_variable() -> None:
         "tls.ca_file": "/ca",
         "tls.cert_file": "/cert",
         "tls.key_file": "/key",
+        "tiers.partner": "xor",
+        "tiers.group": "8",
+        "tiers.domain": "rack-7",
+        "tiers.partner_every": "2",
+        "tiers.partner_rate": "500MB",
+        "tiers.rebuild": "2min",
         "etcd.ttl": "5s",
         "etcd.user": "root",
         "etcd.password_file": "/p",
@@ -134,7 +141,7 @@ def test_every_setting_has_its_variable() -> None:
     settings = load({f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[])
     assert set(settings.origin) == set(values)
     assert "default" not in settings.origin.values()
-    assert settings.agent == config.AgentSettings(
+    assert settings.agent == settings_of.AgentSettings(
         socket_dir="/run/x",
         listen=Address("0.0.0.0", 7070),
         metrics_listen=None,
@@ -143,26 +150,36 @@ def test_every_setting_has_its_variable() -> None:
         coordination="etcd://a:1",
         incidents_dir="/var/lib/ckptsvc/incidents",
     )
-    assert settings.arena == config.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
-    assert settings.save == config.SaveSettings(
+    assert settings.arena == settings_of.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
+    assert settings.save == settings_of.SaveSettings(
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0, early_cores=1,
         incremental=True, full_every=4, compression="auto", compression_level=3,
     )  # fmt: skip
-    assert settings.retention == config.RetentionSettings(
+    assert settings.retention == settings_of.RetentionSettings(
         every=Every(0, 21600.0), best=3, metric="val_loss", order="highest", age=604800.0, rate=20.0
     )
-    assert settings.scheduler == config.SchedulerSettings(margin=None, drain=True)
-    assert settings.store == config.StoreSettings(
+    assert settings.scheduler == settings_of.SchedulerSettings(margin=None, drain=True)
+    assert settings.store == settings_of.StoreSettings(
         url="memory://x", retries=0, timeout=0.5, max_write_rate=2 * 10**9, options={"s3": {"region": "eu-west-1"}}
     )
-    assert settings.tiers == config.TiersSettings(
-        local="/local/nvme", local_keep=3, local_limit=Limit(2048 * MIB, 0.0), durable_every=4, durable_backlog=1
+    assert settings.tiers == settings_of.TierSettings(
+        partner="xor",
+        group=8,
+        domain="rack-7",
+        partner_every=2,
+        partner_rate=500_000_000,
+        rebuild=120.0,
+        local="/local/nvme",
+        local_keep=3,
+        local_limit=Limit(2048 * MIB, 0.0),
+        durable_every=4,
+        durable_backlog=1,
     )
-    assert settings.health == config.HealthSettings(
+    assert settings.health == settings_of.HealthSettings(
         enabled=False, automatic="never", floor=2.0, factor=4.0, startup=1200.0, confirm=300.0, give_up=3600.0
     )
-    assert settings.nics == config.NicsSettings(enabled=False, root="/host")
-    assert settings.launch == config.LaunchSettings(
+    assert settings.nics == settings_of.NicsSettings(enabled=False, root="/host")
+    assert settings.launch == settings_of.LaunchSettings(
         standby=False,
         preload=("torch", "transformers.models"),
         standby_memory=1024 * MIB,

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Report(_message.Message):
-    __slots__ = ("agent_hello", "rank_joined", "rank_left", "announced", "progressed", "staged", "durable", "shard_failed", "skipped", "dropped", "node_joined", "node_ready", "rank_exited", "node_left", "stop_requested", "rewound", "stalled", "moved", "examined", "nic_summary", "slowed", "local_kept", "local_dropped", "durable_wanted", "more")
+    __slots__ = ("agent_hello", "rank_joined", "rank_left", "announced", "progressed", "staged", "durable", "shard_failed", "skipped", "dropped", "node_joined", "node_ready", "rank_exited", "node_left", "stop_requested", "rewound", "stalled", "moved", "examined", "nic_summary", "slowed", "local_kept", "local_dropped", "durable_wanted", "guarded", "rebuilt", "more")
     AGENT_HELLO_FIELD_NUMBER: _ClassVar[int]
     RANK_JOINED_FIELD_NUMBER: _ClassVar[int]
     RANK_LEFT_FIELD_NUMBER: _ClassVar[int]
@@ -32,6 +32,8 @@ class Report(_message.Message):
     LOCAL_KEPT_FIELD_NUMBER: _ClassVar[int]
     LOCAL_DROPPED_FIELD_NUMBER: _ClassVar[int]
     DURABLE_WANTED_FIELD_NUMBER: _ClassVar[int]
+    GUARDED_FIELD_NUMBER: _ClassVar[int]
+    REBUILT_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
     agent_hello: AgentHello
     rank_joined: RankJoined
@@ -57,18 +59,24 @@ class Report(_message.Message):
     local_kept: LocalKept
     local_dropped: LocalDropped
     durable_wanted: DurableWanted
+    guarded: Guarded
+    rebuilt: Rebuilt
     more: _containers.RepeatedCompositeFieldContainer[Report]
-    def __init__(self, agent_hello: _Optional[_Union[AgentHello, _Mapping]] = ..., rank_joined: _Optional[_Union[RankJoined, _Mapping]] = ..., rank_left: _Optional[_Union[RankLeft, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., progressed: _Optional[_Union[Progressed, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., shard_failed: _Optional[_Union[ShardFailed, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ..., node_joined: _Optional[_Union[NodeJoined, _Mapping]] = ..., node_ready: _Optional[_Union[NodeReady, _Mapping]] = ..., rank_exited: _Optional[_Union[RankExited, _Mapping]] = ..., node_left: _Optional[_Union[NodeLeft, _Mapping]] = ..., stop_requested: _Optional[_Union[StopRequested, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., stalled: _Optional[_Union[Stalled, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., examined: _Optional[_Union[Examined, _Mapping]] = ..., nic_summary: _Optional[_Union[NicSummary, _Mapping]] = ..., slowed: _Optional[_Union[Slowed, _Mapping]] = ..., local_kept: _Optional[_Union[LocalKept, _Mapping]] = ..., local_dropped: _Optional[_Union[LocalDropped, _Mapping]] = ..., durable_wanted: _Optional[_Union[DurableWanted, _Mapping]] = ..., more: _Optional[_Iterable[_Union[Report, _Mapping]]] = ...) -> None: ...
+    def __init__(self, agent_hello: _Optional[_Union[AgentHello, _Mapping]] = ..., rank_joined: _Optional[_Union[RankJoined, _Mapping]] = ..., rank_left: _Optional[_Union[RankLeft, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., progressed: _Optional[_Union[Progressed, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., shard_failed: _Optional[_Union[ShardFailed, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ..., node_joined: _Optional[_Union[NodeJoined, _Mapping]] = ..., node_ready: _Optional[_Union[NodeReady, _Mapping]] = ..., rank_exited: _Optional[_Union[RankExited, _Mapping]] = ..., node_left: _Optional[_Union[NodeLeft, _Mapping]] = ..., stop_requested: _Optional[_Union[StopRequested, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., stalled: _Optional[_Union[Stalled, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., examined: _Optional[_Union[Examined, _Mapping]] = ..., nic_summary: _Optional[_Union[NicSummary, _Mapping]] = ..., slowed: _Optional[_Union[Slowed, _Mapping]] = ..., local_kept: _Optional[_Union[LocalKept, _Mapping]] = ..., local_dropped: _Optional[_Union[LocalDropped, _Mapping]] = ..., durable_wanted: _Optional[_Union[DurableWanted, _Mapping]] = ..., guarded: _Optional[_Union[Guarded, _Mapping]] = ..., rebuilt: _Optional[_Union[Rebuilt, _Mapping]] = ..., more: _Optional[_Iterable[_Union[Report, _Mapping]]] = ...) -> None: ...
 
 class AgentHello(_message.Message):
-    __slots__ = ("node", "job", "term")
+    __slots__ = ("node", "job", "term", "address", "domain")
     NODE_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
     node: str
     job: str
     term: int
-    def __init__(self, node: _Optional[str] = ..., job: _Optional[str] = ..., term: _Optional[int] = ...) -> None: ...
+    address: str
+    domain: str
+    def __init__(self, node: _Optional[str] = ..., job: _Optional[str] = ..., term: _Optional[int] = ..., address: _Optional[str] = ..., domain: _Optional[str] = ...) -> None: ...
 
 class RankJoined(_message.Message):
     __slots__ = ("job", "node", "store", "attempt", "rank", "world_size", "epoch", "every_steps", "every_seconds", "keep", "retention")
@@ -159,7 +167,7 @@ class Progressed(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ...) -> None: ...
 
 class Staged(_message.Message):
-    __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended", "again", "metrics")
+    __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended", "again", "metrics", "copy")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -187,6 +195,7 @@ class Staged(_message.Message):
     ENDED_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    COPY_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     epoch: int
@@ -200,7 +209,8 @@ class Staged(_message.Message):
     ended: bool
     again: bool
     metrics: _containers.ScalarMap[str, str]
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., store: _Optional[str] = ..., ended: bool = ..., again: bool = ..., metrics: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    copy: bool
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., store: _Optional[str] = ..., ended: bool = ..., again: bool = ..., metrics: _Optional[_Mapping[str, str]] = ..., copy: bool = ...) -> None: ...
 
 class Durable(_message.Message):
     __slots__ = ("job", "epoch", "step", "rank", "name", "nbytes", "extent", "digests", "columns", "segments")
@@ -259,16 +269,58 @@ class Skipped(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
 
 class Dropped(_message.Message):
-    __slots__ = ("job", "epoch", "step", "rank")
+    __slots__ = ("job", "epoch", "step", "rank", "node")
     JOB_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     RANK_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
     job: str
     epoch: int
     step: int
     rank: int
-    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
+    node: str
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
+
+class Guarded(_message.Message):
+    __slots__ = ("job", "node", "epoch", "step", "losses", "members")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    node: str
+    epoch: int
+    step: int
+    losses: int
+    members: _containers.RepeatedCompositeFieldContainer[Holder]
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., losses: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ...) -> None: ...
+
+class Rebuilt(_message.Message):
+    __slots__ = ("job", "node", "epoch", "step", "why")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    WHY_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    node: str
+    epoch: int
+    step: int
+    why: str
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., why: _Optional[str] = ...) -> None: ...
+
+class Holder(_message.Message):
+    __slots__ = ("node", "address", "ranks")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    address: str
+    ranks: _containers.RepeatedCompositeFieldContainer[RankRun]
+    def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankRun, _Mapping]]] = ...) -> None: ...
 
 class LocalKept(_message.Message):
     __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended", "again")
@@ -624,7 +676,7 @@ class NicReading(_message.Message):
     def __init__(self, nic: _Optional[str] = ..., family: _Optional[str] = ..., sent: _Optional[float] = ..., received: _Optional[float] = ..., usual: _Optional[float] = ..., idle: _Optional[float] = ..., timeouts: _Optional[int] = ..., peer_timeouts: _Optional[int] = ..., retries: _Optional[int] = ..., failures: _Optional[int] = ..., exhausted: _Optional[int] = ..., uncorrected: _Optional[int] = ..., replays: _Optional[int] = ..., flaps: _Optional[int] = ..., paused_tx: _Optional[float] = ..., paused_rx: _Optional[float] = ..., stalled: _Optional[float] = ..., waits: _Optional[float] = ..., marks: _Optional[float] = ..., link: _Optional[str] = ..., link_down: bool = ..., link_lost: bool = ..., handler_absent: bool = ..., handler_lost: bool = ..., unanswered: _Optional[float] = ..., gone: bool = ...) -> None: ...
 
 class Order(_message.Message):
-    __slots__ = ("job", "term", "epoch_allotted", "job_refused", "holders", "save_at", "stop_at", "save_ended", "snapshot_complete", "start", "stop", "end", "examine", "kill", "incident", "local_complete", "drain_shards")
+    __slots__ = ("job", "term", "epoch_allotted", "job_refused", "holders", "save_at", "stop_at", "save_ended", "snapshot_complete", "start", "stop", "end", "examine", "kill", "incident", "local_complete", "drain_shards", "protect", "rebuild")
     JOB_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
     EPOCH_ALLOTTED_FIELD_NUMBER: _ClassVar[int]
@@ -642,6 +694,8 @@ class Order(_message.Message):
     INCIDENT_FIELD_NUMBER: _ClassVar[int]
     LOCAL_COMPLETE_FIELD_NUMBER: _ClassVar[int]
     DRAIN_SHARDS_FIELD_NUMBER: _ClassVar[int]
+    PROTECT_FIELD_NUMBER: _ClassVar[int]
+    REBUILD_FIELD_NUMBER: _ClassVar[int]
     job: str
     term: int
     epoch_allotted: EpochAllotted
@@ -659,7 +713,61 @@ class Order(_message.Message):
     incident: Incident
     local_complete: LocalComplete
     drain_shards: DrainShards
-    def __init__(self, job: _Optional[str] = ..., term: _Optional[int] = ..., epoch_allotted: _Optional[_Union[EpochAllotted, _Mapping]] = ..., job_refused: _Optional[_Union[JobRefused, _Mapping]] = ..., holders: _Optional[_Union[Holders, _Mapping]] = ..., save_at: _Optional[_Union[SaveAt, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., save_ended: _Optional[_Union[SaveEnded, _Mapping]] = ..., snapshot_complete: _Optional[_Union[SnapshotComplete, _Mapping]] = ..., start: _Optional[_Union[_agent_pb2.StartRanks, _Mapping]] = ..., stop: _Optional[_Union[_agent_pb2.StopRanks, _Mapping]] = ..., end: _Optional[_Union[_agent_pb2.JobEnd, _Mapping]] = ..., examine: _Optional[_Union[Examine, _Mapping]] = ..., kill: _Optional[_Union[Kill, _Mapping]] = ..., incident: _Optional[_Union[Incident, _Mapping]] = ..., local_complete: _Optional[_Union[LocalComplete, _Mapping]] = ..., drain_shards: _Optional[_Union[DrainShards, _Mapping]] = ...) -> None: ...
+    protect: Protect
+    rebuild: Rebuild
+    def __init__(self, job: _Optional[str] = ..., term: _Optional[int] = ..., epoch_allotted: _Optional[_Union[EpochAllotted, _Mapping]] = ..., job_refused: _Optional[_Union[JobRefused, _Mapping]] = ..., holders: _Optional[_Union[Holders, _Mapping]] = ..., save_at: _Optional[_Union[SaveAt, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., save_ended: _Optional[_Union[SaveEnded, _Mapping]] = ..., snapshot_complete: _Optional[_Union[SnapshotComplete, _Mapping]] = ..., start: _Optional[_Union[_agent_pb2.StartRanks, _Mapping]] = ..., stop: _Optional[_Union[_agent_pb2.StopRanks, _Mapping]] = ..., end: _Optional[_Union[_agent_pb2.JobEnd, _Mapping]] = ..., examine: _Optional[_Union[Examine, _Mapping]] = ..., kill: _Optional[_Union[Kill, _Mapping]] = ..., incident: _Optional[_Union[Incident, _Mapping]] = ..., local_complete: _Optional[_Union[LocalComplete, _Mapping]] = ..., drain_shards: _Optional[_Union[DrainShards, _Mapping]] = ..., protect: _Optional[_Union[Protect, _Mapping]] = ..., rebuild: _Optional[_Union[Rebuild, _Mapping]] = ...) -> None: ...
+
+class Protect(_message.Message):
+    __slots__ = ("epoch", "step", "attempt", "world_size", "aliases", "losses", "members")
+    class AliasesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    attempt: int
+    world_size: int
+    aliases: _containers.ScalarMap[str, str]
+    losses: int
+    members: _containers.RepeatedCompositeFieldContainer[Holder]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., world_size: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., losses: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ...) -> None: ...
+
+class Rebuild(_message.Message):
+    __slots__ = ("epoch", "step", "attempt", "world_size", "aliases", "losses", "members", "ranks")
+    class AliasesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    epoch: int
+    step: int
+    attempt: int
+    world_size: int
+    aliases: _containers.ScalarMap[str, str]
+    losses: int
+    members: _containers.RepeatedCompositeFieldContainer[Holder]
+    ranks: _containers.RepeatedCompositeFieldContainer[RankRun]
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., world_size: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., losses: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ..., ranks: _Optional[_Iterable[_Union[RankRun, _Mapping]]] = ...) -> None: ...
 
 class Examine(_message.Message):
     __slots__ = ("attempt", "incident", "ranks", "seconds", "round", "brief")
@@ -847,3 +955,63 @@ class ListCompleteRequest(_message.Message):
     job: str
     term: int
     def __init__(self, job: _Optional[str] = ..., term: _Optional[int] = ...) -> None: ...
+
+class FetchRequest(_message.Message):
+    __slots__ = ("job", "epoch", "step", "ranks", "parity")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    RANKS_FIELD_NUMBER: _ClassVar[int]
+    PARITY_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    epoch: int
+    step: int
+    ranks: _containers.RepeatedCompositeFieldContainer[RankRun]
+    parity: bool
+    def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., ranks: _Optional[_Iterable[_Union[RankRun, _Mapping]]] = ..., parity: bool = ...) -> None: ...
+
+class FetchResponse(_message.Message):
+    __slots__ = ("ticket", "address", "shards", "parity", "key")
+    TICKET_FIELD_NUMBER: _ClassVar[int]
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    PARITY_FIELD_NUMBER: _ClassVar[int]
+    KEY_FIELD_NUMBER: _ClassVar[int]
+    ticket: str
+    address: str
+    shards: _containers.RepeatedCompositeFieldContainer[Shard]
+    parity: Parity
+    key: str
+    def __init__(self, ticket: _Optional[str] = ..., address: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., parity: _Optional[_Union[Parity, _Mapping]] = ..., key: _Optional[str] = ...) -> None: ...
+
+class Shard(_message.Message):
+    __slots__ = ("rank", "nbytes", "extent", "digests")
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    EXTENT_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    rank: int
+    nbytes: int
+    extent: int
+    digests: bytes
+    def __init__(self, rank: _Optional[int] = ..., nbytes: _Optional[int] = ..., extent: _Optional[int] = ..., digests: _Optional[bytes] = ...) -> None: ...
+
+class Parity(_message.Message):
+    __slots__ = ("losses", "nbytes", "digests", "members")
+    LOSSES_FIELD_NUMBER: _ClassVar[int]
+    NBYTES_FIELD_NUMBER: _ClassVar[int]
+    DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    losses: int
+    nbytes: int
+    digests: bytes
+    members: _containers.RepeatedCompositeFieldContainer[Member]
+    def __init__(self, losses: _Optional[int] = ..., nbytes: _Optional[int] = ..., digests: _Optional[bytes] = ..., members: _Optional[_Iterable[_Union[Member, _Mapping]]] = ...) -> None: ...
+
+class Member(_message.Message):
+    __slots__ = ("node", "shards")
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    SHARDS_FIELD_NUMBER: _ClassVar[int]
+    node: str
+    shards: _containers.RepeatedCompositeFieldContainer[Shard]
+    def __init__(self, node: _Optional[str] = ..., shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ...) -> None: ...

@@ -52,6 +52,11 @@ class CoordinatorServiceStub(object):
                 request_serializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Load.SerializeToString,
                 response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Load.FromString,
                 _registered_method=True)
+        self.Fetch = channel.unary_unary(
+                '/ckptsvc.rpc.v1.CoordinatorService/Fetch',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.FetchRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.FetchResponse.FromString,
+                _registered_method=True)
 
 
 class CoordinatorServiceServicer(object):
@@ -79,6 +84,13 @@ class CoordinatorServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Fetch(self, request, context):
+        """Between any two agents: a ticket to read, once, what the asked one holds of a snapshot (agent/transfer.py).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_CoordinatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +108,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.Measure,
                     request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Load.FromString,
                     response_serializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Load.SerializeToString,
+            ),
+            'Fetch': grpc.unary_unary_rpc_method_handler(
+                    servicer.Fetch,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.FetchRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.FetchResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +198,33 @@ class CoordinatorService(object):
             '/ckptsvc.rpc.v1.CoordinatorService/Measure',
             ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Load.SerializeToString,
             ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.Load.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Fetch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.CoordinatorService/Fetch',
+            ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.FetchRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_coordinator__pb2.FetchResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -15,7 +15,6 @@ from ckptsvc.agent.local import Local, way_to
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import EtcdSettings
 from ckptsvc.control.effects import AllotEpoch, Decision, Send
 from ckptsvc.control.election import Holder
 from ckptsvc.control.health import Policy
@@ -24,6 +23,7 @@ from ckptsvc.rpc.etcd import Found, check_reachable, parse_url
 from ckptsvc.rpc.trust import BySecret
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.settings import EtcdSettings
 
 NEAR, FAR = parse_url("etcd://127.0.0.1:1"), parse_url("etcd://10.0.0.1:1")
 KEY, SECRET = "/ckptsvc/coordinators/0/job", "secret"

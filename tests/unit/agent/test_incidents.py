@@ -12,9 +12,10 @@ import pytest
 
 from ckptsvc.agent import incidents as module
 from ckptsvc.agent.incidents import IncidentLog, incidents_directory, moment, name_of, plain
-from ckptsvc.config import Settings, load
+from ckptsvc.config import load
 from ckptsvc.errors import CkptsvcError, ConfigError, Damaged, IncompatibleVersion, InvalidInput, NotFound
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.settings import Settings
 
 NAMED = b'{"format": "ckptsvc-incident/1", "incident": {"id": "1-2", "opened": "2026-01-01"'
 """The beginning of a file that is one."""

@@ -16,9 +16,9 @@ from ckptsvc.agent.nic_watch import Hand, NicWatch
 from ckptsvc.agent.nics import read
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import NicsSettings
 from ckptsvc.control.health import Policy
 from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.settings import NicsSettings
 from ckptsvc.telemetry import Metrics
 
 # ---- a thread that may hang

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from ckptsvc.agent.nodelist import Entry, directory_of, keep, read
-from ckptsvc.config import LaunchSettings
 from ckptsvc.control.exclusion import HALF_LIFE
 from ckptsvc.errors import Damaged, StoreError
+from ckptsvc.settings import LaunchSettings
 
 
 def entry(score, at=1000.0, why="it died"):

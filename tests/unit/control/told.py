@@ -55,7 +55,7 @@ def skipped(rank: int, **changes: Any) -> pb.Skipped:
 
 
 def dropped(rank: int, **changes: Any) -> pb.Dropped:
-    return pb.Dropped(rank=rank, **{"job": "job", "epoch": 1, "step": 10, **changes})
+    return pb.Dropped(rank=rank, **{"job": "job", "node": f"n{rank}", "epoch": 1, "step": 10, **changes})
 
 
 def node_joined(node: str, **changes: Any) -> pb.NodeJoined:

@@ -1,0 +1,321 @@
+"""The courier: the process of an agent that moves snapshots between nodes, and makes and uses parity.
+
+It serves the other agents' couriers (agent.transfer), and does for its own what takes time: `copy`, `guard`, `rebuild`.
+Nothing is written but the arenas that its agent names, and no arena counts before its agent has heard that all of it
+matched its checksums. It touches no store, so one that hangs does not keep snapshots from other nodes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import mmap
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn
+
+import msgspec
+
+from ckptsvc.agent.transfer import (
+    MAX_CONNECTIONS,
+    MAX_STREAMS,
+    File,
+    Listener,
+    Pace,
+    Piece,
+    Reader,
+    Tickets,
+    check,
+    open_arena,
+    runs,
+)
+from ckptsvc.agent.worker import Note, Request, serve
+from ckptsvc.errors import InvalidInput, StoreUnavailable
+from ckptsvc.format.checksum import extent_digests
+from ckptsvc.pipeline.arena import TAIL, Mappings
+from ckptsvc.pipeline.failpoint import failpoint
+from ckptsvc.pipeline.parity import Stripes, Sum, as_bytes, coefficient, zeros
+
+_MADV_POPULATE_WRITE = 23
+_MAPPED_AT_ONCE = 16 << 20
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """A connection to be made, and what can be read over it: shards by rank, then maybe a part of a parity."""
+
+    address: str
+    ticket: str
+    key: str
+    pieces: list[tuple[int, int, int, bytes]]  # Piece
+
+    @property
+    def files(self) -> list[Piece]:
+        """What can be read."""
+        return [Piece(*piece) for piece in self.pieces]
+
+
+class Target(msgspec.Struct, frozen=True):
+    """An arena to fill with a piece of an origin."""
+
+    path: str
+    number: int
+
+
+class Courier:
+    """Executes requests of one agent; every method named `do_*` is an operation.
+
+    Args:
+        host: where to listen for other couriers.
+        rate: bytes per second that may be read from them; 0: as many as come.
+        streams: connections, and threads, for one transfer.
+    """
+
+    def __init__(self, host: str, rate: float, streams: int) -> None:
+        self._host, self._tickets, self._pace = host, Tickets(), Pace(rate)
+        self._streams = min(streams, MAX_STREAMS)
+        self._listener: Listener | None = None
+        self._mappings = Mappings()
+
+    def expect(self, request: Request) -> None:
+        """There is nothing to prepare."""
+
+    def end(self) -> NoReturn:
+        """End this process, whatever its threads are doing."""
+        os._exit(0)
+
+    def do_admit(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Give a ticket out; returns the port at which it can be shown."""
+        if self._listener is None:
+            try:
+                self._listener = Listener(self._host, self._tickets)
+            except OSError as error:
+                raise StoreUnavailable(f"cannot listen at {self._host} for other nodes: {error.strerror}") from error
+        self._tickets.admit(args["ticket"], args["key"], [File(path, nbytes) for path, nbytes in args["files"]])
+        return {"port": self._listener.port}
+
+    def do_hold(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Let the training have the memory to itself, or go on."""
+        self._pace.hold(on=args["on"])
+        return {}
+
+    def do_digest(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Checksums of a snapshot in memory."""
+        with self._mappings.pages(args["path"], args["nbytes"]) as image:
+            found = extent_digests(image[: args["nbytes"]], args["extent"]).tobytes()
+        self._mappings.forget(args["path"])
+        return {"digests": found}
+
+    # ---- copies ------------------------------------------------------------------------------------------------------
+
+    def do_copy(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Fill arenas with the pieces of one origin."""
+        origin = msgspec.convert(args["origin"], Origin)
+        files = {piece.number: piece for piece in origin.files}
+        with contextlib.ExitStack() as stack:
+            filled = [
+                (files[target.number], stack.enter_context(_arena(target.path, files[target.number].nbytes)))
+                for target in msgspec.convert(args["targets"], list[Target])
+            ]
+
+            def copy(readers: dict[int, Reader], share: Share) -> None:
+                for piece, view in filled:
+                    for _ in _Row(readers[0], [piece], *share(0, piece.extents), piece.extent).blocks(self._take, view):
+                        pass
+
+            return {"bytes": self._stream({0: origin}, copy)}
+
+    def _take(self, reader: Reader, block: memoryview, piece: Piece, extent: int) -> None:
+        self._pace.wait(len(block))
+        reader.take(block)
+        check(block, piece, extent, "what another node has sent")
+        failpoint("in_transfer")
+
+    def _stream(self, origins: dict[int, Origin], work: Callable[[dict[int, Reader], Share], None]) -> int:
+        """Do work in several threads, each with its own connections and its share of it; returns the bytes read."""
+        # All nodes of a group read from each other at once, and each serves only so many connections.
+        streams = max(min(self._streams, MAX_CONNECTIONS // (2 * len(origins))), 1)
+
+        def stream(number: int) -> int:
+            with contextlib.ExitStack() as stack:
+                readers = {n: stack.enter_context(Reader(o.address, o.ticket, o.key)) for n, o in origins.items()}
+                work(readers, functools.partial(_share, number, streams))
+                return sum(reader.nbytes for reader in readers.values())
+
+        with ThreadPoolExecutor(streams, thread_name_prefix="ckptsvc-stream") as pool:
+            return sum(pool.map(stream, range(streams)))
+
+    # ---- parity ------------------------------------------------------------------------------------------------------
+
+    def do_guard(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Make one node's part of the parity of a group, from what the others hold."""
+        stripes, extent, keeper = Stripes(*args["stripes"]), args["extent"], args["keeper"]
+        origins = {node: msgspec.convert(origin, Origin) for node, origin in enumerate(args["origins"]) if origin}
+        size = stripes.chunk * extent
+        nbytes = stripes.losses * size
+        with _arena(args["path"], nbytes) as view:
+
+            def guard(readers: dict[int, Reader], share: Share) -> None:
+                offset, count = share(0, stripes.chunk)
+                for line, stripe in enumerate(stripes.stripes_of(keeper)):
+                    rows = [
+                        (_Row(readers[node], origins[node].files, stripes.first(node, stripe) + offset, count, extent),
+                         coefficient(line, node))
+                        for node in stripes.data(stripe)
+                    ]  # fmt: skip
+                    start = line * size + offset * extent
+                    for _ in self._sums(rows, view[start : start + count * extent], extent):
+                        pass
+
+            nread = self._stream(origins, guard)
+            return {"digests": extent_digests(view, extent).tobytes(), "bytes": nread}
+
+    def do_rebuild(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Fill arenas with the shards of lost nodes, from what is left of the group; checked against their sums."""
+        group = Group(
+            Stripes(*args["stripes"]),
+            args["extent"],
+            {node: msgspec.convert(origin, Origin) for node, origin in enumerate(args["origins"]) if origin},
+        )
+        with contextlib.ExitStack() as stack:
+            wanted = []
+            for number, pieces, paths in args["lost"]:
+                row = [Piece(*piece) for piece in pieces]
+                views = [
+                    stack.enter_context(_arena(path, piece.nbytes)) if path else None
+                    for path, piece in zip(paths, row, strict=True)
+                ]
+                wanted.append((number, row, views))
+
+            def rebuild(readers: dict[int, Reader], share: Share) -> None:
+                for number, row, views in wanted:
+                    for stripe in group.stripes.stripes_with(number):
+                        for piece, first, count in runs(row, group.stripes.first(number, stripe), group.stripes.chunk):
+                            view = views[piece.number]
+                            if view is not None:
+                                before = sum(p.extents for p in row[: piece.number])
+                                part = piece, *share(first, count)
+                                self._rebuild(group.rows(readers, number, stripe, before, part), part, view)
+
+            return {"bytes": self._stream(group.origins, rebuild)}
+
+    def _rebuild(self, rows: Rows, part: tuple[Piece, int, int], view: memoryview) -> None:
+        """Some extents of a lost shard."""
+        piece, first, count = part
+        into = view[first * piece.extent : min((first + count) * piece.extent, piece.nbytes)]
+        for number, block in enumerate(self._sums(rows, into, piece.extent)):
+            check(block, piece, first + number, "what was rebuilt")
+
+    def _sums(self, rows: Rows, into: memoryview, extent: int) -> Iterator[memoryview]:
+        """Add rows of extents to each other; all are read beside each other, so none can be far ahead."""
+        sums, whole = Sum(), zeros(extent)
+        incoming = [(row.blocks(self._take), factor) for row, factor in rows]
+        for start in range(0, len(into), extent):
+            target = into[start : start + extent]
+            # Beyond the end of a shard there is nothing to write to; what is added up there is zero, if all is right.
+            total = as_bytes(target) if len(target) == extent else whole
+            begun = False
+            for blocks, factor in incoming:
+                block = as_bytes(next(blocks))
+                (sums.add if begun else sums.put)(total, block, factor)
+                begun = True
+            if total is whole:
+                target[:] = whole.data[: len(target)]
+            yield target
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """A group of which some nodes are lost, and the origins of those that are left."""
+
+    stripes: Stripes
+    extent: int
+    origins: dict[int, Origin]
+
+    def rows(
+        self, readers: dict[int, Reader], node: int, stripe: int, before: int, part: tuple[Piece, int, int]
+    ) -> Rows:
+        """What some extents of a lost node's shard, after so many of earlier shards, are the sum of."""
+        _, first, count = part
+        lines, nodes = self.stripes.recipe(stripe, node, set(range(self.stripes.nodes)) - self.origins.keys())
+        offset = before + first - self.stripes.first(node, stripe)  # in the chunk
+        rows = []
+        for other, factor in nodes.items():
+            start = self.stripes.first(other, stripe) + offset
+            rows.append((_Row(readers[other], self.origins[other].files[:-1], start, count, self.extent), factor))
+        for line, factor in lines.items():
+            keeper = self.stripes.keepers(stripe)[line]
+            start = line * self.stripes.chunk + offset
+            rows.append((_Row(readers[keeper], self.origins[keeper].files[-1:], start, count, self.extent), factor))
+        return rows
+
+
+class _Row:
+    """Extents of one node, asked for at once and read one after the other.
+
+    Args:
+        reader: the connection.
+        pieces: what the node's row of extents is made of.
+        first, count: which of them.
+        extent: their bytes.
+    """
+
+    def __init__(self, reader: Reader, pieces: Sequence[Piece], first: int, count: int, extent: int) -> None:
+        self._reader, self._extent = reader, extent
+        self._runs = list(runs(pieces, first, count))
+        for piece, start, many in self._runs:
+            reader.ask(piece.number, start * extent, min((start + many) * extent, piece.nbytes) - start * extent)
+
+    def blocks(
+        self, take: Callable[[Reader, memoryview, Piece, int], None], into: memoryview | None = None
+    ) -> Iterator[memoryview]:
+        """Read them, each where it belongs in `into`, a whole piece, or one after the other into the same memory.
+
+        Beyond the end of the row there is nothing to read, as often as anybody asks.
+        """
+        buffer = memoryview(bytearray(self._extent)) if into is None else into
+        for piece, start, many in self._runs:
+            for which in range(start, start + many):
+                low = which * self._extent
+                length = min(self._extent, piece.nbytes - low)
+                block = buffer[:length] if into is None else into[low : low + length]
+                take(self._reader, block, piece, which)
+                yield block
+        while into is None:
+            yield buffer[:0]
+
+
+Rows = list[tuple[_Row, int]]
+"""Rows of extents to be added to each other, and what each is multiplied by."""
+
+Share = Callable[[int, int], tuple[int, int]]
+"""The part of (first, count) that one of several threads does."""
+
+
+def _share(number: int, of: int, first: int, count: int) -> tuple[int, int]:
+    low, high = count * number // of, count * (number + 1) // of
+    return first + low, high - low
+
+
+@contextlib.contextmanager
+def _arena(path: str, nbytes: int) -> Iterator[memoryview]:
+    """An arena, to be written to."""
+    fd = open_arena(path)
+    try:
+        size = os.fstat(fd).st_size - TAIL
+        if not 0 < nbytes <= size:
+            raise InvalidInput(f"{path} has {size} bytes; {nbytes} are to be put there")
+        memory = mmap.mmap(fd, size + TAIL)
+    finally:
+        os.close(fd)
+    for start in range(0, nbytes, _MAPPED_AT_ONCE):  # page by page, as they are written, it costs twice as much
+        with contextlib.suppress(OSError):  # a kernel before 5.14
+            memory.madvise(_MADV_POPULATE_WRITE, start, min(_MAPPED_AT_ONCE, size + TAIL - start))
+    yield memoryview(memory)[:nbytes]  # unmapped with the last view of it
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])), Courier(sys.argv[2], float(sys.argv[3]), int(sys.argv[4])))

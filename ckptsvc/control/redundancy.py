@@ -1,0 +1,295 @@
+"""Snapshots that survive the loss of nodes: who keeps what for whom, and who rebuilds what is lost.
+
+When the snapshot of a job is complete, the nodes that hold it are divided into groups (control.groups). In each, either
+every node keeps a copy of what the one before it holds; or each keeps its part of the group's parity, from which the
+others can rebuild what one or two nodes held (pipeline.parity). A copy is found like any snapshot in memory. What is
+rebuilt becomes such a copy: that is ordered when a job starts anew, or when its ranks ask what there is to restore.
+Ranks that ask meanwhile wait for it, `patience` seconds at most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from ckptsvc.control.effects import Decision, Send
+from ckptsvc.control.groups import Groups, group
+from ckptsvc.control.membership import Job
+from ckptsvc.control.runs import ranks_of, runs_of
+from ckptsvc.control.save import Key, Saves
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+
+Partner = Literal["off", "copy", "xor", "rs"]
+
+LOSSES: dict[Partner, int] = {"off": 0, "copy": 0, "xor": 1, "rs": 2}
+"""Nodes of a group that its parity makes up for."""
+
+MIRRORED = 2
+"""Nodes in a group that keep copies for each other: a loss of all its nodes is least likely in the smallest groups."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartnerPolicy:
+    """What is kept on other nodes.
+
+    Attributes:
+        partner: copies, parity against one ("xor") or two ("rs") losses, or nothing.
+        group: the fewest nodes that keep parity for each other.
+        every: every how many complete snapshots.
+        patience: seconds that ranks wait for what is being rebuilt.
+    """
+
+    partner: Partner = "off"
+    group: int = 4
+    every: int = 1
+    patience: float = 60.0
+
+
+class Peer(NamedTuple):
+    """An agent that attends: where other agents reach it, and its failure domain."""
+
+    address: str
+    domain: str
+
+
+@dataclass(slots=True)
+class Guard:
+    """The parity of one group for one snapshot.
+
+    Attributes:
+        losses: members that may be lost.
+        members: the ranks that each node of the group held, in the group's order.
+        ready: members whose part of the parity is there.
+    """
+
+    losses: int
+    members: dict[str, list[int]]
+    ready: set[str] = field(default_factory=set)
+
+    def left(self, held: dict[int, list[str]]) -> list[str]:
+        """Members that have all they had."""
+        return [n for n in self.members if n in self.ready and all(n in held.get(r, ()) for r in self.members[n])]
+
+
+@dataclass(slots=True)
+class Rebuilding:
+    """What is being rebuilt: since when, the nodes that are at it, and those that are left of the groups."""
+
+    since: float
+    nodes: set[str]
+    left: frozenset[str]
+
+
+@dataclass(slots=True)
+class Protection:
+    """What is known of one job's copies and parity."""
+
+    groups: Groups = field(default_factory=list)
+    seen: int = 0  # complete snapshots
+    newest: Key = (0, -1)  # of them
+    guards: dict[Key, list[Guard]] = field(default_factory=dict)
+    rebuilding: dict[Key, Rebuilding] = field(default_factory=dict)
+    failed: dict[Key, frozenset[str]] = field(default_factory=dict)  # what those that were left could not rebuild
+
+
+@dataclass(slots=True)
+class Redundancy:
+    """That of all jobs of one coordinator."""
+
+    policy: PartnerPolicy = field(default_factory=PartnerPolicy)
+    peers: dict[str, Peer] = field(default_factory=dict)
+    jobs: dict[str, Protection] = field(default_factory=dict)
+
+    def attends(self, hello: pb.AgentHello) -> None:
+        """An agent has come."""
+        self.peers[hello.node] = Peer(hello.address, hello.domain)
+
+    def agent_lost(self, node: str) -> Decision:
+        """An agent is out of reach, and what it holds."""
+        self.peers.pop(node, None)
+        decision = Decision()
+        for job in self.jobs.values():
+            self._lose(job, node, list(job.guards))
+            for key, work in list(job.rebuilding.items()):
+                if node in work.nodes | work.left:  # of what is left now, it may be possible all the same
+                    del job.rebuilding[key]
+                    job.failed[key] = work.left
+                    decision.reasons.append(f"step {key[1]} cannot be rebuilt so: {node} is lost too")
+        return decision
+
+    def dropped(self, event: pb.Dropped) -> None:
+        """A node has let its part of the parity go."""
+        if event.job in self.jobs:
+            self._lose(self.jobs[event.job], event.node, [(event.epoch, event.step)])
+
+    def _lose(self, job: Protection, node: str, keys: Collection[Key]) -> None:
+        for key in keys:
+            for guard in job.guards.get(key, ()):
+                guard.ready.discard(node)
+            if not any(guard.ready for guard in job.guards.get(key, ())):
+                job.guards.pop(key, None)
+
+    def forget(self, job: str) -> None:
+        """The job is over."""
+        self.jobs.pop(job, None)
+
+    # ---- keeping -----------------------------------------------------------------------------------------------------
+
+    def staged(self, job: Job, event: pb.Staged) -> Decision:
+        """A rank's snapshot is whole; with that of the last rank, it is time to keep it elsewhere too."""
+        key = (event.epoch, event.step)
+        if self.policy.partner == "off" or event.copy or event.again or event.attempt != job.attempt:
+            return Decision()
+        known = self.jobs.setdefault(job.name, Protection())
+        if key not in job.saves.complete or key <= known.newest:
+            return Decision()
+        known.newest, known.seen = key, known.seen + 1
+        if (known.seen - 1) % self.policy.every:
+            return Decision()
+        return self._protect(job, known, key)
+
+    def _protect(self, job: Job, known: Protection, key: Key) -> Decision:
+        ranks: dict[str, list[int]] = {}
+        for rank, nodes in sorted(job.saves.held[key].items()):
+            ranks.setdefault(nodes[0], []).append(rank)
+        reached = {node: self.peers[node].domain for node in ranks if node in self.peers and self.peers[node].address}
+        size = MIRRORED if self.policy.partner == "copy" else self.policy.group
+        known.groups = group(reached, size, known.groups)
+        decision = Decision()
+        for members in known.groups:
+            holders = [self._holder(node, ranks[node]) for node in members]
+            for place, node in enumerate(members):
+                order = pb.Protect(attempt=job.attempt, losses=min(LOSSES[self.policy.partner], len(members) - 1))
+                order.members.extend(holders if order.losses else [holders[place - 1]])
+                if len(members) > 1:
+                    decision.effects.append(_order(job, key, node, order))
+        without = sorted(ranks.keys() - {send.node for send in decision.effects if isinstance(send, Send)})
+        if without and len(ranks) > 1:
+            shown = ", ".join(without[:8]) + (" ..." if len(without) > 8 else "")
+            decision.reasons.append(f"step {key[1]}: no other node can be had to protect what these hold: {shown}")
+        return decision
+
+    def _holder(self, node: str, ranks: Iterable[int], *, lost: bool = False) -> pb.Holder:
+        address = "" if lost or node not in self.peers else self.peers[node].address
+        return pb.Holder(node=node, address=address, ranks=runs_of(sorted(ranks)))
+
+    def guarded(self, event: pb.Guarded) -> None:
+        """A node has its part of a parity."""
+        guards = self.jobs.setdefault(event.job, Protection()).guards.setdefault((event.epoch, event.step), [])
+        members = {holder.node: ranks_of(holder.ranks) for holder in event.members}
+        guard = next((g for g in guards if g.members == members and g.losses == event.losses), None)
+        if guard is None:
+            guard = Guard(event.losses, members)
+            guards.append(guard)
+        guard.ready.add(event.node)
+
+    # ---- rebuilding --------------------------------------------------------------------------------------------------
+
+    def is_rebuilding(self, job: str) -> bool:
+        """Whether more can be restored soon."""
+        return job in self.jobs and bool(self.jobs[job].rebuilding)
+
+    def rebuild(self, job: Job, now: float) -> Decision:
+        """Have the newest snapshot rebuilt that is not whole and can be, if no newer one is whole."""
+        known = self.jobs.get(job.name)
+        if known is None or known.rebuilding:
+            return Decision()
+        known.failed = {key: left for key, left in known.failed.items() if key in job.saves.complete}
+        for key in self._newer_than_whole(job.saves):
+            held = job.saves.held[key]
+            left = frozenset(node for guard in known.guards.get(key, ()) for node in guard.left(held))
+            if known.failed.get(key) == left or not self.is_rebuildable(job, key):
+                continue  # where another node has been lost meanwhile, that may have been why it failed
+            decision = self._order_rebuild(job, known, key)
+            known.rebuilding[key] = Rebuilding(now, {s.node for s in decision.effects if isinstance(s, Send)}, left)
+            return decision
+        return Decision()
+
+    def _newer_than_whole(self, saves: Saves) -> list[Key]:
+        """Complete snapshots that are not whole any more and are newer than any that is; newest first."""
+        whole = next(iter(saves.snapshots()), (0, -1))
+        return sorted((key for key in saves.complete if key > whole), reverse=True)
+
+    def _missing(self, saves: Saves, key: Key) -> list[int]:
+        return sorted(set(range(saves.complete[key])) - saves.held[key].keys())
+
+    def _able(self, saves: Saves, known: Protection, key: Key) -> list[Guard]:
+        """The groups that have lost no more than their parity makes up for."""
+        held = saves.held[key]
+        return [g for g in known.guards.get(key, ()) if len(g.members) - len(g.left(held)) <= g.losses]
+
+    def is_rebuildable(self, job: Job, key: Key) -> bool:
+        """Whether all that is missing of a complete snapshot can be made of what is left."""
+        able = self._able(job.saves, self.jobs[job.name], key)
+        covered = {rank for guard in able for ranks in guard.members.values() for rank in ranks}
+        return covered >= set(self._missing(job.saves, key))
+
+    def _order_rebuild(self, job: Job, known: Protection, key: Key) -> Decision:
+        """A lost shard goes to a node that has come in place of a lost one, else to one that is left of its group."""
+        held, missing = job.saves.held[key], set(self._missing(job.saves, key))
+        holding = {node for nodes in held.values() for node in nodes}
+        fresh = [n for n in job.nodes if n not in holding and n in self.peers and self.peers[n].address]
+        decision = Decision()
+        for guard in self._able(job.saves, known, key):
+            lost = sorted(missing & {rank for ranks in guard.members.values() for rank in ranks})
+            left = guard.left(held)
+            takers = fresh or left
+            shares = {node: lost[place :: len(takers)] for place, node in enumerate(takers)}
+            for node, ranks in shares.items():
+                if ranks:
+                    order = pb.Rebuild(attempt=job.attempt, losses=guard.losses, ranks=runs_of(ranks))
+                    order.members.extend(self._holder(n, r, lost=n not in left) for n, r in guard.members.items())
+                    decision.effects.append(_order(job, key, node, order))
+        nodes = ", ".join(sorted({send.node for send in decision.effects if isinstance(send, Send)}))
+        whose = f"step {key[1]}: the nodes with the snapshots of {_ranks(missing)} are lost"
+        decision.reasons.append(f"{whose}; they are rebuilt from parity on {nodes}")
+        return decision
+
+    def rebuilt(self, event: pb.Rebuilt) -> Decision:
+        """A node has rebuilt its share, or cannot."""
+        known, key = self.jobs.get(event.job), (event.epoch, event.step)
+        work = known.rebuilding.get(key) if known else None
+        if known is None or work is None or event.node not in work.nodes:
+            return Decision()
+        work.nodes.discard(event.node)
+        decision = Decision()
+        if event.why:
+            known.failed[key] = work.left
+            decision.reasons.append(f"step {event.step} cannot be rebuilt from parity on {event.node}: {event.why}")
+        if not work.nodes or event.why:
+            del known.rebuilding[key]
+        return decision
+
+    def tick(self, now: float) -> Decision:
+        """Give up what takes too long."""
+        decision = Decision()
+        for known in self.jobs.values():
+            for key, work in list(known.rebuilding.items()):
+                if now - work.since > self.policy.patience:
+                    del known.rebuilding[key]
+                    known.failed[key] = work.left
+                    why = f"step {key[1]} was not rebuilt from parity in {self.policy.patience:g} s"
+                    decision.reasons.append(f"{why}; an older one has to do")
+        return decision
+
+    def lost(self, saves: Saves) -> list[str]:
+        """Newer snapshots than the newest that is whole, as sentences: they were complete, and cannot be had."""
+        return [
+            f"step {step} was complete in memory and is lost, with the nodes that had the snapshots of"
+            f" {_ranks(self._missing(saves, (epoch, step)))} and those that kept them"
+            for epoch, step in self._newer_than_whole(saves)
+        ]
+
+
+def _order(job: Job, key: Key, node: str, effect: pb.Protect | pb.Rebuild) -> Send:
+    effect.epoch, effect.step, effect.world_size = *key, job.saves.complete[key]
+    effect.aliases.update(job.saves.aliases.get(key, {}))
+    if isinstance(effect, pb.Protect):
+        return Send(node, pb.Order(job=job.name, protect=effect))
+    return Send(node, pb.Order(job=job.name, rebuild=effect))
+
+
+def _ranks(ranks: Collection[int]) -> str:
+    shown = ", ".join(map(str, sorted(ranks)[:8])) + (" ..." if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"

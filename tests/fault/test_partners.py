@@ -1,0 +1,167 @@
+"""Hosts are killed with all they hold before anything of it was written: other hosts' memory has it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from harness.hosts import Hosts, hosts
+from harness.job import free_port
+from harness.runtime import Runtime, eventually
+
+PATIENCE = 120.0
+
+TRAIN = """
+import os, sys, time
+import torch, torch.distributed as dist
+import ckptsvc
+notes, store = sys.argv[1:]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+
+def content(step):
+    return torch.randn(700_001, generator=torch.Generator().manual_seed(step))
+
+tensor = content(0)
+run = ckptsvc.attach({"tensor": tensor}, store=store, every=5)
+name = "-".join(os.environ[v] for v in ("CKPTSVC_ATTEMPT", "RANK"))
+same = torch.equal(tensor, content(run.steps_done))
+print(run.steps_done, run.restored_from, same, dist.get_world_size(), file=open(f"{notes}/{name}.new", "w"), flush=True)
+os.rename(f"{notes}/{name}.new", f"{notes}/{name}")
+while run.steps_done < 20:
+    tensor.copy_(content(run.steps_done + 1))
+    run.step()
+    if run.steps_done == 5:
+        run.wait()
+    while run.steps_done == 10 and os.environ["CKPTSVC_ATTEMPT"] == "1":
+        time.sleep(0.1)
+run.close()
+"""
+"""Every fifth step is saved; the first attempt stops at the second of them, which is never written."""
+
+
+class Training:
+    """One job on several hosts, whose store takes nothing of step 10."""
+
+    def __init__(self, runtime: Runtime, made: Hosts, folder: Path, nnodes: str) -> None:
+        self.runtime, self.hosts, self.folder = runtime, made, folder
+        self.notes, self.store = folder / "notes", folder / "store"
+        self.notes.mkdir()
+        (folder / "train.py").write_text(TRAIN)
+        (folder / "store.plan").write_text(json.dumps([{"op": "write", "key": "step-*10.*", "hang": True, "times": 0}]))
+        self._flags = ["--nnodes", nnodes, "--rdzv-id", "job", "--rdzv-endpoint", f"{made.address(1)}:{free_port()}",
+            "--max-restarts", "9", "--no-standby", "--no-preflight"]  # fmt: skip
+        self.runs: dict[int, subprocess.Popen[bytes]] = {}
+
+    def start(self, number: int, **environ: str) -> None:
+        """`ckptsvc run` on a host; waits until it has joined."""
+        own = ["--node", f"n{number}", "--node-rank", str(number - 1), "--address", self.hosts.address(number)]
+        command = [*self.hosts.on(number), sys.executable, "-m", "ckptsvc.cli.main", "run", *self._flags, *own,
+            str(self.folder / "train.py"), str(self.notes), f"faulty+file://{self.store}"]  # fmt: skip
+        environ = self.runtime.environ | {"GLOO_SOCKET_IFNAME": "eth0"} | environ
+        with (self.folder / f"run-{number}.log").open("wb") as log:
+            self.runs[number] = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
+        eventually(lambda: f"node n{number} joined" in self.runtime.log(), f"n{number} to join", PATIENCE)
+
+    def story(self) -> str:
+        logs = "\n".join(
+            f"--- {p.name}\n{p.read_text(errors='replace')[-3000:]}" for p in self.folder.glob("run-*.log")
+        )
+        return f"{logs}\n--- agents\n{self.runtime.log()}"
+
+    def logged(self, text: str, times: int = 1) -> None:
+        """Wait until the agents have said something so often."""
+        try:
+            eventually(lambda: self.runtime.log().count(text) >= times, f"{times} x {text!r}", PATIENCE)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.story()}") from None
+
+    def began(self, attempt: int, rank: int) -> list[str]:
+        """(step, where from, whether every bit is right, world size) that a rank has begun with."""
+        path = self.notes / f"{attempt}-{rank}"
+        try:
+            eventually(path.exists, f"rank {rank} of attempt {attempt}", PATIENCE)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.story()}") from None
+        return path.read_text().split()
+
+    def lose(self, number: int) -> None:
+        """Kill all of a host, and what it had in memory."""
+        self.hosts.kill(number)
+        self.runs.pop(number).wait()
+
+    def end(self) -> None:
+        """The job ends by itself, in good order."""
+        (self.folder / "store.release").touch()
+        for number, run in self.runs.items():
+            assert run.wait(PATIENCE) == 0, f"n{number}\n{self.story()}"
+
+    def close(self) -> None:
+        (self.folder / "store.release").touch()
+        for run in self.runs.values():
+            if run.poll() is None:
+                run.kill()
+                run.wait()
+
+
+@pytest.fixture
+def training(request: pytest.FixtureRequest, runtime: Runtime, tmp_path: Path) -> Iterator[Training]:
+    """A training on so many hosts, as `--nnodes` says."""
+    count, nnodes = request.param
+    with hosts(count) as made:
+        found = Training(runtime, made, tmp_path, nnodes)
+        yield found
+        found.close()
+        runtime.leaves_snapshots = True  # those of the hosts that are lost
+        for run in found.runs.values():
+            run.poll()
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+
+
+@pytest.mark.parametrize("training", [(3, "2")], indirect=True)
+def test_a_spare_goes_on_from_the_partners_copy(training: Training) -> None:
+    for number in (1, 2, 3):
+        training.start(number, CKPTSVC_TIERS_PARTNER="copy")
+    training.logged("step 10: a copy of what", 2)
+    training.lose(2)
+    for rank in (0, 1):
+        assert training.began(2, rank) == ["10", "memory", "True", "2"]
+    training.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("training", "partner", "gone"), [((3, "2:3"), "xor", [2]), ((4, "2:4"), "rs", [2, 4])], indirect=["training"]
+)
+def test_those_that_are_left_rebuild_what_was_lost_from_parity(
+    training: Training, partner: str, gone: list[int]
+) -> None:
+    count = len(training.hosts)
+    for number in range(1, count + 1):
+        training.start(number, CKPTSVC_TIERS_PARTNER=partner)
+    training.logged(f"step 10: parity of {count} nodes, for {len(gone)} losses", count)
+    for number in gone:
+        training.lose(number)
+    for rank in range(count - len(gone)):
+        assert training.began(2, rank) == ["10", "memory", "True", str(count - len(gone))]
+    training.logged("are lost; they are rebuilt from parity on")
+    training.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [(3, "1:3")], indirect=True)
+def test_where_a_node_and_its_partner_are_lost_an_older_checkpoint_has_to_do(training: Training) -> None:
+    for number in (1, 2, 3):
+        training.start(number, CKPTSVC_TIERS_PARTNER="copy")
+    training.logged("step 10: a copy of what", 3)
+    for number in (2, 3):
+        training.lose(number)
+    assert training.began(2, 0) == ["5", "store", "True", "1"]
+    training.logged("step 10 was complete in memory and is lost, with the nodes")
+    assert "and those that kept them; an older one has to do" in (training.folder / "run-1.log").read_text()
+    training.end()

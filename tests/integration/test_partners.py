@@ -1,0 +1,386 @@
+"""Several agents' memories: real arenas, couriers and calls between them; the orders are the test's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+import pytest
+
+from ckptsvc.agent.arenas import Arenas
+from ckptsvc.agent.identity import Registration
+from ckptsvc.agent.local import Local
+from ckptsvc.agent.partners import Partners
+from ckptsvc.agent.servicer import CoordinatorServicer
+from ckptsvc.agent.sessions import LocalJob
+from ckptsvc.agent.workers import Workers
+from ckptsvc.control.runs import runs_of
+from ckptsvc.errors import AgentUnavailable
+from ckptsvc.format.checksum import extent_digests
+from ckptsvc.pipeline.arena import HUGE_PAGE, Arena, ArenaPool, Label, State, populate
+from ckptsvc.rpc.proof import Gate
+from ckptsvc.rpc.trust import BySecret
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.rpc.v1 import coordinator_pb2_grpc
+from ckptsvc.telemetry import Metrics
+
+SECRET = "5" * 64
+EXTENT = 8192
+PATIENCE = 30.0
+
+
+class Said:
+    """In place of the way to a coordinator: keeps what is reported."""
+
+    is_connected = True
+
+    def __init__(self) -> None:
+        self.reports: list[pb.Report] = []
+
+    def report(self, report: pb.Report) -> None:
+        self.reports.append(report)
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
+class Member:
+    """One node: its arenas, its courier, its port."""
+
+    def __init__(self, name: str, folder: Path, limit: int) -> None:
+        self.pool = ArenaPool(folder / name, limit)
+        self.pool.open()
+        self.local = Local(name, self.pool, Metrics("test"), None, BySecret(SECRET))  # type: ignore[arg-type]
+        self.said = self.local._uplinks[""] = Said()  # type: ignore[assignment]
+        self.job = self.local.jobs["job"] = LocalJob("job", "", "file:///run")
+        self.partners = Partners(self.local, BySecret(SECRET), 0.0, streams=3)
+
+    async def start(self) -> None:
+        gate = Gate(SECRET, lambda: None)
+        self._server = grpc.aio.server(interceptors=[gate])
+        servicer = CoordinatorServicer(nobody, self.local.name, self.partners.offer)
+        coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, self._server)
+        port = self._server.add_insecure_port("127.0.0.1:0")
+        self.local.address = gate.address = f"127.0.0.1:{port}"
+        await self._server.start()
+
+    async def stop(self) -> None:
+        await self._server.stop(0)
+        await self.local.close()
+        await self.partners.close()
+        self.pool.close(remove=True)
+
+    def stage(self, rank: int, data: bytes, *, step: int = 10) -> Arena:
+        """A rank's snapshot, whole."""
+        arena, fd = self.pool.make("job", rank, len(data))
+        populate(fd, arena.capacity)
+        os.pwrite(fd, data, 0)
+        os.close(fd)
+        label = Label(
+            job="job", store="file:///run", coordinator="", attempt=1, epoch=1, step=step, rank=rank, world_size=8,
+            nbytes=len(data), extent=EXTENT, aliases={},
+        )  # fmt: skip
+        self.pool.stage(arena, label)
+        future = self.job.digests[arena.name] = asyncio.get_running_loop().create_future()
+        future.set_result(extent_digests(data, EXTENT).tobytes())
+        return arena
+
+    def holder(self, *ranks: int, lost: bool = False) -> pb.Holder:
+        return pb.Holder(node=self.local.name, address="" if lost else self.local.address, ranks=runs_of(ranks))
+
+    def order(self, order: pb.Protect | pb.Rebuild) -> None:
+        order.epoch, order.step, order.attempt, order.world_size = 1, order.step or 10, order.attempt or 1, 8
+        if isinstance(order, pb.Protect):
+            self.partners.order(self.job, pb.Order(job="job", protect=order))
+        else:
+            self.partners.order(self.job, pb.Order(job="job", rebuild=order))
+
+    def reported(self, kind: str) -> list[Any]:
+        return [getattr(r, kind) for r in self.said.reports if r.HasField(kind)]  # type: ignore[arg-type]
+
+    def kept(self, rank: int, *, step: int = 10) -> bytes | None:
+        """What is kept of another node's rank."""
+        for arena in self.pool.arenas.values():
+            if arena.guest and arena.label and (arena.label.rank, arena.label.step) == (rank, step):
+                assert arena.state is State.KEPT
+                assert arena.label.guest
+                assert arena.label.kept
+                return arena.path.read_bytes()[: arena.label.nbytes]
+        return None
+
+    def failures(self, purpose: str) -> float:
+        value = self.local.metrics.registry.get_sample_value("ckptsvc_partner_failures_total", {"purpose": purpose})
+        assert value is not None
+        return value
+
+
+def nobody(job: str, term: int) -> Any:
+    raise AgentUnavailable("nobody coordinates here")
+
+
+async def until(condition: Callable[[], Any], what: str) -> Any:
+    async with asyncio.timeout(PATIENCE):
+        while not (value := condition()):
+            await asyncio.sleep(0.01)
+    return value
+
+
+@pytest.fixture
+def run() -> Any:
+    """Runs a test with so many nodes."""
+    folder = Path(tempfile.mkdtemp(prefix="ck-", dir="/dev/shm"))
+
+    @asynccontextmanager
+    async def members(count: int, limit: int) -> AsyncIterator[list[Member]]:
+        async with AsyncExitStack() as stack:
+            made = [Member(f"n{number}", folder, limit) for number in range(count)]
+            for member in made:
+                await member.start()
+                stack.push_async_callback(member.stop)
+            yield made
+
+    def start(test: Callable[..., Any], count: int, limit: int = 1 << 30) -> None:
+        async def body() -> None:
+            async with members(count, limit) as made:
+                await test(*made)
+
+        asyncio.run(body())
+
+    yield start
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def image(rank: int, nbytes: int) -> bytes:
+    return random.Random(rank).randbytes(nbytes)
+
+
+def test_a_copy_is_the_same_to_the_last_bit_and_outlives_the_agent(run: Any, tmp_path: Path) -> None:
+    async def test(one: Member, other: Member) -> None:
+        images = {2: image(2, 3_000_001), 3: image(3, EXTENT), 5: image(5, 1)}
+        for rank, data in images.items():
+            one.stage(rank, data)
+        other.order(pb.Protect(members=[one.holder(2, 3, 5)]))
+        await until(lambda: len(other.reported("staged")) == 3, "the copies")
+        for event in other.reported("staged"):
+            assert (event.node, event.copy, event.ended, event.world_size) == ("n1", True, True, 8)
+        assert {rank: other.kept(rank) for rank in images} == images
+        for arena in other.pool.arenas.values():
+            assert arena.label is not None
+            digests = await other.job.digests[arena.name]
+            assert digests == extent_digests(images[arena.rank], EXTENT).tobytes()
+        await until(lambda: other.pool.of("job", 2) == [], "copies to be nobody's own")
+        again = ArenaPool(other.pool.root, 1 << 30)
+        other.pool.close(remove=False)
+        found = again.open()
+        assert sorted((a.rank, a.guest, a.state) for a in found) == [(r, True, State.KEPT) for r in (2, 3, 5)]
+        again.close(remove=True)
+
+    run(test, 2)
+
+
+def test_of_two_snapshots_the_newer_takes_the_place_of_the_oldest(run: Any) -> None:
+    async def test(one: Member, other: Member) -> None:
+        for step in (10, 20, 30):
+            one.stage(0, image(step, 100_000), step=step)
+            other.order(pb.Protect(step=step, members=[one.holder(0)]))
+            await until(lambda step=step: other.kept(0, step=step), "the copy")
+        assert other.kept(0, step=20) == image(20, 100_000)
+        assert other.kept(0, step=30) == image(30, 100_000)
+        assert other.kept(0, step=10) is None
+        assert [(e.step, e.rank, e.node) for e in other.reported("dropped")] == [(10, 0, "n1")]
+        other.order(pb.Protect(step=20, members=[one.holder(0)]))  # and never an older one
+        await until(lambda: other.failures("copy") == 1, "it to be refused")
+
+    run(test, 2)
+
+
+def test_an_order_of_an_attempt_that_is_over_is_refused(run: Any) -> None:
+    async def test(one: Member, other: Member) -> None:
+        one.stage(0, image(0, 100))
+        other.job.attempt(2)
+        other.order(pb.Protect(attempt=1, members=[one.holder(0)]))
+        await until(lambda: other.failures("copy") == 1, "it to be refused")
+        assert other.pool.arenas == {}
+
+    run(test, 2)
+
+
+@pytest.mark.parametrize("limit", [HUGE_PAGE, 2 * HUGE_PAGE])
+def test_where_memory_is_short_there_is_one_copy_or_none(run: Any, limit: int) -> None:
+    async def test(one: Member, other: Member) -> None:
+        one.pool.limit = 1 << 30
+        own = [HUGE_PAGE] if limit > HUGE_PAGE else []
+        for nbytes in (own or [HUGE_PAGE])[:1]:
+            other.stage(7, image(7, nbytes // 2))
+        for step in (10, 20):
+            one.stage(0, image(step, 1000), step=step)
+            other.order(pb.Protect(step=step, members=[one.holder(0)]))
+            if limit > HUGE_PAGE:
+                await until(lambda step=step: other.kept(0, step=step), "the copy")
+            else:
+                await until(lambda step=step: other.failures("copy") == step // 10, "it to be given up")
+        assert other.kept(0, step=10) is None
+        assert other.kept(7) is None
+
+    run(test, 2, limit)
+
+
+def test_copies_go_first_when_a_rank_of_this_node_needs_their_memory(run: Any) -> None:
+    async def test(one: Member, other: Member) -> None:
+        one.pool.limit = 1 << 30
+        one.stage(0, image(0, 1000))
+        other.pool.keep(other.stage(7, image(7, 1000)))  # of a rank that is gone, and older
+        other.order(pb.Protect(members=[one.holder(0)]))
+        await until(lambda: other.kept(0), "the copy")
+        reg = Registration(op="register", job="job", store="file:///run", attempt=1, rank=8, world_size=9)
+        _, fd = Arenas(other.local, Workers(), 2)._make(reg, 1000)
+        os.close(fd)
+        assert other.kept(0) is None
+        assert [arena.rank for arena in other.pool.arenas.values()] == [7, 8]
+        assert [(e.rank, e.node) for e in other.reported("dropped")] == [(0, "n1")]
+        assert other.local.metrics.registry.get_sample_value("ckptsvc_partner_dropped_total") == 1
+
+    run(test, 2, 2 * HUGE_PAGE)
+
+
+def holding(runtime_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("CKPTSVC_FAILPOINT", str(runtime_folder))
+    (runtime_folder / "in_transfer").touch()
+    return runtime_folder / "in_transfer.held"
+
+
+@pytest.mark.parametrize("how", ["the sender dies", "the receiver dies", "the arena is filled anew"])
+def test_what_comes_only_in_part_is_never_used(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    held = holding(tmp_path, monkeypatch)
+
+    async def test(one: Member, other: Member) -> None:
+        arena = one.stage(0, image(0, 64 << 20))  # more than the kernel keeps for the receiver
+        other.order(pb.Protect(members=[one.holder(0)]))
+        await until(lambda: held.exists() and held.read_text(), "the transfer to be under way")
+        if how == "the arena is filled anew":
+            with open(arena.path, "r+b") as file:
+                file.seek(60 << 20)
+                file.write(b"new")
+            held.unlink()
+        else:
+            victim = one if how == "the sender dies" else other
+            process = victim.partners._started._process  # type: ignore[union-attr]
+            os.kill(process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+            await until(lambda: process.poll() is not None, "it to end")  # type: ignore[union-attr]
+            held.unlink()
+        if how == "the receiver dies":  # another courier does it all again
+            await until(lambda: other.kept(0) == image(0, 64 << 20), "the copy")
+            return
+        await until(lambda: other.failures("copy") == 1, "the failure")
+        assert other.reported("staged") == []
+        assert other.kept(0) is None
+        assert not list(other.pool.root.glob("*.json"))
+        other.order(pb.Protect(step=20, members=[one.holder(0)]))  # and the next one is as if nothing had been
+        one.stage(0, image(1, 1000), step=20)
+        await until(lambda: other.kept(0, step=20) == image(1, 1000), "the next copy")
+
+    run(test, 2)
+
+
+def test_a_node_that_holds_something_else_is_not_asked_twice(run: Any) -> None:
+    async def test(one: Member, other: Member) -> None:
+        other.order(pb.Protect(members=[one.holder(0)]))
+        await until(lambda: other.failures("copy") == 1, "the failure")
+        other.order(pb.Protect(members=[pb.Holder(node="n9", address="10.0.0.1:7", ranks=runs_of([0]))]))
+        await until(lambda: other.failures("copy") == 2, "an address of elsewhere to be refused")
+
+    run(test, 2)
+
+
+async def guarded(members: list[Member], held: dict[int, dict[int, bytes]], losses: int) -> list[pb.Holder]:
+    """Have every node stage these ranks, and make its part of the parity."""
+    for number, images in held.items():
+        for rank, data in images.items():
+            members[number].stage(rank, data)
+    holders = [members[number].holder(*images) for number, images in held.items()]
+    for member in members:
+        member.order(pb.Protect(losses=losses, members=holders))
+    for member in members:
+        await until(lambda member=member: member.reported("guarded"), "the parity")
+        (event,) = member.reported("guarded")
+        assert [h.node for h in event.members] == [m.local.name for m in members]
+    return holders
+
+
+UNEVEN = {0: {0: 100_000, 1: 1}, 1: {2: EXTENT, 3: 5 * EXTENT + 1}, 2: {4: 300_001}, 3: {5: 70_000, 6: 70_000, 7: 9}}
+
+
+@pytest.mark.parametrize(("count", "losses", "lost"), [(3, 1, [2]), (4, 2, [1, 2])])
+def test_a_lost_node_is_rebuilt_from_the_group_to_the_last_bit(
+    run: Any, count: int, losses: int, lost: list[int]
+) -> None:
+    held = {n: {rank: image(rank, size) for rank, size in UNEVEN[n].items()} for n in range(count)}
+
+    async def test(*members: Member) -> None:
+        await guarded(list(members), held, losses)
+        left = [number for number in held if number not in lost]
+        told = [members[n].holder(*held[n], lost=n in lost) for n in held]
+        wanted = {rank: data for number in lost for rank, data in held[number].items()}
+        for place, number in enumerate(left):
+            share = sorted(wanted)[place :: len(left)]
+            if share:
+                members[number].order(pb.Rebuild(losses=losses, members=told, ranks=runs_of(share)))
+                await until(lambda number=number: members[number].reported("rebuilt"), "it to be rebuilt")
+                assert members[number].reported("rebuilt")[0].why == ""
+                assert {rank: members[number].kept(rank) for rank in share} == {rank: wanted[rank] for rank in share}
+                assert sorted(e.rank for e in members[number].reported("staged") if e.copy) == share
+
+    run(test, count)
+
+
+@pytest.mark.parametrize("what", ["a survivor's snapshot", "a part of the parity", "too many are lost"])
+def test_what_cannot_be_rebuilt_right_is_not_rebuilt_at_all(run: Any, what: str) -> None:
+    held = {n: {rank: image(rank, size) for rank, size in UNEVEN[n].items()} for n in range(3)}
+
+    async def test(*members: Member) -> None:
+        await guarded(list(members), held, 1)
+        lost = [2, 1] if what == "too many are lost" else [2]
+        told = [members[n].holder(*held[n], lost=n in lost) for n in held]
+        for arena in members[1].pool.arenas.values():
+            if what != "too many are lost" and arena.guest == (what == "a part of the parity"):
+                content = bytearray(arena.path.read_bytes())
+                content[100] ^= 4
+                arena.path.write_bytes(content)
+        members[0].order(pb.Rebuild(losses=1, members=told, ranks=runs_of(sorted(held[2]))))
+        await until(lambda: members[0].reported("rebuilt"), "the failure")
+        assert members[0].reported("rebuilt")[0].why
+        assert members[0].failures("rebuild") == 1
+        assert [members[0].kept(rank) for rank in held[2]] == [None] * len(held[2])
+
+    run(test, 3)
+
+
+def test_the_transfer_stands_still_while_a_rank_copies_its_snapshot(run: Any) -> None:
+    async def test(one: Member, other: Member) -> None:
+        one.stage(0, image(0, 1000))
+        other.order(pb.Protect(members=[one.holder(0)]))
+        await until(lambda: other.kept(0), "the first copy, and with it the courier")
+        own, fd = other.pool.make("job", 4, 1000)
+        os.close(fd)
+        own.holder = "a rank"
+        other.partners.filling()
+        await asyncio.sleep(0.2)  # the courier has been told
+        one.stage(0, image(1, 1000), step=20)
+        other.order(pb.Protect(step=20, members=[one.holder(0)]))
+        await asyncio.sleep(1.0)
+        assert other.kept(0, step=20) is None
+        other.pool.release(own)
+        await until(lambda: other.kept(0, step=20), "it to go on by itself")
+
+    run(test, 2)
