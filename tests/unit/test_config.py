@@ -422,3 +422,19 @@ def test_a_link_a_file_and_an_open_directory_are_refused(tmp_path: Path) -> None
 def test_no_place_at_all_says_what_to_set(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="RUNTIME_DIRECTORY"):
         config.runtime_dir({}, root=tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"tiers.partner": "rs", "tiers.group": 2}, "tiers.group"),
+        ({"tiers.partner_rate": "1KiB"}, "tiers.partner_rate"),
+        ({"tiers.rebuild": "2h"}, "tiers.rebuild"),
+        ({"tiers.partner": "mirror"}, "tiers.partner"),
+        ({"tiers.group": 1}, "tiers.group"),
+    ],
+)
+def test_tiers_that_cannot_be_are_refused_by_key(values: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        load({}, values, files=[])
+    assert load({}, {"tiers.partner": "rs", "tiers.group": 3, "tiers.partner_rate": 0}, files=[]).tiers.group == 3
