@@ -501,3 +501,19 @@ def test_what_is_no_directory_of_the_node(text: object) -> None:
     with pytest.raises(ConfigError, match="directory"):
         quantities.parse_directory_or_off(text)
     assert quantities.parse_directory_or_off("off") == ""
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"tiers.partner": "rs", "tiers.group": 2}, "tiers.group"),
+        ({"tiers.partner_rate": "1KiB"}, "tiers.partner_rate"),
+        ({"tiers.rebuild": "2h"}, "tiers.rebuild"),
+        ({"tiers.partner": "mirror"}, "tiers.partner"),
+        ({"tiers.group": 1}, "tiers.group"),
+    ],
+)
+def test_tiers_that_cannot_be_are_refused_by_key(values: dict[str, object], key: str) -> None:
+    with pytest.raises(ConfigError, match=key):
+        load({}, values, files=[])
+    assert load({}, {"tiers.partner": "rs", "tiers.group": 3, "tiers.partner_rate": 0}, files=[]).tiers.group == 3
