@@ -274,8 +274,7 @@ def test_a_killed_object_server_loses_nothing(ceph, cephfs, tmp_path):
     writers.end()
     assert not writers.failures, "a write that waits is no failure"
     store.close()
-    ceph.kill("fuse")
-    subprocess.run(["umount", "-l", str(cephfs)], check=True)
+    ceph.daemons.unmount(cephfs)
     ceph.mount(cephfs)
     writers.check(lambda key: (cephfs / "killed-osd" / key).read_bytes())
 

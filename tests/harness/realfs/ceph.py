@@ -126,6 +126,7 @@ class Ceph:
         for pool in ("meta", "data", "default.rgw.buckets.data"):
             self.ceph("osd", "pool", "create", pool, "16", "16")
         self.ceph("fs", "new", "fs", "meta", "data")
+        self.ceph("fs", "set", "fs", "session_timeout", "30")  # the least: how long a dead client's files are locked
         self.start("mds")
         self.start("rgw")
         user = ("user", "create", "--uid=test", "--display-name=test")

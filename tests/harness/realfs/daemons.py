@@ -56,6 +56,11 @@ class Daemons:
         self.wait_for(point.is_mount, f"{name} to mount {point}", name)
         return point
 
+    def unmount(self, point: Path) -> None:
+        """Unmount in good order; waits until the client has ended."""
+        self.run("umount", str(point))
+        self._running.pop(self._mounts[point]).wait(END_TIMEOUT)
+
     def wait_for(self, condition: object, what: str, *names: str) -> None:
         """Wait until something is so, as long as these processes live."""
 
