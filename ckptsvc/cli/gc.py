@@ -23,7 +23,8 @@ from ckptsvc.pipeline.garbage import Garbage, find_garbage, remove_garbage
 from ckptsvc.pipeline.retain import Pace, expire
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.quantities import parse_duration
-from ckptsvc.storage import Store, connect
+from ckptsvc.storage import Store
+from ckptsvc.storage.opening import open_store
 
 REMOVE, REMOVED, YOUNG, RUNNING, COMMITTED = "remove", "removed", "too young", "running", "committed meanwhile"
 _STYLE = {REMOVE: "doubt", REMOVED: "good"}
@@ -107,7 +108,7 @@ def _beside_targets(store: Store, url: str, stack: ExitStack) -> Iterator[tuple[
     above, _, last = url.rstrip("/").rpartition("/")
     if last and not above.endswith("/") and above.count("/") >= 2:
         with suppress(CkptsvcError):  # what is above a run may be nobody's business
-            parent = connect(above)
+            parent = open_store(above)
             stack.callback(parent.close)
             yield from ((parent, garbage) for garbage in leftovers(parent, last))
 

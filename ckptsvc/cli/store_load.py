@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ckptsvc.cli.bench_machine import evict
-from ckptsvc.storage import TEMPORARY_PREFIX, Store, connect
+from ckptsvc.storage import TEMPORARY_PREFIX, Store
+from ckptsvc.storage.opening import open_store
 
 FOLDER = "ckptsvc-trial-"
 """Beginning of the keys of all that is written for a measurement."""
@@ -91,7 +92,7 @@ def timed(work: Callable[[], object]) -> float:
 
 def connect_as_set(url: str, options: Mapping[str, Any] | None = None) -> Store:
     """Open a store as the agent would, with further options of its driver."""
-    return connect(url, options or {})
+    return open_store(url, options)
 
 
 def make_cold(store: Store, keys: Sequence[str]) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
 
+import msgspec
+
 from ckptsvc.errors import Damaged, Fenced, NotFound, SaveFailed, StoreError
 from ckptsvc.format.checksum import digest128
 from ckptsvc.format.commit import COMMIT, CommitRecord, index_name
@@ -77,38 +79,43 @@ def commit_checkpoint(
     earlier = read_commit(store, ref)
     if earlier is None:
         _check_there(store, ref, shards)
-        index = Index.build(info, shards)
-        index.check_cover()
-        image = index.encode()
-        name = index_name(secrets.token_hex(4))
-        _write_aligned(store, f"{ref.name}/{name}", image)
+        record = _write_index(store, ref, info, shards, writer)
         failpoint("before_record")
+        version = WITH_METRICS if metrics and record.format == FORMAT else record.format
         refers = bases.check(store, shards, ref.name)
-        record = CommitRecord(
-            step=info.step,
-            epoch=info.epoch,
-            attempt=info.attempt,
-            job=info.job,
-            writer=writer,
-            index=name,
-            index_bytes=len(image),
-            index_digest=digest128(image),
-            shards=len(shards),
-            bytes=sum(s.nbytes for s in shards),
-            world_size=info.world_size,
-            created=now_iso(),
-            refers=refers,
-            metrics=dict(metrics),
-            format=WITH_METRICS if metrics and index.info.format == FORMAT else index.info.format,
-        )
+        record = msgspec.structs.replace(record, refers=refers, metrics=dict(metrics), format=version)
         earlier = _put(store, ref, record)
-        if earlier is not None and earlier.index == name:
+        if earlier is not None and earlier.index == record.index:
             bases.remember(ref.name, _names(ref, shards))
     if earlier is None or earlier.job != info.job:
         other = earlier.job if earlier else "somebody who removed it again"
         raise SaveFailed(f"{ref.name} was committed by {other}")
     withdraw_if_late(store, ref, earlier)
     return earlier
+
+
+def _write_index(store: Store, ref: Ref, info: IndexInfo, shards: Sequence[ShardRecord], writer: str) -> CommitRecord:
+    """Write the index; returns the record that will point to it."""
+    index = Index.build(info, shards)
+    index.check_cover()
+    image = index.encode()
+    name = index_name(secrets.token_hex(4))
+    _write_aligned(store, f"{ref.name}/{name}", image)
+    return CommitRecord(
+        step=info.step,
+        epoch=info.epoch,
+        attempt=info.attempt,
+        job=info.job,
+        writer=writer,
+        index=name,
+        index_bytes=len(image),
+        index_digest=digest128(image),
+        shards=len(shards),
+        bytes=sum(s.nbytes for s in shards),
+        world_size=info.world_size,
+        created=now_iso(),
+        format=index.info.format,
+    )
 
 
 def _check_there(store: Store, ref: Ref, shards: Sequence[ShardRecord]) -> None:

@@ -102,8 +102,7 @@ def test_the_names_are_frozen(metrics: Metrics) -> None:
 
 
 def test_the_names_follow_the_rules(metrics: Metrics) -> None:
-    units = ("_bytes", "_seconds", "_step", "_stripes", "_sessions", "_findings", "_up")
-    units = ("_bytes", "_seconds", "_step", "_sessions", "_findings", "_up", "_shards")
+    units = ("_bytes", "_seconds", "_step", "_stripes", "_shards", "_sessions", "_findings", "_up")
     for name, kind, labels in METRICS:
         assert re.fullmatch(r"ckptsvc_[a-z_]+", name)
         assert (kind == "counter") == name.endswith("_total")
