@@ -140,7 +140,7 @@ def expire(
     for ref in there.intersection(marks).difference(verdict.gone):
         store.delete(mark_key(ref))  # whoever set it came no further
     for ref in reversed(verdict.gone):  # newest first: what an older one is needed for goes before it
-        _retire(store, ref)
+        retire(store, ref)
         failpoint("in_expire")
     halves = [*(ref for ref in sorted(marks) if ref not in there), *verdict.gone]
     holds, refers = wanted_now(store) if halves else (set(), set())
@@ -151,12 +151,6 @@ def expire(
             done.objects += sweep(store, ref, pace, progress)
             done.gone.append(ref)
     return done
-
-
-def delete_checkpoint(store: Store, ref: Ref) -> None:
-    """Delete one checkpoint, whatever retention or a pin says."""
-    _retire(store, ref)
-    sweep(store, ref, Pace(0), lambda nbytes: None)
 
 
 def mark_key(ref: Ref) -> str:
@@ -232,7 +226,8 @@ def sweep(store: Store, ref: Ref, pace: Callable[[], None], progress: Callable[[
     return count
 
 
-def _retire(store: Store, ref: Ref) -> None:
+def retire(store: Store, ref: Ref) -> None:
+    """Say that a checkpoint is being deleted, and take its commit record away."""
     key = f"{ref.name}/{COMMIT}"
     with suppress(NotFound):  # somebody else was faster
         store.put_if_absent(mark_key(ref), store.read(key, MAX_RECORD_BYTES))
