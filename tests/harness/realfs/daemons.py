@@ -57,9 +57,11 @@ class Daemons:
         return point
 
     def unmount(self, point: Path) -> None:
-        """Unmount in good order; waits until the client has ended."""
+        """Unmount in good order; a client that then takes its time is killed."""
         self.run("umount", str(point))
-        self._running.pop(self._mounts[point]).wait(END_TIMEOUT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._running[self._mounts[point]].wait(END_TIMEOUT)
+        self.kill(self._mounts[point])
 
     def wait_for(self, condition: object, what: str, *names: str) -> None:
         """Wait until something is so, as long as these processes live."""
@@ -136,6 +138,11 @@ class Enclosed(Daemons):
     def client(self, *command: str) -> tuple[str, ...]:
         """The command that does this on the network inside, and mounts outside."""
         return ("nsenter", f"--target={self._first}", "--net", *command)
+
+    def listens(self, port: int) -> bool:
+        """Whether something inside listens there; see proc(5)."""
+        lines = Path(f"/proc/{self._first}/net/tcp").read_text().splitlines()[1:]
+        return any(line.split()[1].endswith(f":{port:04X}") and line.split()[3] == "0A" for line in lines)
 
     def processes(self, part: str) -> list[int]:
         """Process ids, as seen from outside, of the daemons that have this in their command."""

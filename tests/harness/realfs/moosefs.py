@@ -8,6 +8,9 @@ from harness.realfs.daemons import Enclosed, need
 
 PROGRAMS = ("mfsmaster", "mfschunkserver", "mfsmount", "mfssetgoal", "unshare", "nsenter", "ip")
 
+CLIENTS = 9421
+"""Port on which clients reach the master."""
+
 MASTER = """\
 WORKING_USER = root
 WORKING_GROUP = root
@@ -54,6 +57,7 @@ class MooseFS:
         (folder / "exports").write_text("* / rw,alldirs,admin,maproot=0:0\n* . rw\n")
         (folder / "master.cfg").write_text(MASTER.format(folder=folder, address=address))
         self._start("mfsmaster", "master")
+        self.daemons.wait_for(lambda: self.daemons.listens(CLIENTS), "the master to listen", "master")
         for number in range(self.SERVERS):
             (folder / f"server-{number}").mkdir()
             (folder / f"disk-{number}").mkdir()
