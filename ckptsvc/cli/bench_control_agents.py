@@ -9,6 +9,7 @@ import contextlib
 import random
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,9 @@ STEP = 0.5
 
 NBYTES, EXTENT = 128 << 20, 1 << 20
 """Bytes of a shard, and of what each of its checksums covers."""
+
+AT_ONCE = 16
+"""Agents that do something before pings are answered again."""
 
 DIALLING = 256
 """Connections that are being made at the same time."""
@@ -147,6 +151,7 @@ class Fleet:
     failed: str = ""
     pause: float = 0.0
     culprit: int = -1  # the rank that is stopped
+    _due: deque[tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=deque)
     _bell: Doorbell | None = None
     _connections: dict[int, Connection] = field(default_factory=dict)
     _closed: bool = False
@@ -166,10 +171,17 @@ class Fleet:
         for agent in self.agents:
             self._spawn(self._connect(agent))
         self._spawn(self._beat())
+        self._spawn(self._work())
 
     async def _connect(self, agent: Agent) -> None:
         loop = asyncio.get_running_loop()
         async with self._dialling:
+            # Proofs are bound to an address and not to a connection: all ask on one that is gRPC's own.
+            try:
+                admission = await self._ask()
+            except CkptsvcError:
+                self._spawn(self._connect_later(agent))
+                return
             key = agent.number // self.share
             connection = self._connections.get(key)
             while connection is None or connection.ended:
@@ -184,12 +196,6 @@ class Fleet:
                     connection = known
                 else:
                     connection = self._connections[key] = made[1]
-            # Proofs are bound to an address and not to a connection: all ask on one that is gRPC's own.
-            try:
-                admission = await self._ask()
-            except CkptsvcError:
-                self._spawn(self._connect_later(agent))
-                return
         agent.connection = connection
         agent.call = connection.call(
             admission.metadata, lambda message: self._hear(agent, message), lambda: self._lost(agent, connection)
@@ -328,22 +334,33 @@ class Fleet:
         kind = order.WhichOneof("effect") or ""
         self.orders += 1
         self.seen.setdefault(kind, {})[agent.number] = now
-        later = asyncio.get_running_loop().call_later
         if kind == "start":
             start = order.start
             agent.attempt, agent.world, agent.epoch, agent.joined = start.attempt, start.world_size, 0, False
             agent.ranks = range(start.first_rank, start.first_rank + self.nproc)
-            later(random.uniform(*WARM), self._attach, agent, start.attempt)
+            self._later(random.uniform(*WARM), self._attach, agent, start.attempt)
         elif kind == "epoch_allotted":
             agent.epoch = order.epoch_allotted.epoch
         elif kind == "stop" and order.stop.attempt == agent.attempt and agent.ranks:
-            later(random.uniform(*ENDS), self._end, agent, agent.attempt)
+            self._later(random.uniform(*ENDS), self._end, agent, agent.attempt)
         elif kind == "examine":
-            later(WATCH, self._examine, agent, order.examine)
+            self._later(WATCH, self._examine, agent, order.examine)
         elif kind == "save_ended" and order.save_ended.outcome.code:
             self.failed = order.save_ended.outcome.reason
         elif kind == "kill":
             self._send(agent, self._ended(agent, [order.kill.rank], -9))
+
+    def _later(self, delay: float, do: Callable[..., None], *arguments: Any) -> None:
+        """Do something then, or as soon after that as it has its turn."""
+        asyncio.get_running_loop().call_later(delay, self._due.append, (do, arguments))
+
+    async def _work(self) -> None:
+        """Do what is due, a little at a time: pings of others want an answer meanwhile."""
+        while True:
+            for _ in range(min(len(self._due), AT_ONCE)):
+                do, arguments = self._due.popleft()
+                do(*arguments)
+            await asyncio.sleep(0 if self._due else 0.005)
 
     def _attach(self, agent: Agent, attempt: int) -> None:
         if agent.attempt == attempt and agent.ranks:
@@ -413,7 +430,7 @@ class Fleet:
         for one in self.agents:
             if one.runs:
                 late = floor + random.uniform(0, looks_every) + (0.0 if one is agent else spread())
-                asyncio.get_running_loop().call_later(late, self._stall, one, one.attempt)
+                self._later(late, self._stall, one, one.attempt)
 
     def _stall(self, agent: Agent, attempt: int) -> None:
         if agent.attempt == attempt and agent.ranks:
