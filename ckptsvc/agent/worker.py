@@ -34,7 +34,7 @@ from ckptsvc.format.index import IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.arena import Mappings
 from ckptsvc.pipeline.catalog import Ref, read_commit, take_epoch
-from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
+from ckptsvc.pipeline.commit import commit_checkpoint, confirm, now_iso
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.increments import Economy, ShardWriter
 from ckptsvc.pipeline.references import Bases
@@ -238,8 +238,15 @@ class Worker(LocalCopies):
         return {"gone": gone, "objects": objects}
 
     def do_lookup(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
-        """Is this step committed?"""
-        return {"committed": read_commit(self.store(args["store"]), Ref(args["epoch"], args["step"])) is not None}
+        """Is this step committed, for good?"""
+        store, ref = self.store(args["store"]), Ref(args["epoch"], args["step"])
+        commit = read_commit(store, ref)
+        if commit is not None:
+            try:
+                confirm(store, ref, commit)
+            except SaveFailed:
+                commit = None
+        return {"committed": commit is not None}
 
     def do_read_nodes(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """The list of nodes that have failed."""

@@ -31,6 +31,7 @@ from ckptsvc.storage import connect
 
 PROTOCOL = "ckptsvc"
 LATEST = "latest"
+_STEP_DIGITS = 18
 
 _PREFIX = f"{PROTOCOL}://"
 _SEPARATOR = "!/"  # between the address of the store and the path in it
@@ -98,7 +99,7 @@ class CheckpointFiles(AbstractFileSystem):  # type: ignore[misc]  # fsspec has n
     def _open_tree(self, which: str) -> Tree:
         parsed, step = parse_checkpoint_name(which), which.isascii() and which.isdecimal()
         for ref in list_refs(self._store) if parsed or step or which == LATEST else ():
-            if which == LATEST or which == ref.name or (step and int(which[:20]) == ref.step):
+            if which == LATEST or which == ref.name or (step and len(which) <= _STEP_DIGITS and int(which) == ref.step):
                 commit = read_commit(self._store, ref)
                 if commit is not None:
                     return Tree(open_checkpoint(self._store, ref, commit))

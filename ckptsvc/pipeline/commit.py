@@ -77,6 +77,7 @@ def commit_checkpoint(
     bases = bases or Bases()
     ref = Ref(info.epoch, info.step)
     earlier = read_commit(store, ref)
+    is_earlier = earlier is not None
     if earlier is None:
         _check_there(store, ref, shards)
         record = _write_index(store, ref, info, shards, writer)
@@ -85,13 +86,29 @@ def commit_checkpoint(
         refers = bases.check(store, shards, ref.name)
         record = msgspec.structs.replace(record, refers=refers, metrics=dict(metrics), format=version)
         earlier = _put(store, ref, record)
-        if earlier is not None and earlier.index == record.index:
-            bases.remember(ref.name, _names(ref, shards))
     if earlier is None or earlier.job != info.job:
         other = earlier.job if earlier else "somebody who removed it again"
         raise SaveFailed(f"{ref.name} was committed by {other}")
-    withdraw_if_late(store, ref, earlier)
+    if is_earlier:
+        confirm(store, ref, earlier)
+    else:
+        withdraw_if_late(store, ref, earlier)
+    if earlier.writer == writer:
+        bases.remember(ref.name, _names(ref, shards))
     return earlier
+
+
+def confirm(store: Store, ref: Ref, commit: CommitRecord) -> None:
+    """See that a record that is there stays there, also through a loss of power, and may.
+
+    An earlier try may have failed after it had put the record, when the store was to make it durable.
+
+    Raises:
+        SaveFailed: something it refers to was deleted meanwhile; it is taken back.
+        StoreError: it could not be made durable.
+    """
+    store.put_if_absent(f"{ref.name}/{COMMIT}", commit.encode())
+    withdraw_if_late(store, ref, commit)
 
 
 def _write_index(store: Store, ref: Ref, info: IndexInfo, shards: Sequence[ShardRecord], writer: str) -> CommitRecord:
@@ -154,10 +171,11 @@ def _put(store: Store, ref: Ref, record: CommitRecord) -> CommitRecord | None:
         if store.put_if_absent(f"{ref.name}/{COMMIT}", record.encode()):
             return record
     except StoreError:
-        # Maybe only the answer was lost.
+        # Maybe only the answer was lost; or it is there, and not for good: that is asked once more.
         found = read_commit(store, ref)
         if found is None or found.writer != record.writer:
             raise
+        store.put_if_absent(f"{ref.name}/{COMMIT}", record.encode())
         return found
     return read_commit(store, ref)
 

@@ -19,9 +19,9 @@ from ckptsvc.format.commit import (
     parse_checkpoint_name,
     parse_pin_name,
 )
-from ckptsvc.pipeline.catalog import Ref, list_refs, newest_epoch, open_checkpoint, read_commit
+from ckptsvc.pipeline.catalog import Ref, Refused, list_refs, newest_epoch, open_checkpoint, read_commit
 from ckptsvc.pipeline.pins import pinned
-from ckptsvc.pipeline.retain import referred, whole
+from ckptsvc.pipeline.retain import LOOK_EVERY, mentioned, referred, whole
 from ckptsvc.storage import TEMPORARY_PREFIX, Entry, Store
 from ckptsvc.storage.unfinished import unfinished_by_folder
 
@@ -64,27 +64,31 @@ def find_garbage(store: Store) -> Iterator[Garbage]:
     index cannot be read are left alone, and so is what a committed checkpoint refers to.
     """
     commits: dict[Ref, CommitRecord | None] = {}
-    unusable = set()
+    unusable: dict[Ref, Refused] = {}
     for ref in list_refs(store):
         try:
             commits[ref] = read_commit(store, ref)
-        except (Damaged, IncompatibleVersion):
-            unusable.add(ref)
+        except (Damaged, IncompatibleVersion) as error:
+            unusable[ref] = error
     marks = {e.key.removeprefix(f"{RETIRED}/"): e for e in store.list(RETIRED)}
-    needed, pins = referred(commit for commit in commits.values() if commit is not None), pinned(store)
+    pins = pinned(store)
+    # `expire` makes them checkpoints again
+    back = {ref: found[1] for ref in pins & commits.keys() if commits[ref] is None and (found := whole(store, ref))}
+    needed = referred([*back.values(), *(commit for commit in commits.values() if commit is not None)])
+    needed |= mentioned(store, list(unusable.items())) | back.keys()
     newest = newest_epoch(store)
     for ref, commit in commits.items():
         if commit is not None:
             yield from _strays(store, ref, commit)
-        elif ref not in needed and not (ref in pins and whole(store, ref)):  # `expire` makes it a checkpoint again
+        elif ref not in needed:
             entries = tuple(store.list(ref.name))
             if ref.name in marks:  # the mark goes last: until then this is known to be half deleted
                 yield Garbage(ref.name, ref, "its deletion was interrupted", (*entries, marks[ref.name]))
             else:
                 open_end = " (it may still be running)" if ref.epoch == newest else ""
                 yield Garbage(ref.name, ref, f"save not committed{open_end}", entries)
-    yield from _unfinished(store, {ref.name for ref in commits.keys() | unusable})
-    yield from _beside(store, commits, marks, pins - commits.keys() - unusable)
+    yield from _unfinished(store, {ref.name for ref in commits.keys() | unusable.keys()})
+    yield from _beside(store, commits, marks, pins - commits.keys() - unusable.keys())
 
 
 def _strays(store: Store, ref: Ref, commit: CommitRecord) -> Iterator[Garbage]:
@@ -141,8 +145,10 @@ def remove_garbage(store: Store, garbage: Garbage, pace: Callable[[], None] = la
     """
     if garbage.ref is not None and read_commit(store, garbage.ref) is not None:
         return False
-    for entry in garbage.entries:
+    for number, entry in enumerate(garbage.entries):
         pace()
+        if garbage.ref is not None and (number + 1) % LOOK_EVERY == 0 and read_commit(store, garbage.ref) is not None:
+            return False
         store.delete(entry.key)
     if not garbage.entries:  # a driver removes folders that have become empty, here one that already was
         store.delete(f"{garbage.folder}/{TEMPORARY_PREFIX}none")

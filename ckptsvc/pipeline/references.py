@@ -38,6 +38,8 @@ def withdraw_if_late(store: Store, ref: Ref, commit: CommitRecord) -> None:
     """
     for folder in commit.refers:
         if read_commit(store, ref_of(folder)) is None:
+            if read_commit(store, ref_of(folder)) is not None:
+                continue  # it has come back just now
             store.delete(f"{ref.name}/{COMMIT}")
             raise _gone(folder)
 
@@ -59,7 +61,7 @@ class Bases:
         """These are the files of a committed checkpoint."""
         self._names[folder] = frozenset(names)
         while len(self._names) > REMEMBERED:
-            del self._names[next(iter(self._names))]
+            self._names.pop(next(iter(self._names)), None)
 
     def check(self, store: Store, shards: Sequence[ShardRecord], own: str) -> tuple[str, ...]:
         """The other checkpoints that these shards need, ascending; all they need of them is committed and there.

@@ -11,13 +11,14 @@ then either it sees that one is gone, or `look` sees what it has said.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from ckptsvc.errors import Damaged, IncompatibleVersion, NotFound, StoreError
+from ckptsvc.errors import Damaged, IncompatibleVersion, InvalidInput, NotFound, StoreError
 from ckptsvc.format.commit import COMMIT, RETIRED, CommitRecord, parse_checkpoint_name
 from ckptsvc.format.limits import MAX_RECORD_BYTES
 from ckptsvc.pipeline.catalog import Ref, Refused, find, open_checkpoint
@@ -28,6 +29,11 @@ from ckptsvc.storage import Store
 
 RESUME_AFTER = 600.0
 """Seconds after which a deletion that has begun and not ended is taken up: until then somebody may be at it."""
+
+LOOK_EVERY = 16
+"""Objects after which a deletion looks whether somebody has put the checkpoint back."""
+
+_NAME = re.compile(r"step-[0-9]{12,18}\.e[0-9]{5,9}")
 
 _LONGEST_PAUSE = 60.0  # seconds between two objects, however low the rate
 
@@ -79,11 +85,16 @@ class Expired:
 
 
 def candidates(found: Found) -> list[Candidate]:
-    """Committed checkpoints as retention looks at them; those whose record cannot be used are not among them."""
+    """Committed checkpoints as retention looks at them.
+
+    Those whose record cannot be used are not among them, nor those that refer to one that is not there: their writer
+    was killed before it could take them back.
+    """
+    there = {ref.name for ref, _ in found}
     return [
         Candidate(ref, _seconds(commit.created), commit.values, commit.refers)
         for ref, commit in found
-        if isinstance(commit, CommitRecord)
+        if isinstance(commit, CommitRecord) and there.issuperset(commit.refers)
     ]
 
 
@@ -100,10 +111,30 @@ def judge(store: Store, found: Found, policy: Policy, now: float, needed: Collec
     Raises:
         StoreError: a commit record could not be read: it may refer to any other checkpoint.
     """
+    _check_read(found)
+    needed = {*needed, *mentioned(store, found)}
+    return decide(candidates(found), policy, now, pinned=pinned(store), needed=needed)
+
+
+def _check_read(found: Found) -> None:
     for _, commit in found:
         if isinstance(commit, StoreError):
             raise commit
-    return decide(candidates(found), policy, now, pinned=pinned(store), needed=needed)
+
+
+def mentioned(store: Store, found: Found) -> set[Ref]:
+    """Every checkpoint whose name is in a record that cannot be used: a newer program, or another look, may need it.
+
+    Raises:
+        StoreError: one could not be read.
+    """
+    names: set[str] = set()
+    for ref, commit in found:
+        if not isinstance(commit, CommitRecord):
+            with suppress(NotFound, InvalidInput):  # taken away meanwhile; no record at all, so large is it
+                data = store.read(f"{ref.name}/{COMMIT}", MAX_RECORD_BYTES)
+                names.update(_NAME.findall(data.decode("ascii", "replace")))
+    return {Ref(epoch, step) for step, epoch in filter(None, map(parse_checkpoint_name, names))}
 
 
 def expire(
@@ -142,12 +173,15 @@ def expire(
     for ref in reversed(verdict.gone):  # newest first: what an older one is needed for goes before it
         retire(store, ref)
         failpoint("in_expire")
-    halves = [*(ref for ref in sorted(marks) if ref not in there), *verdict.gone]
+    halves = {*(ref for ref in marks if ref not in there), *verdict.gone}
     holds, refers = wanted_now(store) if halves else (set(), set())
-    for ref in halves:
-        if ref in holds | refers and put_back(store, ref):
+    for ref in sorted(halves, reverse=True):  # what comes back may need an older one, which then comes back too
+        if ref in holds | refers and (commit := put_back(store, ref)):
+            refers |= referred([commit])
             done.back.append(ref)
-        elif ref not in refers:  # a pin alone came too late if files are gone: whoever set it was told so
+    for ref in sorted(halves.difference(done.back, refers)):
+        # A pin alone came too late if files are gone: whoever set it was told so.
+        if is_half(store, ref) and not (ref in pinned(store) and whole(store, ref)):
             done.objects += sweep(store, ref, pace, progress)
             done.gone.append(ref)
     return done
@@ -175,10 +209,9 @@ def wanted_now(store: Store) -> tuple[set[Ref], set[Ref]]:
         StoreError: a commit record could not be read.
     """
     found = find(store)
-    for _, commit in found:
-        if isinstance(commit, StoreError):
-            raise commit
-    return pinned(store), referred(commit for _, commit in found if isinstance(commit, CommitRecord))
+    _check_read(found)
+    refers = referred(commit for _, commit in found if isinstance(commit, CommitRecord))
+    return pinned(store), refers | mentioned(store, found)
 
 
 def referred(commits: Iterable[CommitRecord]) -> set[Ref]:
@@ -187,30 +220,53 @@ def referred(commits: Iterable[CommitRecord]) -> set[Ref]:
     return {Ref(epoch, step) for step, epoch in filter(None, map(parse_checkpoint_name, names))}
 
 
-def put_back(store: Store, ref: Ref) -> bool:
-    """Make what was a checkpoint one again, from its mark; False where its files are not all there any more."""
-    record = whole(store, ref)
-    if not record:
+def is_half(store: Store, ref: Ref) -> bool:
+    """Whether the deletion of a checkpoint has begun, and nobody has put it back or ended that."""
+    try:
+        store.size(mark_key(ref))
+    except NotFound:
         return False
-    store.put_if_absent(f"{ref.name}/{COMMIT}", record)
-    store.delete(mark_key(ref))
+    return not _is_committed(store, ref)
+
+
+def _is_committed(store: Store, ref: Ref) -> bool:
+    try:
+        store.size(f"{ref.name}/{COMMIT}")
+    except NotFound:
+        return False
     return True
 
 
-def whole(store: Store, ref: Ref) -> bytes:
-    """The commit record in the mark of a checkpoint whose files are all there; b"" where one is missing."""
+def put_back(store: Store, ref: Ref) -> CommitRecord | None:
+    """Make what was a checkpoint one again, from its mark; None where not all that it needs is there any more."""
+    found = whole(store, ref)
+    if found is None:
+        return None
+    data, commit = found
+    store.put_if_absent(f"{ref.name}/{COMMIT}", data)
+    store.delete(mark_key(ref))
+    return commit
+
+
+def whole(store: Store, ref: Ref) -> tuple[bytes, CommitRecord] | None:
+    """The commit record in the mark of a checkpoint whose files are all there, also those of others that it needs."""
     try:
         data = store.read(mark_key(ref), MAX_RECORD_BYTES)
         commit = CommitRecord.decode(data, mark_key(ref))
     except (NotFound, Damaged, IncompatibleVersion):
-        return b""
+        return None
     if (commit.epoch, commit.step) != ref:
-        return b""
+        return None
     try:
-        missing = open_checkpoint(store, ref, commit).own_names() - {COMMIT} - set(store.children(ref.name))
+        checkpoint = open_checkpoint(store, ref, commit)
     except (Damaged, IncompatibleVersion):
-        return b""
-    return b"" if missing else data
+        return None
+    wanted = {ref.name: checkpoint.own_names() - {COMMIT}}
+    for file in checkpoint.index.segments.files if checkpoint.index.segments else ():
+        wanted.setdefault(file.folder, set()).add(file.name)
+    if any(names - set(store.children(folder)) for folder, names in wanted.items()):
+        return None
+    return data, commit
 
 
 def sweep(store: Store, ref: Ref, pace: Callable[[], None], progress: Callable[[int], None]) -> int:
@@ -218,6 +274,10 @@ def sweep(store: Store, ref: Ref, pace: Callable[[], None], progress: Callable[[
     count = 0
     for entry in list(store.list(ref.name)):
         pace()
+        if count % LOOK_EVERY == 0 and _is_committed(store, ref):
+            return count  # somebody has put it back, who has looked at its files before they went
+        if entry.key == f"{ref.name}/{COMMIT}":
+            continue
         store.delete(entry.key)
         progress(entry.size)
         count += 1

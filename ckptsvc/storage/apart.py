@@ -148,7 +148,11 @@ class Apart:
             self._begin()
         with self._slots:
             process = self._live()
-            line = process.take()
+            try:
+                line = process.take()
+            except StoreUnavailable:  # it has died
+                self._forget(process)
+                raise
             try:
                 yield line
             except StoreUnavailable:

@@ -35,6 +35,10 @@ class _Stopped(Exception):
     """The owner's callback has raised."""
 
 
+class _HungUp(Exception):
+    """The line has broken in the middle of a call."""
+
+
 def send(sock: socket.socket, message: Any) -> None:
     """Send one message."""
     body = msgspec.msgpack.encode(message)
@@ -88,12 +92,12 @@ class _Server:
     def _answer(self, sock: socket.socket, fd: int, op: str, nbytes: int, arguments: list[Any]) -> list[Any]:
         try:
             return ["result", self._do(sock, fd, op, nbytes, arguments)]
+        except _HungUp as error:
+            raise EOFError from error
         except CkptsvcError as error:
             return ["error", error.code, error.what, error.hint, error.retryable]
         except _Stopped:
             return ["result", None]
-        except (OSError, EOFError):
-            raise
         except Exception as error:  # noqa: BLE001  one call must not end the others'
             return ["error", "store", f"{type(error).__name__}: {error}", "", False]
 
@@ -117,8 +121,12 @@ class _Server:
 
             def note(kind: str) -> Any:
                 def tell(nbytes: int) -> None:
-                    send(sock, ["note", kind, nbytes])
-                    if receive(sock) is not True:
+                    try:
+                        send(sock, ["note", kind, nbytes])
+                        goes_on = receive(sock) is True
+                    except (OSError, EOFError) as error:
+                        raise _HungUp from error
+                    if not goes_on:
                         raise _Stopped
 
                 return tell

@@ -1,7 +1,13 @@
+import errno
+import os
+import stat
+
 import pytest
+from ckptsvc_drivers.linux import System
+from ckptsvc_drivers.posix import PosixStore
 from harness.random_run import fence, memory_store, small_run
 
-from ckptsvc.errors import CkptsvcError, Fenced, LayoutError, SaveFailed, StoreFull, StoreUnavailable
+from ckptsvc.errors import CkptsvcError, Fenced, LayoutError, SaveFailed, StoreError, StoreFull, StoreUnavailable
 from ckptsvc.format.commit import COMMIT, epoch_key
 from ckptsvc.pipeline.catalog import Ref, find, open_checkpoint, read_commit, take_epoch
 from ckptsvc.pipeline.commit import check_fence, commit_checkpoint
@@ -212,3 +218,33 @@ class TestFaults:
                 commit_checkpoint(Faulty(store, [Fault(nth=nth, times=0, error="store")]), run.info(), shards, "me")
         assert [ref.step for ref, _ in find(store)] == [5]
         assert verify_checkpoint(open_checkpoint(store, Ref(1, 5))) == []
+
+
+def test_a_record_that_is_there_but_not_for_good_is_no_commit(tmp_path):
+    """The name is there, and the directory cannot be synced: power may take it away again."""
+    store = PosixStore(str(tmp_path / "run"), system=Unsynced())
+    run = small_run()
+    shards = [run.write(store, rank) for rank in range(2)]
+    store._system.fails = True
+    for _ in range(2):  # and again, as an agent tries
+        with pytest.raises(StoreError):
+            commit_checkpoint(store, run.info(), shards, "me")
+    store._system.fails = False
+    assert commit_checkpoint(store, run.info(), shards, "me").writer == "me"
+    store.close()
+
+
+class Unsynced(System):
+    """Directories cannot be synced once a commit record is linked there."""
+
+    fails = False
+    linked = False
+
+    def link(self, source, target, directory):
+        super().link(source, target, directory)
+        self.linked = target == COMMIT
+
+    def sync(self, fd):
+        if self.fails and self.linked and stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(errno.EIO, "input/output error")
+        super().sync(fd)

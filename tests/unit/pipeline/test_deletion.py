@@ -7,11 +7,12 @@ from harness.increments import Saver, big_run, floats
 from harness.random_run import memory_store, small_run
 
 from ckptsvc.errors import CkptsvcError, SaveFailed
-from ckptsvc.format.commit import COMMIT
+from ckptsvc.format.commit import COMMIT, RETIRED
 from ckptsvc.pipeline.catalog import Ref, find, list_refs, open_checkpoint
 from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
 from ckptsvc.pipeline.increments import Economy
-from ckptsvc.pipeline.retain import Pace, expire, retire, sweep
+from ckptsvc.pipeline.pins import pin
+from ckptsvc.pipeline.retain import Pace, expire, put_back, retire, sweep
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.verify import verify_checkpoint
 from ckptsvc.storage import connect
@@ -189,3 +190,63 @@ def test_a_folder_that_is_referred_to_is_no_garbage():
     assert garbage.ref == Ref(1, 1)
     assert remove_garbage(store, garbage)
     assert list_refs(store) == []
+
+
+def test_a_pinned_one_that_comes_back_brings_back_what_it_needs():
+    """The pin comes when the deleter has read the pins, and has not yet taken the record away."""
+    store = fill_with_references(memory_store(), 3)  # 2 and 3 refer to 1
+    small_run().store(store, step=9)
+
+    class Racing(Faulty):
+        def put_if_absent(self, key, data):
+            if key == f"{RETIRED}/{Ref(1, 3).name}":
+                pin(self.inner, Ref(1, 3))
+            return self.inner.put_if_absent(key, data)
+
+    done = expire(Racing(store), Policy(last=1))
+    assert (done.gone, done.back) == ([Ref(1, 2)], [Ref(1, 3), Ref(1, 1)])
+    assert whole(store) == [9, 3, 1]
+
+
+def test_gc_leaves_what_a_pinned_half_needs():
+    store = fill_with_references(memory_store(), 2)
+    pin(store, Ref(1, 2))
+    for step in (2, 1):  # a deleter that was killed when it had come so far
+        retire(store, Ref(1, step))
+    assert list(find_garbage(store)) == []
+    small_run().store(store, step=9)
+    assert expire(store, Policy(last=1), resume_after=0).back == [Ref(1, 2), Ref(1, 1)]
+    assert whole(store) == [9, 2, 1]
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_what_a_record_that_cannot_be_used_names_stays(newer):
+    store = fill_with_references(memory_store(), 2)
+    key = f"{Ref(1, 2).name}/{COMMIT}"
+    data = store.read(key)
+    store.delete(key)
+    store.put_if_absent(key, data.replace(b'"2.0"', b'"3.0"') if newer else data.replace(b'"job":"', b'"job":"x'))
+    small_run().store(store, step=9)
+    assert expire(store, Policy(last=1)).gone == []
+    assert [ref.step for ref, _ in find(store)] == [9, 2, 1]
+    assert list(find_garbage(store)) == []
+
+
+def test_a_checkpoint_without_its_base_does_not_count_as_the_newest():
+    store = fill_with_references(memory_store(), 5)
+    store.delete(f"{Ref(1, 4).name}/{COMMIT}")  # whoever committed step 5 was killed before it looked
+    assert expire(store, Policy(last=1)).gone == [Ref(1, 2)]  # the newest that is whole is step 3, which needs 1
+    assert 3 in [ref.step for ref, _ in find(store)]
+
+
+def test_what_was_put_back_meanwhile_is_not_swept():
+    store = fill(memory_store())
+
+    class Racing(Faulty):
+        def list(self, prefix=""):
+            if prefix == Ref(1, 10).name:
+                put_back(self.inner, Ref(1, 10))
+            return self.inner.list(prefix)
+
+    expire(Racing(store), Policy(last=3))
+    assert 10 in whole(store)
