@@ -115,10 +115,13 @@ class ObjectStore:
                         )
                 parts.let_go()
                 parts.report()
-            except BaseException:
+            except BaseException as error:
                 parts.let_go()
                 if not single:
                     self._abort(key)
+                if isinstance(error, NotFound):  # of an upload, after a server has lost its memory
+                    what = f"{self.url}/{key}: the server does not know the upload any more, or there is no such bucket"
+                    raise StoreUnavailable(what) from None
                 raise
 
     def _abort(self, key: str) -> None:

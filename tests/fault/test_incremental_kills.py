@@ -24,7 +24,7 @@ from ckptsvc.storage import connect
 FROZEN, TRAINED = 200_000, 20_000
 KEEP = 2
 LESS = {"CKPTSVC_SAVE_INCREMENTAL": "true", "CKPTSVC_SAVE_FULL_EVERY": "3", "CKPTSVC_SAVE_EXTENT": "16384"}
-POINTS = ("before_shard", "in_shard", "after_shard", "before_commit", "before_record", "after_commit", "in_expire")
+POINTS = ("before_shard", "in_shard", "after_shard", "before_commit", "before_record", "after_commit")
 
 
 def train(rank: Rank, store: str) -> None:
@@ -81,6 +81,26 @@ def await_step(runtime: Runtime, store: Path, step: int) -> None:
         return step in steps(store) and not saving(runtime)
 
     eventually(ended, f"step {step} to be committed")
+
+
+def test_the_worker_is_killed_while_it_deletes_old_ones(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
+    store, step = tmp_path / "run", 0
+    with launch.plain(1, train, str(store), **LESS) as job:
+        runtime.arm("in_expire")
+        while not runtime.stands_at("in_expire"):
+            step += 1
+            go(job, step)
+            await_step(runtime, store, step)
+        os.kill(runtime.reached("in_expire"), signal.SIGKILL)
+        for _ in range(3):
+            step += 1
+            go(job, step)
+            await_step(runtime, store, step)
+        assert_good(store)
+        job.go("end")
+        job.go(str(step + 1))
+        job.results()
+    assert_good(store)
 
 
 @pytest.mark.parametrize("compression", [pytest.param("off", marks=pytest.mark.slow), "zstd"])

@@ -143,6 +143,10 @@ class Runtime:
         eventually(lambda: held.read_text() != "", "its process id")
         return int(held.read_text())
 
+    def stands_at(self, point: str) -> bool:
+        """Whether a process stands at this point."""
+        return (self.failpoints / f"{point}.held").exists()
+
     def let_go(self, point: str) -> None:
         """Let the process that stands at this point go on."""
         (self.failpoints / f"{point}.held").unlink()
