@@ -16,7 +16,7 @@ STUBS := ckptsvc/rpc/v1
 .PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability lint types contracts proto proto-check check demo bench clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
 
 install: $(STAMP) ## make .venv with all that the other targets need
 

@@ -152,7 +152,9 @@ def test_the_dashboard_shows_a_run(runtime: Runtime, launch: Launch, prometheus:
 
 
 def promtool(folder: Path, *arguments: str) -> int:
-    return subprocess.run(["promtool", *arguments], cwd=folder, capture_output=True, timeout=120, check=False).returncode
+    return subprocess.run(
+        ["promtool", *arguments], cwd=folder, capture_output=True, timeout=120, check=False
+    ).returncode
 
 
 def test_promtool_accepts_the_rules_and_their_tests(tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ def test_the_stories_find_an_alert_that_never_fires_and_one_that_always_does(tmp
     rules = yaml.safe_load((FOLDER / "rules.yaml").read_text())
     shutil.copy(FOLDER / "rules_test.yaml", tmp_path)
     unnoticed = []
-    for group, number in [(g, n) for g, group in enumerate(rules["groups"]) for n in range(len(group["rules"]))]:
+    for group, number in [(g, n) for g, each in enumerate(rules["groups"]) for n in range(len(each["rules"]))]:
         for expression in ("vector(0) > 1", "vector(1)"):
             changed = copy.deepcopy(rules)
             rule = changed["groups"][group]["rules"][number]
