@@ -1,5 +1,6 @@
 """A real Prometheus with our rules beside a real agent with a real job; what the dashboard asks, it answers."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -24,7 +25,7 @@ yaml = pytest.importorskip("yaml", reason="run make install")
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(300),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(
         not (shutil.which("prometheus") and shutil.which("promtool")),
         reason="there is no Prometheus here: make test-observability installs Debian's",
@@ -35,6 +36,10 @@ NOTHING_HERE = {
     # one agent on one disk, without certificates, in which nothing goes wrong
     "Certificate ends in",
     "Store errors",
+    # a plain file system says nothing of targets
+    "Targets per shard",
+    "Stripe size",
+    "Layouts missed",
     # a machine of the tests may have no network card of which the agent knows the counters
     "Links down",
     "Signs of trouble",
@@ -108,25 +113,36 @@ def prometheus(tmp_path: Path) -> Iterator[Prometheus]:
     server.wait(30)
 
 
+@pytest.fixture
+def agent(runtime: Runtime) -> Iterator[subprocess.Popen[bytes]]:
+    """The node's agent, with its metrics at a free port."""
+    found = runtime.start_agent("--metrics-listen", "127.0.0.1:0")
+    yield found
+    found.terminate()
+    found.wait(30)
+
+
 def list_agents(runtime: Runtime, prometheus: Prometheus) -> None:
     subprocess.run([FOLDER / "targets.sh", prometheus.folder / "agents.json", runtime.sockets], check=True, timeout=30)
 
 
+@pytest.mark.usefixtures("agent")
 def test_the_dashboard_shows_a_run(runtime: Runtime, launch: Launch, prometheus: Prometheus, tmp_path: Path) -> None:
-    agent = runtime.start_agent("--metrics-listen", "127.0.0.1:0")
     list_agents(runtime, prometheus)
     eventually(lambda: prometheus.query('up{job="ckptsvc"} == 1'), "the agent to be scraped", 60)
     with launch.plain(1, train, str(tmp_path / "store")) as job:
         eventually(lambda: prometheus.query("max(ckptsvc_last_committed_step) >= 10"), "step 10 to be committed", 60)
         (newest,) = prometheus.query("ckptsvc_last_committed_step")
         assert "exported_job" not in newest["metric"]
-        assert newest["metric"]["job"] == next(iter(runtime.status()["jobs"]))["job"]
+        assert f"(job={newest['metric']['job']} step=" in runtime.log()
 
         def empty() -> set[str]:
             every = [(panel["title"], target["expr"]) for panel in panels() for target in panel["targets"]]
             return {title for title, expression in every if not prometheus.query(expression)} - NOTHING_HERE
 
-        eventually(lambda: not empty(), f"all panels to show something, but {empty()}", 60)
+        with contextlib.suppress(AssertionError):  # the next one says which
+            eventually(lambda: not empty(), "all panels to show something", 60)
+        assert empty() == set()
         phases = {each["metric"]["phase"] for each in prometheus.query("ckptsvc_save_duration_seconds_count > 0")}
         assert phases == {"stage", "write", "commit"}
         for variable in dashboard()["templating"]["list"][1:]:
@@ -142,7 +158,6 @@ def test_the_dashboard_shows_a_run(runtime: Runtime, launch: Launch, prometheus:
 
     eventually(lambda: not list(runtime.arenas.rglob("*.arena")), "the agent to be done with the job")
     runtime.kill_agents()
-    agent.wait()
     list_agents(runtime, prometheus)  # what was killed is a target still
     (alert,) = eventually(lambda: prometheus.ask("alerts")["alerts"], "the alert to begin", 60)
     assert alert["labels"]["alertname"] == "CkptsvcAgentDown"
