@@ -13,10 +13,10 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I proto
 STUBS := ckptsvc/rpc/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs lint types contracts proto proto-check check demo bench clean
+.PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability lint types contracts proto proto-check check demo bench clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
 
 install: $(STAMP) ## make .venv with all that the other targets need
 
@@ -63,6 +63,11 @@ test-realfs: install ## the drivers on real CephFS, RGW, GlusterFS and MooseFS (
 	if [ -n "$$absent" ]; then apt-get update && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $(REALFS); fi
 	$(BIN)/python -m pytest -m realfs $(ARGS)
+
+test-observability: install ## rules and dashboard with a real Prometheus (Debian, root: installs it)
+	@for program in prometheus promtool; do command -v $$program > /dev/null || absent=1; done; \
+	if [ -n "$$absent" ]; then apt-get update && apt-get install -y --no-install-recommends prometheus; fi
+	$(BIN)/python -m pytest tests/unit/test_observability.py tests/integration/test_prometheus.py $(ARGS)
 
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .

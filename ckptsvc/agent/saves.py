@@ -115,7 +115,9 @@ class Saves:
             metrics=metrics if reg.rank == 0 else {},
         )
         failpoint("before_label")
+        began = arena.since
         self._local.pool.stage(arena, label)
+        self._local.metrics.save_duration.labels(Phase.STAGE).observe(arena.since - began)
         failpoint("after_label")
         self._begin_save(arena, label)
 

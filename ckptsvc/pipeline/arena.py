@@ -100,7 +100,7 @@ class Arena:
     epoch: int = 0
     label: Label | None = None
     holder: str = ""  # who fills it
-    since: float = 0.0  # when it was staged, CLOCK_MONOTONIC
+    since: float = 0.0  # when it was staged; while a rank fills it, when that began; CLOCK_MONOTONIC
     guest: bool = False  # it is for what belongs to other nodes
 
 
@@ -227,7 +227,7 @@ class ArenaPool:
         except OSError as error:  # somebody has tidied up in /dev/shm
             self.remove(arena)
             raise ArenaExhausted(f"the arena of rank {rank} is gone: {error}") from error
-        arena.state, arena.step, arena.holder = State.FILLING, step, holder
+        arena.state, arena.step, arena.holder, arena.since = State.FILLING, step, holder, time.monotonic()
         return arena, evicted
 
     def stage(self, arena: Arena, label: Label) -> None:

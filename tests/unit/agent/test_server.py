@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -259,6 +261,20 @@ class TestSaves:
         assert (outcome.outcome, outcome.code) == (agent_pb2.OUTCOME_FAILED, "damaged")
         assert agent.alive
         acquire(rank, 20)
+        rank.close()
+
+    def test_how_long_a_rank_fills_an_arena_is_measured(self, start):
+        agent = start("a", "--metrics-listen", "127.0.0.1:0")
+        rank = attached(agent)
+        slot = acquire(rank, 10).slot
+        time.sleep(0.1)
+        rank.call("Submit", agent_pb2.SubmitRequest(slot=slot, step=10, bytes=SIZE))
+        with urllib.request.urlopen(f"http://{ready(agent)[2]}/metrics", timeout=5) as answer:
+            found = re.findall(r'save_duration_seconds_(?:count|sum){phase="stage"} (.+)', answer.read().decode())
+        count, seconds = map(float, found)
+        assert count == 1
+        assert 0.1 <= seconds < 60
+        rank.call("WaitSave", agent_pb2.WaitSaveRequest(step=10))
         rank.close()
 
     def test_to_wait_for_a_save_that_never_was_ends_with_the_deadline(self, agent):
