@@ -28,7 +28,7 @@ from harness.proxy import Rule, proxy
 
 from ckptsvc.errors import ConfigError, StoreDenied, StoreError
 from ckptsvc.pipeline.catalog import take_epoch
-from ckptsvc.pipeline.retain import find_garbage, remove_garbage
+from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
 from ckptsvc.storage import check_key, connect, is_key
 from ckptsvc.storage.testing import StoreTests, content_of, pages_with, put
 from ckptsvc.storage.unfinished import unfinished_by_folder

@@ -16,8 +16,8 @@ from harness.runtime import Runtime, eventually
 import ckptsvc
 from ckptsvc.geometry.box import Box
 from ckptsvc.pipeline.catalog import find, open_checkpoint
+from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
 from ckptsvc.pipeline.read import Want, read_arrays
-from ckptsvc.pipeline.retain import find_garbage, remove_garbage
 from ckptsvc.pipeline.sources import StoreSource
 from ckptsvc.storage import connect
 
