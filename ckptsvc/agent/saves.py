@@ -243,7 +243,9 @@ class Saves:
             if outcome is not None and outcome.outcome != agent_pb2.OUTCOME_LOCAL:
                 return outcome
             if self._tier is not None or outcome is not None:
-                wanted = pb.DurableWanted(job=job.name, node=self._local.name, epoch=epoch, step=step)
+                wanted = pb.DurableWanted(
+                    job=job.name, node=self._local.name, epoch=epoch, step=step, left_local=outcome is not None
+                )
                 self._local.report(job, pb.Report(durable_wanted=wanted))
             await wait_for(job.ended, WANTED_AGAIN)
 
