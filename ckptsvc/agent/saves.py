@@ -15,6 +15,7 @@ from ckptsvc.agent.layouts import Layouts
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.local_tier import LocalTier
 from ckptsvc.agent.sessions import LocalJob
+from ckptsvc.agent.worker_proxy import Note
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import CkptsvcError, ConfigError, InvalidInput, SaveFailed
 from ckptsvc.pipeline.arena import Arena, Label, State
@@ -169,8 +170,7 @@ class Saves:
                 future.set_result(note["digests"])
 
         def direct() -> Coroutine[Any, Any, dict[str, Any]]:
-            more = {"disk": "", "rate": self._workers.write_rate}
-            return self._workers.of(job).call("write", args | more, on_note)
+            return self._write_directly(job, args, on_note)
 
         try:
             return await (self._tier.write(job, args, on_note, direct) if self._tier else direct())
@@ -181,6 +181,17 @@ class Saves:
                 future.exception()  # nobody need ask
             raise
 
+    def _write_directly(
+        self, job: str, args: dict[str, Any], on_note: Note | None = None
+    ) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Have a shard written to the durable store."""
+        more = {"disk": "", "rate": self._workers.write_rate}
+        if self._tier is not None:
+            # Whole, as if nothing older were committed: its save may wait long for drains, and retention deletes what
+            # it would refer to meanwhile.
+            more["committed"] = (args["epoch"], args["step"])
+        return self._workers.of(job).call("write", args | more, on_note)
+
     async def _save(self, job: LocalJob, label: Label, arena: Arena, written: Awaitable[dict[str, Any]]) -> None:
         started = time.monotonic()
         try:
@@ -189,8 +200,7 @@ class Saves:
                 if await self._tier.keep(job, label, done):
                     return
                 args = _what(label, label.epoch, label.step, label.nbytes, arena, 0, job.newest)
-                more = {"disk": "", "rate": self._workers.write_rate}
-                done = await self._workers.of(job.name).call("write", args | more)
+                done = await self._write_directly(job.name, args)
         except CkptsvcError as error:
             log(logger, logging.ERROR, Event.SAVE_FAILED, "shard not written: %s", error,
                 job=label.job, rank=label.rank, step=label.step)  # fmt: skip
