@@ -90,6 +90,7 @@ def local_kept(node: str, label: Label, stage: Stage, *, again: bool = False) ->
         world_size=label.world_size,
         nbytes=label.nbytes,
         aliases=label.aliases,
+        metrics=label.metrics,
         store=label.store,
         ended=stage is not Stage.PENDING,
         again=again,

@@ -69,6 +69,7 @@ class Disks:
     attempt: int
     store: str
     aliases: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
     nodes: dict[int, str] = field(default_factory=dict)  # rank -> node
 
 
@@ -89,6 +90,7 @@ class Tiers:
         self.saves.nodes.add(event.node)
         disks = self.disks.setdefault(key, Disks(event.world_size, event.attempt, event.store))
         disks.aliases.update(event.aliases)
+        disks.metrics.update(event.metrics)
         disks.nodes[event.rank] = event.node
         decision = self._complete(key, event.node).add(self._ended_before(event, now))
         ended = self.saves.ended.get(key)
@@ -104,6 +106,7 @@ class Tiers:
         save.staged[event.rank] = event.node
         save.local.add(event.rank)
         save.aliases.update(event.aliases)
+        save.metrics.update(event.metrics)
         save.fresh = save.fresh or not event.again
         save.changed = now
         if save.draining and not save.committing:  # the node was away, or its agent has been restarted
@@ -253,7 +256,8 @@ class Tiers:
 
     def _open(self, key: Key, now: float) -> Save:
         disks = self.disks[key]
-        save = Save(*key, disks.attempt, disks.world_size, disks.store, now, now, aliases=dict(disks.aliases))
+        save = Save(*key, disks.attempt, disks.world_size, disks.store, now, now)
+        save.aliases, save.metrics = dict(disks.aliases), dict(disks.metrics)
         self.saves.open[key] = save
         return save
 

@@ -46,6 +46,7 @@ class World:
         self.outcomes: dict[int, list[int]] = {}  # step -> outcomes, in order
         self.drains: list[tuple[str, int]] = []  # node, step
         self.commits: list[int] = []
+        self.metrics: dict[int, dict[str, str]] = {}  # step -> what it was committed with
         self.restart()
         for rank in range(2):
             joined = pb.RankJoined(job="j", node=f"n{rank}", store=STORE, attempt=1, rank=rank, world_size=2, epoch=1)
@@ -59,6 +60,7 @@ class World:
         for effect in decision.effects:
             if isinstance(effect, Commit):
                 self.commits.append(effect.step)
+                self.metrics[effect.step] = dict(effect.metrics)
             elif isinstance(effect, Send) and effect.order.HasField("drain_shards"):
                 self.drains.append((effect.node, effect.order.drain_shards.step))
             elif isinstance(effect, Send) and effect.order.HasField("save_ended") and effect.node == "n0":
@@ -86,6 +88,7 @@ class World:
                 local_kept=pb.LocalKept(
                     job="j", node=f"n{rank}", epoch=1, step=step, attempt=1, rank=rank, world_size=2, nbytes=1,
                     store=STORE, again=again, ended=ended is not None, outcome=ended,
+                    metrics={} if rank else {"loss": f"{step}"},
                 ),
             )  # fmt: skip
 
@@ -317,6 +320,20 @@ def test_what_an_earlier_coordinator_left_local_is_drained_for_who_waits_for_it(
     assert world.drains[-2:] == [("n0", 20), ("n1", 20)]
     world.through(20)
     assert world.outcomes[20] == [LOCAL, COMMITTED]
+
+
+def test_metrics_come_along_however_a_snapshot_comes_to_be_drained() -> None:
+    world = World(every=100)
+    world.kept(10)  # its save is open
+    world.through(10)
+    world.kept(20)
+    world.wanted(20)  # taken up again
+    world.through(20)
+    world.kept(30)
+    world.restart()
+    world.kept(30, again=True)  # by another coordinator
+    world.through(30)
+    assert world.metrics == {step: {"loss": f"{step}"} for step in (10, 20, 30)}
 
 
 def test_the_last_one_goes_on_though_an_earlier_coordinator_left_it_local() -> None:
