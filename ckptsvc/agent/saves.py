@@ -185,7 +185,7 @@ class Saves:
         self, job: str, args: dict[str, Any], on_note: Note | None = None
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """Have a shard written to the durable store."""
-        more = {"disk": "", "rate": self._workers.write_rate}
+        more: dict[str, Any] = {"disk": "", "rate": self._workers.write_rate}
         if self._tier is not None:
             # Whole, as if nothing older were committed: its save may wait long for drains, and retention deletes what
             # it would refer to meanwhile.
@@ -295,18 +295,19 @@ class Saves:
         job.record(outcome)
         if self._tier is not None:
             self._tier.ended(job, outcome)
+        no_checkpoint = outcome.code == "layout"  # the shards do not fit together, nor would they in a restore
         for arena in list(self._local.pool.arenas.values()):
             label = arena.label
             if (
                 label is None
-                or arena.state is not State.STAGED
+                or not (arena.state is State.STAGED or no_checkpoint)
                 or (label.job, label.epoch, label.step) != (job.name, *key)
             ):
                 continue
             job.results.pop((*key, label.rank), None)
             if committed:
                 job.pace.saves.append(time.monotonic() - arena.since)
-            if (key in job.complete and outcome.code != "layout") or committed:
+            if (key in job.complete and not no_checkpoint) or committed:
                 self._local.pool.keep(arena)
             else:
                 self._local.pool.release(arena)

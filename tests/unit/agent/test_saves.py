@@ -14,6 +14,7 @@ from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.workers import Workers
 from ckptsvc.pipeline.arena import Arena, ArenaPool, Label, populate
+from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.settings import TierSettings
 from ckptsvc.telemetry import Metrics
@@ -106,3 +107,22 @@ def test_beside_a_local_disk_a_shard_for_the_store_is_whole(within, monkeypatch,
         assert (written[1].segments == b"") == tier
 
     within(test, tier=tier)
+
+
+def test_shards_that_fit_nowhere_leave_memory_when_their_save_has_failed(within) -> None:
+    """Kept ones and copies for others too: every restore would find them first."""
+
+    async def test(scene: Scene) -> None:
+        own, _ = scene.arena(20, b"x" * 5000), scene.arena(20, b"x" * 5000, 1, guest=True)
+        scene.pool.keep(own)
+        older = scene.arena(10, b"x" * 5000)
+        scene.pool.keep(older)
+        failed = agent_pb2.OUTCOME_FAILED
+        scene.saves.ended(scene.job, agent_pb2.SaveOutcome(epoch=1, step=20, outcome=failed, code="save-failed"))
+        assert own.label is not None, "whole in memory it may be yet"
+        scene.saves.ended(scene.job, agent_pb2.SaveOutcome(epoch=1, step=20, outcome=failed, code="layout"))
+        assert [a.label for a in scene.pool.arenas.values() if a.label is not None] == [older.label]
+        gone = [(await scene.said.next("dropped")).dropped for _ in range(2)]
+        assert {(event.step, event.rank) for event in gone} == {(20, 0), (20, 1)}
+
+    within(test)
