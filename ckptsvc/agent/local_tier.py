@@ -275,6 +275,9 @@ class LocalTier:
             self._of(job.name).complete.add(key)
             self._prune(job.name, 0)
         else:
+            for held in self.copies(job, key):
+                if held.stage is Stage.COMMITTED:  # a new coordinator does not know
+                    self._report(job, held, again=True)
             self.on_drain(job, key)
 
     def ended(self, job: LocalJob, outcome: agent_pb2.SaveOutcome) -> None:
@@ -377,7 +380,7 @@ class LocalTier:
         self.measure()
 
     def _kept(self, held: Held, *, again: bool) -> pb.Report:
-        return reports.local_kept(self._local.name, held.label, ended=held.stage is not Stage.PENDING, again=again)
+        return reports.local_kept(self._local.name, held.label, held.stage, again=again)
 
     async def _told(self, held: Held, op: str, **more: Any) -> None:
         """Have the worker do what nobody waits for."""

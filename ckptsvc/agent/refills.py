@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Iterable
 
 from ckptsvc.agent import reports
 from ckptsvc.agent.local import Local
@@ -18,6 +19,23 @@ from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.telemetry import Event, log
 
 logger = logging.getLogger("ckptsvc.agent")
+
+
+def may_go(arenas: Iterable[Arena], job: str, key: Key) -> list[Arena]:
+    """The arenas that may make room for a snapshot, in this order: free ones, older snapshots of its job, other jobs'.
+
+    Never a part of the same snapshot, nor a newer one.
+    """
+    ranked = []
+    for arena in arenas:
+        label = arena.label
+        if arena.state is State.FREE:
+            ranked.append((0, (0, 0), arena))
+        elif arena.state is State.KEPT and label is not None:
+            own, at = label.job == job, (label.epoch, label.step)
+            if not own or at < key:
+                ranked.append((1 if own else 2, at, arena))
+    return [arena for *_, arena in sorted(ranked, key=lambda each: each[:2])]
 
 
 class Refills:
@@ -94,10 +112,9 @@ class Refills:
             job=job.name, rank=label.rank, step=label.step)  # fmt: skip
 
     def _room(self, job: LocalJob, held: Held) -> tuple[Arena, int]:
-        """A new arena; what is kept of other snapshots goes for it, the oldest first."""
+        """A new arena; what is older, or another job's, goes for it where there is no room."""
         pool = self._local.pool
-        may_go = [a for a in pool.arenas.values() if a.state in (State.FREE, State.KEPT) and a.step != held.label.step]
-        spare = iter(sorted(may_go, key=lambda a: a.step))
+        spare = iter(may_go(pool.arenas.values(), job.name, held.key))
         while True:
             try:
                 return pool.make(job.name, held.label.rank, held.label.nbytes)

@@ -6,9 +6,13 @@ import msgspec
 
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.sessions import Session
+from ckptsvc.control.room import Stage
 from ckptsvc.control.runs import runs_of
 from ckptsvc.pipeline.arena import Label, Parity
+from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+
+_ENDED_AS = {Stage.LOCAL: agent_pb2.OUTCOME_LOCAL, Stage.COMMITTED: agent_pb2.OUTCOME_COMMITTED}
 
 
 def joined(node: str, reg: Registration, epoch: int) -> pb.Report:
@@ -74,8 +78,8 @@ def staged(node: str, label: Label, *, ended: bool = False, again: bool = False)
     return pb.Report(staged=event)
 
 
-def local_kept(node: str, label: Label, *, ended: bool, again: bool = False) -> pb.Report:
-    """A shard is on the local disk of the node; `ended` and `again` as for `staged`."""
+def local_kept(node: str, label: Label, stage: Stage, *, again: bool = False) -> pb.Report:
+    """A shard is on the local disk of the node; `stage` says how far its snapshot has come, `again` as for `staged`."""
     event = pb.LocalKept(
         job=label.job,
         node=node,
@@ -86,9 +90,11 @@ def local_kept(node: str, label: Label, *, ended: bool, again: bool = False) -> 
         world_size=label.world_size,
         nbytes=label.nbytes,
         aliases=label.aliases,
+        metrics=label.metrics,
         store=label.store,
-        ended=ended,
+        ended=stage is not Stage.PENDING,
         again=again,
+        outcome=_ENDED_AS.get(stage),
     )
     return pb.Report(local_kept=event)
 

@@ -15,6 +15,7 @@ from ckptsvc.agent.layouts import Layouts
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.local_tier import LocalTier
 from ckptsvc.agent.sessions import LocalJob
+from ckptsvc.agent.worker_proxy import Note
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import CkptsvcError, ConfigError, InvalidInput, SaveFailed
 from ckptsvc.pipeline.arena import Arena, Label, State
@@ -171,8 +172,7 @@ class Saves:
                 future.set_result(note["digests"])
 
         def direct() -> Coroutine[Any, Any, dict[str, Any]]:
-            more = {"disk": "", "rate": self._workers.write_rate}
-            return self._workers.of(job).call("write", args | more, on_note)
+            return self._write_directly(job, args, on_note)
 
         try:
             return await (self._tier.write(job, args, on_note, direct) if self._tier else direct())
@@ -183,6 +183,17 @@ class Saves:
                 future.exception()  # nobody need ask
             raise
 
+    def _write_directly(
+        self, job: str, args: dict[str, Any], on_note: Note | None = None
+    ) -> Coroutine[Any, Any, dict[str, Any]]:
+        """Have a shard written to the durable store."""
+        more: dict[str, Any] = {"disk": "", "rate": self._workers.write_rate}
+        if self._tier is not None:
+            # Whole, as if nothing older were committed: its save may wait long for drains, and retention deletes what
+            # it would refer to meanwhile.
+            more["committed"] = (args["epoch"], args["step"])
+        return self._workers.of(job).call("write", args | more, on_note)
+
     async def _save(self, job: LocalJob, label: Label, arena: Arena, written: Awaitable[dict[str, Any]]) -> None:
         started = time.monotonic()
         try:
@@ -191,8 +202,7 @@ class Saves:
                 if await self._tier.keep(job, label, done):
                     return
                 args = _what(label, label.epoch, label.step, label.nbytes, arena, 0, job.newest)
-                more = {"disk": "", "rate": self._workers.write_rate}
-                done = await self._workers.of(job.name).call("write", args | more)
+                done = await self._write_directly(job.name, args)
         except CkptsvcError as error:
             log(logger, logging.ERROR, Event.SAVE_FAILED, "shard not written: %s", error,
                 job=label.job, rank=label.rank, step=label.step)  # fmt: skip
@@ -245,7 +255,9 @@ class Saves:
             if outcome is not None and outcome.outcome != agent_pb2.OUTCOME_LOCAL:
                 return outcome
             if self._tier is not None or outcome is not None:
-                wanted = pb.DurableWanted(job=job.name, node=self._local.name, epoch=epoch, step=step)
+                wanted = pb.DurableWanted(
+                    job=job.name, node=self._local.name, epoch=epoch, step=step, left_local=outcome is not None
+                )
                 self._local.report(job, pb.Report(durable_wanted=wanted))
             await wait_for(job.ended, WANTED_AGAIN)
 
@@ -285,18 +297,19 @@ class Saves:
         job.record(outcome)
         if self._tier is not None:
             self._tier.ended(job, outcome)
+        no_checkpoint = outcome.code == "layout"  # the shards do not fit together, nor would they in a restore
         for arena in list(self._local.pool.arenas.values()):
             label = arena.label
             if (
                 label is None
-                or arena.state is not State.STAGED
+                or not (arena.state is State.STAGED or no_checkpoint)
                 or (label.job, label.epoch, label.step) != (job.name, *key)
             ):
                 continue
             job.results.pop((*key, label.rank), None)
             if committed:
                 job.pace.saves.append(time.monotonic() - arena.since)
-            if (key in job.complete and outcome.code != "layout") or committed:
+            if (key in job.complete and not no_checkpoint) or committed:
                 self._local.pool.keep(arena)
             else:
                 self._local.pool.release(arena)

@@ -478,9 +478,9 @@ class Session:
             Damaged, IncompatibleVersion, StoreError: another candidate may do.
             LayoutError, UnsupportedObject: it does not fit the state; nor would another.
         """
-        with together(self._group):
-            image = candidates.open(candidate)
         try:
+            with together(self._group):
+                image = candidates.open(candidate)
             return restore(image, self._tree, self._group, self._phases.progress)
         except (LayoutError, UnsupportedObject) as error:
             if candidate.tier != "store":

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ckptsvc.control.effects import Decision, Effect, Send
-from ckptsvc.control.save import Key, Save, Saves
+from ckptsvc.control.effects import Decision, Effect, LookupDone, Send
+from ckptsvc.control.save import REMEMBERED, Key, Save, Saves
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -22,7 +22,7 @@ SETTLE_PATIENCE = 60.0
 """Seconds that a save may take to settle while a newer one that was faster waits for it."""
 
 LOST_PATIENCE = 60.0
-"""Seconds that a drain waits for a node that is away with its disk."""
+"""Seconds that a drain, or who waits for one, waits for a node that is away with its disk."""
 
 
 class Draining(NamedTuple):
@@ -69,6 +69,7 @@ class Disks:
     attempt: int
     store: str
     aliases: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
     nodes: dict[int, str] = field(default_factory=dict)  # rank -> node
 
 
@@ -81,6 +82,7 @@ class Tiers:
     disks: dict[Key, Disks] = field(default_factory=dict)
     complete: set[Key] = field(default_factory=set)
     asked: int = 0  # saves about which the policy was asked
+    in_vain: dict[Key, float] = field(default_factory=dict)  # since when somebody waits for what cannot be drained
 
     def kept(self, event: pb.LocalKept, now: float) -> Decision:
         """A shard is on its node's local disk; the arena it was in is free."""
@@ -88,10 +90,13 @@ class Tiers:
         self.saves.nodes.add(event.node)
         disks = self.disks.setdefault(key, Disks(event.world_size, event.attempt, event.store))
         disks.aliases.update(event.aliases)
+        disks.metrics.update(event.metrics)
         disks.nodes[event.rank] = event.node
-        decision = self._complete(key, event.node)
+        decision = self._complete(key, event.node).add(self._ended_before(event, now))
         ended = self.saves.ended.get(key)
         if ended is not None:
+            if ended.outcome == event.outcome:
+                return decision  # it knows
             return decision.add(Decision([self._tell(event.node, save_ended=pb.SaveEnded(outcome=ended))]))
         save = self.saves.open.get(key)
         if save is None:
@@ -101,11 +106,28 @@ class Tiers:
         save.staged[event.rank] = event.node
         save.local.add(event.rank)
         save.aliases.update(event.aliases)
+        save.metrics.update(event.metrics)
         save.fresh = save.fresh or not event.again
         save.changed = now
-        if save.draining:  # the node was away, or its agent has been restarted
+        if save.draining and not save.committing:  # the node was away, or its agent has been restarted
             decision.effects.append(self._drain(event.node, key))
         return decision.add(self.plan(now))
+
+    def _ended_before(self, event: pb.LocalKept, now: float) -> Decision:
+        """Learn from a node how an earlier coordinator ended a save, where that is not known here."""
+        key = (event.epoch, event.step)
+        is_open, ended = key in self.saves.open, self.saves.ended.get(key)
+        if event.outcome == agent_pb2.OUTCOME_LOCAL and not is_open and ended is None:
+            self.saves.ended[key] = agent_pb2.SaveOutcome(epoch=event.epoch, step=event.step, outcome=event.outcome)
+            while len(self.saves.ended) > REMEMBERED:
+                self.saves.ended.popitem(last=False)
+        left = ended is not None and ended.outcome == agent_pb2.OUTCOME_LOCAL
+        if event.outcome != agent_pb2.OUTCOME_COMMITTED or not (is_open or left):
+            return Decision()
+        if left:  # by that coordinator's word to this node: others have not heard that it was drained later
+            del self.saves.ended[key]
+            self._open(key, now)
+        return self.saves.lookup_done(LookupDone(self.saves.job, event.epoch, event.step, committed=True), now)
 
     def dropped(self, event: pb.LocalDropped) -> None:
         """A shard is not on the local disk any more."""
@@ -123,13 +145,19 @@ class Tiers:
         save = self.saves.open.get(key) or self._reopen(key, now)
         if save is not None:
             save.must = True
+            self.in_vain.pop(key, None)
             return self.plan(now)
         ended = self.saves.ended.get(key)
-        if ended is None:
-            return Decision()
-        told = agent_pb2.SaveOutcome()
-        told.CopyFrom(ended)
-        if ended.outcome == agent_pb2.OUTCOME_LOCAL:  # which it stays: a node that is away may bring it back
+        if ended is None and not event.left_local:
+            return Decision()  # it is yet to be staged
+        told = agent_pb2.SaveOutcome(epoch=key[0], step=key[1])
+        if ended is not None:
+            told.CopyFrom(ended)
+        if ended is None or ended.outcome == agent_pb2.OUTCOME_LOCAL:
+            # Which it stays: a node that is away, or has not found its new coordinator yet, may bring it back.
+            if now - self.in_vain.setdefault(key, now) < LOST_PATIENCE:
+                return Decision()
+            del self.in_vain[key]
             why = "it was not drained, and is not whole on the local disks that can be reached"
             told.outcome, told.code, told.reason = agent_pb2.OUTCOME_FAILED, "save-failed", why
         return Decision([self._tell(event.node, save_ended=pb.SaveEnded(outcome=told))])
@@ -228,7 +256,8 @@ class Tiers:
 
     def _open(self, key: Key, now: float) -> Save:
         disks = self.disks[key]
-        save = Save(*key, disks.attempt, disks.world_size, disks.store, now, now, aliases=dict(disks.aliases))
+        save = Save(*key, disks.attempt, disks.world_size, disks.store, now, now)
+        save.aliases, save.metrics = dict(disks.aliases), dict(disks.metrics)
         self.saves.open[key] = save
         return save
 

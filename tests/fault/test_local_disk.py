@@ -1,6 +1,7 @@
 """The local disk tier under faults: kills in mid-drain, a full or damaged disk, a durable store that is away.
 
-Step n's tensor is full of n, so that what a restore brings back can be told from the values.
+A few of these are of every run, the others for `-m slow`. Step n's tensor is full of n, so that what a restore brings
+back can be told from the values.
 """
 
 import contextlib
@@ -101,6 +102,7 @@ def node(launch: Launch, runtime: Runtime, tmp_path: Path) -> Node:
     return Node(launch, runtime, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_save_goes_over_the_local_disk_and_is_committed_as_ever(node: Node, runtime: Runtime) -> None:
     with node.job() as job:
         node.to_step(job, 3)
@@ -116,6 +118,7 @@ def test_a_save_goes_over_the_local_disk_and_is_committed_as_ever(node: Node, ru
     assert list(node.disk.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_large_snapshot_is_written_to_the_disk_while_it_is_copied(node: Node, runtime: Runtime) -> None:
     """And when its rank is killed in mid-copy, nothing of it stays there."""
     node.environ["CKPTSVC_SAVE_EARLY_CORES"] = "1"
@@ -142,14 +145,14 @@ def kill_agent(runtime: Runtime, worker: int) -> None:
 
 
 POINTS = ("after_local", "before_drain", "in_drain", "after_drain")
-FIRST = [("worker", "in_drain"), ("agent", "after_local"), ("agent", "in_drain"), ("trainer", "in_drain")]
-"""Those of every run; the others are for `-m slow`."""
+FIRST = ("agent", "in_drain")
+"""That of every run; the others are for `-m slow`."""
 
 KILLS = [(whom, point) for whom in ("worker", "agent", "trainer") for point in POINTS]
 
 
 @pytest.mark.parametrize(
-    ("whom", "point"), [pytest.param(*kill, marks=() if kill in FIRST else pytest.mark.slow) for kill in KILLS]
+    ("whom", "point"), [pytest.param(*kill, marks=() if kill == FIRST else pytest.mark.slow) for kill in KILLS]
 )
 def test_a_drain_goes_on_after_a_kill(node: Node, runtime: Runtime, point: str, whom: str) -> None:
     with node.job() as job:
@@ -175,6 +178,7 @@ def test_a_drain_goes_on_after_a_kill(node: Node, runtime: Runtime, point: str, 
     assert len(list(folder.glob("r*"))) == 1, "the shard that was drained again has the same name"
 
 
+@pytest.mark.slow
 def test_a_shard_that_was_drained_is_not_drained_again(node: Node, runtime: Runtime) -> None:
     """The agent is killed when one of two shards is in the store: only the other one is written by the next agent."""
     with node.job(world=2) as job:
@@ -262,6 +266,7 @@ def test_a_full_disk_costs_nothing_but_the_detour(launch: Launch, runtime: Runti
         assert assert_intact(node.store) == [3, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_disk_that_cannot_be_used_is_done_without(node: Node) -> None:
     node.disk.parent.joinpath("disk").write_text("not a directory")
     with node.job() as job:
@@ -298,7 +303,8 @@ def test_after_the_loss_of_all_memory_the_newest_is_restored_from_the_disk(node:
     assert assert_intact(node.store)[:2] == [4, 3]
 
 
-@pytest.mark.parametrize("what", ["*.safetensors", pytest.param("*.json", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["*.safetensors", "*.json"])
 def test_a_damaged_copy_is_not_restored_but_an_older_one_loudly(node: Node, what: str) -> None:
     url = faulty(node)
     with node.job(url) as job:
@@ -358,6 +364,7 @@ def test_what_an_agent_that_is_gone_for_good_has_left_is_made_durable_by_another
 # ---- the policy
 
 
+@pytest.mark.slow
 def test_every_third_goes_on_and_so_does_the_last(node: Node) -> None:
     node.environ["CKPTSVC_TIERS_DURABLE_EVERY"] = "3"
     with node.job() as job:
@@ -372,6 +379,7 @@ def test_every_third_goes_on_and_so_does_the_last(node: Node) -> None:
     eventually(lambda: node.copies() == [], "the disk to be tidied")
 
 
+@pytest.mark.slow
 def test_what_somebody_waits_for_goes_on(node: Node) -> None:
     node.environ["CKPTSVC_TIERS_DURABLE_EVERY"] = "100"
     with node.job() as job:
@@ -428,6 +436,7 @@ def to_step(job: Job, last: int, first: int) -> None:
             job.wait_for("stepped", rank, step=step)
 
 
+@pytest.mark.slow
 def test_two_nodes_drain_together_though_an_agent_is_killed(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
     node = Node(launch, runtime, tmp_path)
     nodes = Nodes(launch, runtime, faulty(node), tmp_path / "disk")

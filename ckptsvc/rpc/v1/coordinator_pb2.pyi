@@ -323,8 +323,15 @@ class Holder(_message.Message):
     def __init__(self, node: _Optional[str] = ..., address: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankRun, _Mapping]]] = ...) -> None: ...
 
 class LocalKept(_message.Message):
-    __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended", "again")
+    __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended", "again", "outcome", "metrics")
     class AliasesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    class MetricsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
         VALUE_FIELD_NUMBER: _ClassVar[int]
@@ -343,6 +350,8 @@ class LocalKept(_message.Message):
     STORE_FIELD_NUMBER: _ClassVar[int]
     ENDED_FIELD_NUMBER: _ClassVar[int]
     AGAIN_FIELD_NUMBER: _ClassVar[int]
+    OUTCOME_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     epoch: int
@@ -355,7 +364,9 @@ class LocalKept(_message.Message):
     store: str
     ended: bool
     again: bool
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., store: _Optional[str] = ..., ended: bool = ..., again: bool = ...) -> None: ...
+    outcome: _agent_pb2.Outcome
+    metrics: _containers.ScalarMap[str, str]
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., nbytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., store: _Optional[str] = ..., ended: bool = ..., again: bool = ..., outcome: _Optional[_Union[_agent_pb2.Outcome, str]] = ..., metrics: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class LocalDropped(_message.Message):
     __slots__ = ("job", "epoch", "step", "rank")
@@ -370,16 +381,18 @@ class LocalDropped(_message.Message):
     def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class DurableWanted(_message.Message):
-    __slots__ = ("job", "node", "epoch", "step")
+    __slots__ = ("job", "node", "epoch", "step", "left_local")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    LEFT_LOCAL_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     epoch: int
     step: int
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+    left_local: bool
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., left_local: bool = ...) -> None: ...
 
 class NodeJoined(_message.Message):
     __slots__ = ("job", "node", "node_rank", "min_nodes", "max_nodes", "nproc", "max_restarts", "address", "attempt", "first_rank", "doorbell", "world_size", "unfit", "clock", "crash_loop", "uptime", "grow", "bandwidth", "again")

@@ -46,6 +46,7 @@ class World:
         self.outcomes: dict[int, list[int]] = {}  # step -> outcomes, in order
         self.drains: list[tuple[str, int]] = []  # node, step
         self.commits: list[int] = []
+        self.metrics: dict[int, dict[str, str]] = {}  # step -> what it was committed with
         self.restart()
         for rank in range(2):
             joined = pb.RankJoined(job="j", node=f"n{rank}", store=STORE, attempt=1, rank=rank, world_size=2, epoch=1)
@@ -59,6 +60,7 @@ class World:
         for effect in decision.effects:
             if isinstance(effect, Commit):
                 self.commits.append(effect.step)
+                self.metrics[effect.step] = dict(effect.metrics)
             elif isinstance(effect, Send) and effect.order.HasField("drain_shards"):
                 self.drains.append((effect.node, effect.order.drain_shards.step))
             elif isinstance(effect, Send) and effect.order.HasField("save_ended") and effect.node == "n0":
@@ -77,7 +79,7 @@ class World:
             fields = {"job": "j", "node": f"n{rank}", "epoch": 1, "step": step, "attempt": 1, "rank": rank}
             self.say(f"n{rank}", staged=pb.Staged(**fields, world_size=2, nbytes=1, store=STORE))
 
-    def kept(self, step: int, *ranks: int, again: bool = False, ended: bool = False) -> None:
+    def kept(self, step: int, *ranks: int, again: bool = False, ended: agent_pb2.Outcome | None = None) -> None:
         for rank in ranks or (0, 1):
             if not again:
                 self.staged(step, rank)
@@ -85,9 +87,14 @@ class World:
                 f"n{rank}",
                 local_kept=pb.LocalKept(
                     job="j", node=f"n{rank}", epoch=1, step=step, attempt=1, rank=rank, world_size=2, nbytes=1,
-                    store=STORE, again=again, ended=ended,
+                    store=STORE, again=again, ended=ended is not None, outcome=ended,
+                    metrics={} if rank else {"loss": f"{step}"},
                 ),
             )  # fmt: skip
+
+    def wanted(self, step: int, *, left_local: bool = False) -> None:
+        event = pb.DurableWanted(job="j", node="n0", epoch=1, step=step, left_local=left_local)
+        self.say("n0", durable_wanted=event)
 
     def durable(self, step: int, *ranks: int) -> None:
         for rank in ranks or (0, 1):
@@ -179,9 +186,12 @@ def test_who_waits_for_what_is_gone_hears_it() -> None:
     world.kept(20)
     for rank in range(2):
         world.say(f"n{rank}", local_dropped=pb.LocalDropped(job="j", epoch=1, step=20, rank=rank))
-    world.say("n0", durable_wanted=pb.DurableWanted(job="j", node="n0", epoch=1, step=20))
+    world.wanted(20)
+    assert world.outcomes[20] == [LOCAL], "maybe the disks come back"
+    world.tick(LOST_PATIENCE)
+    world.wanted(20)
     assert world.outcomes[20] == [LOCAL, FAILED]
-    world.kept(20, again=True, ended=True)  # the disks come back: it is what it was
+    world.kept(20, again=True, ended=LOCAL)  # the disks come back: it is what it was
     assert [s.step for s in world.core.snapshots("j") if s.on_disk] == [20, 10]
     world.say("n0", durable_wanted=pb.DurableWanted(job="j", node="n0", epoch=1, step=20))
     world.through(20)
@@ -296,9 +306,80 @@ def test_another_coordinator_goes_on_from_what_the_agents_hold() -> None:
     assert world.commits == [10, 20]
 
 
+def test_what_an_earlier_coordinator_left_local_is_drained_for_who_waits_for_it() -> None:
+    world = World(every=100)
+    world.kept(10)
+    world.through(10)
+    world.kept(20)
+    world.restart()
+    world.kept(20, 0, again=True, ended=LOCAL)
+    world.wanted(20, left_local=True)  # before the other node has found the new coordinator
+    world.kept(20, 1, again=True, ended=LOCAL)
+    assert world.outcomes[20] == [LOCAL], "they know that"
+    world.wanted(20, left_local=True)
+    assert world.drains[-2:] == [("n0", 20), ("n1", 20)]
+    world.through(20)
+    assert world.outcomes[20] == [LOCAL, COMMITTED]
+
+
+def test_metrics_come_along_however_a_snapshot_comes_to_be_drained() -> None:
+    world = World(every=100)
+    world.kept(10)  # its save is open
+    world.through(10)
+    world.kept(20)
+    world.wanted(20)  # taken up again
+    world.through(20)
+    world.kept(30)
+    world.restart()
+    world.kept(30, again=True)  # by another coordinator
+    world.through(30)
+    assert world.metrics == {step: {"loss": f"{step}"} for step in (10, 20, 30)}
+
+
+def test_the_last_one_goes_on_though_an_earlier_coordinator_left_it_local() -> None:
+    world = World()
+    world.restart()
+    world.kept(20, again=True, ended=LOCAL)
+    world.tick()
+    assert world.drains == [("n0", 20), ("n1", 20)]
+
+
+def test_who_waits_for_what_nobody_knows_any_more_hears_it() -> None:
+    world = World()
+    world.wanted(20)
+    world.wanted(30, left_local=True)
+    world.tick(LOST_PATIENCE)
+    world.wanted(20)
+    world.wanted(30, left_local=True)
+    assert world.outcomes == {30: [FAILED]}, "step 20 may be staged yet"
+
+
+@pytest.mark.parametrize("known", [LOCAL, None])
+def test_a_node_that_has_not_heard_of_a_commit_hears_it_from_another_coordinator(
+    known: agent_pb2.Outcome | None,
+) -> None:
+    world = World()
+    world.restart()
+    world.kept(20, 0, again=True, ended=known)
+    world.kept(20, 1, again=True, ended=COMMITTED)
+    assert world.outcomes == {20: [COMMITTED]}
+
+
+def test_a_node_that_is_to_drain_what_it_knows_to_be_committed_says_so() -> None:
+    world = World()
+    world.restart()
+    world.kept(20, 1, again=True, ended=COMMITTED)
+    world.kept(20, 0, again=True, ended=LOCAL)
+    world.wanted(20, left_local=True)
+    assert world.drains == [("n0", 20), ("n1", 20)]
+    world.kept(20, 1, again=True, ended=COMMITTED)  # in answer
+    assert world.outcomes == {20: [COMMITTED]}
+    assert world.drains == [("n0", 20), ("n1", 20)]
+
+
 def test_what_has_ended_is_there_for_a_restore_only() -> None:
     world = World()
-    world.kept(10, again=True, ended=True)
+    world.kept(10, again=True, ended=LOCAL)
     world.tick()
     assert world.drains == []
     (snapshot,) = world.core.snapshots("j")
@@ -307,7 +388,7 @@ def test_what_has_ended_is_there_for_a_restore_only() -> None:
 
 def test_a_snapshot_half_in_memory_and_half_on_disks_is_whole() -> None:
     world = World()
-    world.kept(10, 0, again=True, ended=True)
+    world.kept(10, 0, again=True, ended=LOCAL)
     assert world.core.snapshots("j") == []
     fields = {"job": "j", "node": "n1", "epoch": 1, "step": 10, "attempt": 1, "rank": 1, "world_size": 2}
     world.say("n1", staged=pb.Staged(**fields, nbytes=1, store=STORE, ended=True, again=True))
@@ -326,9 +407,10 @@ def test_whatever_happens_one_at_a_time_and_the_newest_in_the_end(seed: int) -> 
 
     def resync(rank: int) -> None:
         for step, durable in sorted(disk[rank].items()):
-            ended = bool(world.outcomes.get(step)) and world.outcomes[step][-1] == COMMITTED
-            world.kept(step, rank, again=True, ended=ended)
-            if durable and not ended:
+            last_word = world.outcomes.get(step, [None])[-1]
+            knows = last_word == COMMITTED or (last_word == LOCAL and rng.random() < 0.5)  # else: a new agent
+            world.kept(step, rank, again=True, ended=last_word if knows else None)
+            if durable and not knows:
                 world.durable(step, rank)
 
     def work(orders: list[tuple[str, int]]) -> None:

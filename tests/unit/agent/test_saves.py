@@ -1,0 +1,128 @@
+"""What becomes of snapshots in arenas: how they are written, and when they are let go."""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from harness.increments import big_run, floats
+
+from ckptsvc.agent.local import Local
+from ckptsvc.agent.local_tier import LocalTier
+from ckptsvc.agent.saves import Saves
+from ckptsvc.agent.sessions import LocalJob
+from ckptsvc.agent.workers import Workers
+from ckptsvc.pipeline.arena import Arena, ArenaPool, Label, populate
+from ckptsvc.rpc.v1 import agent_pb2
+from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.settings import TierSettings
+from ckptsvc.telemetry import Metrics
+
+
+class Said:
+    """In place of the way to a coordinator: keeps what is reported."""
+
+    is_connected = True
+
+    def __init__(self) -> None:
+        self.reports: asyncio.Queue[pb.Report] = asyncio.Queue()
+
+    def report(self, report: pb.Report) -> None:
+        self.reports.put_nowait(report)
+
+    async def next(self, kind: str) -> pb.Report:
+        while not (report := await asyncio.wait_for(self.reports.get(), 60)).HasField(kind):  # type: ignore[arg-type]
+            pass
+        return report
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
+class Scene:
+    """An agent's saves, of one job; the local disk, where it is set, is out of use."""
+
+    def __init__(self, folder: Path, *, tier: bool) -> None:
+        self.pool, self.store = ArenaPool(folder / "arenas", 100 << 20), f"file://{folder / 'run'}"
+        self.pool.open()
+        self.workers = Workers()
+        self.local = Local("n0", self.pool, Metrics("test"), None, "")  # type: ignore[arg-type]
+        self.said = self.local._uplinks[""] = Said()  # type: ignore[assignment]
+        self.job = self.local.jobs["job"] = LocalJob("job", "", self.store)
+        settings = TierSettings(local=str(folder / "disk"))
+        disk = LocalTier(self.local, self.workers, settings, "tag", 1.0) if tier else None
+        self.saves = Saves(self.local, self.workers, early=False, tier=disk)
+
+    def arena(self, step: int, data: bytes, rank: int = 0, *, epoch: int = 1, guest: bool = False) -> Arena:
+        """A snapshot that is staged, or kept for another node."""
+        arena, fd = self.pool.make("job", rank, len(data), guest=guest)
+        populate(fd, arena.capacity)
+        os.pwrite(fd, data, 0)
+        os.close(fd)
+        label = Label(
+            job="job", store=self.store, coordinator="", attempt=1, epoch=epoch, step=step, rank=rank, world_size=1,
+            nbytes=len(data), extent=4096, aliases={}, guest=guest,
+        )  # fmt: skip
+        arena.step, arena.epoch = step, epoch
+        if guest:
+            self.pool.keep_guest(arena, label)
+        else:
+            self.pool.stage(arena, label)
+        return arena
+
+
+@pytest.fixture
+def within(tmp_path: Path) -> Callable[..., None]:
+    """Runs a test in the event loop of a scene."""
+
+    def run(test: Callable[[Scene], Awaitable[None]], *, tier: bool = False) -> None:
+        async def whole() -> None:
+            scene = Scene(tmp_path, tier=tier)
+            try:
+                await test(scene)
+            finally:
+                await scene.local.close()
+                await scene.workers.close()
+                scene.pool.close(remove=True)
+
+        asyncio.run(whole())
+
+    return run
+
+
+@pytest.mark.parametrize("tier", [True, False])
+def test_beside_a_local_disk_a_shard_for_the_store_is_whole(within, monkeypatch, tier: bool) -> None:
+    """Its save may wait for drains so long that retention deletes what it would refer to."""
+    monkeypatch.setenv("CKPTSVC_SAVE_INCREMENTAL", "true")
+    run = big_run({"frozen": floats(90_000)})
+
+    async def test(scene: Scene) -> None:
+        written = []
+        for step in (10, 20):
+            scene.saves.recover([scene.arena(step, run.image(0, step))])
+            written.append((await scene.said.next("durable")).durable)
+            scene.job.newest = (1, step)
+        assert written[0].segments == b""
+        assert (written[1].segments == b"") == tier
+
+    within(test, tier=tier)
+
+
+def test_shards_that_fit_nowhere_leave_memory_when_their_save_has_failed(within) -> None:
+    """Kept ones and copies for others too: every restore would find them first."""
+
+    async def test(scene: Scene) -> None:
+        own, _ = scene.arena(20, b"x" * 5000), scene.arena(20, b"x" * 5000, 1, guest=True)
+        scene.pool.keep(own)
+        older = scene.arena(10, b"x" * 5000)
+        scene.pool.keep(older)
+        failed = agent_pb2.OUTCOME_FAILED
+        scene.saves.ended(scene.job, agent_pb2.SaveOutcome(epoch=1, step=20, outcome=failed, code="save-failed"))
+        assert own.label is not None, "whole in memory it may be yet"
+        scene.saves.ended(scene.job, agent_pb2.SaveOutcome(epoch=1, step=20, outcome=failed, code="layout"))
+        assert [a.label for a in scene.pool.arenas.values() if a.label is not None] == [older.label]
+        gone = [(await scene.said.next("dropped")).dropped for _ in range(2)]
+        assert {(event.step, event.rank) for event in gone} == {(20, 0), (20, 1)}
+
+    within(test)
