@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import msgspec
 import pytest
 
 from ckptsvc.agent.arenas import Arenas
@@ -24,7 +25,7 @@ from ckptsvc.agent.servicer import CoordinatorServicer
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.runs import runs_of
-from ckptsvc.errors import AgentUnavailable
+from ckptsvc.errors import AgentUnavailable, NotFound
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.pipeline.arena import HUGE_PAGE, Arena, ArenaPool, Label, State, populate
 from ckptsvc.rpc.proof import Gate
@@ -250,6 +251,28 @@ def test_copies_go_first_when_a_rank_of_this_node_needs_their_memory(run: Any) -
         assert other.local.metrics.registry.get_sample_value("ckptsvc_partner_dropped_total") == 1
 
     run(test, 2, 2 * HUGE_PAGE)
+
+
+def test_an_answer_never_mixes_two_steps(run: Any) -> None:
+    """An arena that goes on to the next step while the checksums of another are waited for."""
+
+    async def test(one: Member, other: Member) -> None:
+        early, late = one.stage(0, image(0, 1000)), one.stage(1, image(1, 1000))
+        digests = one.job.digests[late.name]
+        held_up = one.job.digests[late.name] = asyncio.get_running_loop().create_future()
+        request = pb.FetchRequest(job="job", epoch=1, step=10, ranks=runs_of([0, 1]))
+        offer = asyncio.ensure_future(one.partners.offer(request))
+        await asyncio.sleep(0.1)
+        assert early.label is not None
+        one.pool.stage(early, msgspec.structs.replace(early.label, step=20))
+        held_up.set_result(await digests)
+        with pytest.raises(NotFound, match="step 10 has left the memory of n0"):
+            await offer
+        one.pool.stage(early, msgspec.structs.replace(early.label, step=10))
+        one.pool.keep(late)  # only the save has ended
+        assert len((await one.partners.offer(request)).shards) == 2
+
+    run(test, 2)
 
 
 def holding(runtime_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
