@@ -125,8 +125,8 @@ class Partners:
         found = self._find(request, ranks_of(request.ranks))
         response = pb.FetchResponse(ticket=new_ticket())
         files: list[tuple[str, int]] = []
-        for arena, label in found:
-            digests = await self._digests(arena, label)
+        waited = await asyncio.gather(*(self._digests(arena, label) for arena, label in found))
+        for (arena, label), digests in zip(found, waited, strict=True):
             response.shards.add(rank=label.rank, nbytes=label.nbytes, extent=label.extent, digests=digests)
             files.append((str(arena.path), label.nbytes))
         if request.parity:

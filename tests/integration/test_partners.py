@@ -17,6 +17,7 @@ import grpc.aio
 import msgspec
 import pytest
 
+from ckptsvc.agent import partners
 from ckptsvc.agent.arenas import Arenas
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local
@@ -273,6 +274,22 @@ def test_an_answer_never_mixes_two_steps(run: Any) -> None:
         assert len((await one.partners.offer(request)).shards) == 2
 
     run(test, 2)
+
+
+def test_checksums_that_do_not_come_are_waited_for_together(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partners, "DIGEST_PATIENCE", 2.0)
+
+    async def test(one: Member) -> None:
+        for rank in range(8):  # as many would take longer one after the other than anybody waits
+            arena = one.stage(rank, image(rank, 1000))
+            one.job.digests[arena.name] = asyncio.get_running_loop().create_future()
+        offer = one.partners.offer(pb.FetchRequest(job="job", epoch=1, step=10, ranks=runs_of(range(8))))
+        answer = await asyncio.wait_for(offer, 12.0)
+        assert [shard.digests for shard in answer.shards] == [
+            extent_digests(image(rank, 1000), EXTENT).tobytes() for rank in range(8)
+        ]
+
+    run(test, 1)
 
 
 def holding(runtime_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
