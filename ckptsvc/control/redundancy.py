@@ -9,6 +9,7 @@ Ranks that ask meanwhile wait for it, `patience` seconds at most.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -74,10 +75,10 @@ class Guard:
 
 @dataclass(slots=True)
 class Rebuilding:
-    """What is being rebuilt: since when, the nodes that are at it, and those that are left of the groups."""
+    """What is being rebuilt: since when, the answers that nodes still owe, and the nodes that are left of the groups."""
 
     since: float
-    nodes: set[str]
+    owed: Counter[str]  # one for each group that a node rebuilds shards of
     left: frozenset[str]
 
 
@@ -112,7 +113,7 @@ class Redundancy:
         for job in self.jobs.values():
             self._lose(job, node, list(job.guards))
             for key, work in list(job.rebuilding.items()):
-                if node in work.nodes | work.left:  # of what is left now, it may be possible all the same
+                if node in work.owed or node in work.left:  # of what is left now, it may be possible all the same
                     del job.rebuilding[key]
                     job.failed[key] = work.left
                     decision.reasons.append(f"step {key[1]} cannot be rebuilt so: {node} is lost too")
@@ -202,7 +203,8 @@ class Redundancy:
             if known.failed.get(key) == left or not self.is_rebuildable(job, key):
                 continue  # where another node has been lost meanwhile, that may have been why it failed
             decision = self._order_rebuild(job, known, key)
-            known.rebuilding[key] = Rebuilding(now, {s.node for s in decision.effects if isinstance(s, Send)}, left)
+            owed = Counter(send.node for send in decision.effects if isinstance(send, Send))
+            known.rebuilding[key] = Rebuilding(now, owed, left)
             return decision
         return Decision()
 
@@ -250,14 +252,14 @@ class Redundancy:
         """A node has rebuilt its share, or cannot."""
         known, key = self.jobs.get(event.job), (event.epoch, event.step)
         work = known.rebuilding.get(key) if known else None
-        if known is None or work is None or event.node not in work.nodes:
+        if known is None or work is None or not work.owed[event.node]:
             return Decision()
-        work.nodes.discard(event.node)
+        work.owed[event.node] -= 1
         decision = Decision()
         if event.why:
             known.failed[key] = work.left
             decision.reasons.append(f"step {event.step} cannot be rebuilt from parity on {event.node}: {event.why}")
-        if not work.nodes or event.why:
+        if event.why or not work.owed.total():
             del known.rebuilding[key]
         return decision
 

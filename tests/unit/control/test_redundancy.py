@@ -193,6 +193,27 @@ def test_a_rebuild_that_takes_too_long_is_given_up_and_said():
     assert not world.core.redundancy.is_rebuilding("job")
 
 
+def test_one_node_that_rebuilds_for_two_groups_owes_two_answers():
+    world = World("xor", group=2)
+    decision = world.stage()
+    world.guard(decision)
+    groups = {order.members[0].node: order.members for _, order in orders(decision, "protect")}
+    assert len(groups) == 2
+    world.hello(7)
+    for name, (holder, _) in groups.items():
+        world.core.agent_lost(name, 1.0)
+        for rank in ranks_of(holder.ranks):
+            world.tell(7, rank_joined=joined(rank, node="n7", world_size=world.world))
+    found = orders(world.core.recover("job", 2.0), "rebuild")
+    assert [name for name, _ in found] == ["n7", "n7"]
+    for _, order in found:
+        assert world.core.redundancy.is_rebuilding("job")
+        for rank in ranks_of(order.ranks):
+            world.copied(rank, 7)
+        world.tell(7, rebuilt=pb.Rebuilt(job="job", node="n7", epoch=1, step=10))
+    assert not world.core.redundancy.is_rebuilding("job")
+
+
 @pytest.mark.parametrize("lost", ["n0", "n2"])
 def test_where_another_node_is_lost_meanwhile_what_is_left_then_begins_anew(lost):
     world, found = rebuilding()
