@@ -115,7 +115,6 @@ class Redundancy:
             for key, work in list(job.rebuilding.items()):
                 if node in work.owed or node in work.left:  # of what is left now, it may be possible all the same
                     del job.rebuilding[key]
-                    job.failed[key] = work.left
                     decision.reasons.append(f"step {key[1]} cannot be rebuilt so: {node} is lost too")
         return decision
 

@@ -193,6 +193,19 @@ def test_a_rebuild_that_takes_too_long_is_given_up_and_said():
     assert not world.core.redundancy.is_rebuilding("job")
 
 
+def test_a_node_that_was_away_for_a_moment_is_no_reason_to_give_a_rebuild_up():
+    world = World("xor")
+    world.guard(world.stage())
+    world.core.agent_lost("n1", 1.0)
+    for _ in range(3):
+        world.hello(7)
+        for rank in (2, 3):
+            world.tell(7, rank_joined=joined(rank, node="n7", world_size=world.world))
+        assert [name for name, _ in orders(world.core.recover("job", 2.0), "rebuild")] == ["n7"]
+        world.core.agent_lost("n7", 3.0)
+        assert not world.core.redundancy.is_rebuilding("job")
+
+
 def test_one_node_that_rebuilds_for_two_groups_owes_two_answers():
     world = World("xor", group=2)
     decision = world.stage()
