@@ -1,9 +1,9 @@
 """Whom the coordinator has keep what, and rebuild what."""
 
 import pytest
-from told import dropped, joined, orders, staged
+from told import STORE, dropped, joined, orders, staged
 
-from ckptsvc.control.coordinator import Coordinator
+from ckptsvc.control.coordinator import FORGET_AFTER, Coordinator
 from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.runs import ranks_of, runs_of
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -43,7 +43,8 @@ class World:
         for name, order in orders(decision, "protect"):
             if name not in but:
                 members = [pb.Holder(node=m.node, ranks=m.ranks) for m in order.members]
-                event = pb.Guarded(job="job", node=name, epoch=1, step=order.step, losses=order.losses, members=members)
+                event = pb.Guarded(job="job", node=name, epoch=1, step=order.step, losses=order.losses, members=members,
+                    world_size=order.world_size, aliases=order.aliases, store=STORE)  # fmt: skip
                 self.tell(int(name[1:]), guarded=event)
 
     def copied(self, rank, node, step=10):
@@ -206,6 +207,28 @@ def test_a_node_that_was_away_for_a_moment_is_no_reason_to_give_a_rebuild_up():
         assert not world.core.redundancy.is_rebuilding("job")
 
 
+def test_a_new_coordinator_has_rebuilt_what_was_lost_with_the_one_before():
+    before = World("xor")
+    decision = before.stage(aliases={"head": "embedding"})
+    after = Coordinator(partners=PartnerPolicy("xor"))
+    before.core = after  # what it hears is what n0, n2 and n3 have
+    for node in (0, 2, 3):
+        before.hello(node)
+    before.guard(decision, but=["n1"])
+    assert before.core.recover("job", 0.0).effects == []  # nobody has told yet what is left
+    for rank in (0, 1, 4, 5, 6, 7):
+        event = staged(rank, node=f"n{rank // 2}", world_size=8, again=True, ended=True)
+        before.tell(rank // 2, staged=event)
+    assert before.listed() == []
+    found = orders(before.core.recover("job", 2.0), "rebuild")
+    assert sorted(rank for _, order in found for rank in ranks_of(order.ranks)) == [2, 3]
+    assert all((order.world_size, order.aliases) == (8, {"head": "embedding"}) for _, order in found)
+    for name, order in found:
+        for rank in ranks_of(order.ranks):
+            before.copied(rank, int(name[1:]))
+    assert before.listed() == [10]
+
+
 def test_one_node_that_rebuilds_for_two_groups_owes_two_answers():
     world = World("xor", group=2)
     decision = world.stage()
@@ -275,6 +298,15 @@ def test_an_older_snapshot_that_is_whole_is_no_reason_not_to_rebuild_a_newer_one
 def test_two_nodes_and_reed_solomon_make_do_with_one_loss():
     told = orders(World("rs", nodes=2).stage(), "protect")
     assert [order.losses for _, order in told] == [1, 1]
+
+
+def test_a_job_of_which_there_is_nothing_but_parity_is_forgotten_in_the_end():
+    world = World("xor")
+    event = pb.Guarded(job="other", node="n0", epoch=1, step=10, world_size=2, store=STORE)
+    world.tell(0, guarded=event)
+    assert "other" in world.core.redundancy.jobs
+    world.core.tick(FORGET_AFTER + 1.0)
+    assert "other" not in world.core.redundancy.jobs
 
 
 def test_nonsense_from_the_wire_is_let_be():
