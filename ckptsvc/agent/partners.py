@@ -135,7 +135,8 @@ class Partners:
             files.append((str(arena.path), label.nbytes))
             response.parity.CopyFrom(_parity_message(label))
         key, response.key = self._trust.new_key(response.ticket)
-        admitted = await self._courier.call("admit", {"ticket": response.ticket, "key": key, "files": files})
+        given = {"ticket": response.ticket, "key": key, "files": files, "shown": self._trust.certificates()}
+        admitted = await self._courier.call("admit", given)
         if not all(self._still_holds(*one) for one in found):  # filled anew while we waited: no answer mixes two steps
             raise NotFound(f"step {request.step} has left the memory of {self._local.name}")
         response.address = str(parse_address(self._trust.spelled(self._local.address))._replace(port=admitted["port"]))
@@ -339,7 +340,8 @@ class Partners:
         if answer.HasField("parity"):
             pieces.append((len(pieces), answer.parity.nbytes, answer.shards[0].extent, answer.parity.digests))
         key = self._trust.key_of(answer.ticket, answer.key)
-        return {"address": answer.address, "ticket": answer.ticket, "key": key, "pieces": pieces}
+        shown = self._trust.certificates()
+        return {"address": answer.address, "ticket": answer.ticket, "key": key, "pieces": pieces, "shown": shown}
 
 
 def _check_answer(answer: pb.FetchResponse, ranks: Sequence[int], node: str) -> None:

@@ -24,13 +24,15 @@ from ckptsvc.agent.local import Local
 from ckptsvc.agent.partners import Partners
 from ckptsvc.agent.servicer import CoordinatorServicer
 from ckptsvc.agent.sessions import LocalJob
+from ckptsvc.agent.transfer import Reader
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.runs import runs_of
 from ckptsvc.errors import AgentUnavailable, NotFound
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.pipeline.arena import HUGE_PAGE, Arena, ArenaPool, Label, State, populate
-from ckptsvc.rpc.proof import Gate
-from ckptsvc.rpc.trust import BySecret
+from ckptsvc.quantities import Address
+from ckptsvc.rpc.certificates import issue, make_authority
+from ckptsvc.rpc.trust import ByCertificate, BySecret, Trust
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.rpc.v1 import coordinator_pb2_grpc
 from ckptsvc.telemetry import Metrics
@@ -58,20 +60,21 @@ class Said:
 class Member:
     """One node: its arenas, its courier, its port."""
 
-    def __init__(self, name: str, folder: Path, limit: int) -> None:
+    def __init__(self, name: str, folder: Path, limit: int, trust: Trust | None = None) -> None:
+        self.trust = trust or BySecret(SECRET)
         self.pool = ArenaPool(folder / name, limit)
         self.pool.open()
-        self.local = Local(name, self.pool, Metrics("test"), None, BySecret(SECRET))  # type: ignore[arg-type]
+        self.local = Local(name, self.pool, Metrics("test"), None, self.trust)  # type: ignore[arg-type]
         self.said = self.local._uplinks[""] = Said()  # type: ignore[assignment]
         self.job = self.local.jobs["job"] = LocalJob("job", "", "file:///run")
-        self.partners = Partners(self.local, BySecret(SECRET), 0.0, streams=3)
+        self.partners = Partners(self.local, self.trust, 0.0, streams=3)
 
     async def start(self) -> None:
-        gate = Gate(SECRET, lambda: None)
+        gate = self.trust.gate(lambda: None)
         self._server = grpc.aio.server(interceptors=[gate])
         servicer = CoordinatorServicer(nobody, self.local.name, self.partners.offer)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, self._server)
-        port = self._server.add_insecure_port("127.0.0.1:0")
+        port, _ = self.trust.open_port(self._server, Address("127.0.0.1", 0))
         self.local.address = gate.address = f"127.0.0.1:{port}"
         await self._server.start()
 
@@ -142,17 +145,17 @@ def run() -> Any:
     folder = Path(tempfile.mkdtemp(prefix="ck-", dir="/dev/shm"))
 
     @asynccontextmanager
-    async def members(count: int, limit: int) -> AsyncIterator[list[Member]]:
+    async def members(count: int, limit: int, trust: Trust | None) -> AsyncIterator[list[Member]]:
         async with AsyncExitStack() as stack:
-            made = [Member(f"n{number}", folder, limit) for number in range(count)]
+            made = [Member(f"n{number}", folder, limit, trust) for number in range(count)]
             for member in made:
                 await member.start()
                 stack.push_async_callback(member.stop)
             yield made
 
-    def start(test: Callable[..., Any], count: int, limit: int = 1 << 30) -> None:
+    def start(test: Callable[..., Any], count: int, limit: int = 1 << 30, trust: Trust | None = None) -> None:
         async def body() -> None:
-            async with members(count, limit) as made:
+            async with members(count, limit, trust) as made:
                 await test(*made)
 
         asyncio.run(body())
@@ -187,6 +190,26 @@ def test_a_copy_is_the_same_to_the_last_bit_and_outlives_the_agent(run: Any, tmp
         again.close(remove=True)
 
     run(test, 2)
+
+
+def test_between_hosts_copies_and_parity_go_over_tls(run: Any, tmp_path: Path) -> None:
+    authority = make_authority("one", 1)
+    for name, data in zip(("ca", "cert", "key"), (authority.certificate, *issue(authority, "me", 1)), strict=True):
+        (tmp_path / name).write_bytes(data)
+        (tmp_path / name).chmod(0o600)
+
+    async def test(*members: Member) -> None:
+        held = {n: {rank: image(rank, size) for rank, size in UNEVEN[n].items()} for n in range(2)}
+        await guarded(list(members), held, 1)
+        one, other = members
+        other.order(pb.Protect(members=[one.holder(*held[0])]))
+        await until(lambda: other.kept(0), "the copy")
+        assert {rank: other.kept(rank) for rank in held[0]} == held[0]
+        offered = await one.partners.offer(pb.FetchRequest(job="job", epoch=1, step=10, ranks=runs_of([0])))
+        with pytest.raises(AgentUnavailable):  # who comes without TLS is not heard
+            await asyncio.to_thread(Reader, offered.address, offered.ticket, offered.key)
+
+    run(test, 2, trust=ByCertificate(*(str(tmp_path / name) for name in ("ca", "cert", "key"))))
 
 
 def test_of_two_snapshots_the_newer_takes_the_place_of_the_oldest(run: Any) -> None:
