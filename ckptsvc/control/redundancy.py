@@ -211,10 +211,11 @@ class Redundancy:
             left = frozenset(node for guard in known.guards.get(key, ()) for node in guard.left(held))
             if known.failed.get(key) == left or not self.is_rebuildable(job, key):
                 continue  # where another node has been lost meanwhile, that may have been why it failed
-            decision = self._order_rebuild(job, known, key)
+            decision = self._order_rebuild(job, key)
             owed = Counter(send.node for send in decision.effects if isinstance(send, Send))
-            known.rebuilding[key] = Rebuilding(now, owed, left)
-            return decision
+            if owed:
+                known.rebuilding[key] = Rebuilding(now, owed, left)
+                return decision
         return Decision()
 
     def _complete(self, job: Job) -> dict[Key, int]:
@@ -226,29 +227,38 @@ class Redundancy:
         return sorted((key for key in self._complete(job) if key > whole), reverse=True)
 
     def _missing(self, job: Job, key: Key) -> list[int]:
-        return sorted(set(range(self._complete(job)[key])) - job.saves.held[key].keys())
+        """Ranks whose snapshot no node holds, or such nodes alone whose memory nobody reads."""
+        held = job.saves.held[key].keys() - job.saves.out_of_reach().get(key, set())
+        return sorted(set(range(self._complete(job)[key])) - held)
 
-    def _able(self, saves: Saves, known: Protection, key: Key) -> list[Guard]:
-        """The groups that have lost no more than their parity makes up for."""
-        held = saves.held[key]
-        return [g for g in known.guards.get(key, ()) if len(g.members) - len(g.left(held)) <= g.losses]
+    def _able(self, job: Job, key: Key) -> list[tuple[Guard, list[str]]]:
+        """The groups that have lost no more than their parity makes up for, and the nodes that it can be had from.
+
+        What a node holds that nobody reads has to be rebuilt, as if that node were lost.
+        """
+        held, missing = job.saves.held[key], set(self._missing(job, key))
+        found = []
+        for guard in self.jobs[job.name].guards.get(key, ()):
+            left = [node for node in guard.left(held) if missing.isdisjoint(guard.members[node])]
+            if len(guard.members) - len(left) <= guard.losses:
+                found.append((guard, left))
+        return found
 
     def is_rebuildable(self, job: Job, key: Key) -> bool:
         """Whether all that is missing of a complete snapshot can be made of what is left."""
-        able = self._able(job.saves, self.jobs[job.name], key)
-        covered = {rank for guard in able for ranks in guard.members.values() for rank in ranks}
+        covered = {rank for guard, _ in self._able(job, key) for ranks in guard.members.values() for rank in ranks}
         return covered >= set(self._missing(job, key))
 
-    def _order_rebuild(self, job: Job, known: Protection, key: Key) -> Decision:
+    def _order_rebuild(self, job: Job, key: Key) -> Decision:
         """A lost shard goes to a node that has come in place of a lost one, else to one that is left of its group."""
         held, missing = job.saves.held[key], set(self._missing(job, key))
         holding = {node for nodes in held.values() for node in nodes}
-        fresh = [n for n in job.nodes if n not in holding and n in self.peers and self.peers[n].address]
+        reached = [n for n in job.nodes if n in self.peers and self.peers[n].address]
+        fresh = [n for n in reached if n not in holding]
         decision = Decision()
-        for guard in self._able(job.saves, known, key):
+        for guard, left in self._able(job, key):
             lost = sorted(missing & {rank for ranks in guard.members.values() for rank in ranks})
-            left = guard.left(held)
-            takers = fresh or left
+            takers = fresh or [n for n in left if job.saves.is_read(n)] or reached
             shares = {node: lost[place :: len(takers)] for place, node in enumerate(takers)}
             for node, ranks in shares.items():
                 if ranks:

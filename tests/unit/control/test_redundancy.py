@@ -1,7 +1,7 @@
 """Whom the coordinator has keep what, and rebuild what."""
 
 import pytest
-from told import STORE, dropped, joined, orders, staged
+from told import STORE, dropped, joined, left, orders, staged
 
 from ckptsvc.control.coordinator import FORGET_AFTER, Coordinator
 from ckptsvc.control.redundancy import PartnerPolicy
@@ -227,6 +227,46 @@ def test_a_new_coordinator_has_rebuilt_what_was_lost_with_the_one_before():
         for rank in ranks_of(order.ranks):
             before.copied(rank, int(name[1:]))
     assert before.listed() == [10]
+
+
+def replaced(world):
+    """All ranks have come anew, those of n1 on n7; the agent of n1 is still there."""
+    for rank in range(world.world):
+        node = rank // 2 if rank // 2 != 1 else 7
+        world.hello(node)
+        world.tell(node, rank_joined=joined(rank, node=f"n{node}", world_size=world.world, attempt=2))
+
+
+def test_what_only_a_node_without_ranks_holds_counts_as_lost_once_all_ranks_have_come():
+    world = World("copy")
+    world.stage()
+    assert world.listed() == [10]
+    replaced(world)
+    assert world.listed() == []
+    world.copied(2, 7)
+    world.copied(3, 0)
+    assert world.listed() == [10]
+    world.stage(20, attempt=2)  # n1 takes part again, though none of its ranks joined there
+    assert world.listed() == [10]
+    world.tell(1, rank_left=left(0, node="n0", attempt=2))
+    assert world.listed() == [20, 10]
+
+
+def test_what_a_node_without_ranks_holds_is_rebuilt_where_they_are():
+    world = World("xor")
+    world.guard(world.stage())
+    replaced(world)
+    ((name, order),) = orders(world.core.recover("job", 2.0), "rebuild")
+    assert (name, ranks_of(order.ranks)) == ("n7", [2, 3])
+    assert [m.node for m in order.members if not m.address] == ["n1"]
+    for rank in (2, 3):
+        world.copied(rank, 7)
+    world.tell(7, rebuilt=pb.Rebuilt(job="job", node="n7", epoch=1, step=10))
+    assert world.listed() == [10]
+    world.core.agent_lost("n0", 3.0)  # and now n1 may be read from
+    found = orders(world.core.recover("job", 4.0), "rebuild")
+    assert {m.node for m in found[0][1].members if m.address} == {"n1", "n2", "n3"}
+    assert "n1" not in {name for name, _ in found}
 
 
 def test_one_node_that_rebuilds_for_two_groups_owes_two_answers():
