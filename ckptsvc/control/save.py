@@ -101,6 +101,7 @@ class Saves:
     open: dict[Key, Save] = field(default_factory=dict)
     held: dict[Key, dict[int, list[str]]] = field(default_factory=dict)  # rank -> nodes; copies come last
     places: dict[str, set[tuple[Key, int]]] = field(default_factory=dict)  # the same by node
+    over: dict[Key, set[int]] = field(default_factory=dict)  # ranks whose node knows that the save has ended
     readers: frozenset[str] | None = None  # nodes with ranks, which read these alone; None: not all ranks have come
     unread: set[str] = field(default_factory=set)  # nodes that hold something and are none of them
     complete: dict[Key, int] = field(default_factory=dict)
@@ -129,6 +130,8 @@ class Saves:
             if event.attempt == self.attempt:
                 self.latest[event.rank] = max(key, self.latest.get(event.rank, key))
         if event.ended:
+            if not event.copy:  # a node that keeps a copy has not been told how the save goes
+                self.over.setdefault(key, set()).add(event.rank)
             return decision  # reported again by an agent that reconnected: memory tier only
         if key in self.ended:
             decision.effects.append(self._tell(event.node, save_ended=pb.SaveEnded(outcome=self.ended[key])))
@@ -324,7 +327,7 @@ class Saves:
             elif save.attempt < self.attempt and now - self.attempt_began > LATE_NEWS and save.missing:
                 decision.add(self._lost_rank(key, save.missing[0], "was gone", now))
             elif quiet and not save.fresh and save.missing:
-                if any(rank in self.held.get(key, ()) for rank in save.missing):
+                if not self.over.get(key, set()).isdisjoint(save.missing):
                     # They know that it has ended, but not, or no longer, how.
                     why = "it had ended without a commit before"
                     decision.add(self._fail(key, (agent_pb2.OUTCOME_FAILED, "save-failed", why), now))
@@ -393,6 +396,7 @@ class Saves:
             ranks.pop(rank, None)
         if not ranks:
             self.held.pop(key, None)
+            self.over.pop(key, None)
             self.complete.pop(key, None)
             self.aliases.pop(key, None)
 

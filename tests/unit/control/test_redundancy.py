@@ -1,11 +1,13 @@
 """Whom the coordinator has keep what, and rebuild what."""
 
 import pytest
-from told import STORE, dropped, joined, left, orders, staged
+from told import STORE, dropped, durable, joined, left, orders, staged
 
 from ckptsvc.control.coordinator import FORGET_AFTER, Coordinator
+from ckptsvc.control.effects import Commit
 from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.runs import ranks_of, runs_of
+from ckptsvc.control.save import QUIET_BEFORE_LOOKUP
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 NODES = 4
@@ -227,6 +229,20 @@ def test_a_new_coordinator_has_rebuilt_what_was_lost_with_the_one_before():
         for rank in ranks_of(order.ranks):
             before.copied(rank, int(name[1:]))
     assert before.listed() == [10]
+
+
+def test_a_copy_is_no_sign_that_a_save_has_ended():
+    """A new coordinator hears of a copy before the node it is a copy of has come back."""
+    world = World("copy", nodes=2)
+    world.core = Coordinator(partners=PartnerPolicy("copy"))
+    for rank in (0, 1):
+        world.tell(0, staged=staged(rank, node="n0", world_size=4, again=True))
+        world.copied(rank + 2, 0)
+    world.core.tick(QUIET_BEFORE_LOOKUP + 1.0)
+    for rank in (2, 3):
+        world.tell(1, now=9.0, staged=staged(rank, node="n1", world_size=4, again=True))
+    decisions = [world.core.handle("n0", pb.Report(durable=durable(rank)), 10.0 + rank).effects for rank in range(4)]
+    assert [type(effect) for effect in decisions[-1]] == [Commit]
 
 
 def replaced(world):
