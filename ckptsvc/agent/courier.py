@@ -39,6 +39,7 @@ from ckptsvc.format.checksum import extent_digests
 from ckptsvc.pipeline.arena import TAIL, Mappings
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.parity import Stripes, Sum, as_bytes, coefficient, zeros
+from ckptsvc.rpc.tls import Shown
 
 _MADV_POPULATE_WRITE = 23
 _MAPPED_AT_ONCE = 16 << 20
@@ -51,6 +52,7 @@ class Origin(msgspec.Struct, frozen=True):
     ticket: str
     key: str
     pieces: list[tuple[int, int, int, bytes]]  # Piece
+    shown: Shown | None = None
 
     @property
     def files(self) -> list[Piece]:
@@ -89,11 +91,13 @@ class Courier:
 
     def do_admit(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Give a ticket out; returns the port at which it can be shown."""
+        shown = msgspec.convert(args["shown"], Shown | None)
         if self._listener is None:
             try:
-                self._listener = Listener(self._host, self._tickets)
+                self._listener = Listener(self._host, self._tickets, shown)
             except OSError as error:
                 raise StoreUnavailable(f"cannot listen at {self._host} for other nodes: {error.strerror}") from error
+        self._listener.shown = shown
         self._tickets.admit(args["ticket"], args["key"], [File(path, nbytes) for path, nbytes in args["files"]])
         return {"port": self._listener.port}
 
@@ -141,7 +145,10 @@ class Courier:
 
         def stream(number: int) -> int:
             with contextlib.ExitStack() as stack:
-                readers = {n: stack.enter_context(Reader(o.address, o.ticket, o.key)) for n, o in origins.items()}
+                readers = {
+                    number: stack.enter_context(Reader(origin.address, origin.ticket, origin.key, origin.shown))
+                    for number, origin in origins.items()
+                }
                 work(readers, functools.partial(_share, number, streams))
                 return sum(reader.nbytes for reader in readers.values())
 

@@ -59,7 +59,7 @@ class Guests:
         job.digests[arena.name] = future
         self._local.report(job, reports.staged(self._local.name, label, ended=True))
 
-    def parity_of(self, job: str, key: Key) -> Arena:
+    def parity_of(self, job: str, key: Key) -> tuple[Arena, Label]:
         """This node's part of the parity for a snapshot.
 
         Raises:
@@ -68,7 +68,7 @@ class Guests:
         for arena in self._local.pool.arenas.values():
             label = arena.label
             if label and label.parity and (label.job, label.epoch, label.step) == (job, *key):
-                return arena
+                return arena, label
         raise NotFound(f"{self._local.name} has no parity for step {key[1]}")
 
     def forget_others(self, job: LocalJob, key: Key, ranks: Collection[int]) -> None:

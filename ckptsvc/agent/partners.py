@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import msgspec
 
 from ckptsvc.agent.guests import GUEST, Guests
 from ckptsvc.agent.local import Local
@@ -119,45 +120,50 @@ class Partners:
         """Give a ticket for what this node holds of a snapshot.
 
         Raises:
-            NotFound: it does not hold all that was asked for.
+            NotFound: it does not hold all that was asked for, or not any more.
         """
-        wanted = ranks_of(request.ranks)
-        found = self._find(request, wanted)
+        found = self._find(request, ranks_of(request.ranks))
         response = pb.FetchResponse(ticket=new_ticket())
         files: list[tuple[str, int]] = []
-        for arena in found:
-            assert arena.label is not None
-            label, digests = arena.label, await self._digests(arena)
+        waited = await asyncio.gather(*(self._digests(arena, label) for arena, label in found))
+        for (arena, label), digests in zip(found, waited, strict=True):
             response.shards.add(rank=label.rank, nbytes=label.nbytes, extent=label.extent, digests=digests)
             files.append((str(arena.path), label.nbytes))
         if request.parity:
-            arena = self._guests.parity_of(request.job, (request.epoch, request.step))
-            assert arena.label is not None
-            files.append((str(arena.path), arena.label.nbytes))
-            response.parity.CopyFrom(_parity_message(arena.label))
+            arena, label = self._guests.parity_of(request.job, (request.epoch, request.step))
+            found.append((arena, label))
+            files.append((str(arena.path), label.nbytes))
+            response.parity.CopyFrom(_parity_message(label))
         key, response.key = self._trust.new_key(response.ticket)
-        admitted = await self._courier.call("admit", {"ticket": response.ticket, "key": key, "files": files})
+        given = {"ticket": response.ticket, "key": key, "files": files, "shown": self._trust.certificates()}
+        admitted = await self._courier.call("admit", given)
+        if not all(self._still_holds(*one) for one in found):  # filled anew while we waited: no answer mixes two steps
+            raise NotFound(f"step {request.step} has left the memory of {self._local.name}")
         response.address = str(parse_address(self._trust.spelled(self._local.address))._replace(port=admitted["port"]))
         return response
 
-    def _find(self, request: pb.FetchRequest, ranks: Sequence[int]) -> list[Arena]:
+    def _still_holds(self, arena: Arena, label: Label) -> bool:
+        """Whether an arena holds what it did; that the save has ended meanwhile makes no difference."""
+        now = arena.label if arena.name in self._local.pool.arenas else None
+        return now is not None and msgspec.structs.replace(now, kept=label.kept) == label
+
+    def _find(self, request: pb.FetchRequest, ranks: Sequence[int]) -> list[tuple[Arena, Label]]:
         """The arenas with the shards of these ranks, the node's own before copies."""
-        found: dict[int, Arena] = {}
+        found: dict[int, tuple[Arena, Label]] = {}
         for arena in self._local.pool.arenas.values():
             label = arena.label
             if label is None or label.parity is not None:
                 continue
-            is_better = label.rank not in found or found[label.rank].guest
+            is_better = label.rank not in found or found[label.rank][0].guest
             if is_better and (label.job, label.epoch, label.step) == (request.job, request.epoch, request.step):
-                found[label.rank] = arena
+                found[label.rank] = arena, label
         missing = [rank for rank in ranks if rank not in found]
         if missing:
             raise NotFound(f"{self._local.name} does not hold rank {missing[0]} of step {request.step}")
         return [found[rank] for rank in sorted(set(ranks))]
 
-    async def _digests(self, arena: Arena) -> bytes:
-        label, job = arena.label, self._local.jobs.get(arena.job)
-        assert label is not None
+    async def _digests(self, arena: Arena, label: Label) -> bytes:
+        job = self._local.jobs.get(arena.job)
         future = job.digests.get(arena.name) if job else None
         try:
             if future is not None:
@@ -166,8 +172,6 @@ class Partners:
             pass  # the store hangs, or has failed: that does not concern the memory
         args = {"path": str(arena.path), "nbytes": label.nbytes, "extent": label.extent}
         digests: bytes = (await self._courier.call("digest", args))["digests"]
-        if arena.label is None or (arena.label.epoch, arena.label.step) != (label.epoch, label.step):
-            raise NotFound(f"step {label.step} has left the memory of {self._local.name}")
         return digests
 
     # ---- what this node reads ----------------------------------------------------------------------------------------
@@ -336,7 +340,8 @@ class Partners:
         if answer.HasField("parity"):
             pieces.append((len(pieces), answer.parity.nbytes, answer.shards[0].extent, answer.parity.digests))
         key = self._trust.key_of(answer.ticket, answer.key)
-        return {"address": answer.address, "ticket": answer.ticket, "key": key, "pieces": pieces}
+        shown = self._trust.certificates()
+        return {"address": answer.address, "ticket": answer.ticket, "key": key, "pieces": pieces, "shown": shown}
 
 
 def _check_answer(answer: pb.FetchResponse, ranks: Sequence[int], node: str) -> None:

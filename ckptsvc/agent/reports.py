@@ -102,7 +102,15 @@ def local_kept(node: str, label: Label, stage: Stage, *, again: bool = False) ->
 def _guarded(node: str, label: Label, parity: Parity) -> pb.Report:
     members = [pb.Holder(node=name, ranks=runs_of([shard.rank for shard in held])) for name, held in parity.members]
     event = pb.Guarded(
-        job=label.job, node=node, epoch=label.epoch, step=label.step, losses=parity.losses, members=members
+        job=label.job,
+        node=node,
+        epoch=label.epoch,
+        step=label.step,
+        losses=parity.losses,
+        members=members,
+        world_size=label.world_size,
+        aliases=label.aliases,
+        store=label.store,
     )
     return pb.Report(guarded=event)
 

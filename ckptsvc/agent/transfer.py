@@ -2,7 +2,8 @@
 
 The agent that wants to read asks the other for a ticket, over the calls that agents prove themselves on (rpc.trust).
 To the ticket belongs a key, which no connection between couriers carries: on one host both derive it from their secret,
-between hosts it comes with the ticket, encrypted. What is read is not encrypted. Integers are little-endian:
+between hosts it comes with the ticket, encrypted. Between hosts, all of this goes over TLS, with the certificates that
+the agents themselves show each other (rpc.tls). Integers are little-endian:
 
     reader -> holder   MAGIC, ticket (32), nonce (32), proof("reads")
     holder -> reader   proof("serves")
@@ -25,16 +26,19 @@ import hmac
 import os
 import secrets
 import socket
+import ssl
 import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 import xxhash
 
 from ckptsvc.errors import AgentUnavailable, ArenaExhausted, Damaged, InvalidInput, SaveFailed
 from ckptsvc.quantities import parse_address
+from ckptsvc.rpc.tls import Shown
 
 MAGIC = b"ckptsvc transfer 1\n".ljust(32, b"\0")
 REQUEST = struct.Struct("<IQQ")
@@ -64,6 +68,8 @@ LOW_PRIORITY = 0x04
 
 _MOST = 1 << 30
 """Bytes that are asked of the kernel at a time."""
+
+_ENCRYPTED_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +131,15 @@ class Tickets:
 class Listener:
     """Serves connections in threads of their own; `port` is where.
 
+    Attributes:
+        shown: certificates for those that connect from now on; None: without TLS, on one host.
+
     Raises:
         OSError: it cannot listen there.
     """
 
-    def __init__(self, host: str, tickets: Tickets) -> None:
+    def __init__(self, host: str, tickets: Tickets, shown: Shown | None = None) -> None:
+        self.shown = shown
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.create_server((host, 0), family=family, dualstack_ipv6=host == "::")
         self._tickets = tickets
@@ -151,7 +161,11 @@ class Listener:
 
     def _serve(self, connection: socket.socket) -> None:
         try:
-            with connection, contextlib.suppress(OSError, InvalidInput):
+            with contextlib.ExitStack() as stack, contextlib.suppress(OSError, InvalidInput):
+                stack.enter_context(connection)
+                if self.shown is not None:
+                    connection.settimeout(HELLO_SECONDS)
+                    connection = stack.enter_context(self.shown.accepted(connection))
                 files = self._admit(connection)
                 if files is not None:
                     yield_to_others(connection)
@@ -181,10 +195,19 @@ def _answer(connection: socket.socket, files: Sequence[File]) -> None:
             if number >= len(files) or offset + length > files[number].nbytes:
                 raise InvalidInput("a request for what the ticket is not for")
             while length:
-                sent = connection.sendfile(opened[number], offset, min(length, _MOST))
+                sent = _send(connection, opened[number], offset, length)
                 if not sent:
                     raise InvalidInput("the arena has become shorter")
                 offset, length = offset + sent, length - sent
+
+
+def _send(connection: socket.socket, file: BinaryIO, offset: int, length: int) -> int:
+    """Send some of so many bytes of a file, at least one if there is any; returns how many."""
+    if not isinstance(connection, ssl.SSLSocket):
+        return connection.sendfile(file, offset, min(length, _MOST))
+    block = os.pread(file.fileno(), min(length, _ENCRYPTED_AT_ONCE), offset)
+    connection.sendall(block)
+    return len(block)
 
 
 def yield_to_others(connection: socket.socket) -> None:
@@ -197,13 +220,13 @@ def yield_to_others(connection: socket.socket) -> None:
 
 
 class Reader:
-    """The reader's end of a connection; `nbytes` counts what has come.
+    """The reader's end of a connection; `nbytes` counts what has come; `shown` as in `Listener`.
 
     Raises:
         AgentUnavailable: nobody answers there, or who does has not proved to know the ticket's key.
     """
 
-    def __init__(self, address: str, ticket: str, key: str) -> None:
+    def __init__(self, address: str, ticket: str, key: str, shown: Shown | None = None) -> None:
         self._address, self.nbytes = address, 0
         host, port = parse_address(address)
         nonce = secrets.token_bytes(32)
@@ -216,6 +239,8 @@ class Reader:
             raise AgentUnavailable(f"the transfer from {address} did not begin: {error}") from error
         try:
             yield_to_others(self._socket)
+            if shown is not None:
+                self._socket = shown.connected(self._socket)
             self._socket.sendall(hello)
             _receive(self._socket, memoryview(answer), time.monotonic() + HELLO_SECONDS)
             self._socket.settimeout(SILENT_SECONDS)

@@ -118,7 +118,7 @@ def memory_image(snapshot: agent_pb2.Snapshot | None, link: AgentLink, group: Gr
         for shard in snapshot.local if snapshot else ():
             view = link.arena(shard.slot, writable=False).view
             arenas[shard.rank] = view[: shard.bytes]
-            told.append(_describe(shard, view))
+            told.append(_describe(shard, view, (snapshot.epoch, snapshot.step) if snapshot else (0, -1)))
     except Exception as error:  # noqa: BLE001
         # The others wait below; without our shards all of us find the snapshot incomplete.
         log.warning("rank %d cannot read a snapshot in memory: %s", group.rank, error)
@@ -172,10 +172,17 @@ def _gathered_index(
     return Index.build(info, records)
 
 
-def _describe(shard: agent_pb2.LocalShard, view: memoryview) -> _Told:
-    prefix = 8 + header_length(bytes(view[:8]))
-    columns = Columns.from_table(decode_header(bytes(view[:prefix]), shard.bytes))
-    return _Told(shard.rank, shard.bytes, shard.extent, shard.digests, columns.encode())
+def _describe(shard: agent_pb2.LocalShard, view: memoryview, key: tuple[int, int]) -> _Told:
+    """What is in an arena.
+
+    Raises:
+        Damaged: its header is broken, or it is another shard than the one that the agent speaks of.
+    """
+    table = decode_header(bytes(view[: 8 + header_length(bytes(view[:8]))]), shard.bytes)
+    info = table.info
+    if (info.epoch, info.step, info.rank) != (*key, shard.rank):
+        raise Damaged(f"rank {shard.rank}: the memory holds step {info.step} (epoch {info.epoch}) of rank {info.rank}")
+    return _Told(shard.rank, shard.bytes, shard.extent, shard.digests, Columns.from_table(table).encode())
 
 
 def restore(image: Image, tree: StateTree, group: Group, progress: Progress = lambda nbytes: None) -> dict[str, Any]:

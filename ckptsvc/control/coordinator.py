@@ -207,7 +207,7 @@ class Coordinator:
 
     def lost(self, job: str) -> list[str]:
         """Snapshots that were newer than any that is still whole, a sentence each."""
-        return self.redundancy.lost(self.jobs[job].saves) if job in self.jobs else []
+        return self.redundancy.lost(self.jobs[job]) if job in self.jobs else []
 
     def snapshots(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job in memory or on local disks, newest first; each agent fills in `local`."""
@@ -297,6 +297,7 @@ class Coordinator:
         return Decision()
 
     def _on_guarded(self, event: pb.Guarded, now: float) -> Decision:
+        self._job(event.job, event.store, now)  # a new coordinator may hear of this first
         self.redundancy.guarded(event)
         return Decision()
 

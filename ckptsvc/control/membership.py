@@ -85,7 +85,10 @@ class Job:
         if event.attempt > self.attempt or event.world_size != self.world_size or not self.ranks or anew:
             self._begin(event, now)
             decision.reasons.append(f"job {self.name}: attempt {event.attempt} with {event.world_size} ranks")
+        moved = self.ranks.get(event.rank) != event.node
         self.ranks[event.rank], self.seen[event.rank] = event.node, now
+        if moved and len(self.ranks) == self.world_size:
+            self.saves.read_by(frozenset(self.ranks.values()))
         self.saves.rank_back(event.rank)
         self.saves.nodes.add(event.node)
         self.saves.keep, self.saves.retention = event.keep, event.retention
@@ -114,6 +117,7 @@ class Job:
         if event.attempt != self.attempt or event.rank not in self.ranks:
             return Decision()
         del self.ranks[event.rank]
+        self.saves.read_by(None)
         self._unheard(event.node)  # when the last one leaves, its agent forgets the attempt
         self.left += 1
         how = "died" if event.died else "left"

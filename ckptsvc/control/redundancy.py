@@ -9,6 +9,7 @@ Ranks that ask meanwhile wait for it, `patience` seconds at most.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -16,7 +17,7 @@ from typing import Literal, NamedTuple
 from ckptsvc.control.effects import Decision, Send
 from ckptsvc.control.groups import Groups, group
 from ckptsvc.control.membership import Job
-from ckptsvc.control.runs import ranks_of, runs_of
+from ckptsvc.control.runs import MOST_RANKS, ranks_of, runs_of
 from ckptsvc.control.save import Key, Saves
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -60,11 +61,14 @@ class Guard:
     Attributes:
         losses: members that may be lost.
         members: the ranks that each node of the group held, in the group's order.
+        world_size, aliases: of the snapshot, which was complete: a new coordinator knows it from here alone.
         ready: members whose part of the parity is there.
     """
 
     losses: int
     members: dict[str, list[int]]
+    world_size: int = 0
+    aliases: dict[str, str] = field(default_factory=dict)
     ready: set[str] = field(default_factory=set)
 
     def left(self, held: dict[int, list[str]]) -> list[str]:
@@ -74,10 +78,10 @@ class Guard:
 
 @dataclass(slots=True)
 class Rebuilding:
-    """What is being rebuilt: since when, the nodes that are at it, and those that are left of the groups."""
+    """What is being rebuilt: since when, the answers that nodes still owe, and who is left of the groups."""
 
     since: float
-    nodes: set[str]
+    owed: Counter[str]  # one for each group that a node rebuilds shards of
     left: frozenset[str]
 
 
@@ -91,6 +95,11 @@ class Protection:
     guards: dict[Key, list[Guard]] = field(default_factory=dict)
     rebuilding: dict[Key, Rebuilding] = field(default_factory=dict)
     failed: dict[Key, frozenset[str]] = field(default_factory=dict)  # what those that were left could not rebuild
+
+    def complete(self, saves: Saves) -> dict[Key, int]:
+        """Snapshots that are or were complete, and how many ranks each is of; of parity alone nothing can be had."""
+        guarded = {key: guards[0].world_size for key, guards in self.guards.items() if key in saves.held}
+        return guarded | saves.complete
 
 
 @dataclass(slots=True)
@@ -112,9 +121,8 @@ class Redundancy:
         for job in self.jobs.values():
             self._lose(job, node, list(job.guards))
             for key, work in list(job.rebuilding.items()):
-                if node in work.nodes | work.left:  # of what is left now, it may be possible all the same
+                if node in work.owed or node in work.left:  # of what is left now, it may be possible all the same
                     del job.rebuilding[key]
-                    job.failed[key] = work.left
                     decision.reasons.append(f"step {key[1]} cannot be rebuilt so: {node} is lost too")
         return decision
 
@@ -161,6 +169,8 @@ class Redundancy:
             holders = [self._holder(node, ranks[node]) for node in members]
             for place, node in enumerate(members):
                 order = pb.Protect(attempt=job.attempt, losses=min(LOSSES[self.policy.partner], len(members) - 1))
+                order.world_size = job.saves.complete[key]
+                order.aliases.update(job.saves.aliases.get(key, {}))
                 order.members.extend(holders if order.losses else [holders[place - 1]])
                 if len(members) > 1:
                     decision.effects.append(_order(job, key, node, order))
@@ -180,7 +190,7 @@ class Redundancy:
         members = {holder.node: ranks_of(holder.ranks) for holder in event.members}
         guard = next((g for g in guards if g.members == members and g.losses == event.losses), None)
         if guard is None:
-            guard = Guard(event.losses, members)
+            guard = Guard(event.losses, members, min(event.world_size, MOST_RANKS), dict(event.aliases))
             guards.append(guard)
         guard.ready.add(event.node)
 
@@ -195,50 +205,66 @@ class Redundancy:
         known = self.jobs.get(job.name)
         if known is None or known.rebuilding:
             return Decision()
-        known.failed = {key: left for key, left in known.failed.items() if key in job.saves.complete}
-        for key in self._newer_than_whole(job.saves):
+        known.failed = {key: left for key, left in known.failed.items() if key in known.complete(job.saves)}
+        for key in self._newer_than_whole(job):
             held = job.saves.held[key]
             left = frozenset(node for guard in known.guards.get(key, ()) for node in guard.left(held))
             if known.failed.get(key) == left or not self.is_rebuildable(job, key):
                 continue  # where another node has been lost meanwhile, that may have been why it failed
-            decision = self._order_rebuild(job, known, key)
-            known.rebuilding[key] = Rebuilding(now, {s.node for s in decision.effects if isinstance(s, Send)}, left)
-            return decision
+            decision = self._order_rebuild(job, key)
+            owed = Counter(send.node for send in decision.effects if isinstance(send, Send))
+            if owed:
+                known.rebuilding[key] = Rebuilding(now, owed, left)
+                return decision
         return Decision()
 
-    def _newer_than_whole(self, saves: Saves) -> list[Key]:
+    def _complete(self, job: Job) -> dict[Key, int]:
+        return self.jobs[job.name].complete(job.saves) if job.name in self.jobs else job.saves.complete
+
+    def _newer_than_whole(self, job: Job) -> list[Key]:
         """Complete snapshots that are not whole any more and are newer than any that is; newest first."""
-        whole = next(iter(saves.snapshots()), (0, -1))
-        return sorted((key for key in saves.complete if key > whole), reverse=True)
+        whole = next(iter(job.saves.snapshots()), (0, -1))
+        return sorted((key for key in self._complete(job) if key > whole), reverse=True)
 
-    def _missing(self, saves: Saves, key: Key) -> list[int]:
-        return sorted(set(range(saves.complete[key])) - saves.held[key].keys())
+    def _missing(self, job: Job, key: Key) -> list[int]:
+        """Ranks whose snapshot no node holds, or such nodes alone whose memory nobody reads."""
+        held = job.saves.held[key].keys() - job.saves.out_of_reach().get(key, set())
+        return sorted(set(range(self._complete(job)[key])) - held)
 
-    def _able(self, saves: Saves, known: Protection, key: Key) -> list[Guard]:
-        """The groups that have lost no more than their parity makes up for."""
-        held = saves.held[key]
-        return [g for g in known.guards.get(key, ()) if len(g.members) - len(g.left(held)) <= g.losses]
+    def _able(self, job: Job, key: Key) -> list[tuple[Guard, list[str]]]:
+        """The groups that have lost no more than their parity makes up for, and the nodes that it can be had from.
+
+        What a node holds that nobody reads has to be rebuilt, as if that node were lost.
+        """
+        held, missing = job.saves.held[key], set(self._missing(job, key))
+        found = []
+        for guard in self.jobs[job.name].guards.get(key, ()):
+            left = [node for node in guard.left(held) if missing.isdisjoint(guard.members[node])]
+            if len(guard.members) - len(left) <= guard.losses:
+                found.append((guard, left))
+        return found
 
     def is_rebuildable(self, job: Job, key: Key) -> bool:
         """Whether all that is missing of a complete snapshot can be made of what is left."""
-        able = self._able(job.saves, self.jobs[job.name], key)
-        covered = {rank for guard in able for ranks in guard.members.values() for rank in ranks}
-        return covered >= set(self._missing(job.saves, key))
+        covered = {rank for guard, _ in self._able(job, key) for ranks in guard.members.values() for rank in ranks}
+        return covered >= set(self._missing(job, key))
 
-    def _order_rebuild(self, job: Job, known: Protection, key: Key) -> Decision:
+    def _order_rebuild(self, job: Job, key: Key) -> Decision:
         """A lost shard goes to a node that has come in place of a lost one, else to one that is left of its group."""
-        held, missing = job.saves.held[key], set(self._missing(job.saves, key))
+        held, missing = job.saves.held[key], set(self._missing(job, key))
         holding = {node for nodes in held.values() for node in nodes}
-        fresh = [n for n in job.nodes if n not in holding and n in self.peers and self.peers[n].address]
+        reached = [n for n in job.nodes if n in self.peers and self.peers[n].address]
+        fresh = [n for n in reached if n not in holding]
         decision = Decision()
-        for guard in self._able(job.saves, known, key):
+        for guard, left in self._able(job, key):
             lost = sorted(missing & {rank for ranks in guard.members.values() for rank in ranks})
-            left = guard.left(held)
-            takers = fresh or left
+            takers = fresh or [n for n in left if job.saves.is_read(n)] or reached
             shares = {node: lost[place :: len(takers)] for place, node in enumerate(takers)}
             for node, ranks in shares.items():
                 if ranks:
                     order = pb.Rebuild(attempt=job.attempt, losses=guard.losses, ranks=runs_of(ranks))
+                    order.world_size = self._complete(job)[key]
+                    order.aliases.update(guard.aliases)
                     order.members.extend(self._holder(n, r, lost=n not in left) for n, r in guard.members.items())
                     decision.effects.append(_order(job, key, node, order))
         nodes = ", ".join(sorted({send.node for send in decision.effects if isinstance(send, Send)}))
@@ -250,14 +276,14 @@ class Redundancy:
         """A node has rebuilt its share, or cannot."""
         known, key = self.jobs.get(event.job), (event.epoch, event.step)
         work = known.rebuilding.get(key) if known else None
-        if known is None or work is None or event.node not in work.nodes:
+        if known is None or work is None or not work.owed[event.node]:
             return Decision()
-        work.nodes.discard(event.node)
+        work.owed[event.node] -= 1
         decision = Decision()
         if event.why:
             known.failed[key] = work.left
             decision.reasons.append(f"step {event.step} cannot be rebuilt from parity on {event.node}: {event.why}")
-        if not work.nodes or event.why:
+        if event.why or not work.owed.total():
             del known.rebuilding[key]
         return decision
 
@@ -273,18 +299,17 @@ class Redundancy:
                     decision.reasons.append(f"{why}; an older one has to do")
         return decision
 
-    def lost(self, saves: Saves) -> list[str]:
+    def lost(self, job: Job) -> list[str]:
         """Newer snapshots than the newest that is whole, as sentences: they were complete, and cannot be had."""
         return [
             f"step {step} was complete in memory and is lost, with the nodes that had the snapshots of"
-            f" {_ranks(self._missing(saves, (epoch, step)))} and those that kept them"
-            for epoch, step in self._newer_than_whole(saves)
+            f" {_ranks(self._missing(job, (epoch, step)))} and those that kept them"
+            for epoch, step in self._newer_than_whole(job)
         ]
 
 
 def _order(job: Job, key: Key, node: str, effect: pb.Protect | pb.Rebuild) -> Send:
-    effect.epoch, effect.step, effect.world_size = *key, job.saves.complete[key]
-    effect.aliases.update(job.saves.aliases.get(key, {}))
+    effect.epoch, effect.step = key
     if isinstance(effect, pb.Protect):
         return Send(node, pb.Order(job=job.name, protect=effect))
     return Send(node, pb.Order(job=job.name, rebuild=effect))

@@ -101,6 +101,9 @@ class Saves:
     open: dict[Key, Save] = field(default_factory=dict)
     held: dict[Key, dict[int, list[str]]] = field(default_factory=dict)  # rank -> nodes; copies come last
     places: dict[str, set[tuple[Key, int]]] = field(default_factory=dict)  # the same by node
+    over: dict[Key, set[int]] = field(default_factory=dict)  # ranks whose node knows that the save has ended
+    readers: frozenset[str] | None = None  # nodes with ranks, which read these alone; None: not all ranks have come
+    unread: set[str] = field(default_factory=set)  # nodes that hold something and are none of them
     complete: dict[Key, int] = field(default_factory=dict)
     aliases: dict[Key, dict[str, str]] = field(default_factory=dict)
     ended: OrderedDict[Key, agent_pb2.SaveOutcome] = field(default_factory=OrderedDict)
@@ -114,6 +117,7 @@ class Saves:
     def begin(self, attempt: int, now: float) -> None:
         """Ranks of a new attempt have come; those of older ones are gone."""
         self.attempt, self.attempt_began, self.gone, self.latest = attempt, now, set(), {}
+        self.read_by(None)
 
     def staged(self, event: pb.Staged, now: float) -> Decision:
         """A rank's snapshot is whole in its arena."""
@@ -126,6 +130,8 @@ class Saves:
             if event.attempt == self.attempt:
                 self.latest[event.rank] = max(key, self.latest.get(event.rank, key))
         if event.ended:
+            if not event.copy:  # a node that keeps a copy has not been told how the save goes
+                self.over.setdefault(key, set()).add(event.rank)
             return decision  # reported again by an agent that reconnected: memory tier only
         if key in self.ended:
             decision.effects.append(self._tell(event.node, save_ended=pb.SaveEnded(outcome=self.ended[key])))
@@ -321,7 +327,7 @@ class Saves:
             elif save.attempt < self.attempt and now - self.attempt_began > LATE_NEWS and save.missing:
                 decision.add(self._lost_rank(key, save.missing[0], "was gone", now))
             elif quiet and not save.fresh and save.missing:
-                if any(rank in self.held.get(key, ()) for rank in save.missing):
+                if not self.over.get(key, set()).isdisjoint(save.missing):
                     # They know that it has ended, but not, or no longer, how.
                     why = "it had ended without a commit before"
                     decision.add(self._fail(key, (agent_pb2.OUTCOME_FAILED, "save-failed", why), now))
@@ -346,14 +352,36 @@ class Saves:
         return max(done)[1] if done else None
 
     def snapshots(self) -> list[Key]:
-        """Complete snapshots that are still whole in memory, newest first."""
-        return sorted((k for k, world in self.complete.items() if len(self.held.get(k, ())) == world), reverse=True)
+        """Complete snapshots that are still whole in memory that ranks read, newest first."""
+        unread = self.out_of_reach()
+        whole = [k for k, world in self.complete.items() if len(self.held.get(k, ())) == world and k not in unread]
+        return sorted(whole, reverse=True)
+
+    def read_by(self, nodes: frozenset[str] | None) -> None:
+        """Ranks are on these nodes now, and on no others; None: not all of them have come."""
+        self.readers = nodes
+        self.unread = set() if nodes is None else {node for node in self.places if node not in nodes}
+
+    def is_read(self, node: str) -> bool:
+        """Whether ranks may read what this node has."""
+        return self.readers is None or node in self.readers
+
+    def out_of_reach(self) -> dict[Key, set[int]]:
+        """Ranks of which a snapshot is in the memory of such nodes alone that no rank is on any more."""
+        found: dict[Key, set[int]] = {}
+        for node in self.unread:
+            for key, rank in self.places[node]:
+                if self.unread.issuperset(self.held[key][rank]):
+                    found.setdefault(key, set()).add(rank)
+        return found
 
     def _hold(self, key: Key, rank: int, node: str, *, copy: bool) -> None:
         nodes = self.held.setdefault(key, {}).setdefault(rank, [])
         if node not in nodes:
             nodes.insert(len(nodes) if copy else 0, node)
         self.places.setdefault(node, set()).add((key, rank))
+        if not self.is_read(node):
+            self.unread.add(node)
 
     def _forget(self, key: Key, rank: int, node: str) -> None:
         ranks = self.held.get(key, {})
@@ -363,10 +391,12 @@ class Saves:
             self.places[node].discard((key, rank))
             if not self.places[node]:
                 del self.places[node]
+                self.unread.discard(node)
         if not nodes:
             ranks.pop(rank, None)
         if not ranks:
             self.held.pop(key, None)
+            self.over.pop(key, None)
             self.complete.pop(key, None)
             self.aliases.pop(key, None)
 

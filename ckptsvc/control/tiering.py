@@ -210,12 +210,17 @@ class Tiers:
         return decision
 
     def snapshots(self) -> dict[Key, Disks]:
-        """Snapshots that are whole in memory and on disks together, and are not known to have failed."""
+        """Snapshots that are whole in memory and on disks that ranks read, and are not known to have failed."""
+        saves, unread = self.saves, self.saves.out_of_reach()
         bad = (agent_pb2.OUTCOME_FAILED, agent_pb2.OUTCOME_SKIPPED, agent_pb2.OUTCOME_FENCED)
         return {
             key: disks
             for key, disks in self.disks.items()
-            if len(disks.nodes.keys() | self.saves.held.get(key, {}).keys()) == disks.world_size
+            if len(
+                {rank for rank, node in disks.nodes.items() if saves.is_read(node)}
+                | (saves.held.get(key, {}).keys() - unread.get(key, set()))
+            )
+            == disks.world_size
             and not (key in self.saves.ended and self.saves.ended[key].outcome in bad)
         }
 

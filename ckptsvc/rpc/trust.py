@@ -33,6 +33,7 @@ from ckptsvc.rpc import proof
 from ckptsvc.rpc.certificates import Identity, check_authority, identity_of
 from ckptsvc.rpc.channel import trailers_of
 from ckptsvc.rpc.secret import numeric
+from ckptsvc.rpc.tls import Shown
 
 log = logging.getLogger("ckptsvc.agent")
 
@@ -101,6 +102,9 @@ class Trust(Protocol):
     def key_of(self, ticket: str, told: str) -> str:
         """The key that goes with a ticket which another agent has given; ConfigError where there is none."""
 
+    def certificates(self) -> Shown | None:
+        """For connections that are not gRPC's; None: they need no TLS, for all are on one host."""
+
     async def run(self) -> None:
         """Keep up with what changes, until cancelled."""
 
@@ -151,6 +155,9 @@ class BySecret:
         """See `Trust`."""
         text = b"ckptsvc transfer, version 1\0" + ticket.encode()
         return hmac.new(self._secret.encode(), text, hashlib.sha256).hexdigest()
+
+    def certificates(self) -> None:
+        """See `Trust`."""
 
     async def run(self) -> None:
         """A secret does not change."""
@@ -265,6 +272,11 @@ class ByCertificate:
         if not _KEY.fullmatch(told):
             raise ConfigError("an agent has given a ticket without a key")
         return told
+
+    def certificates(self) -> Shown:
+        """See `Trust`."""
+        held = self._held
+        return Shown(held.authority, held.certificate, held.key, held.identity.name)
 
     def _stamp(self) -> tuple[tuple[int, int, int], ...]:
         stamps = []

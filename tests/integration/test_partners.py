@@ -14,21 +14,25 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import msgspec
 import pytest
 
+from ckptsvc.agent import partners
 from ckptsvc.agent.arenas import Arenas
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.partners import Partners
 from ckptsvc.agent.servicer import CoordinatorServicer
 from ckptsvc.agent.sessions import LocalJob
+from ckptsvc.agent.transfer import Reader
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.runs import runs_of
-from ckptsvc.errors import AgentUnavailable
+from ckptsvc.errors import AgentUnavailable, NotFound
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.pipeline.arena import HUGE_PAGE, Arena, ArenaPool, Label, State, populate
-from ckptsvc.rpc.proof import Gate
-from ckptsvc.rpc.trust import BySecret
+from ckptsvc.quantities import Address
+from ckptsvc.rpc.certificates import issue, make_authority
+from ckptsvc.rpc.trust import ByCertificate, BySecret, Trust
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.rpc.v1 import coordinator_pb2_grpc
 from ckptsvc.telemetry import Metrics
@@ -56,20 +60,21 @@ class Said:
 class Member:
     """One node: its arenas, its courier, its port."""
 
-    def __init__(self, name: str, folder: Path, limit: int) -> None:
+    def __init__(self, name: str, folder: Path, limit: int, trust: Trust | None = None) -> None:
+        self.trust = trust or BySecret(SECRET)
         self.pool = ArenaPool(folder / name, limit)
         self.pool.open()
-        self.local = Local(name, self.pool, Metrics("test"), None, BySecret(SECRET))  # type: ignore[arg-type]
+        self.local = Local(name, self.pool, Metrics("test"), None, self.trust)  # type: ignore[arg-type]
         self.said = self.local._uplinks[""] = Said()  # type: ignore[assignment]
         self.job = self.local.jobs["job"] = LocalJob("job", "", "file:///run")
-        self.partners = Partners(self.local, BySecret(SECRET), 0.0, streams=3)
+        self.partners = Partners(self.local, self.trust, 0.0, streams=3)
 
     async def start(self) -> None:
-        gate = Gate(SECRET, lambda: None)
+        gate = self.trust.gate(lambda: None)
         self._server = grpc.aio.server(interceptors=[gate])
         servicer = CoordinatorServicer(nobody, self.local.name, self.partners.offer)
         coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, self._server)
-        port = self._server.add_insecure_port("127.0.0.1:0")
+        port, _ = self.trust.open_port(self._server, Address("127.0.0.1", 0))
         self.local.address = gate.address = f"127.0.0.1:{port}"
         await self._server.start()
 
@@ -140,17 +145,17 @@ def run() -> Any:
     folder = Path(tempfile.mkdtemp(prefix="ck-", dir="/dev/shm"))
 
     @asynccontextmanager
-    async def members(count: int, limit: int) -> AsyncIterator[list[Member]]:
+    async def members(count: int, limit: int, trust: Trust | None) -> AsyncIterator[list[Member]]:
         async with AsyncExitStack() as stack:
-            made = [Member(f"n{number}", folder, limit) for number in range(count)]
+            made = [Member(f"n{number}", folder, limit, trust) for number in range(count)]
             for member in made:
                 await member.start()
                 stack.push_async_callback(member.stop)
             yield made
 
-    def start(test: Callable[..., Any], count: int, limit: int = 1 << 30) -> None:
+    def start(test: Callable[..., Any], count: int, limit: int = 1 << 30, trust: Trust | None = None) -> None:
         async def body() -> None:
-            async with members(count, limit) as made:
+            async with members(count, limit, trust) as made:
                 await test(*made)
 
         asyncio.run(body())
@@ -185,6 +190,26 @@ def test_a_copy_is_the_same_to_the_last_bit_and_outlives_the_agent(run: Any, tmp
         again.close(remove=True)
 
     run(test, 2)
+
+
+def test_between_hosts_copies_and_parity_go_over_tls(run: Any, tmp_path: Path) -> None:
+    authority = make_authority("one", 1)
+    for name, data in zip(("ca", "cert", "key"), (authority.certificate, *issue(authority, "me", 1)), strict=True):
+        (tmp_path / name).write_bytes(data)
+        (tmp_path / name).chmod(0o600)
+
+    async def test(*members: Member) -> None:
+        held = {n: {rank: image(rank, size) for rank, size in UNEVEN[n].items()} for n in range(2)}
+        await guarded(list(members), held, 1)
+        one, other = members
+        other.order(pb.Protect(members=[one.holder(*held[0])]))
+        await until(lambda: other.kept(0), "the copy")
+        assert {rank: other.kept(rank) for rank in held[0]} == held[0]
+        offered = await one.partners.offer(pb.FetchRequest(job="job", epoch=1, step=10, ranks=runs_of([0])))
+        with pytest.raises(AgentUnavailable):  # who comes without TLS is not heard
+            await asyncio.to_thread(Reader, offered.address, offered.ticket, offered.key)
+
+    run(test, 2, trust=ByCertificate(*(str(tmp_path / name) for name in ("ca", "cert", "key"))))
 
 
 def test_of_two_snapshots_the_newer_takes_the_place_of_the_oldest(run: Any) -> None:
@@ -250,6 +275,44 @@ def test_copies_go_first_when_a_rank_of_this_node_needs_their_memory(run: Any) -
         assert other.local.metrics.registry.get_sample_value("ckptsvc_partner_dropped_total") == 1
 
     run(test, 2, 2 * HUGE_PAGE)
+
+
+def test_an_answer_never_mixes_two_steps(run: Any) -> None:
+    """An arena that goes on to the next step while the checksums of another are waited for."""
+
+    async def test(one: Member, other: Member) -> None:
+        early, late = one.stage(0, image(0, 1000)), one.stage(1, image(1, 1000))
+        digests = one.job.digests[late.name]
+        held_up = one.job.digests[late.name] = asyncio.get_running_loop().create_future()
+        request = pb.FetchRequest(job="job", epoch=1, step=10, ranks=runs_of([0, 1]))
+        offer = asyncio.ensure_future(one.partners.offer(request))
+        await asyncio.sleep(0.1)
+        assert early.label is not None
+        one.pool.stage(early, msgspec.structs.replace(early.label, step=20))
+        held_up.set_result(await digests)
+        with pytest.raises(NotFound, match="step 10 has left the memory of n0"):
+            await offer
+        one.pool.stage(early, msgspec.structs.replace(early.label, step=10))
+        one.pool.keep(late)  # only the save has ended
+        assert len((await one.partners.offer(request)).shards) == 2
+
+    run(test, 2)
+
+
+def test_checksums_that_do_not_come_are_waited_for_together(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(partners, "DIGEST_PATIENCE", 2.0)
+
+    async def test(one: Member) -> None:
+        for rank in range(8):  # as many would take longer one after the other than anybody waits
+            arena = one.stage(rank, image(rank, 1000))
+            one.job.digests[arena.name] = asyncio.get_running_loop().create_future()
+        offer = one.partners.offer(pb.FetchRequest(job="job", epoch=1, step=10, ranks=runs_of(range(8))))
+        answer = await asyncio.wait_for(offer, 12.0)
+        assert [shard.digests for shard in answer.shards] == [
+            extent_digests(image(rank, 1000), EXTENT).tobytes() for rank in range(8)
+        ]
+
+    run(test, 1)
 
 
 def holding(runtime_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

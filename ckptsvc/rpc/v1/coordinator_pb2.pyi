@@ -283,20 +283,33 @@ class Dropped(_message.Message):
     def __init__(self, job: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., rank: _Optional[int] = ..., node: _Optional[str] = ...) -> None: ...
 
 class Guarded(_message.Message):
-    __slots__ = ("job", "node", "epoch", "step", "losses", "members")
+    __slots__ = ("job", "node", "epoch", "step", "losses", "members", "world_size", "aliases", "store")
+    class AliasesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     LOSSES_FIELD_NUMBER: _ClassVar[int]
     MEMBERS_FIELD_NUMBER: _ClassVar[int]
+    WORLD_SIZE_FIELD_NUMBER: _ClassVar[int]
+    ALIASES_FIELD_NUMBER: _ClassVar[int]
+    STORE_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     epoch: int
     step: int
     losses: int
     members: _containers.RepeatedCompositeFieldContainer[Holder]
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., losses: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ...) -> None: ...
+    world_size: int
+    aliases: _containers.ScalarMap[str, str]
+    store: str
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., epoch: _Optional[int] = ..., step: _Optional[int] = ..., losses: _Optional[int] = ..., members: _Optional[_Iterable[_Union[Holder, _Mapping]]] = ..., world_size: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., store: _Optional[str] = ...) -> None: ...
 
 class Rebuilt(_message.Message):
     __slots__ = ("job", "node", "epoch", "step", "why")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import select
 import socket
 import struct
 import threading
@@ -25,6 +26,9 @@ from ckptsvc.agent.transfer import (
     runs,
 )
 from ckptsvc.errors import AgentUnavailable, Damaged, SaveFailed
+from ckptsvc.rpc import certificates
+from ckptsvc.rpc.certificates import issue, make_authority
+from ckptsvc.rpc.tls import Shown
 from ckptsvc.rpc.trust import BySecret
 
 SECRET = "5" * 64
@@ -120,6 +124,68 @@ def test_an_arena_that_has_become_shorter_ends_the_connection(address, ticket, f
         assert take(reader, 100) == DATA[:100]
         with pytest.raises(SaveFailed, match="broke off"):
             take(reader, 1)
+
+
+@pytest.fixture(scope="module")
+def shown():
+    """What agents show between hosts: those of our user, who say that they are, and others."""
+    authority = make_authority("one", 1)
+
+    def make(user="me", by=authority):
+        return Shown(authority.certificate, *issue(by, user, 1), "me.user.ckptsvc")
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def encrypted(tickets, shown):
+    return f"127.0.0.1:{Listener('127.0.0.1', tickets, shown()).port}"
+
+
+def test_between_hosts_all_that_is_read_is_encrypted(encrypted, ticket, shown):
+    heard = bytearray()
+    with socket.create_server(("127.0.0.1", 0)) as between:
+        between.settimeout(10)
+        thread = threading.Thread(target=overhear, args=(between, encrypted, heard))
+        thread.start()
+        address = f"127.0.0.1:{between.getsockname()[1]}"
+        with Reader(address, ticket, derive(SECRET, ticket), shown()) as reader:
+            reader.ask(1, 0, 300_000)
+            reader.ask(0, 5, 1000)
+            assert take(reader, 300_000) == DATA
+            assert take(reader, 1000) == DATA[5:1005]
+        thread.join()
+    assert len(heard) > 300_000
+    assert DATA[1000:1032] not in heard
+    assert transfer.MAGIC not in heard
+
+
+def overhear(between, address, heard):
+    """Pass on what goes between two, and keep it."""
+    one, _ = between.accept()
+    with one, socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])), 10) as other:
+        while True:
+            for end in select.select([one, other], [], [], 10)[0]:
+                data = end.recv(1 << 16)
+                if not data:
+                    return
+                heard += data
+                (other if end is one else one).sendall(data)
+
+
+@pytest.mark.parametrize("who", ["another user", "another authority", "a wildcard", "nobody"])
+def test_between_hosts_only_our_user_is_served_and_believed(encrypted, tickets, ticket, shown, who, monkeypatch):
+    ours = shown()
+    if who == "a wildcard":
+        monkeypatch.setattr(certificates, "name_of", lambda user: f"*{certificates.SUFFIX}")
+    made = {"another user": ["other"], "another authority": ["me", make_authority("other", 1)], "a wildcard": ["me"]}
+    other = shown(*made[who]) if who in made else None
+    with pytest.raises(AgentUnavailable):
+        Reader(encrypted, ticket, derive(SECRET, ticket), other)
+    theirs = Listener("127.0.0.1", tickets, other)
+    with pytest.raises(AgentUnavailable):
+        Reader(f"127.0.0.1:{theirs.port}", ticket, derive(SECRET, ticket), ours)
+    Reader(encrypted, ticket, derive(SECRET, ticket), ours).__exit__()  # the ticket is not used up
 
 
 def test_an_impostor_gets_no_key_and_is_not_believed():

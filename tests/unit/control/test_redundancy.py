@@ -1,11 +1,13 @@
 """Whom the coordinator has keep what, and rebuild what."""
 
 import pytest
-from told import dropped, joined, orders, staged
+from told import STORE, dropped, durable, joined, left, orders, staged
 
-from ckptsvc.control.coordinator import Coordinator
+from ckptsvc.control.coordinator import FORGET_AFTER, Coordinator
+from ckptsvc.control.effects import Commit
 from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.runs import ranks_of, runs_of
+from ckptsvc.control.save import QUIET_BEFORE_LOOKUP
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 NODES = 4
@@ -43,7 +45,8 @@ class World:
         for name, order in orders(decision, "protect"):
             if name not in but:
                 members = [pb.Holder(node=m.node, ranks=m.ranks) for m in order.members]
-                event = pb.Guarded(job="job", node=name, epoch=1, step=order.step, losses=order.losses, members=members)
+                event = pb.Guarded(job="job", node=name, epoch=1, step=order.step, losses=order.losses, members=members,
+                    world_size=order.world_size, aliases=order.aliases, store=STORE)  # fmt: skip
                 self.tell(int(name[1:]), guarded=event)
 
     def copied(self, rank, node, step=10):
@@ -193,6 +196,116 @@ def test_a_rebuild_that_takes_too_long_is_given_up_and_said():
     assert not world.core.redundancy.is_rebuilding("job")
 
 
+def test_a_node_that_was_away_for_a_moment_is_no_reason_to_give_a_rebuild_up():
+    world = World("xor")
+    world.guard(world.stage())
+    world.core.agent_lost("n1", 1.0)
+    for _ in range(3):
+        world.hello(7)
+        for rank in (2, 3):
+            world.tell(7, rank_joined=joined(rank, node="n7", world_size=world.world))
+        assert [name for name, _ in orders(world.core.recover("job", 2.0), "rebuild")] == ["n7"]
+        world.core.agent_lost("n7", 3.0)
+        assert not world.core.redundancy.is_rebuilding("job")
+
+
+def test_a_new_coordinator_has_rebuilt_what_was_lost_with_the_one_before():
+    before = World("xor")
+    decision = before.stage(aliases={"head": "embedding"})
+    after = Coordinator(partners=PartnerPolicy("xor"))
+    before.core = after  # what it hears is what n0, n2 and n3 have
+    for node in (0, 2, 3):
+        before.hello(node)
+    before.guard(decision, but=["n1"])
+    assert before.core.recover("job", 0.0).effects == []  # nobody has told yet what is left
+    for rank in (0, 1, 4, 5, 6, 7):
+        event = staged(rank, node=f"n{rank // 2}", world_size=8, again=True, ended=True)
+        before.tell(rank // 2, staged=event)
+    assert before.listed() == []
+    found = orders(before.core.recover("job", 2.0), "rebuild")
+    assert sorted(rank for _, order in found for rank in ranks_of(order.ranks)) == [2, 3]
+    assert all((order.world_size, order.aliases) == (8, {"head": "embedding"}) for _, order in found)
+    for name, order in found:
+        for rank in ranks_of(order.ranks):
+            before.copied(rank, int(name[1:]))
+    assert before.listed() == [10]
+
+
+def test_a_copy_is_no_sign_that_a_save_has_ended():
+    """A new coordinator hears of a copy before the node it is a copy of has come back."""
+    world = World("copy", nodes=2)
+    world.core = Coordinator(partners=PartnerPolicy("copy"))
+    for rank in (0, 1):
+        world.tell(0, staged=staged(rank, node="n0", world_size=4, again=True))
+        world.copied(rank + 2, 0)
+    world.core.tick(QUIET_BEFORE_LOOKUP + 1.0)
+    for rank in (2, 3):
+        world.tell(1, now=9.0, staged=staged(rank, node="n1", world_size=4, again=True))
+    decisions = [world.core.handle("n0", pb.Report(durable=durable(rank)), 10.0 + rank).effects for rank in range(4)]
+    assert [type(effect) for effect in decisions[-1]] == [Commit]
+
+
+def replaced(world):
+    """All ranks have come anew, those of n1 on n7; the agent of n1 is still there."""
+    for rank in range(world.world):
+        node = rank // 2 if rank // 2 != 1 else 7
+        world.hello(node)
+        world.tell(node, rank_joined=joined(rank, node=f"n{node}", world_size=world.world, attempt=2))
+
+
+def test_what_only_a_node_without_ranks_holds_counts_as_lost_once_all_ranks_have_come():
+    world = World("copy")
+    world.stage()
+    assert world.listed() == [10]
+    replaced(world)
+    assert world.listed() == []
+    world.copied(2, 7)
+    world.copied(3, 0)
+    assert world.listed() == [10]
+    world.stage(20, attempt=2)  # n1 takes part again, though none of its ranks joined there
+    assert world.listed() == [10]
+    world.tell(1, rank_left=left(0, node="n0", attempt=2))
+    assert world.listed() == [20, 10]
+
+
+def test_what_a_node_without_ranks_holds_is_rebuilt_where_they_are():
+    world = World("xor")
+    world.guard(world.stage())
+    replaced(world)
+    ((name, order),) = orders(world.core.recover("job", 2.0), "rebuild")
+    assert (name, ranks_of(order.ranks)) == ("n7", [2, 3])
+    assert [m.node for m in order.members if not m.address] == ["n1"]
+    for rank in (2, 3):
+        world.copied(rank, 7)
+    world.tell(7, rebuilt=pb.Rebuilt(job="job", node="n7", epoch=1, step=10))
+    assert world.listed() == [10]
+    world.core.agent_lost("n0", 3.0)  # and now n1 may be read from
+    found = orders(world.core.recover("job", 4.0), "rebuild")
+    assert {m.node for m in found[0][1].members if m.address} == {"n1", "n2", "n3"}
+    assert "n1" not in {name for name, _ in found}
+
+
+def test_one_node_that_rebuilds_for_two_groups_owes_two_answers():
+    world = World("xor", group=2)
+    decision = world.stage()
+    world.guard(decision)
+    groups = {order.members[0].node: order.members for _, order in orders(decision, "protect")}
+    assert len(groups) == 2
+    world.hello(7)
+    for name, (holder, _) in groups.items():
+        world.core.agent_lost(name, 1.0)
+        for rank in ranks_of(holder.ranks):
+            world.tell(7, rank_joined=joined(rank, node="n7", world_size=world.world))
+    found = orders(world.core.recover("job", 2.0), "rebuild")
+    assert [name for name, _ in found] == ["n7", "n7"]
+    for _, order in found:
+        assert world.core.redundancy.is_rebuilding("job")
+        for rank in ranks_of(order.ranks):
+            world.copied(rank, 7)
+        world.tell(7, rebuilt=pb.Rebuilt(job="job", node="n7", epoch=1, step=10))
+    assert not world.core.redundancy.is_rebuilding("job")
+
+
 @pytest.mark.parametrize("lost", ["n0", "n2"])
 def test_where_another_node_is_lost_meanwhile_what_is_left_then_begins_anew(lost):
     world, found = rebuilding()
@@ -241,6 +354,15 @@ def test_an_older_snapshot_that_is_whole_is_no_reason_not_to_rebuild_a_newer_one
 def test_two_nodes_and_reed_solomon_make_do_with_one_loss():
     told = orders(World("rs", nodes=2).stage(), "protect")
     assert [order.losses for _, order in told] == [1, 1]
+
+
+def test_a_job_of_which_there_is_nothing_but_parity_is_forgotten_in_the_end():
+    world = World("xor")
+    event = pb.Guarded(job="other", node="n0", epoch=1, step=10, world_size=2, store=STORE)
+    world.tell(0, guarded=event)
+    assert "other" in world.core.redundancy.jobs
+    world.core.tick(FORGET_AFTER + 1.0)
+    assert "other" not in world.core.redundancy.jobs
 
 
 def test_nonsense_from_the_wire_is_let_be():

@@ -386,6 +386,17 @@ def test_what_has_ended_is_there_for_a_restore_only() -> None:
     assert (snapshot.step, snapshot.on_disk, snapshot.not_in_memory) == (10, True, True)
 
 
+def test_a_disk_of_a_node_without_ranks_is_read_by_nobody() -> None:
+    world = World()
+    world.staged(10, 0, 1)
+    world.kept(10, 0, 1)
+    assert [snapshot.step for snapshot in world.core.snapshots("j")] == [10]
+    for rank, node in ((0, "n0"), (1, "n7")):
+        joined = pb.RankJoined(job="j", node=node, store=STORE, attempt=2, rank=rank, world_size=2, epoch=2)
+        world.say(node, rank_joined=joined)
+    assert world.core.snapshots("j") == []
+
+
 def test_a_snapshot_half_in_memory_and_half_on_disks_is_whole() -> None:
     world = World()
     world.kept(10, 0, again=True, ended=LOCAL)
