@@ -154,10 +154,15 @@ class Listener:
             except OSError:  # no descriptors, or a connection that has ended again
                 time.sleep(0.1)
                 continue
-            if self._free.acquire(blocking=False):
-                threading.Thread(target=self._serve, args=(connection,), name="ckptsvc-serve", daemon=True).start()
-            else:
+            if not self._free.acquire(blocking=False):
                 connection.close()
+                continue
+            try:
+                threading.Thread(target=self._serve, args=(connection,), name="ckptsvc-serve", daemon=True).start()
+            except RuntimeError:  # no more threads; who reads will be heard another time
+                self._free.release()
+                connection.close()
+                time.sleep(0.1)
 
     def _serve(self, connection: socket.socket) -> None:
         try:

@@ -80,6 +80,19 @@ def test_who_has_the_ticket_and_knows_the_secret_reads_what_it_is_for(address, t
         assert reader.nbytes == 301_000
 
 
+def test_a_host_without_threads_turns_away_and_goes_on_listening(address, ticket, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        for _ in range(3):
+            with pytest.raises(AgentUnavailable):
+                Reader(address, ticket, derive(SECRET, ticket))
+    Reader(address, ticket, derive(SECRET, ticket)).__exit__()
+
+
+def none_left(thread):
+    raise RuntimeError("can't start new thread")
+
+
 def test_a_ticket_is_good_for_some_connections_and_no_more(address, ticket):
     for _ in range(transfer.MAX_STREAMS):
         Reader(address, ticket, derive(SECRET, ticket)).__exit__()
