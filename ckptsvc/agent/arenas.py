@@ -94,6 +94,9 @@ class Arenas:
             self._local.arena_changed(arena.job, arena.rank)
 
     def _removed(self, arena: Arena) -> None:
+        job = self._local.jobs.get(arena.job)
+        if job is not None:
+            job.digests.pop(arena.name, None)
         worker = self._workers.running(arena.job)
         if worker is not None:
             task = asyncio.ensure_future(worker.tell("unmap", {"path": str(arena.path)}))

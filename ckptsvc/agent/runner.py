@@ -42,7 +42,7 @@ from ckptsvc.control.health import Policy
 from ckptsvc.control.nodes import Node
 from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.tiering import Draining
-from ckptsvc.errors import CkptsvcError
+from ckptsvc.errors import AgentUnavailable, CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, IncidentKind, Metrics
@@ -127,7 +127,7 @@ class CoordinatorShell:
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: dict[tuple[str, int, int], str] = {}
-        self._ticked = asyncio.Event()
+        self._ticked, self._stopped = asyncio.Event(), False
         self._noted: list[str] = []
 
     def attend(self, node: str, deliver: Deliver) -> None:
@@ -149,8 +149,14 @@ class CoordinatorShell:
         self._execute(self.core.handle(node, report, time.monotonic()))
 
     async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
-        """Complete snapshots of a job in memory, newest first, once what is lost has been rebuilt."""
+        """Complete snapshots of a job in memory, newest first, once what is lost has been rebuilt.
+
+        Raises:
+            AgentUnavailable: this is no coordinator any more; another one will know.
+        """
         while True:
+            if self._stopped:
+                raise AgentUnavailable(f"job {job} is not coordinated here any more")
             self._execute(self.core.recover(job, time.monotonic()))  # again, if what it was made of is lost meanwhile
             if not self.core.redundancy.is_rebuilding(job):
                 break
@@ -171,7 +177,9 @@ class CoordinatorShell:
             ticked.set()
 
     async def stop(self) -> None:
-        """Cancel what is running."""
+        """Cancel what is running; whoever waits for a rebuild hears that it is over here."""
+        self._stopped = True
+        self._ticked.set()
         for deliver in self._peers.values():
             deliver(None)
         for task in list(self._tasks):

@@ -271,6 +271,7 @@ def test_copies_go_first_when_a_rank_of_this_node_needs_their_memory(run: Any) -
         os.close(fd)
         assert other.kept(0) is None
         assert [arena.rank for arena in other.pool.arenas.values()] == [7, 8]
+        assert other.job.digests.keys() <= other.pool.arenas.keys()  # nothing is remembered of what is gone
         assert [(e.rank, e.node) for e in other.reported("dropped")] == [(0, "n1")]
         assert other.local.metrics.registry.get_sample_value("ckptsvc_partner_dropped_total") == 1
 

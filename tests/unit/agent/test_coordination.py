@@ -3,6 +3,7 @@
 import asyncio
 import os
 import time
+from collections import Counter
 from types import SimpleNamespace
 
 import msgspec
@@ -18,7 +19,10 @@ from ckptsvc.agent.workers import Workers
 from ckptsvc.control.effects import AllotEpoch, Decision, Send
 from ckptsvc.control.election import Holder
 from ckptsvc.control.health import Policy
-from ckptsvc.errors import ConfigError, CoordinationUnavailable
+from ckptsvc.control.membership import Job
+from ckptsvc.control.redundancy import Protection, Rebuilding
+from ckptsvc.control.save import Saves
+from ckptsvc.errors import AgentUnavailable, ConfigError, CoordinationUnavailable
 from ckptsvc.rpc.etcd import Found, check_reachable, parse_url
 from ckptsvc.rpc.trust import BySecret
 from ckptsvc.rpc.v1 import agent_pb2
@@ -197,3 +201,21 @@ def test_nothing_is_done_once_the_lease_may_have_ended_even_what_was_decided_bef
         return orders, asked, shell.dropped
 
     assert asyncio.run(story()) == ([None], [], 3)  # None: there will be no more
+
+
+def test_who_waits_for_a_rebuild_hears_that_the_coordinator_has_stepped_down():
+    async def ask():
+        shell = CoordinatorShell(Workers(), 10.0, Policy(), term=7)
+        shell.core.jobs["job"] = Job("job", "", Saves("job", 10.0))
+        shell.core.redundancy.jobs["job"] = Protection(
+            rebuilding={(1, 10): Rebuilding(0.0, Counter(n1=1), frozenset())}
+        )
+        ranks = [asyncio.ensure_future(shell.list_complete("job")) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert not any(rank.done() for rank in ranks)
+        await shell.stop()
+        for rank in ranks:
+            with pytest.raises(AgentUnavailable, match="not coordinated here any more"):
+                await asyncio.wait_for(rank, 10.0)
+
+    asyncio.run(ask())
