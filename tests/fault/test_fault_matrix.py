@@ -11,7 +11,7 @@ from ckptsvc.cli.bench_fault_kinds import KINDS, Kind, Need
 from ckptsvc.cli.bench_fault_world import processes_with
 from ckptsvc.cli.bench_faults import Bench
 
-SHORT = ("missed", "oom-killed")
+SHORT = ("missed",)
 """Kinds that no other test has, and that take a few seconds."""
 
 

@@ -168,6 +168,7 @@ def training(runtime: Runtime, tmp_path: Path) -> Iterator[Training]:
     found.close()
 
 
+@pytest.mark.slow
 def test_a_job_grows_at_its_next_checkpoint_when_a_node_comes(training: Training, runtime: Runtime) -> None:
     """It saves nothing by itself: the checkpoint is asked for."""
     training.start(0)

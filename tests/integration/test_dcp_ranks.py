@@ -176,6 +176,7 @@ def test_every_way_to_write_fully_sharded_state_is_read(launch: Launch, tmp_path
         open_foreign(str(tmp_path / "local"))
 
 
+@pytest.mark.slow
 def test_interleaved_shards_of_two_dimensions_are_read(launch: Launch, tmp_path: Path) -> None:
     launch.plain(4, save, str(tmp_path), "2d", ["plain"]).results()
     logical = open_foreign(str(tmp_path / "plain"))
