@@ -374,8 +374,15 @@ class Fleet:
             self._send(agent, [*reports, self._ready(agent)])
 
     def _examine(self, agent: Agent, order: pb.Examine) -> None:
-        wanted = order.ranks or agent.ranks
-        found = [self._evidence(rank, brief=order.brief) for rank in wanted]
+        wanted = list(order.ranks or agent.ranks)
+        found = [self._evidence(rank, brief=order.brief) for rank in wanted if rank == self.culprit]
+        others = [rank for rank in wanted if rank != self.culprit]
+        if others:  # alike but for their numbers: to make all of them takes seconds for ten thousand agents
+            alike = self._evidence(others[0], brief=order.brief)
+            for rank in others:
+                found.append(pb.RankEvidence())
+                found[-1].CopyFrom(alike)
+                found[-1].rank, found[-1].pid = rank, 4000 + rank
         examined = pb.Examined(job=RUN, attempt=order.attempt, incident=order.incident, node=agent.name, ranks=found,
             round=order.round)  # fmt: skip
         self._send(agent, [pb.Report(examined=examined)])
