@@ -13,7 +13,6 @@ import random
 import secrets
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -27,7 +26,7 @@ from ckptsvc.control.election import CANDIDATES_WAIT, RENEWALS, Campaign, Electi
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, CoordinationUnavailable
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.etcd import Etcd, EtcdUrl, Found, Login, check_reachable, parse_url
-from ckptsvc.rpc.trust import Trust
+from ckptsvc.rpc.trust import Trust, contents
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.settings import EtcdSettings
@@ -82,12 +81,13 @@ def login_of(url: EtcdUrl, settings: EtcdSettings) -> Login:
         raise ConfigError("etcd.password_file: a password leaves this machine encrypted only", hint="set etcd.ca_file")
     tls = None
     if settings.ca_file:
-        chain = _read("etcd.cert_file", settings.cert_file) if settings.cert_file else None
-        key = _read("etcd.key_file", settings.key_file, private=True) if settings.key_file else None
-        tls = grpc.ssl_channel_credentials(_read("etcd.ca_file", settings.ca_file), key, chain)
+        chain = contents("etcd.cert_file", settings.cert_file, private=False) if settings.cert_file else None
+        key = contents("etcd.key_file", settings.key_file, private=True) if settings.key_file else None
+        roots = contents("etcd.ca_file", settings.ca_file, private=False)
+        tls = grpc.ssl_channel_credentials(roots, key, chain)
     password = ""
     if settings.password_file:
-        raw = _read("etcd.password_file", settings.password_file, private=True)
+        raw = contents("etcd.password_file", settings.password_file, private=True)
         try:
             password = raw.decode().rstrip("\r\n")
         except UnicodeError:
@@ -105,17 +105,6 @@ def reachable(where: str, settings: EtcdSettings) -> str:
     url = parse_url(where)
     asyncio.run(check_reachable(url, login_of(url, settings)))
     return str(url)
-
-
-def _read(key: str, name: str, *, private: bool = False) -> bytes:
-    try:
-        with open(name, "rb") as file:
-            mode = os.fstat(file.fileno())
-            if private and (mode.st_uid not in (os.geteuid(), 0) or mode.st_mode & 0o077):
-                raise ConfigError(f"{key}: {name} is not readable by its owner alone", hint=f"chmod 600 {Path(name)}")
-            return file.read(1 << 20)
-    except OSError as error:
-        raise ConfigError(f"{key}: {name}: {error.strerror or error}") from None
 
 
 class Elections:

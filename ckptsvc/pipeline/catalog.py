@@ -80,6 +80,15 @@ def list_refs(store: Store) -> list[Ref]:
     return sorted(refs, reverse=True)
 
 
+def exists(store: Store, key: str) -> bool:
+    """Whether an object is there; asks for that one, so it also sees what a listing does not show yet."""
+    try:
+        store.size(key)
+    except NotFound:
+        return False
+    return True
+
+
 def read_commit(store: Store, ref: Ref) -> CommitRecord | None:
     """The commit record, or None where the save was never committed.
 

@@ -21,7 +21,7 @@ from ckptsvc.format.commit import COMMIT, CommitRecord, index_name
 from ckptsvc.format.compat import FORMAT, WITH_METRICS
 from ckptsvc.format.index import Index, IndexInfo
 from ckptsvc.format.merge import ShardRecord
-from ckptsvc.pipeline.catalog import Ref, newest_epoch, read_commit, read_epoch
+from ckptsvc.pipeline.catalog import Ref, exists, newest_epoch, read_commit, read_epoch
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.references import Bases, withdraw_if_late
 from ckptsvc.storage import Store
@@ -140,20 +140,12 @@ def _check_there(store: Store, ref: Ref, shards: Sequence[ShardRecord]) -> None:
     there = set(store.children(ref.name))
     names = _names(ref, shards)
     # A listing may be behind: the object itself is asked before it counts as missing.
-    unseen = [name for name in names if name not in there and not _exists(store, f"{ref.name}/{name}")]
+    unseen = [name for name in names if name not in there and not exists(store, f"{ref.name}/{name}")]
     if unseen:
         raise SaveFailed(
             f"{len(unseen)} of {len(names)} shards are not in {store.url}/{ref.name}, for example {unseen[0]}",
             hint="does every node see the same store?",
         )
-
-
-def _exists(store: Store, key: str) -> bool:
-    try:
-        store.size(key)
-    except NotFound:
-        return False
-    return True
 
 
 def _names(ref: Ref, shards: Sequence[ShardRecord]) -> list[str]:

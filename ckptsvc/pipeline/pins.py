@@ -9,7 +9,7 @@ from __future__ import annotations
 from ckptsvc.errors import Damaged, IncompatibleVersion, NoCheckpoint, NotFound
 from ckptsvc.format.commit import PINS, PinRecord, parse_pin_name, pin_key
 from ckptsvc.format.limits import MAX_RECORD_BYTES
-from ckptsvc.pipeline.catalog import Ref, read_commit
+from ckptsvc.pipeline.catalog import Ref, exists, read_commit
 from ckptsvc.pipeline.commit import now_iso
 from ckptsvc.storage import Store
 
@@ -38,9 +38,7 @@ def pin(store: Store, ref: Ref, note: str = "") -> bool:
 
 def unpin(store: Store, ref: Ref) -> bool:
     """Let retention decide again; returns False if it was not pinned."""
-    try:
-        store.size(pin_key(ref.name))
-    except NotFound:
+    if not exists(store, pin_key(ref.name)):
         return False
     store.delete(pin_key(ref.name))
     return True

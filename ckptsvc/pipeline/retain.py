@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from ckptsvc.errors import Damaged, IncompatibleVersion, InvalidInput, NotFound, StoreError
 from ckptsvc.format.commit import COMMIT, RETIRED, CommitRecord, parse_checkpoint_name
 from ckptsvc.format.limits import MAX_RECORD_BYTES
-from ckptsvc.pipeline.catalog import Ref, Refused, find, open_checkpoint
+from ckptsvc.pipeline.catalog import Ref, Refused, exists, find, open_checkpoint
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.pins import pinned
 from ckptsvc.pipeline.retention import Candidate, Policy, Verdict, decide
@@ -222,19 +222,7 @@ def referred(commits: Iterable[CommitRecord]) -> set[Ref]:
 
 def is_half(store: Store, ref: Ref) -> bool:
     """Whether the deletion of a checkpoint has begun, and nobody has put it back or ended that."""
-    try:
-        store.size(mark_key(ref))
-    except NotFound:
-        return False
-    return not _is_committed(store, ref)
-
-
-def _is_committed(store: Store, ref: Ref) -> bool:
-    try:
-        store.size(f"{ref.name}/{COMMIT}")
-    except NotFound:
-        return False
-    return True
+    return exists(store, mark_key(ref)) and not exists(store, f"{ref.name}/{COMMIT}")
 
 
 def put_back(store: Store, ref: Ref) -> CommitRecord | None:
@@ -274,7 +262,7 @@ def sweep(store: Store, ref: Ref, pace: Callable[[], None], progress: Callable[[
     count = 0
     for entry in list(store.list(ref.name)):
         pace()
-        if count % LOOK_EVERY == 0 and _is_committed(store, ref):
+        if count % LOOK_EVERY == 0 and exists(store, f"{ref.name}/{COMMIT}"):
             return count  # somebody has put it back, who has looked at its files before they went
         if entry.key == f"{ref.name}/{COMMIT}":
             continue

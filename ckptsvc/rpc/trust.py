@@ -410,10 +410,10 @@ def _opened(listen: Callable[[], int], address: Address) -> int:
 
 
 def contents(setting: str, path: str, *, private: bool) -> bytes:
-    """A file of certificates or a private key.
+    """A file of certificates, or one that is private: a key, a password.
 
     Raises:
-        ConfigError: it cannot be read, or is a private key that others can read.
+        ConfigError: it cannot be read, or is private and others can read it.
     """
     try:
         with open(path, "rb") as file:
