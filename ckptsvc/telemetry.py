@@ -130,6 +130,8 @@ class Event(StrEnum):
 
     AGENT_STARTED = "agent-started"
     AGENT_STOPPED = "agent-stopped"
+    SETTINGS_READ = "settings-read"
+    SETTINGS_REFUSED = "settings-refused"
     COORDINATOR_CHOSEN = "coordinator-chosen"
     COORDINATOR_UNKNOWN = "coordinator-unknown"
     RANK_REGISTERED = "rank-registered"
@@ -444,7 +446,7 @@ class _Handler(logging.StreamHandler[TextIO]):
     """Ours, so that a second `setup_logging` replaces it and leaves others alone."""
 
 
-def setup_logging(stream: TextIO, *, json: bool, level: int = logging.INFO) -> None:
+def setup_logging(stream: TextIO, *, json: bool, level: str = "info") -> None:
     """Send the log of this process to `stream`: ours from `level` up, other libraries' from WARNING up."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
@@ -452,5 +454,10 @@ def setup_logging(stream: TextIO, *, json: bool, level: int = logging.INFO) -> N
     handler = _Handler(stream)
     handler.setFormatter(JsonFormatter() if json else HumanFormatter())
     root.addHandler(handler)
+    set_log_level(level)
+
+
+def set_log_level(level: str) -> None:
+    """From which level up our lines are logged: "debug", "info", "warning" or "error"."""
     for name in ("ckptsvc", "ckptsvc_drivers"):
-        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).setLevel(level.upper())

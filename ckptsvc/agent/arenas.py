@@ -26,7 +26,7 @@ class Arenas:
     """Hands out the arenas of one agent; `slots` is their number for each rank."""
 
     def __init__(self, local: Local, workers: Workers, slots: int) -> None:
-        self._local, self._workers, self._slots = local, workers, slots
+        self._local, self._workers, self.slots = local, workers, slots
         self._populating = asyncio.Semaphore(2)
         self._unmapping: set[asyncio.Task[None]] = set()
         local.pool.on_removed = self._removed
@@ -43,7 +43,7 @@ class Arenas:
 
     def _provide(self, session: Session, nbytes: int) -> None:
         reg = session.reg
-        lacking = self._local.pool.plan(reg.job, reg.rank, nbytes, self._slots)
+        lacking = self._local.pool.plan(reg.job, reg.rank, nbytes, self.slots)
         for _ in range(lacking):
             try:
                 arena, fd = self._make(reg, nbytes)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
 
+from ckptsvc.agent import handover
 from ckptsvc.agent.server import Options, serve
 from ckptsvc.cli.terminal import note
 from ckptsvc.config import agents_directory, load
@@ -26,9 +28,11 @@ from ckptsvc.telemetry import setup_logging
 @click.option("--linger", help="End after so long without ranks and saves (for example 60s); default: never.")
 @click.option("--json-log", is_flag=True, help="Log JSON lines.")
 @click.option("--check-config", is_flag=True, help="Check the settings and end.")
+@click.option("--replace", is_flag=True, help="Have the agent that runs start anew in place, as it is installed now.")
 def command(
     listen: str | None, metrics_listen: str | None, name: str | None, coordination: str | None,
     max_write_rate: str | None, directory: Path | None, linger: str | None, json_log: bool, check_config: bool,
+    replace: bool,
 ) -> None:  # fmt: skip
     """Run the agent of this node until it is told to stop (SIGTERM)."""
     overrides = {
@@ -38,11 +42,15 @@ def command(
         "agent.coordination": coordination,
         "store.max_write_rate": max_write_rate,
     }
-    settings = load(os.environ, overrides)
+    read = partial(load, os.environ, overrides)
+    settings = read()
     if check_config:
         note("nothing is wrong with the settings; `ckptsvc config show --origin` says where they come from")
         return
     if directory is None:
         directory = agents_directory(settings, os.environ)
-    setup_logging(sys.stderr, json=json_log)
-    asyncio.run(serve(Options(directory, settings, parse_duration(linger) if linger else None, json_log)))
+    if replace:
+        note(f"a new agent serves in {directory}; for {handover.replace(directory):.1f} s there was none")
+        return
+    setup_logging(sys.stderr, json=json_log, level=settings.agent.log_level)
+    asyncio.run(serve(Options(directory, settings, parse_duration(linger) if linger else None, read)))

@@ -83,6 +83,16 @@ class Label(msgspec.Struct, frozen=True, kw_only=True):
     parity: Parity | None = None
 
 
+class _Owner(msgspec.Struct, frozen=True):
+    """Whose free arena it is, in a file beside it from one agent's end to the start of the next."""
+
+    job: str
+    rank: int
+
+
+_OWNER_SUFFIX = ".free"
+
+
 @dataclass(slots=True)
 class Arena:
     """One arena; `label` is set while it is STAGED or KEPT, `epoch` from when it is acquired on.
@@ -140,24 +150,34 @@ class ArenaPool:
             raise RunBusy(f"another agent uses the arenas in {self.root}", hint="give this one another name") from None
         found = []
         for path in sorted(self.root.glob("*.arena")):
-            label = _read_label(path)
-            if label is None or label.nbytes > path.stat().st_size - TAIL:
+            label, capacity = _read_label(path), path.stat().st_size - TAIL
+            owner = _read_owner(path) if label is None else None
+            if owner is not None and capacity > 0:
+                free = Arena(path.stem, path, capacity, owner.job, owner.rank, since=time.monotonic())
+                self.arenas[free.name] = free
+                continue
+            if label is None or label.nbytes > capacity:
                 path.unlink()
                 continue
-            arena = Arena(path.stem, path, path.stat().st_size - TAIL, label.job, label.rank, guest=label.guest)
+            arena = Arena(path.stem, path, capacity, label.job, label.rank, guest=label.guest)
             arena.state = State.KEPT if label.kept else State.STAGED
             arena.step, arena.label, arena.since = label.step, label, time.monotonic()
             self.arenas[arena.name] = arena
             found.append(arena)
-        for path in self.root.iterdir():  # labels without an arena, and torn ones
-            if path.suffix in (".json", ".new") and (path.suffix == ".new" or path.stem not in self.arenas):
+        for path in self.root.iterdir():  # labels without an arena, torn ones, and whose arenas were free
+            label_of_none = path.suffix == ".json" and path.stem not in self.arenas
+            if label_of_none or path.suffix in (".new", _OWNER_SUFFIX):
                 path.unlink()
         return found
 
-    def close(self, remove: bool) -> None:
-        """Give the directory up; with `remove`, and everything in it, without it, and what holds no snapshot."""
+    def close(self, *, remove: bool, keep_free: bool = False) -> None:
+        """Give the directory up; with `remove`, and everything in it, without it, and what holds no snapshot.
+
+        With `keep_free`, the next agent finds the free arenas as well: making them takes long.
+        """
         for arena in list(self.arenas.values()):
-            if remove or arena.label is None:
+            is_free = arena.state is State.FREE and not arena.guest
+            if remove or (arena.label is None and not (keep_free and is_free and _write_owner(arena))):
                 self.remove(arena)
         if self._lock >= 0:
             if remove:
@@ -398,6 +418,22 @@ def _read_label(path: Path) -> Label | None:
         return msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Label)
     except (OSError, msgspec.MsgspecError, UnicodeError):
         return None  # not staged, or torn by a crash while being labelled: not a snapshot
+
+
+def _read_owner(path: Path) -> _Owner | None:
+    try:
+        return msgspec.json.decode(path.with_suffix(_OWNER_SUFFIX).read_bytes(), type=_Owner)
+    except (OSError, msgspec.MsgspecError, UnicodeError):
+        return None
+
+
+def _write_owner(arena: Arena) -> bool:
+    """Write down whose free arena it is; False if that is not possible."""
+    try:
+        arena.path.with_suffix(_OWNER_SUFFIX).write_bytes(msgspec.json.encode(_Owner(arena.job, arena.rank)))
+    except OSError:
+        return False
+    return True
 
 
 def _write_label(path: Path, label: Label) -> None:

@@ -15,6 +15,7 @@ from ckptsvc.errors import AgentUnavailable, ConfigError
 
 GRPC_SOCKET = "agent.sock"
 IDENTITY_SOCKET = "identity.sock"
+LOCK = "agent.lock"
 
 MAX_SOCKET_PATH = 107
 """Bytes in the path of a unix socket: sun_path has 108, the last one for the terminating NUL (unix(7))."""
@@ -47,7 +48,7 @@ def sockets(directory: Path) -> tuple[str, str]:
 def is_alive(directory: Path) -> bool:
     """Whether an agent holds this directory's lock."""
     try:
-        with open(directory / "agent.lock", "rb") as lock:
+        with open(directory / LOCK, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
