@@ -22,7 +22,8 @@ from typing import NoReturn
 
 import msgspec
 
-from ckptsvc.errors import AgentUnavailable, ConfigError, RunBusy
+from ckptsvc.agent.aside import aside
+from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import ArenaPool, State
 from ckptsvc.quantities import Address, parse_address
 from ckptsvc.rpc.dial import sockets
@@ -105,26 +106,17 @@ async def own(lock: int, directory: Path, *, is_service: bool) -> None:
     Raises:
         RunBusy: another agent serves this directory.
     """
-    deadline, asked = time.monotonic() + OWN_PATIENCE, 0
+    deadline, said = time.monotonic() + (YIELD_PATIENCE if is_service else OWN_PATIENCE), False
+    busy = RunBusy(f"an agent already serves {directory}")
     while not _locked(lock):
-        holder = _private_holder(lock) if is_service else 0
-        if holder and holder != asked:
-            log.warning("process %d, an agent that a job has started, makes way for the service", holder)
-            asked, deadline = holder, time.monotonic() + YIELD_PATIENCE
-            for _ in range(2):  # at the first it would let its ranks save and stop
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(holder, signal.SIGTERM)
-                await asyncio.sleep(0.1)
-        if time.monotonic() > deadline:
+        yields = await _asked_to_yield(directory) if is_service else None
+        if yields is False or time.monotonic() > deadline:
             os.close(lock)
-            raise RunBusy(f"an agent already serves {directory}")
-        await asyncio.sleep(0.02)
-    with contextlib.suppress(OSError):  # no room; nobody will make way for us then
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()} {'service' if is_service else _PRIVATE}\n".encode(), 0)
-
-
-_PRIVATE = "private"
+            raise busy
+        if yields and not said:
+            said = True
+            log.warning("an agent that a job has started makes way for this service")
+        await asyncio.sleep(0.05)
 
 
 def _locked(lock: int) -> bool:
@@ -135,15 +127,29 @@ def _locked(lock: int) -> bool:
     return True
 
 
-def _private_holder(lock: int) -> int:
-    """The process that holds the lock, if it is an agent that a job has started; else 0."""
-    pid, _, kind = os.pread(lock, 64, 0).decode("ascii", "replace").partition(" ")
-    return int(pid) if kind.strip() == _PRIVATE and pid.isdecimal() and int(pid) > 1 else 0
+async def _asked_to_yield(directory: Path) -> bool | None:
+    """Ask the agent there to end at once; whether it does, or None where nobody answers (yet, or any more)."""
+
+    def ask() -> bool:
+        client = IdentityClient(sockets(directory)[1])
+        try:
+            client.call({"op": "yield"})
+        finally:
+            client.close()
+        return True
+
+    try:
+        return await aside(ask, YIELD_PATIENCE)
+    except (AgentUnavailable, TimeoutError):
+        return None
+    except CkptsvcError:
+        return False
 
 
 async def obstacle() -> str:
     """Why the program, as it is installed now, could not take over; "" if nothing is known against it."""
-    command = [sys.executable, "-m", "ckptsvc.cli.main", "agent", "--check-config"]
+    flags = ["-P"] if sys.flags.safe_path else []
+    command = [sys.executable, *flags, "-m", "ckptsvc.cli.main", "agent", "--check-config"]
     try:
         trial = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT

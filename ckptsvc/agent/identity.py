@@ -81,6 +81,12 @@ class WitnessRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token: str
 
 
+class YieldRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Ask an agent that a job has started to make way for a service."""
+
+    op: str
+
+
 class Owner(Protocol):
     """What the identity socket needs of the node."""
 
@@ -96,6 +102,9 @@ class Owner(Protocol):
     def hear(self, token: str, pid: int, witness: Witness) -> None:
         """Keep the way to ask the process of a session."""
 
+    def give_way(self) -> None:
+        """End, and leave everything to another agent; InvalidInput if this is a service."""
+
 
 class IdentityServer:
     """Listens on the identity socket within the agent's event loop."""
@@ -105,6 +114,7 @@ class IdentityServer:
         self._owner = owner
         self._tasks: set[asyncio.Task[None]] = set()
         self._sock: socket.socket | None = None
+        self._stopped = False
 
     async def start(self) -> None:
         """Begin to listen; the caller owns the directory, so a file of that name is a dead agent's."""
@@ -117,7 +127,8 @@ class IdentityServer:
         self._spawn(self._accept(self._sock))
 
     async def stop(self) -> None:
-        """Close all connections."""
+        """Close all connections; the ranks go on, and register with the next agent."""
+        self._stopped = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -172,19 +183,21 @@ class IdentityServer:
             pass  # the peer is gone, or does not read its answers
         finally:
             sock.close()
-            if token:
+            if token and not self._stopped:
                 self._owner.unregister(token)
 
     def _answer(self, data: bytes, sock: socket.socket, pid: int, token: str) -> _Reply:
         try:
             op = msgspec.json.decode(data, type=dict).get("op")
-            wanted: Registration | MapRequest | WitnessRequest
+            wanted: Registration | MapRequest | WitnessRequest | YieldRequest
             if op == "register" and not token:
                 wanted = msgspec.json.decode(data, type=Registration)
             elif op == "map" and token:
                 wanted = msgspec.json.decode(data, type=MapRequest)
             elif op == "witness" and not token:
                 wanted = msgspec.json.decode(data, type=WitnessRequest)
+            elif op == "yield" and not token:
+                wanted = msgspec.json.decode(data, type=YieldRequest)
             else:
                 raise InvalidInput(f"{op!r} is not understood here")
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -196,6 +209,9 @@ class IdentityServer:
         if isinstance(wanted, MapRequest):
             fd, capacity = self._owner.arena_fd(token, wanted.slot)
             return _Reply({"ok": True, "capacity": capacity}, fd, token)
+        if isinstance(wanted, YieldRequest):
+            self._owner.give_way()
+            return _Reply({"ok": True})
         witness = Witness(sock)
         self._owner.hear(wanted.token, pid, witness)
         return _Reply({"ok": True}, witness=witness)

@@ -60,6 +60,7 @@ class Node:
         launch_order: what to do with an order for a launcher.
         watch_order: what to do with an order about ranks that hang.
         partner_order: what to do with an order about what other nodes hold.
+        on_yield: another agent, a service, wants to take over; None: this one is a service.
         on_filling: a rank has begun, or ended, to copy into an arena.
     """
 
@@ -82,6 +83,7 @@ class Node:
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
         self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self.partner_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
+        self.on_yield: Callable[[], None] | None = None
         self.on_filling: Callable[[], None] = lambda: None
         self._local, self._workers = local, workers
         self.stops = Stops(local, margin)
@@ -192,6 +194,12 @@ class Node:
         if session.witness is not None:
             session.witness.close()
         session.witness = witness
+
+    def give_way(self) -> None:
+        """End, and leave everything to another agent (identity socket)."""
+        if self.on_yield is None:
+            raise InvalidInput("this agent is a service and makes way for no other")
+        self.on_yield()
 
     async def prepare(self, token: str, digest: str, generation: int, timeout: float) -> tuple[list[int], bool, int]:
         """Wait until the attempt is fenced and every rank has announced.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import faulthandler
 import gc
 import hashlib
 import logging
@@ -249,6 +250,8 @@ class Agent:
             early=(os.cpu_count() or 1) >= settings.save.early_cores,
             tier=self.tier,
         )
+        if self._options.linger is not None:
+            self.node.on_yield = self._stopping.set
         self.local.domain = domain_of(settings.tiers.domain, os.environ, self.node_name)
         self.partners = Partners(self.local, self.trust, settings.tiers.partner_rate)
         self.node.partner_order, self.node.on_filling = self.partners.order, self.partners.filling
@@ -379,6 +382,7 @@ def coordinator_pb2_grpc_add(servicer: CoordinatorServicer, server: Any) -> None
 
 async def serve(options: Options) -> None:
     """Run one agent to its end."""
+    faulthandler.enable()  # a watchdog that ends it (SIGABRT) leaves on record where it stood
     await Agent(options).run()
 
 
