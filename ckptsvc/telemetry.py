@@ -11,6 +11,7 @@ Logs are lines for people, or JSON objects with the keys ts, level, logger, even
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -443,7 +444,28 @@ def _fields_of(record: logging.LogRecord) -> dict[str, object]:
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Ours, so that a second `setup_logging` replaces it and leaves others alone."""
+    """Ours, so that a second `setup_logging` replaces it and leaves others alone.
+
+    Lines that cannot be written (the disk is full, the terminal is gone) are counted, and that is said when it can be.
+    """
+
+    lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        lost = self.lost
+        super().emit(record)
+        if lost and lost == self.lost:
+            self.lost = 0
+            about = {"levelno": logging.WARNING, "levelname": "WARNING", "msg": "lines of this log were lost or late: %d"}
+            super().emit(logging.makeLogRecord(vars(record) | about | {"args": (lost,), "exc_info": None, "event": ""}))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Count a line that could not be written; one that could not be made is a mistake of ours, and shown."""
+        if isinstance(sys.exc_info()[1], OSError):
+            self.lost += 1
+        else:
+            super().handleError(record)
 
 
 def setup_logging(stream: TextIO, *, json: bool, level: str = "info") -> None:

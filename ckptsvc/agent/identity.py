@@ -25,6 +25,10 @@ ACCEPT_AGAIN = 0.2
 """Seconds after which an agent that was out of descriptors looks again who wants to register."""
 
 
+QUIET = 30.0
+"""Seconds after which a connection that has said nothing is closed: each takes a descriptor."""
+
+
 class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a rank says of itself. `keep` is how many checkpoints stay at least; `retention` says which others do.
 
@@ -141,14 +145,19 @@ class IdentityServer:
         task.add_done_callback(self._tasks.discard)
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
+        loop, said = asyncio.get_running_loop(), ""
         while True:
             try:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:  # out of descriptors, for now
-                log.warning("a rank could not be let in: %s", error)
+                if str(error) != said:
+                    log.warning("ranks cannot be let in: %s; trying again until they can", error)
+                said = str(error)
                 await asyncio.sleep(ACCEPT_AGAIN)
                 continue
+            if said:
+                log.warning("ranks can be let in again")
+                said = ""
             sock.setblocking(False)
             self._spawn(self._serve(sock))
 
@@ -158,7 +167,8 @@ class IdentityServer:
         try:
             pid, uid, _ = peer_of(sock)
             while True:
-                data = await loop.sock_recv(sock, MAX_PACKET)
+                receiving = loop.sock_recv(sock, MAX_PACKET)
+                data = await (receiving if token else asyncio.wait_for(receiving, QUIET))
                 if not data:
                     return
                 try:
@@ -168,6 +178,9 @@ class IdentityServer:
                     token = reply.token
                 except CkptsvcError as error:
                     reply = _refusal(error.code, error.what, error.hint)
+                except OSError as error:  # no descriptors, no memory
+                    log.warning("process %d is refused: %s", pid, error)
+                    reply = _refusal("internal", f"the agent cannot: {error.strerror or error}")
                 except Exception as error:
                     log.exception("a message of process %d failed", pid)
                     reply = _refusal("internal", f"{type(error).__name__}: {error}")
@@ -179,8 +192,8 @@ class IdentityServer:
                 if reply.witness is not None:
                     await reply.witness.closed()  # from now on we ask
                     return
-        except (ConnectionError, BlockingIOError):
-            pass  # the peer is gone, or does not read its answers
+        except (ConnectionError, BlockingIOError, TimeoutError):
+            pass  # the peer is gone, does not read its answers, or never said what it wants
         finally:
             sock.close()
             if token and not self._stopped:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import errno
 import faulthandler
 import gc
 import hashlib
@@ -38,6 +39,7 @@ from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.local_tier import LocalTier
 from ckptsvc.agent.lowering import Lowering
+from ckptsvc.agent.malformed import keep_quiet
 from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import OVERDUE, Node
 from ckptsvc.agent.notify import Notifier
@@ -72,6 +74,9 @@ GRACE = 2.0
 
 SHORT_GRACE = 0.1
 """The same when a successor waits to take over: calls that wait for something are made again, the others are over."""
+
+SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES)
+"""What is no mistake of the agent's: it ends with one line, and whoever started it starts it again."""
 
 LAST_SAVE = 60.0
 """Seconds that the ranks get for a last save when a private agent is told to stop; told again, it stops at once."""
@@ -136,6 +141,7 @@ class Agent:
             RunBusy: another agent serves this directory.
         """
         raise_open_files()
+        keep_quiet()
         directory = self._options.directory
         private_directory(directory)
         self.trust = self._trust()
@@ -383,7 +389,14 @@ def coordinator_pb2_grpc_add(servicer: CoordinatorServicer, server: Any) -> None
 async def serve(options: Options) -> None:
     """Run one agent to its end."""
     faulthandler.enable()  # a watchdog that ends it (SIGABRT) leaves on record where it stood
-    await Agent(options).run()
+    try:
+        await Agent(options).run()
+    except OSError as error:
+        if error.errno not in SCARCE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        raise CkptsvcError(f"the agent in {options.directory} cannot go on: {error.strerror}{where}",
+            hint="snapshots in memory wait for the next agent") from error  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

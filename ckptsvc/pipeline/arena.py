@@ -218,7 +218,10 @@ class ArenaPool:
             )
         name = f"{'guest' if guest else f'{rank:05d}'}-{secrets.token_hex(8)}"
         path = self.root / f"{name}.arena"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ArenaExhausted(f"no arena can be made in {self.root}: {error.strerror}") from error
         arena = Arena(name, path, size - TAIL, job, rank, State.FILLING, guest=guest)
         self.arenas[name] = arena
         return arena, fd
@@ -241,22 +244,29 @@ class ArenaPool:
             raise ArenaExhausted(f"no free arena of {nbytes >> 20} MiB for rank {rank}: {busy} are still being saved")
         arena = min(free, key=lambda a: a.step)
         evicted = arena.label
-        self.release(arena)
         try:
             self._set_filled(arena, 0)
-        except OSError as error:  # somebody has tidied up in /dev/shm
+        except FileNotFoundError as error:  # somebody has tidied up in /dev/shm
             self.remove(arena)
             raise ArenaExhausted(f"the arena of rank {rank} is gone: {error}") from error
+        except OSError as error:
+            raise ArenaExhausted(f"the arena of rank {rank} cannot be opened: {error.strerror}") from error
+        self.release(arena)
         arena.state, arena.step, arena.holder, arena.since = State.FILLING, step, holder, time.monotonic()
         return arena, evicted
 
     def stage(self, arena: Arena, label: Label) -> None:
-        """The arena holds a whole snapshot now; remember that beyond this process."""
+        """The arena holds a whole snapshot now; remember that beyond this process.
+
+        Raises:
+            InvalidInput: it is too small for that.
+            OSError: it could not be written down, and is as before.
+        """
         if not 0 < label.nbytes <= arena.capacity:
             raise InvalidInput(f"a snapshot of {label.nbytes} bytes cannot be in an arena of {arena.capacity}")
         self._set_filled(arena, label.nbytes)
-        arena.label, arena.state, arena.holder, arena.since = label, State.STAGED, "", time.monotonic()
         _write_label(arena.path, label)
+        arena.label, arena.state, arena.holder, arena.since = label, State.STAGED, "", time.monotonic()
 
     def _set_filled(self, arena: Arena, nbytes: int) -> None:
         fd = os.open(arena.path, os.O_WRONLY | os.O_CLOEXEC)
@@ -270,7 +280,8 @@ class ArenaPool:
         if arena.label is not None:
             arena.label = msgspec.structs.replace(arena.label, kept=True)
             arena.state = State.KEPT
-            _write_label(arena.path, arena.label)
+            with contextlib.suppress(OSError):  # the next agent saves it once more, and finds it saved
+                _write_label(arena.path, arena.label)
 
     def keep_guest(self, arena: Arena, label: Label) -> None:
         """The arena holds, whole and verified, what belongs to other nodes; remember that beyond this process."""
