@@ -154,13 +154,7 @@ class Agent:
         left = self.pool.open()
         self._build()
         copies = await self.tier.open() if self.tier else []
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self._stopping.set)
-        loop.add_signal_handler(signal.SIGTERM, self._terminated)
-        loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
-        loop.add_signal_handler(handover.SIGNAL, lambda: self.local.spawn(self._make_way()))
-        if not sys.stderr.isatty():  # a terminal that goes takes what runs in its foreground along
-            loop.add_signal_handler(signal.SIGHUP, lambda: self.local.spawn(self._read_again()))
+        self._heed_signals()
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             if self._etcd:
@@ -188,12 +182,31 @@ class Agent:
             await self._stopping.wait()
             if not self._makes_way:
                 self._notifier.stopping("ends; snapshots in memory wait for the next agent")
-            idle = self.node.idle and self.launches.idle and not self._makes_way
+            launched = not self.launches.idle
             self.launches.stopping = True
             (directory / "ready").unlink(missing_ok=True)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        await self._close(awaited=launched or self._makes_way)
+        what = "makes way for its successor" if self._makes_way else "stopped"
+        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s %s", self.node_name, what, node=self.node_name)
+        if self._makes_way:
+            handover.succeed(handover.Handed(lock, self.address, self.metrics_address))
+        os.close(lock)
+
+    def _heed_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._stopping.set)
+        loop.add_signal_handler(signal.SIGTERM, self._terminated)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
+        loop.add_signal_handler(handover.SIGNAL, lambda: self.local.spawn(self._make_way()))
+        if not sys.stderr.isatty():  # a terminal that goes takes what runs in its foreground along
+            loop.add_signal_handler(signal.SIGHUP, lambda: self.local.spawn(self._read_again()))
+
+    async def _close(self, *, awaited: bool) -> None:
+        """Close all parts; `awaited`: somebody counts on the next agent to find what is in memory."""
+        idle = self.node.idle and not awaited
         await self.node.stop()
         await self.partners.close()
         await self.shell.stop()
@@ -203,11 +216,6 @@ class Agent:
         self.pool.close(remove=idle, keep_free=self._makes_way or self._options.linger is None)
         if self.tier:
             self.tier.close()
-        what = "makes way for its successor" if self._makes_way else "stopped"
-        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s %s", self.node_name, what, node=self.node_name)
-        if self._makes_way:
-            handover.succeed(handover.Handed(lock, self.address, self.metrics_address))
-        os.close(lock)
 
     def _trust(self) -> Trust:
         """What this user's agents know each other by; without certificates, they are all on this host."""
@@ -275,6 +283,7 @@ class Agent:
 
         The scheduler that ends a job may send SIGTERM to all of its processes at once.
         """
+        self._makes_way = False
         if self._options.linger is None or self._patient or not self.local.sessions:
             self._stopping.set()
         self._patient = True
@@ -290,6 +299,8 @@ class Agent:
             self._makes_way = False
             return
         await handover.copies_end(self.pool)
+        if not self._makes_way:
+            return  # told to end meanwhile
         self._notifier.reloading("makes way for its successor")
         self._grace = SHORT_GRACE
         self._stopping.set()
