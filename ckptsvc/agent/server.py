@@ -107,7 +107,7 @@ class Agent:
         self._stopping = asyncio.Event()
         self._patient = False  # told to stop, and waiting for the last save
         self._grace = GRACE
-        self._makes_way = False
+        self._makes_way = self._yields = False
         # What a job starts inherits the address of a service manager that knows nothing of it.
         self._notifier = Notifier() if options.linger is not None else Notifier.of(os.environ, os.getpid())
         self._reading = asyncio.Lock()
@@ -188,7 +188,7 @@ class Agent:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        await self._close(awaited=launched or self._makes_way)
+        await self._close(awaited=launched or self._makes_way or self._yields)
         what = "makes way for its successor" if self._makes_way else "stopped"
         log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s %s", self.node_name, what, node=self.node_name)
         if self._makes_way:
@@ -213,7 +213,7 @@ class Agent:
         if self.elections:
             await self.elections.close()
         await self.workers.close()
-        self.pool.close(remove=idle, keep_free=self._makes_way or self._options.linger is None)
+        self.pool.close(remove=idle, keep_free=awaited or self._options.linger is None)
         if self.tier:
             self.tier.close()
 
@@ -265,7 +265,7 @@ class Agent:
             tier=self.tier,
         )
         if self._options.linger is not None:
-            self.node.on_yield = self._stopping.set
+            self.node.on_yield = self._give_way
         self.local.domain = domain_of(settings.tiers.domain, os.environ, self.node_name)
         self.partners = Partners(self.local, self.trust, settings.tiers.partner_rate)
         self.node.partner_order, self.node.on_filling = self.partners.order, self.partners.filling
@@ -310,6 +310,12 @@ class Agent:
             self._notifier.reloading("reads the settings again")
             self._options.settings = await reload(self, self._options.read_again, self._options.settings)
             self._notifier.ready(self.summary())
+
+    def _give_way(self) -> None:
+        """End, for a service that waits to take over."""
+        self._yields = True
+        self._grace = SHORT_GRACE
+        self._stopping.set()
 
     def summary(self) -> str:
         """What it does, in one line."""
