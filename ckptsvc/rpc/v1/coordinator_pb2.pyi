@@ -506,7 +506,7 @@ class StopRequested(_message.Message):
     def __init__(self, job: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Stalled(_message.Message):
-    __slots__ = ("job", "node", "attempt", "rank", "phase", "step", "seconds", "threshold")
+    __slots__ = ("job", "node", "attempt", "rank", "phase", "step", "seconds", "threshold", "stopped")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -515,6 +515,7 @@ class Stalled(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     attempt: int
@@ -523,7 +524,8 @@ class Stalled(_message.Message):
     step: int
     seconds: float
     threshold: float
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., seconds: _Optional[float] = ..., threshold: _Optional[float] = ...) -> None: ...
+    stopped: bool
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., seconds: _Optional[float] = ..., threshold: _Optional[float] = ..., stopped: bool = ...) -> None: ...
 
 class Moved(_message.Message):
     __slots__ = ("job", "attempt", "rank")
