@@ -244,7 +244,7 @@ class Table:
         return Value.of([self._nbytes / MiB / each["seconds"] for each in self._found.samples[name, word]])
 
     def limit(self, word: str) -> str:
-        """The raw client with the best median, "" where there is none; what another one did once, by luck, is no limit."""
+        """The raw client with the best median, "" where there is none; luck of another is no limit."""
         raw = [each for each in self._raw if (each, word) in self._found.samples]
         return max(raw, key=lambda each: self.rate(each, word).median, default="")
 
