@@ -222,8 +222,7 @@ class ObjectStore:
             if self._ranges.fill(self._name(key), offset, view):
                 return
         except TimeoutError:
-            seconds = self._clients.options.timeout
-            raise StoreUnavailable(f"{self.url}/{key}: no answer within {seconds:g} s") from None
+            raise StoreUnavailable(f"{self.url}/{key}: no answer in time") from None
         done, end = 0, offset + len(view)
         with self._errors(key):
             found = obstore.get(self._clients.plain, self._name(key), options={"range": (offset, end)})

@@ -107,7 +107,6 @@ class Ranges:
     def _address(self, name: str) -> SplitResult | None:
         """A signed address, which is used for half of its time; None if there is none now."""
         import obstore
-        from obstore.exceptions import BaseError
 
         if self._clients.place.scheme == "az" and not _PLAIN.fullmatch(name):
             return None
@@ -118,9 +117,10 @@ class Ranges:
             until, address = self._signed.get(name, (0.0, None))
         if address is not None and now < until:
             return address
+        client = self._clients.plain
         try:
-            address = urlsplit(obstore.sign(self._clients.plain, "GET", name, _SIGNED_FOR))
-        except (BaseError, ValueError):  # credentials that cannot sign, or none
+            address = urlsplit(obstore.sign(client, "GET", name, _SIGNED_FOR))
+        except Exception:  # noqa: BLE001  no credentials, or such as cannot sign; obstore's own request tells why
             self._refused(0)
             return None
         if _proxy_for(address):  # obstore speaks with those
