@@ -54,11 +54,11 @@ test-slurm: install ## the batch template under a real Slurm (Debian, root: inst
 	if [ -n "$$absent" ]; then apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; fi
 	$(BIN)/python -m pytest -m slurm $(ARGS)
 
-REALFS := radosgw ceph-mon ceph-osd ceph-mgr ceph-mds ceph-fuse ceph-common glusterfs-server glusterfs-client \
+REALFS := faketime radosgw ceph-mon ceph-osd ceph-mgr ceph-mds ceph-fuse ceph-common glusterfs-server glusterfs-client \
 	moosefs-master moosefs-chunkserver moosefs-client
 
 test-realfs: install ## the drivers on real CephFS, RGW, GlusterFS and MooseFS (Debian, root: installs them)
-	@for program in radosgw ceph-osd ceph-mds ceph-fuse glusterd mfsmaster mfschunkserver mfsmount; do \
+	@for program in faketime radosgw ceph-osd ceph-mds ceph-fuse glusterd mfsmaster mfschunkserver mfsmount; do \
 	command -v $$program > /dev/null || absent=1; done; \
 	if [ -n "$$absent" ]; then apt-get update && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $(REALFS); fi
