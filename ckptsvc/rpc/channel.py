@@ -47,6 +47,12 @@ BETWEEN = [
 ]
 """For the server at which agents look for a coordinator."""
 
+LOCAL = [("grpc.max_receive_message_length", 32 << 20)]
+"""For the server at which the ranks and launchers of the node call: what they say is small."""
+
+MAX_CALLS = 65536
+"""Calls to that server that may wait for an answer; each rank has a handful."""
+
 MAX_WHAT = 800
 """Characters of an error's message that travel."""
 
