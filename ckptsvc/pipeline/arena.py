@@ -195,7 +195,8 @@ class ArenaPool:
         """Reserve one more arena of at least `nbytes` bytes; `populate` must follow, with the descriptor returned.
 
         Args:
-            job, rank: whose it is.
+            job: whose it is.
+            rank: whose in that.
             nbytes: what it is for.
             most: bytes that the job's arenas may take; None: the pool's limit is the only one.
             guest: it is for what belongs to another node.
