@@ -59,6 +59,8 @@ class User:
         gid: of whoever asked first.
         pid, pidfd: of the agent; -1: it does not run.
         link: its connection.
+        starting: it has been started, and has not connected yet.
+        served: it has.
         ranks: registered there.
         busy: it has something to do.
         waiting: callers that wait for it.
@@ -79,6 +81,7 @@ class User:
     busy: bool = False
     waiting: int = 0
     starting: bool = False
+    served: bool = False
     since: float = field(default_factory=time.time)
     began: float = 0.0
     failures: int = 0
@@ -137,7 +140,7 @@ class Agents:
             pidfd = records.watch(record)
             if pidfd < 0:
                 continue
-            user = self._users[uid] = User(uid, record.gid, record.user, record.pid, pidfd)
+            user = self._users[uid] = User(uid, record.gid, record.user, record.pid, pidfd, served=True)
             self._watch(user)
             logger.info("found the agent of %s: process %d", user.name, user.pid)
 
@@ -207,9 +210,9 @@ class Agents:
             hint="an operator can raise system.max_users")  # fmt: skip
 
     def listed(self, uid: int | None = None) -> Iterator[dict[str, Any]]:
-        """What there is to say of every agent, or of one user's."""
+        """What there is to say of every agent, or of one user's; nothing of users who may have none."""
         for user in sorted(self._users.values(), key=lambda each: each.uid):
-            if uid in (None, user.uid):
+            if user.name and uid in (None, user.uid):
                 yield {
                     "uid": user.uid,
                     "user": user.name,
@@ -232,7 +235,7 @@ class Agents:
         user = self._users.get(uid)
         if user is None or user.pidfd < 0 or user.pid != pid:
             raise StoreDenied(f"process {pid} is not the agent that was started for user {uid}")
-        user.link, user.starting, user.problem = link, False, None
+        user.link, user.starting, user.served, user.problem = link, False, True, None
         user.wake()
         log(logger, logging.INFO, Event.AGENT_STARTED, "the agent of %s serves, process %d", _who(user), pid)
         return self._share()
@@ -266,7 +269,7 @@ class Agents:
     # ---- processes ---------------------------------------------------------------------------------------------------
 
     def _start(self, user: User) -> None:
-        user.starting, user.problem = True, None
+        user.starting, user.served, user.problem = True, False, None
         user.wake()
         self._spawn(self._begin(user))
 
@@ -334,9 +337,9 @@ class Agents:
             self._divide()
         if user.starting:
             user.wake()  # `_begin` has more to say of it
-        elif status == 0 or not busy:
-            log(logger, logging.INFO, Event.AGENT_STOPPED, "the agent of %s has ended", _who(user))
-            user.failures = 0
+        elif status == 0 or not busy or not user.served:
+            if user.served:
+                log(logger, logging.INFO, Event.AGENT_STOPPED, "the agent of %s has ended", _who(user))
             user.wake()
         else:
             if time.monotonic() - user.began > HEALTHY:

@@ -56,10 +56,14 @@ def ask_users() -> list[Answer]:
     directory = Path(load(os.environ).system.directory)
     if not service.is_there(directory):
         raise AgentUnavailable(f"no service for all users of this node listens in {directory}",
-            hint="`ckptsvc status` shows your own agents; root starts the service: `ckptsvc agent --system`")  # fmt: skip
+            hint="`ckptsvc status` shows your own agents; root starts it: `ckptsvc agent --system`")  # fmt: skip
     answers = []
     for each in service.ask(directory, "agents")["agents"]:
-        where, user = Path(each["directory"]), each["user"] or str(each["uid"])
+        where, user = Path(each["directory"]), each["user"]
+        if each["state"] not in ("serves", "away"):
+            if each["problem"]:
+                answers.append(Answer(where, None, AgentUnavailable(each["problem"]), user))
+            continue
         try:
             with safe_target(where, each["uid"]) as target:
                 answers.append(Answer(where, _cleaned(ask(where, target)), None, user))

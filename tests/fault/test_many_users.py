@@ -1,0 +1,530 @@
+"""One service for many users: real user ids, real agents, and what users try with each other's."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.runtime import eventually
+from harness.users import (
+    ALICE,
+    BOB,
+    DAEMON,
+    STRANGER,
+    Node,
+    Person,
+    as_user,
+    ids_of,
+    node_of_users,
+    wait_until_gone,
+)
+
+from ckptsvc.errors import AgentUnavailable, CkptsvcError, InvalidInput, LimitReached, StoreDenied
+from ckptsvc.rpc import service
+from ckptsvc.rpc.dial import safe_target
+from ckptsvc.rpc.identity import IdentityClient
+
+ROOT = Person("root", 0, 0, (0,))
+RANK = Path(__file__).parents[1] / "harness" / "rank.py"
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Node]:
+    """A node whose service lasts for all tests that do it no harm."""
+    with node_of_users() as node:
+        node.start(system_operators="ck-daemon")
+        for person in (ALICE, BOB):
+            ask(node, person)
+        yield node
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    """A node of the test's own; the service is not started."""
+    with node_of_users() as own:
+        yield own
+
+
+def ask(node: Node, person: Person, op: str = "agent") -> dict[str, Any]:
+    """The service's answer to a user; what it refuses with is raised here."""
+
+    def call() -> dict[str, Any]:
+        try:
+            return service.ask(node.directory, op)
+        except CkptsvcError as error:
+            return {"refused": [type(error).__name__, str(error)]}
+
+    answer: dict[str, Any] = as_user(person, call)
+    if "refused" in answer:
+        name, what = answer["refused"]
+        raise {t.__name__: t for t in (AgentUnavailable, InvalidInput, LimitReached, StoreDenied)}[name](what)
+    return answer
+
+
+def error_of(person: Person, act: Callable[[], object]) -> str:
+    """The name of the system error that a user gets; "" if he gets none."""
+
+    def attempt() -> str:
+        try:
+            act()
+        except OSError as error:
+            return type(error).__name__
+        return ""
+
+    return str(as_user(person, attempt))
+
+
+def registration(**changes: Any) -> dict[str, Any]:
+    fields = {"op": "register", "job": "job", "attempt": 0, "rank": 0, "world_size": 1, "store": "memory://users"}
+    return fields | changes
+
+
+class TestAnAgent:
+    def test_is_its_users_and_has_no_right_or_descriptor_or_variable_of_roots(self, shared: Node) -> None:
+        for person in (ALICE, BOB):
+            pid = shared.agents()[person.uid]["pid"]
+            ids = ids_of(pid)
+            assert ids["Uid"].split() == [str(person.uid)] * 4
+            assert ids["Gid"].split() == [str(person.gid)] * 4
+            assert sorted(map(int, ids["Groups"].split())) == sorted(person.groups)
+            assert int(ids["CapEff"], 16) == int(ids["CapPrm"], 16) == 0
+            assert (ids["NoNewPrivs"], ids["Umask"]) == ("1", "0022")
+            assert os.readlink(f"/proc/{pid}/cwd") == "/"
+            assert os.getsid(pid) == pid
+            environ = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if v)
+            assert environ["HOME"] == str(shared.home(person))
+            assert environ["USER"] == person.name
+            allowed = {"PATH", "LANG", "HOME", "USER", "LOGNAME", "PYTHONPATH", "PYTHONNOUSERSITE", "GRPC_VERBOSITY"}
+            assert {name for name in environ if not name.startswith("CKPTSVC_")} <= allowed
+            held = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+            files = [path for path in held if path.startswith("/") and path != "/dev/null"]
+            own = (str(shared.agent_directory(person)), str(shared.arenas))
+            assert [path for path in files if not path.startswith(own)] == []
+
+    def test_is_one_for_each_user_however_often_he_asks(self, shared: Node) -> None:
+        before = shared.agents()
+        for person in (ALICE, BOB):
+            assert ask(shared, person)["directory"] == str(shared.agent_directory(person))
+        assert {u: a["pid"] for u, a in shared.agents().items()} == {u: a["pid"] for u, a in before.items()}
+
+    def test_is_found_by_the_commands_of_its_user(self, shared: Node) -> None:
+        status, said = shared.command(ALICE, "status", "--json")
+        assert status == 0, said
+        assert [a["directory"] for a in json.loads(said)["agents"]] == [str(shared.agent_directory(ALICE))]
+
+
+class TestWhoMayHaveOne:
+    def test_not_system_accounts_nor_numbers_without_an_account(self, shared: Node) -> None:
+        with pytest.raises(StoreDenied, match="ck-daemon is of the system itself"):
+            ask(shared, DAEMON)
+        with pytest.raises(StoreDenied, match="54999 has no account on this node"):
+            ask(shared, STRANGER)
+        for person in (DAEMON, STRANGER):
+            assert not shared.agent_directory(person).exists()
+
+    def test_those_who_are_listed_by_name_number_and_group_and_root(self, node: Node) -> None:
+        node.start(system_users="ck-daemon,54999,@ck-shared", system_max_users="4", system_umask="027")
+        for person in (ALICE, DAEMON, STRANGER, ROOT):  # Alice is in the group
+            assert ask(node, person)["directory"] == str(node.agent_directory(person))
+        with pytest.raises(LimitReached, match="serves 4 users already"):
+            ask(node, BOB)
+        agents = node.agents()
+        ids = ids_of(agents[STRANGER.uid]["pid"])
+        assert ids["Groups"].split() == ids["Gid"].split()[:1] == [str(STRANGER.gid)]
+        assert ids["Umask"] == "0027"
+        os.kill(agents[DAEMON.uid]["pid"], signal.SIGTERM)  # it is idle
+        wait_until_gone(agents[DAEMON.uid]["pid"])
+        with pytest.raises(StoreDenied, match="ck-bob may not use this node's service"):
+            eventually(lambda: ask(node, BOB), "the place to be free")
+
+
+class TestOperators:
+    def test_see_the_agents_of_all_and_users_their_own(self, shared: Node) -> None:
+        for operator in (ROOT, DAEMON):
+            assert {ALICE.uid, BOB.uid} <= {each["uid"] for each in ask(shared, operator, "agents")["agents"]}
+        for person in (ALICE, BOB):
+            assert [each["uid"] for each in ask(shared, person, "agents")["agents"]] == [person.uid]
+
+    def test_see_what_they_do(self, shared: Node) -> None:
+        status, said = shared.command(ROOT, "status", "--all-users")
+        assert status == 0, said
+        assert "user ck-alice" in said
+        assert "user ck-bob" in said
+        status, said = shared.command(BOB, "status", "--all-users", "--json")
+        assert status == 0, said
+        assert [each["user"] for each in json.loads(said)["agents"]] == ["ck-bob"]
+
+    def test_do_not_follow_what_a_user_has_put_in_the_way(self, node: Node) -> None:
+        node.start()
+        for person in (ALICE, BOB):
+            ask(node, person)
+        hers, his = node.agent_directory(ALICE), node.agent_directory(BOB)
+
+        def swap() -> int:
+            (his / "agent.sock").unlink()
+            (his / "agent.sock").symlink_to(hers / "agent.sock")
+            return 0
+
+        as_user(BOB, swap)
+        status, said = node.command(ROOT, "status", "--all-users", "--json")
+        found = {each["user"]: each for each in json.loads(said)["agents"]}
+        assert status == 3
+        assert "no socket of user 54002" in found["ck-bob"]["error"]["what"]
+        assert found["ck-alice"]["status"]["ranks"] == []
+        with pytest.raises(AgentUnavailable, match="no socket of user"), safe_target(hers, BOB.uid):
+            pass
+
+
+class TestAnotherUser:
+    def test_reaches_neither_socket_nor_file_nor_arena_of_hers(self, shared: Node) -> None:
+        hers = shared.agent_directory(ALICE)
+        (arenas,) = (path for path in shared.arenas.iterdir() if path.stat().st_uid == ALICE.uid)
+
+        def connect(kind: int, path: Path) -> None:
+            with socket.socket(socket.AF_UNIX, kind) as sock:
+                sock.connect(str(path))
+
+        attempts: dict[str, Callable[[], object]] = {
+            "list": lambda: os.listdir(hers),
+            "grpc": lambda: connect(socket.SOCK_STREAM, hers / "agent.sock"),
+            "identity": lambda: connect(socket.SOCK_SEQPACKET, hers / "identity.sock"),
+            "secret": lambda: (hers / "secret").read_text(),
+            "log": lambda: (hers / "agent.log").read_text(),
+            "plant": lambda: (hers / "ready").write_text("1"),
+            "arenas": lambda: os.listdir(arenas),
+            "arena": lambda: (arenas / "lock").open("r+b"),
+            "remove": lambda: arenas.rename(shared.arenas / "mine"),
+            "users": lambda: os.listdir(shared.directory / "users"),
+            "new": lambda: (shared.directory / "users" / "54999").symlink_to("/"),
+            "swap": lambda: (shared.directory / "users").rename(shared.directory / "users2"),
+            "records": lambda: os.listdir(shared.directory / "agents"),
+            "socket": lambda: (shared.directory / "service.sock").unlink(),
+            "lock": lambda: (shared.directory / "service.lock").open("r+b"),
+        }
+        for name, attempt in attempts.items():
+            assert error_of(BOB, attempt) == "PermissionError", name
+
+    def test_cannot_signal_trace_or_take_descriptors_of_hers(self, shared: Node) -> None:
+        pid = shared.agents()[ALICE.uid]["pid"]
+
+        def through_pidfd() -> None:
+            fd = os.pidfd_open(pid)
+            try:
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+            finally:
+                os.close(fd)
+
+        for attempt in (
+            lambda: os.kill(pid, signal.SIGKILL),
+            through_pidfd,
+            lambda: os.listdir(f"/proc/{pid}/fd"),
+            lambda: Path(f"/proc/{pid}/environ").read_text(),
+            lambda: os.open(f"/proc/{pid}/mem", os.O_RDONLY),
+        ):
+            assert error_of(BOB, attempt) == "PermissionError"
+        assert Path(f"/proc/{pid}").exists()
+
+    def test_cannot_pass_for_her_agent(self, shared: Node) -> None:
+        for person in (BOB, ALICE):  # not even a process of her own that is not the one
+            with pytest.raises(StoreDenied, match=f"is not the agent that was started for user {person.uid}"):
+                ask(shared, person, "serve")
+        assert shared.agents()[ALICE.uid]["state"] == "serves"
+
+    def test_is_turned_away_by_her_agent_even_with_a_connection_to_it(self, shared: Node) -> None:
+        path = str(shared.agent_directory(ALICE) / "identity.sock")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+        def hand_over() -> int:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.connect(path)
+                socket.send_fds(ours, [b"x"], [sock.fileno()])
+            return 0
+
+        def use() -> str:
+            _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
+            with socket.socket(fileno=fds[0]) as sock:
+                sock.send(json.dumps(registration(job="his")).encode())
+                return sock.recv(65536).decode()
+
+        # Who connected counts, not who speaks: what she gives away is hers to give.
+        as_user(ALICE, hand_over)
+        assert json.loads(as_user(BOB, use))["ok"] is True
+        # One that he has opened himself, as far as root lets him, is his.
+        ours.close()
+        theirs.close()
+        connection = IdentityClient(path)  # root's
+        with pytest.raises(StoreDenied, match=f"serves user {ALICE.uid}, not user 0"):
+            connection.call(registration())
+        connection.close()
+
+
+class TestLinksInTheWay:
+    def test_of_the_directory_of_an_agent_are_refused(self, node: Node) -> None:
+        node.start()
+        target = node.home(BOB) / "target"
+        target.mkdir(mode=0o755)
+        # Nobody but root can put one there: this is what root does to say that it would not help.
+        node.agent_directory(BOB).symlink_to(target)
+        with pytest.raises((AgentUnavailable, InvalidInput), match="is no directory"):
+            ask(node, BOB)
+        assert list(target.iterdir()) == []
+        assert target.stat().st_uid == 0
+
+    def test_of_the_files_in_it_do_harm_to_nobody_but_the_user(self, node: Node) -> None:
+        node.start()
+        ask(node, BOB)
+        his, precious = node.agent_directory(BOB), node.root / "precious"
+        precious.write_text("precious")
+        precious.chmod(0o600)
+        (node.root / "service.lock").touch()
+        pid = node.agents()[BOB.uid]["pid"]
+        os.kill(pid, signal.SIGTERM)
+        wait_until_gone(pid)
+
+        def plant() -> int:
+            for name in ("agent.log", "ready", "ready.new", "agent.lock", "agent.sock", "identity.sock"):
+                (his / name).unlink(missing_ok=True)
+                (his / name).symlink_to(precious)
+            return 0
+
+        as_user(BOB, plant)
+        with pytest.raises((AgentUnavailable, InvalidInput)):
+            ask(node, BOB)
+        assert precious.read_text() == "precious"
+        assert (precious.stat().st_uid, stat.S_IMODE(precious.stat().st_mode)) == (0, 0o600)
+        assert ask(node, ALICE)["ok"] is True
+
+    def test_of_the_arenas_are_refused_by_the_agent_whose_they_would_be(self, node: Node) -> None:
+        node.start()
+        ask(node, ALICE)
+        (folder,) = node.arenas.iterdir()
+        pid = node.agents()[ALICE.uid]["pid"]
+        os.kill(pid, signal.SIGTERM)
+        wait_until_gone(pid)
+        # She is idle and her directory is gone: he makes one of that name, or a link to one of his.
+        eventually(lambda: not folder.exists(), "the arenas to be gone")
+
+        def trap() -> int:
+            (node.home(BOB) / "trap").mkdir(mode=0o777)
+            folder.symlink_to(node.home(BOB) / "trap")
+            return 0
+
+        as_user(BOB, trap)
+        with pytest.raises(AgentUnavailable, match="did not start"):
+            ask(node, ALICE)
+        assert "is not a directory" in (node.agent_directory(ALICE) / "agent.log").read_text()
+        assert list((node.home(BOB) / "trap").iterdir()) == []
+        folder.unlink()
+
+
+class TestTheProtocol:
+    @pytest.mark.parametrize("seed", range(3))
+    def test_survives_what_is_no_request(self, shared: Node, seed: int) -> None:
+        chance = random.Random(seed)
+        packets = [packet(chance) for _ in range(150)]
+
+        def send() -> list[str]:
+            answers = []
+            for data in packets:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                    sock.settimeout(20)
+                    sock.connect(str(shared.directory / "service.sock"))
+                    with contextlib.suppress(BrokenPipeError):
+                        sock.send(data)
+                        with contextlib.suppress(ConnectionError):
+                            answers.append(sock.recv(65536).decode())
+            return answers
+
+        answers = [json.loads(answer) for answer in as_user(DAEMON, send) if answer]
+        assert answers
+        assert not any(answer["ok"] for answer in answers)
+        assert {answer["code"] for answer in answers} <= {"invalid-input", "store-denied", "limit-reached"}
+        assert shared.supervisor is not None
+        assert shared.supervisor.poll() is None
+        assert ask(shared, ALICE)["ok"] is True
+        assert "Traceback" not in (shared.root / "service.log").read_text()
+
+    def test_takes_no_descriptors(self, shared: Node) -> None:
+        assert shared.supervisor is not None
+        held = len(os.listdir(f"/proc/{shared.supervisor.pid}/fd"))
+
+        def send() -> int:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.connect(str(shared.directory / "service.sock"))
+                fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(100)]
+                socket.send_fds(sock, [b'{"op":"agents"}'], fds)
+                sock.recv(65536)
+            return 0
+
+        as_user(BOB, send)
+        eventually(lambda: len(os.listdir(f"/proc/{shared.supervisor.pid}/fd")) <= held, "the descriptors to be closed")
+
+    def test_of_an_agent_that_says_what_cannot_be_harms_no_other(self, node: Node) -> None:
+        node.start(system_linger="600s")
+        for person in (ALICE, BOB):
+            ask(node, person)
+        pid = node.agents()[BOB.uid]["pid"]
+        os.kill(pid, signal.SIGKILL)  # his own to kill
+        eventually(lambda: node.agents()[BOB.uid]["state"] == "ended", "it to be noticed")
+        hers = node.agents()[ALICE.uid]
+        with pytest.raises(StoreDenied):
+            ask(node, BOB, "serve")
+        assert ask(node, BOB)["ok"] is True
+        assert node.agents()[ALICE.uid]["pid"] == hers["pid"]
+
+
+def packet(chance: random.Random) -> bytes:
+    """One that is no good request of anybody's."""
+    kinds: list[Callable[[], bytes]] = [
+        lambda: chance.randbytes(chance.randrange(1, 200)),
+        lambda: b"{" * chance.randrange(1, 4000),
+        lambda: b"[" * 4090,
+        lambda: json.dumps({"op": chance.choice(["", "root", "state", "serve", "AGENT"])}).encode(),
+        lambda: json.dumps({"op": "agent", "uid": 0}).encode(),
+        lambda: json.dumps({"op": "agents", "ranks": chance.choice([-1, 1 << 40, 1 << 90])}).encode(),
+        lambda: json.dumps({"op": "agent", "x" * 3000: 1}).encode(),
+        lambda: b'{"op":"agents"}' + b" " * chance.randrange(4096, 60000),
+        lambda: b'{"op":"agents","op":' + b"9" * 3000 + b"}",
+        lambda: b'{"op":"agents"' + chance.randbytes(3),
+        lambda: struct.pack("<Q", chance.getrandbits(64)),
+        lambda: b'{"op":"\xff\xfe"}',
+    ]
+    return chance.choice(kinds)()
+
+
+class TestAFlood:
+    def test_of_requests_does_not_keep_others_waiting(self, node: Node) -> None:
+        node.start()
+        ask(node, BOB)
+        code = f"""
+import socket, time
+end = time.monotonic() + 60
+held = []
+while time.monotonic() < end:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(5)
+    try:
+        sock.connect({str(node.directory / "service.sock")!r})
+        sock.send(b'{{"op":"agent"}}')
+    except OSError:
+        pass
+    held.append(sock)
+    if len(held) > 900:
+        held.clear()
+"""
+        flood = node.spawn(BOB, [sys.executable, "-c", code])
+        try:
+            log = node.root / "service.log"
+            eventually(lambda: "callers are turned away: user 54002" in log.read_text(), "the flood to be noticed")
+            assert ask(node, ALICE)["directory"] == str(node.agent_directory(ALICE))
+            identity = as_user(ALICE, lambda: register(node, ALICE))
+            assert identity == "ok"
+        finally:
+            flood.kill()
+            flood.communicate()
+        assert (node.root / "service.log").read_text().count("turned away") < 5  # the log is not flooded too
+
+
+def register(node: Node, person: Person) -> str:
+    """Register a rank with one's own agent, and leave."""
+    identity = IdentityClient(str(node.agent_directory(person) / "identity.sock"))
+    answer, fd = identity.call(registration())
+    os.close(fd)
+    identity.close()
+    return "ok" if answer["ok"] else str(answer)
+
+
+def beat(person: Person, node: Node, stop: threading.Event, problems: list[str]) -> None:
+    """Ask for the agent again and again, as ranks do that have lost it."""
+    while not stop.is_set():
+        try:
+            ask(node, person)
+        except AgentUnavailable:
+            time.sleep(0.05)
+        except Exception as error:
+            problems.append(repr(error))
+
+
+class TestTheServicesOwnEnd:
+    def test_by_kill_leaves_agents_and_their_ranks_and_another_finds_them(self, node: Node) -> None:
+        node.start()
+        for person in (ALICE, BOB):
+            ask(node, person)
+        before = node.agents()
+        rank = rank_of(node, ALICE)
+        eventually(lambda: node.agents()[ALICE.uid]["ranks"] == 1, "the rank to be counted")
+        node.stop(signal.SIGKILL)
+        assert node.command(ALICE, "status")[0] == 0  # nobody needs the service for what is there
+        node.start()
+        eventually(lambda: {a["state"] for a in node.agents().values()} == {"serves"}, "the agents to come back")
+        after = node.agents()
+        assert {u: a["pid"] for u, a in after.items()} == {u: a["pid"] for u, a in before.items()}
+        assert after[ALICE.uid]["ranks"] == 1
+        assert rank.poll() is None
+        rank.kill()
+        rank.communicate()
+
+    def test_in_good_order_leaves_them_too(self, node: Node) -> None:
+        node.start()
+        ask(node, ALICE)
+        pid = node.agents()[ALICE.uid]["pid"]
+        assert node.stop() == 0
+        assert ids_of(pid)["Uid"].split()[0] == str(ALICE.uid)
+        assert not any(s in ids_of(pid)["State"] for s in "ZX")
+
+    def test_a_second_one_is_refused(self, shared: Node) -> None:
+        status, said = shared.command(ROOT, "agent", "--system")
+        assert (status, "another service serves" in said) == (11, True)
+
+    def test_needs_root_and_ports_that_agents_can_share(self, shared: Node) -> None:
+        status, said = shared.command(ALICE, "agent", "--system")
+        assert (status, "must be started by root" in said) == (2, True)
+        status, said = shared.command(ROOT, "agent", "--system", "--listen", "127.0.0.1:7070")
+        assert (status, "every user's agent needs a port of its own" in said) == (2, True)
+
+
+class TestAnAgentsEnd:
+    def test_under_its_ranks_brings_another_at_once(self, node: Node) -> None:
+        node.start()
+        ask(node, ALICE)
+        rank = rank_of(node, ALICE)
+        eventually(lambda: node.agents()[ALICE.uid]["ranks"] == 1, "the rank to be counted")
+        first = node.agents()[ALICE.uid]["pid"]
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: node.agents()[ALICE.uid]["state"] == "serves", "another agent")
+        assert node.agents()[ALICE.uid]["pid"] != first
+        rank.kill()
+        rank.communicate()
+
+    def test_after_doing_nothing_is_no_failure_and_it_is_started_again_on_demand(self, node: Node) -> None:
+        node.start(system_linger="1s")
+        ask(node, ALICE)
+        first = node.agents()[ALICE.uid]["pid"]
+        wait_until_gone(first)
+        eventually(lambda: node.agents()[ALICE.uid]["state"] == "ended", "it to be noticed")
+        assert ask(node, ALICE)["ok"] is True
+        assert node.agents()[ALICE.uid]["pid"] not in (first, -1)
+
+
+def rank_of(node: Node, person: Person) -> subprocess.Popen[str]:
+    """A process that is registered with its user's agent for as long as it lives."""
+    code = f"""
+import os, sys, time
+from ckptsvc.rpc.identity import IdentityClient
+identity = IdentityClient({str(node.agent_directory(person) / "identity.sock")!r})
+answer, fd = identity.call({registration()!r})
+time.sleep(60)
+"""
+    return node.spawn(person, [sys.executable, "-c", code])
