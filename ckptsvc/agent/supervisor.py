@@ -84,7 +84,7 @@ class Supervisor:
         self._directory, self._operators = Path(system.directory), system.operators
         arguments = ["--service", system.directory, "--linger", f"{system.linger:g}s", *arguments]
         environment = environment_of(environ, system.environment)
-        self._agents = Agents(self._directory, system, node_of(settings), arguments, environment)
+        self._agents = Agents(self._directory, settings.arena.dir, system, node_of(settings), arguments, environment)
         self._gate = Gate()
         self._known: dict[int, tuple[float, bool]] = {}
         self._tasks: set[asyncio.Task[None]] = set()

@@ -112,6 +112,7 @@ class Agents:
 
     Args:
         directory: of the service.
+        arenas: where the directory of all users' arenas is.
         settings: who may have one, and how many there may be.
         node: what is divided among them.
         arguments: for every agent.
@@ -119,8 +120,10 @@ class Agents:
     """
 
     def __init__(
-        self, directory: Path, settings: SystemSettings, node: Node, arguments: Sequence[str], environ: dict[str, str]
-    ) -> None:
+        self, directory: Path, arenas: str, settings: SystemSettings, node: Node, arguments: Sequence[str],
+        environ: dict[str, str],
+    ) -> None:  # fmt: skip
+        self._arenas = arenas
         self._directory, self._settings, self._node = directory, settings, node
         self._arguments, self._environ = list(arguments), environ
         self._users: dict[int, User] = {}
@@ -136,6 +139,7 @@ class Agents:
         """
         users, self._records = records.open_directories(self._directory)
         os.close(users)
+        os.close(records.open_arenas(Path(self._arenas)))
         for uid, record in records.all_of(self._records):
             pidfd = records.watch(record)
             if pidfd < 0:
@@ -274,13 +278,15 @@ class Agents:
         self._spawn(self._begin(user))
 
     async def _begin(self, user: User) -> None:
+        entered = False
         try:
             async with self._starting:
                 await asyncio.wait_for(self._enter(user), ENTER_TIMEOUT)
+            entered = True
             await asyncio.wait_for(self._until_connected(user), START_TIMEOUT)
         except TimeoutError:
             self._failed(user, AgentUnavailable(f"the agent of {_who(user)} does not start"))
-            if not user.name and user.process is not None:
+            if not entered and user.process is not None:
                 user.process.kill()  # it waits for the accounts, as root
         except CkptsvcError as error:
             self._failed(user, error)
@@ -308,16 +314,18 @@ class Agents:
                 user.name = said["user"]
 
     def _execute(self, user: User, report: int) -> None:
+        settings = self._settings
         order = Order(
-            directory=str(self._directory), uid=user.uid, gid=user.gid, users=list(self._settings.users),
-            min_uid=self._settings.min_uid, umask=self._settings.umask, arguments=self._arguments, report=report,
+            directory=str(self._directory), arenas=self._arenas, uid=user.uid, gid=user.gid,
+            users=list(settings.users), min_uid=settings.min_uid, umask=settings.umask,
+            arguments=self._arguments, report=report,
         )  # fmt: skip
         text = msgspec.json.encode(order).decode()
         user.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "ckptsvc.agent.supervisor_entrance", text], pass_fds=(report,),
             stdin=subprocess.DEVNULL, cwd="/", start_new_session=True, env=self._environ, umask=0o077,
         )  # fmt: skip
-        user.pid, user.began, user.name = user.process.pid, time.monotonic(), ""
+        user.pid, user.began = user.process.pid, time.monotonic()
         user.pidfd = os.pidfd_open(user.pid)
         self._watch(user)
 

@@ -41,6 +41,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         directory: of the service.
+        arenas: where the directory of all users' arenas is.
         uid, gid: of the process that asked, as the kernel says.
         users, min_uid: who may have an agent (settings.SystemSettings).
         umask: of the agent.
@@ -49,6 +50,7 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     directory: str
+    arenas: str
     uid: int
     gid: int
     users: list[str]
@@ -132,6 +134,7 @@ def enter(order: Order) -> NoReturn:
         os.close(living)
         raise AgentUnavailable(f"the agent of user {account.uid} runs already: process {earlier.pid}")
     own = records.user_directory(users, account.uid, account.gid)
+    records.user_directory(records.open_arenas(Path(order.arenas)), account.uid, account.gid)
     name = account.name or str(account.uid)
     records.write(kept, account.uid, records.Record(os.getpid(), records.began(os.getpid()), name, order.gid))
     _say(order.report, {"user": name})
@@ -139,7 +142,10 @@ def enter(order: Order) -> NoReturn:
     os.umask(order.umask)
     _open_log(own)
     directory = f"{order.directory}/users/{account.uid}"
-    mine = {"HOME": account.home, "USER": name, "LOGNAME": name, "CKPTSVC_AGENT_SOCKET_DIR": directory}
+    mine = {
+        "HOME": account.home, "USER": name, "LOGNAME": name, "CKPTSVC_AGENT_SOCKET_DIR": directory,
+        "CKPTSVC_ARENA_DIR": f"{order.arenas}/{records.ARENAS}/{account.uid}",
+    }  # fmt: skip
     command = [sys.executable, "-P", "-m", "ckptsvc.agent.server", "--dir", directory, *order.arguments]
     try:
         os.execve(command[0], command, os.environ | mine)

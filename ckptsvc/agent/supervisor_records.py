@@ -18,6 +18,7 @@ from ckptsvc.errors import ConfigError
 from ckptsvc.rpc.service import USERS
 
 RECORDS = "agents"
+ARENAS = "ckptsvc"
 MAX_RECORD = 4096
 
 
@@ -67,16 +68,33 @@ def _opened(name: str, above: int | None, mode: int) -> int:
     status = os.fstat(fd)
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
         os.close(fd)
-        raise ConfigError(f"{name} is not root's alone", hint=f"chown root {name}; chmod {mode:o} {name}")
+        raise ConfigError(f"{name} is not root's alone", hint="remove it, or give it to root")
     os.fchmod(fd, mode)
     return fd
 
 
-def user_directory(users: int, uid: int, gid: int) -> int:
+def open_arenas(directory: Path) -> int:
+    """Make the directory of all users' arenas, or check that it is root's; returns a descriptor.
+
+    In /dev/shm anybody may make a directory of any name. Below one of root's, nobody takes the place of another's.
+
+    Raises:
+        ConfigError: somebody else was there first.
+    """
+    path = directory / ARENAS
+    try:
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o711)
+        return _opened(str(path), None, 0o711)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", hint="remove it, if a user has made it") from error
+
+
+def user_directory(above: int, uid: int, gid: int) -> int:
     """Make a user's directory, or check that it is his alone; returns a descriptor.
 
     Args:
-        users: descriptor of the directory above.
+        above: descriptor of the directory above, which is root's.
         uid: whose it is.
         gid: his group.
 
@@ -85,15 +103,15 @@ def user_directory(users: int, uid: int, gid: int) -> int:
     """
     name = str(uid)
     with contextlib.suppress(FileExistsError):
-        os.mkdir(name, 0o700, dir_fd=users)
+        os.mkdir(name, 0o700, dir_fd=above)
     try:
-        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=users)
+        fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
     except OSError as error:
-        raise ConfigError(f"users/{name} of the service is no directory: {error.strerror}") from error
+        raise ConfigError(f"the service's place for user {name} is no directory: {error.strerror}") from error
     owner = os.fstat(fd).st_uid
     if owner not in (0, uid):
         os.close(fd)
-        raise ConfigError(f"users/{name} of the service belongs to user {owner}")
+        raise ConfigError(f"the service's place for user {name} belongs to user {owner}")
     os.fchown(fd, uid, gid)
     os.fchmod(fd, 0o700)
     return fd

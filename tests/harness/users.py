@@ -159,7 +159,7 @@ class Node:
         problems = []
         if self.supervisor is not None and self.supervisor.poll() is None:
             self.stop()
-        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGTERM, "ckptsvc.agent.server")
         with contextlib.suppress(AssertionError):
             eventually(lambda: not self.processes(), "all agents to end", 20)
         if left := self.processes():
@@ -172,10 +172,11 @@ class Node:
             shutil.rmtree(folder, ignore_errors=True)
         return problems
 
-    def _signal(self, number: int) -> None:
+    def _signal(self, number: int, part: str = "") -> None:
         for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+            with contextlib.suppress(OSError):
+                if part in Path(f"/proc/{pid}/cmdline").read_text():
+                    os.kill(pid, number)
 
 
 @contextlib.contextmanager
