@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,17 +150,7 @@ class Agent:
             if self.tier:
                 self.tier.recover(copies)
             self.node.saves.recover(left)
-            lasting = [
-                self.trust.run(),
-                self.shell.run(),
-                self.node.watch(),
-                self.watch.run(),
-                self.nics.run(),
-                self._until_idle(),
-            ]
-            if self._options.service:
-                lasting.append(Tenancy(self._options.service, self.local, self.workers, self._is_idle).run())
-            tasks = [asyncio.ensure_future(c) for c in lasting]
+            tasks = [asyncio.ensure_future(c) for c in self._lasting()]
             (directory / "ready.new").write_text(self._ready_text())
             (directory / "ready.new").rename(directory / "ready")
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
@@ -183,6 +173,17 @@ class Agent:
             self.tier.close()
         log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
         os.close(lock)
+
+    def _lasting(self) -> Iterator[Coroutine[Any, Any, None]]:
+        """What runs from the agent's beginning to its end."""
+        yield self.trust.run()
+        yield self.shell.run()
+        yield self.node.watch()
+        yield self.watch.run()
+        yield self.nics.run()
+        yield self._until_idle()
+        if self._options.service:
+            yield Tenancy(self._options.service, self.local, self.workers, self._is_idle).run()
 
     def _trust(self) -> Trust:
         """What this user's agents know each other by; without certificates, they are all on this host."""
@@ -270,7 +271,7 @@ class Agent:
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._options.settings.agent
         grpc_path, identity_path = sockets(self._options.directory)
-        local = grpc.aio.server(options=[*OPTIONS, *LOCAL], maximum_concurrent_rpcs=MAX_CALLS)
+        local = grpc.aio.server(options=LOCAL, maximum_concurrent_rpcs=MAX_CALLS)
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
         name = agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name
         checks = health.aio.HealthServicer()

@@ -103,8 +103,8 @@ def ask(directory: Path, target: str = "") -> dict[str, Any]:
     from ckptsvc.rpc.channel import LOCAL, OPTIONS, error_of
     from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
 
-    target = target or f"unix:{sockets(directory)[0]}"
-    with grpc.insecure_channel(target, options=[*OPTIONS, *LOCAL]) as channel:
+    options = LOCAL if target else OPTIONS
+    with grpc.insecure_channel(target or f"unix:{sockets(directory)[0]}", options=options) as channel:
         try:
             response = agent_pb2_grpc.AgentServiceStub(channel).GetStatus(
                 agent_pb2.GetStatusRequest(), timeout=ASK_TIMEOUT
