@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.supervisor_agents import Agents, shown
 from ckptsvc.agent.supervisor_entrance import account_of, is_listed
 from ckptsvc.agent.supervisor_gate import Gate
+from ckptsvc.config import load
 from ckptsvc.control.shares import Node
 from ckptsvc.errors import CkptsvcError, ConfigError, InvalidInput, LimitReached, RunBusy
 from ckptsvc.rpc.identity import peer_of, send_answer
@@ -89,9 +91,10 @@ class Supervisor:
         self._known: dict[int, tuple[float, bool]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._refused_at: dict[int, float] = {}
+        self._anew = False
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; the agents live on.
+        """Serve until SIGTERM or SIGINT; the agents live on. On SIGHUP it begins anew, with new settings and code.
 
         Raises:
             ConfigError: this is not root, or the directory is not root's alone.
@@ -106,6 +109,7 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
+        loop.add_signal_handler(signal.SIGHUP, self._begin_anew, stopping)
         listener = _listening(self._directory / SOCKET)
         accepting = asyncio.ensure_future(self._accept(listener))
         logger.info("the service of this node listens in %s", self._directory)
@@ -119,7 +123,21 @@ class Supervisor:
             listener.close()
             self._agents.close()
             os.close(lock)
+        if self._anew:
+            # What comes is this process, and whoever watches it sees no end.
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         logger.info("the service of this node has stopped; the agents of its users go on")
+
+    def _begin_anew(self, stopping: asyncio.Event) -> None:
+        try:
+            load(os.environ)
+        except ConfigError as error:
+            logger.warning("the settings stay as they were: %s", error)
+            return
+        logger.info("the service of this node begins anew")
+        self._anew = True
+        stopping.set()
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -336,7 +336,7 @@ class Agents:
         """The process of an agent, or the one that was to become it, is gone."""
         asyncio.get_running_loop().remove_reader(user.pidfd)
         os.close(user.pidfd)
-        status = user.process.wait() if user.process is not None else None  # at once: it has ended
+        status = _status(user.pid)
         busy = user.busy or user.waiting > 0
         user.pidfd = user.pid = -1
         user.process, user.link, user.ranks = None, None, 0
@@ -377,6 +377,14 @@ class Agents:
 def shown(share: Share) -> dict[str, int]:
     """A share as it travels."""
     return {"memory": share.memory, "write_rate": share.write_rate, "jobs": share.jobs, "ranks": share.ranks}
+
+
+def _status(pid: int) -> int | None:
+    """The exit status of a process that has ended; None where it is not a child of this one."""
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, os.WNOHANG)[1])
+    except ChildProcessError:  # an earlier service started it
+        return None
 
 
 def _who(user: User) -> str:

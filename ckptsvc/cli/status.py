@@ -47,7 +47,7 @@ def command(job: str | None, directory: Path | None, all_users: bool, watch: boo
     Exit status: 0; 3 an agent does not answer; 10 no agent has that job;
     20 no agent runs.
     \b
-    JSON: {"directory", "agents": [{"directory", "user", "error", "status": {
+    JSON: {"directory", "agents": [{"directory", "error", "status": {
       "status_version", "version", "node", "pid", "started", "address",
       "metrics", "arena_limit", "max_write_rate",
       "ranks": [{"job", "attempt", "rank", "world_size", "pid", "store",
@@ -64,7 +64,8 @@ def command(job: str | None, directory: Path | None, all_users: bool, watch: boo
       "elections": [{"job", "coordinator", "address", "term", "here",
         "refused", "problem"}],
       "nics": [{"nic", "family", "link", "sent", "received", "findings"}]}}]}
-    error is {"code", "what"} where there is no status, else null. Sizes in
+    error is {"code", "what"} where there is no status, else null; with
+    --all-users there is "user" too. Sizes in
     bytes, ages in seconds, times in Unix seconds; a step of -1 is none.
     "nics" are the network cards (bytes per second) and sentences about those
     in trouble: by their own counters, and in "coordinates" against the job's.
@@ -139,9 +140,9 @@ def _json(answer: Answer) -> dict[str, Any]:
     error = answer.error
     return {
         "directory": str(answer.directory),
-        "user": answer.user,
         "error": error and {"code": error.code, "what": error.what},
         "status": answer.status,
+        **({"user": answer.user} if answer.user else {}),
     }
 
 

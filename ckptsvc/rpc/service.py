@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ MAX_REQUEST = 4096
 
 PATIENCE = 45.0
 """Seconds a caller waits: the service gives an agent that it starts START_TIMEOUT, and then says so."""
+
+
+RESTART_PATIENCE = 5.0
+"""Seconds that a service whose socket is there may take until it answers: it has been started anew, or is gone."""
 
 
 def directory_of(directory: Path, uid: int) -> Path:
@@ -65,13 +70,25 @@ def ask(directory: Path, op: str) -> dict[str, Any]:
         AgentUnavailable: it does not answer.
         CkptsvcError: what it refused with.
     """
-    client = IdentityClient(str(directory / SOCKET), PATIENCE)
+    client = _connected(directory)
     try:
         if client.owner != 0:
             raise AgentUnavailable(f"the process that listens in {directory} belongs to user {client.owner}, not root")
         return client.call({"op": op})[0]
     finally:
         client.close()
+
+
+def _connected(directory: Path) -> IdentityClient:
+    """A connection; a service that is being started anew is waited for."""
+    deadline = time.monotonic() + RESTART_PATIENCE
+    while True:
+        try:
+            return IdentityClient(str(directory / SOCKET), PATIENCE)
+        except AgentUnavailable:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.1)
 
 
 def own_agent(directory: Path) -> Path:

@@ -53,6 +53,17 @@ def shared() -> Iterator[Node]:
         yield node
 
 
+@pytest.fixture(scope="class")
+def divided() -> Iterator[Node]:
+    """A node on which each user may have little."""
+    with node_of_users() as node:
+        node.start(system_user_ranks="3", system_user_jobs="2", arena_limit="64MiB", system_user_memory="75%",
+            store_max_write_rate="100MiB/s")  # fmt: skip
+        for person in (ALICE, BOB):
+            ask(node, person)
+        yield node
+
+
 @pytest.fixture
 def node() -> Iterator[Node]:
     """A node of the test's own; the service is not started."""
@@ -269,19 +280,17 @@ class TestOperators:
         assert status == 0, said
         assert [each["user"] for each in json.loads(said)["agents"]] == ["ck-bob"]
 
-    def test_do_not_follow_what_a_user_has_put_in_the_way(self, node: Node) -> None:
-        node.start()
-        for person in (ALICE, BOB):
-            ask(node, person)
-        hers, his = node.agent_directory(ALICE), node.agent_directory(BOB)
+    def test_do_not_follow_what_a_user_has_put_in_the_way(self, shared: Node) -> None:
+        hers, his = shared.agent_directory(ALICE), shared.agent_directory(BOB)
 
         def swap() -> int:
-            (his / "agent.sock").unlink()
+            (his / "agent.sock").rename(his / "kept.sock")
             (his / "agent.sock").symlink_to(hers / "agent.sock")
             return 0
 
         as_user(BOB, swap)
-        status, said = node.command(ROOT, "status", "--all-users", "--json")
+        status, said = shared.command(ROOT, "status", "--all-users", "--json")
+        as_user(BOB, lambda: str((his / "kept.sock").rename(his / "agent.sock")))
         found = {each["user"]: each for each in json.loads(said)["agents"]}
         assert status == 3
         assert "no socket of user 54002" in found["ck-bob"]["error"]["what"]
@@ -347,6 +356,34 @@ class TestAnotherUser:
                 ask(shared, person, "serve")
         assert shared.agents()[ALICE.uid]["state"] == "serves"
 
+    def test_with_a_job_of_the_same_name_and_lies_about_ranks_touches_nothing_of_hers(self, shared: Node) -> None:
+        rank = rank_of(shared, ALICE)
+        eventually(lambda: shared.agents()[ALICE.uid]["ranks"] == 1, "her rank to be counted")
+
+        def lie() -> list[str]:
+            said = []
+            for changes in ({}, {"rank": 7}, {"rank": 0, "world_size": 9}, {"pid": rank.pid}, {"attempt": 99},
+                    {"job": "../../../../tmp/evil", "rank": 1, "world_size": 3}, {"token": "x"}):  # fmt: skip
+                identity = IdentityClient(str(shared.agent_directory(BOB) / "identity.sock"))
+                try:
+                    _, fd = identity.call(registration(**changes))
+                    os.close(fd)
+                    said.append("ok")
+                except CkptsvcError as error:
+                    said.append(error.code)
+                identity.close()
+            return said
+
+        bad = "invalid-input"
+        assert as_user(BOB, lie) == ["ok", bad, "ok", bad, "ok", "ok", bad]
+        with safe_target(shared.agent_directory(ALICE), ALICE.uid) as target:
+            (hers,) = ask_agent(shared.agent_directory(ALICE), target)["ranks"]
+        assert (hers["job"], hers["rank"], hers["world_size"], hers["attempt"]) == ("job", 0, 1, 0)
+        assert rank.poll() is None
+        rank.kill()
+        rank.communicate()
+        assert not Path("/tmp/evil").exists()
+
     def test_is_turned_away_by_her_agent_even_with_a_connection_to_it(self, shared: Node) -> None:
         path = str(shared.agent_directory(ALICE) / "identity.sock")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -376,15 +413,11 @@ class TestAnotherUser:
 
 
 class TestShares:
-    def test_of_ranks_and_jobs_are_kept_by_each_users_agent(self, node: Node) -> None:
-        node.start(system_user_ranks="3", system_user_jobs="2")
-        ask(node, ALICE)
-        ask(node, BOB)
-
+    def test_of_ranks_and_jobs_are_kept_by_each_users_agent(self, divided: Node) -> None:
         def register_many() -> list[str]:
             said, held = [], []
             for job, rank in (("a", 0), ("b", 0), ("c", 0), ("a", 1), ("b", 1), ("a", 0)):
-                identity = IdentityClient(str(node.agent_directory(ALICE) / "identity.sock"))
+                identity = IdentityClient(str(divided.agent_directory(ALICE) / "identity.sock"))
                 held.append(identity)
                 try:
                     _, fd = identity.call(registration(job=job, rank=rank, world_size=8))
@@ -398,25 +431,24 @@ class TestShares:
         jobs, ranks = "this agent has 2 jobs already", "3 ranks are registered with this agent already"
         # At last a rank comes anew that is there already: it takes its own place.
         assert said == ["ok", "ok", f"limit-reached: {jobs}", "ok", f"limit-reached: {ranks}", "ok"]
-        assert as_user(BOB, lambda: register(node, BOB)) == "ok"
+        assert as_user(BOB, lambda: register(divided, BOB)) == "ok"
+        eventually(lambda: divided.agents()[ALICE.uid]["ranks"] == 0, "all ranks to be gone")
+        # What is remembered of jobs whose ranks have died makes room.
+        assert as_user(ALICE, lambda: register(divided, ALICE, "d")) == "ok"
 
-    def test_of_memory_and_bandwidth_follow_the_users_who_have_something_to_do(self, node: Node) -> None:
-        node.start(arena_limit="64MiB", system_user_memory="75%", store_max_write_rate="100MiB/s")
-        ask(node, ALICE)
-        ask(node, BOB)
-
+    def test_of_memory_and_bandwidth_follow_the_users_who_have_something_to_do(self, divided: Node) -> None:
         def shares() -> set[tuple[int, int]]:
             found = set()
             for person in (ALICE, BOB):
-                with safe_target(node.agent_directory(person), person.uid) as target:
-                    status = ask_agent(node.agent_directory(person), target)
+                with safe_target(divided.agent_directory(person), person.uid) as target:
+                    status = ask_agent(divided.agent_directory(person), target)
                 found.add((status["arena_limit"] >> 20, status["max_write_rate"] >> 20))
             return found
 
         ranks = []
         for person, share in ((ALICE, (48, 100)), (BOB, (32, 50))):
-            ranks.append(rank_of(node, person))
-            eventually(lambda who=person: node.agents()[who.uid]["ranks"] == 1, "the rank to be counted")
+            ranks.append(rank_of(divided, person))
+            eventually(lambda who=person: divided.agents()[who.uid]["ranks"] == 1, "the rank to be counted")
             eventually(lambda now=share: shares() == {now}, f"{share} MiB for each")
         for rank in ranks:
             rank.kill()
@@ -551,9 +583,7 @@ def packet(chance: random.Random) -> bytes:
 
 
 class TestAFlood:
-    def test_of_requests_does_not_keep_others_waiting(self, node: Node) -> None:
-        node.start()
-        ask(node, BOB)
+    def test_of_requests_does_not_keep_others_waiting(self, shared: Node) -> None:
         code = f"""
 import socket, time
 end = time.monotonic() + 60
@@ -562,7 +592,7 @@ while time.monotonic() < end:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     sock.settimeout(5)
     try:
-        sock.connect({str(node.directory / "service.sock")!r})
+        sock.connect({str(shared.directory / "service.sock")!r})
         sock.send(b'{{"op":"agent"}}')
     except OSError:
         pass
@@ -570,23 +600,22 @@ while time.monotonic() < end:
     if len(held) > 900:
         held.clear()
 """
-        flood = node.spawn(BOB, [sys.executable, "-c", code])
+        flood = shared.spawn(STRANGER, [sys.executable, "-c", code])
         try:
-            log = node.root / "service.log"
-            eventually(lambda: "callers are turned away: user 54002" in log.read_text(), "the flood to be noticed")
-            assert ask(node, ALICE)["directory"] == str(node.agent_directory(ALICE))
-            identity = as_user(ALICE, lambda: register(node, ALICE))
-            assert identity == "ok"
+            log = shared.root / "service.log"
+            eventually(lambda: "callers are turned away: user 54999" in log.read_text(), "the flood to be noticed")
+            assert ask(shared, ALICE)["directory"] == str(shared.agent_directory(ALICE))
+            assert as_user(ALICE, lambda: register(shared, ALICE)) == "ok"
         finally:
             flood.kill()
             flood.communicate()
-        assert (node.root / "service.log").read_text().count("turned away") < 5  # the log is not flooded too
+        assert log.read_text().count("turned away") < 5  # the log is not flooded too
 
 
-def register(node: Node, person: Person) -> str:
+def register(node: Node, person: Person, job: str = "job") -> str:
     """Register a rank with one's own agent, and leave."""
     identity = IdentityClient(str(node.agent_directory(person) / "identity.sock"))
-    answer, fd = identity.call(registration())
+    answer, fd = identity.call(registration(job=job))
     os.close(fd)
     identity.close()
     return "ok" if answer["ok"] else str(answer)
@@ -623,6 +652,29 @@ class TestTheServicesOwnEnd:
         rank.communicate()
 
     @pytest.mark.slow
+    def test_is_none_when_it_is_told_to_read_its_settings_again(self, node: Node) -> None:
+        settings = node.root / "config.toml"
+        settings.write_text('[system]\nuser_memory = "10%"\n')
+        node.start(config=str(settings))
+        ask(node, ALICE)
+        agent = node.agents()[ALICE.uid]["pid"]
+        assert node.supervisor is not None
+        settings.write_text('[system]\nuser_memories = "10%"\n')
+        node.supervisor.send_signal(signal.SIGHUP)
+        log = node.root / "service.log"
+        eventually(lambda: "the settings stay as they were" in log.read_text(), "the mistake to be noticed")
+        settings.write_text('[system]\nusers = "ck-bob"\n')
+        node.supervisor.send_signal(signal.SIGHUP)
+        eventually(lambda: log.read_text().count("listens in") == 2, "it to listen again")
+        assert node.supervisor.poll() is None
+        assert ask(node, BOB)["ok"] is True  # while it begins anew, callers wait
+        assert node.agents()[ALICE.uid]["pid"] == agent
+        os.kill(agent, signal.SIGTERM)
+        wait_until_gone(agent)  # and is no zombie, though another program has started it
+        with pytest.raises(StoreDenied, match="ck-alice may not use"):
+            ask(node, ALICE)
+
+    @pytest.mark.slow
     def test_in_good_order_leaves_them_too(self, node: Node) -> None:
         node.start()
         ask(node, ALICE)
@@ -631,10 +683,12 @@ class TestTheServicesOwnEnd:
         assert ids_of(pid)["Uid"].split()[0] == str(ALICE.uid)
         assert not any(s in ids_of(pid)["State"] for s in "ZX")
 
+    @pytest.mark.slow
     def test_a_second_one_is_refused(self, shared: Node) -> None:
         status, said = shared.command(ROOT, "agent", "--system")
         assert (status, "another service serves" in said) == (11, True)
 
+    @pytest.mark.slow
     def test_needs_root_and_ports_that_agents_can_share(self, shared: Node) -> None:
         status, said = shared.command(ALICE, "agent", "--system")
         assert (status, "must be started by root" in said) == (2, True)
