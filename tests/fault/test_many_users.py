@@ -105,24 +105,25 @@ def registration(**changes: Any) -> dict[str, Any]:
     return fields | changes
 
 
-def train(rank: Rank, store: str, until: int, patient: bool = False) -> dict[str, Any]:
-    """Train and save; what the store, or the service, refuses with is part of the result."""
+def train(rank: Rank, store: str, until: int, patient: bool = False, first: str = "") -> dict[str, Any]:
+    """Train and save; before that, try another store, and report how it refuses."""
     import torch
 
     import ckptsvc
 
     tensor = torch.zeros(1000)
-    try:
-        run = ckptsvc.attach({"tensor": tensor}, store=store, every="off")
-        rank.report("attached", agent=str(run._link.directory))
-        while run.steps_done < until or (patient and not (rank.folder / "go-end").exists()):
-            tensor += 1
-            run.step()
-            run.save(wait=True)
-            rank.report("saved", step=run.steps_done)
-        run.close()
-    except CkptsvcError as error:
-        return {"error": f"{type(error).__name__}: {error}"}
+    if first:
+        with pytest.raises(CkptsvcError) as refusal:
+            ckptsvc.attach({"tensor": tensor}, store=first, every="off")
+        rank.report("refused", why=f"{type(refusal.value).__name__}: {refusal.value}")
+    run = ckptsvc.attach({"tensor": tensor}, store=store, every="off")
+    rank.report("attached", agent=str(run._link.directory))
+    while run.steps_done < until or (patient and not (rank.folder / "go-end").exists()):
+        tensor += 1
+        run.step()
+        run.save(wait=True)
+        rank.report("saved", step=run.steps_done)
+    run.close()
     return {"steps": run.steps_done, "skipped": run.skipped, "sum": float(tensor.sum())}
 
 
@@ -130,12 +131,12 @@ class UsersJob:
     """One rank of a user's that runs `train`."""
 
     def __init__(
-        self, node: Node, person: Person, store: Path, until: int, *, patient: bool = False, name: str = "job"
+        self, node: Node, person: Person, store: Path, until: int, *, patient: bool = False, first: Path | str = ""
     ):
-        self.folder = node.home(person) / name
+        self.folder = node.home(person) / "job"
         self.folder.mkdir()
         os.chown(self.folder, person.uid, person.gid)
-        spec = {"file": __file__, "function": "train", "arguments": [str(store), until, patient],
+        spec = {"file": __file__, "function": "train", "arguments": [str(store), until, patient, str(first)],
             "folder": str(self.folder)}  # fmt: skip
         self._log = self.folder / "log"
         self.process = node.spawn(person, [sys.executable, str(RANK), json.dumps(spec)], self._log)
@@ -166,7 +167,7 @@ class TestJobs:
         os.chown(folder, 0, SHARED)
         folder.chmod(0o2770)
         hers = UsersJob(node, ALICE, folder / "run", 2)  # only by a group that her account has
-        his = UsersJob(node, BOB, node.home(BOB) / "run", 2)
+        his = UsersJob(node, BOB, node.home(BOB) / "run", 2, first=folder / "run")
         assert hers.result() == {"steps": 2, "skipped": 0, "sum": 2000.0}
         assert his.result() == {"steps": 2, "skipped": 0, "sum": 2000.0}
         for job, person in ((hers, ALICE), (his, BOB)):
@@ -175,10 +176,9 @@ class TestJobs:
             assert (path.stat().st_uid, path.stat().st_gid) == (ALICE.uid, SHARED)
         owners = {(path.stat().st_uid, path.stat().st_gid) for path in (node.home(BOB) / "run").rglob("*")}
         assert owners == {(BOB.uid, BOB.gid)}
-        denied = UsersJob(node, BOB, folder / "run", 2, name="denied").result()["error"]
-        assert "StoreDenied" in denied
-        assert "Permission denied" in denied
-        assert node.agents()[BOB.uid]["state"] == "serves"
+        (refused,) = his.reports("refused")
+        assert "StoreDenied" in refused["why"]
+        assert "Permission denied" in refused["why"]
 
     @pytest.mark.slow
     def test_go_on_while_the_service_is_killed_again_and_again_and_others_ask(self, node: Node) -> None:
