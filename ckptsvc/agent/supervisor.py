@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -25,8 +26,8 @@ from typing import Any, Literal
 import msgspec
 
 from ckptsvc.agent.limits import raise_open_files
+from ckptsvc.agent.supervisor_accounts import Accounts
 from ckptsvc.agent.supervisor_agents import Agents, shown
-from ckptsvc.agent.supervisor_entrance import account_of, is_listed
 from ckptsvc.agent.supervisor_gate import Gate
 from ckptsvc.config import load
 from ckptsvc.control.shares import Node
@@ -40,14 +41,14 @@ logger = logging.getLogger("ckptsvc.supervisor")
 BACKLOG = 4096
 """Connections that may wait to be accepted; the kernel allows net.core.somaxconn of them."""
 
-QUIET = 60.0
+QUIET = 10.0
 """Seconds for which a connection may say nothing; not that of an agent."""
+
+TELL_EVERY = 60.0
+"""Seconds between two lines in the log about the same user, who asks too often."""
 
 ACCEPT_AGAIN = 0.2
 """Seconds after which a service that was out of descriptors looks again who calls."""
-
-OPERATOR_FOR = 60.0
-"""Seconds for which it is remembered whether a user is an operator."""
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _NOT_PASSED_ON = ("CKPTSVC_AGENT_SOCKET_DIR", "CKPTSVC_AGENT_INCIDENTS_DIR")
@@ -83,12 +84,12 @@ class Supervisor:
 
     def __init__(self, settings: Settings, arguments: Sequence[str], environ: Mapping[str, str]) -> None:
         system = settings.system
-        self._directory, self._operators = Path(system.directory), system.operators
+        self._directory = Path(system.directory)
+        self._accounts = Accounts(system.users, system.min_uid, system.operators)
         arguments = ["--service", system.directory, "--linger", f"{system.linger:g}s", *arguments]
         environment = environment_of(environ, system.environment)
         self._agents = Agents(self._directory, settings.arena.dir, system, node_of(settings), arguments, environment)
         self._gate = Gate()
-        self._known: dict[int, tuple[float, bool]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._refused_at: dict[int, float] = {}
         self._anew = False
@@ -103,6 +104,7 @@ class Supervisor:
         if os.geteuid() != 0:
             raise ConfigError("a service for all users must be started by root")
         raise_open_files()
+        self._gate.most = min(self._gate.most, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._agents.open()
         lock = _own(self._directory)
         stopping = asyncio.Event()
@@ -161,7 +163,7 @@ class Supervisor:
     def _turn_away(self, sock: socket.socket, uid: int, why: str, now: float) -> None:
         with sock, contextlib.suppress(OSError):
             send_answer(sock, _refusal(LimitReached(why, hint="try again later")))
-        if now - self._refused_at.get(uid, -QUIET) >= QUIET:
+        if now - self._refused_at.get(uid, -TELL_EVERY) >= TELL_EVERY:
             if len(self._refused_at) >= BACKLOG:
                 self._refused_at.clear()
             self._refused_at[uid] = now
@@ -199,9 +201,11 @@ class Supervisor:
         if peer.is_agent != (request.op == "state"):
             raise InvalidInput(f"{request.op!r} is not understood here")
         if request.op == "agent":
+            if not self._agents.serves(peer.uid):
+                await self._accounts.admit(peer.uid, peer.gid)
             return {"ok": True, "directory": str(await self._agents.agent_of(peer.uid, peer.gid))}
         if request.op == "agents":
-            whose = None if await self._is_operator(peer) else peer.uid
+            whose = None if await self._accounts.is_operator(peer.uid, peer.gid) else peer.uid
             return {"ok": True, "agents": list(self._agents.listed(whose))}
         if request.op == "serve":
             share = self._agents.connected(peer.uid, peer.pid, peer.sock)
@@ -209,22 +213,6 @@ class Supervisor:
             return {"ok": True, **shown(share)}
         self._agents.told(peer.uid, peer.sock, request.ranks, request.busy)
         return {}
-
-    async def _is_operator(self, peer: _Peer) -> bool:
-        if peer.uid == 0 or not self._operators:
-            return peer.uid == 0
-        found = self._known.get(peer.uid)
-        if found is None or time.monotonic() - found[0] > OPERATOR_FOR:
-            if len(self._known) >= BACKLOG:
-                self._known.clear()
-            # In a thread: accounts may be on a network.
-            looking = asyncio.get_running_loop().run_in_executor(None, _is_among, peer.uid, peer.gid, self._operators)
-            found = self._known[peer.uid] = (time.monotonic(), await looking)
-        return found[1]
-
-
-def _is_among(uid: int, gid: int, names: tuple[str, ...]) -> bool:
-    return is_listed(account_of(uid, gid), names)
 
 
 def parse(data: bytes) -> Request:

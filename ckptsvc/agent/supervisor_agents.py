@@ -46,6 +46,9 @@ BACKOFF, MAX_BACKOFF = 0.5, 60.0
 HEALTHY = 60.0
 """Seconds after which an agent that ends has not failed in a row."""
 
+DIVIDE_AFTER = 0.5
+"""Seconds after which all hear what they may take, when somebody has begun to do something, or has ended."""
+
 STARTING = 8
 """Agents that are started at the same time."""
 
@@ -129,6 +132,7 @@ class Agents:
         self._users: dict[int, User] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = asyncio.Semaphore(STARTING)
+        self._dividing: asyncio.TimerHandle | None = None
         self._records = -1
 
     def open(self) -> None:
@@ -152,6 +156,8 @@ class Agents:
         """Let go of all agents: they live on, and a later service finds them."""
         for task in self._tasks:
             task.cancel()
+        if self._dividing is not None:
+            self._dividing.cancel()
         for user in self._users.values():
             if user.pidfd >= 0:
                 asyncio.get_running_loop().remove_reader(user.pidfd)
@@ -159,6 +165,10 @@ class Agents:
         os.close(self._records)
 
     # ---- for callers -------------------------------------------------------------------------------------------------
+
+    def serves(self, uid: int) -> bool:
+        """Whether a user's agent is connected."""
+        return uid in self._users and self._users[uid].link is not None
 
     async def agent_of(self, uid: int, gid: int) -> Path:
         """The directory of a user's agent, once that serves.
@@ -264,7 +274,12 @@ class Agents:
         return share_of(self._node, sum(user.busy for user in self._users.values()))
 
     def _divide(self) -> None:
-        """Tell every agent what it may take now."""
+        """Tell every agent what it may take, in a moment: not each time that one agent says it is idle, or busy."""
+        if self._dividing is None:
+            self._dividing = asyncio.get_running_loop().call_later(DIVIDE_AFTER, self._tell)
+
+    def _tell(self) -> None:
+        self._dividing = None
         told = {"op": "shares", **shown(self._share())}
         for user in self._users.values():
             if user.link is not None:
@@ -336,7 +351,7 @@ class Agents:
         """The process of an agent, or the one that was to become it, is gone."""
         asyncio.get_running_loop().remove_reader(user.pidfd)
         os.close(user.pidfd)
-        status = _status(user.pid)
+        status = user.process.wait() if user.process is not None else _status(user.pid)  # at once: it has ended
         busy = user.busy or user.waiting > 0
         user.pidfd = user.pid = -1
         user.process, user.link, user.ranks = None, None, 0
@@ -380,10 +395,10 @@ def shown(share: Share) -> dict[str, int]:
 
 
 def _status(pid: int) -> int | None:
-    """The exit status of a process that has ended; None where it is not a child of this one."""
+    """The exit status of a child that another program of this process has started; None where it is no child."""
     try:
         return os.waitstatus_to_exitcode(os.waitpid(pid, os.WNOHANG)[1])
-    except ChildProcessError:  # an earlier service started it
+    except ChildProcessError:
         return None
 
 

@@ -13,17 +13,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import grp
 import os
-import pwd
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import msgspec
 
 from ckptsvc.agent import supervisor_records as records
+from ckptsvc.agent.supervisor_accounts import Account, account_of, check
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, StoreDenied
 
 LOG = "agent.log"
@@ -31,7 +29,6 @@ LOG_BYTES = 8 << 20
 """Bytes from which on a log is put aside when an agent starts; one older is kept."""
 
 _PR_SET_NO_NEW_PRIVS = 38
-NOBODY = 65534
 _LAST_ID = (1 << 32) - 1
 """(uid_t) -1: it means "do not change" to the system calls, and is nobody."""
 
@@ -60,62 +57,6 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     report: int
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
-    """A user as the system knows him."""
-
-    name: str
-    uid: int
-    gid: int
-    groups: tuple[int, ...]
-    home: str
-
-
-def account_of(uid: int, gid: int) -> Account:
-    """The account of a user; one without any has the group he came with, no other, and no home.
-
-    Raises:
-        OSError: the accounts cannot be read.
-    """
-    try:
-        entry = pwd.getpwuid(uid)
-    except KeyError:
-        return Account("", uid, gid, (gid,), "/")
-    groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
-    return Account(entry.pw_name, uid, entry.pw_gid, tuple(groups), entry.pw_dir)
-
-
-def is_listed(account: Account, names: list[str] | tuple[str, ...]) -> bool:
-    """Whether a list of users and "@group"s has him: by name, by number, by group."""
-    for name in names:
-        if name.startswith("@"):
-            with contextlib.suppress(KeyError):
-                if grp.getgrnam(name[1:]).gr_gid in account.groups:
-                    return True
-        elif name in (account.name, str(account.uid)):
-            return True
-    return False
-
-
-def check(account: Account, order: Order) -> None:
-    """Refuse who may have no agent here.
-
-    Raises:
-        StoreDenied: he may not.
-    """
-    who = account.name or f"number {account.uid}"
-    if account.uid == 0 or is_listed(account, order.users):
-        return
-    if order.users:
-        raise StoreDenied(f"user {who} may not use this node's service", hint="an operator can add to system.users")
-    if account.uid < order.min_uid or account.uid == NOBODY:
-        raise StoreDenied(f"user {who} is of the system itself: people have numbers from {order.min_uid} on",
-            hint="an operator can name it in system.users")  # fmt: skip
-    if not account.name:
-        hint = "an operator can list the number in system.users; he has one group then, that with which he came"
-        raise StoreDenied(f"user {who} has no account on this node, so nobody knows his groups", hint=hint)
-
-
 def enter(order: Order) -> NoReturn:
     """Become the agent of that user.
 
@@ -125,7 +66,7 @@ def enter(order: Order) -> NoReturn:
     if not (0 <= order.uid < _LAST_ID and 0 <= order.gid < _LAST_ID):
         raise StoreDenied(f"user {order.uid} is nobody")
     account = account_of(order.uid, order.gid)
-    check(account, order)
+    check(account, order.users, order.min_uid)
     users, kept = records.open_directories(Path(order.directory))
     held = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=kept)
     fcntl.flock(held, fcntl.LOCK_EX)  # of a service that was killed, an entrance may be on its way

@@ -25,9 +25,14 @@ class _Caller:
 
 
 class Gate:
-    """Counts; the caller gives the time (CLOCK_MONOTONIC)."""
+    """Counts; the caller gives the time (CLOCK_MONOTONIC).
+
+    Attributes:
+        most: connections that may be open, of all users.
+    """
 
     def __init__(self) -> None:
+        self.most = ALL_CONNECTIONS
         self._callers: dict[int, _Caller] = {}
         self._open = 0
 
@@ -38,7 +43,7 @@ class Gate:
             return f"user {uid} asks too often"
         if caller.connections >= CONNECTIONS:
             return f"user {uid} has {CONNECTIONS} connections open"
-        if uid and self._open >= ALL_CONNECTIONS:
+        if uid and self._open >= self.most:
             return "too many connections are open"
         caller.connections += 1
         self._open += 1

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import click
 
-from ckptsvc.agent.server import Options, serve
-from ckptsvc.agent.supervisor import Supervisor
 from ckptsvc.cli.terminal import note
 from ckptsvc.config import agents_directory, load
 from ckptsvc.errors import ConfigError
@@ -50,14 +48,17 @@ def command(
     if check_config:
         note("nothing is wrong with the settings; `ckptsvc config show --origin` says where they come from")
         return
+    setup_logging(sys.stderr, json=json_log)
     if system:
+        from ckptsvc.agent.supervisor import Supervisor  # and not the agent: root's process has no gRPC in it
+
         given = [("--listen", listen), ("--metrics-listen", metrics_listen), ("--name", name),
             ("--coordination", coordination), ("--max-write-rate", max_write_rate)]  # fmt: skip
         arguments = [part for flag, value in given if value is not None for part in (flag, value)]
-        setup_logging(sys.stderr, json=json_log)
         asyncio.run(Supervisor(settings, arguments + ["--json-log"] * json_log, os.environ).run())
         return
+    from ckptsvc.agent.server import Options, serve
+
     if directory is None:
         directory = agents_directory(settings, os.environ)
-    setup_logging(sys.stderr, json=json_log)
     asyncio.run(serve(Options(directory, settings, parse_duration(linger) if linger else None, json_log)))

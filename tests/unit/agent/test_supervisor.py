@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from ckptsvc.agent import supervisor_records as records
 from ckptsvc.agent.supervisor import environment_of, node_of, parse
-from ckptsvc.agent.supervisor_entrance import Account, Order, check, is_listed
+from ckptsvc.agent.supervisor_accounts import Account, check, is_listed
 from ckptsvc.agent.supervisor_gate import ALL_CONNECTIONS, BURST, CONNECTIONS, RATE, REMEMBERED, Gate
 from ckptsvc.config import load
 from ckptsvc.errors import ConfigError, InvalidInput, StoreDenied
@@ -20,10 +22,14 @@ from ckptsvc.rpc.service import MAX_REQUEST
 PERSON = Account("alice", 1000, 1000, (1000, 0), "/home/alice")
 
 
-def order(**changes: object) -> Order:
-    fields = {"directory": "/d", "arenas": "/a", "uid": 1000, "gid": 1000, "users": [], "min_uid": 1000, "umask": 18,
-        "arguments": [], "report": 3}  # fmt: skip
-    return Order(**{**fields, **changes})  # type: ignore[arg-type]
+def test_what_runs_as_root_has_no_grpc_and_no_protobuf_in_it() -> None:
+    """The command, the service and the entrance."""
+    programs = "ckptsvc.cli.agent, ckptsvc.agent.supervisor, ckptsvc.agent.supervisor_entrance"
+    code = f"import {programs}, sys; print(*sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name.partition(".")[0] for name in ended.stdout.split()}
+    assert "msgspec" in loaded
+    assert loaded & {"grpc", "google", "prometheus_client", "numpy", "torch", "ckptsvc_drivers"} == set()
 
 
 class TestGate:
@@ -45,6 +51,9 @@ class TestGate:
             assert [gate.enter(uid, float(n)) for n in range(CONNECTIONS)] == [""] * CONNECTIONS
         assert "too many connections" in gate.enter(99, 1e6)
         assert gate.enter(0, 1e6) == ""  # root gets in
+        few = Gate()
+        few.most = 1
+        assert [bool(few.enter(uid, 0.0)) for uid in (1, 2)] == [False, True]
 
     def test_does_not_grow_with_users_that_came_once(self) -> None:
         gate = Gate()
@@ -81,23 +90,23 @@ class TestRequests:
 
 class TestWhoMayComeIn:
     def test_people_do_where_nobody_is_listed(self) -> None:
-        check(PERSON, order())
-        check(Account("root", 0, 0, (0,), "/root"), order())
+        check(PERSON, [], 1000)
+        check(Account("root", 0, 0, (0,), "/root"), [], 1000)
         for account, message in (
             (Account("daemon", 999, 999, (999,), "/"), "of the system itself"),
             (Account("nobody", 65534, 65534, (65534,), "/"), "of the system itself"),
             (Account("", 5000, 5000, (5000,), "/"), "no account on this node"),
         ):
             with pytest.raises(StoreDenied, match=message):
-                check(account, order())
+                check(account, [], 1000)
 
     def test_a_list_is_by_name_number_and_group(self) -> None:
         root = next(name for name in ("root", "wheel") if _has_group(name))
         for names in (["alice"], ["1000"], [f"@{root}"], ["bob", "1000"]):
-            check(PERSON, order(users=names))
+            check(PERSON, names, 1000)
         for names in (["bob"], ["@alice"], ["100"], ["@no-such-group"]):
             with pytest.raises(StoreDenied, match="alice may not use"):
-                check(PERSON, order(users=names))
+                check(PERSON, names, 1000)
         assert is_listed(Account("daemon", 2, 2, (2,), "/"), ("daemon",))
 
 
