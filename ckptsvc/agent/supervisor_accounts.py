@@ -118,9 +118,8 @@ class Accounts:
             try:
                 judged = await asyncio.wait_for(looking, PATIENCE)
             except (TimeoutError, OSError) as error:
-                raise AgentUnavailable(
-                    f"the account of user {uid} cannot be looked up: {error or 'no answer'}"
-                ) from None
+                why = str(error) or "no answer"
+                raise AgentUnavailable(f"the account of user {uid} cannot be looked up: {why}") from None
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
             found = self._known[uid] = (time.monotonic(), *judged)
