@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import pwd
 import re
 import stat
 import tomllib
@@ -172,6 +173,8 @@ def _check(settings: Settings) -> None:
     agent, arena, save, health = settings.agent, settings.arena, settings.save, settings.health
     if agent.socket_dir and not os.path.isabs(agent.socket_dir):
         refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
+    if not os.path.isabs(settings.system.directory):
+        refuse("system.directory", f"is {settings.system.directory!r}, which is not an absolute path")
     if agent.incidents_dir and not os.path.isabs(agent.incidents_dir):
         refuse("agent.incidents_dir", f"is {agent.incidents_dir!r}, which is not an absolute path")
     if settings.launch.state and not os.path.isabs(settings.launch.state):
@@ -232,6 +235,14 @@ def runtime_dir(environ: Mapping[str, str], *, uid: int | None = None, root: Pat
             raise ConfigError(f"cannot make {directory}: {error.strerror}", hint=_OTHER_PLACE) from error
     _check_owner(directory, {uid}, private=True)
     return directory
+
+
+def user_name() -> str:
+    """The name of this process's user; its number where there is no account."""
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
 
 
 def agents_directory(settings: Settings, environ: Mapping[str, str]) -> Path:

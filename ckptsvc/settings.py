@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ckptsvc.quantities import (
+    ALL,
     Address,
     Every,
     Limit,
+    parse_accounts,
     parse_address,
     parse_address_or_off,
     parse_directory_or_off,
@@ -22,6 +24,8 @@ from ckptsvc.quantities import (
     parse_rate_or_off,
     parse_size,
     parse_tables,
+    parse_umask,
+    parse_variables,
 )
 
 LONGEST_REBUILD = 3600.0
@@ -74,18 +78,57 @@ class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
     key_file: str = ""
 
 
+class SystemSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[system]: one service for all users of a node (`ckptsvc agent --system`).
+
+    What it limits is fair among jobs that keep to it; what a user's processes can take without it, the kernel limits.
+
+    Attributes:
+        directory: where it listens; root owns it. Those who look for it look there too.
+        users: who may use it: names, numbers, "@group"; "" means all whose number is at least `min_uid`, and root.
+        min_uid: lower numbers are of the system's own accounts, which must be named in `users`.
+        operators: who, besides root, may see and control the agents of all users: names, numbers, "@group".
+        max_users: agents at a time.
+        user_memory: what the arenas of one user may take; a share is one of arena.limit. Where more users have jobs
+            than this leaves room for, each may take an even part. store.max_write_rate is divided among them anyway.
+        user_jobs: jobs that one user may have on the node at a time.
+        user_ranks: ranks of his jobs, together.
+        linger: how long an agent stays that has nothing to do.
+        umask: of what agents write, in octal.
+        environment: names of variables, comma-separated, that agents get from the service's own environment.
+    """
+
+    directory: str = "/run/ckptsvc"
+    users: Annotated[tuple[str, ...], parse_accounts] = ()
+    min_uid: Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)] = 1000
+    operators: Annotated[tuple[str, ...], parse_accounts] = ()
+    max_users: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 128
+    user_memory: Annotated[Limit, parse_limit] = Limit(0, 0.5)
+    user_jobs: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+    user_ranks: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1024
+    linger: Annotated[float, parse_duration] = 600.0
+    umask: Annotated[int, parse_umask] = 0o022
+    environment: Annotated[tuple[str, ...], parse_variables] = ()
+
+
 class TlsSettings(msgspec.Struct, frozen=True, kw_only=True):
     """[tls]: certificates by which agents of several hosts know each other; without them, all are on one host.
 
     Attributes:
         ca_file: certificates (PEM) of those who sign them.
-        cert_file: this user's own, with the name <user>.user.ckptsvc; read anew when it changes.
+        cert_file: this user's own, with the name <user>.user.ckptsvc; read anew when it changes. "{user}" in its path
+            stands for the user's name, in that of the key too.
         key_file: its key; readable by its owner alone.
     """
 
     ca_file: str = ""
     cert_file: str = ""
     key_file: str = ""
+
+    def of(self, user: str) -> TlsSettings:
+        """Those of one user."""
+        cert_file, key_file = (path.replace("{user}", user) for path in (self.cert_file, self.key_file))
+        return TlsSettings(ca_file=self.ca_file, cert_file=cert_file, key_file=key_file)
 
     @property
     def is_set(self) -> bool:
@@ -100,11 +143,14 @@ class ArenaSettings(msgspec.Struct, frozen=True, kw_only=True):
         dir: a directory in memory (tmpfs).
         limit: what all arenas of the node together may take; a share is one of the file system's size.
         slots: arenas per rank. With one, no snapshot can be taken while the last one is still being written.
+        job_limit: what the arenas of one job may take; a share is one of `limit`. While several jobs have ranks on the
+            node, none gets more new arenas than make its even part of `limit`.
     """
 
     dir: str = "/dev/shm"
     limit: Annotated[Limit, parse_limit] = Limit(0, 0.5)
     slots: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    job_limit: Annotated[Limit, parse_limit] = ALL
 
 
 class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -294,6 +340,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     agent: AgentSettings = AgentSettings()
+    system: SystemSettings = SystemSettings()
     tls: TlsSettings = TlsSettings()
     arena: ArenaSettings = ArenaSettings()
     save: SaveSettings = SaveSettings()

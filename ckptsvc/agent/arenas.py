@@ -14,6 +14,7 @@ from ckptsvc.agent.sessions import Attempt, LocalJob, Session
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.pipeline.arena import TAIL, Arena, State, populate
+from ckptsvc.quantities import ALL, Limit
 from ckptsvc.telemetry import Event, Skip, log
 
 logger = logging.getLogger("ckptsvc.agent")
@@ -23,10 +24,17 @@ UNMAP_PATIENCE = 1.0
 
 
 class Arenas:
-    """Hands out the arenas of one agent; `slots` is their number for each rank."""
+    """Hands out the arenas of one agent.
 
-    def __init__(self, local: Local, workers: Workers, slots: int) -> None:
-        self._local, self._workers, self._slots = local, workers, slots
+    Args:
+        local: the agent's state.
+        workers: the I/O workers.
+        slots: arenas for each rank.
+        job_limit: what those of one job may take.
+    """
+
+    def __init__(self, local: Local, workers: Workers, slots: int, job_limit: Limit = ALL) -> None:
+        self._local, self._workers, self._slots, self._job_limit = local, workers, slots, job_limit
         self._populating = asyncio.Semaphore(2)
         self._unmapping: set[asyncio.Task[None]] = set()
         local.pool.on_removed = self._removed
@@ -44,31 +52,40 @@ class Arenas:
     def _provide(self, session: Session, nbytes: int) -> None:
         reg = session.reg
         lacking = self._local.pool.plan(reg.job, reg.rank, nbytes, self._slots)
-        for _ in range(lacking):
+        for left in range(lacking, 0, -1):
             try:
-                arena, fd = self._make(reg, nbytes)
+                arena, fd = self._make(reg, nbytes, first=left == self._slots)
             except ArenaExhausted as error:
                 log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "%s", error, job=reg.job, rank=reg.rank)
                 return
             session.preparing += 1
             self._local.spawn(self._populate(session, arena, fd))
 
-    def _make(self, reg: Registration, nbytes: int) -> tuple[Arena, int]:
+    def _most(self, *, first: bool) -> int:
+        """What one job's arenas may take: for more than one of each rank, no more than an even part."""
+        pool, jobs = self._local.pool, len({s.reg.job for s in self._local.sessions.values()})
+        most = self._job_limit.of(pool.limit)
+        return most if first else min(most, pool.limit // max(jobs, 1))
+
+    def _make(self, reg: Registration, nbytes: int, *, first: bool) -> tuple[Arena, int]:
         """A new arena; for its sake, snapshots in memory go whose arenas nobody will use again."""
+        most = self._most(first=first)
         pool, live = self._local.pool, {(s.reg.job, s.reg.rank) for s in self._local.sessions.values()}
         # Own ones that are too small, then those of ranks that are gone; what live ranks keep is left to them.
         kept = [a for a in pool.arenas.values() if a.state in (State.KEPT, State.FREE)]
         small = [a for a in kept if (a.job, a.rank) == (reg.job, reg.rank) and a.capacity < nbytes and not a.guest]
         gone = (a for a in kept if a.guest or (a.job, a.rank) not in live)
         orphaned = sorted(gone, key=lambda a: (not a.guest, a.step))  # copies of what others hold come first
-        spare = iter([*small, *orphaned])
+        spare = [*small, *orphaned]
         while True:
             try:
-                return pool.make(reg.job, reg.rank, nbytes)
+                return pool.make(reg.job, reg.rank, nbytes, most)
             except ArenaExhausted:
-                arena = next(spare, None)
+                alone = pool.is_beyond(reg.job, nbytes, most)  # then it does not help that others go
+                arena = next((each for each in spare if each.job == reg.job or not alone), None)
                 if arena is None:
                     raise
+            spare.remove(arena)
             job = self._local.jobs.get(arena.job)
             if job is not None:
                 self._local.dropped(job, arena.label)

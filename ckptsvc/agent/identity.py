@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import resource
 import socket
 from collections.abc import Coroutine
 from typing import Any, NamedTuple, Protocol
@@ -130,13 +131,16 @@ class IdentityServer:
         task.add_done_callback(self._tasks.discard)
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
+        loop, most = asyncio.get_running_loop(), resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         while True:
             try:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:  # out of descriptors, for now
                 log.warning("a rank could not be let in: %s", error)
                 await asyncio.sleep(ACCEPT_AGAIN)
+                continue
+            if len(self._tasks) > most:
+                sock.close()  # what is left is for arenas, pages and stores
                 continue
             sock.setblocking(False)
             self._spawn(self._serve(sock))

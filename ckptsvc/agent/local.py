@@ -28,6 +28,9 @@ _ARENA_STATES = {
 }
 
 
+MOST_JOBS, MOST_RANKS = 1024, 16384
+"""What one agent takes in at a time, where nobody sets less."""
+
 ELECTED = "etcd://"
 """What stands for a coordinator's address where it is elected: the URL begins like this."""
 
@@ -47,6 +50,7 @@ class Local:
         last_active: when there was last something to do (CLOCK_MONOTONIC).
         address: where other agents reach this one.
         domain: this node's failure domain.
+        most_jobs, most_ranks: that this agent takes in at a time.
     """
 
     def __init__(self, name: str, pool: ArenaPool, metrics: Metrics, shell: CoordinatorShell, trust: Trust) -> None:
@@ -63,6 +67,7 @@ class Local:
         self.leading: Callable[[], Sequence[CoordinatorShell]] = list
         self.last_active = time.monotonic()
         self.address = self.domain = ""
+        self.most_jobs, self.most_ranks = MOST_JOBS, MOST_RANKS
         self._shell, self._trust = shell, trust
         self._uplinks: dict[str, Uplink] = {}
         self._tasks: set[asyncio.Task[None]] = set()

@@ -20,15 +20,16 @@ from ckptsvc.agent.local_tier import LocalTier
 from ckptsvc.agent.procfs import has_ended
 from ckptsvc.agent.refills import Refills
 from ckptsvc.agent.saves import Saves
-from ckptsvc.agent.sessions import Attempt, LocalJob, Session
+from ckptsvc.agent.sessions import REMEMBERED, Attempt, LocalJob, Session
 from ckptsvc.agent.stops import Stops
 from ckptsvc.agent.witness import Witness
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.pace import PROGRESS_EVERY, progress_every
 from ckptsvc.control.restart import launched_as
 from ckptsvc.control.runs import ranks_of
-from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput
+from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput, LimitReached
 from ckptsvc.pipeline.arena import State
+from ckptsvc.quantities import ALL, Limit
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, log
@@ -37,6 +38,8 @@ logger = logging.getLogger("ckptsvc.agent")
 
 OVERDUE = 1.5
 """Times `save_timeout` after which an agent stops waiting for the coordinator to end a save."""
+
+_FEWER = "an operator sets what one user may have: system.user_jobs, system.user_ranks"
 
 LOOK_EVERY = PROGRESS_EVERY
 """Seconds between looks at the heartbeat pages."""
@@ -49,6 +52,7 @@ class Node:
         local: the shared state.
         workers: the I/O workers.
         slots: arenas for each rank.
+        job_limit: what the arenas of one job may take.
         linger: seconds for which the memory of a job whose ranks died is kept.
         save_timeout: seconds after which the coordinator gives a save up.
         margin: seconds to spare at the end of a job's time; None: jobs are not stopped before it.
@@ -69,13 +73,14 @@ class Node:
         workers: Workers,
         *,
         slots: int,
+        job_limit: Limit = ALL,
         linger: float,
         save_timeout: float,
         margin: float | None = None,
         early: bool = False,
         tier: LocalTier | None = None,
     ) -> None:
-        self.arenas = Arenas(local, workers, slots)
+        self.arenas = Arenas(local, workers, slots, job_limit)
         self.saves = Saves(local, workers, early=early, tier=tier)
         self.refills = Refills(local, workers, tier, self.saves)
         self.tier = tier
@@ -102,6 +107,7 @@ class Node:
                         f"rank {registration.rank} of job {registration.job} is registered: process {old.pid}"
                     )
                 self._forget(token)
+        self._admit(registration)
         for other in self._local.sessions.values():
             if other.reg.job == registration.job and other.reg.attempt < registration.attempt:
                 over = self._local.jobs[registration.job].attempt(other.reg.attempt)
@@ -119,6 +125,23 @@ class Node:
             job=registration.job, attempt=registration.attempt, rank=registration.rank)  # fmt: skip
         self._local.report(job, reports.joined(self._local.name, registration, registration.epoch))
         return session.token, self._local.name, session.page_fd_copy()
+
+    def _admit(self, registration: Registration) -> None:
+        """Make room for one more rank, or refuse it.
+
+        Raises:
+            LimitReached: there are as many ranks or jobs as there may be.
+        """
+        local = self._local
+        if len(local.sessions) >= local.most_ranks:
+            raise LimitReached(f"{local.most_ranks} ranks are registered with this agent already", hint=_FEWER)
+        if registration.job in local.jobs or len(local.jobs) < local.most_jobs:
+            return
+        for job in sorted(local.jobs.values(), key=lambda each: each.idle_since):
+            self._retire(job, patience=0.0)  # one that has ended, and whose memory is kept a while
+            if len(local.jobs) < local.most_jobs:
+                return
+        raise LimitReached(f"this agent has {local.most_jobs} jobs already", hint=_FEWER)
 
     def unregister(self, token: str) -> None:
         """The identity connection has ended: the rank is ending, or has closed its session."""
@@ -269,6 +292,8 @@ class Node:
             attempt.refused = _error(effect)
         elif kind == "holders":
             attempt.groups[effect.generation] = [ranks_of(group.runs) for group in effect.groups]
+            while len(attempt.groups) > REMEMBERED:
+                del attempt.groups[min(attempt.groups)]
         attempt.wake()
 
     async def watch(self) -> None:
@@ -281,7 +306,7 @@ class Node:
             if self.tier is not None:
                 self.tier.measure()
             for job in list(self._local.jobs.values()):
-                self._retire(job)
+                self._retire(job, self._linger)
             for name in self._workers.jobs():
                 # Of a job that this agent coordinates and has no ranks of.
                 if name not in self._local.jobs and not self._local.coordinates(name):
@@ -325,8 +350,8 @@ class Node:
             )
             self._local.report(self._local.jobs[name], pb.Report(progressed=progressed))
 
-    def _retire(self, job: LocalJob) -> None:
-        """Free the memory of a job without ranks: at once if it ended in good order, else after `linger` seconds."""
+    def _retire(self, job: LocalJob, patience: float) -> None:
+        """Free the memory of a job without ranks: at once if it ended in good order, else after `patience` seconds."""
         if any(s.reg.job == job.name for s in self._local.sessions.values()):
             return
         if self._local.launched(launched_as(job.name)):
@@ -337,7 +362,7 @@ class Node:
         if any(a.state is State.STAGED for a in arenas) or (self.tier is not None and self.tier.busy(job)):
             self._local.last_active = time.monotonic()
             return
-        if job.died and time.monotonic() - job.idle_since < self._linger:
+        if job.died and time.monotonic() - job.idle_since < patience:
             return
         for arena in arenas:
             self._local.dropped(job, arena.label)

@@ -17,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,10 @@ from ckptsvc.agent.partners import Partners
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
+from ckptsvc.agent.tenancy import Tenancy
 from ckptsvc.agent.watch import Watch
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import agents_directory, load, private_directory
+from ckptsvc.config import agents_directory, load, private_directory, user_name
 from ckptsvc.control.health import Policy
 from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.stalls import Limits
@@ -54,7 +55,7 @@ from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigEr
 from ckptsvc.launch.domain import domain_of
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import Address, parse_duration
-from ckptsvc.rpc.channel import BETWEEN, OPTIONS, SERVER_KEEPALIVE
+from ckptsvc.rpc.channel import BETWEEN, LOCAL, MAX_CALLS, OPTIONS, SERVER_KEEPALIVE
 from ckptsvc.rpc.dial import sockets
 from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.secret import require_loopback, shared_secret
@@ -81,12 +82,14 @@ class Options:
         settings: the merged configuration.
         linger: seconds without ranks, launchers and saves after which the agent ends; None: never.
         json_log: log JSON lines.
+        service: directory of the system service that has started this agent; None: there is none.
     """
 
     directory: Path
     settings: Settings
     linger: float | None = None
     json_log: bool = False
+    service: Path | None = None
 
 
 class Agent:
@@ -147,15 +150,7 @@ class Agent:
             if self.tier:
                 self.tier.recover(copies)
             self.node.saves.recover(left)
-            lasting = (
-                self.trust.run(),
-                self.shell.run(),
-                self.node.watch(),
-                self.watch.run(),
-                self.nics.run(),
-                self._until_idle(),
-            )
-            tasks = [asyncio.ensure_future(c) for c in lasting]
+            tasks = [asyncio.ensure_future(c) for c in self._lasting()]
             (directory / "ready.new").write_text(self._ready_text())
             (directory / "ready.new").rename(directory / "ready")
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
@@ -179,11 +174,22 @@ class Agent:
         log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
         os.close(lock)
 
+    def _lasting(self) -> Iterator[Coroutine[Any, Any, None]]:
+        """What runs from the agent's beginning to its end."""
+        yield self.trust.run()
+        yield self.shell.run()
+        yield self.node.watch()
+        yield self.watch.run()
+        yield self.nics.run()
+        yield self._until_idle()
+        if self._options.service:
+            yield Tenancy(self._options.service, self.local, self.workers, self._is_idle).run()
+
     def _trust(self) -> Trust:
         """What this user's agents know each other by; without certificates, they are all on this host."""
         settings = self._options.settings
         if settings.tls.is_set:
-            tls = settings.tls
+            tls = settings.tls.of(user_name())
             return ByCertificate(tls.ca_file, tls.cert_file, tls.key_file, self.metrics.certificate_expiry.set)
         require_loopback(settings.agent.listen.host, f"agent.listen is {settings.agent.listen}")
         return BySecret(shared_secret(agents_directory(settings, os.environ)))
@@ -220,6 +226,7 @@ class Agent:
             self.local,
             self.workers,
             slots=settings.arena.slots,
+            job_limit=settings.arena.job_limit,
             linger=linger,
             save_timeout=settings.save.timeout,
             margin=settings.scheduler.margin,
@@ -264,7 +271,7 @@ class Agent:
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._options.settings.agent
         grpc_path, identity_path = sockets(self._options.directory)
-        local = grpc.aio.server(options=OPTIONS)
+        local = grpc.aio.server(options=LOCAL, maximum_concurrent_rpcs=MAX_CALLS)
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
         name = agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name
         checks = health.aio.HealthServicer()
@@ -299,10 +306,13 @@ class Agent:
         linger = self._options.linger
         while True:
             await asyncio.sleep(0.2)
-            if not self.node.idle or not self.launches.idle:
+            if not self._is_idle():
                 self.local.last_active = time.monotonic()
             elif self._patient or (linger is not None and time.monotonic() - self.local.last_active > linger):
                 self._stopping.set()
+
+    def _is_idle(self) -> bool:
+        return self.node.idle and self.launches.idle
 
     def _ready_text(self) -> str:
         return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n"
@@ -359,6 +369,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-write-rate")
     parser.add_argument("--linger")
     parser.add_argument("--json-log", action="store_true")
+    parser.add_argument("--service", type=Path)
     args = parser.parse_args(arguments)
     try:
         overrides = {
@@ -374,7 +385,7 @@ def main(arguments: list[str] | None = None) -> int:
         # A coordinator of ten thousand agents has millions of objects and hardly a cycle: looking for those among them
         # all takes a second, in which it answers nobody.
         gc.set_threshold(50_000, 20, 100)
-        asyncio.run(serve(Options(args.dir, settings, linger, args.json_log)))
+        asyncio.run(serve(Options(args.dir, settings, linger, args.json_log, args.service)))
     except CkptsvcError as error:
         print(f"ckptsvc agent: {error}", file=sys.stderr)  # noqa: T201  a program's last words
         return EXIT_STATUS[error.code]

@@ -31,6 +31,9 @@ MAX_DIGEST = 64
 MAX_IMAGE = 1 << 42
 """Largest shard image a rank may announce, in bytes."""
 
+MAX_ALIASES = 8 << 20
+"""Characters of the names of a rank's tied tensors: they are kept with each snapshot in memory."""
+
 Handler = Callable[..., Awaitable[Any]]
 
 
@@ -108,6 +111,8 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         metrics = dict(request.metrics)
         check_metrics(metrics)
         aliases = dict(request.aliases)
+        if sum(len(alias) + len(name) for alias, name in aliases.items()) > MAX_ALIASES:
+            raise InvalidInput(f"the names of tied tensors have more than {MAX_ALIASES} characters")
         self._node.saves.submit(_token(context), request.slot, request.step, request.bytes, aliases, metrics)
         self._node.on_filling()
         return agent_pb2.SubmitResponse()

@@ -22,7 +22,7 @@ Key = tuple[int, int]
 """(epoch, step)."""
 
 REMEMBERED = 64
-"""Outcomes kept for a job."""
+"""Outcomes kept for a job, and groups of ranks for an attempt."""
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from ckptsvc.cli.torchrun_flags import refuse_unknown
 from ckptsvc.config import agents_directory, load
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import Address, parse_address
-from ckptsvc.rpc.dial import address_of, agent_arguments, is_alive
+from ckptsvc.rpc.dial import address_of, agent_arguments, agents_home, is_alive
 from ckptsvc.rpc.secret import is_loopback, require_loopback
 from ckptsvc.settings import LaunchSettings, Settings
 
@@ -104,7 +104,7 @@ def command(
     nodes = dataclasses.replace(nodes, coordinator="" if etcd else nodes.coordinator)
     name = nodes.node or settings.agent.name or socket.gethostname()
     leads = nodes.high == 1 or (nodes.node_rank == 0 and not elected)
-    directory = _agent_directory(agents_directory(settings, os.environ), nodes, leads)
+    directory = _agent_directory(agents_home(agents_directory(settings, os.environ), settings), nodes, leads)
     if nodes.coordinator and not settings.tls.is_set:
         require_loopback(parse_address(nodes.coordinator).host, f"the coordinator's address is {nodes.coordinator}")
     launch = Launch(

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from ckptsvc.cli.agents import Answer, agent_directory, ask_all
+from ckptsvc.cli.agents import Answer, agent_directory, ask_all, ask_users
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, size
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import AgentUnavailable, NotFound
@@ -37,9 +37,10 @@ Status = Mapping[str, Any]
 @click.option("--job", metavar="NAME", help="Only this job.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path),
     help="Directory of the sockets; default: as for `ckptsvc agent`.")  # fmt: skip
+@click.option("--all-users", is_flag=True, help="The agents of all users of this node's service. For operators.")
 @click.option("--watch", is_flag=True, help="Look again every two seconds, until interrupted.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document (with --watch, one a line).")
-def command(job: str | None, directory: Path | None, watch: bool, as_json: bool) -> int:
+def command(job: str | None, directory: Path | None, all_users: bool, watch: bool, as_json: bool) -> int:
     """Show what the agents of this node are doing: the user's own, and those of single jobs.
 
     \b
@@ -63,7 +64,8 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
       "elections": [{"job", "coordinator", "address", "term", "here",
         "refused", "problem"}],
       "nics": [{"nic", "family", "link", "sent", "received", "findings"}]}}]}
-    error is {"code", "what"} where there is no status, else null. Sizes in
+    error is {"code", "what"} where there is no status, else null; with
+    --all-users there is "user" too. Sizes in
     bytes, ages in seconds, times in Unix seconds; a step of -1 is none.
     "nics" are the network cards (bytes per second) and sentences about those
     in trouble: by their own counters, and in "coordinates" against the job's.
@@ -71,7 +73,7 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
     of a snapshot on the local disk is "pending" until it is in the durable
     store ("committed") or known to stay where it is ("local").
     """  # noqa: D301  \b is click's
-    where = directory or agent_directory()
+    where = None if all_users else directory or agent_directory()
     while True:
         try:
             status = _look(where, job, as_json, clear=watch)
@@ -85,9 +87,12 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
         time.sleep(WATCH_EVERY)
 
 
-def _look(where: Path, job: str | None, as_json: bool, *, clear: bool) -> int:
-    answers = ask_all(where)
-    if not answers:
+def _look(where: Path | None, job: str | None, as_json: bool, *, clear: bool) -> int:
+    """Show what there is in a directory, or (None) of all users."""
+    answers = ask_users() if where is None else ask_all(where)
+    if where is None and not answers:
+        note("no user has an agent now")
+    elif not answers:
         raise AgentUnavailable(
             f"no agent runs in {where}",
             hint="`ckptsvc run` starts one for a job; `ckptsvc agent` runs one for the node",
@@ -95,7 +100,7 @@ def _look(where: Path, job: str | None, as_json: bool, *, clear: bool) -> int:
     if job is not None:
         answers = _only(answers, job)
     if as_json:
-        emit({"directory": str(where), "agents": [_json(answer) for answer in answers]})
+        emit({"directory": where and str(where), "agents": [_json(answer) for answer in answers]})
         sys.stdout.flush()
     else:
         screen = Screen()
@@ -104,7 +109,12 @@ def _look(where: Path, job: str | None, as_json: bool, *, clear: bool) -> int:
         for number, answer in enumerate(answers):
             if number:
                 screen.line()
-            _show(screen, answer)
+            try:
+                _show(screen, answer)
+            except (LookupError, TypeError, ValueError) as error:
+                if not answer.user:
+                    raise
+                screen.line("  " + screen.paint(f"answers with nonsense: {type(error).__name__}", "bad"))
     return PARTLY_DONE if any(answer.status is None for answer in answers) else 0
 
 
@@ -132,11 +142,14 @@ def _json(answer: Answer) -> dict[str, Any]:
         "directory": str(answer.directory),
         "error": error and {"code": error.code, "what": error.what},
         "status": answer.status,
+        **({"user": answer.user} if answer.user else {}),
     }
 
 
 def _show(screen: Screen, answer: Answer) -> None:
     status = answer.status
+    if answer.user:
+        screen.line(screen.paint(f"user {printable(answer.user)}", "head"))
     if status is None:
         screen.line(screen.paint(f"agent in {answer.directory}", "head"))
         screen.line("  " + screen.paint(printable(f"does not answer: {answer.error}"), "bad"))

@@ -18,7 +18,8 @@ from ckptsvc.config import agents_directory, private_directory
 from ckptsvc.errors import ConfigError
 from ckptsvc.launch import LOCAL_JOB, Placement, detect
 from ckptsvc.pipeline.retention import policy_of
-from ckptsvc.rpc.dial import is_alive
+from ckptsvc.rpc.dial import agents_home, is_alive
+from ckptsvc.rpc.service import service_of
 from ckptsvc.settings import Settings
 
 
@@ -50,11 +51,13 @@ def coordinator_of(group: Group, place: Placement, settings: Settings) -> str:
 
 
 def agent_directory(place: Placement, settings: Settings) -> tuple[Path, bool]:
-    """(directory of the agent to use, whether it is private to this job and started when needed)."""
+    """(directory of the agent to use, whether it is to be started when needed: by this job, or by the service)."""
     given = os.environ.get("CKPTSVC_SOCKET")
     if given:
         return private_directory(Path(given)), False
-    shared = agents_directory(settings, os.environ)
+    shared = agents_home(agents_directory(settings, os.environ), settings)
+    if service_of(shared) is not None:
+        return shared, True
     if is_alive(shared):
         return shared, False
     return shared / f"job-{xxhash.xxh3_64_hexdigest(place.job.encode())}", True

@@ -103,6 +103,7 @@ class IdentityClient:
 
     Attributes:
         peer: process id of the agent; 0 where it is of another pid namespace.
+        owner: user id of the agent: this user's, or 0.
     """
 
     def __init__(self, path: str, timeout: float = 10.0) -> None:
@@ -113,10 +114,10 @@ class IdentityClient:
         except OSError as error:
             self._sock.close()
             raise AgentUnavailable(f"no agent answers on {path}: {error.strerror or error}") from error
-        self.peer, uid, _ = peer_of(self._sock)
-        if uid not in (os.geteuid(), 0):
+        self.peer, self.owner, _ = peer_of(self._sock)
+        if self.owner not in (os.geteuid(), 0):
             self._sock.close()
-            raise AgentUnavailable(f"the process that listens on {path} belongs to user {uid}")
+            raise AgentUnavailable(f"the process that listens on {path} belongs to user {self.owner}")
 
     def call(self, message: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Send one message; returns the answer and the descriptor that came with it (the caller closes it), or -1.

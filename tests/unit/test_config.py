@@ -137,6 +137,18 @@ def test_every_setting_has_its_variable() -> None:
         "etcd.ca_file": "/ca",
         "etcd.cert_file": "/cert",
         "etcd.key_file": "/key",
+        "arena.job_limit": "50%",
+        "system.directory": "/run/c",
+        "system.users": "alice,@physics",
+        "system.min_uid": "500",
+        "system.operators": "@wheel",
+        "system.max_users": "9",
+        "system.user_memory": "8GiB",
+        "system.user_jobs": "3",
+        "system.user_ranks": "96",
+        "system.linger": "5min",
+        "system.umask": "027",
+        "system.environment": "HTTPS_PROXY",
     }
     settings = load({f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[])
     assert set(settings.origin) == set(values)
@@ -150,7 +162,14 @@ def test_every_setting_has_its_variable() -> None:
         coordination="etcd://a:1",
         incidents_dir="/var/lib/ckptsvc/incidents",
     )
-    assert settings.arena == settings_of.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
+    assert settings.arena == settings_of.ArenaSettings(
+        dir="/mnt/shm", limit=Limit(0, 0.25), slots=3, job_limit=Limit(0, 0.5)
+    )
+    assert settings.system == settings_of.SystemSettings(
+        directory="/run/c", users=("alice", "@physics"), min_uid=500, operators=("@wheel",), max_users=9,
+        user_memory=Limit(8 << 30, 0.0), user_jobs=3, user_ranks=96, linger=300.0, umask=0o27,
+        environment=("HTTPS_PROXY",),
+    )  # fmt: skip
     assert settings.save == settings_of.SaveSettings(
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0, early_cores=1,
         incremental=True, full_every=4, compression="auto", compression_level=3,
@@ -517,3 +536,31 @@ def test_tiers_that_cannot_be_are_refused_by_key(values: dict[str, object], key:
     with pytest.raises(ConfigError, match=key):
         load({}, values, files=[])
     assert load({}, {"tiers.partner": "rs", "tiers.group": 3, "tiers.partner_rate": 0}, files=[]).tiers.group == 3
+
+
+# ---- accounts, variables, umask
+
+
+def test_accounts_are_names_numbers_and_groups() -> None:
+    assert quantities.parse_accounts(" alice, 1000,@ck-users ,,") == ("alice", "1000", "@ck-users")
+    assert quantities.parse_accounts(["a.b@realm", "DOM\\u$"]) == ("a.b@realm", "DOM\\u$")
+    assert quantities.parse_variables("A, _b2") == ("A", "_b2")
+    for bad in ("a b", "@", "-x", "a:b", "a/../b", 7, ["a", 1], {"a": 1}):
+        with pytest.raises(ConfigError):
+            quantities.parse_accounts(bad)
+    for bad in ("A=1", "2A", "A-B", 7):
+        with pytest.raises(ConfigError):
+            quantities.parse_variables(bad)
+
+
+def test_a_umask_is_octal_and_leaves_the_owner_alone() -> None:
+    assert [quantities.parse_umask(text) for text in ("022", "077", "0", "0o027", "7")] == [0o22, 0o77, 0, 0o27, 7]
+    for bad in ("0700", "888", "", 18, "0x1f", None, "-1"):
+        with pytest.raises(ConfigError):
+            quantities.parse_umask(bad)
+
+
+def test_certificates_may_be_named_by_user() -> None:
+    given = {"tls.ca_file": "/etc/ca.pem", "tls.cert_file": "/etc/{user}.pem", "tls.key_file": "/home/{user}/key.pem"}
+    own = load({}, given, []).tls.of("alice")
+    assert (own.ca_file, own.cert_file, own.key_file) == ("/etc/ca.pem", "/etc/alice.pem", "/home/alice/key.pem")
