@@ -47,6 +47,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
         coordination: where agents elect the coordinators of their jobs, "etcd://host:port,host:port/prefix"; "" means
             that the agent whose address `ckptsvc run` was given coordinates.
         incidents_dir: where incidents are kept; "" means ckptsvc/incidents in $XDG_STATE_HOME (~/.local/state).
+        log_level: which lines the agent logs: these, and worse ones.
     """
 
     socket_dir: str = ""
@@ -56,6 +57,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     coordinator: Annotated[Address | None, parse_address_or_off] = None
     coordination: str = ""
     incidents_dir: str = ""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,6 +11,7 @@ Logs are lines for people, or JSON objects with the keys ts, level, logger, even
 from __future__ import annotations
 
 import logging
+import sys
 from contextlib import suppress
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -130,6 +131,8 @@ class Event(StrEnum):
 
     AGENT_STARTED = "agent-started"
     AGENT_STOPPED = "agent-stopped"
+    SETTINGS_READ = "settings-read"
+    SETTINGS_REFUSED = "settings-refused"
     COORDINATOR_CHOSEN = "coordinator-chosen"
     COORDINATOR_UNKNOWN = "coordinator-unknown"
     RANK_REGISTERED = "rank-registered"
@@ -441,10 +444,35 @@ def _fields_of(record: logging.LogRecord) -> dict[str, object]:
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Ours, so that a second `setup_logging` replaces it and leaves others alone."""
+    """Ours, so that a second `setup_logging` replaces it and leaves others alone.
+
+    Lines that cannot be written (the disk is full, the terminal is gone) are counted, and that is said when it can be.
+    """
+
+    lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line."""
+        lost = self.lost
+        super().emit(record)
+        if lost and lost == self.lost:
+            self.lost = 0
+            about = {
+                "levelno": logging.WARNING,
+                "levelname": "WARNING",
+                "msg": "lines of this log were lost or late: %d",
+            }
+            super().emit(logging.makeLogRecord(vars(record) | about | {"args": (lost,), "exc_info": None, "event": ""}))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Count a line that could not be written; one that could not be made is a mistake of ours, and shown."""
+        if isinstance(sys.exc_info()[1], OSError):
+            self.lost += 1
+        else:
+            super().handleError(record)
 
 
-def setup_logging(stream: TextIO, *, json: bool, level: int = logging.INFO) -> None:
+def setup_logging(stream: TextIO, *, json: bool, level: str = "info") -> None:
     """Send the log of this process to `stream`: ours from `level` up, other libraries' from WARNING up."""
     root = logging.getLogger()
     for handler in [handler for handler in root.handlers if isinstance(handler, _Handler)]:
@@ -452,5 +480,10 @@ def setup_logging(stream: TextIO, *, json: bool, level: int = logging.INFO) -> N
     handler = _Handler(stream)
     handler.setFormatter(JsonFormatter() if json else HumanFormatter())
     root.addHandler(handler)
+    set_log_level(level)
+
+
+def set_log_level(level: str) -> None:
+    """From which level up our lines are logged: "debug", "info", "warning" or "error"."""
     for name in ("ckptsvc", "ckptsvc_drivers"):
-        logging.getLogger(name).setLevel(level)
+        logging.getLogger(name).setLevel(level.upper())

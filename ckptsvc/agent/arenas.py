@@ -34,7 +34,7 @@ class Arenas:
     """
 
     def __init__(self, local: Local, workers: Workers, slots: int, job_limit: Limit = ALL) -> None:
-        self._local, self._workers, self._slots, self._job_limit = local, workers, slots, job_limit
+        self._local, self._workers, self.slots, self._job_limit = local, workers, slots, job_limit
         self._populating = asyncio.Semaphore(2)
         self._unmapping: set[asyncio.Task[None]] = set()
         local.pool.on_removed = self._removed
@@ -51,10 +51,10 @@ class Arenas:
 
     def _provide(self, session: Session, nbytes: int) -> None:
         reg = session.reg
-        lacking = self._local.pool.plan(reg.job, reg.rank, nbytes, self._slots)
+        lacking = self._local.pool.plan(reg.job, reg.rank, nbytes, self.slots)
         for left in range(lacking, 0, -1):
             try:
-                arena, fd = self._make(reg, nbytes, first=left == self._slots)
+                arena, fd = self._make(reg, nbytes, first=left == self.slots)
             except ArenaExhausted as error:
                 log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "%s", error, job=reg.job, rank=reg.rank)
                 return

@@ -26,6 +26,10 @@ ACCEPT_AGAIN = 0.2
 """Seconds after which an agent that was out of descriptors looks again who wants to register."""
 
 
+QUIET = 30.0
+"""Seconds after which a connection that has said nothing is closed: each takes a descriptor."""
+
+
 class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a rank says of itself. `keep` is how many checkpoints stay at least; `retention` says which others do.
 
@@ -82,6 +86,12 @@ class WitnessRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     token: str
 
 
+class YieldRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Ask an agent that a job has started to make way for a service."""
+
+    op: str
+
+
 class Owner(Protocol):
     """What the identity socket needs of the node."""
 
@@ -97,6 +107,9 @@ class Owner(Protocol):
     def hear(self, token: str, pid: int, witness: Witness) -> None:
         """Keep the way to ask the process of a session."""
 
+    def give_way(self) -> None:
+        """End, and leave everything to another agent; InvalidInput if this is a service."""
+
 
 class IdentityServer:
     """Listens on the identity socket within the agent's event loop."""
@@ -106,6 +119,7 @@ class IdentityServer:
         self._owner = owner
         self._tasks: set[asyncio.Task[None]] = set()
         self._sock: socket.socket | None = None
+        self._stopped = False
 
     async def start(self) -> None:
         """Begin to listen; the caller owns the directory, so a file of that name is a dead agent's."""
@@ -118,7 +132,8 @@ class IdentityServer:
         self._spawn(self._accept(self._sock))
 
     async def stop(self) -> None:
-        """Close all connections."""
+        """Close all connections; the ranks go on, and register with the next agent."""
+        self._stopped = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -131,14 +146,20 @@ class IdentityServer:
         task.add_done_callback(self._tasks.discard)
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop, most = asyncio.get_running_loop(), resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        loop, said = asyncio.get_running_loop(), ""
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         while True:
             try:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:  # out of descriptors, for now
-                log.warning("a rank could not be let in: %s", error)
+                if str(error) != said:
+                    log.warning("ranks cannot be let in: %s; trying again until they can", error)
+                said = str(error)
                 await asyncio.sleep(ACCEPT_AGAIN)
                 continue
+            if said:
+                log.warning("ranks can be let in again")
+                said = ""
             if len(self._tasks) > most:
                 sock.close()  # what is left is for arenas, pages and stores
                 continue
@@ -151,7 +172,8 @@ class IdentityServer:
         try:
             pid, uid, _ = peer_of(sock)
             while True:
-                data = await loop.sock_recv(sock, MAX_PACKET)
+                receiving = loop.sock_recv(sock, MAX_PACKET)
+                data = await (receiving if token else asyncio.wait_for(receiving, QUIET))
                 if not data:
                     return
                 try:
@@ -161,6 +183,9 @@ class IdentityServer:
                     token = reply.token
                 except CkptsvcError as error:
                     reply = _refusal(error.code, error.what, error.hint)
+                except OSError as error:  # no descriptors, no memory
+                    log.warning("process %d is refused: %s", pid, error)
+                    reply = _refusal("internal", f"the agent cannot: {error.strerror or error}")
                 except Exception as error:
                     log.exception("a message of process %d failed", pid)
                     reply = _refusal("internal", f"{type(error).__name__}: {error}")
@@ -172,23 +197,25 @@ class IdentityServer:
                 if reply.witness is not None:
                     await reply.witness.closed()  # from now on we ask
                     return
-        except (ConnectionError, BlockingIOError):
-            pass  # the peer is gone, or does not read its answers
+        except (ConnectionError, BlockingIOError, TimeoutError):
+            pass  # the peer is gone, does not read its answers, or never said what it wants
         finally:
             sock.close()
-            if token:
+            if token and not self._stopped:
                 self._owner.unregister(token)
 
     def _answer(self, data: bytes, sock: socket.socket, pid: int, token: str) -> _Reply:
         try:
             op = msgspec.json.decode(data, type=dict).get("op")
-            wanted: Registration | MapRequest | WitnessRequest
+            wanted: Registration | MapRequest | WitnessRequest | YieldRequest
             if op == "register" and not token:
                 wanted = msgspec.json.decode(data, type=Registration)
             elif op == "map" and token:
                 wanted = msgspec.json.decode(data, type=MapRequest)
             elif op == "witness" and not token:
                 wanted = msgspec.json.decode(data, type=WitnessRequest)
+            elif op == "yield" and not token:
+                wanted = msgspec.json.decode(data, type=YieldRequest)
             else:
                 raise InvalidInput(f"{op!r} is not understood here")
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -200,6 +227,9 @@ class IdentityServer:
         if isinstance(wanted, MapRequest):
             fd, capacity = self._owner.arena_fd(token, wanted.slot)
             return _Reply({"ok": True, "capacity": capacity}, fd, token)
+        if isinstance(wanted, YieldRequest):
+            self._owner.give_way()
+            return _Reply({"ok": True})
         witness = Witness(sock)
         self._owner.hear(wanted.token, pid, witness)
         return _Reply({"ok": True}, witness=witness)

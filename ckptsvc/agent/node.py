@@ -64,6 +64,7 @@ class Node:
         launch_order: what to do with an order for a launcher.
         watch_order: what to do with an order about ranks that hang.
         partner_order: what to do with an order about what other nodes hold.
+        on_yield: another agent, a service, wants to take over; None: this one is a service.
         on_filling: a rank has begun, or ended, to copy into an arena.
     """
 
@@ -87,9 +88,10 @@ class Node:
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
         self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self.partner_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
+        self.on_yield: Callable[[], None] | None = None
         self.on_filling: Callable[[], None] = lambda: None
         self._local, self._workers = local, workers
-        self._stops = Stops(local, margin)
+        self.stops = Stops(local, margin)
         self._progress: dict[tuple[str, int, int], float] = {}  # job, attempt, ranks -> when to tell how far they are
         self._linger, self._save_timeout = linger, save_timeout
         local.on_order = self.on_order
@@ -216,6 +218,12 @@ class Node:
             session.witness.close()
         session.witness = witness
 
+    def give_way(self) -> None:
+        """End, and leave everything to another agent (identity socket)."""
+        if self.on_yield is None:
+            raise InvalidInput("this agent is a service and makes way for no other")
+        self.on_yield()
+
     async def prepare(self, token: str, digest: str, generation: int, timeout: float) -> tuple[list[int], bool, int]:
         """Wait until the attempt is fenced and every rank has announced.
 
@@ -301,12 +309,13 @@ class Node:
         while True:
             await asyncio.sleep(LOOK_EVERY)
             self._report_progress(time.monotonic())
-            self._stops.look()
+            self.stops.look()
             self._give_up_overdue()
             if self.tier is not None:
                 self.tier.measure()
             for job in list(self._local.jobs.values()):
                 self._retire(job, self._linger)
+            self._remove_unclaimed()
             for name in self._workers.jobs():
                 # Of a job that this agent coordinates and has no ranks of.
                 if name not in self._local.jobs and not self._local.coordinates(name):
@@ -371,6 +380,13 @@ class Node:
         del self._local.jobs[job.name]
         self._local.spawn(self._let_go(job))
 
+    def _remove_unclaimed(self) -> None:
+        """Free arenas that an earlier agent has left, and for which no rank has come back."""
+        for arena in list(self._local.pool.arenas.values()):
+            claimed = arena.job in self._local.jobs or arena.guest or arena.state is not State.FREE
+            if not claimed and time.monotonic() - arena.since > self._linger:
+                self._local.pool.remove(arena)
+
     async def _let_go(self, job: LocalJob) -> None:
         if self.tier is not None:
             await self.tier.forget(job)
@@ -386,6 +402,9 @@ class Node:
     async def stop(self) -> None:
         """Stop all activity; what is staged stays in its arenas."""
         await self._local.close()
+        for arena in list(self._local.pool.arenas.values()):
+            if arena.state is State.FILLING:  # its rank may go on copying: nobody else may have it
+                self._local.pool.remove(arena)
         for token in list(self._local.sessions):
             self._forget(token)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
+import errno
+import faulthandler
 import gc
 import hashlib
 import logging
@@ -18,7 +19,8 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
-from ckptsvc.agent import nodelist
+from ckptsvc.agent import handover, nodelist
 from ckptsvc.agent.coordination import Elections, login_of
 from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
@@ -37,37 +39,45 @@ from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.local_tier import LocalTier
 from ckptsvc.agent.lowering import Lowering
+from ckptsvc.agent.malformed import keep_quiet
 from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import OVERDUE, Node
+from ckptsvc.agent.notify import Notifier
 from ckptsvc.agent.partners import Partners
+from ckptsvc.agent.reload import reload
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
 from ckptsvc.agent.status import status_of
 from ckptsvc.agent.tenancy import Tenancy
-from ckptsvc.agent.watch import Watch
+from ckptsvc.agent.watch import Watch, limits_of
 from ckptsvc.agent.workers import Workers
 from ckptsvc.config import agents_directory, load, private_directory, user_name
 from ckptsvc.control.health import Policy
 from ckptsvc.control.redundancy import PartnerPolicy
-from ckptsvc.control.stalls import Limits
 from ckptsvc.control.tiering import Draining
-from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError
 from ckptsvc.launch.domain import domain_of
-from ckptsvc.pipeline.arena import ArenaPool
+from ckptsvc.pipeline.arena import ArenaPool, State
 from ckptsvc.quantities import Address, parse_duration
 from ckptsvc.rpc.channel import BETWEEN, LOCAL, MAX_CALLS, OPTIONS, SERVER_KEEPALIVE
-from ckptsvc.rpc.dial import sockets
+from ckptsvc.rpc.dial import LOCK, sockets
 from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.secret import require_loopback, shared_secret
 from ckptsvc.rpc.trust import ByCertificate, BySecret, Trust
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
-from ckptsvc.settings import HealthSettings, Settings, TierSettings
+from ckptsvc.settings import Settings, TierSettings
 from ckptsvc.telemetry import Event, Metrics, log, setup_logging
 
 logger = logging.getLogger("ckptsvc.agent")
 
 GRACE = 2.0
 """Seconds that calls in flight get when the agent stops."""
+
+SHORT_GRACE = 0.1
+"""The same when a successor waits to take over: calls that wait for something are made again, the others are over."""
+
+SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES)
+"""What is no mistake of the agent's: it ends with one line, and whoever started it starts it again."""
 
 LAST_SAVE = 60.0
 """Seconds that the ranks get for a last save when a private agent is told to stop; told again, it stops at once."""
@@ -80,15 +90,15 @@ class Options:
     Attributes:
         directory: holds the sockets, the lock and (by default) the log; belongs to this agent.
         settings: the merged configuration.
-        linger: seconds without ranks, launchers and saves after which the agent ends; None: never.
-        json_log: log JSON lines.
+        linger: seconds without ranks, launchers and saves after which the agent ends; None: never, it is a service.
+        read_again: reads the settings anew.
         service: directory of the system service that has started this agent; None: there is none.
     """
 
     directory: Path
     settings: Settings
     linger: float | None = None
-    json_log: bool = False
+    read_again: Callable[[], Settings] = field(default=partial(load, os.environ))
     service: Path | None = None
 
 
@@ -99,10 +109,16 @@ class Agent:
         self._options = options
         self._stopping = asyncio.Event()
         self._patient = False  # told to stop, and waiting for the last save
+        self._grace = GRACE
+        self._makes_way = False
+        # What a job starts inherits the address of a service manager that knows nothing of it.
+        self._notifier = Notifier() if options.linger is not None else Notifier.of(os.environ, os.getpid())
+        self._reading = asyncio.Lock()
         settings = options.settings
+        self._where = settings.agent
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
-        self.workers = Workers(settings.store.max_write_rate)
+        self.workers = Workers(settings)
         self._on_incident: Callable[[coordinator_pb2.Incident], None] = lambda incident: None
         self.shell = self._new_shell(0, lambda: True)
         where = settings.agent.coordination
@@ -117,6 +133,7 @@ class Agent:
         )
         self.tier: LocalTier | None = None
         self.lowering: Lowering | None = None
+        self.tenancy: Tenancy | None = None
         self.address = ""
         self.metrics_address = ""
         self.started = time.time()
@@ -128,11 +145,15 @@ class Agent:
             RunBusy: another agent serves this directory.
         """
         raise_open_files()
+        keep_quiet()
         directory = self._options.directory
         private_directory(directory)
         self.trust = self._trust()
-        lock = os.open(directory / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        await _own(lock, directory)
+        handed = handover.received(os.environ, directory / LOCK)
+        if handed is not None:
+            self._where = handed.listening(self._where)
+        lock = handed.lock if handed else os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        await handover.own(lock, directory, is_service=self._options.linger is None)
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
         left = self.pool.open()
         self._build()
@@ -141,6 +162,9 @@ class Agent:
         loop.add_signal_handler(signal.SIGINT, self._stopping.set)
         loop.add_signal_handler(signal.SIGTERM, self._terminated)
         loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
+        loop.add_signal_handler(handover.SIGNAL, lambda: self.local.spawn(self._make_way()))
+        if not sys.stderr.isatty():  # a terminal that goes takes what runs in its foreground along
+            loop.add_signal_handler(signal.SIGHUP, lambda: self.local.spawn(self._read_again()))
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             if self._etcd:
@@ -155,23 +179,29 @@ class Agent:
             (directory / "ready.new").rename(directory / "ready")
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
                 self.node_name, directory, self.address, node=self.node_name)  # fmt: skip
+            self._notifier.ready(self.summary())
             await self._stopping.wait()
+            if not self._makes_way:
+                self._notifier.stopping("ends; snapshots in memory wait for the next agent")
+            idle = self.node.idle and self.launches.idle and not self._makes_way
             self.launches.stopping = True
             (directory / "ready").unlink(missing_ok=True)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        idle = self.node.idle
         await self.node.stop()
         await self.partners.close()
         await self.shell.stop()
         if self.elections:
             await self.elections.close()
         await self.workers.close()
-        self.pool.close(remove=idle)
+        self.pool.close(remove=idle, keep_free=self._makes_way or self._options.linger is None)
         if self.tier:
             self.tier.close()
-        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
+        what = "makes way for its successor" if self._makes_way else "stopped"
+        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s %s", self.node_name, what, node=self.node_name)
+        if self._makes_way:
+            handover.succeed(handover.Handed(lock, self.address, self.metrics_address))
         os.close(lock)
 
     def _lasting(self) -> Iterator[Coroutine[Any, Any, None]]:
@@ -182,8 +212,9 @@ class Agent:
         yield self.watch.run()
         yield self.nics.run()
         yield self._until_idle()
-        if self._options.service:
-            yield Tenancy(self._options.service, self.local, self.workers, self._is_idle).run()
+        yield self._notifier.beat(self.summary)
+        if self.tenancy:
+            yield self.tenancy.run()
 
     def _trust(self) -> Trust:
         """What this user's agents know each other by; without certificates, they are all on this host."""
@@ -233,6 +264,10 @@ class Agent:
             early=(os.cpu_count() or 1) >= settings.save.early_cores,
             tier=self.tier,
         )
+        if self._options.service:
+            self.tenancy = Tenancy(self._options.service, self.local, self.workers, self._is_idle)
+        elif self._options.linger is not None:
+            self.node.on_yield = self._stopping.set
         self.local.domain = domain_of(settings.tiers.domain, os.environ, self.node_name)
         self.partners = Partners(self.local, self.trust, settings.tiers.partner_rate)
         self.node.partner_order, self.node.on_filling = self.partners.order, self.partners.filling
@@ -240,7 +275,7 @@ class Agent:
         self.nics = NicWatch(self.local, settings.nics)
         self.node.launch_order = self.launches.order
         enabled = settings.health.enabled
-        self.watch = Watch(self.local, _limits(settings.health), enabled=enabled, nics=self.nics.sentences)
+        self.watch = Watch(self.local, limits_of(settings.health), enabled=enabled, nics=self.nics.sentences)
         self.watch.log_of = self.launches.log_of
         self.node.watch_order = self.watch.order
         self._keep_incidents()
@@ -254,6 +289,34 @@ class Agent:
             self._stopping.set()
         self._patient = True
         asyncio.get_running_loop().call_later(LAST_SAVE, self._stopping.set)
+
+    async def _make_way(self) -> None:
+        """Have the program, as it is installed now, take over in this process."""
+        if self._makes_way:
+            return
+        self._makes_way = True
+        if why := await handover.obstacle():
+            logger.error("the agent goes on as before, it cannot be replaced: %s", why)
+            self._makes_way = False
+            return
+        await handover.copies_end(self.pool)
+        self._notifier.reloading("makes way for its successor")
+        self._grace = SHORT_GRACE
+        self._stopping.set()
+
+    async def _read_again(self) -> None:
+        async with self._reading:
+            self._notifier.reloading("reads the settings again")
+            self._options.settings = await reload(self, self._options.read_again, self._options.settings)
+            self._notifier.ready(self.summary())
+
+    def summary(self) -> str:
+        """What it does, in one line."""
+        sessions, arenas = self.local.sessions.values(), self.pool.arenas.values()
+        saving = sum(arena.state is State.STAGED for arena in arenas)
+        jobs = len({session.reg.job for session in sessions})
+        held = sum(arena.capacity for arena in arenas) >> 20
+        return f"{len(sessions)} ranks of {jobs} jobs, {saving} snapshots being saved, {held} MiB of arenas"
 
     def _keep_incidents(self) -> None:
         """Incidents of the jobs that this agent coordinates become files (`ckptsvc incidents`)."""
@@ -269,7 +332,7 @@ class Agent:
         self._on_incident = lambda incident: self.local.spawn(keep(incident))
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
-        settings = self._options.settings.agent
+        settings = self._where
         grpc_path, identity_path = sockets(self._options.directory)
         local = grpc.aio.server(options=LOCAL, maximum_concurrent_rpcs=MAX_CALLS)
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
@@ -298,8 +361,8 @@ class Agent:
         os.chmod(grpc_path, 0o600)
         await between.start()
         await identity.start()
-        stack.push_async_callback(between.stop, GRACE)
-        stack.push_async_callback(local.stop, GRACE)
+        stack.push_async_callback(lambda: between.stop(self._grace))
+        stack.push_async_callback(lambda: local.stop(self._grace))
         stack.push_async_callback(identity.stop)
 
     async def _until_idle(self) -> None:
@@ -318,25 +381,8 @@ class Agent:
         return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n"
 
 
-def _limits(settings: HealthSettings) -> Limits:
-    return Limits(settings.floor, settings.factor, settings.startup)
-
-
 def _partners(settings: TierSettings) -> PartnerPolicy:
     return PartnerPolicy(settings.partner, settings.group, settings.partner_every, settings.rebuild)
-
-
-async def _own(lock: int, directory: Path) -> None:
-    """Take the agent's lock. Somebody who only looks whether an agent lives holds it for an instant."""
-    for _ in range(100):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            await asyncio.sleep(0.02)
-        else:
-            return
-    os.close(lock)
-    raise RunBusy(f"an agent already serves {directory}")
 
 
 def agent_pb2_grpc_add(servicer: AgentServicer, server: Any) -> None:
@@ -355,7 +401,15 @@ def coordinator_pb2_grpc_add(servicer: CoordinatorServicer, server: Any) -> None
 
 async def serve(options: Options) -> None:
     """Run one agent to its end."""
-    await Agent(options).run()
+    faulthandler.enable()  # a watchdog that ends it (SIGABRT) leaves on record where it stood
+    try:
+        await Agent(options).run()
+    except OSError as error:
+        if error.errno not in SCARCE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        raise CkptsvcError(f"the agent in {options.directory} cannot go on: {error.strerror}{where}",
+            hint="snapshots in memory wait for the next agent") from error  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -379,13 +433,14 @@ def main(arguments: list[str] | None = None) -> int:
             "agent.coordination": args.coordination,
             "store.max_write_rate": args.max_write_rate,
         }
-        settings = load(os.environ, overrides)
-        setup_logging(sys.stderr, json=args.json_log)
+        read = partial(load, os.environ, overrides)
+        settings = read()
+        setup_logging(sys.stderr, json=args.json_log, level=settings.agent.log_level)
         linger = parse_duration(args.linger) if args.linger else None
         # A coordinator of ten thousand agents has millions of objects and hardly a cycle: looking for those among them
         # all takes a second, in which it answers nobody.
         gc.set_threshold(50_000, 20, 100)
-        asyncio.run(serve(Options(args.dir, settings, linger, args.json_log, args.service)))
+        asyncio.run(serve(Options(args.dir, settings, linger, read, args.service)))
     except CkptsvcError as error:
         print(f"ckptsvc agent: {error}", file=sys.stderr)  # noqa: T201  a program's last words
         return EXIT_STATUS[error.code]

@@ -46,6 +46,8 @@ def _errors(handler: Handler) -> Handler:
             return await handler(self, request, context)
         except CkptsvcError as error:
             await context.abort(*trailers_of(error))
+        except OSError as error:  # no descriptors, no memory, no room: it passes
+            await context.abort(*trailers_of(CkptsvcError(f"the agent cannot: {error.strerror or error}")))
 
     return guarded
 

@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +59,13 @@ class Tenancy:
     def __init__(self, directory: Path, local: Local, workers: Workers, is_idle: Callable[[], bool]) -> None:
         self._directory, self._local, self._workers, self._is_idle = directory, local, workers, is_idle
         self._own = Share(local.pool.limit, workers.max_write_rate or 0, local.most_jobs, local.most_ranks)
+        self._told: Told | None = None
+
+    def settings_changed(self, memory: int | None, write_rate: int | None) -> None:
+        """The agent's own limits have been read again (None: that of memory has not changed, no rate)."""
+        memory = self._own.memory if memory is None else memory
+        self._own = replace(self._own, memory=memory, write_rate=write_rate or 0)
+        self._apply()
 
     async def run(self) -> None:
         """Connect, again and again, until cancelled."""
@@ -108,7 +116,13 @@ class Tenancy:
         if told.op == "wanted":
             self._local.last_active = time.monotonic()
             return
-        own, local = self._own, self._local
+        self._told = told
+        self._apply()
+
+    def _apply(self) -> None:
+        own, told, local = self._own, self._told, self._local
+        if told is None:
+            return
         local.pool.limit = min(own.memory, told.memory)
         self._workers.max_write_rate = min(filter(None, (own.write_rate, told.write_rate)), default=None)
         local.most_jobs, local.most_ranks = min(own.jobs, told.jobs), min(own.ranks, told.ranks)

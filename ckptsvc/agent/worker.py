@@ -24,7 +24,7 @@ import numpy as np
 
 from ckptsvc.agent import nodelist
 from ckptsvc.agent.worker_local import LocalCopies
-from ckptsvc.config import load
+from ckptsvc.agent.worker_settings import heard
 from ckptsvc.errors import CkptsvcError, SaveFailed
 from ckptsvc.format.checksum import Digests, extent_digests
 from ckptsvc.format.columns import Columns
@@ -354,5 +354,5 @@ def _digests(data: bytes) -> np.ndarray[Any, np.dtype[np.uint64]]:
 
 
 if __name__ == "__main__":
-    found = load(os.environ)
+    found = heard(os.environ)
     serve(socket.socket(fileno=int(sys.argv[1])), Worker(found.store, found.save))

@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -39,9 +39,19 @@ class WorkerDied(Exception):
 
 
 class WorkerProxy:
-    """One worker process; requests may run concurrently. `module` is the program that it runs, with `arguments`."""
+    """One worker process; requests may run concurrently.
 
-    def __init__(self, job: str, module: str = "ckptsvc.agent.worker", arguments: tuple[str, ...] = ()) -> None:
+    `module` is the program that it runs, with `arguments`, and with `environ` added to the environment.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        module: str = "ckptsvc.agent.worker",
+        arguments: tuple[str, ...] = (),
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self._environ: Mapping[str, str] = {} if environ is None else environ
         self.job, self._module, self._arguments = job, module, arguments
         self._what = f"the I/O worker of job {job}" if module == "ckptsvc.agent.worker" else f"the {job}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -121,7 +131,7 @@ class WorkerProxy:
             command = [sys.executable, "-m", self._module, str(theirs.fileno()), *self._arguments]
             try:
                 self._process = subprocess.Popen(  # noqa: ASYNC220  exec of a known file: bounded and short
-                    command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ
+                    command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ | self._environ
                 )
             except OSError as error:
                 ours.close()

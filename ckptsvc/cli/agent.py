@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -29,10 +30,11 @@ from ckptsvc.telemetry import setup_logging
 @click.option("--linger", help="End after so long without ranks and saves (for example 60s); default: never.")
 @click.option("--json-log", is_flag=True, help="Log JSON lines.")
 @click.option("--check-config", is_flag=True, help="Check the settings and end.")
+@click.option("--replace", is_flag=True, help="Have the agent that runs start anew in place, as it is installed now.")
 def command(
     listen: str | None, metrics_listen: str | None, name: str | None, coordination: str | None,
     max_write_rate: str | None, directory: Path | None, linger: str | None, system: bool, json_log: bool,
-    check_config: bool,
+    check_config: bool, replace: bool,
 ) -> None:  # fmt: skip
     """Run the agent of this node until it is told to stop (SIGTERM)."""
     overrides = {
@@ -42,13 +44,14 @@ def command(
         "agent.coordination": coordination,
         "store.max_write_rate": max_write_rate,
     }
-    settings = load(os.environ, overrides)
+    read = partial(load, os.environ, overrides)
+    settings = read()
     if system and (directory is not None or linger is not None):
         raise ConfigError("--system has no --dir and no --linger", hint="set system.directory, system.linger")
     if check_config:
         note("nothing is wrong with the settings; `ckptsvc config show --origin` says where they come from")
         return
-    setup_logging(sys.stderr, json=json_log)
+    setup_logging(sys.stderr, json=json_log, level=settings.agent.log_level)
     if system:
         from ckptsvc.agent.supervisor import Supervisor  # and not the agent: root's process has no gRPC in it
 
@@ -57,8 +60,13 @@ def command(
         arguments = [part for flag, value in given if value is not None for part in (flag, value)]
         asyncio.run(Supervisor(settings, arguments + ["--json-log"] * json_log, os.environ).run())
         return
-    from ckptsvc.agent.server import Options, serve
-
     if directory is None:
         directory = agents_directory(settings, os.environ)
-    asyncio.run(serve(Options(directory, settings, parse_duration(linger) if linger else None, json_log)))
+    if replace:
+        from ckptsvc.agent import handover
+
+        note(f"a new agent serves in {directory}; for {handover.replace(directory):.1f} s there was none")
+        return
+    from ckptsvc.agent.server import Options, serve
+
+    asyncio.run(serve(Options(directory, settings, parse_duration(linger) if linger else None, read)))

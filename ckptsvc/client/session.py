@@ -55,8 +55,8 @@ log = logging.getLogger("ckptsvc")
 ATTACH_TIMEOUT = 120.0
 """Seconds until all ranks must have come to `attach`."""
 
-RECONNECT_EVERY = 2.0
-"""Seconds between attempts to reach an agent that is gone."""
+RECONNECT_EVERY = 0.5
+"""Seconds between attempts to reach an agent that is gone: one that is replaced is away for about a second."""
 
 PRIVATE_LINGER = "20s"
 """How long a private agent stays after its last rank has gone and its last save has ended."""
@@ -413,6 +413,7 @@ class Session:
 
     def _keep_connected(self) -> None:
         """Beside the training: as soon as the agent is gone, start it again or wait for it, and register again."""
+        said = ""
         while True:
             self._link.wait_gone()
             if self._closed.is_set():
@@ -421,8 +422,11 @@ class Session:
                 self._start_agent()
                 self._link.connect()
                 log.warning("rank %d: connected to the agent again", self._group.rank)
+                said = ""
             except (CkptsvcError, OSError) as error:
-                log.warning("rank %d: no agent: %s", self._group.rank, error)
+                if str(error) != said:
+                    log.warning("rank %d: no agent: %s", self._group.rank, error)
+                said = str(error)
                 self._closed.wait(RECONNECT_EVERY)
             if self._closed.is_set():
                 self._link.disconnect()

@@ -21,6 +21,7 @@ log = logging.getLogger("ckptsvc.client")
 
 GRPC_SOCKET = "agent.sock"
 IDENTITY_SOCKET = "identity.sock"
+LOCK = "agent.lock"
 
 MAX_SOCKET_PATH = 107
 """Bytes in the path of a unix socket: sun_path has 108, the last one for the terminating NUL (unix(7))."""
@@ -53,7 +54,7 @@ def sockets(directory: Path) -> tuple[str, str]:
 def is_alive(directory: Path) -> bool:
     """Whether an agent holds this directory's lock."""
     try:
-        with open(directory / "agent.lock", "rb") as lock:
+        with open(directory / LOCK, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

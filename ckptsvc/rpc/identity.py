@@ -8,6 +8,7 @@ the life of the session.
                ends}
               -> {ok, token, node} + descriptor of the heartbeat page
     map       {op, slot} -> {ok, capacity} + descriptor of the arena
+    yield     {op} -> {ok}: the agent ends at once, for a service that wants to serve here; a service refuses
 
 A second connection of the same process turns round after its one message: from then on the agent asks (rpc.testimony).
 

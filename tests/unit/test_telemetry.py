@@ -218,7 +218,7 @@ def test_a_line_for_people(stream: io.StringIO) -> None:
 
 
 def test_ours_from_the_level_up_and_others_only_when_they_warn(stream: io.StringIO) -> None:
-    setup_logging(stream, json=True, level=logging.DEBUG)
+    setup_logging(stream, json=True, level="debug")
     LOGGER.debug("ours")
     logging.getLogger("ckptsvc_drivers.posix").debug("a driver's")
     logging.getLogger("grpc").info("chatter")
