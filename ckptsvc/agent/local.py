@@ -120,9 +120,13 @@ class Local:
         """Whether there is anything on this node that needs that way."""
         return any(job.coordinator == way for job in self.jobs.values()) or any(True for _ in self.launchers(way))
 
-    def cores(self) -> list[Coordinator]:
+    def shells(self) -> list[CoordinatorShell]:
         """The coordinators in this process."""
-        return [shell.core for shell in (self._shell, *self.leading())]
+        return [self._shell, *self.leading()]
+
+    def cores(self) -> list[Coordinator]:
+        """What they decide with."""
+        return [shell.core for shell in self.shells()]
 
     def saving(self, job: str) -> bool:
         """Whether a coordinator in this process has saves of the job in progress: it needs the job's worker."""

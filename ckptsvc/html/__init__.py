@@ -1,0 +1,47 @@
+"""The frame of every HTML page that the service makes: one file, which loads nothing and lets nothing else run."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from html import escape
+from importlib import resources
+
+
+def frame(title: str, style: str, body: str, script: str = "") -> str:
+    """A whole page.
+
+    Args:
+        title: text.
+        style: CSS, after that of all pages (base.css).
+        body: HTML.
+        script: run when all of the body is there.
+    """
+    end = f"<script>{script}</script>" if script else ""
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{escape(_sources(style, script))}">\n'
+        f"<title>{escape(title)}</title>\n<style>{_whole(style)}</style>\n</head>\n"
+        f"<body>\n{body}\n{end}</body>\n</html>\n"
+    )
+
+
+def policy(style: str, script: str = "") -> str:
+    """The Content-Security-Policy to send with such a page: the one it has in itself, and nobody may frame it."""
+    return f"{_sources(style, script)}; frame-ancestors 'none'"
+
+
+def _sources(style: str, script: str) -> str:
+    """By checksums: what somebody has smuggled into the body is not run. A script may speak to where it came from."""
+    scripts = f" script-src {_checksum(script)}; connect-src 'self';" if script else ""
+    return f"default-src 'none'; style-src {_checksum(_whole(style))};{scripts} base-uri 'none'; form-action 'none'"
+
+
+def _whole(style: str) -> str:
+    return resources.files(__package__).joinpath("base.css").read_text("utf-8") + style
+
+
+def _checksum(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
