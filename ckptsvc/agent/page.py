@@ -48,6 +48,8 @@ ASIDE_TIME = 10.0
 
 HTML = "text/html; charset=utf-8"
 
+_SCRIPTS = ("page_text.js", "page_grid.js", "page_job.js", "page.js")
+
 
 class Feed:
     """The status document, made when somebody looks, and not more often than it is worth.
@@ -201,7 +203,7 @@ def _stranger(request: Request) -> Response:
 
 
 def _page() -> tuple[bytes, str]:
-    style, script = _asset("page.css"), _asset("page.js")
+    style, script = _asset("page.css"), "".join(map(_asset, _SCRIPTS))
     text = frame("ckptsvc", style, _asset("page.html"), script)
     return text.encode(), policy(style, script)
 
