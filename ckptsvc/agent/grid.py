@@ -37,8 +37,17 @@ class Cell(NamedTuple):
     behind: int
 
 
+class Row(NamedTuple):
+    """A node: its ranks, what most of them do, how far these are behind, and the others."""
+
+    ranks: list[int]
+    word: str
+    behind: int
+    odd: list[Cell]
+
+
 def grid(job: Job, stalled: Iterable[int] = (), expected: Mapping[int, str] | None = None) -> dict[str, Any]:
-    """The ranks of the job's attempt.
+    """The ranks of the job's attempt; of a hundred thousand that all do the same, in a twentieth of a second.
 
     Args:
         job: the job.
@@ -48,18 +57,33 @@ def grid(job: Job, stalled: Iterable[int] = (), expected: Mapping[int, str] | No
     nodes: dict[str, list[int]] = {}
     for rank, node in job.ranks.items():
         nodes.setdefault(node, []).append(rank)
-    stuck, unreachable, front = set(stalled), job.unreachable, job.highest
-    cells = {
-        node: _cells(sorted(ranks), "away" if node in unreachable else "", job.doing.get(node), front, stuck)
-        for node, ranks in nodes.items()
-    }
+    stuck, unreachable, missing = set(stalled), job.unreachable if job.away else set(), _missing(job, expected or {})
+    uneven = {job.ranks[rank] for rank in stuck & job.ranks.keys()} | missing.keys()
+    rows: dict[str, Row] = {}
+    for node, ranks in nodes.items():
+        ranks.sort()
+        told = job.doing.get(node)
+        if node not in uneven and told is not None and not told.behind and len(told.phases) < 2:
+            word = "away" if node in unreachable else _word(told.phases[0]) if told.phases else "training"
+            rows[node] = Row(ranks, word, max(job.highest - told.highest, 0), [])
+        else:
+            cells = _cells(ranks, "away" if node in unreachable else "", told, job.highest, stuck)
+            rows[node] = _row(cells + missing.pop(node, []))
+    for node, cells in missing.items():
+        rows[node] = _row(cells)
+    return {"front": job.highest, **_columns(rows)}
+
+
+def _missing(job: Job, expected: Mapping[int, str]) -> dict[str, list[Cell]]:
+    """Ranks that have ended, or have not come, by node."""
+    found: dict[str, list[Cell]] = {}
     if len(job.ranks) < job.world_size:
         for rank in range(job.world_size):
             if rank not in job.ranks:
                 node, died = job.ended.get(rank, ("", False))
                 word = "dead" if died else "ended" if node else "waiting"
-                cells.setdefault(node or (expected or {}).get(rank, ""), []).append(Cell(rank, word, 0))
-    return _columns(cells, front)
+                found.setdefault(node or expected.get(rank, ""), []).append(Cell(rank, word, 0))
+    return found
 
 
 def _cells(ranks: list[int], known: str, told: pb.Progressed | None, front: int, stuck: set[int]) -> list[Cell]:
@@ -76,38 +100,46 @@ def _cells(ranks: list[int], known: str, told: pb.Progressed | None, front: int,
     ]
 
 
+def _row(cells: list[Cell]) -> Row:
+    cells.sort()
+    (word, late), _ = Counter((cell.word, cell.behind) for cell in cells).most_common(1)[0]
+    odd = [cell for cell in cells if (cell.word, cell.behind) != (word, late)]
+    return Row([cell.rank for cell in cells], word, late, odd)
+
+
 def _word(phase: str) -> str:
     return _PHASES.get(phase) or one_line(phase)[:MAX_PHASE] or "starting"
 
 
-def _columns(cells: Mapping[str, list[Cell]], front: int) -> dict[str, Any]:
-    counts = Counter(cell.word for own in cells.values() for cell in own)
+def _columns(rows: Mapping[str, Row]) -> dict[str, Any]:
+    counts: Counter[str] = Counter()
+    for row in rows.values():
+        counts[row.word] += len(row.ranks) - len(row.odd)
+        counts.update(cell.word for cell in row.odd)
     words = [word for word in WORDS if counts[word]]
-    words += sorted(counts.keys() - set(WORDS))[:MAX_WORDS]
+    words += sorted(word for word in counts if word not in WORDS)[:MAX_WORDS]
     index = {word: number for number, word in enumerate(words)}
     other = index.get("training", 0)  # of more phases than anybody needs
-    order = sorted(cells, key=lambda node: (not node, cells[node][0].rank))
-    names, ranks, state, behind, odd = [], [], [], [], []
-    for node in order[:MAX_NODES]:
-        own = cells[node]
-        (word, late), _ = Counter((cell.word, cell.behind) for cell in own).most_common(1)[0]
-        names.append(node)
-        ranks.append(spans(cell.rank for cell in own))
-        state.append(index.get(word, other))
-        behind.append(late)
-        odd += [cell for cell in own if (cell.word, cell.behind) != (word, late)]
+    order = sorted(rows, key=lambda node: (not node, rows[node].ranks[0]))
+    odd = [cell for node in order[:MAX_NODES] for cell in rows[node].odd]
     odd.sort(key=lambda cell: (_urgency(cell.word), -cell.behind, cell.rank))
+    listed = [rows[node] for node in order[:MAX_NODES]]
     return {
-        "front": front,
         "counts": {word: counts[word] for word in words},
         "words": words,
-        "nodes": names,
-        "ranks": ranks,
-        "state": state,
-        "behind": behind,
+        "nodes": order[:MAX_NODES],
+        "ranks": [_span(row.ranks) for row in listed],
+        "state": [index.get(row.word, other) for row in listed],
+        "behind": [row.behind for row in listed],
         "odd": [[cell.rank, index.get(cell.word, other), cell.behind] for cell in odd[:MAX_ODD]],
         "left_out": max(len(odd) - MAX_ODD, 0) + max(len(order) - MAX_NODES, 0),
     }
+
+
+def _span(ranks: list[int]) -> str:
+    if 1 < len(ranks) == ranks[-1] - ranks[0] + 1:
+        return f"{ranks[0]}-{ranks[-1]}"
+    return spans(ranks)
 
 
 def _urgency(word: str) -> int:

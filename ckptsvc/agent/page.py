@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable
@@ -130,7 +131,8 @@ class Site:
         self._server = HttpServer(self._answer, self._tls if encrypted else None)
         port = self._server.open(address)
         self._access = Access(self._token, port, address.host, encrypted=encrypted)
-        where = str(Address(address.host, port))
+        anywhere = address.host in ("0.0.0.0", "::")
+        where = str(Address(socket.gethostname() if anywhere else address.host, port))
         return where, f"{'https' if encrypted else 'http'}://{where}"
 
     async def close(self) -> None:

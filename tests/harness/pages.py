@@ -30,7 +30,9 @@ GOODPUT = {"share": 0.934, "seconds": {"useful": 30260.0, "blocked": 210.0, "det
 
 def job_of(ranks: int, per_node: int = 8, step: int = 12_430, name: str = "llama-8b") -> Job:
     """A job whose ranks train, some of them a step behind."""
-    job = Job(name, "lustre:///scratch/ana/llama-8b", Saves(name, 1800.0), attempt=2, world_size=ranks, epoch=3, highest=step)
+    job = Job(
+        name, "lustre:///scratch/ana/llama-8b", Saves(name, 1800.0), attempt=2, world_size=ranks, epoch=3, highest=step
+    )
     for rank in range(ranks):
         job.ranks[rank], job.seen[rank] = f"nid{1 + rank // per_node:06d}", 1.0
     for number in range(-(-ranks // per_node)):
@@ -93,7 +95,9 @@ class Shown:
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
         self.loop = asyncio.new_event_loop()
-        self.site = Site(lambda: self.document | {"time": time.time()}, CollectorRegistry(), Recent(), TOKEN, lambda: None)
+        self.site = Site(
+            lambda: self.document | {"time": time.time()}, CollectorRegistry(), Recent(), TOKEN, lambda: None
+        )
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
         self.address = self.call(self._open)[1]

@@ -38,7 +38,13 @@ class TestDoor:
         assert attributes == f"Max-Age={http_access.SESSION}; Path=/; HttpOnly; SameSite=Strict"
         assert TOKEN not in value
         assert access.is_known(request(cookie=f"other=1; {pair}"))
-        for wrong in (pair[:-1], pair.replace("=1", "=2"), "ckptsvc-9464=", "ckptsvc-9464=x.y", pair.replace("9464", "1")):
+        for wrong in (
+            pair[:-1],
+            pair.replace("=1", "=2"),
+            "ckptsvc-9464=",
+            "ckptsvc-9464=x.y",
+            pair.replace("9464", "1"),
+        ):
             assert not access.is_known(request(cookie=wrong))
 
     def test_a_wrong_token_is_not_mended_by_a_good_cookie(self, access):
@@ -65,7 +71,15 @@ class TestDoor:
     def test_names_that_others_can_point_here_are_none_of_ours(self, access):
         for host in ("127.0.0.1:9464", "localhost:8080", "[::1]:9464", "192.0.2.7", "LOCALHOST", os.uname().nodename):
             assert access.is_for_us(request(host=host)), host
-        for host in ("", "rebind.example", "127.0.0.1.rebind.example", "localhost.example:9464", "a b", "[::1", "@127.0.0.1"):
+        for host in (
+            "",
+            "rebind.example",
+            "127.0.0.1.rebind.example",
+            "localhost.example:9464",
+            "a b",
+            "[::1",
+            "@127.0.0.1",
+        ):
             assert not access.is_for_us(request(host=host)), host
 
     def test_a_token_is_escaped_in_an_address(self):

@@ -39,7 +39,7 @@ AGENT, COORDINATOR = "ckptsvc.rpc.v1.AgentService", "ckptsvc.rpc.v1.CoordinatorS
 
 def ready(agent):
     """(pid, address for other agents, address of the metrics)."""
-    pid, address, metrics = (agent.directory / "ready").read_text().splitlines()
+    pid, address, metrics = (agent.directory / "ready").read_text().splitlines()[:3]
     return int(pid), address, metrics
 
 
