@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptsvc.client.reading import load
+    from ckptsvc.client.runs import Run, open  # noqa: A004
     from ckptsvc.client.session import Session, attach
 
 __version__ = "0.1.0"
-__all__ = ["Session", "__version__", "attach", "load"]
+__all__ = ["Run", "Session", "__version__", "attach", "load", "open"]
 
 _HOMES = {
     "attach": "ckptsvc.client.session",
     "Session": "ckptsvc.client.session",
     "load": "ckptsvc.client.reading",
+    "Run": "ckptsvc.client.runs",
+    "open": "ckptsvc.client.runs",
 }
 
 

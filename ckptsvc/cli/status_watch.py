@@ -196,7 +196,7 @@ def _checkpoints(checkpoints: Sequence[Status], *, wide: bool) -> Table:
         running = each["outcome"] == "running"
         word = f"{each['durable']} of {each['ranks']} durable" if running else printable(each["outcome"]) or "known"
         at = each["ended"] or each["began"]
-        row = [
+        row: list[RenderableType] = [
             f"{each['step']:,}",
             Text(word, style=_OUTCOMES.get(each["outcome"], "bold red")),
             duration(each["seconds"]) if each["seconds"] else "-",

@@ -1,9 +1,10 @@
-"""The frame of every HTML page that the service makes: one file, which loads nothing and lets nothing else run."""
+"""The frame of every HTML page that the service makes: one file, which loads nothing. And the views of notebooks."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 
@@ -33,6 +34,40 @@ def policy(style: str, script: str = "") -> str:
     return f"{_sources(style, script)}; frame-ancestors 'none'"
 
 
+def view(
+    title: str,
+    where: str,
+    facts: Sequence[tuple[str, str]],
+    columns: Sequence[str] = (),
+    rows: Sequence[Sequence[str]] = (),
+    note: str = "",
+) -> str:
+    """What a notebook shows of an object: static, in the notebook's own colours.
+
+    Args:
+        title: what it is.
+        where: where that is.
+        facts: (name, value).
+        columns: names; those that begin with ">" are aligned to the right.
+        rows: cells of a table.
+        note: below it.
+    """
+    tiles = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
+    kinds = [' class="right"' if name.startswith(">") else "" for name in columns]
+    names = zip(columns, kinds, strict=True)
+    head = "".join(f'<th scope="col"{kind}>{escape(name.removeprefix(">"))}</th>' for name, kind in names)
+    lines = ""
+    for row in rows:
+        cells = zip(row, kinds, strict=True)
+        lines += f"<tr>{''.join(f'<td{kind}>{escape(cell)}</td>' for cell, kind in cells)}</tr>"
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>" if rows else ""
+    return (
+        f'<div class="ckptsvc-view"><style>{_file("view.css")}</style><p class="head">{escape(title)}</p>'
+        f'<p class="where">{escape(where)}</p><dl>{tiles}</dl><div class="scroll">{table}</div>'
+        f"{f'<p class=note>{escape(note)}</p>' if note else ''}</div>"
+    )
+
+
 def _sources(style: str, script: str) -> str:
     """By checksums: what somebody has smuggled into the body is not run. A script may speak to where it came from."""
     scripts = f" script-src {_checksum(script)}; connect-src 'self';" if script else ""
@@ -40,7 +75,11 @@ def _sources(style: str, script: str) -> str:
 
 
 def _whole(style: str) -> str:
-    return resources.files(__package__).joinpath("base.css").read_text("utf-8") + style
+    return _file("base.css") + style
+
+
+def _file(name: str) -> str:
+    return resources.files(__package__).joinpath(name).read_text("utf-8")
 
 
 def _checksum(text: str) -> str:

@@ -21,8 +21,8 @@ from ckptsvc.quantities import Address
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 CHROMIUM = Path("/usr/bin/chromium")
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync"]  # fmt: skip
+ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync"]  # fmt: skip
 TOKEN = "0123456789abcdef0123456789abcdef"
 GOODPUT = {"share": 0.934, "seconds": {"useful": 30260.0, "blocked": 210.0, "detection": 62.0, "restart": 340.0,
     "redone": 1200.0, "other": 330.0}}  # fmt: skip
@@ -45,15 +45,17 @@ def coordinated(job: Job, stalled: tuple[int, ...] = (), **changes: Any) -> dict
     """What an agent says of a job that it coordinates."""
     now = time.time()
     checkpoints = [
-        {"epoch": 3 if i < 9 else 2, "step": job.highest - 30 - 100 * i, "tiers": ["memory", "store"] if i < 2 else ["store"],
-            "outcome": "committed", "reason": "", "bytes": 96 << 30, "began": now - 40 - 600 * i,
+        {"epoch": 3 if i < 9 else 2, "step": job.highest - 30 - 100 * i,
+            "tiers": ["memory", "store"] if i < 2 else ["store"], "outcome": "committed",
+            "reason": "", "bytes": 96 << 30, "began": now - 40 - 600 * i,
             "seconds": 21.4 + 5 * ((7 * i) % 5) / 4, "ended": now - 18 - 600 * i}
         for i in range(24)
     ]  # fmt: skip
     checkpoints[6] |= {"outcome": "failed", "reason": "rank 17: no space left on device", "bytes": 0, "tiers": []}
     checkpoints[20] |= {"outcome": "deleted", "tiers": []}
     return {
-        "job": job.name, "attempt": 2, "epoch": 3, "world_size": job.world_size, "live_ranks": len(job.ranks), "nodes": job.nodes,
+        "job": job.name, "attempt": 2, "epoch": 3, "world_size": job.world_size,
+        "live_ranks": len(job.ranks), "nodes": job.nodes,
         "running_saves": [], "in_memory": [], "on_disk": [], "restarts": 1, "incidents": [], "aside": {}, "nics": [],
         "store": job.store, "step": job.highest, "steps_per_second": 0.17, "every_seconds": 600.0, "phase": "running",
         "attempts": [{"attempt": 1, "began": now - 33000, "ranks": job.world_size},
@@ -66,8 +68,9 @@ def incident(ago: float = 5700.0, **changes: Any) -> dict[str, Any]:
     """One that is kept."""
     opened = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - ago))
     return {
-        "id": "3f2a1c-1-1-9b2e", "job": "llama-8b", "attempt": 1, "kind": "hung", "opened": opened, "rank": 17, "node": "nid000003",
-        "sentence": "rank 17 on nid000003 hung: its process is stopped, and 63 others wait for it in all_reduce", "confidence": 0.95,
+        "id": "3f2a1c-1-1-9b2e", "job": "llama-8b", "attempt": 1, "kind": "hung", "opened": opened,
+        "sentence": "rank 17 on nid000003 hung: its process is stopped, and 63 others wait for it in all_reduce",
+        "rank": 17, "node": "nid000003", "confidence": 0.95,
         "actions": ["SIGKILL to rank 17 on nid000003", "restart 1 of 3"],
     } | changes  # fmt: skip
 
@@ -75,12 +78,14 @@ def incident(ago: float = 5700.0, **changes: Any) -> dict[str, Any]:
 def document(*jobs: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """What an agent says."""
     return {
-        "status_version": 1, "time": time.time(), "version": "0.1.0", "node": "nid000001", "pid": 4242, "started": time.time() - 86400,
-        "address": "127.0.0.1:40001", "metrics": "127.0.0.1:9464", "page": "", "ranks": [], "arena_limit": 512 << 30,
-        "arenas": [{"job": "llama-8b", "rank": rank, "state": "kept", "step": 12_400, "bytes": 12 << 30, "for_others": False}
+        "status_version": 1, "time": time.time(), "version": "0.1.0", "node": "nid000001", "pid": 4242,
+        "started": time.time() - 86400, "address": "127.0.0.1:40001", "metrics": "127.0.0.1:9464", "page": "",
+        "ranks": [], "arena_limit": 512 << 30,
+        "arenas": [{"job": "llama-8b", "rank": rank, "state": "kept", "step": 12_400, "bytes": 12 << 30,
+            "for_others": False}
             for rank in range(8 if jobs else 0)],
-        "max_write_rate": None, "local_disk": None, "saves": [], "coordinates": list(jobs), "launches": [], "incidents": [],
-        "elections": [], "nics": [],
+        "max_write_rate": None, "local_disk": None, "saves": [], "coordinates": list(jobs), "launches": [],
+        "incidents": [], "elections": [], "nics": [],
     } | changes  # fmt: skip
 
 

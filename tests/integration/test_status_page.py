@@ -82,8 +82,8 @@ class Seen:
 def many() -> Iterator[Shown]:
     """Sixty-four ranks, of which one is stalled."""
     job = job_of(64)
-    told = {"job": job.name, "rank": 3, "pid": 777, "heartbeat_age": 0.3, "step": 5, "phase": "step", "store": "", "attempt": 2,
-        "world_size": 64, "committed": -1}  # fmt: skip
+    told = {"job": job.name, "rank": 3, "pid": 777, "heartbeat_age": 0.3, "step": 5, "phase": "step",
+        "store": "", "attempt": 2, "world_size": 64, "committed": -1}  # fmt: skip
     with shown(document(coordinated(job, (17,)), incidents=[incident()], ranks=[told])) as server:
         yield server
 
@@ -250,8 +250,9 @@ def test_what_jobs_are_called_is_text(browser: Any) -> None:
     hostile = coordinated(job, aside={HOSTILE: HOSTILE}, nics=[HOSTILE])
     hostile["checkpoints"][0] |= {"outcome": HOSTILE, "reason": HOSTILE, "tiers": [HOSTILE]}
     bad = incident(job=HOSTILE, kind=HOSTILE, sentence=HOSTILE, actions=[HOSTILE], id=HOSTILE, opened=HOSTILE)
-    launch = {"job": HOSTILE, "phase": "running", "attempt": 1, "nodes": 1, "min_nodes": 1, "max_nodes": 1, "restarts": 0,
-        "max_restarts": 0, "stop_wanted": HOSTILE, "ended": None, "status": None, "reason": HOSTILE}  # fmt: skip
+    launch = {"job": HOSTILE, "phase": "running", "attempt": 1, "nodes": 1, "min_nodes": 1,
+        "max_nodes": 1, "restarts": 0, "max_restarts": 0,
+        "stop_wanted": HOSTILE, "ended": None, "status": None, "reason": HOSTILE}  # fmt: skip
     with (
         shown(document(hostile, node=HOSTILE, incidents=[bad, bad | {"job": "other"}], launches=[launch])) as server,
         Seen(browser, server.address) as seen,
@@ -271,9 +272,14 @@ def test_an_element_that_got_in_would_not_run(browser: Any, many: Shown) -> None
     with Seen(browser, many.address) as seen:
         page = seen.enter()
         page.evaluate("""() => {
-            const script = document.createElement("script"); script.textContent = "window.hit = 1"; document.body.append(script);
-            document.body.insertAdjacentHTML("beforeend", '<img src="https://elsewhere.example/x" onerror="window.hit = 2"><p id=s style="color: red">x</p>');
-            const far = document.createElement("script"); far.src = "https://elsewhere.example/x.js"; document.body.append(far);
+            const script = document.createElement("script");
+            script.textContent = "window.hit = 1";
+            document.body.append(script);
+            document.body.insertAdjacentHTML("beforeend",
+                '<img src="https://elsewhere.example/x" onerror="window.hit = 2"><p style="color: red">x</p>');
+            const far = document.createElement("script");
+            far.src = "https://elsewhere.example/x.js";
+            document.body.append(far);
         }""")  # fmt: skip
         page.wait_for_timeout(300)
         assert page.evaluate("window.hit") is None
@@ -284,13 +290,21 @@ def test_an_element_that_got_in_would_not_run(browser: Any, many: Shown) -> None
 
 CONTRAST = """() => {
   const parse = text => text.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => { const f = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; return 0.2126 * f(r) + 0.7152 * f(g) + 0.0722 * f(b); };
-  const behind = each => { for (; each; each = each.parentElement) { const c = parse(getComputedStyle(each).backgroundColor); if ((c[3] ?? 1) > 0) return c; } return [255, 255, 255]; };
+  const linear = v => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b);
+  const behind = each => {
+    for (; each; each = each.parentElement) {
+      const colour = parse(getComputedStyle(each).backgroundColor);
+      if ((colour[3] ?? 1) > 0) return colour;
+    }
+    return [255, 255, 255];
+  };
   const low = [];
   for (const each of document.querySelectorAll("body *")) {
     const own = [...each.childNodes].some(node => node.nodeType === 3 && node.textContent.trim());
     if (!own || !each.offsetParent || each.closest("svg, noscript, script, style, .skip, .quiet")) continue;
-    const a = light(parse(getComputedStyle(each).color)), b = light(behind(each)), ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    const a = light(parse(getComputedStyle(each).color)), b = light(behind(each));
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     if (ratio < 4.5) low.push(`${each.className || each.tagName} ${each.textContent.slice(0, 30)} ${ratio.toFixed(2)}`);
   }
   return [...new Set(low)];
@@ -308,7 +322,8 @@ def test_it_can_be_read_by_everybody(browser: Any, scheme: str) -> None:
         node = job.ranks.pop(rank)
         if rank < 63:
             job.ended[rank] = node, rank == 61
-    running = {"epoch": 3, "step": 12_431, "tiers": ["memory"], "outcome": "running", "reason": "", "bytes": 1 << 30, "seconds": 9.2,
+    running = {"epoch": 3, "step": 12_431, "tiers": ["memory"], "outcome": "running", "reason": "",
+        "bytes": 1 << 30, "seconds": 9.2,
         "began": time.time() - 9, "ended": None, "ranks": 64, "staged": 64, "durable": 21}  # fmt: skip
     told = coordinated(job, (17,), aside={"n9": "a spare"})
     told["checkpoints"][:0] = [running]
@@ -330,7 +345,8 @@ def test_it_can_be_read_by_everybody(browser: Any, scheme: str) -> None:
         assert page.get_by_role("table", name="checkpoints, newest first").is_visible()
         assert page.get_by_role("heading", level=1).count() == 1
         assert page.get_by_role("status").inner_text() == "live"
-        nameless = "[...document.querySelectorAll('button, a, [role=img], [role=grid]')].filter(e => !(e.textContent.trim() || e.getAttribute('aria-label'))).length"
+        nameless = """[...document.querySelectorAll('button, a, [role=img], [role=grid]')]
+            .filter(each => !(each.textContent.trim() || each.getAttribute('aria-label'))).length"""
         assert page.evaluate(nameless) == 0
         assert page.evaluate("document.documentElement.lang") == "en"
         server.call(server.site.close)

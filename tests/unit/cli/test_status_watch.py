@@ -12,7 +12,7 @@ import pytest
 from harness.pages import coordinated, document, incident, job_of
 from harness.runtime import Runtime, eventually
 from harness.stored import cli
-from rich.console import Console
+from rich.console import Console, Group
 
 from ckptsvc.cli import status, status_watch
 from ckptsvc.cli.agents import Answer
@@ -25,7 +25,7 @@ def seen(told: dict[str, Any], width: int = 100) -> list[str]:
     """What is drawn, without colours."""
     text = io.StringIO()
     console = Console(file=text, width=width, color_system=None)
-    console.print(*status_watch.picture(Answer(Path("/run/a"), told), width))
+    console.print(Group(*status_watch.picture(Answer(Path("/run/a"), told), width)))
     return [line.rstrip() for line in text.getvalue().splitlines()]
 
 
@@ -42,7 +42,7 @@ def test_a_job_of_which_a_rank_has_died_and_one_is_stalled() -> None:
     assert [line for line in drawn if line.startswith("  nid")] == [
         "  nid000001 ...!", "  nid000002 ....", "  nid000003 .X..", "  nid000004 ....",
     ]  # fmt: skip
-    assert any(line.split() == "12,400 committed 21 s 18 s ago 96.0 GiB memory, store".split() for line in drawn)
+    assert any(" ".join(line.split()) == "12,400 committed 21 s 18 s ago 96.0 GiB memory, store" for line in drawn)
     assert len([line for line in drawn if "hung: rank 17" in line]) == 1
     assert "  n9: a spare" in drawn
     assert any(line.startswith("  goodput 93.4 %; the rest: blocked 0.6 %") for line in drawn)
