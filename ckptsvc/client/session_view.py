@@ -22,7 +22,7 @@ def session_view(session: Session) -> str:
         ("rank", f"{place.rank} of {place.world_size}"),
         ("attempt", str(place.attempt)),
         ("saves every", interval),
-        ("last save blocked", duration(session.last_blocked)),
+        ("last save blocked", f"{1000 * session.last_blocked:.1f} ms"),
         ("skipped", f"{session.skipped:,}"),
         ("started from", session.restored_from or "nothing"),
     ]
