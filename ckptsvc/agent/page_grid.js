@@ -68,8 +68,9 @@ class Grid {
     this.detail.addEventListener("keydown", event => { if (event.key === "Escape") this.leave(); });
   }
 
-  update(grid, told) {
+  update(grid, told, pace) {  // what is told of a rank here; steps a second
     this.data = grid; this.told = told;
+    this.usual = 1 + pace * (1 + grid.nodes.length / 500);  // nodes do not all report at the same moment
     const rows = rowsOf(grid), many = rows.length === 1 && !rows[0].name;
     fill(this.legend, [grid.counts, grid.words], () => grid.words.map(word => make("li", {title: meaning(word)},
       make("i", {class: `sign ${word in WORDS ? word : "phase"}`, "aria-hidden": "true"}, sign(word)), `${count(grid.counts[word])} ${word}`)));
@@ -97,7 +98,7 @@ class Grid {
 
   draw(cell) {
     this.info.set(cell.id, cell);
-    const made = this.cells.get(cell.id), lags = cell.behind > 1 && ["training", "saving"].includes(cell.word);
+    const made = this.cells.get(cell.id), lags = cell.behind > this.usual && ["training", "saving"].includes(cell.word);
     const kind = `cell ${cell.word in WORDS ? cell.word : "phase"}${lags ? " lag" : ""}${cell.id === this.chosen ? " chosen" : ""}`;
     if (made.className !== kind) made.className = kind;
     say(made, lags ? (cell.behind > 99 ? "−99" : `−${cell.behind}`) : sign(cell.word));

@@ -37,8 +37,8 @@ class JobCard {
     fill(this.notes, notes, () => notes.map(note => make("li", {}, note)));
     this.notes.hidden = !notes.length;
     this.fillTiles(job, incidents);
-    this.parts.ranks.hidden = !job.grid || !job.grid.nodes.length;
-    if (!this.parts.ranks.hidden) this.grid.update(job.grid, rank => job.told(rank));
+    this.parts.ranks.hidden = !job.grid || !job.live_ranks && (!job.launch || job.launch.phase === "ended");
+    if (!this.parts.ranks.hidden) this.grid.update(job.grid, job.told, job.steps_per_second || 0);
     this.fillGoodput(job.goodput);
     this.fillCheckpoints(job.checkpoints || [], job.attempts || [], incidents);
     this.fillEvents(job.attempts || [], incidents);

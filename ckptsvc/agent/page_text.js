@@ -23,6 +23,7 @@ function size(bytes) {
 
 function duration(seconds) {
   seconds = Math.max(seconds, 0);
+  if (seconds > 0 && seconds < 0.0995) return `${Math.max(Math.round(1000 * seconds), 1)} ms`;
   if (seconds < 10) return `${seconds.toFixed(1)} s`;
   if (seconds < 100) return `${Math.round(seconds)} s`;
   if (seconds < 6000) return `${Math.round(seconds / 60)} min`;
