@@ -50,7 +50,7 @@ class JobCard {
     const tiles = [tile("step", count(job.step ?? 0), job.steps_per_second ? ` ${Number(job.steps_per_second.toPrecision(2))}/s` : "")];
     if (done) tiles.push(tile("newest checkpoint", count(done.step), "", ""), tile("steps at risk", count(Math.max((job.step ?? 0) - done.step, 0))));
     else tiles.push(tile("newest checkpoint", "none", "", job.live_ranks && job.step > 0 ? "doubt" : ""));
-    if (job.goodput) tiles.push(tile("goodput", `${(100 * job.goodput.share).toFixed(1)} %`));
+    if (job.goodput && job.goodput.share !== null) tiles.push(tile("goodput", `${(100 * job.goodput.share).toFixed(1)} %`));
     tiles.push(tile("restarts", count(job.restarts ?? 0), "", job.restarts ? "doubt" : ""));
     tiles.push(tile("incidents", count(incidents.length), "", incidents.length ? "doubt" : ""));
     fill(this.tiles, tiles, () => tiles.map(({name, value, small, kind}) => make("div", {class: kind}, make("dt", {}, name),
@@ -58,8 +58,8 @@ class JobCard {
   }
 
   fillGoodput(goodput) {
-    this.parts.good.hidden = !goodput;
-    if (!goodput) return;
+    this.parts.good.hidden = !goodput || goodput.share === null;
+    if (this.parts.good.hidden) return;
     const seconds = goodput.seconds, kinds = Object.keys(EATS).filter(kind => seconds[kind] > 0), all = kinds.reduce((sum, kind) => sum + seconds[kind], 0);
     const shares = kinds.map(kind => [kind, 100 * seconds[kind] / all]);
     fill(this.good, kinds.map(kind => [kind, Math.round(seconds[kind])]), () => {

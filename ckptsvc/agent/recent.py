@@ -9,7 +9,7 @@ from typing import Any
 from ckptsvc.agent.aside import aside
 from ckptsvc.agent.incidents import IncidentLog, name_of
 from ckptsvc.agent.logtail import one_line
-from ckptsvc.errors import CkptsvcError
+from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 MAX_LISTED = 50
@@ -46,7 +46,10 @@ class Recent:
 
     def note(self, incident: pb.Incident) -> None:
         """An incident, or more that is known of it."""
-        name = name_of(incident)
+        try:
+            name = name_of(incident)
+        except InvalidInput:  # nor can it be kept, and that is logged
+            return
         self._lines[name] = {
             "id": name.partition("-")[2],
             "job": incident.job,

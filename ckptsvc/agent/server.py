@@ -150,7 +150,6 @@ class Agent:
             if self.tier:
                 self.tier.recover(copies)
             self.node.saves.recover(left)
-            self.local.spawn(self.recent.load())
             lasting = (
                 self.trust.run(),
                 self.shell.run(),
@@ -269,6 +268,7 @@ class Agent:
             self.local.spawn(keep(incident))
 
         self._on_incident, self.recent.kept = take, kept
+        self.local.spawn(self.recent.load())
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._options.settings.agent

@@ -89,7 +89,7 @@ def lines(status: Status) -> Iterator[str]:
             f"checkpoint {done['step']:,}" if done else "no checkpoint",
             f"{plural(job['restarts'], 'restart')}",
         ]
-        parts += [f"goodput {100 * job['goodput']['share']:.1f} %"] if job.get("goodput") else []
+        parts += [f"goodput {100 * job['goodput']['share']:.1f} %"] if _has_goodput(job) else []
         counts = job.get("grid", {}).get("counts", {})
         parts += [f"{counts[word]} {word}" for word in ("dead", "stalled", "away") if counts.get(word)]
         yield "  ".join(parts)
@@ -135,7 +135,7 @@ def _job(job: Status, incidents: Sequence[Status], width: int) -> Iterator[Rende
     pace = f" ({job['steps_per_second']:.2g}/s)" if job.get("steps_per_second") else ""
     ranks = f"{job['live_ranks']:,} of {plural(job['world_size'], 'rank')} on {plural(len(job['nodes']), 'node')}"
     yield Text(f"step {job.get('step', 0):,}{pace}{saving}; {ranks}; {plural(job['restarts'], 'restart')}")
-    if job.get("goodput"):
+    if _has_goodput(job):
         yield _goodput(job["goodput"])
     if counts:
         legend = ((_sign(word), f"{counts[word]:,} {printable(word)}") for word in job["grid"]["words"])
@@ -179,6 +179,10 @@ def _urgency(word: str) -> int:
 
 def _sign(word: str) -> tuple[str, str]:
     return SIGNS.get(word, OTHER)
+
+
+def _has_goodput(job: Status) -> bool:
+    return bool(job.get("goodput")) and job["goodput"]["share"] is not None
 
 
 def _goodput(goodput: Status) -> Text:

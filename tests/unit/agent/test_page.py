@@ -9,7 +9,7 @@ import pytest
 from harness.pages import TOKEN, document, incident
 from prometheus_client import CollectorRegistry, Counter
 
-from ckptsvc.agent import page
+from ckptsvc.agent import httpd, page
 from ckptsvc.agent.incidents import IncidentLog
 from ckptsvc.agent.page import Feed, Site
 from ckptsvc.agent.recent import MAX_LISTED, Recent
@@ -103,6 +103,12 @@ class TestRecent:
         assert again["actions"] == ["restart 1 of 3"]
         assert again["sentence"] == "<b>" + "x" * 397
 
+    def test_one_that_cannot_be_named_does_no_harm(self):
+        recent = Recent()
+        recent.note(incident_of(1, id="-1-1"))
+        recent.note(incident_of(1, opened="?"))
+        assert recent.newest_first() == []
+
     def test_those_that_were_kept_are_there_after_a_restart(self, tmp_path):
         recent = Recent()
         recent.kept = IncidentLog(tmp_path / "incidents")
@@ -189,7 +195,8 @@ class TestSite:
             asyncio.run(story())
         assert "tls.cert_file" in caught.value.hint
 
-    def test_with_certificates_it_speaks_tls_only_and_shows_new_ones(self):
+    def test_with_certificates_it_speaks_tls_only_and_shows_new_ones(self, monkeypatch):
+        monkeypatch.setattr(httpd, "REQUEST_TIME", 2.0)
         authority = make_authority("one", 1)
         pairs = [issue(authority, "me", 1.0) for _ in range(2)]
         shown = [Shown(authority.certificate, pair.certificate, pair.key, "me.user.ckptsvc") for pair in pairs]
@@ -209,6 +216,10 @@ class TestSite:
             assert "; SameSite=Strict; Secure\r\n" in answer
             with contextlib.suppress(OSError):
                 assert "200" not in await get(port, "/healthz")
+            reader, silent = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.suppress(OSError):
+                assert await reader.read() == b""  # no handshake, no patience
+            silent.close()
             first = await serial(port)
             now[0] = shown[1]
             assert await serial(port) != first
