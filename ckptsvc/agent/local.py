@@ -120,13 +120,9 @@ class Local:
         """Whether there is anything on this node that needs that way."""
         return any(job.coordinator == way for job in self.jobs.values()) or any(True for _ in self.launchers(way))
 
-    def shells(self) -> list[CoordinatorShell]:
-        """The coordinators in this process."""
-        return [self._shell, *self.leading()]
-
     def cores(self) -> list[Coordinator]:
-        """What they decide with."""
-        return [shell.core for shell in self.shells()]
+        """The coordinators in this process."""
+        return [shell.core for shell in (self._shell, *self.leading())]
 
     def saving(self, job: str) -> bool:
         """Whether a coordinator in this process has saves of the job in progress: it needs the job's worker."""

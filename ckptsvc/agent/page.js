@@ -39,7 +39,7 @@ function elsewhere(status, name, told) {  // of a job that another agent coordin
       reason: each.outcome === "committed" ? "" : each.reason, began: null, ended: null}));
   const by = status.elections.find(each => each.job === launchedAs(name));
   return {job: name, attempt: ranks[0].attempt, restarts: 0, live_ranks: ranks.length, world_size: ranks[0].world_size, step: front, grid, told,
-    checkpoints: saves, store: `${ranks[0].store} · coordinated by ${by && by.coordinator ? by.coordinator : "another agent"}`};
+    elsewhere: true, checkpoints: saves, store: `${ranks[0].store} · coordinated by ${by && by.coordinator ? by.coordinator : "another agent"}`};
 }
 
 function show(status) {

@@ -41,6 +41,9 @@ EVERY = 1.0
 SHARE = 50.0
 """Times as long as it takes to make a document passes until the next one: the agent has other things to do."""
 
+LONGEST = 5.0
+"""Seconds between two documents at most, however long they take."""
+
 ALIVE_EVERY = 5.0
 """Seconds without a change after which the page is told that all is as it was."""
 
@@ -66,7 +69,7 @@ class Feed:
         self._same, self._text = b"", b""
 
     def document(self) -> bytes:
-        """The document as JSON, `EVERY` seconds old at most (more where there is much in it)."""
+        """The document as JSON, `EVERY` seconds old at most, `LONGEST` where there is much in it."""
         began = self._clock()
         if began >= self._due:
             made = self._make()
@@ -74,7 +77,7 @@ class Feed:
             if same != self._same:
                 self._same, self._number = same, self._number + 1
             self._text = msgspec.json.encode(made)
-            self._due = began + max(EVERY, SHARE * (self._clock() - began))
+            self._due = began + min(max(EVERY, SHARE * (self._clock() - began)), LONGEST)
         return self._text
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -143,7 +146,7 @@ class Site:
     def _tls(self) -> ssl.SSLContext:
         shown = self._certificates()
         assert shown is not None
-        if self._context is None or self._context[0] is not shown:
+        if self._context is None or self._context[0] != shown:
             self._context = shown, shown.for_browsers()
         return self._context[1]
 

@@ -47,9 +47,10 @@ class JobCard {
   fillTiles(job, incidents) {
     const done = (job.checkpoints || []).find(each => each.outcome === "committed");
     const tile = (name, value, small = "", kind = "") => ({name, value, small, kind});
-    const tiles = [tile("step", count(job.step ?? 0), job.steps_per_second ? ` ${Number(job.steps_per_second.toPrecision(2))}/s` : "")];
-    if (done) tiles.push(tile("newest checkpoint", count(done.step), "", ""), tile("steps at risk", count(Math.max((job.step ?? 0) - done.step, 0))));
-    else tiles.push(tile("newest checkpoint", "none", "", job.live_ranks && job.step > 0 ? "doubt" : ""));
+    const tiles = [tile("step", count(job.step ?? 0), job.steps_per_second && job.live_ranks ? ` ${Number(job.steps_per_second.toPrecision(2))}/s` : "")];
+    if (done) tiles.push(tile("newest checkpoint", count(done.step)));
+    if (done && job.live_ranks) tiles.push(tile("steps at risk", count(Math.max((job.step ?? 0) - done.step, 0))));
+    if (!done) tiles.push(tile("newest checkpoint", "none", "", job.live_ranks && job.step > 0 ? "doubt" : ""));
     if (job.goodput && job.goodput.share !== null) tiles.push(tile("goodput", `${(100 * job.goodput.share).toFixed(1)} %`));
     tiles.push(tile("restarts", count(job.restarts ?? 0), "", job.restarts ? "doubt" : ""));
     tiles.push(tile("incidents", count(incidents.length), "", incidents.length ? "doubt" : ""));
@@ -175,6 +176,7 @@ function sentence(job) {
   if (launch && launch.phase === "ended") return launch.reason;
   if (launch && launch.phase === "gathering" && !job.live_ranks) return `${count(launch.nodes)} of ${plural(launch.min_nodes, "node")} ${launch.nodes === 1 ? "has" : "have"} come.`;
   if (!job.live_ranks) return "Its ranks have ended.";
+  if (job.elsewhere) return `${count(job.live_ranks)} of its ${plural(job.world_size, "rank")} ${job.live_ranks === 1 ? "is" : "are"} here.`;
   const ranks = job.live_ranks < job.world_size ? `${count(job.live_ranks)} of ${plural(job.world_size, "rank")}` : plural(job.world_size, "rank");
   const stop = launch && launch.stop_wanted ? ` It was asked to stop: ${launch.stop_wanted}.` : "";
   return `${ranks} on ${plural(nodes, "node")}.${stop}`;

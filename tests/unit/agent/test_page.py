@@ -53,16 +53,29 @@ class TestFeed:
         clock, made = Clock(), []
 
         def make():
-            clock.now += 0.1
+            clock.now += 0.04
             made.append(1)
             return {}
 
         feed = Feed(make, clock)
         feed.document()
-        clock.now += 0.1 * page.SHARE - 0.2
+        clock.now += 0.04 * page.SHARE - 0.1
         feed.document()
         assert len(made) == 1
-        clock.now += 0.2
+        clock.now += 0.1
+        feed.document()
+        assert len(made) == 2
+
+    def test_nobody_waits_for_ever_for_the_next(self):
+        clock, made = Clock(), []
+
+        def make():
+            clock.now += 60.0
+            made.append(1)
+            return {}
+
+        feed = Feed(make, clock)
+        feed.document()
         feed.document()
         assert len(made) == 2
 
