@@ -13,7 +13,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I proto
 STUBS := ckptsvc/rpc/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability lint types contracts proto proto-check check demo bench clean
+.PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability test-page lint types contracts proto proto-check check demo bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
@@ -68,6 +68,10 @@ test-observability: install ## rules and dashboard with a real Prometheus (Debia
 	@for program in prometheus promtool; do command -v $$program > /dev/null || absent=1; done; \
 	if [ -n "$$absent" ]; then apt-get update && apt-get install -y --no-install-recommends prometheus; fi
 	$(BIN)/python -m pytest tests/unit/test_observability.py tests/integration/test_prometheus.py $(ARGS)
+
+test-page: install ## the status page in Chromium (Debian, root: installs it)
+	@command -v chromium > /dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; }
+	$(BIN)/python -m pytest -m browser $(ARGS)
 
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .

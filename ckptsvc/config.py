@@ -179,6 +179,8 @@ def _check(settings: Settings) -> None:
         refuse("system.directory", f"is {settings.system.directory!r}, which is not an absolute path")
     if agent.incidents_dir and not os.path.isabs(agent.incidents_dir):
         refuse("agent.incidents_dir", f"is {agent.incidents_dir!r}, which is not an absolute path")
+    if agent.http_token_file and not os.path.isabs(agent.http_token_file):
+        refuse("agent.http_token_file", f"is {agent.http_token_file!r}, which is not an absolute path")
     if settings.launch.state and not os.path.isabs(settings.launch.state):
         refuse("launch.state", f"is {settings.launch.state!r}, which is not an absolute path")
     if not os.path.isabs(arena.dir):

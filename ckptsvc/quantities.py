@@ -1,4 +1,4 @@
-"""Values with units, as people write them: sizes, durations, intervals, amounts of memory, addresses.
+"""Values with units, as people write and read them: sizes, durations, intervals, amounts of memory, addresses.
 
 Every parser takes what a settings file, an environment variable or an argument holds, and refuses it with examples.
 """
@@ -267,3 +267,22 @@ def _match(pattern: re.Pattern[str], value: object) -> re.Match[str] | None:
 
 def _refuse(value: object, kind: str, examples: str) -> NoReturn:
     raise ConfigError(f"{value!r} is not {kind}", hint=f"for example {examples}")
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: "512 B", "64.0 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if nbytes < 1023.95 or unit == "TiB":
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:,.1f} {unit}"
+        nbytes /= 1024
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """A time span for people, to one unit: "12 s", "3 min", "5 h", "9 d"."""
+    if seconds < 10:
+        return f"{max(seconds, 0):.1f} s"
+    for unit, length, most in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
+        if seconds < most * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86400:,.0f} d"

@@ -41,7 +41,9 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         socket_dir: directory of the unix sockets; "" means `runtime_dir`.
         listen: where other agents reach this one.
-        metrics_listen: where Prometheus and browsers reach this one, or "off".
+        metrics_listen: where Prometheus and browsers reach this one, or "off"; beyond loopback it takes [tls].
+        http_token_file: holds the token that they show; "" means http-token in the directory of the sockets, which is
+            made. For a Prometheus of another user, a file that its group may read.
         name: name of the node; "" means the one its scheduler or the host gives it.
         coordinator: the agent that decides, or "off": the agents elect one.
         coordination: where agents elect the coordinators of their jobs, "etcd://host:port,host:port/prefix"; "" means
@@ -53,6 +55,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     socket_dir: str = ""
     listen: Annotated[Address, parse_address] = Address("127.0.0.1", 0)
     metrics_listen: Annotated[Address | None, parse_address_or_off] = Address("127.0.0.1", 0)
+    http_token_file: str = ""
     name: str = ""
     coordinator: Annotated[Address | None, parse_address_or_off] = None
     coordination: str = ""

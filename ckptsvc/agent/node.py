@@ -336,11 +336,11 @@ class Node:
                 self.saves.ended(self._local.jobs[label.job], outcome)
 
     def _report_progress(self, now: float) -> None:
-        steps: dict[tuple[str, int, int], list[int]] = {}
+        steps: dict[tuple[str, int, int], dict[int, Session]] = {}
         oldest = 0.0
         for session in self._local.sessions.values():
             reg = session.reg
-            steps.setdefault((reg.job, reg.attempt, reg.world_size), []).append(session.page.get("step"))
+            steps.setdefault((reg.job, reg.attempt, reg.world_size), {})[reg.rank] = session
             at = session.page.get("at")
             if at:
                 oldest = max(oldest, now - at / 1e9)
@@ -354,10 +354,8 @@ class Node:
             if now < due:
                 continue
             self._progress[name, attempt, world] = due + period if now - due < period else now + period
-            progressed = pb.Progressed(
-                job=name, attempt=attempt, node=self._local.name, lowest=min(done), highest=max(done)
-            )
-            self._local.report(self._local.jobs[name], pb.Report(progressed=progressed))
+            pages = [done[rank].page for rank in sorted(done)]
+            self._local.report(self._local.jobs[name], reports.progressed(self._local.name, name, attempt, pages))
 
     def _retire(self, job: LocalJob, patience: float) -> None:
         """Free the memory of a job without ranks: at once if it ended in good order, else after `patience` seconds."""

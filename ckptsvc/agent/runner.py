@@ -354,6 +354,7 @@ class CoordinatorShell:
         except CkptsvcError as error:
             log.warning("old checkpoints could not be removed: %s", error)
             return
+        self.core.deleted(effect.job, done["gone"])
         if done["gone"]:
             telemetry.log(log, logging.INFO, Event.CHECKPOINT_DELETED, "removed %s: %d objects",
                 ", ".join(done["gone"]), done["objects"], job=effect.job)  # fmt: skip

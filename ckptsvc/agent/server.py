@@ -31,7 +31,7 @@ from grpc_reflection.v1alpha import reflection
 import ckptsvc
 from ckptsvc.agent import handover, nodelist
 from ckptsvc.agent.coordination import Elections, login_of
-from ckptsvc.agent.httpd import start_metrics
+from ckptsvc.agent.http_access import http_token
 from ckptsvc.agent.identity import IdentityServer
 from ckptsvc.agent.incidents import IncidentLog, incidents_directory
 from ckptsvc.agent.launches import Launches
@@ -43,7 +43,9 @@ from ckptsvc.agent.malformed import keep_quiet
 from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import OVERDUE, Node
 from ckptsvc.agent.notify import Notifier
+from ckptsvc.agent.page import Site
 from ckptsvc.agent.partners import Partners
+from ckptsvc.agent.recent import Recent
 from ckptsvc.agent.reload import reload
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
@@ -135,7 +137,8 @@ class Agent:
         self.lowering: Lowering | None = None
         self.tenancy: Tenancy | None = None
         self.address = ""
-        self.metrics_address = ""
+        self.metrics_address = self.page_address = ""
+        self.recent = Recent()
         self.started = time.time()
 
     async def run(self) -> None:
@@ -324,12 +327,18 @@ class Agent:
             kept = IncidentLog(incidents_directory(self._options.settings, os.environ))
         except ConfigError as error:
             logger.warning("incidents are not kept: %s", error)
+            self._on_incident = self.recent.note
             return
 
         async def keep(incident: coordinator_pb2.Incident) -> None:
             await kept.record(incident)
 
-        self._on_incident = lambda incident: self.local.spawn(keep(incident))
+        def take(incident: coordinator_pb2.Incident) -> None:
+            self.recent.note(incident)
+            self.local.spawn(keep(incident))
+
+        self._on_incident, self.recent.kept = take, kept
+        self.local.spawn(self.recent.load())
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._where
@@ -355,8 +364,10 @@ class Agent:
         local.add_insecure_port(f"unix:{grpc_path}")
         identity = IdentityServer(identity_path, self.node)
         if settings.metrics_listen is not None:
-            self.metrics_address, close = start_metrics(settings.metrics_listen, self.metrics.registry)
-            stack.callback(close)
+            token = http_token(self._options.settings, os.environ)
+            site = Site(lambda: status_of(self), self.metrics.registry, self.recent, token, self.trust.certificates)
+            self.metrics_address, self.page_address = site.open(settings.metrics_listen)
+            stack.push_async_callback(site.close)
         await local.start()
         os.chmod(grpc_path, 0o600)
         await between.start()
@@ -378,7 +389,7 @@ class Agent:
         return self.node.idle and self.launches.idle
 
     def _ready_text(self) -> str:
-        return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n"
+        return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n{self.page_address}\n"
 
 
 def _partners(settings: TierSettings) -> PartnerPolicy:

@@ -26,6 +26,7 @@ from ckptsvc.client.joining import agent_directory, coordinator_of, placement_of
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.phases import FIRST_STEP, STEP, Inside, Phases
 from ckptsvc.client.restore import restore
+from ckptsvc.client.session_view import session_view
 from ckptsvc.client.signals import StopSignals
 from ckptsvc.client.snapshots import Snapshots
 from ckptsvc.client.state import StateTree, optimizers_in
@@ -280,6 +281,13 @@ class Session:
         with contextlib.suppress(CkptsvcError):  # an agent that is gone needs no good-bye
             self._link.leave()
         self._link.disconnect()
+
+    def __repr__(self) -> str:
+        where = f"rank {self._place.rank} of {self._place.world_size}"
+        return f"<ckptsvc session of job {self._place.job}: {where}, {self.steps_done:,} steps done>"
+
+    def _repr_html_(self) -> str:
+        return session_view(self)
 
     def __enter__(self) -> Session:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ckptsvc.control.crashloop import CrashLoop
@@ -29,6 +30,7 @@ from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.control.save import Saves
 from ckptsvc.control.slow import SlowJobs
 from ckptsvc.control.tiering import Draining, Tiers
+from ckptsvc.format.commit import parse_checkpoint_name
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -120,6 +122,12 @@ class Coordinator:
         if event.job in self.tiers:
             decision.add(self.tiers[event.job].plan(now))
         return decision.add(self._epochs(now))
+
+    def deleted(self, job: str, names: Iterable[str]) -> None:
+        """Retention has removed these checkpoints from the store."""
+        if job in self.jobs:
+            found = filter(None, map(parse_checkpoint_name, names))
+            self.jobs[job].saves.deleted.update((epoch, step) for step, epoch in found)
 
     def lookup_done(self, event: LookupDone, now: float) -> Decision:
         """Answer to `Lookup`."""

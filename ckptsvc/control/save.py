@@ -107,6 +107,8 @@ class Saves:
     complete: dict[Key, int] = field(default_factory=dict)
     aliases: dict[Key, dict[str, str]] = field(default_factory=dict)
     ended: OrderedDict[Key, agent_pb2.SaveOutcome] = field(default_factory=OrderedDict)
+    ended_at: dict[Key, float] = field(default_factory=dict)  # of those that ended in our time
+    deleted: set[Key] = field(default_factory=set)  # of those that were committed: retention has removed them
 
     @property
     def newest(self) -> int:
@@ -413,9 +415,11 @@ class Saves:
             bytes=sum(d.nbytes for d in save.durable.values()),
             seconds=now - save.opened,
         )
-        self.ended[key] = record
+        self.ended[key], self.ended_at[key] = record, now
         while len(self.ended) > REMEMBERED:
             self.ended.popitem(last=False)
+        self.ended_at = {key: at for key, at in self.ended_at.items() if key in self.ended}
+        self.deleted &= self.ended.keys()
         effects: list[Effect] = [self._tell(n, save_ended=pb.SaveEnded(outcome=record)) for n in sorted(self.nodes)]
         word = agent_pb2.Outcome.Name(outcome).removeprefix("OUTCOME_").lower()
         return Decision(effects, [f"step {save.step}: {word}: {why}" if code else f"step {save.step}: {word}"])

@@ -269,7 +269,8 @@ def targets(output: Path, *folders: Path) -> list[dict[str, Any]]:
 def test_the_agents_of_a_node_are_listed(tmp_path: Path) -> None:
     said = {
         "one": "1\n127.0.0.1:7070\n127.0.0.1:9400\n",
-        "two/run-7": "2\n[::1]:7070\n[::1]:9401\n",
+        "two/run-7": "2\n[::1]:7070\n[::1]:9401\nhttp://[::1]:9401\n",
+        "with certificates": "7\n10.0.0.7:7070\nn7:9402\nhttps://n7:9402\n",
         "without metrics": "3\n127.0.0.1:7070\n\n",
         "being written": "4\n",
         "hostile": '5\n127.0.0.1:7070\nx"}],"labels":{"a":"b:1\n',
@@ -281,6 +282,7 @@ def test_the_agents_of_a_node_are_listed(tmp_path: Path) -> None:
     (tmp_path / "agents" / "linked").mkdir()
     (tmp_path / "agents" / "linked" / "ready").symlink_to(tmp_path / "agents" / "one" / "ready")
     found = targets(tmp_path / "agents.json", tmp_path / "agents", tmp_path / "not there yet")
-    assert [target["targets"] for target in found] == [["127.0.0.1:9400"], ["[::1]:9401"]]
-    assert [target["labels"]["instance"].rpartition(":")[2] for target in found] == ["9400", "9401"]
+    assert [target["targets"] for target in found] == [["127.0.0.1:9400"], ["[::1]:9401"], ["n7:9402"]]
+    assert [target["labels"]["instance"].rpartition(":")[2] for target in found] == ["9400", "9401", "9402"]
+    assert [target["labels"].get("__scheme__") for target in found] == [None, None, "https"]
     assert targets(tmp_path / "agents.json", tmp_path / "not there yet") == []
