@@ -133,6 +133,7 @@ class IdentityServer:
     async def _accept(self, listener: socket.socket) -> None:
         loop, most = asyncio.get_running_loop(), resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         while True:
+            await asyncio.sleep(0)  # where many wait in line, nothing else would run
             try:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:  # out of descriptors, for now
