@@ -389,6 +389,8 @@ class TestAnotherUser:
             (hers,) = ask_agent(shared.agent_directory(ALICE), target)["ranks"]
         assert (hers["job"], hers["rank"], hers["world_size"], hers["attempt"]) == ("job", 0, 1, 0)
         assert rank.poll() is None
+        rank.kill()
+        eventually(lambda: shared.agents()[ALICE.uid]["ranks"] == 0, "her rank to be gone")
         assert not Path("/tmp/evil").exists()
 
     def test_is_turned_away_by_her_agent_even_with_a_connection_to_it(self, shared: Node) -> None:
@@ -727,7 +729,7 @@ class TestAnAgentsEnd:
     def test_under_its_ranks_brings_another_at_once(self, node: Node) -> None:
         node.start()
         ask(node, ALICE)
-        rank = rank_of(node, ALICE)
+        rank_of(node, ALICE)
         eventually(lambda: node.agents()[ALICE.uid]["ranks"] == 1, "the rank to be counted")
         first = node.agents()[ALICE.uid]["pid"]
         os.kill(first, signal.SIGKILL)

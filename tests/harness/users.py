@@ -161,8 +161,11 @@ class Node:
         """End everything; returns what should not have been left."""
         problems = []
         for process in self._spawned:
-            process.kill()
-            process.communicate()
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
         if self.supervisor is not None and self.supervisor.poll() is None:
             self.stop()
         self._signal(signal.SIGTERM, "ckptsvc.agent.server")
