@@ -149,6 +149,7 @@ class IdentityServer:
         loop, said = asyncio.get_running_loop(), ""
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         while True:
+            await asyncio.sleep(0)  # where many wait in line, nothing else would run
             try:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:  # out of descriptors, for now

@@ -133,7 +133,7 @@ class Supervisor:
 
     def _begin_anew(self, stopping: asyncio.Event) -> None:
         try:
-            load(os.environ)
+            node_of(load(os.environ))
         except ConfigError as error:
             logger.warning("the settings stay as they were: %s", error)
             return
@@ -144,6 +144,7 @@ class Supervisor:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await asyncio.sleep(0)  # where callers wait in line, accepting one waits for nothing, and nothing else runs
             try:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:  # out of descriptors, for now
@@ -175,7 +176,7 @@ class Supervisor:
             while True:
                 patience = None if peer.is_agent else QUIET
                 data = await asyncio.wait_for(loop.sock_recv(peer.sock, MAX_REQUEST + 1), patience)
-                if not data or (peer.is_agent and not self._gate.asks(peer.uid, time.monotonic())):
+                if not data or not self._gate.asks(peer.uid, time.monotonic()):
                     return
                 try:
                     answer = await self._answer(parse(data), peer)

@@ -144,13 +144,20 @@ class Agents:
         users, self._records = records.open_directories(self._directory)
         os.close(users)
         os.close(records.open_arenas(Path(self._arenas)))
-        for uid, record in records.all_of(self._records):
-            pidfd = records.watch(record)
-            if pidfd < 0:
-                continue
-            user = self._users[uid] = User(uid, record.gid, record.user, record.pid, pidfd, served=True)
-            self._watch(user)
-            logger.info("found the agent of %s: process %d", user.name, user.pid)
+        for uid in records.all_of(self._records):
+            self._find(uid)
+
+    def _find(self, uid: int) -> User | None:
+        """The living agent of a user that an earlier service has started: then it is on record."""
+        record = records.read(self._records, uid)
+        pidfd = -1 if record is None else records.watch(record)
+        if record is None or pidfd < 0:
+            return None
+        user = self._users.setdefault(uid, User(uid, record.gid))
+        user.name, user.pid, user.pidfd, user.served = record.user, record.pid, pidfd, True
+        self._watch(user)
+        logger.info("found the agent of %s: process %d", user.name, user.pid)
+        return user
 
     def close(self) -> None:
         """Let go of all agents: they live on, and a later service finds them."""
@@ -247,7 +254,9 @@ class Agents:
             StoreDenied: it is not the process that was started for that user.
         """
         user = self._users.get(uid)
-        if user is None or user.pidfd < 0 or user.pid != pid:
+        if user is None or user.pidfd < 0:
+            user = self._find(uid)
+        if user is None or user.pid != pid:
             raise StoreDenied(f"process {pid} is not the agent that was started for user {uid}")
         user.link, user.starting, user.served, user.problem = link, False, True, None
         user.wake()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-RATE, BURST = 50.0, 1024.0
-"""Requests of one user in a second, and how many at once: the ranks of a large node all come at the same instant."""
+RATE, BURST = 100.0, 2048.0
+"""Connections and requests of one user in a second, and how many at once: the ranks of a large node all come at the
+same instant."""
 
 CONNECTIONS = 1024
 """Connections that one user may have open."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -144,11 +143,9 @@ def write(records: int, uid: int, record: Record) -> None:
     os.rename(fresh, str(uid), src_dir_fd=records, dst_dir_fd=records)
 
 
-def all_of(records: int) -> Iterator[tuple[int, Record]]:
-    """Every user with a record, and that."""
-    for name in sorted(os.listdir(records)):
-        if name.isdecimal() and (record := read(records, int(name))) is not None:
-            yield int(name), record
+def all_of(records: int) -> list[int]:
+    """Every user with a record."""
+    return sorted(int(name) for name in os.listdir(records) if name.isdecimal())
 
 
 def watch(record: Record) -> int:

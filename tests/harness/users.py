@@ -73,6 +73,7 @@ class Node:
                 folder.mkdir(mode=0o700)
                 os.chown(folder, person.uid, person.gid)
         self.supervisor: subprocess.Popen[bytes] | None = None
+        self._spawned: list[subprocess.Popen[str]] = []
 
     def home(self, person: Person) -> Path:
         """Where a user's files are."""
@@ -110,16 +111,18 @@ class Node:
     def spawn(
         self, person: Person, command: list[str], log: Path | None = None, **environ: str
     ) -> subprocess.Popen[str]:
-        """Start a program as a user."""
+        """Start a program as a user; `close` ends it."""
         become = ["setpriv", f"--reuid={person.uid}", f"--regid={person.gid}"]
         become += [f"--groups={','.join(map(str, person.groups))}", "--"]
         own = {"HOME": str(self.home(person)), "RUNTIME_DIRECTORY": str(self.home(person) / "run")}
         with contextlib.ExitStack() as stack:
             output = stack.enter_context(log.open("ab")) if log else subprocess.PIPE
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [*self._inside, *become, *command], env=self.environ | own | environ, stdin=subprocess.DEVNULL,
                 stdout=output, stderr=subprocess.STDOUT, cwd="/", text=True,
             )  # fmt: skip
+        self._spawned.append(process)
+        return process
 
     def python(self, person: Person, code: str, **environ: str) -> str:
         """What a piece of Python prints that a user runs; fails if it does."""
@@ -157,6 +160,12 @@ class Node:
     def close(self) -> list[str]:
         """End everything; returns what should not have been left."""
         problems = []
+        for process in self._spawned:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
         if self.supervisor is not None and self.supervisor.poll() is None:
             self.stop()
         self._signal(signal.SIGTERM, "ckptsvc.agent.server")
