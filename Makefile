@@ -13,7 +13,8 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I proto
 STUBS := ckptsvc/rpc/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability test-page lint types contracts proto proto-check check demo bench clean
+.PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability test-page test-service \
+	deb lint types contracts proto proto-check check demo bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
@@ -72,6 +73,18 @@ test-observability: install ## rules and dashboard with a real Prometheus (Debia
 test-page: install ## the status page in Chromium (Debian, root: installs it)
 	@command -v chromium > /dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; }
 	$(BIN)/python -m pytest -m browser $(ARGS)
+
+test-service: install ## units, packages and what a service suffers; with a real systemd as root (Debian, root: installs it)
+	@for program in systemd-analyze dpkg-deb nsenter; do command -v $$program > /dev/null || absent=1; done; \
+	if [ -n "$$absent" ]; then apt-get update && apt-get install -y --no-install-recommends systemd dpkg util-linux; fi
+	if command -v npm > /dev/null; then npm install --prefix $(VENV)/containerfile --no-audit --no-fund --no-save \
+	--loglevel=error dockerfile-utils@0.16.3; fi
+	$(BIN)/python -m pytest tests/schedulers/test_systemd.py tests/schedulers/test_packages.py \
+	tests/schedulers/test_kubernetes.py tests/fault/test_service.py tests/fault/test_service_faults.py $(ARGS)
+
+deb: install ## a Debian package of the service, in dist/
+	$(PIP) wheel --no-input --disable-pip-version-check --no-deps --build-constraint constraints.txt -w dist .
+	sh deploy/debian/build.sh dist/ckptsvc-*.whl "$(PIP)" dist
 
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .

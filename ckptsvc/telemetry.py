@@ -443,6 +443,10 @@ def _fields_of(record: logging.LogRecord) -> dict[str, object]:
     return {name: present[name] for name in Fields.__annotations__ if present.get(name) is not None}
 
 
+LOST = "lines of this log were lost or late: %d"
+"""What the log says once it can be written again."""
+
+
 class _Handler(logging.StreamHandler[TextIO]):
     """Ours, so that a second `setup_logging` replaces it and leaves others alone.
 
@@ -457,11 +461,7 @@ class _Handler(logging.StreamHandler[TextIO]):
         super().emit(record)
         if lost and lost == self.lost:
             self.lost = 0
-            about = {
-                "levelno": logging.WARNING,
-                "levelname": "WARNING",
-                "msg": "lines of this log were lost or late: %d",
-            }
+            about = {"levelno": logging.WARNING, "levelname": "WARNING", "msg": LOST}
             super().emit(logging.makeLogRecord(vars(record) | about | {"args": (lost,), "exc_info": None, "event": ""}))
 
     def handleError(self, record: logging.LogRecord) -> None:
