@@ -6,31 +6,46 @@ import logging
 import re
 from collections.abc import Iterator
 from datetime import datetime
+from enum import StrEnum
 
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from ckptsvc import telemetry
-from ckptsvc.telemetry import ArenaState, Event, Fields, Metrics, NicSignal, Outcome, Phase, log, setup_logging
+from ckptsvc.telemetry import (
+    ArenaState,
+    Event,
+    Fields,
+    Metrics,
+    NicSignal,
+    Outcome,
+    Phase,
+    Share,
+    Tier,
+    labels,
+    log,
+    setup_logging,
+)
+from ckptsvc.telemetry.declaring import Declared
 
 METRICS = {
     ("ckptsvc_arena_bytes", "gauge", ("state",)),
     ("ckptsvc_build_info", "gauge", ("version",)),
     ("ckptsvc_calls_refused_total", "counter", ()),
     ("ckptsvc_certificate_expiry_timestamp_seconds", "gauge", ()),
+    ("ckptsvc_commit_latency_seconds", "histogram", ()),
     ("ckptsvc_coordinator_changes_total", "counter", ()),
     ("ckptsvc_deleted_checkpoints_total", "counter", ()),
     ("ckptsvc_incidents_total", "counter", ("kind",)),
     ("ckptsvc_last_commit_timestamp_seconds", "gauge", ("job",)),
     ("ckptsvc_last_committed_step", "gauge", ("job",)),
     ("ckptsvc_layouts_missed_total", "counter", ("scheme",)),
+    ("ckptsvc_detection_duration_seconds", "histogram", ("phase",)),
     ("ckptsvc_drain_backlog_age_seconds", "gauge", ()),
     ("ckptsvc_drain_backlog_bytes", "gauge", ()),
     ("ckptsvc_drain_parallel_shards", "gauge", ()),
-    ("ckptsvc_incidents_total", "counter", ("kind",)),
-    ("ckptsvc_last_commit_timestamp_seconds", "gauge", ("job",)),
-    ("ckptsvc_last_committed_step", "gauge", ("job",)),
+    ("ckptsvc_job_goodput_ratio", "gauge", ("job",)),
+    ("ckptsvc_job_time_seconds_total", "counter", ("cause", "job")),
     ("ckptsvc_local_disk_refusals_total", "counter", ()),
     ("ckptsvc_nic_events_total", "counter", ("nic", "signal")),
     ("ckptsvc_nic_findings", "gauge", ("kind",)),
@@ -46,14 +61,19 @@ METRICS = {
     ("ckptsvc_partner_kept_total", "counter", ("purpose",)),
     ("ckptsvc_partner_read_bytes_total", "counter", ("purpose",)),
     ("ckptsvc_rank_heartbeat_age_seconds", "gauge", ()),
+    ("ckptsvc_restart_duration_seconds", "histogram", ("phase",)),
     ("ckptsvc_restarts_total", "counter", ("cause",)),
     ("ckptsvc_save_duration_seconds", "histogram", ("phase",)),
     ("ckptsvc_saves_total", "counter", ("outcome",)),
     ("ckptsvc_sessions", "gauge", ()),
     ("ckptsvc_shard_stripe_bytes", "gauge", ("scheme",)),
     ("ckptsvc_shard_stripes", "gauge", ("scheme",)),
+    ("ckptsvc_snapshot_blocked_seconds", "histogram", ()),
     ("ckptsvc_snapshots_skipped_total", "counter", ("reason",)),
     ("ckptsvc_store_errors_total", "counter", ("kind", "scheme")),
+    ("ckptsvc_staged_bytes_total", "counter", ()),
+    ("ckptsvc_store_retries_total", "counter", ("kind", "scheme")),
+    ("ckptsvc_tier_newest_step", "gauge", ("job", "tier")),
     ("ckptsvc_tier_bytes", "gauge", ("tier",)),
     ("ckptsvc_write_held_back_seconds_total", "counter", ()),
     ("ckptsvc_written_bytes_total", "counter", ("scheme",)),
@@ -67,15 +87,12 @@ def metrics() -> Metrics:
     return Metrics("1.2.3")
 
 
-def exposed(metrics: Metrics) -> set[tuple[str, str, tuple[str, ...]]]:
-    """Name, type and labels of what a Prometheus server reads."""
+def exposed(metrics: Metrics) -> set[tuple[str, str]]:
+    """Name and type of what a Prometheus server reads."""
     found = set()
     for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
-        if family.name.endswith("_created"):
-            continue  # prometheus-client adds one to every counter and histogram
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = {label for sample in family.samples for label in sample.labels} - {"le"}
-        found.add((name, family.type, tuple(sorted(labels))))
+        if not family.name.endswith("_created"):  # prometheus-client adds one to every counter and histogram
+            found.add((f"{family.name}_total" if family.type == "counter" else family.name, family.type))
     return found
 
 
@@ -92,23 +109,31 @@ def a_card(metrics: Metrics) -> None:
 
 
 def test_the_names_are_frozen(metrics: Metrics) -> None:
-    metrics.committed("job", 1, 1.0)
-    metrics.written_bytes.labels("file")
-    metrics.laid_out("file", 1, 1 << 20, as_asked=True)
-    metrics.spared_bytes.labels("file")
-    metrics.store_errors.labels("file", "store-full")
-    a_card(metrics)
-    assert exposed(metrics) == METRICS
+    assert {(each.name, each.kind, tuple(sorted(each.labels))) for each in metrics.declared} == METRICS
+    assert exposed(metrics) == {(name, kind) for name, kind, _ in METRICS}
 
 
-def test_the_names_follow_the_rules(metrics: Metrics) -> None:
-    units = ("_bytes", "_seconds", "_step", "_stripes", "_shards", "_sessions", "_findings", "_up")
-    for name, kind, labels in METRICS:
-        assert re.fullmatch(r"ckptsvc_[a-z_]+", name)
-        assert (kind == "counter") == name.endswith("_total")
-        assert kind == "counter" or name.endswith((*units, "_info")), f"{name} says no unit"
-        assert not {"rank", "step", "path", "node", "tensor"} & set(labels), f"{name} has unbounded labels"
-    assert all(family.documentation.endswith(".") for family in metrics.registry.collect())
+UNITS = ("_bytes", "_seconds", "_ratio", "_step", "_stripes", "_shards", "_sessions", "_findings", "_up", "_info")
+
+
+@pytest.mark.parametrize("each", Metrics("").declared, ids=lambda each: each.name)
+def test_the_names_follow_the_rules(each: Declared) -> None:
+    assert re.fullmatch(r"ckptsvc(_[a-z]+)+", each.name)
+    assert (each.kind == "counter") == each.name.endswith("_total")
+    assert each.kind == "counter" or each.name.endswith(UNITS), "it says no unit"
+    assert not re.search(r"_(ms|millis|micros|minutes|hours|days|kb|mb|gb|[kmgt]ib|percent)(_|$)", each.name)
+    assert each.about.endswith(".")
+    assert each.about[0].isupper()
+
+
+@pytest.mark.parametrize("each", Metrics("").declared, ids=lambda each: each.name)
+def test_every_label_says_what_bounds_it(each: Declared) -> None:
+    assert not {"rank", "step", "path", "node", "tensor", "epoch", "attempt", "le", "instance"} & set(each.labels)
+    for values in each.labels.values():
+        bounded = values if isinstance(values, str) else list(values)
+        assert len(bounded) > 1
+    if "job" in each.labels:
+        assert "removed" in str(each.labels["job"])
 
 
 def test_what_has_not_happened_yet_is_zero_and_not_absent(metrics: Metrics) -> None:
@@ -130,6 +155,20 @@ def test_a_commit_is_counted_and_a_job_that_ended_is_forgotten(metrics: Metrics)
     metrics.forget("never seen")
     assert value(metrics, "ckptsvc_last_committed_step", job="a") is None
     assert value(metrics, "ckptsvc_saves_total", outcome="committed") == 1
+
+
+def test_a_job_that_has_ended_leaves_no_series_whatever_was_said_of_it(metrics: Metrics) -> None:
+    for job in ("stays", "goes"):
+        metrics.committed(job, 5, 1.0)
+        metrics.tier_step.labels(job, Tier.MEMORY).set(5)
+        metrics.job_time.labels(job, Share.USEFUL).inc()
+        metrics.goodput.labels(job).set(0.5)
+    metrics.forget("goes")
+    assert value(metrics, "ckptsvc_job_goodput_ratio", job="goes") == 0.5  # it may still be coordinated here
+    metrics.forget_coordinated("goes")
+    text = generate_latest(metrics.registry).decode()
+    assert "goes" not in text
+    assert sum('job="stays"' in line and "_created" not in line for line in text.splitlines()) == 5
 
 
 def test_a_card_that_has_gone_leaves_no_series(metrics: Metrics) -> None:
@@ -246,14 +285,8 @@ def test_the_line_is_attributed_to_the_caller(stream: io.StringIO) -> None:
     assert seen[0].filename == "test_telemetry.py"
 
 
-def test_labels_are_enumerated() -> None:
-    enums = (
-        telemetry.Outcome,
-        telemetry.Phase,
-        telemetry.Skip,
-        telemetry.ArenaState,
-        telemetry.Cause,
-        telemetry.IncidentKind,
-    )
-    enums += (telemetry.NicSignal, telemetry.NicTrouble)
-    assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", label) for enum in enums for label in enum)
+def test_labels_are_words_with_dashes() -> None:
+    enums = [values for values in vars(labels).values() if isinstance(values, type) and issubclass(values, StrEnum)]
+    assert len(enums) > 12
+    for enum in enums:
+        assert all(re.fullmatch(r"[a-z]+(-[a-z]+)*", label) for label in enum), enum

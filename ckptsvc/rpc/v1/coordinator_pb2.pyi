@@ -153,18 +153,22 @@ class Announced(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., digest: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Progressed(_message.Message):
-    __slots__ = ("job", "attempt", "node", "lowest", "highest")
+    __slots__ = ("job", "attempt", "node", "lowest", "highest", "blocked", "began")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     LOWEST_FIELD_NUMBER: _ClassVar[int]
     HIGHEST_FIELD_NUMBER: _ClassVar[int]
+    BLOCKED_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: int
     node: str
     lowest: int
     highest: int
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ...) -> None: ...
+    blocked: float
+    began: int
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ..., blocked: _Optional[float] = ..., began: _Optional[int] = ...) -> None: ...
 
 class Staged(_message.Message):
     __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended", "again", "metrics", "copy")
