@@ -137,6 +137,8 @@ def test_whatever_happens_causes_sum_to_the_time_and_only_grow(events):
         now += wait
         if gone:
             away += wait
+        if kind == "end" and books.mode is Mode.GONE:  # nobody came
+            away += now - books.since
         blocked += more
         attempt += another
         if kind == "begin":
