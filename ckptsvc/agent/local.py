@@ -178,10 +178,15 @@ class Local:
         for state, nbytes in held.items():
             self.metrics.arena_bytes.labels(_ARENA_STATES[state]).set(nbytes)
         tiers = dict.fromkeys((Tier.MEMORY, Tier.COPY, Tier.PARITY), 0)
+        newest: dict[tuple[str, Tier], tuple[int, int]] = {}
         for label in (arena.label for arena in self.pool.arenas.values() if arena.label is not None):
-            tiers[Tier.PARITY if label.parity else Tier.COPY if label.guest else Tier.MEMORY] += label.nbytes
+            tier = Tier.PARITY if label.parity else Tier.COPY if label.guest else Tier.MEMORY
+            tiers[tier] += label.nbytes
+            key = label.job, tier
+            newest[key] = max(newest.get(key, (0, -1)), (label.epoch, label.step))
         for tier, nbytes in tiers.items():
             self.metrics.tier_bytes.labels(tier).set(nbytes)
+        self.metrics.hold({key: step for key, (_, step) in newest.items()}, tuple(tiers))
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run something beside; it ends with the agent."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from ckptsvc.agent.identity import Registration
@@ -31,6 +33,24 @@ def joined(node: str, reg: Registration, epoch: int) -> pb.Report:
         retention=pb.Retention(**{k: v for k, v in msgspec.to_builtins(reg.retention).items() if k != "last"}),
     )
     return pb.Report(rank_joined=event)
+
+
+def progressed(node: str, sessions: Sequence[Session]) -> pb.Report:
+    """How far the ranks of one attempt on this node are."""
+    pages, reg = [session.page for session in sessions], sessions[0].reg
+    steps = [page.get("step") for page in pages]
+    event = pb.Progressed(
+        job=reg.job,
+        attempt=reg.attempt,
+        node=node,
+        lowest=min(steps),
+        highest=max(steps),
+        blocked=max(page.get("blocked") + page.get("waited") for page in pages) / 1e9,
+    )
+    began = min(page.get("began") for page in pages)
+    if began >= 0:
+        event.began = began
+    return pb.Report(progressed=event)
 
 
 def left(node: str, reg: Registration, died: bool, detail: str) -> pb.Report:

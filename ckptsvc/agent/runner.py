@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckptsvc import telemetry
+from ckptsvc.agent.books import Books
 from ckptsvc.agent.doorbell import ring
 from ckptsvc.agent.drain import drain
 from ckptsvc.agent.worker_proxy import WorkerProxy
@@ -35,6 +36,7 @@ from ckptsvc.control.effects import (
     ReadNodes,
     Record,
     Restarted,
+    Resumed,
     Send,
     Strike,
 )
@@ -42,9 +44,10 @@ from ckptsvc.control.health import Policy
 from ckptsvc.control.nodes import Node
 from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.tiering import Draining
-from ckptsvc.errors import AgentUnavailable, CkptsvcError
+from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError, StoreError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.storage import canonical
 from ckptsvc.telemetry import Event, IncidentKind, Metrics
 
 log = logging.getLogger("ckptsvc.coordinator")
@@ -124,6 +127,7 @@ class CoordinatorShell:
         self._introducing, self._next_ring = asyncio.Semaphore(INTRODUCTIONS), 0.0
         self._workers, self._may_act = workers, may_act
         self._drains, self._metrics = drains, metrics
+        self._books = Books(metrics) if metrics is not None else None
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: dict[tuple[str, int, int], str] = {}
@@ -173,12 +177,16 @@ class CoordinatorShell:
         while True:
             await asyncio.sleep(TICK)
             self._execute(self.core.tick(time.monotonic()))
+            if self._books is not None:
+                self._books.publish(self.core.ledger)
             ticked, self._ticked = self._ticked, asyncio.Event()
             ticked.set()
 
     async def stop(self) -> None:
         """Cancel what is running; whoever waits for a rebuild hears that it is over here."""
         self._stopped = True
+        if self._books is not None:
+            self._books.close()
         self._ticked.set()
         for deliver in self._peers.values():
             deliver(None)
@@ -202,6 +210,8 @@ class CoordinatorShell:
             elif isinstance(effect, Restarted):
                 if self._metrics is not None:
                     self._metrics.restarts.labels(effect.cause).inc()
+            elif isinstance(effect, Resumed):
+                self._resumed(effect)
             else:
                 task = asyncio.ensure_future(self._do(effect))
                 self._tasks.add(task)
@@ -218,6 +228,12 @@ class CoordinatorShell:
             self.incidents.popitem(last=False)
         self.on_incident(incident)
 
+    def _resumed(self, effect: Resumed) -> None:
+        if self._books is not None:
+            self._books.resumed(effect)
+        telemetry.log(log, logging.INFO, Event.JOB_RESUMED, "steps again, %.1f s after the fault",
+            effect.times[-1] - effect.times[0], job=effect.job, attempt=effect.attempt, reason=effect.why)  # fmt: skip
+
     async def _do(self, effect: AllotEpoch | Commit | Lookup | Probe | ReadNodes | KeepNodes | Drain) -> None:
         if not self._may_act():
             self._drop(effect)
@@ -227,6 +243,7 @@ class CoordinatorShell:
         elif isinstance(effect, Commit):
             ended = await self._commit(effect)
             self._execute(self.core.commit_done(ended, time.monotonic()))
+            self._count(effect, ended)
             if not ended.code and self._may_act():
                 await self._expire(effect)
         elif isinstance(effect, Probe):
@@ -335,6 +352,17 @@ class CoordinatorShell:
         finally:
             self._writers.pop(key, None)
         return CommitDone(effect.job, effect.epoch, effect.step)
+
+    def _count(self, effect: Commit, ended: CommitDone) -> None:
+        """Of a commit, how long its save took, or what the store said."""
+        job = self.core.jobs.get(effect.job)
+        if self._metrics is None or job is None:
+            return
+        outcome = job.saves.ended.get((effect.epoch, effect.step))
+        if not ended.code and outcome is not None:
+            self._metrics.commit_latency.observe(outcome.seconds)
+        elif issubclass(BY_CODE.get(ended.code, CkptsvcError), StoreError):
+            self._metrics.store_errors.labels(canonical(effect.store).partition("://")[0], ended.code).inc()
 
     async def _lookup(self, effect: Lookup) -> LookupDone | None:
         args = {"store": effect.store, "epoch": effect.epoch, "step": effect.step}

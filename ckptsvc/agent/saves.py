@@ -90,9 +90,16 @@ class Saves:
                 self._local.spawn(worker.tell("cancel", {"fill": early.fill}))
 
     def submit(
-        self, token: str, slot: str, step: int, nbytes: int, aliases: dict[str, str], metrics: dict[str, str]
+        self,
+        token: str,
+        slot: str,
+        step: int,
+        nbytes: int,
+        aliases: dict[str, str],
+        metrics: dict[str, str],
+        staging: float = 0.0,
     ) -> None:
-        """The arena holds a whole shard image: it is ours now."""
+        """The arena holds a whole shard image: it is ours now. `staging`: seconds since the rank began with it."""
         session = self._local.session(token)
         reg = session.reg
         arena = self._local.pool.arenas.get(slot)
@@ -119,6 +126,7 @@ class Saves:
         began = arena.since
         self._local.pool.stage(arena, label)
         self._local.metrics.save_duration.labels(Phase.STAGE).observe(arena.since - began)
+        self._local.metrics.staged_bytes.inc(nbytes)
         failpoint("after_label")
         self._begin_save(arena, label)
 
@@ -335,8 +343,9 @@ class Saves:
             log(logger, logging.INFO, Event.SAVE_LEFT_LOCAL, "step %d: %s", outcome.step, outcome.reason,
                 job=job.name, step=outcome.step, epoch=outcome.epoch)  # fmt: skip
             return
+        ended = Outcome.TIMED_OUT if outcome.timed_out else Outcome.FAILED
         fenced = outcome.outcome == agent_pb2.OUTCOME_FENCED
-        self._local.metrics.saves.labels(Outcome.FENCED if fenced else Outcome.FAILED).inc()
+        self._local.metrics.saves.labels(Outcome.FENCED if fenced else ended).inc()
         log(logger, logging.ERROR, Event.SAVE_FAILED, "step %d not saved: %s", outcome.step, outcome.reason,
             job=job.name, step=outcome.step, epoch=outcome.epoch)  # fmt: skip
 

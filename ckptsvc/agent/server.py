@@ -99,7 +99,7 @@ class Agent:
         settings = options.settings
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
-        self.workers = Workers(settings.store.max_write_rate)
+        self.workers = Workers(settings.store.max_write_rate, self.metrics.retried)
         self._on_incident: Callable[[coordinator_pb2.Incident], None] = lambda incident: None
         self.shell = self._new_shell(0, lambda: True)
         where = settings.agent.coordination

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import ckptsvc
+from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.restart import launched_as
 from ckptsvc.rpc.v1 import agent_pb2
 
@@ -154,7 +155,16 @@ def _coordinated(agent: Agent) -> list[dict[str, Any]]:
             "incidents": attempts.incidents if attempts else [],
             "aside": attempts.aside(time.monotonic()) if attempts else {},
             "nics": [finding.sentence for finding in core.nic_findings(job.name)],
+            "goodput": _goodput(core, job.name),
         }
         for core in agent.local.cores()
         for job in core.jobs.values()
     ]
+
+
+def _goodput(core: Coordinator, job: str) -> dict[str, Any] | None:
+    """What the time of a job went into, in seconds by cause; None before anything is known of it."""
+    account = core.ledger.accounts.get(job)
+    if account is None:
+        return None
+    return {"share": account.books.ratio, "seconds": {share.value: s for share, s in account.books.seconds.items()}}

@@ -25,7 +25,7 @@ import numpy as np
 from ckptsvc.agent import nodelist
 from ckptsvc.agent.worker_local import LocalCopies
 from ckptsvc.config import load
-from ckptsvc.errors import CkptsvcError, SaveFailed
+from ckptsvc.errors import CkptsvcError, SaveFailed, StoreError
 from ckptsvc.format.checksum import Digests, extent_digests
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import CommitRecord
@@ -42,7 +42,7 @@ from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.write import ShardImage, Written, write_shard
 from ckptsvc.settings import SaveSettings, StoreSettings
-from ckptsvc.storage import Progress, Spreading, Store
+from ckptsvc.storage import Progress, Spreading, Store, canonical
 from ckptsvc.storage.opening import open_store
 from ckptsvc.storage.rate import Rate
 from ckptsvc.storage.wrappers import Limited, Retrying, innermost
@@ -54,6 +54,9 @@ THREADS = 16
 IN_FLIGHT = 2
 """Saves that may have begun before the newest commit was known: as many checkpoints before that are not yet deleted,
 where saves refer to others."""
+
+NOBODYS = 0
+"""The number of a message that answers no request."""
 
 MAX_FRAME = 1 << 30
 """Largest frame in bytes."""
@@ -79,6 +82,7 @@ class Worker(LocalCopies):
         # `fills`: what is being written -> whether it is given up
         super().__init__(Rate(None), Mappings(), {}, lambda url: open_store(url, settings=settings))
         self._settings = settings
+        self._tell: Note = lambda message: None
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
         self._digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
@@ -93,8 +97,17 @@ class Worker(LocalCopies):
             if url not in self._stores:
                 # Limited within: what is written again is paid for again.
                 limited = Limited(open_store(url, settings=self._settings), bytes_per_second=self._rate)
-                self._stores[url] = Retrying(limited, attempts=self._settings.retries + 1)
+                self._stores[url] = Retrying(
+                    limited, attempts=self._settings.retries + 1, on_retry=lambda error: self._retried(url, error)
+                )
             return self._stores[url]
+
+    def _retried(self, url: str, error: StoreError) -> None:
+        self._tell({"id": NOBODYS, "retried": [canonical(url).partition("://")[0], error.code]})
+
+    def speaks(self, tell: Note) -> None:
+        """Take the way to tell the agent what is no answer."""
+        self._tell = tell
 
     def end(self) -> NoReturn:
         """End this process, whatever its threads are doing."""
@@ -264,6 +277,9 @@ class Executes(Protocol):
     def expect(self, request: Request) -> None:
         """A request has come in and will be executed in its turn."""
 
+    def speaks(self, tell: Note) -> None:
+        """Take the way to tell the agent what is no answer."""
+
     def end(self) -> NoReturn:
         """End this process."""
 
@@ -283,6 +299,8 @@ def serve(sock: socket.socket, worker: Executes) -> None:
                 sock.sendall(FRAME.pack(len(body)) + body)
         except ConnectionError:  # the agent has closed its end: there is nobody to work for
             worker.end()
+
+    worker.speaks(send)
 
     def execute(request: Request) -> None:
         try:

@@ -39,7 +39,11 @@ class WorkerDied(Exception):
 
 
 class WorkerProxy:
-    """One worker process; requests may run concurrently. `module` is the program that it runs, with `arguments`."""
+    """One worker process; requests may run concurrently. `module` is the program that it runs, with `arguments`.
+
+    Attributes:
+        on_retry: called with the scheme of a store and the code of the error when a request to it is tried again.
+    """
 
     def __init__(self, job: str, module: str = "ckptsvc.agent.worker", arguments: tuple[str, ...] = ()) -> None:
         self.job, self._module, self._arguments = job, module, arguments
@@ -51,6 +55,7 @@ class WorkerProxy:
         self._ids = itertools.count(1)
         self._starting = asyncio.Lock()
         self._closed = False
+        self.on_retry: Callable[[str, str], None] = lambda scheme, code: None
 
     async def call(self, op: str, args: dict[str, Any], on_note: Note | None = None) -> dict[str, Any]:
         """Run one operation in the worker.
@@ -151,6 +156,8 @@ class WorkerProxy:
                     future.set_exception(WorkerDied())
 
     def _dispatch(self, message: dict[str, Any]) -> None:
+        if "retried" in message:
+            self.on_retry(*message["retried"])
         entry = self._pending.get(message["id"])
         if entry is None:
             return

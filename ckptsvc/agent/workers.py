@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ckptsvc.agent.worker_proxy import WorkerProxy
 
 
 class Workers:
-    """Worker processes by job; `max_write_rate`: bytes per second that all of them may write, None: no limit."""
+    """Worker processes by job.
 
-    def __init__(self, max_write_rate: int | None = None) -> None:
+    Args:
+        max_write_rate: bytes per second that all of them may write, None: no limit.
+        on_retry: see `WorkerProxy`.
+    """
+
+    def __init__(
+        self, max_write_rate: int | None = None, on_retry: Callable[[str, str], None] = lambda scheme, code: None
+    ) -> None:
+        self._on_retry = on_retry
         self._by_job: dict[str, WorkerProxy] = {}
         self.max_write_rate = max_write_rate
 
@@ -20,7 +30,8 @@ class Workers:
     def of(self, job: str) -> WorkerProxy:
         """The worker of a job."""
         if job not in self._by_job:
-            self._by_job[job] = WorkerProxy(job)
+            worker = self._by_job[job] = WorkerProxy(job)
+            worker.on_retry = self._on_retry
         return self._by_job[job]
 
     def running(self, job: str) -> WorkerProxy | None:

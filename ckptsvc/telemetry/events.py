@@ -39,6 +39,7 @@ class Event(StrEnum):
     STORE_DEGRADED = "store-degraded"
     JOB_STARTED = "job-started"
     JOB_RESTARTED = "job-restarted"
+    JOB_RESUMED = "job-resumed"
     JOB_ENDED = "job-ended"
     NODE_DRAINED = "node-drained"
     NIC_FOUND = "nic-found"

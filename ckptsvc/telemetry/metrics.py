@@ -28,6 +28,7 @@ class Metrics(SaveMetrics, TierMetrics, JobMetrics, NicMetrics, AgentMetrics):
     def forget(self, job: str) -> None:
         """Drop the series of a job that has left this node, so that an agent's metrics do not grow with every job."""
         self._declare.forget("job", job, saves.JOB)
+        self.let_go(job)
 
     def forget_coordinated(self, job: str) -> None:
         """The same of a job that is not coordinated here any more."""

@@ -84,6 +84,10 @@ class SaveMetrics:
         self.last_commit.labels(job).set(now)
         self.last_step.labels(job).set(step)
 
+    def retried(self, scheme: str, code: str) -> None:
+        """Count a request to a store that is tried again."""
+        self.store_retries.labels(scheme, code).inc()
+
     def laid_out(self, scheme: str, stripes: int, stripe_bytes: int, *, as_asked: bool) -> None:
         """Take down how a store says that a shard lies there."""
         self.shard_stripes.labels(scheme).set(stripes)

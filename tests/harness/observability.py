@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 FOLDER = Path(__file__).parents[2] / "deploy" / "observability"
 
@@ -22,6 +26,21 @@ _TOKEN = re.compile(
     r'"(?:[^"\\]|\\.)*"|\$\w+|[A-Za-z_:][A-Za-z0-9_:]*|[0-9.]+(?:e[0-9]+)?[a-z]*|=~|!~|[!=<>]=|[-+*/^%(){}\[\],=<>]|\s+'
 )
 _NAME = re.compile(r"[A-Za-z_:]")
+
+
+def scrape(directory: Path) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    """What the agent of that directory tells Prometheus: name -> sorted labels -> value."""
+    address = (directory / "ready").read_text().splitlines()[2]
+    request = urllib.request.Request(f"http://{address}/metrics")
+    with contextlib.suppress(FileNotFoundError):
+        request.add_header("Authorization", f"Bearer {(directory / 'http-token').read_text().strip()}")
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
+        text = answer.read().decode()
+    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    return found
 
 
 def dashboard() -> dict[str, Any]:

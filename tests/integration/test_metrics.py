@@ -1,0 +1,127 @@
+"""What a real job shows in numbers: one that saves, loses a rank, comes back and goes on."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness.job import Launch
+from harness.observability import scrape
+from harness.rank import Rank
+from harness.runtime import Runtime, eventually
+
+import ckptsvc
+from ckptsvc.errors import UnsupportedObject
+
+CAUSES = {"useful", "blocked", "detection", "restart", "redone", "other"}
+
+
+def train(rank: Rank, store: str) -> int:
+    """Twenty steps a second and a snapshot every ten of them, until the test says to end."""
+    rank.join()
+    tensor, end = torch.zeros(100_000), torch.zeros(1)
+    run = ckptsvc.attach({"tensor": tensor}, store=store, every=10)
+    while not end.item():
+        torch.distributed.all_reduce(tensor)
+        tensor.fill_(run.steps_done + 1)
+        time.sleep(0.05)
+        run.step()
+        rank.report("stepped", step=run.steps_done)
+        end.fill_((rank.folder / "go-end").exists())
+        torch.distributed.all_reduce(end)
+    steps = run.steps_done
+    run.close()
+    return steps
+
+
+def test_a_job_that_loses_a_rank(runtime: Runtime, launch: Launch, tmp_path: Path) -> None:
+    environ = {"CKPTSVC_AGENT_METRICS_LISTEN": "127.0.0.1:0"}
+    with launch.service(2, train, str(tmp_path / "run"), **environ) as job:
+        job.wait_for("stepped", step=28)
+        job.kill(1)  # the newest snapshot is of step 20
+        job.wait_for("stepped", attempt=2, step=40)
+        directory = runtime.agent_directory()
+
+        def found(name: str, **labels: str) -> float:
+            return scrape(directory).get(name, {}).get(tuple(sorted(labels.items())), 0.0)
+
+        eventually(lambda: found("ckptsvc_commit_latency_seconds_count") >= 3, "three commits")
+        eventually(lambda: found("ckptsvc_snapshot_blocked_seconds_count") >= 6, "the pages to be read")
+        seen = scrape(directory)
+        (name,) = {dict(labels)["job"] for labels in seen["ckptsvc_job_goodput_ratio"]}
+        share = {dict(labels)["cause"]: value for labels, value in seen["ckptsvc_job_time_seconds_total"].items()}
+        (told,) = [each for each in runtime.status(directory)["coordinates"] if each["job"] == name]
+        job.go("end")
+        steps = job.results()[0]
+
+    saved = seen["ckptsvc_saves_total"][("outcome", "committed"),]
+    assert saved >= 3
+    # Both ranks have measured every snapshot; those of the attempt that was killed are not forgotten.
+    assert seen["ckptsvc_snapshot_blocked_seconds_count"][()] >= 2 * (saved - 1)
+    assert 0 < seen["ckptsvc_snapshot_blocked_seconds_sum"][()] < sum(share.values())
+    assert seen["ckptsvc_staged_bytes_total"][()] >= 2 * saved * 100_000 * 4 / 2
+    assert seen["ckptsvc_last_committed_step"][("job", name),] == seen["ckptsvc_tier_newest_step"][
+        ("job", name), ("tier", "memory")
+    ]
+    assert seen["ckptsvc_commit_latency_seconds_sum"][()] > 0
+
+    phases = {("phase", part) for part in ("stop", "start", "restore", "first-step")}
+    assert {labels[0] for labels in seen["ckptsvc_restart_duration_seconds_count"]} == phases
+    assert set(seen["ckptsvc_restart_duration_seconds_count"].values()) == {1.0}
+    assert set(seen["ckptsvc_detection_duration_seconds_count"].values()) == {1.0}
+    assert sum(seen["ckptsvc_restart_duration_seconds_sum"].values()) == pytest.approx(share["restart"], abs=1.0)
+    assert seen["ckptsvc_restarts_total"][("cause", "died"),] == 1
+
+    assert share.keys() == CAUSES
+    assert min(share["useful"], share["redone"], share["restart"], share["other"], share["blocked"]) > 0
+    # Eight steps or so were done again, half a step was lost; the useful ones were done once.
+    assert 0.05 * 5 < share["redone"] < share["useful"]
+    assert 0.05 * 30 < share["useful"]
+    assert steps >= 40
+    assert told["goodput"]["seconds"].keys() == CAUSES
+    assert told["goodput"]["share"] == pytest.approx(share["useful"] / sum(share.values()), abs=0.1)
+
+
+def test_snapshots_that_were_not_taken_are_counted_by_why(runtime: Runtime, launch: Launch, tmp_path: Path) -> None:
+    agent = runtime.start_agent("--metrics-listen", "127.0.0.1:0")
+    with launch.plain(1, skips, str(tmp_path / "run")) as job:
+        job.wait_for("unsupported")
+
+        def reasons() -> dict[str, float]:
+            counted: dict[Any, float] = scrape(runtime.sockets)["ckptsvc_snapshots_skipped_total"]
+            return {labels[0][1]: value for labels, value in counted.items() if value}
+
+        assert reasons() == {"unsupported": 1.0}
+        agent.terminate()
+        agent.wait(30)
+        job.go("without")
+        job.wait_for("missed")
+        agent = runtime.start_agent("--metrics-listen", "127.0.0.1:0")
+        eventually(lambda: reasons() == {"no-agent": 1.0}, "the new agent to have heard of it")
+        job.go("end")
+        job.results()
+    agent.terminate()
+    agent.wait(30)
+
+
+def skips(rank: Rank, store: str) -> None:
+    state: dict[str, Any] = {"tensor": torch.zeros(1000), "plain": 0}
+    run = ckptsvc.attach(state, store=store, every="off")
+    run.step()
+    assert run.save(wait=True)
+    state["plain"] = object()
+    run.step()
+    with pytest.raises(UnsupportedObject):
+        run.save()
+    rank.report("unsupported")
+    state["plain"] = 0
+    rank.until("without")
+    run.step()
+    with pytest.warns(RuntimeWarning, match="skipped"):
+        assert not run.save()
+    rank.report("missed")
+    rank.until("end")
+    run.close()
