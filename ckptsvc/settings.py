@@ -285,6 +285,30 @@ class NicsSettings(msgspec.Struct, frozen=True, kw_only=True):
     root: str = "/"
 
 
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[log]: what agents, their workers, launchers and sessions write to standard error.
+
+    Attributes:
+        format: "text": lines for people; "json": one object a line.
+    """
+
+    format: Literal["text", "json"] = "text"
+
+
+class TraceSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[traces]: OpenTelemetry spans of saves and restarts; needs the extra `traces`.
+
+    Attributes:
+        endpoint: of a collector that speaks OTLP over gRPC, "http://host:4317" or "https://..."; "" means none.
+        ratio: the share of saves and restarts of which there are traces; the same ones on all nodes.
+        ca_file: certificates (PEM) of those who sign the collector's; "" means the system's.
+    """
+
+    endpoint: str = ""
+    ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    ca_file: str = ""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All settings, validated.
 
@@ -305,6 +329,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     nics: NicsSettings = NicsSettings()
     etcd: EtcdSettings = EtcdSettings()
     launch: LaunchSettings = LaunchSettings()
+    log: LogSettings = LogSettings()
+    traces: TraceSettings = TraceSettings()
     origin: dict[str, str] = {}
 
 

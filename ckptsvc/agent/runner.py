@@ -150,7 +150,8 @@ class CoordinatorShell:
         """Something happened on a node."""
         if report.HasField("node_joined"):
             _warn_of_clock(report.node_joined, time.time())
-        self._execute(self.core.handle(node, report, time.monotonic()))
+        job = getattr(getattr(report, report.WhichOneof("event") or "", None), "job", "")
+        self._execute(self.core.handle(node, report, time.monotonic()), job)
 
     async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
         """Complete snapshots of a job in memory, newest first, once what is lost has been rebuilt.
@@ -194,9 +195,10 @@ class CoordinatorShell:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _execute(self, decision: Decision) -> None:
+    def _execute(self, decision: Decision, job: str = "") -> None:
         for reason in decision.reasons:
-            log.info(reason, extra={"event": "decision"})
+            about = job if job in self.core.jobs or job in self.core.launched else ""
+            log.info(reason, extra={"event": "decision", "job": about or None})
         for effect in decision.effects:
             if not self._may_act():
                 self._drop(effect)
@@ -239,10 +241,10 @@ class CoordinatorShell:
             self._drop(effect)
         elif isinstance(effect, AllotEpoch):
             done = await self._allot(effect)
-            self._execute(self.core.epoch_done(done, time.monotonic()))
+            self._execute(self.core.epoch_done(done, time.monotonic()), effect.job)
         elif isinstance(effect, Commit):
             ended = await self._commit(effect)
-            self._execute(self.core.commit_done(ended, time.monotonic()))
+            self._execute(self.core.commit_done(ended, time.monotonic()), effect.job)
             self._count(effect, ended)
             if not ended.code and self._may_act():
                 await self._expire(effect)
@@ -261,7 +263,7 @@ class CoordinatorShell:
         else:
             found = await self._lookup(effect)
             if found:
-                self._execute(self.core.lookup_done(found, time.monotonic()))
+                self._execute(self.core.lookup_done(found, time.monotonic()), effect.job)
 
     async def _ring(self, effect: Probe) -> Answer | None:
         """Look after a launcher, in its turn where many are to be; None if nobody wants to know any more."""

@@ -61,7 +61,8 @@ from ckptsvc.rpc.secret import require_loopback, shared_secret
 from ckptsvc.rpc.trust import ByCertificate, BySecret, Trust
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.settings import HealthSettings, Settings, TierSettings
-from ckptsvc.telemetry import Event, Metrics, log, setup_logging
+from ckptsvc.telemetry import Event, Fields, Metrics, log, start_logging
+from ckptsvc.telemetry.logs import FORMAT, line
 
 logger = logging.getLogger("ckptsvc.agent")
 
@@ -80,13 +81,11 @@ class Options:
         directory: holds the sockets, the lock and (by default) the log; belongs to this agent.
         settings: the merged configuration.
         linger: seconds without ranks, launchers and saves after which the agent ends; None: never.
-        json_log: log JSON lines.
     """
 
     directory: Path
     settings: Settings
     linger: float | None = None
-    json_log: bool = False
 
 
 class Agent:
@@ -345,7 +344,9 @@ def coordinator_pb2_grpc_add(servicer: CoordinatorServicer, server: Any) -> None
 
 async def serve(options: Options) -> None:
     """Run one agent to its end."""
-    await Agent(options).run()
+    agent = Agent(options)
+    start_logging(options.settings.log.format, node=agent.node_name)
+    await agent.run()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -367,16 +368,19 @@ def main(arguments: list[str] | None = None) -> int:
             "agent.metrics_listen": args.metrics_listen,
             "agent.coordination": args.coordination,
             "store.max_write_rate": args.max_write_rate,
+            "log.format": "json" if args.json_log else None,
         }
         settings = load(os.environ, overrides)
-        setup_logging(sys.stderr, json=args.json_log)
         linger = parse_duration(args.linger) if args.linger else None
         # A coordinator of ten thousand agents has millions of objects and hardly a cycle: looking for those among them
         # all takes a second, in which it answers nobody.
         gc.set_threshold(50_000, 20, 100)
-        asyncio.run(serve(Options(args.dir, settings, linger, args.json_log)))
+        asyncio.run(serve(Options(args.dir, settings, linger)))
     except CkptsvcError as error:
-        print(f"ckptsvc agent: {error}", file=sys.stderr)  # noqa: T201  a program's last words
+        if os.environ.get(FORMAT) == "json" or args.json_log:
+            print(line(str(error), logging.CRITICAL, logger="ckptsvc.agent", about=Fields()), file=sys.stderr)  # noqa: T201
+        else:
+            print(f"ckptsvc agent: {error}", file=sys.stderr)  # noqa: T201  a program's last words
         return EXIT_STATUS[error.code]
     return 0
 

@@ -46,6 +46,8 @@ from ckptsvc.storage import Progress, Spreading, Store, canonical
 from ckptsvc.storage.opening import open_store
 from ckptsvc.storage.rate import Rate
 from ckptsvc.storage.wrappers import Limited, Retrying, innermost
+from ckptsvc.telemetry import start_logging
+from ckptsvc.telemetry.logs import told
 
 FRAME = struct.Struct("<I")
 THREADS = 16
@@ -373,4 +375,5 @@ def _digests(data: bytes) -> np.ndarray[Any, np.dtype[np.uint64]]:
 
 if __name__ == "__main__":
     found = load(os.environ)
+    start_logging(found.log.format, **told())
     serve(socket.socket(fileno=int(sys.argv[1])), Worker(found.store, found.save))

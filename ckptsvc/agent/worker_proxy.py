@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import logging
 import os
 import socket
@@ -18,6 +19,7 @@ from typing import Any
 import msgspec
 
 from ckptsvc.errors import BY_CODE, CkptsvcError, StoreUnavailable
+from ckptsvc.telemetry.logs import ABOUT, told
 
 log = logging.getLogger("ckptsvc.agent")
 
@@ -126,7 +128,7 @@ class WorkerProxy:
             command = [sys.executable, "-m", self._module, str(theirs.fileno()), *self._arguments]
             try:
                 self._process = subprocess.Popen(  # noqa: ASYNC220  exec of a known file: bounded and short
-                    command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ
+                    command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=self._environ()
                 )
             except OSError as error:
                 ours.close()
@@ -140,6 +142,13 @@ class WorkerProxy:
                 raise
             self._reader_task = asyncio.create_task(self._read(reader, self._process))
             return self._writer
+
+    def _environ(self) -> dict[str, str]:
+        """This process's environment; in the log, the worker speaks of its job."""
+        about = told()
+        if self._module == "ckptsvc.agent.worker":
+            about["job"] = self.job
+        return {**os.environ, ABOUT: json.dumps(about)}
 
     async def _read(self, reader: asyncio.StreamReader, process: subprocess.Popen[bytes]) -> None:
         try:

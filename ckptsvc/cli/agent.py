@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from pathlib import Path
 
 import click
@@ -13,7 +12,6 @@ from ckptsvc.agent.server import Options, serve
 from ckptsvc.cli.terminal import note
 from ckptsvc.config import agents_directory, load
 from ckptsvc.quantities import parse_duration
-from ckptsvc.telemetry import setup_logging
 
 
 @click.command()
@@ -24,7 +22,7 @@ from ckptsvc.telemetry import setup_logging
 @click.option("--max-write-rate", metavar="SIZE/s|off", help="What this node may write to stores; default: no limit.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path), help="Directory of the sockets.")
 @click.option("--linger", help="End after so long without ranks and saves (for example 60s); default: never.")
-@click.option("--json-log", is_flag=True, help="Log JSON lines.")
+@click.option("--json-log", is_flag=True, help='The same as log.format = "json".')
 @click.option("--check-config", is_flag=True, help="Check the settings and end.")
 def command(
     listen: str | None, metrics_listen: str | None, name: str | None, coordination: str | None,
@@ -37,6 +35,7 @@ def command(
         "agent.name": name,
         "agent.coordination": coordination,
         "store.max_write_rate": max_write_rate,
+        "log.format": "json" if json_log else None,
     }
     settings = load(os.environ, overrides)
     if check_config:
@@ -44,5 +43,4 @@ def command(
         return
     if directory is None:
         directory = agents_directory(settings, os.environ)
-    setup_logging(sys.stderr, json=json_log)
-    asyncio.run(serve(Options(directory, settings, parse_duration(linger) if linger else None, json_log)))
+    asyncio.run(serve(Options(directory, settings, parse_duration(linger) if linger else None)))

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from ckptsvc.client.candidates import Candidate, Candidates
 from ckptsvc.client.foreign import restore_foreign
 from ckptsvc.client.group import the_group, together
-from ckptsvc.client.joining import agent_directory, coordinator_of, placement_of, registration
+from ckptsvc.client.joining import agent_directory, coordinator_of, log_as_set, placement_of, registration
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.phases import FIRST_STEP, STEP, Inside, Phases
 from ckptsvc.client.restore import restore
@@ -298,6 +298,7 @@ class Session:
         self._every_steps = every.steps if every else 0
         self._tree = StateTree(self._tree_of, group.rank, group.size, self._include_rng)
         self._link = AgentLink(directory, registration(group, self._place, self.settings, self._url, coordinator))
+        log_as_set(self.settings, self._link.registration, lambda: self.steps_done)
         self._phases = Phases(self._link)
         self._snapshots = Snapshots(self._tree, self._link, group, self._place, self._url, self._report_skip)
         try:
@@ -415,7 +416,8 @@ class Session:
 
     def _warn(self, message: str) -> None:
         log.warning("rank %d: %s", self._group.rank, message)
-        warnings.warn(f"ckptsvc: {message}", RuntimeWarning, stacklevel=2)
+        if self.settings.log.format == "text":  # else Python would print one that is no JSON
+            warnings.warn(f"ckptsvc: {message}", RuntimeWarning, stacklevel=2)
 
     def _keep_connected(self) -> None:
         """Beside the training: as soon as the agent is gone, start it again or wait for it, and register again."""

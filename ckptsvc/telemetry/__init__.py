@@ -29,7 +29,7 @@ from ckptsvc.telemetry.labels import (
     Skip,
     Tier,
 )
-from ckptsvc.telemetry.logs import HumanFormatter, JsonFormatter, setup_logging
+from ckptsvc.telemetry.logs import HumanFormatter, JsonFormatter, setup_logging, start_logging
 from ckptsvc.telemetry.metrics import Metrics
 
 __all__ = [
@@ -53,4 +53,5 @@ __all__ = [
     "Tier",
     "log",
     "setup_logging",
+    "start_logging",
 ]

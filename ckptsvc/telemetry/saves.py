@@ -7,7 +7,7 @@ from ckptsvc.telemetry.labels import Outcome, Phase, Skip
 
 JOB = "jobs with ranks or memory on this node; removed with the last of them"
 SCHEME = "schemes of the stores of this node's jobs: file, s3 ..."
-CODE = "error codes (docs/reference/errors)"
+CODE = "codes of `ckptsvc.errors`"
 
 
 class SaveMetrics:

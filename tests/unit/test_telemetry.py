@@ -4,9 +4,12 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import datetime
 from enum import StrEnum
+from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
@@ -16,6 +19,7 @@ from ckptsvc.telemetry import (
     ArenaState,
     Event,
     Fields,
+    JsonFormatter,
     Metrics,
     NicSignal,
     Outcome,
@@ -27,6 +31,8 @@ from ckptsvc.telemetry import (
     setup_logging,
 )
 from ckptsvc.telemetry.declaring import Declared
+from ckptsvc.telemetry.logs import ABOUT, KEYS, log_apart, told
+from ckptsvc.telemetry.reference import markdown
 
 METRICS = {
     ("ckptsvc_arena_bytes", "gauge", ("state",)),
@@ -283,6 +289,112 @@ def test_the_line_is_attributed_to_the_caller(stream: io.StringIO) -> None:
     finally:
         LOGGER.removeFilter(seen.append)  # type: ignore[arg-type]
     assert seen[0].filename == "test_telemetry.py"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("PUT https://key:hunter22@store/x failed", "PUT https://***@store/x failed"),
+        ("s3://AKIA:hunter22@bucket", "s3://***@bucket"),
+        ("GET /?token=hunter22&x=1", "GET /?token=***&x=1"),
+        ("Authorization: Bearer hunter22abc", "Authorization: Bearer ***"),
+        ("{'secret_access_key': 'hunter22', 'region': 'eu'}", "{'secret_access_key': '***', 'region': 'eu'}"),
+        ("X-Amz-Signature=hunter22&X", "X-Amz-Signature=***&X"),
+        ("password=hunter22; next", "password=***; next"),
+        ("-----BEGIN EC PRIVATE KEY-----\nhunter22\n-----END EC PRIVATE KEY-----", "***"),
+        ("etcd.password_file: /etc/pw is not private", "etcd.password_file: /etc/pw is not private"),
+        ("set CKPTSVC_ETCD_PASSWORD_FILE=/etc/pw", "set CKPTSVC_ETCD_PASSWORD_FILE=/etc/pw"),
+        ("file:///run with 3 tokens", "file:///run with 3 tokens"),
+    ],
+)
+def test_secrets_are_in_no_line(stream: io.StringIO, text: str, shown: str) -> None:
+    for json_lines in (True, False):
+        setup_logging(stream, json=json_lines)
+        try:
+            raise OSError(text)
+        except OSError:
+            LOGGER.exception("%s", text, extra={"reason": text})
+    written = stream.getvalue()
+    first = json.loads(written.splitlines()[0])
+    assert (first["msg"], first["reason"]) == (shown, shown)
+    assert "hunter22" not in written
+
+
+def test_a_line_that_cannot_be_made_is_written_all_the_same() -> None:
+    class Bad:
+        def __str__(self) -> str:
+            raise ValueError
+
+    for text, argument, why in (("about %s", Bad(), "ValueError"), ("%d of %d", 1, "TypeError")):
+        record = logging.LogRecord("x", logging.INFO, "", 0, text, (argument,), None)
+        assert json.loads(JsonFormatter().format(record))["msg"] == f"{text!r} with 1 arguments: {why}"
+
+
+UNCAUGHT = """
+import logging, sys, threading, warnings
+from ckptsvc.telemetry import start_logging
+start_logging("json", job="j1", node="n1")
+logging.getLogger("stamina").warning("a library's")
+warnings.warn("look here")
+thread = threading.Thread(target=lambda: 1 / 0)
+thread.start(); thread.join()
+class Late:
+    def __del__(self):
+        raise OSError("too late")
+Late()
+import asyncio
+async def fails():
+    asyncio.get_running_loop().call_soon(lambda: [][1])
+    await asyncio.sleep(0)
+asyncio.run(fails())
+raise RuntimeError("https://me:hunter22@store\\nsecond line")
+"""
+
+
+def test_all_that_a_process_of_ours_writes_is_json_whoever_says_it() -> None:
+    done = subprocess.run([sys.executable, "-c", UNCAUGHT], capture_output=True, text=True, check=False, timeout=60)
+    found = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["logger"] for line in found] == ["stamina", "py.warnings", *["ckptsvc"] * 2, "asyncio", "ckptsvc"]
+    assert all(line["job"] == "j1" and line["node"] == "n1" for line in found)
+    errors = [str(line.get("error", "")).rstrip().splitlines()[-1:] for line in found[2:]]
+    assert [each[0].partition(":")[0] for each in errors[:3]] == ["ZeroDivisionError", "OSError", "IndexError"]
+    assert "RuntimeError: https://***@store" in found[-1]["error"]
+    assert "hunter22" not in done.stderr
+    assert done.returncode == 1
+
+
+def test_what_a_process_is_told_about_itself_may_be_nonsense(monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("", "{", "[1]", '"x"', "null", '{"rank": [1], "unknown": 1}'):
+        monkeypatch.setenv(ABOUT, text)
+        assert told() == {}
+    monkeypatch.setenv(ABOUT, '{"job": "j", "rank": 3}')
+    assert told() == {"job": "j", "rank": 3}
+
+
+def test_a_rank_writes_json_and_leaves_the_programs_own_log_alone(stream: io.StringIO) -> None:
+    ours, theirs = logging.getLogger("ckptsvc"), io.StringIO()
+    handler = logging.StreamHandler(theirs)
+    logging.getLogger().addHandler(handler)
+    try:
+        log_apart(stream, lambda: Fields(rank=3, step=7))
+        LOGGER.warning("skipped")
+        logging.getLogger("train").warning("loss is high")
+    finally:
+        logging.getLogger().removeHandler(handler)
+        ours.handlers[:], ours.propagate = [], True
+    (line,) = lines(stream)
+    assert (line["msg"], line["rank"], line["step"]) == ("skipped", 3, 7)
+    assert theirs.getvalue() == "loss is high\n"
+
+
+def test_the_keys_of_a_line_are_those_that_are_documented() -> None:
+    assert set(KEYS) == {"ts", "level", "logger", "event", "msg", "error", *Fields.__annotations__}
+
+
+def test_the_reference_is_what_the_declarations_say() -> None:
+    page = Path(__file__).parents[2] / "docs" / "reference" / "metrics.md"
+    assert page.read_text() == markdown(), "make it again: python -m ckptsvc.telemetry > docs/reference/metrics.md"
+    assert all(f"`{each.name}`" in markdown() for each in Metrics("").declared)
 
 
 def test_labels_are_words_with_dashes() -> None:
