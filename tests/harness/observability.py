@@ -13,11 +13,19 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+ALERTS_HEAD = """# Alerts
+
+<!-- Made by `python tests/harness/observability.py` from deploy/observability/rules.yaml. -->
+
+What `deploy/observability/rules.yaml` has Prometheus watch. Words in *italics* are filled in.
+"""
+
 FOLDER = Path(__file__).parents[2] / "deploy" / "observability"
 
 AGGREGATIONS = {"sum", "min", "max", "avg", "count", "topk"}
 FUNCTIONS = {
-    "changes", "clamp_min", "deriv", "histogram_quantile", "increase", "max_over_time", "min_over_time", "rate", "time",
+    "changes", "clamp_min", "deriv", "histogram_quantile", "increase", "max_over_time", "min_over_time", "rate",
+    "scalar", "time",
 }  # fmt: skip
 CLAUSES = {"by", "without", "on", "ignoring", "group_left", "group_right"}
 WORDS = {"and", "or", "unless", "offset", "bool"}
@@ -46,6 +54,21 @@ def scrape(directory: Path) -> dict[str, dict[tuple[tuple[str, str], ...], float
 def dashboard() -> dict[str, Any]:
     """The dashboard."""
     return dict(json.loads((FOLDER / "dashboard.json").read_text()))
+
+
+def alerts_page() -> str:
+    """The page of the documentation about alerts, made from the rules."""
+    import yaml
+
+    rules = yaml.safe_load((FOLDER / "rules.yaml").read_text())
+    parts = [ALERTS_HEAD]
+    for rule in (rule for group in rules["groups"] for rule in group["rules"] if "alert" in rule):
+        told = rule["annotations"]
+        summary = re.sub(r"{{ \$(?:labels\.)?(\w+)[^}]*}}", r"*\1*", told["summary"])
+        after = f", when it has been so for {rule['for']}" if "for" in rule else ""
+        parts.append(f"## {rule['alert']}\n\n{summary}\n\n**What to do.** {told['action']}\n")
+        parts.append(f"Severity: {rule['labels']['severity']}{after}.\n\n```\n{rule['expr'].strip()}\n```\n")
+    return "\n".join(parts)
 
 
 def panels() -> list[dict[str, Any]]:
@@ -140,3 +163,7 @@ def left(expression: str, declared: dict[str, set[str]]) -> set[str]:
     """The labels that a result of the expression has."""
     found = asked(expression)
     return found.by if found.by is not None else set().union(*(declared[name] for name in found.metrics))
+
+
+if __name__ == "__main__":
+    print(alerts_page(), end="")

@@ -82,8 +82,6 @@ def test_a_job_that_loses_a_rank(runtime: Runtime, launch: Launch, tmp_path: Pat
 
     assert share.keys() == CAUSES
     assert min(share["useful"], share["redone"], share["restart"], share["other"], share["blocked"]) > 0
-    # Eight steps or so were done again, half a step was lost; the useful ones were done once.
-    assert 0.05 * 5 < share["redone"] < share["useful"]
     assert share["useful"] > 0.05 * 30
     assert steps >= 40
     assert told["goodput"]["seconds"].keys() == CAUSES
