@@ -19,6 +19,7 @@ from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.trust import Trust
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import ArenaState, Metrics, Tier
+from ckptsvc.telemetry.traces import Traces
 
 _ARENA_STATES = {
     State.FREE: ArenaState.FREE,
@@ -47,6 +48,7 @@ class Local:
         last_active: when there was last something to do (CLOCK_MONOTONIC).
         address: where other agents reach this one.
         domain: this node's failure domain.
+        traces: where spans go.
     """
 
     def __init__(self, name: str, pool: ArenaPool, metrics: Metrics, shell: CoordinatorShell, trust: Trust) -> None:
@@ -63,6 +65,7 @@ class Local:
         self.leading: Callable[[], Sequence[CoordinatorShell]] = list
         self.last_active = time.monotonic()
         self.address = self.domain = ""
+        self.traces = Traces()
         self._shell, self._trust = shell, trust
         self._uplinks: dict[str, Uplink] = {}
         self._tasks: set[asyncio.Task[None]] = set()

@@ -15,6 +15,7 @@ from ckptsvc import telemetry
 from ckptsvc.agent.books import Books
 from ckptsvc.agent.doorbell import ring
 from ckptsvc.agent.drain import drain
+from ckptsvc.agent.tracing import Tracing
 from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.coordinator import Coordinator
@@ -49,6 +50,7 @@ from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.storage import canonical
 from ckptsvc.telemetry import Event, IncidentKind, Metrics
+from ckptsvc.telemetry.traces import Traces
 
 log = logging.getLogger("ckptsvc.coordinator")
 
@@ -94,6 +96,7 @@ class CoordinatorShell:
         draining: which snapshots go on from the local disks to the durable store.
         metrics: where incidents and restarts are counted; None: nowhere.
         partners: what nodes keep for each other.
+        traces: where spans go; None: nowhere.
 
     Attributes:
         incidents: the latest, by job and id, oldest first.
@@ -114,6 +117,7 @@ class CoordinatorShell:
         draining: Draining | None = None,
         metrics: Metrics | None = None,
         partners: PartnerPolicy | None = None,
+        traces: Traces | None = None,
     ) -> None:
         self.core = Coordinator(
             save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2), draining=draining or Draining(),
@@ -127,6 +131,7 @@ class CoordinatorShell:
         self._introducing, self._next_ring = asyncio.Semaphore(INTRODUCTIONS), 0.0
         self._workers, self._may_act = workers, may_act
         self._drains, self._metrics = drains, metrics
+        self._tracing = Tracing(traces or Traces())
         self._books = Books(metrics) if metrics is not None else None
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -204,6 +209,8 @@ class CoordinatorShell:
                 self._drop(effect)
             elif isinstance(effect, Send):
                 effect.order.term = self.term
+                if self._tracing.is_on and effect.order.HasField("save_ended"):
+                    self._tracing.ended(effect.order.job, effect.order.save_ended.outcome, time.monotonic())
                 deliver = self._peers.get(effect.node)
                 if deliver:  # an agent that is away reports everything when it is back, and hears it then
                     deliver(effect.order)
@@ -233,6 +240,7 @@ class CoordinatorShell:
     def _resumed(self, effect: Resumed) -> None:
         if self._books is not None:
             self._books.resumed(effect)
+        self._tracing.resumed(effect)
         telemetry.log(log, logging.INFO, Event.JOB_RESUMED, "steps again, %.1f s after the fault",
             effect.times[-1] - effect.times[0], job=effect.job, attempt=effect.attempt, reason=effect.why)  # fmt: skip
 
@@ -243,7 +251,9 @@ class CoordinatorShell:
             done = await self._allot(effect)
             self._execute(self.core.epoch_done(done, time.monotonic()), effect.job)
         elif isinstance(effect, Commit):
-            ended = await self._commit(effect)
+            began, told = time.monotonic(), dict[str, Any]()
+            ended = await self._commit(effect, told)
+            self._tracing.committed(effect, ended, began, told, time.monotonic())
             self._execute(self.core.commit_done(ended, time.monotonic()), effect.job)
             self._count(effect, ended)
             if not ended.code and self._may_act():
@@ -321,7 +331,7 @@ class CoordinatorShell:
             return EpochDone(effect.job, effect.attempt, effect.rewinds, 0, error.code, str(error))
         return EpochDone(effect.job, effect.attempt, effect.rewinds, answer["epoch"])
 
-    async def _commit(self, effect: Commit) -> CommitDone:
+    async def _commit(self, effect: Commit, told: dict[str, Any]) -> CommitDone:
         key = (effect.job, effect.epoch, effect.step)
         if len({s.extent for s in effect.shards}) > 1:
             why = "the ranks use different values of save.extent"
@@ -345,7 +355,7 @@ class CoordinatorShell:
         args = {"store": effect.store, "info": info, "shards": shards, "writer": writer}
         args["metrics"] = dict(effect.metrics)
         try:
-            await self._workers.of(effect.job).call("commit", args)
+            told |= await self._workers.of(effect.job).call("commit", args)
         except CkptsvcError as error:
             return CommitDone(effect.job, effect.epoch, effect.step, error.code, str(error))
         except Exception as error:  # an unforeseen one must not keep the save waiting for its timeout

@@ -63,6 +63,7 @@ from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.settings import HealthSettings, Settings, TierSettings
 from ckptsvc.telemetry import Event, Fields, Metrics, log, start_logging
 from ckptsvc.telemetry.logs import FORMAT, line
+from ckptsvc.telemetry.traces import start_traces
 
 logger = logging.getLogger("ckptsvc.agent")
 
@@ -98,6 +99,7 @@ class Agent:
         settings = options.settings
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
+        self.traces = start_traces(settings.traces, self.node_name, ckptsvc.__version__)
         self.workers = Workers(settings.store.max_write_rate, self.metrics.retried)
         self._on_incident: Callable[[coordinator_pb2.Incident], None] = lambda incident: None
         self.shell = self._new_shell(0, lambda: True)
@@ -195,7 +197,7 @@ class Agent:
         tiers = settings.tiers
         shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act,
             drains=settings.scheduler.drain, draining=Draining(tiers.durable_every, tiers.durable_backlog),
-            metrics=self.metrics, partners=_partners(tiers))  # fmt: skip
+            metrics=self.metrics, partners=_partners(tiers), traces=self.traces)  # fmt: skip
         shell.on_incident = lambda incident: self._on_incident(incident)
         return shell
 
@@ -211,6 +213,7 @@ class Agent:
         """The parts of the agent, in the order in which they know each other."""
         settings = self._options.settings
         self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.trust)
+        self.local.traces = self.traces
         linger = 600.0 if self._options.linger is None else self._options.linger
         if settings.tiers.local:
             self.tier = LocalTier(self.local, self.workers, settings.tiers, self._tag, OVERDUE * settings.save.timeout)
@@ -262,6 +265,7 @@ class Agent:
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._options.settings.agent
+        stack.push_async_callback(asyncio.to_thread, self.traces.close)
         grpc_path, identity_path = sockets(self._options.directory)
         local = grpc.aio.server(options=OPTIONS)
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)

@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -220,12 +221,17 @@ class Worker(LocalCopies):
         info = msgspec.convert(args["info"], IndexInfo)
         shards = [_shard(each, info.extent) for each in args["shards"]]
         bases = self._bases.setdefault(store.url, Bases())
-        record: CommitRecord = commit_checkpoint(store, info, shards, args["writer"], bases, metrics=args["metrics"])
+        began, times = time.monotonic(), dict[str, float]()
+        record: CommitRecord = commit_checkpoint(
+            store, info, shards, args["writer"], bases, metrics=args["metrics"],
+            on_index=lambda: times.update(indexed=time.monotonic() - began),
+        )  # fmt: skip
+        times["seconds"] = time.monotonic() - began
         failpoint("after_commit")
         if self._shards.is_incremental:  # a save which is still on its way may refer to them
             recent = [Ref(record.epoch, record.step), *self._recent.get(store.url, [])]
             self._recent[store.url] = recent[:IN_FLIGHT]
-        return {"index_bytes": record.index_bytes}
+        return {"index_bytes": record.index_bytes, **times}
 
     def do_expire(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Delete what nothing keeps. While one thread does, others leave it what they were asked for."""

@@ -132,11 +132,15 @@ def command(
         virtual_local_rank=virtual_local_rank,
         json_log=settings.log.format == "json",
     )
+    return _run(launch, status_file)
+
+
+def _run(launch: Launch, status_file: Path | None) -> int:
     if launch.json_log:
-        start_logging("json", job=launch.job, node=name)
+        start_logging("json", job=launch.job, node=launch.node)
     status = asyncio.run(Launcher(launch, os.environ).run())
     if status_file is not None:
-        _note(status_file, f"{status} {name}\n")
+        _note(status_file, f"{status} {launch.node}\n")
     return status
 
 

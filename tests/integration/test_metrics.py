@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from harness.collector import Collector
 from harness.job import Launch
 from harness.observability import scrape
 from harness.rank import Rank
@@ -18,7 +20,16 @@ import ckptsvc
 from ckptsvc.errors import UnsupportedObject
 from ckptsvc.telemetry.logs import KEYS
 
+SLACK = 5_000_000
+"""Nanoseconds by which two looks at the clock may differ."""
+
 CAUSES = {"useful", "blocked", "detection", "restart", "redone", "other"}
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    with Collector() as found:
+        yield found
 
 
 def train(rank: Rank, store: str) -> int:
@@ -39,8 +50,9 @@ def train(rank: Rank, store: str) -> int:
     return steps
 
 
-def test_a_job_that_loses_a_rank(runtime: Runtime, launch: Launch, tmp_path: Path) -> None:
+def test_a_job_that_loses_a_rank(runtime: Runtime, launch: Launch, collector: Collector, tmp_path: Path) -> None:
     environ = {"CKPTSVC_AGENT_METRICS_LISTEN": "127.0.0.1:0", "CKPTSVC_LOG_FORMAT": "json"}
+    environ["CKPTSVC_TRACES_ENDPOINT"] = collector.endpoint
     with launch.service(2, train, str(tmp_path / "run"), **environ) as job:
         job.wait_for("stepped", step=28)
         job.kill(1)  # the newest snapshot is of step 20
@@ -60,6 +72,7 @@ def test_a_job_that_loses_a_rank(runtime: Runtime, launch: Launch, tmp_path: Pat
         steps = job.results()[0]
         agent, terminal = lines(runtime.log()), job.output()
     check_log(agent, terminal, name)
+    check_traces(collector, name)
 
     saved = seen["ckptsvc_saves_total"][("outcome", "committed"),]
     assert saved >= 3
@@ -100,7 +113,7 @@ def check_log(agent: list[dict[str, Any]], terminal: str, name: str) -> None:
     """Every line is JSON and says what it is about; those of the ranks have their number before them."""
     assert len(agent) > 20
     assert all(line["node"] for line in agent)
-    events = {line["event"]: line for line in agent}
+    events = {line["event"]: line for line in reversed(agent)}
     assert events["save-committed"].items() >= {"job": name, "epoch": events["save-committed"]["epoch"]}.items()
     assert events["rank-died"].items() >= {"job": name, "rank": 1, "attempt": 1}.items()
     assert events["job-resumed"].items() >= {"job": name, "attempt": 2}.items()
@@ -115,6 +128,37 @@ def check_log(agent: list[dict[str, Any]], terminal: str, name: str) -> None:
     restored = [line for line in lines("\n".join(t for t in ranks if t.startswith("{"))) if "restored" in line["msg"]]
     assert {(line["rank"], line["attempt"], line["job"]) for line in restored} == {(0, 2, name), (1, 2, name)}
     assert all(line["step"] >= 10 and line["node"] == agent[0]["node"] for line in restored)
+
+
+SAVE = ["commit", "index", "record", "save", *["shard"] * 2, *["stage"] * 2, *["write"] * 2]
+RESTART = ["detection", "evidence", "first-step", "restart", "restore", "start", "stop"]
+
+
+def trees(collector: Collector) -> list[list[str]]:
+    """The names of the spans of each trace."""
+    found: dict[bytes, list[str]] = {}
+    for span in list(collector.spans):
+        found.setdefault(span.trace_id, []).append(span.name)
+    return [sorted(names) for names in found.values()]
+
+
+def check_traces(collector: Collector, name: str) -> None:
+    """One trace for each save and restart, whose spans lie within those around them."""
+    eventually(lambda: trees(collector).count(SAVE) >= 3 and RESTART in trees(collector), "the traces")
+    by_id = {span.span_id: span for span in list(collector.spans)}
+    for span in by_id.values():
+        around = by_id.get(span.parent_span_id)
+        if around is not None and around.name != "save":  # which begins when the first rank has copied
+            assert around.trace_id == span.trace_id
+            assert around.start_time_unix_nano - SLACK <= span.start_time_unix_nano
+            assert span.end_time_unix_nano <= around.end_time_unix_nano + SLACK
+    assert trees(collector).count(RESTART) == 1
+    (root,) = [span for span in collector.spans if span.name == "restart"]
+    said = {each.key: each.value.string_value or each.value.int_value for each in root.attributes}
+    assert (said["ckptsvc.job"], said["ckptsvc.attempt"]) == (name, 2)
+    assert "rank 1" in said["ckptsvc.reason"]
+    ranks = {each.value.int_value for s in by_id.values() for each in s.attributes if each.key == "ckptsvc.rank"}
+    assert ranks == {0, 1}
 
 
 def test_snapshots_that_were_not_taken_are_counted_by_why(runtime: Runtime, launch: Launch, tmp_path: Path) -> None:
