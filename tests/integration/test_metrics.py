@@ -17,7 +17,7 @@ from harness.rank import Rank
 from harness.runtime import Runtime, eventually
 
 import ckptsvc
-from ckptsvc.errors import UnsupportedObject
+from ckptsvc.errors import SaveFailed, UnsupportedObject
 from ckptsvc.telemetry.logs import KEYS
 
 SLACK = 5_000_000
@@ -161,9 +161,9 @@ def check_traces(collector: Collector, name: str) -> None:
     assert ranks == {0, 1}
 
 
-def test_snapshots_that_were_not_taken_are_counted_by_why(runtime: Runtime, launch: Launch, tmp_path: Path) -> None:
+def test_what_goes_wrong_is_counted_by_why(runtime: Runtime, launch: Launch, tmp_path: Path) -> None:
     agent = runtime.start_agent("--metrics-listen", "127.0.0.1:0")
-    with launch.plain(1, skips, str(tmp_path / "run")) as job:
+    with launch.plain(1, fails, str(tmp_path / "run")) as job:
         job.wait_for("unsupported")
 
         def reasons() -> dict[str, float]:
@@ -171,6 +171,11 @@ def test_snapshots_that_were_not_taken_are_counted_by_why(runtime: Runtime, laun
             return {labels[0][1]: value for labels, value in counted.items() if value}
 
         assert reasons() == {"unsupported": 1.0}
+        seen = scrape(runtime.sockets)
+        scheme = ("scheme", "faulty+file")
+        assert seen["ckptsvc_store_retries_total"] == {(("kind", "store-unavailable"), scheme): 2.0}
+        assert seen["ckptsvc_store_errors_total"] == {(("kind", "store-full"), scheme): 1.0}
+        assert seen["ckptsvc_saves_total"][("outcome", "failed"),] == 2.0
         agent.terminate()
         agent.wait(30)
         job.go("without")
@@ -183,11 +188,23 @@ def test_snapshots_that_were_not_taken_are_counted_by_why(runtime: Runtime, laun
     agent.wait(30)
 
 
-def skips(rank: Rank, store: str) -> None:
+def fails(rank: Rank, path: str) -> None:
+    def plan(*faults: dict[str, Any]) -> None:
+        """See harness/faulty_store."""
+        Path(f"{path}.new").write_text(json.dumps(faults))
+        Path(f"{path}.new").rename(f"{path}.plan")
+
+    plan()
     state: dict[str, Any] = {"tensor": torch.zeros(1000), "plain": 0}
-    run = ckptsvc.attach(state, store=store, every="off")
+    run = ckptsvc.attach(state, store=f"faulty+file://{path}", every="off")
     run.step()
+    plan({"op": "write", "error": "store-unavailable", "times": 2})
     assert run.save(wait=True)
+    run.step()
+    plan({"op": "write", "error": "store-full"})
+    with pytest.raises(SaveFailed):
+        run.save(wait=True)
+    plan()
     state["plain"] = object()
     run.step()
     with pytest.raises(UnsupportedObject):
