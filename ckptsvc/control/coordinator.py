@@ -282,7 +282,7 @@ class Coordinator:
         job = self.jobs.get(event.job)
         decision = job.leave(event, now) if job else Decision()
         attempts = self.launched.get(launched_as(event.job))
-        self.ledger.left(event)
+        self.ledger.left(event, now)
         if event.died and attempts is not None:
             attempts.suspect(event.attempt, event.rank, event.node, now)
         elif event.died and job is not None and event.attempt == job.attempt:

@@ -12,13 +12,8 @@ from ckptsvc.control.membership import Job
 from ckptsvc.control.restart import Attempts, Phase
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
-TURNS = frozenset(
-    {
-        "rank_joined", "rank_left", "rank_exited", "stalled", "moved", "examined", "node_joined", "node_ready",
-        "node_left",
-    }
-)  # fmt: skip
-"""Reports after which a job may be doing something else."""
+TURNS = frozenset({"rank_exited", "node_joined", "node_ready", "node_left"})
+"""Reports after which a job may be doing something else, and soon a third thing; what others tell is seen at a tick."""
 
 LOOKED_AT = 64
 """Agents that are away, of which one may be the sign of a lost node."""
@@ -48,6 +43,7 @@ class Account:
     Attributes:
         books: where its time goes.
         joined_at: of the attempt that is known.
+        left_at: when a rank of it has last ended; 0: none has.
         died: a rank of it has not ended in good order.
         sign: that something is wrong with it.
         course: of its restart.
@@ -55,6 +51,7 @@ class Account:
 
     books: Goodput
     joined_at: float | None = None
+    left_at: float = 0.0
     died: bool = False
     sign: Sign | None = None
     course: Course | None = None
@@ -79,12 +76,12 @@ class Ledger:
         if account is None:
             if not job.ranks:
                 return  # nothing but what it has left
-            account = self.accounts[job.name] = Account(Goodput(now))
+            account = self.accounts[job.name] = Account(Goodput(job.joined_at))
         if attempts is not None:
             self._launched(account, job, attempts, case, now)
         if job.ranks and account.joined_at != job.joined_at:
             account.joined_at, account.died = job.joined_at, False
-            account.books.begin(job.attempt, now)
+            account.books.begin(job.attempt, job.joined_at)
         if case is not None and case.stalled:
             account.books.stall(now)
         else:
@@ -92,9 +89,9 @@ class Ledger:
         if attempts is None and not job.ranks and account.joined_at is not None:
             account.joined_at = None
             if account.died:
-                account.books.leave(now)
+                account.books.leave(account.left_at or now)
             else:
-                account.books.end(now)
+                account.books.end(account.left_at or now)
         account.books.tick(now)
 
     def _launched(self, account: Account, job: Job, attempts: Attempts, case: Case | None, now: float) -> None:
@@ -114,10 +111,13 @@ class Ledger:
                 if course.joined is None and job.attempt == attempt and len(job.ranks) == job.world_size:
                     course.joined = now
 
-    def left(self, event: pb.RankLeft) -> None:
+    def left(self, event: pb.RankLeft, now: float) -> None:
         """A rank has ended."""
-        if event.died and event.job in self.accounts:
-            self.accounts[event.job].died = True
+        account = self.accounts.get(event.job)
+        if account is not None:
+            account.left_at = now
+            if event.died:
+                account.died, account.sign = True, account.sign or (now, now)
 
     def progressed(self, job: Job, event: pb.Progressed, now: float) -> Decision:
         """How far a job is."""

@@ -147,6 +147,7 @@ def start_logging(form: str, **about: Unpack[Fields]) -> None:
     os.environ[FORMAT], os.environ[ABOUT] = form, dumps(about)
     setup_logging(sys.stderr, json=form == "json", about=lambda: about)
     if form == "json":
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # it writes what is no JSON; its errors reach us
         logging.captureWarnings(capture=True)
         sys.excepthook = _uncaught
         threading.excepthook = lambda args: _uncaught(args.exc_type, args.exc_value, args.exc_traceback)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ckptsvc.errors import ConfigError
 from ckptsvc.settings import TraceSettings
+from ckptsvc.telemetry.logs import masked
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
@@ -144,7 +145,9 @@ class Collected(Traces):
 
         inner = rank if parent else None
         since = time.time_ns() - time.monotonic_ns()  # asked every time: clocks are set
-        attributes: dict[str, Any] = {f"ckptsvc.{key}": value for key, value in about.items()}
+        attributes: dict[str, Any] = {
+            f"ckptsvc.{key}": masked(value) if isinstance(value, str) else value for key, value in about.items()
+        }
         if rank is not None:
             attributes["ckptsvc.rank"] = rank
         span = ReadableSpan(
@@ -153,7 +156,7 @@ class Collected(Traces):
             parent=None if name == trace.root else context(parent or trace.root, inner),
             resource=self._resource,
             attributes=attributes,
-            status=Status(StatusCode.ERROR, error) if error else Status(StatusCode.OK),
+            status=Status(StatusCode.ERROR, masked(error)) if error else Status(StatusCode.OK),
             start_time=since + int(begin * 1e9),
             end_time=since + int(max(begin, end) * 1e9),
         )

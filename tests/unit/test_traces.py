@@ -54,7 +54,7 @@ def test_a_span_arrives_with_its_parent_its_time_and_what_it_is_about():
         trace = Trace.save("job", 1, 20)
         traces.add(trace, "save", now - 2, now, about={"job": "job", "bytes": 7})
         traces.add(trace, "shard", now - 2, now - 1, rank=3)
-        traces.add(trace, "write", now - 1.5, now - 1, parent="shard", rank=3, error="full")
+        traces.add(trace, "write", now - 1.5, now - 1, parent="shard", rank=3, error="s3://me:hunter22@store is full")
         traces.close()
         save, shard, write = sorted(collector.spans, key=lambda span: ("save", "shard", "write").index(span.name))
     assert {span.trace_id for span in (save, shard, write)} == {trace.id.to_bytes(16)}
@@ -62,7 +62,7 @@ def test_a_span_arrives_with_its_parent_its_time_and_what_it_is_about():
     assert save.end_time_unix_nano == pytest.approx(wall, abs=5e8)
     assert save.end_time_unix_nano - save.start_time_unix_nano == pytest.approx(2e9, abs=1e7)
     assert {each.key for each in save.attributes} == {"ckptsvc.job", "ckptsvc.bytes"}
-    assert (write.status.code, write.status.message) == (2, "full")
+    assert (write.status.code, write.status.message) == (2, "s3://***@store is full")
     assert collector.resources[0]["service.name"] == "ckptsvc"
     assert collector.resources[0]["host.name"] == "n1"
 

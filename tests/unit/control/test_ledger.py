@@ -82,11 +82,11 @@ def test_a_rank_that_dies_and_the_restart_part_by_part(world):
     world.attach(attempt=2, began=6)
     world.steps(7, 12, attempt=2, began=6)
     (resumed,) = world.resumed
-    fault = 17.6 - 0.0
+    fault = 17.6
     assert (resumed.job, resumed.attempt) == ("job", 2)
     assert "rank 1" in resumed.why
     parts = [round(end - begin, 3) for begin, end in zip(resumed.times, resumed.times[1:], strict=False)]
-    assert parts == [0.0, 0.2, 0.4, 2.0, 1.0, 1.0]
+    assert parts == [0.0, 0.2, 0.4, 2.2, 0.8, 1.0]  # that all have registered is seen at the next tick
     assert resumed.times[0] == pytest.approx(fault)
     assert world.booked == {
         "other": 2.0,
@@ -122,8 +122,9 @@ def test_a_hang_is_a_fault_from_the_last_sign_of_life_on(world):
     world.wait(5.0)
     stalled = pb.Stalled(job="job", node="n0", attempt=1, rank=1, phase="step", step=10, seconds=4.5, threshold=4.0)
     world.tell(stalled)
-    assert world.booked["detection"] == pytest.approx(5.0)
-    world.wait(3.0)
+    world.wait(0.2)
+    assert world.booked["detection"] == pytest.approx(5.2)
+    world.wait(2.8)
     assert world.booked["detection"] == pytest.approx(8.0)
     world.tell(pb.RankExited(job="job", node="n0", attempt=1, rank=1, status=-9))
     world.tell(node_ready("n0", attempt=1))
@@ -141,7 +142,7 @@ def test_a_stall_that_ends_by_itself_is_no_restart(world):
     world.tell(pb.Moved(job="job", attempt=1, rank=1))
     world.wait(1.0)
     world.progress(11)
-    assert world.booked == {"other": 2.0, "useful": 10.0, "detection": 6.0}
+    assert world.booked == {"other": 2.0, "useful": 9.8, "detection": 6.2}  # that it moves is seen at the next tick
     assert world.resumed == []
 
 
