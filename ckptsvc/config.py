@@ -39,6 +39,7 @@ OTHER_VARIABLES: dict[str, str] = {
     "CKPTSVC_WARM": "what a warm interpreter is to do (set by `ckptsvc run` for its own; agent/warm)",
     "CKPTSVC_WORKER": "what an agent tells its I/O workers of the settings (agent/worker_settings)",
     "CKPTSVC_HANDOVER": "what an agent leaves to its successor in the same process (agent/handover)",
+    "CKPTSVC_LOG_ABOUT": "what all lines of a process's log are about (set by ours for those they start)",
     "CKPTSVC_FAILPOINT": "directory of armed failpoints (tests; pipeline/failpoint.py)",
 }
 """Every variable CKPTSVC_* that has a meaning and is not a setting."""

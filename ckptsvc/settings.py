@@ -49,7 +49,6 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
         coordination: where agents elect the coordinators of their jobs, "etcd://host:port,host:port/prefix"; "" means
             that the agent whose address `ckptsvc run` was given coordinates.
         incidents_dir: where incidents are kept; "" means ckptsvc/incidents in $XDG_STATE_HOME (~/.local/state).
-        log_level: which lines the agent logs: these, and worse ones.
     """
 
     socket_dir: str = ""
@@ -60,7 +59,6 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     coordinator: Annotated[Address | None, parse_address_or_off] = None
     coordination: str = ""
     incidents_dir: str = ""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
 
 
 class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -336,6 +334,32 @@ class NicsSettings(msgspec.Struct, frozen=True, kw_only=True):
     root: str = "/"
 
 
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[log]: what agents, their workers, launchers and sessions write to standard error.
+
+    Attributes:
+        format: "text": lines for people; "json": one object a line.
+        level: which lines: these, and worse ones.
+    """
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class TraceSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[traces]: OpenTelemetry spans of saves and restarts; needs the extra `traces`.
+
+    Attributes:
+        endpoint: of a collector that speaks OTLP over gRPC, "http://host:4317" or "https://..."; "" means none.
+        ratio: the share of saves and restarts of which there are traces; the same ones on all nodes.
+        ca_file: certificates (PEM) of those who sign the collector's; "" means the system's.
+    """
+
+    endpoint: str = ""
+    ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    ca_file: str = ""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All settings, validated.
 
@@ -357,6 +381,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     nics: NicsSettings = NicsSettings()
     etcd: EtcdSettings = EtcdSettings()
     launch: LaunchSettings = LaunchSettings()
+    log: LogSettings = LogSettings()
+    traces: TraceSettings = TraceSettings()
     origin: dict[str, str] = {}
 
 

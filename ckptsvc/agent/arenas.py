@@ -12,7 +12,7 @@ from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
 from ckptsvc.agent.workers import Workers
-from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied
+from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied, UnsupportedObject
 from ckptsvc.pipeline.arena import TAIL, Arena, State, populate
 from ckptsvc.quantities import ALL, Limit
 from ckptsvc.telemetry import Event, Skip, log
@@ -152,11 +152,14 @@ class Arenas:
                     raise error
                 await wait_for(session.arena_changed if epoch else attempt.changed, left)
         except (CkptsvcError, asyncio.CancelledError) as failure:
-            self._skip(job, reg, attempt.epoch, step, str(failure) or "the trainer did not wait for an arena")
+            late = isinstance(failure, ArenaExhausted | asyncio.CancelledError)
+            reason = Skip.NO_ARENA if late else Skip.NO_EPOCH
+            why = str(failure) or "the trainer did not wait for an arena"
+            self._skip(job, session, attempt.epoch, step, why, reason)
             raise
 
-    def abandon(self, token: str, slot: str, step: int, reason: str) -> None:
-        """A rank cannot take this snapshot."""
+    def abandon(self, token: str, slot: str, step: int, reason: str, code: str = "") -> None:
+        """A rank cannot take this snapshot; `code` is that of the error."""
         session = self._local.session(token)
         job = self._local.jobs[session.reg.job]
         epoch = job.attempt(session.reg.attempt).epoch
@@ -164,7 +167,8 @@ class Arenas:
         if arena and arena.state is State.FILLING and arena.holder == token:
             epoch = arena.epoch
             self._local.pool.release(arena)
-        self._skip(job, session.reg, epoch, step, reason)
+        kind = Skip.UNSUPPORTED if code == UnsupportedObject.code else Skip.FAILED
+        self._skip(job, session, epoch, step, reason, kind)
 
     def give_back(self, session: Session) -> None:
         """Free what a session was filling; it does not write there any more."""
@@ -181,8 +185,11 @@ class Arenas:
         mode = os.O_RDWR if arena.rank == session.reg.rank and not arena.guest else os.O_RDONLY
         return os.open(arena.path, mode | os.O_CLOEXEC), arena.capacity + TAIL
 
-    def _skip(self, job: LocalJob, reg: Registration, epoch: int, step: int, why: str) -> None:
-        self._local.metrics.snapshots_skipped.labels(Skip.NO_ARENA).inc()
+    def _skip(self, job: LocalJob, session: Session, epoch: int, step: int, why: str, reason: Skip) -> None:
+        reg = session.reg
+        if session.skipped != (epoch, step):  # a rank that was refused an arena says that it cannot go on
+            session.skipped = (epoch, step)
+            self._local.metrics.snapshots_skipped.labels(reason).inc()
         log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "snapshot of step %d skipped: %s", step, why,
             job=reg.job, rank=reg.rank, step=step)  # fmt: skip
         report = reports.skipped(reg, epoch, step, why)

@@ -85,6 +85,9 @@ class Courier:
     def expect(self, request: Request) -> None:
         """There is nothing to prepare."""
 
+    def speaks(self, tell: Note) -> None:
+        """There is nothing to tell but answers."""
+
     def end(self) -> NoReturn:
         """End this process, whatever its threads are doing."""
         os._exit(0)

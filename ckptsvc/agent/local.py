@@ -19,6 +19,7 @@ from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.trust import Trust
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import ArenaState, Metrics, Tier
+from ckptsvc.telemetry.traces import Traces
 
 _ARENA_STATES = {
     State.FREE: ArenaState.FREE,
@@ -51,6 +52,7 @@ class Local:
         address: where other agents reach this one.
         domain: this node's failure domain.
         most_jobs, most_ranks: that this agent takes in at a time.
+        traces: where spans go.
     """
 
     def __init__(self, name: str, pool: ArenaPool, metrics: Metrics, shell: CoordinatorShell, trust: Trust) -> None:
@@ -68,6 +70,7 @@ class Local:
         self.last_active = time.monotonic()
         self.address = self.domain = ""
         self.most_jobs, self.most_ranks = MOST_JOBS, MOST_RANKS
+        self.traces = Traces()
         self._shell, self._trust = shell, trust
         self._uplinks: dict[str, Uplink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -183,10 +186,15 @@ class Local:
         for state, nbytes in held.items():
             self.metrics.arena_bytes.labels(_ARENA_STATES[state]).set(nbytes)
         tiers = dict.fromkeys((Tier.MEMORY, Tier.COPY, Tier.PARITY), 0)
+        newest: dict[tuple[str, Tier], tuple[int, int]] = {}
         for label in (arena.label for arena in self.pool.arenas.values() if arena.label is not None):
-            tiers[Tier.PARITY if label.parity else Tier.COPY if label.guest else Tier.MEMORY] += label.nbytes
+            tier = Tier.PARITY if label.parity else Tier.COPY if label.guest else Tier.MEMORY
+            tiers[tier] += label.nbytes
+            key = label.job, tier
+            newest[key] = max(newest.get(key, (0, -1)), (label.epoch, label.step))
         for tier, nbytes in tiers.items():
             self.metrics.tier_bytes.labels(tier).set(nbytes)
+        self.metrics.hold({key: step for key, (_, step) in newest.items()}, tuple(tiers))
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run something beside; it ends with the agent."""

@@ -411,6 +411,12 @@ class LocalTier:
         waiting = [held for held in copies if held.stage is Stage.PENDING and not held.durable]
         metrics, now = self._local.metrics, time.monotonic()
         metrics.tier_bytes.labels(Tier.LOCAL).set(sum(held.label.nbytes for held in copies))
+        newest = {
+            (job, Tier.LOCAL): max(held.key for held in disk.copies.values())[1]
+            for job, disk in self.jobs.items()
+            if disk.copies and job in self._local.jobs
+        }
+        metrics.hold(newest, (Tier.LOCAL,))
         metrics.drain_backlog.set(sum(held.label.nbytes for held in waiting))
         metrics.drain_age.set(max((now - held.since for held in waiting), default=0.0))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 
 from ckptsvc.agent import reports
 from ckptsvc.agent.local import Local, wait_for
@@ -16,6 +17,7 @@ from ckptsvc.control.room import Stage
 from ckptsvc.errors import CkptsvcError, Damaged, SaveFailed
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, log
+from ckptsvc.telemetry.traces import About, Trace
 
 logger = logging.getLogger("ckptsvc.agent")
 
@@ -100,6 +102,9 @@ class Lowering:
             metrics.written_bytes.labels(scheme).inc(label.nbytes)
             metrics.write_held_back.inc(done["held_back"])
         self._note()
+        now, trace = time.monotonic(), Trace.save(label.job, label.epoch, label.step)
+        about: About = {"node": self._local.name, "bytes": label.nbytes}
+        self._local.traces.add(trace, "drain", now - done["seconds"], now, rank=label.rank, about=about)
         held.durable = True
         durable = pb.Durable(
             job=label.job,

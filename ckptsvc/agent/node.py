@@ -17,6 +17,7 @@ from ckptsvc.agent.arenas import Arenas
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.local_tier import LocalTier
+from ckptsvc.agent.pages import Pages
 from ckptsvc.agent.procfs import has_ended
 from ckptsvc.agent.refills import Refills
 from ckptsvc.agent.saves import Saves
@@ -92,6 +93,7 @@ class Node:
         self.on_filling: Callable[[], None] = lambda: None
         self._local, self._workers = local, workers
         self.stops = Stops(local, margin)
+        self._pages = Pages(local.metrics)
         self._progress: dict[tuple[str, int, int], float] = {}  # job, attempt, ranks -> when to tell how far they are
         self._linger, self._save_timeout = linger, save_timeout
         local.on_order = self.on_order
@@ -336,26 +338,21 @@ class Node:
                 self.saves.ended(self._local.jobs[label.job], outcome)
 
     def _report_progress(self, now: float) -> None:
-        steps: dict[tuple[str, int, int], dict[int, Session]] = {}
-        oldest = 0.0
+        ranks: dict[tuple[str, int, int], list[Session]] = {}
         for session in self._local.sessions.values():
-            reg = session.reg
-            steps.setdefault((reg.job, reg.attempt, reg.world_size), {})[reg.rank] = session
-            at = session.page.get("at")
-            if at:
-                oldest = max(oldest, now - at / 1e9)
-        self._local.metrics.heartbeat_age.set(oldest)
-        for name, attempt, world in self._progress.keys() - steps.keys():
+            ranks.setdefault((session.reg.job, session.reg.attempt, session.reg.world_size), []).append(session)
+        self._pages.count(self._local.sessions.values(), now)
+        for name, attempt, world in self._progress.keys() - ranks.keys():
             del self._progress[name, attempt, world]
-        for (name, attempt, world), done in steps.items():
-            period = progress_every(world / len(done))
+        for (name, attempt, world), sessions in ranks.items():
+            period = progress_every(world / len(sessions))
             # The first time at once or, of many, each at a time of its own.
             due = self._progress.setdefault((name, attempt, world), now + random.uniform(0, period - PROGRESS_EVERY))
             if now < due:
                 continue
             self._progress[name, attempt, world] = due + period if now - due < period else now + period
-            pages = [done[rank].page for rank in sorted(done)]
-            self._local.report(self._local.jobs[name], reports.progressed(self._local.name, name, attempt, pages))
+            sessions.sort(key=lambda session: session.reg.rank)
+            self._local.report(self._local.jobs[name], reports.progressed(self._local.name, sessions))
 
     def _retire(self, job: LocalJob, patience: float) -> None:
         """Free the memory of a job without ranks: at once if it ended in good order, else after `patience` seconds."""
@@ -374,6 +371,7 @@ class Node:
         for arena in arenas:
             self._local.dropped(job, arena.label)
         self._local.pool.drop(job.name)
+        self._pages.forget(job.name)
         self._local.metrics.forget(job.name)
         del self._local.jobs[job.name]
         self._local.spawn(self._let_go(job))

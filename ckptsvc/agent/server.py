@@ -68,7 +68,9 @@ from ckptsvc.rpc.secret import require_loopback, shared_secret
 from ckptsvc.rpc.trust import ByCertificate, BySecret, Trust
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.settings import Settings, TierSettings
-from ckptsvc.telemetry import Event, Metrics, log, setup_logging
+from ckptsvc.telemetry import Event, Fields, Metrics, log, start_logging
+from ckptsvc.telemetry.logs import FORMAT, line
+from ckptsvc.telemetry.traces import start_traces
 
 logger = logging.getLogger("ckptsvc.agent")
 
@@ -120,7 +122,8 @@ class Agent:
         self._where = settings.agent
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
-        self.workers = Workers(settings)
+        self.traces = start_traces(settings.traces, self.node_name, ckptsvc.__version__)
+        self.workers = Workers(settings, self.metrics.retried)
         self._on_incident: Callable[[coordinator_pb2.Incident], None] = lambda incident: None
         self.shell = self._new_shell(0, lambda: True)
         where = settings.agent.coordination
@@ -236,7 +239,7 @@ class Agent:
         tiers = settings.tiers
         shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act,
             drains=settings.scheduler.drain, draining=Draining(tiers.durable_every, tiers.durable_backlog),
-            metrics=self.metrics, partners=_partners(tiers))  # fmt: skip
+            metrics=self.metrics, partners=_partners(tiers), traces=self.traces)  # fmt: skip
         shell.on_incident = lambda incident: self._on_incident(incident)
         return shell
 
@@ -252,6 +255,7 @@ class Agent:
         """The parts of the agent, in the order in which they know each other."""
         settings = self._options.settings
         self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.trust)
+        self.local.traces = self.traces
         linger = 600.0 if self._options.linger is None else self._options.linger
         if settings.tiers.local:
             self.tier = LocalTier(self.local, self.workers, settings.tiers, self._tag, OVERDUE * settings.save.timeout)
@@ -342,6 +346,7 @@ class Agent:
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._where
+        stack.push_async_callback(asyncio.to_thread, self.traces.close)
         grpc_path, identity_path = sockets(self._options.directory)
         local = grpc.aio.server(options=LOCAL, maximum_concurrent_rpcs=MAX_CALLS)
         agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
@@ -414,7 +419,10 @@ async def serve(options: Options) -> None:
     """Run one agent to its end."""
     faulthandler.enable()  # a watchdog that ends it (SIGABRT) leaves on record where it stood
     try:
-        await Agent(options).run()
+        agent = Agent(options)
+        logs = options.settings.log
+        start_logging(logs.format, logs.level, node=agent.node_name)
+        await agent.run()
     except OSError as error:
         if error.errno not in SCARCE:
             raise
@@ -443,17 +451,20 @@ def main(arguments: list[str] | None = None) -> int:
             "agent.metrics_listen": args.metrics_listen,
             "agent.coordination": args.coordination,
             "store.max_write_rate": args.max_write_rate,
+            "log.format": "json" if args.json_log else None,
         }
         read = partial(load, os.environ, overrides)
         settings = read()
-        setup_logging(sys.stderr, json=args.json_log, level=settings.agent.log_level)
         linger = parse_duration(args.linger) if args.linger else None
         # A coordinator of ten thousand agents has millions of objects and hardly a cycle: looking for those among them
         # all takes a second, in which it answers nobody.
         gc.set_threshold(50_000, 20, 100)
         asyncio.run(serve(Options(args.dir, settings, linger, read, args.service)))
     except CkptsvcError as error:
-        print(f"ckptsvc agent: {error}", file=sys.stderr)  # noqa: T201  a program's last words
+        if os.environ.get(FORMAT) == "json" or args.json_log:
+            print(line(str(error), logging.CRITICAL, logger="ckptsvc.agent", about=Fields()), file=sys.stderr)  # noqa: T201
+        else:
+            print(f"ckptsvc agent: {error}", file=sys.stderr)  # noqa: T201  a program's last words
         return EXIT_STATUS[error.code]
     return 0
 

@@ -115,14 +115,15 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         aliases = dict(request.aliases)
         if sum(len(alias) + len(name) for alias, name in aliases.items()) > MAX_ALIASES:
             raise InvalidInput(f"the names of tied tensors have more than {MAX_ALIASES} characters")
-        self._node.saves.submit(_token(context), request.slot, request.step, request.bytes, aliases, metrics)
+        token = _token(context)
+        self._node.saves.submit(token, request.slot, request.step, request.bytes, aliases, metrics, request.staging)
         self._node.on_filling()
         return agent_pb2.SubmitResponse()
 
     @_errors
     async def Abandon(self, request: agent_pb2.AbandonRequest, context: Any) -> agent_pb2.AbandonResponse:
         """See agent.proto."""
-        self._node.arenas.abandon(_token(context), request.slot, request.step, request.reason[:500])
+        self._node.arenas.abandon(_token(context), request.slot, request.step, request.reason[:500], request.code)
         return agent_pb2.AbandonResponse()
 
     @_errors

@@ -71,7 +71,7 @@ class AgentLink:
         self._channel: grpc.Channel | None = None
         self._stub: Any = None
         self._metadata: tuple[tuple[str, str], ...] = ()
-        self._page_memory = bytearray(PAGE_BYTES)
+        self._page_memory = bytearray(Page.blank().ljust(PAGE_BYTES, b"\0"))
         self.page = Page(memoryview(self._page_memory))
         self._mapped: dict[str, Mapped] = {}
         self._lock = threading.Lock()
@@ -177,14 +177,23 @@ class AgentLink:
         self.registration["epoch"] = answer.epoch
         return answer.slot, answer.epoch
 
-    def submit(self, slot: str, step: int, nbytes: int, aliases: dict[str, str], metrics: dict[str, str]) -> None:
-        """The arena holds a whole shard image."""
-        request = agent_pb2.SubmitRequest(slot=slot, step=step, bytes=nbytes, aliases=aliases, metrics=metrics)
+    def submit(
+        self, slot: str, step: int, nbytes: int, aliases: dict[str, str], metrics: dict[str, str], staging: float
+    ) -> None:
+        """The arena holds a whole shard image; `staging` is in seconds, see agent.proto."""
+        request = agent_pb2.SubmitRequest(
+            slot=slot, step=step, bytes=nbytes, aliases=aliases, metrics=metrics, staging=staging
+        )
         self.call("Submit", request)
 
-    def abandon(self, slot: str, step: int, reason: str) -> None:
-        """This rank cannot take the snapshot."""
-        self.call("Abandon", agent_pb2.AbandonRequest(slot=slot, step=step, reason=reason))
+    def abandon(self, slot: str, step: int, reason: str, code: str = "") -> None:
+        """This rank cannot take the snapshot; `code` is that of an error."""
+        self.call("Abandon", agent_pb2.AbandonRequest(slot=slot, step=step, reason=reason, code=code))
+
+    def add(self, word: str, amount: int) -> None:
+        """Count something on the heartbeat page."""
+        page = self.page
+        page.put(word, page.get(word) + amount)
 
     def wait_save(
         self, step: int, timeout: float, progress: Callable[[], None] = lambda: None

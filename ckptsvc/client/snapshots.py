@@ -77,6 +77,7 @@ class Snapshots:
         self._plans: dict[str, StagePlan] = {}  # by structure of the state
         self._arranging: threading.Thread | None = None
         self._copying: threading.Thread | None = None
+        self._told = True  # for how long the last snapshot has held the loop up
 
     @property
     def arranged(self) -> bool:
@@ -153,17 +154,17 @@ class Snapshots:
             nbytes, finish = plan.write(capture, arena.view, slot, info, objects, overlap=self.overlap)
         except Exception as error:
             # Whatever it was: the other ranks must not wait for this one.
-            self._abandon(slot, step, str(error) or type(error).__name__)
+            self._abandon(slot, step, error)
             raise
 
         def hand_over() -> None:
             try:
                 finish()
                 failpoint("before_submit")
-                self._link.submit(slot, step, nbytes, capture.aliases, metrics)
+                self._link.submit(slot, step, nbytes, capture.aliases, metrics, time.perf_counter() - began)
                 failpoint("after_submit")
             except Exception as error:
-                self._abandon(slot, step, str(error) or type(error).__name__)
+                self._abandon(slot, step, error)
                 raise
 
         if self.overlap:
@@ -173,6 +174,9 @@ class Snapshots:
             hand_over()
         self.last_step = step
         self.last_blocked = time.perf_counter() - began
+        self._told = False
+        if not self.overlap:
+            self._tell()
 
     def fence(self, *_: Any) -> None:
         """Wait until the copy that runs beside the training is done: the state is about to change."""
@@ -181,6 +185,14 @@ class Snapshots:
             began = time.perf_counter()
             copying.join()
             self.last_blocked += time.perf_counter() - began
+        self._tell()
+
+    def _tell(self) -> None:
+        """Put on the heartbeat page for how long the last snapshot has held the loop up, once that is known."""
+        if not self._told:
+            self._told = True
+            self._link.add("blocked", int(self.last_blocked * 1e9))
+            self._link.add("snapshots", 1)
 
     def wait(self, timeout: float, progress: Callable[[], None]) -> bool:
         """Wait until the last snapshot's save has ended: True when committed, False if there was none.
@@ -193,11 +205,13 @@ class Snapshots:
         self.fence()
         if self.last_step < 0:
             return False
-        what = f"step {self.last_step}"
+        what, began = f"step {self.last_step}", time.perf_counter()
         try:
             outcome = self._link.wait_save(self.last_step, timeout, progress)
         except CkptsvcError as error:
             raise SaveFailed(f"{what}: the outcome is not known: {error}") from error
+        finally:
+            self._link.add("waited", int((time.perf_counter() - began) * 1e9))
         if outcome.outcome == agent_pb2.OUTCOME_COMMITTED:
             return True
         if outcome.outcome == agent_pb2.OUTCOME_FENCED:
@@ -212,9 +226,10 @@ class Snapshots:
         except Exception as error:  # noqa: BLE001  no failure of a copy may end the training
             self._on_failure(CkptsvcError(f"{type(error).__name__}: {error}"))
 
-    def _abandon(self, slot: str, step: int, why: str) -> None:
+    def _abandon(self, slot: str, step: int, why: Exception) -> None:
+        code = why.code if isinstance(why, CkptsvcError) else "internal"
         try:
-            self._link.abandon(slot, step, why)
+            self._link.abandon(slot, step, str(why) or type(why).__name__, code)
         except CkptsvcError as error:
             log.warning("rank %d: %s", self._group.rank, error)
 

@@ -22,6 +22,7 @@ from ckptsvc.control.exclusion import Exclusion, Strikes
 from ckptsvc.control.growth import Growth, Reach
 from ckptsvc.control.health import Health, Policy
 from ckptsvc.control.incidents import Incidents, standing
+from ckptsvc.control.ledger import TURNS, Ledger
 from ckptsvc.control.membership import Job
 from ckptsvc.control.nic_job import JobNics
 from ckptsvc.control.nics import Finding
@@ -56,6 +57,7 @@ class Coordinator:
     launched: dict[str, Attempts] = field(default_factory=dict)
     nics: dict[str, JobNics] = field(default_factory=dict)
     exclusion: Exclusion = field(default_factory=Exclusion)
+    ledger: Ledger = field(default_factory=Ledger)
     incidents: Incidents = field(init=False)
     health: Health = field(init=False)
     slow: SlowJobs = field(init=False)
@@ -74,6 +76,8 @@ class Coordinator:
             return Decision()
         event = getattr(report, kind)
         decision: Decision = getattr(self, f"_on_{kind}")(event, now)
+        if kind in TURNS:
+            self._look(now)
         return decision.add(self._epochs(now))
 
     def agent_lost(self, node: str, now: float) -> Decision:
@@ -149,6 +153,7 @@ class Coordinator:
         for nics in self.nics.values():
             decision.add(nics.tick(now))
         decision.add(self.health.tick(now)).add(self.slow.tick(now)).add(self.redundancy.tick(now))
+        self._look(now)
         for name, job in list(self.jobs.items()):
             if job.ranks or job.saves.open or job.saves.held or (name in self.tiers and self.tiers[name].disks):
                 job.busy_at = now
@@ -157,11 +162,16 @@ class Coordinator:
                 self.tiers.pop(name, None)
                 self.incidents.forget(name)
                 self.redundancy.forget(name)
+                self.ledger.forget(name)
                 self.nics.pop(name, None)
         for name, attempts in list(self.launched.items()):
             if attempts.phase is Phase.ENDED and now - attempts.ended > FORGET_AFTER:
                 del self.launched[name]
         return decision.add(self._epochs(now)).add(self._keep_nodes(now)).add(self._drain())
+
+    def _look(self, now: float) -> None:
+        for job in self.jobs.values():
+            self.ledger.look(job, self.launched.get(launched_as(job.name)), self.health.cases.get(job.name), now)
 
     def _keep_nodes(self, now: float) -> Decision:
         if not self.exclusion.changed or not self.exclusion.known:
@@ -280,6 +290,7 @@ class Coordinator:
         job = self.jobs.get(event.job)
         decision = job.leave(event, now) if job else Decision()
         attempts = self.launched.get(launched_as(event.job))
+        self.ledger.left(event, now)
         if event.died and attempts is not None:
             attempts.suspect(event.attempt, event.rank, event.node, now)
         elif event.died and job is not None and event.attempt == job.attempt:
@@ -296,9 +307,10 @@ class Coordinator:
 
     def _on_progressed(self, event: pb.Progressed, now: float) -> Decision:
         job = self.jobs.get(event.job)
-        if job:
-            job.progressed(event, now)
-        return Decision()
+        if job is None:
+            return Decision()
+        job.progressed(event, now)
+        return self.ledger.progressed(job, event, now)
 
     def _on_agent_hello(self, event: pb.AgentHello, now: float) -> Decision:
         self.redundancy.attends(event)

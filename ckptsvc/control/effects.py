@@ -114,7 +114,25 @@ class Restarted:
     cause: Cause
 
 
-Effect = Send | AllotEpoch | Commit | Lookup | Record | Probe | ReadNodes | KeepNodes | Drain | Restarted
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A launched job has done the first step after a restart. There is nothing to do but to note how long it took.
+
+    Attributes:
+        job: as its ranks name it.
+        attempt: that has done the step.
+        why: the attempt before it has ended.
+        times: of the fault, the first sign of it, the decision, the start of the ranks, their registration, the end of
+            their restore, and the step; seconds of the coordinator's clock, ascending.
+    """
+
+    job: str
+    attempt: int
+    why: str
+    times: tuple[float, ...]
+
+
+Effect = Send | AllotEpoch | Commit | Lookup | Record | Probe | ReadNodes | KeepNodes | Drain | Restarted | Resumed
 
 
 @dataclass(slots=True)

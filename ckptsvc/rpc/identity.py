@@ -33,11 +33,13 @@ from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError
 MAX_PACKET = 64 << 10
 """Bytes in one message."""
 
-PAGE = struct.Struct("<qQqqqqqqqq32s")
+PAGE = struct.Struct("<qQqqqqqqqq32sqqqqq")
 """The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds of the last sign of life (written by the rank); step to
 save at, step to stop at, last committed step, last step whose save failed (written by the agent; -1 means none); how
 many phases the rank has gone through, when the present one began, how far it is, the number of the signal by which it
-was asked to stop (or 0), and the phase's name (written by the rank).
+was asked to stop (or 0), and the phase's name; so far: nanoseconds for which snapshots have held the loop up, and for
+which it has waited for saves, how many snapshots that were, and how many could not be taken because no agent was there;
+steps done when the rank began to step, restored or afresh, or -1 (written by the rank).
 The words are aligned: each is read and written whole. A phase's number is written last: with it, its name is there."""
 
 PAGE_BYTES = 4096
@@ -47,6 +49,7 @@ PHASE_BYTES = 32
 _FIELDS = {
     "step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40,
     "phases": 48, "since": 56, "progress": 64, "signal": 72,
+    "blocked": 112, "waited": 120, "snapshots": 128, "missed": 136, "began": 144,
 }  # fmt: skip
 _AT, _PHASES, _SINCE, _PROGRESS, _NAME = 1, 6, 7, 8, 80
 
@@ -55,13 +58,13 @@ class Page:
     """The heartbeat page of one rank, shared by the rank and the agent."""
 
     def __init__(self, memory: memoryview) -> None:
-        self._words = memory[:_NAME].cast("q")
-        self._name = memory[_NAME : PAGE.size]
+        self._words = memory[: PAGE.size].cast("q")
+        self._name = memory[_NAME : _NAME + PHASE_BYTES]
 
     @staticmethod
     def blank() -> bytes:
         """The page before anything has happened."""
-        return PAGE.pack(0, 0, -1, -1, -1, -1, 0, 0, 0, 0, b"")
+        return PAGE.pack(0, 0, -1, -1, -1, -1, 0, 0, 0, 0, b"", 0, 0, 0, 0, -1)
 
     def get(self, name: str) -> int:
         """Read one word."""
@@ -93,6 +96,8 @@ class Page:
     def carry(self, older: Page) -> None:
         """Take over what the rank has written to another page, unless this one is further."""
         self.put("signal", self.get("signal") or older.get("signal"))
+        for word in ("blocked", "waited", "snapshots", "missed", "began"):
+            self.put(word, max(self.get(word), older.get(word)))
         if (older.get("phases"), older.get("at")) > (self.get("phases"), self.get("at")):
             self._name[:] = older._name
             for word in ("step", "at", "since", "progress", "phases"):

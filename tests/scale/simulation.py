@@ -40,6 +40,7 @@ from ckptsvc.control.effects import (
     ReadNodes,
     Record,
     Restarted,
+    Resumed,
     Send,
 )
 from ckptsvc.control.health import Policy
@@ -348,7 +349,7 @@ class Brain:
             self._world.note(f"coordinator: {reason}")
         for effect in decision.effects:
             self._world.checks.decided(effect)
-            if isinstance(effect, Record | Drain | Restarted):
+            if isinstance(effect, Record | Drain | Restarted | Resumed):
                 continue
             if not isinstance(effect, Send):
                 self._world.later(self._world.rng.uniform(0.01, 0.5), self._do, self.life, effect)

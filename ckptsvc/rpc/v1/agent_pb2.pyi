@@ -84,7 +84,7 @@ class AcquireResponse(_message.Message):
     def __init__(self, slot: _Optional[str] = ..., capacity: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("slot", "step", "bytes", "aliases", "metrics")
+    __slots__ = ("slot", "step", "bytes", "aliases", "metrics", "staging")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -104,26 +104,30 @@ class SubmitRequest(_message.Message):
     BYTES_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    STAGING_FIELD_NUMBER: _ClassVar[int]
     slot: str
     step: int
     bytes: int
     aliases: _containers.ScalarMap[str, str]
     metrics: _containers.ScalarMap[str, str]
-    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., bytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    staging: float
+    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., bytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, str]] = ..., staging: _Optional[float] = ...) -> None: ...
 
 class SubmitResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class AbandonRequest(_message.Message):
-    __slots__ = ("slot", "step", "reason")
+    __slots__ = ("slot", "step", "reason", "code")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
     slot: str
     step: int
     reason: str
-    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    code: str
+    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ..., code: _Optional[str] = ...) -> None: ...
 
 class AbandonResponse(_message.Message):
     __slots__ = ()
@@ -142,7 +146,7 @@ class WaitSaveResponse(_message.Message):
     def __init__(self, outcome: _Optional[_Union[SaveOutcome, _Mapping]] = ...) -> None: ...
 
 class SaveOutcome(_message.Message):
-    __slots__ = ("epoch", "step", "outcome", "code", "reason", "bytes", "seconds")
+    __slots__ = ("epoch", "step", "outcome", "code", "reason", "bytes", "seconds", "timed_out")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +154,7 @@ class SaveOutcome(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TIMED_OUT_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     outcome: Outcome
@@ -157,7 +162,8 @@ class SaveOutcome(_message.Message):
     reason: str
     bytes: int
     seconds: float
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    timed_out: bool
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., timed_out: bool = ...) -> None: ...
 
 class ListSnapshotsRequest(_message.Message):
     __slots__ = ()

@@ -153,12 +153,14 @@ class Announced(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., digest: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Progressed(_message.Message):
-    __slots__ = ("job", "attempt", "node", "lowest", "highest", "behind", "phases")
+    __slots__ = ("job", "attempt", "node", "lowest", "highest", "blocked", "began", "behind", "phases")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     LOWEST_FIELD_NUMBER: _ClassVar[int]
     HIGHEST_FIELD_NUMBER: _ClassVar[int]
+    BLOCKED_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_FIELD_NUMBER: _ClassVar[int]
     BEHIND_FIELD_NUMBER: _ClassVar[int]
     PHASES_FIELD_NUMBER: _ClassVar[int]
     job: str
@@ -166,9 +168,11 @@ class Progressed(_message.Message):
     node: str
     lowest: int
     highest: int
+    blocked: float
+    began: int
     behind: _containers.RepeatedScalarFieldContainer[int]
     phases: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ..., behind: _Optional[_Iterable[int]] = ..., phases: _Optional[_Iterable[str]] = ...) -> None: ...
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ..., blocked: _Optional[float] = ..., began: _Optional[int] = ..., behind: _Optional[_Iterable[int]] = ..., phases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Staged(_message.Message):
     __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended", "again", "metrics", "copy")
