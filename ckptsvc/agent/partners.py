@@ -26,6 +26,7 @@ from ckptsvc.control.runs import ranks_of
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, Fenced, InvalidInput, NotFound
 from ckptsvc.format.checksum import extent_count
 from ckptsvc.pipeline.arena import Arena, Kept, Label, Parity, State
+from ckptsvc.pipeline.local_copy import MAX_EXTENT, MIN_EXTENT
 from ckptsvc.pipeline.parity import MAX_GROUP, Stripes
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.channel import OPTIONS, error_of
@@ -36,10 +37,8 @@ from ckptsvc.telemetry import Event, Purpose, log
 
 logger = logging.getLogger("ckptsvc.agent")
 
-PAGE = 4096
-MAX_EXTENT = 1 << 30
 MAX_SHARD = 1 << 42
-"""Largest extent, and largest shard, of which another agent is believed that it has one."""
+"""Largest shard of which another agent is believed that it has one."""
 
 ASK_TIMEOUT = 30.0
 """Seconds another agent has to give a ticket."""
@@ -366,7 +365,7 @@ def _check_answer(answer: pb.FetchResponse, ranks: Sequence[int], node: str) -> 
 
 
 def _check_piece(nbytes: int, extent: int, digests: bytes, node: str) -> None:
-    possible = 0 < nbytes <= MAX_SHARD and PAGE <= extent <= MAX_EXTENT and extent % PAGE == 0
+    possible = 0 < nbytes <= MAX_SHARD and MIN_EXTENT <= extent <= MAX_EXTENT and extent % MIN_EXTENT == 0
     if not possible or len(digests) != 8 * extent_count(nbytes, extent):
         raise InvalidInput(f"{node} has a shard of {nbytes} bytes in extents of {extent}, which cannot be")
 
