@@ -203,7 +203,8 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         url: for example "file:///scratch/run7" or a bare path; "" means that the caller names one.
         retries: further attempts after a failure that may pass.
-        timeout: seconds one request may take.
+        timeout: seconds one request to an object store may take. (A call into a file system, or DAOS, cannot be ended:
+            where one hangs, `save.timeout` gives the save up.)
         options: for the drivers, a table for each scheme: [store.options.s3]; see storage_drivers/README.md. In the
             environment as one line of JSON or TOML: {"s3": {"region": "eu-west-1"}}.
         max_write_rate: bytes per second that a node may write to the store, all its jobs together, or "off".

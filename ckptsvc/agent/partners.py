@@ -22,11 +22,11 @@ from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.transfer import new_ticket
 from ckptsvc.agent.worker_proxy import WorkerProxy
+from ckptsvc.config import LARGEST_EXTENT, PAGE
 from ckptsvc.control.runs import ranks_of
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, Fenced, InvalidInput, NotFound
 from ckptsvc.format.checksum import extent_count
 from ckptsvc.pipeline.arena import Arena, Kept, Label, Parity, State
-from ckptsvc.pipeline.local_copy import MAX_EXTENT, MIN_EXTENT
 from ckptsvc.pipeline.parity import MAX_GROUP, Stripes
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.channel import OPTIONS, error_of
@@ -365,7 +365,7 @@ def _check_answer(answer: pb.FetchResponse, ranks: Sequence[int], node: str) -> 
 
 
 def _check_piece(nbytes: int, extent: int, digests: bytes, node: str) -> None:
-    possible = 0 < nbytes <= MAX_SHARD and MIN_EXTENT <= extent <= MAX_EXTENT and extent % MIN_EXTENT == 0
+    possible = 0 < nbytes <= MAX_SHARD and 0 < extent <= LARGEST_EXTENT and extent % PAGE == 0
     if not possible or len(digests) != 8 * extent_count(nbytes, extent):
         raise InvalidInput(f"{node} has a shard of {nbytes} bytes in extents of {extent}, which cannot be")
 

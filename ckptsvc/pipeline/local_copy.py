@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 import msgspec
 import numpy as np
 
+from ckptsvc.config import LARGEST_EXTENT, PAGE
 from ckptsvc.errors import CkptsvcError, Damaged, IncompatibleVersion, InvalidInput, NotFound, StoreError
 from ckptsvc.format.checksum import Digests, check, digest64, extent_count
 from ckptsvc.format.columns import Columns
@@ -35,10 +36,6 @@ from ckptsvc.storage import Store
 
 MAX_COPY_RECORD: Final = 64 << 20
 """Bytes of a record: a shard of 4 TiB, in extents of 1 MiB, has 32 MiB of digests, and a third more in JSON."""
-
-MIN_EXTENT: Final = 4096
-MAX_EXTENT: Final = 64 << 20
-"""Bytes per digest, as for the registration of a rank."""
 
 _RECORD: Final = ".json"
 _READ_STEP: Final = 16 << 20
@@ -108,7 +105,8 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
         possible = (
             0 <= label.rank < label.world_size <= MAX_SHARDS
             and 0 < label.nbytes <= MAX_TENSOR_BYTES
-            and MIN_EXTENT <= label.extent <= MAX_EXTENT
+            and 0 < label.extent <= LARGEST_EXTENT
+            and label.extent % PAGE == 0
             and 0 <= label.attempt < 1 << 31
         )
         if not possible or not label.job or not label.store or parse_shard_name(copy.name) != label.rank:
