@@ -11,6 +11,7 @@ from ckptsvc.agent import reports
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
+from ckptsvc.agent.twins import Twins
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.pipeline.arena import TAIL, Arena, State, populate
@@ -25,8 +26,8 @@ UNMAP_PATIENCE = 1.0
 class Arenas:
     """Hands out the arenas of one agent; `slots` is their number for each rank."""
 
-    def __init__(self, local: Local, workers: Workers, slots: int) -> None:
-        self._local, self._workers, self._slots = local, workers, slots
+    def __init__(self, local: Local, workers: Workers, slots: int, twins: Twins) -> None:
+        self._local, self._workers, self._slots, self._twins = local, workers, slots, twins
         self._populating = asyncio.Semaphore(2)
         self._unmapping: set[asyncio.Task[None]] = set()
         local.pool.on_removed = self._removed
@@ -146,12 +147,12 @@ class Arenas:
         arena = self._local.pool.arenas.get(slot)
         if arena and arena.state is State.FILLING and arena.holder == token:
             epoch = arena.epoch
-            self._local.pool.release(arena)
+        self.give_back(session)
         self._skip(job, session.reg, epoch, step, reason)
 
     def give_back(self, session: Session) -> None:
         """Free what a session was filling; it does not write there any more."""
-        for arena in self._local.pool.of(session.reg.job, session.reg.rank):
+        for arena in list(self._local.pool.arenas.values()):
             if arena.state is State.FILLING and arena.holder == session.token:
                 self._local.pool.release(arena)
 
@@ -161,7 +162,8 @@ class Arenas:
         arena = self._local.pool.arenas.get(slot)
         if arena is None or arena.job != session.reg.job:
             raise InvalidInput(f"there is no arena {slot!r} of job {session.reg.job}")
-        mode = os.O_RDWR if arena.rank == session.reg.rank and not arena.guest else os.O_RDONLY
+        mine = self._twins.of(session) if arena.guest else session.reg.rank
+        mode = os.O_RDWR if arena.rank == mine else os.O_RDONLY
         return os.open(arena.path, mode | os.O_CLOEXEC), arena.capacity + TAIL
 
     def _skip(self, job: LocalJob, reg: Registration, epoch: int, step: int, why: str) -> None:

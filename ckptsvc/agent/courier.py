@@ -30,6 +30,7 @@ from ckptsvc.agent.transfer import (
     Reader,
     Tickets,
     check,
+    matches,
     open_arena,
     runs,
 )
@@ -61,10 +62,11 @@ class Origin(msgspec.Struct, frozen=True):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """An arena to fill with a piece of an origin."""
+    """An arena to fill with a piece of an origin; so many bytes in it may be right already."""
 
     path: str
     number: int
+    filled: int = 0
 
 
 class Courier:
@@ -121,14 +123,19 @@ class Courier:
         files = {piece.number: piece for piece in origin.files}
         with contextlib.ExitStack() as stack:
             filled = [
-                (files[target.number], stack.enter_context(_arena(target.path, files[target.number].nbytes)))
+                (
+                    files[target.number],
+                    stack.enter_context(_arena(target.path, files[target.number].nbytes)),
+                    target.filled,
+                )
                 for target in msgspec.convert(args["targets"], list[Target])
             ]
 
             def copy(readers: dict[int, Reader], share: Share) -> None:
-                for piece, view in filled:
-                    for _ in _Row(readers[0], [piece], *share(0, piece.extents), piece.extent).blocks(self._take, view):
-                        pass
+                for piece, view, known in filled:
+                    for first, count in _lacking(piece, view[:known], *share(0, piece.extents)):
+                        for _ in _Row(readers[0], [piece], first, count, piece.extent).blocks(self._take, view):
+                            pass
 
             return {"bytes": self._stream({0: origin}, copy)}
 
@@ -313,6 +320,19 @@ Share = Callable[[int, int], tuple[int, int]]
 def _share(number: int, of: int, first: int, count: int) -> tuple[int, int]:
     low, high = count * number // of, count * (number + 1) // of
     return first + low, high - low
+
+
+def _lacking(piece: Piece, known: memoryview, first: int, count: int) -> Iterator[tuple[int, int]]:
+    """Of so many extents of a piece, the runs that `known`, some of its first bytes, has not or has otherwise."""
+    start = first
+    for extent in range(first, first + count):
+        stop = min((extent + 1) * piece.extent, piece.nbytes)
+        if stop <= len(known) and matches(known[extent * piece.extent : stop], piece, extent):
+            if start < extent:
+                yield start, extent - start
+            start = extent + 1
+    if start < first + count:
+        yield start, first + count - start
 
 
 @contextlib.contextmanager
