@@ -15,6 +15,7 @@ Transactions on Information Theory 39, 1993: Reed-Solomon codes over this ring).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -65,9 +66,7 @@ class Sum:
 
     def __init__(self, prime: int, extent: int) -> None:
         self._prime = prime
-        self._width = min(_BLOCK, extent) // (prime - 1)
-        self._rows = np.empty(prime * self._width, np.uint8)
-        self._odd = np.empty(self._width, np.uint8)
+        self._rows = np.empty(prime * (min(_BLOCK, extent) // (prime - 1)), np.uint8)
 
     def put(self, total: Bytes, terms: Sequence[tuple[Bytes, Powers]], divisor: int = 0) -> None:
         """Set the total to the sum of all blocks times their factors, divided by 1 + x^divisor.
@@ -94,24 +93,24 @@ class Sum:
                 begun = True
         rows, whole = flat.reshape(self._prime, width), total.reshape(self._prime - 1, width)
         if divisor:
-            self._divide(whole, rows, divisor)
+            _divide(whole, rows, divisor)
         else:  # x^(p - 1) is the sum of all lower powers
             np.bitwise_xor(rows[:-1], rows[-1], out=whole)
 
-    def _divide(self, whole: Bytes, rows: Bytes, divisor: int) -> None:
-        """Solve (1 + x^divisor) * whole = rows, row by row from the one that is 0, x^(p - 1)'s, on.
 
-        Only where all rows add up to 0 there is a solution with that one: else 1 + x + ... + x^(p - 1), which is 0,
-        is added.
-        """
-        odd = self._odd[: rows.shape[1]]
-        np.bitwise_xor.reduce(rows, axis=0, out=odd)
-        np.bitwise_xor(rows, odd, out=rows)
-        row = (divisor - 1) % self._prime
-        whole[row] = rows[row]
-        for _ in range(self._prime - 2):
-            before, row = row, (row + divisor) % self._prime
-            np.bitwise_xor(rows[row], whole[before], out=whole[row])
+def _divide(whole: Bytes, rows: Bytes, divisor: int) -> None:
+    """Solve (1 + x^divisor) * whole = rows, row by row from the one that is 0, x^(p - 1)'s, around to that one again.
+
+    What is left there is the sum of all rows, which had to be 0: the sum times 1 + x + ... + x^(p - 1), which is 0, is
+    added to the rows for that, and so to every other row of the solution.
+    """
+    order = [(step * divisor - 1) % len(rows) for step in range(1, len(rows))]
+    whole[order[0]] = rows[order[0]]
+    for before, row in itertools.pairwise(order):
+        np.bitwise_xor(rows[row], whole[before], out=whole[row])
+    left = np.bitwise_xor(rows[-1], whole[order[-1]], out=rows[-1])
+    for row in order[::2]:
+        np.bitwise_xor(whole[row], left, out=whole[row])
 
 
 def add_up(total: Bytes, blocks: Sequence[Bytes]) -> None:

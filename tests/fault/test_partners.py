@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -14,6 +16,8 @@ import pytest
 from harness.hosts import Hosts, hosts
 from harness.job import free_port
 from harness.runtime import Runtime, eventually
+
+from ckptsvc.rpc.certificates import issue, make_authority
 
 PATIENCE = 120.0
 
@@ -128,8 +132,22 @@ def training(request: pytest.FixtureRequest, runtime: Runtime, tmp_path: Path) -
         shutil.rmtree(tmp_path / "store", ignore_errors=True)
 
 
+def certificates(folder: Path) -> dict[str, str]:
+    """This user's, as settings name them."""
+    authority = make_authority("one", 1)
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    files = zip(("ca", "cert", "key"), (authority.certificate, *issue(authority, user, 1)), strict=True)
+    for name, data in files:
+        (folder / name).write_bytes(data)
+        (folder / name).chmod(0o600)
+    return {f"CKPTSVC_TLS_{name.upper()}_FILE": str(folder / name) for name in ("ca", "cert", "key")}
+
+
 @pytest.mark.parametrize("training", [(3, "2")], indirect=True)
-def test_a_spare_goes_on_from_the_partners_copy(training: Training) -> None:
+@pytest.mark.parametrize("tls", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "tls"])
+def test_a_spare_goes_on_from_the_partners_copy(training: Training, tls: bool) -> None:
+    environ = certificates(training.folder) if tls else {}
+    training.runtime.environ.update(environ)  # of whoever asks the agents, too
     for number in (1, 2, 3):
         training.start(number, CKPTSVC_TIERS_PARTNER="copy")
     training.logged("step 10: a copy of what", 2)
@@ -155,7 +173,7 @@ def test_replicas_make_the_copies_themselves_and_a_spare_goes_on_from_one(traini
         if step != 10:
             (training.notes / f"go-{step}").touch()
     whole = 700_001 * 4 // 2
-    # Two copies make the arenas, the next two have them mapped; from then on only what differs from rank to rank is read.
+    # Two copies make the arenas, the next two have them mapped; from then on only what differs by rank is read.
     assert all(nbytes > whole for nbytes in sizes[2] + sizes[4])
     assert all(nbytes < whole // 20 for nbytes in sizes[10])
     training.lose(2)

@@ -513,6 +513,7 @@ def test_what_is_no_directory_of_the_node(text: object) -> None:
         ({"tiers.partner_rate": "1KiB"}, "tiers.partner_rate"),
         ({"tiers.rebuild": "2h"}, "tiers.rebuild"),
         ({"tiers.partner": "mirror"}, "tiers.partner"),
+        ({"tiers.partner": "xor", "tiers.replicas": True}, "tiers.replicas"),
         ({"tiers.group": 1}, "tiers.group"),
     ],
 )
