@@ -316,8 +316,8 @@ def problems(tiers: TierSettings) -> Iterator[tuple[str, str]]:
     """What is wrong with them together: key, and the rest of the sentence."""
     if tiers.partner == "rs" and tiers.group < 3:
         yield "tiers.group", f'is {tiers.group}; with tiers.partner = "rs", it takes 3 nodes to lose 2'
-    if tiers.replicas and tiers.partner != "copy":
-        yield "tiers.replicas", f'needs tiers.partner = "copy"; it is "{tiers.partner}"'
+    if tiers.replicas and (tiers.partner != "copy" or tiers.partner_every != 1):
+        yield "tiers.replicas", 'needs tiers.partner = "copy", and tiers.partner_every = 1'
     if 0 < tiers.partner_rate < SLOWEST_PARTNER:
         yield "tiers.partner_rate", f"is {tiers.partner_rate} bytes a second, less than 1 MiB and not 0"
     if not 0 <= tiers.rebuild <= LONGEST_REBUILD:

@@ -24,9 +24,15 @@ WORTH = 0.5
 
 
 class Pairs(NamedTuple):
-    """Whose twins the ranks of this node are in one attempt; none, where that has turned out to be in vain."""
+    """Whose twins the ranks of this node are, by rank.
+
+    Attributes:
+        attempt, theirs: in which attempt, and of the node with which ranks.
+        twins: rank here -> rank there; none, where that has turned out to be in vain.
+    """
 
     attempt: int
+    theirs: tuple[int, ...]
     twins: dict[int, int]
 
 
@@ -48,10 +54,11 @@ class Twins:
 
     def pair(self, job: str, attempt: int, theirs: Iterable[int]) -> None:
         """This node keeps the shards of these ranks: each one's twin is the rank in the same place here."""
-        if job not in self._pairs or self._pairs[job].attempt != attempt:
+        before, theirs = self._pairs.get(job), tuple(sorted(theirs))
+        if before is None or before[:2] != (attempt, theirs):
             regs = [session.reg for session in self._local.sessions.values()]
             ours = sorted(reg.rank for reg in regs if (reg.job, reg.attempt) == (job, attempt))
-            self._pairs[job] = Pairs(attempt, dict(zip(ours, sorted(theirs), strict=False)))
+            self._pairs[job] = Pairs(attempt, theirs, dict(zip(ours, theirs, strict=False)))
 
     def forget(self, job: str) -> None:
         """The job is over; its arenas are gone."""
@@ -105,9 +112,15 @@ class Twins:
     def take(self, job: str, rank: int, key: Key, nbytes: int) -> Filled | None:
         """What was filled for this shard, to be compared and kept; the caller frees the arena otherwise."""
         filled = self._filled.get((job, rank))
-        if filled is None or filled.key != key or not self._is_ours(filled.arena) or nbytes > filled.arena.capacity:
+        if filled is None or filled.key > key:
             return None
-        return self._filled.pop((job, rank))
+        del self._filled[job, rank]
+        if not self._is_ours(filled.arena):
+            return None
+        if filled.key == key and nbytes <= filled.arena.capacity:
+            return filled
+        self._local.pool.release(filled.arena)
+        return None
 
     def _is_ours(self, arena: Arena) -> bool:
         known = self._local.pool.arenas.get(arena.name) is arena
@@ -117,6 +130,6 @@ class Twins:
         """Of a copy that ranks had filled, so much had to be read all the same."""
         pairs = self._pairs.get(job.name)
         if pairs is not None and pairs.twins and nread > WORTH * nbytes:
-            self._pairs[job.name] = Pairs(pairs.attempt, {})
+            self._pairs[job.name] = pairs._replace(twins={})
             logger.info("job %s: %d of %d bytes of the partner's copy are not what the ranks of this node hold: they do"
                 " not fill it any more", job.name, nread, nbytes)  # fmt: skip

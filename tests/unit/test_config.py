@@ -129,6 +129,7 @@ def test_every_setting_has_its_variable() -> None:
         "tiers.group": "8",
         "tiers.domain": "rack-7",
         "tiers.partner_every": "2",
+        "tiers.replicas": "false",
         "tiers.partner_rate": "500MB",
         "tiers.rebuild": "2min",
         "etcd.ttl": "5s",
@@ -514,6 +515,7 @@ def test_what_is_no_directory_of_the_node(text: object) -> None:
         ({"tiers.rebuild": "2h"}, "tiers.rebuild"),
         ({"tiers.partner": "mirror"}, "tiers.partner"),
         ({"tiers.partner": "xor", "tiers.replicas": True}, "tiers.replicas"),
+        ({"tiers.partner": "copy", "tiers.partner_every": 2, "tiers.replicas": True}, "tiers.replicas"),
         ({"tiers.group": 1}, "tiers.group"),
     ],
 )
