@@ -218,7 +218,7 @@ class Stripes:
         # times the first add up to (1 + x^(other - node)) D + ...
         other = next(n for n in unknown if n != node)
         apart = power(other - node)
-        chunks = {n: (power(n - node), apart) for n in known}
+        chunks: dict[int, Powers] = {n: (power(n - node), apart) for n in known}
         return Recipe({0: (apart,), 1: (power(-node),)}, chunks, apart)
 
 

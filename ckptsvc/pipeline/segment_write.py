@@ -95,6 +95,7 @@ class SegmentWriter:
                 here["nbytes"] = np.minimum(self._shard.extent, len(chunk.data) - starts)
             else:
                 here["offset"], here["nbytes"] = offset, len(chunk.data)
+                assert isinstance(chunk.data, bytes), "what was compressed is in memory"
                 here["digest"] = xxhash.xxh3_64_intdigest(chunk.data)
             if chunk.delta:
                 base = bases[chunk.first]
