@@ -46,6 +46,12 @@ OTHER_VARIABLES: dict[str, str] = {
 
 PAGE = 4096
 
+LARGEST_EXTENT = 64 << 20
+"""Bytes of save.extent: those who read a shard hold several extents in memory."""
+
+LONGEST_REQUEST = 3600.0
+"""Seconds of store.timeout."""
+
 # Kubernetes puts such variables into every pod of a namespace that has a service called "ckptsvc...".
 _KUBERNETES_LINK = re.compile(r"CKPTSVC_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_\w+)?)")
 
@@ -196,10 +202,12 @@ def _check(settings: Settings) -> None:
         refuse("tls.cert_file", "needs tls.ca_file and tls.key_file, and they need it")
     if not 2 <= settings.etcd.ttl <= 60:
         refuse("etcd.ttl", f"is {settings.etcd.ttl:g} s, not 2 to 60")
-    if save.extent == 0 or save.extent % PAGE:
-        refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
+    if save.extent == 0 or save.extent % PAGE or save.extent > LARGEST_EXTENT:
+        refuse("save.extent", f"is {save.extent} bytes, not a multiple of {PAGE} or more than {LARGEST_EXTENT}")
     if settings.retention.best and not settings.retention.metric:
         refuse("retention.best", "needs retention.metric: of what are they the best?")
+    if not 0 < settings.store.timeout <= LONGEST_REQUEST:
+        refuse("store.timeout", f"is {settings.store.timeout:g} s, not more than 0 and at most {LONGEST_REQUEST:g}")
     if save.deadline >= save.timeout:
         refuse("save.deadline", f"is {save.deadline:g} s, not less than save.timeout, {save.timeout:g} s")
     for key, problem in problems(settings.tiers):

@@ -252,7 +252,8 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         url: for example "file:///scratch/run7" or a bare path; "" means that the caller names one.
         retries: further attempts after a failure that may pass.
-        timeout: seconds one request may take.
+        timeout: seconds one request to an object store may take. (A call into a file system, or DAOS, cannot be ended:
+            where one hangs, `save.timeout` gives the save up.)
         options: for the drivers, a table for each scheme: [store.options.s3]; see storage_drivers/README.md. In the
             environment as one line of JSON or TOML: {"s3": {"region": "eu-west-1"}}.
         max_write_rate: bytes per second that a node may write to the store, all its jobs together, or "off".
@@ -275,6 +276,8 @@ class TierSettings(msgspec.Struct, frozen=True, kw_only=True):
         domain: this node's failure domain, a word that nodes share which may be lost together; "auto": its switch or
             chassis, where the scheduler or the node's name tells.
         partner_every: every how many snapshots.
+        replicas: with "copy": ranks put what they hold as replicas of the other node's state into the copy themselves,
+            when they take a snapshot: the network is spared, and the training waits for twice the bytes.
         partner_rate: bytes per second that this node reads from others for it; 0: as many as come.
         rebuild: how long a restore waits for what is rebuilt from parity before an older checkpoint has to do.
         local: a directory on a disk of each node, to which every snapshot is written first, or "off".
@@ -288,6 +291,7 @@ class TierSettings(msgspec.Struct, frozen=True, kw_only=True):
     group: Annotated[int, msgspec.Meta(ge=2, le=64)] = 4
     domain: str = "auto"
     partner_every: Annotated[int, msgspec.Meta(ge=1)] = 1
+    replicas: bool = False
     partner_rate: Annotated[int, parse_size] = 1 << 30
     rebuild: Annotated[float, parse_duration] = 60.0
     local: Annotated[str, parse_directory_or_off] = ""
@@ -390,6 +394,8 @@ def problems(tiers: TierSettings) -> Iterator[tuple[str, str]]:
     """What is wrong with them together: key, and the rest of the sentence."""
     if tiers.partner == "rs" and tiers.group < 3:
         yield "tiers.group", f'is {tiers.group}; with tiers.partner = "rs", it takes 3 nodes to lose 2'
+    if tiers.replicas and (tiers.partner != "copy" or tiers.partner_every != 1):
+        yield "tiers.replicas", 'needs tiers.partner = "copy", and tiers.partner_every = 1'
     if 0 < tiers.partner_rate < SLOWEST_PARTNER:
         yield "tiers.partner_rate", f"is {tiers.partner_rate} bytes a second, less than 1 MiB and not 0"
     if not 0 <= tiers.rebuild <= LONGEST_REBUILD:

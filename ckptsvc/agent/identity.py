@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from ckptsvc.agent.witness import Witness
+from ckptsvc.config import LARGEST_EXTENT, PAGE
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.rpc.identity import MAX_PACKET, peer_of, send_answer
@@ -68,7 +69,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidInput("attempt, epoch, keep, every_steps or every_seconds is out of range")
         if not 0 <= self.ends < math.inf:
             raise InvalidInput("the time at which the job ends is out of range")
-        if not 4096 <= self.extent <= 64 << 20:
+        if not 0 < self.extent <= LARGEST_EXTENT or self.extent % PAGE:
             raise InvalidInput(f"an extent of {self.extent} bytes is impossible")
 
 

@@ -56,7 +56,8 @@ class Held:
         copy: its record.
         disk: address of its job's folder.
         stage: how far its snapshot has come.
-        durable: it is in the durable store.
+        durable: it is in the durable store, whole.
+        result: what was reported when it had been drained for the save that is going on.
         since: when its snapshot was staged, CLOCK_MONOTONIC.
         fill: the number by which a drain that is in progress can be given up; 0: there is none.
         readers: restores that read it.
@@ -69,6 +70,7 @@ class Held:
     since: float = 0.0
     fill: int = 0
     readers: int = 0
+    result: pb.Report | None = None
 
     @property
     def label(self) -> Label:
@@ -288,6 +290,7 @@ class LocalTier:
 
     def _settle(self, job: LocalJob, held: Held, outcome: agent_pb2.SaveOutcome) -> None:
         job.results.pop((*held.key, held.label.rank), None)
+        held.result = None
         worker = self._workers.running(job.name)
         if held.fill and worker is not None:
             self._local.spawn(worker.tell("cancel", {"fill": held.fill}))

@@ -23,6 +23,7 @@ from ckptsvc.agent.refills import Refills
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import REMEMBERED, Attempt, LocalJob, Session
 from ckptsvc.agent.stops import Stops
+from ckptsvc.agent.twins import Twins
 from ckptsvc.agent.witness import Witness
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.pace import PROGRESS_EVERY, progress_every
@@ -61,7 +62,7 @@ class Node:
         tier: the node's local disk, where snapshots go first; None: they go to the durable store.
 
     Attributes:
-        arenas, saves: the parts that ranks call through the servicer.
+        arenas, saves, twins: the parts that ranks call through the servicer.
         launch_order: what to do with an order for a launcher.
         watch_order: what to do with an order about ranks that hang.
         partner_order: what to do with an order about what other nodes hold.
@@ -82,7 +83,8 @@ class Node:
         early: bool = False,
         tier: LocalTier | None = None,
     ) -> None:
-        self.arenas = Arenas(local, workers, slots, job_limit)
+        self.twins = Twins(local)
+        self.arenas = Arenas(local, workers, slots, self.twins, job_limit)
         self.saves = Saves(local, workers, early=early, tier=tier)
         self.refills = Refills(local, workers, tier, self.saves)
         self.tier = tier
@@ -372,6 +374,7 @@ class Node:
             self._local.dropped(job, arena.label)
         self._local.pool.drop(job.name)
         self._pages.forget(job.name)
+        self.twins.forget(job.name)
         self._local.metrics.forget(job.name)
         del self._local.jobs[job.name]
         self._local.spawn(self._let_go(job))

@@ -276,7 +276,8 @@ class Agent:
         elif self._options.linger is not None:
             self.node.on_yield = self._stopping.set
         self.local.domain = domain_of(settings.tiers.domain, os.environ, self.node_name)
-        self.partners = Partners(self.local, self.trust, settings.tiers.partner_rate)
+        twins = self.node.twins if settings.tiers.replicas else None
+        self.partners = Partners(self.local, self.trust, settings.tiers.partner_rate, twins=twins)
         self.node.partner_order, self.node.on_filling = self.partners.order, self.partners.filling
         self.launches = Launches(self.local)
         self.nics = NicWatch(self.local, settings.nics)

@@ -104,18 +104,22 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         token = _token(context)
         arena, epoch = await self._node.arenas.acquire(token, request.step, request.bytes, timeout)
         self._node.saves.expect(token, arena, epoch, request.bytes)
+        answer = agent_pb2.AcquireResponse(slot=arena.name, capacity=arena.capacity, epoch=epoch)
+        twin = self._node.twins.offer(token, request.step, epoch)
+        if twin is not None:
+            answer.twin_slot, answer.twin_rank = twin.name, twin.rank
         self._node.on_filling()
-        return agent_pb2.AcquireResponse(slot=arena.name, capacity=arena.capacity, epoch=epoch)
+        return answer
 
     @_errors
     async def Submit(self, request: agent_pb2.SubmitRequest, context: Any) -> agent_pb2.SubmitResponse:
         """See agent.proto."""
         metrics = dict(request.metrics)
         check_metrics(metrics)
-        aliases = dict(request.aliases)
+        aliases, token = dict(request.aliases), _token(context)
         if sum(len(alias) + len(name) for alias, name in aliases.items()) > MAX_ALIASES:
             raise InvalidInput(f"the names of tied tensors have more than {MAX_ALIASES} characters")
-        token = _token(context)
+        self._node.twins.fill(token, request.twin_slot, request.twin_bytes)
         self._node.saves.submit(token, request.slot, request.step, request.bytes, aliases, metrics, request.staging)
         self._node.on_filling()
         return agent_pb2.SubmitResponse()

@@ -82,14 +82,15 @@ class Worker(LocalCopies):
     """Executes requests on one store; every method named `do_*` is an operation."""
 
     def __init__(self, settings: StoreSettings, save: SaveSettings) -> None:
+        mappings = Mappings()
+        self._digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
+        shards = ShardWriter(_economy(save), self._digesting, mappings.pages)
         # `fills`: what is being written -> whether it is given up
-        super().__init__(Rate(None), Mappings(), {}, lambda url: open_store(url, settings=settings))
+        super().__init__(Rate(None), mappings, {}, shards, lambda url: open_store(url, settings=settings))
         self._settings = settings
         self._tell: Note = lambda message: None
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
-        self._digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
-        self._shards = ShardWriter(_economy(save), self._digesting, self._mappings.pages)
         self._bases: dict[str, Bases] = {}
         self._recent: dict[str, list[Ref]] = {}  # the newest that were committed here, by store
         self._expiring: dict[str, dict[str, Any] | None] = {}  # store a thread deletes in -> what it does next

@@ -18,6 +18,7 @@ from ckptsvc.client.link import AgentLink
 from ckptsvc.client.parts import Capture
 from ckptsvc.client.stage import StagePlan
 from ckptsvc.client.state import StateTree
+from ckptsvc.client.twins import Twins
 from ckptsvc.errors import CkptsvcError, Fenced, InvalidInput, SaveFailed
 from ckptsvc.format.commit import MAX_METRICS, metrics_text
 from ckptsvc.format.objects import encode
@@ -75,6 +76,7 @@ class Snapshots:
         self._tree, self._link, self._group, self._place, self._url = tree, link, group, place, url
         self._on_failure = on_failure
         self._plans: dict[str, StagePlan] = {}  # by structure of the state
+        self._twins = Twins(link)
         self._arranging: threading.Thread | None = None
         self._copying: threading.Thread | None = None
         self._told = True  # for how long the last snapshot has held the loop up
@@ -139,12 +141,13 @@ class Snapshots:
             objects = encode(capture.objects)
             metrics = _numbers(self.metrics or {}) if self._group.rank == 0 else {}
             plan = self._plan_for(capture, step)
-            slot, epoch = self._link.acquire(step, plan.template.total(len(objects)), patience)
+            offer = self._link.acquire(step, plan.template.total(len(objects)), patience)
+            slot = offer.slot
             info = ShardInfo(
                 run=self._url,
                 job=self._place.job,
                 step=step,
-                epoch=epoch,
+                epoch=offer.epoch,
                 attempt=self._place.attempt,
                 rank=self._group.rank,
                 world_size=self._group.size,
@@ -152,6 +155,7 @@ class Snapshots:
             arena = self._link.arena(slot)
             failpoint("before_copy")
             nbytes, finish = plan.write(capture, arena.view, slot, info, objects, overlap=self.overlap)
+            twin = self._twins.write(offer, capture, plan, info, objects, overlap=self.overlap)
         except Exception as error:
             # Whatever it was: the other ranks must not wait for this one.
             self._abandon(slot, step, error)
@@ -160,8 +164,13 @@ class Snapshots:
         def hand_over() -> None:
             try:
                 finish()
+                twin.finish()
                 failpoint("before_submit")
-                self._link.submit(slot, step, nbytes, capture.aliases, metrics, time.perf_counter() - began)
+                request = agent_pb2.SubmitRequest(slot=slot, step=step, bytes=nbytes, aliases=capture.aliases)
+                request.metrics.update(metrics)
+                request.twin_slot, request.twin_bytes = twin.slot, twin.nbytes
+                request.staging = time.perf_counter() - began
+                self._link.submit(request)
                 failpoint("after_submit")
             except Exception as error:
                 self._abandon(slot, step, error)

@@ -74,17 +74,21 @@ class AcquireRequest(_message.Message):
     def __init__(self, step: _Optional[int] = ..., bytes: _Optional[int] = ..., patience: _Optional[float] = ...) -> None: ...
 
 class AcquireResponse(_message.Message):
-    __slots__ = ("slot", "capacity", "epoch")
+    __slots__ = ("slot", "capacity", "epoch", "twin_slot", "twin_rank")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TWIN_SLOT_FIELD_NUMBER: _ClassVar[int]
+    TWIN_RANK_FIELD_NUMBER: _ClassVar[int]
     slot: str
     capacity: int
     epoch: int
-    def __init__(self, slot: _Optional[str] = ..., capacity: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    twin_slot: str
+    twin_rank: int
+    def __init__(self, slot: _Optional[str] = ..., capacity: _Optional[int] = ..., epoch: _Optional[int] = ..., twin_slot: _Optional[str] = ..., twin_rank: _Optional[int] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("slot", "step", "bytes", "aliases", "metrics", "staging")
+    __slots__ = ("slot", "step", "bytes", "aliases", "metrics", "staging", "twin_slot", "twin_bytes")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -105,13 +109,17 @@ class SubmitRequest(_message.Message):
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
     STAGING_FIELD_NUMBER: _ClassVar[int]
+    TWIN_SLOT_FIELD_NUMBER: _ClassVar[int]
+    TWIN_BYTES_FIELD_NUMBER: _ClassVar[int]
     slot: str
     step: int
     bytes: int
     aliases: _containers.ScalarMap[str, str]
     metrics: _containers.ScalarMap[str, str]
     staging: float
-    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., bytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, str]] = ..., staging: _Optional[float] = ...) -> None: ...
+    twin_slot: str
+    twin_bytes: int
+    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., bytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, str]] = ..., staging: _Optional[float] = ..., twin_slot: _Optional[str] = ..., twin_bytes: _Optional[int] = ...) -> None: ...
 
 class SubmitResponse(_message.Message):
     __slots__ = ()
