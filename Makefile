@@ -13,7 +13,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I proto
 STUBS := ckptsvc/rpc/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability lint types contracts proto proto-check check demo bench clean
+.PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability lint types contracts proto proto-check check docs reference demo bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
@@ -90,6 +90,12 @@ proto-check: install ## the committed stubs are the ones that proto/ makes
 
 check: test lint types contracts proto-check ## everything that .ci/run does
 
+docs: install ## the site of the documentation, into site/; whatever is wrong with it is an error
+	$(BIN)/mkdocs build --strict --quiet
+
+reference: install ## make the pages of docs/reference/ that are made from the code
+	$(BIN)/python docs/generate.py
+
 demo: install ## train, kill, recover, resume at other scales (ARGS="--keep DIR")
 	$(BIN)/ckptsvc demo $(ARGS)
 
@@ -97,5 +103,5 @@ bench: install ## measure save, restore and reshard here (ARGS="save --ranks 4")
 	$(BIN)/ckptsvc bench $(ARGS)
 
 clean: ## remove what was made here, except .venv
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
