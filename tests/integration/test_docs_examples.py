@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness.pages import Block, Shell, blocks, fits, pages, steps
+from harness.documentation import Block, Shell, blocks, fits, pages, steps
 
 TOLD = {page: list(blocks(page, text)) for page, text in pages().items()}
 RUN = [page for page, found in TOLD.items() if any(block.mark == "run" for block in found)]
