@@ -28,6 +28,7 @@ MADE = "<!-- Made by docs/generate.py from {}: change that, and say `make refere
 
 _SECTION = re.compile(r"^(Args|Returns|Raises|Attributes):\n", re.MULTILINE)
 _ENTRY = re.compile(r"^    (?=\S)", re.MULTILINE)
+_SPELLINGS = re.compile(r"(--[a-z-]+), (--[a-z_]+)\b")
 _SPAN = re.compile(r"(`[^`]*`)")
 
 
@@ -57,7 +58,8 @@ def settings() -> str:
 _CLI = """# Commands
 
 Every command, with all its options. `ckptsvc COMMAND --help` says the same. [Exit statuses](errors.md) are the same for
-all; `--json` gives one JSON document on the standard output, also for an error.
+all; `--json` gives one JSON document on the standard output, also for an error. Options of `ckptsvc run` can be spelled with
+underscores, too, as torchrun's.
 
 """
 
@@ -103,11 +105,13 @@ def _command(path: str, command: click.Command) -> str:
 
 
 def _code(option: str) -> str:
-    return "`" + option.replace("|", "\\|") + "`"
+    """An option as code in a table; of two spellings that differ by "-" and "_", the first."""
+    text = _SPELLINGS.sub(lambda both: both[1] if both[2].replace("_", "-") == both[1] else both[0], option)
+    return f"`{text}`" if "|" not in text else f"<code>{text.replace('<', '&lt;').replace('|', '&#124;')}</code>"
 
 
 def _help(text: str) -> Iterator[str]:
-    """Paragraphs; those that click leaves as they are (\\b) are code."""
+    """Paragraphs; those that click leaves as they are are code."""
     for paragraph in inspect.cleandoc(text).split("\n\n"):
         if paragraph.startswith("\b\n"):
             yield from ("```text", paragraph[2:], "```", "")
@@ -133,8 +137,8 @@ def python() -> str:
     parts += [_function(f"ckptsvc.{name}", getattr(ckptsvc, name), "##") for name in ("attach", "load")]
     parts += _class(f"ckptsvc.{ckptsvc.Session.__name__}", ckptsvc.Session)
     stop = inspect.cleandoc(StopTraining.__doc__ or "")
-    parts.append(f"## StopTraining\n\n{stop} It is a `SystemExit` with status {EXIT_STATUS['interrupted']}: uncaught, it\n"
-        "ends the rank in good order. Its `reason` says what was saved.\n\n")  # fmt: skip
+    status = f"It is a `SystemExit` with status {EXIT_STATUS['interrupted']}."
+    parts.append(f"## StopTraining\n\n{stop} {status} Its `reason` says what was saved.\n\n")
     parts.append("## Errors\n\nAll are in `ckptsvc.errors`, below `CkptsvcError`: [Errors](errors.md).\n")
     return "".join(parts)
 

@@ -30,8 +30,9 @@ def follow(page: str, shell: Shell, values: set[str]) -> None:
 def check(block: Block, shell: Shell) -> None:
     for command, shown in steps(block):
         status, printed = shell.run(command)
-        assert status == 0, f"{block.where}: {command}\nstatus {status}\n{printed}"
-        assert shown is None or fits(shown, printed), f"{block.where}: $ {command}\nshows\n{shown}\nbut printed\n{printed}"
+        said = f"{block.where}: {command}\nended with {status}, and printed\n{printed}"
+        assert status == 0, said
+        assert shown is None or fits(shown, printed), f"{said}\nbut the page shows\n{shown}"
 
 
 def test_there_are_examples() -> None:
