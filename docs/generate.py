@@ -58,8 +58,8 @@ def settings() -> str:
 _CLI = """# Commands
 
 Every command, with all its options. `ckptsvc COMMAND --help` says the same. [Exit statuses](errors.md) are the same for
-all; `--json` gives one JSON document on the standard output, also for an error. Options of `ckptsvc run` can be spelled with
-underscores, too, as torchrun's.
+all; `--json` gives one JSON document on the standard output, also for an error. Options of `ckptsvc run` can be spelled
+with underscores, too, as torchrun's.
 
 """
 
@@ -196,8 +196,8 @@ in an exception's `code` and in gRPC's trailers; codes and statuses are only eve
 A command also ends with 0 when all is done, with 3 when a part is done, with 130 after Ctrl-C, and with 141 when nobody
 reads its output any more. For schedulers: 85 says "requeue me", 86 "do not", 87 "not on this node".
 
-| code | status | it means | exception | gRPC |
-|---|---|---|---|---|
+| code | status | it means | exception |
+|---|---|---|---|
 """
 
 
@@ -208,15 +208,15 @@ def errors() -> str:
         about = (cls.__doc__ or "").partition("\n")[0] if code != "internal" else "Unexpected: an error of ckptsvc's."
         again = " It may pass by itself." if cls.retryable else ""
         link = f"[`{code}`](../troubleshooting.md#{code})"
-        rows.append(
-            f"| {link} | {EXIT_STATUS[code]} | {safe(about + again)} | `{cls.__name__}` | {GRPC_STATUS[code]} |"
-        )
-    return MADE.format("ckptsvc/errors.py") + _ERRORS + safe_rows(rows)
+        rows.append(f"| {link} | {EXIT_STATUS[code]} | {safe(about + again)} | `{cls.__name__}` |\n")
+    return MADE.format("ckptsvc/errors.py") + _ERRORS + "".join(rows) + "".join(_grpc())
 
 
-def safe_rows(rows: list[str]) -> str:
-    """The rows of a table, gRPC's names as text."""
-    return "\n".join(re.sub(r"\| ([A-Z_]+) \|$", r"| `\1` |", row) for row in rows) + "\n"
+def _grpc() -> Iterator[str]:
+    yield "\n## gRPC\n\nThe status of a call that fails; its trailers have the code.\n\n| status | codes |\n|---|---|\n"
+    for status in sorted(set(GRPC_STATUS.values())):
+        codes = ", ".join(f"`{code}`" for code in sorted(GRPC_STATUS) if GRPC_STATUS[code] == status)
+        yield f"| `{status}` | {codes} |\n"
 
 
 def main() -> None:

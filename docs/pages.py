@@ -52,7 +52,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 def included(markdown: str, page: str) -> str:
     """The text of a page with the files that it includes."""
-    return _INCLUDE.sub(lambda found: _TITLE.sub("", text_of(found[1], page)).strip(), markdown)
+    return _INCLUDE.sub(lambda found: _TITLE.sub("", text_of(found[1], page)).strip("\n"), markdown)
 
 
 def text_of(source: str, page: str) -> str:
