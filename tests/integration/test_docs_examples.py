@@ -7,7 +7,11 @@ import pytest
 from harness.documentation import Block, Shell, blocks, fits, pages, steps
 
 TOLD = {page: list(blocks(page, text)) for page, text in pages().items()}
-RUN = [page for page, found in TOLD.items() if any(block.mark == "run" for block in found)]
+
+
+def pages_with(value: str) -> list[str]:
+    """Pages that have blocks to be run of that kind: "" or "slow"."""
+    return [page for page, told in TOLD.items() if any((b.mark, b.value) == ("run", value) for b in told)]
 
 
 @pytest.fixture
@@ -36,19 +40,18 @@ def check(block: Block, shell: Shell) -> None:
 
 
 def test_there_are_examples() -> None:
-    assert {"first-steps.md", "using/convert.md"} <= set(RUN)
+    assert {"first-steps.md", "using/convert.md"} <= set(pages_with(""))
+    assert {"using/retention.md"} <= set(pages_with("slow"))
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize("page", pages_with(""))
 def test_the_examples_of_a_page_work(page: str, shell: Shell) -> None:
-    if all(block.value == "slow" for block in TOLD[page] if block.mark == "run"):
-        pytest.skip("slow examples only")
     follow(page, shell, {""})
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("page", [page for page in RUN if any(block.value == "slow" for block in TOLD[page])])
+@pytest.mark.parametrize("page", pages_with("slow"))
 def test_the_long_examples_of_a_page_work(page: str, shell: Shell) -> None:
     follow(page, shell, {"", "slow"})
