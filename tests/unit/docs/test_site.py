@@ -1,5 +1,6 @@
 """The site is built without a warning, loads nothing from anywhere, and every link in it leads somewhere."""
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,6 +121,15 @@ def test_marked_blocks_are_found_with_their_marks() -> None:
     ]  # fmt: skip
     assert list(steps(found[0])) == [("x \\\n  y\n", "1\n"), ("z\n", "")]
     assert list(steps(Block("p", 1, "bash", "w\n", "run", ""))) == [("w\n", None)]
+
+
+@pytest.mark.parametrize(("name", "text"), pages().items(), ids=pages())
+def test_every_mark_of_a_page_is_understood(name: str, text: str) -> None:
+    marks = re.findall(r"<!-- (.*?) -->", text, re.DOTALL)
+    known = [mark for mark in marks if re.fullmatch(r"run|run: slow|file: [\w./-]+", mark)]
+    others = [mark for mark in marks if mark not in known]
+    assert all(mark.startswith(("include: ", "Made by docs/")) for mark in others), others
+    assert len(known) == sum(bool(block.mark) for block in blocks(name, text)), "a mark stands right before its block"
 
 
 @pytest.mark.parametrize(
