@@ -128,7 +128,7 @@ def test_every_mark_of_a_page_is_understood(name: str, text: str) -> None:
     marks = re.findall(r"<!-- (.*?) -->", text, re.DOTALL)
     known = [mark for mark in marks if re.fullmatch(r"run|run: slow|file: [\w./-]+", mark)]
     others = [mark for mark in marks if mark not in known]
-    assert all(mark.startswith(("include: ", "Made by docs/")) for mark in others), others
+    assert all(mark.startswith(("include: ", "Made by ")) for mark in others), others
     assert len(known) == sum(bool(block.mark) for block in blocks(name, text)), "a mark stands right before its block"
 
 
