@@ -29,6 +29,9 @@ _LINK = re.compile(r"\[([^][]+)\]\(([^()\s]+)\)")
 _INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 _TITLE = re.compile(r"\A# (.+)\n")
 
+LOW = "---\nsearch:\n  boost: 0.3\n---\n\n"
+"""Reasons come after instructions in what the search finds."""
+
 DECISIONS = """# Decisions
 
 Why it is made as it is. One record for each decision: the problem, what was considered, what was chosen, and what that
@@ -40,8 +43,9 @@ costs. They are in `proto/decisions/`, and are changed only by a later one.
 def on_files(files: Files, config: Any) -> Files:
     """Add the pages that are not in docs/."""
     for source, page in PAGES.items():
-        files.append(File.generated(config, page, content=text_of(source, page)))
-    files.append(File.generated(config, "decisions/index.md", content=decisions()))
+        rank = LOW if page.startswith("decisions/") else ""
+        files.append(File.generated(config, page, content=rank + text_of(source, page)))
+    files.append(File.generated(config, "decisions/index.md", content=LOW + decisions()))
     return files
 
 
