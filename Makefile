@@ -91,7 +91,7 @@ proto-check: install ## the committed stubs are the ones that proto/ makes
 check: test lint types contracts proto-check ## everything that .ci/run does
 
 docs: install ## the site of the documentation, into site/; whatever is wrong with it is an error
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 reference: install ## make the pages of docs/reference/ that are made from the code
 	$(BIN)/python docs/generate.py

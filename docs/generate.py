@@ -123,8 +123,9 @@ def _help(text: str) -> Iterator[str]:
 
 _PYTHON = """# Python
 
-Two calls in the training loop, one to read a checkpoint, and what they may raise. [The training loop](../using/loop.md)
-shows them at work. `import ckptsvc` imports neither torch nor gRPC; the first use of a name does.
+Two calls in the training loop, calls to read checkpoints, and what they may raise.
+[The training loop](../using/loop.md) shows them at work. `import ckptsvc` imports neither torch nor gRPC; the first use of
+a name does.
 
 """
 
@@ -134,8 +135,11 @@ def python() -> str:
     from ckptsvc.client.session import StopTraining  # torch
 
     parts = [MADE.format("the docstrings of what ckptsvc/__init__.py offers"), _PYTHON]
-    parts += [_function(f"ckptsvc.{name}", getattr(ckptsvc, name), "##") for name in ("attach", "load")]
-    parts += _class(f"ckptsvc.{ckptsvc.Session.__name__}", ckptsvc.Session)
+    offered = {name: getattr(ckptsvc, name) for name in ckptsvc._HOMES}
+    parts += [_function(f"ckptsvc.{name}", what, "##") for name, what in offered.items() if inspect.isfunction(what)]
+    for name, what in offered.items():
+        if inspect.isclass(what):
+            parts += _class(f"ckptsvc.{name}", what)
     stop = inspect.cleandoc(StopTraining.__doc__ or "")
     status = f"It is a `SystemExit` with status {EXIT_STATUS['interrupted']}."
     parts.append(f"## StopTraining\n\n{stop} {status} Its `reason` says what was saved.\n\n")
