@@ -124,8 +124,8 @@ def _help(text: str) -> Iterator[str]:
 _PYTHON = """# Python
 
 Two calls in the training loop, calls to read checkpoints, and what they may raise.
-[The training loop](../using/loop.md) shows them at work. `import ckptsvc` imports neither torch nor gRPC; the first use of
-a name does.
+[The training loop](../using/loop.md) shows them at work. `import ckptsvc` imports neither torch nor gRPC; the first
+use of a name does.
 
 """
 
