@@ -89,6 +89,8 @@ class Cause(StrEnum):
     HUNG = "hung"
     NODE_LOST = "node-lost"
     GROWN = "grown"
+    ASKED = "asked"
+    DRAINED = "drained"
 
 
 class NicSignal(StrEnum):
@@ -164,6 +166,9 @@ class Event(StrEnum):
     INCIDENT_KEPT = "incident-kept"
     PARTNER_KEPT = "partner-kept"
     PARTNER_FAILED = "partner-failed"
+    VERB_ASKED = "verb-asked"
+    VERB_REFUSED = "verb-refused"
+    AUDIT_FAILED = "audit-failed"
 
 
 class Metrics:

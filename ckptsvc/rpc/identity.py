@@ -12,6 +12,10 @@ the life of the session.
 A second connection of the same process turns round after its one message: from then on the agent asks (rpc.testimony).
 
     witness   {op, token} -> {ok}
+
+Who gives an order (`ckptsvc pause`) says here who he is, and leaves the connection open until he has his answer.
+
+    caller    {op} -> {ok, token, node}
 """
 
 from __future__ import annotations
@@ -32,11 +36,12 @@ from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError
 MAX_PACKET = 64 << 10
 """Bytes in one message."""
 
-PAGE = struct.Struct("<qQqqqqqqqq32s")
+PAGE = struct.Struct("<qQqqqqqqqq32sqq")
 """The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds of the last sign of life (written by the rank); step to
 save at, step to stop at, last committed step, last step whose save failed (written by the agent; -1 means none); how
 many phases the rank has gone through, when the present one began, how far it is, the number of the signal by which it
-was asked to stop (or 0), and the phase's name (written by the rank).
+was asked to stop (or 0), and the phase's name (written by the rank); the step from which on it takes no automatic
+snapshots, and the one from which on it takes them again (written by the agent; 0 means none).
 The words are aligned: each is read and written whole. A phase's number is written last: with it, its name is there."""
 
 PAGE_BYTES = 4096
@@ -45,7 +50,7 @@ PHASE_BYTES = 32
 
 _FIELDS = {
     "step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40,
-    "phases": 48, "since": 56, "progress": 64, "signal": 72,
+    "phases": 48, "since": 56, "progress": 64, "signal": 72, "paused": 112, "resumed": 120,
 }  # fmt: skip
 _AT, _PHASES, _SINCE, _PROGRESS, _NAME = 1, 6, 7, 8, 80
 
@@ -54,13 +59,13 @@ class Page:
     """The heartbeat page of one rank, shared by the rank and the agent."""
 
     def __init__(self, memory: memoryview) -> None:
-        self._words = memory[:_NAME].cast("q")
-        self._name = memory[_NAME : PAGE.size]
+        self._words = memory[: PAGE.size].cast("q")
+        self._name = memory[_NAME : _NAME + PHASE_BYTES]
 
     @staticmethod
     def blank() -> bytes:
         """The page before anything has happened."""
-        return PAGE.pack(0, 0, -1, -1, -1, -1, 0, 0, 0, 0, b"")
+        return PAGE.pack(0, 0, -1, -1, -1, -1, 0, 0, 0, 0, b"", 0, 0)
 
     def get(self, name: str) -> int:
         """Read one word."""
@@ -89,9 +94,17 @@ class Page:
         self._words[_PROGRESS] += amount
         self._words[_AT] = now
 
+    def is_paused(self, step: int) -> bool:
+        """Whether an automatic snapshot of this step is not to be taken; every rank finds the same."""
+        paused, resumed = self.get("paused"), self.get("resumed")
+        return 0 < paused <= step and not paused < resumed <= step
+
     def carry(self, older: Page) -> None:
-        """Take over what the rank has written to another page, unless this one is further."""
+        """Take over what the rank has written to another page, unless this one is further; and an order to pause."""
         self.put("signal", self.get("signal") or older.get("signal"))
+        if not self.get("paused"):  # an agent that knows of none has been restarted, and may not have heard of it yet
+            self.put("resumed", older.get("resumed"))
+            self.put("paused", older.get("paused"))
         if (older.get("phases"), older.get("at")) > (self.get("phases"), self.get("at")):
             self._name[:] = older._name
             for word in ("step", "at", "since", "progress", "phases"):
