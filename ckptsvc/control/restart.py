@@ -447,8 +447,7 @@ class Attempts:
     def grow(self, nodes: list[str], why: str, now: float) -> Decision:
         """Start anew with these nodes as well."""
         grows = f"the job grows from {len(self.hosts)} to {len(self.hosts) + len(nodes)} nodes, {why}"
-        names = f"node{'s' if len(nodes) > 1 else ''} {', '.join(nodes)}"
-        return self.again(f"{names} can be used: {grows}", Cause.GROWN, now)
+        return self.again(f"node{'s'[: len(nodes) - 1]} {', '.join(nodes)} can be used: {grows}", Cause.GROWN, now)
 
     def again(self, why: str, cause: Cause, now: float) -> Decision:
         """Start a new attempt though nothing has failed. That takes none of the restarts."""
@@ -457,7 +456,8 @@ class Attempts:
         return Decision([Restarted(self.job, cause)], [f"job {self.job}: {why}"]).add(stop)
 
     def _finish(self, now: float) -> Decision:
-        return self._end(worst := max(self.statuses.values()), self._stopped() if worst else "all ranks have ended", now)
+        worst = max(self.statuses.values())
+        return self._end(worst, self._stopped() if worst else "all ranks have ended", now)
 
     def _stopped(self) -> str:
         asked = f" ({self.stop_wanted})" if self.stop_wanted else ""
