@@ -43,6 +43,9 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
         coordination: where agents elect the coordinators of their jobs, "etcd://host:port,host:port/prefix"; "" means
             that the agent whose address `ckptsvc run` was given coordinates.
         incidents_dir: where incidents are kept; "" means ckptsvc/incidents in $XDG_STATE_HOME (~/.local/state).
+        audit_file: where it is taken down who has ordered what; "" means ckptsvc/audit.jsonl there.
+        operators: who may give orders to the agents of others, beside root: names of users, "@" and names of groups,
+            comma-separated.
     """
 
     socket_dir: str = ""
@@ -52,6 +55,8 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     coordinator: Annotated[Address | None, parse_address_or_off] = None
     coordination: str = ""
     incidents_dir: str = ""
+    audit_file: str = ""
+    operators: Annotated[tuple[str, ...], parse_names] = ()
 
 
 class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -74,6 +74,12 @@ class MapRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slot: str
 
 
+class CallerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Say who one is, for an order that is about to be given."""
+
+    op: str
+
+
 class WitnessRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Offer to answer questions about the process of a session."""
 
@@ -97,12 +103,22 @@ class Owner(Protocol):
         """Keep the way to ask the process of a session."""
 
 
+class Admits(Protocol):
+    """What the identity socket needs of those who give orders."""
+
+    def admit(self, uid: int, pid: int) -> str:
+        """Give a token to a process of a user, or raise StoreDenied."""
+
+    def dismiss(self, token: str) -> None:
+        """The connection has ended."""
+
+
 class IdentityServer:
     """Listens on the identity socket within the agent's event loop."""
 
-    def __init__(self, path: str, owner: Owner) -> None:
+    def __init__(self, path: str, owner: Owner, callers: Admits) -> None:
         self._path = path
-        self._owner = owner
+        self._owner, self._callers = owner, callers
         self._tasks: set[asyncio.Task[None]] = set()
         self._sock: socket.socket | None = None
 
@@ -143,7 +159,7 @@ class IdentityServer:
 
     async def _serve(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        token = ""
+        token = caller = ""
         try:
             pid, uid, _ = peer_of(sock)
             while True:
@@ -151,10 +167,8 @@ class IdentityServer:
                 if not data:
                     return
                 try:
-                    if uid != os.geteuid():
-                        raise StoreDenied(f"this agent serves user {os.geteuid()}, not user {uid}")
-                    reply = self._answer(data, sock, pid, token)
-                    token = reply.token
+                    reply = self._answer(data, sock, pid, uid, token)
+                    token, caller = reply.token, reply.caller or caller
                 except CkptsvcError as error:
                     reply = _refusal(error.code, error.what, error.hint)
                 except Exception as error:
@@ -174,11 +188,19 @@ class IdentityServer:
             sock.close()
             if token:
                 self._owner.unregister(token)
+            if caller:
+                self._callers.dismiss(caller)
 
-    def _answer(self, data: bytes, sock: socket.socket, pid: int, token: str) -> _Reply:
+    def _answer(self, data: bytes, sock: socket.socket, pid: int, uid: int, token: str) -> _Reply:
         try:
             op = msgspec.json.decode(data, type=dict).get("op")
             wanted: Registration | MapRequest | WitnessRequest
+            if op == "caller":
+                msgspec.json.decode(data, type=CallerRequest)
+                caller = self._callers.admit(uid, pid)
+                return _Reply({"ok": True, "token": caller}, caller=caller)
+            if uid != os.geteuid():
+                raise StoreDenied(f"this agent serves user {os.geteuid()}, not user {uid}")
             if op == "register" and not token:
                 wanted = msgspec.json.decode(data, type=Registration)
             elif op == "map" and token:
@@ -205,6 +227,7 @@ class _Reply(NamedTuple):
     fields: dict[str, object]
     fd: int = -1
     token: str = ""  # of the session that this connection has
+    caller: str = ""  # the token of one who gives orders
     witness: Witness | None = None
 
 

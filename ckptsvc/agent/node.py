@@ -27,7 +27,7 @@ from ckptsvc.agent.workers import Workers
 from ckptsvc.control.pace import PROGRESS_EVERY, progress_every
 from ckptsvc.control.restart import launched_as
 from ckptsvc.control.runs import ranks_of
-from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput
+from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput, NodeUnfit
 from ckptsvc.pipeline.arena import State
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -60,6 +60,7 @@ class Node:
         launch_order: what to do with an order for a launcher.
         watch_order: what to do with an order about ranks that hang.
         partner_order: what to do with an order about what other nodes hold.
+        people_order: what to do with an order that answers, or comes from, a person.
         on_filling: a rank has begun, or ended, to copy into an arena.
     """
 
@@ -82,6 +83,7 @@ class Node:
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
         self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self.partner_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
+        self.people_order: Callable[[pb.Order], None] = lambda order: None
         self.on_filling: Callable[[], None] = lambda: None
         self._local, self._workers = local, workers
         self._stops = Stops(local, margin)
@@ -107,8 +109,16 @@ class Node:
                 over = self._local.jobs[registration.job].attempt(other.reg.attempt)
                 over.refused = Fenced(f"attempt {other.reg.attempt} is over; attempt {registration.attempt} runs")
                 over.wake()
+        vacated = self._local.standing.vacated
+        if (
+            vacated
+            and registration.job not in self._local.jobs
+            and not self._local.launched(launched_as(registration.job))
+        ):
+            raise NodeUnfit(f"this node takes no new jobs: {vacated}", hint="`ckptsvc undrain` lets it take them again")
         job = self._local.job(registration.job, registration.coordinator, registration.store)
         session = Session.open(registration, pid)
+        self._local.standing.apply(session)
         self._local.sessions[session.token] = session
         attempt = job.attempt(registration.attempt)
         attempt.epoch = max(attempt.epoch, registration.epoch)
@@ -117,6 +127,8 @@ class Node:
         self._local.metrics.sessions.set(len(self._local.sessions))
         log(logger, logging.INFO, Event.RANK_REGISTERED, "rank %d registered, process %d", registration.rank, pid,
             job=registration.job, attempt=registration.attempt, rank=registration.rank)  # fmt: skip
+        for report in self._local.standing.report(job.name):
+            self._local.report(job, report)
         self._local.report(job, reports.joined(self._local.name, registration, registration.epoch))
         return session.token, self._local.name, session.page_fd_copy()
 
@@ -234,6 +246,9 @@ class Node:
         if kind in ("start", "stop", "end"):
             self.launch_order(order)
             return
+        if kind in ("answered", "vacate"):
+            self.people_order(order)
+            return
         job = self._local.jobs.get(order.job)
         if job is None or kind is None:
             return
@@ -248,6 +263,11 @@ class Node:
             for session in self._local.sessions.values():
                 if session.reg.job == job.name and session.reg.attempt == effect.attempt:
                     session.page.put(kind, effect.step)
+        elif kind == "pausing":
+            self._local.standing.take(effect)
+            for session in self._local.sessions.values():
+                if session.reg.job == job.name:
+                    self._local.standing.apply(session)
         elif kind == "save_ended":
             self.saves.ended(job, effect.outcome)
         elif kind == "snapshot_complete":
@@ -344,6 +364,7 @@ class Node:
         self._local.pool.drop(job.name)
         self._local.metrics.forget(job.name)
         del self._local.jobs[job.name]
+        self._local.standing.forget(job.name)
         self._local.spawn(self._let_go(job))
 
     async def _let_go(self, job: LocalJob) -> None:

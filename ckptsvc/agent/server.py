@@ -28,6 +28,8 @@ from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
 from ckptsvc.agent import nodelist
+from ckptsvc.agent.audit import AuditLog, audit_path
+from ckptsvc.agent.callers import Callers, RoleGate
 from ckptsvc.agent.coordination import Elections, login_of
 from ckptsvc.agent.httpd import start_metrics
 from ckptsvc.agent.identity import IdentityServer
@@ -39,9 +41,11 @@ from ckptsvc.agent.local_tier import LocalTier
 from ckptsvc.agent.lowering import Lowering
 from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import OVERDUE, Node
+from ckptsvc.agent.orders import Orders
 from ckptsvc.agent.partners import Partners
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
+from ckptsvc.agent.standing import StandingOrders
 from ckptsvc.agent.status import status_of
 from ckptsvc.agent.watch import Watch
 from ckptsvc.agent.workers import Workers
@@ -196,8 +200,10 @@ class Agent:
         tiers = settings.tiers
         shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act,
             drains=settings.scheduler.drain, draining=Draining(tiers.durable_every, tiers.durable_backlog),
-            metrics=self.metrics, partners=_partners(tiers))  # fmt: skip
+            metrics=self.metrics, partners=_partners(tiers), node="" if term else self.node_name)  # fmt: skip
         shell.on_incident = lambda incident: self._on_incident(incident)
+        shell.on_audit = lambda effect: self.orders.decided(effect)
+        shell.on_deleted = lambda job, store, names: self.orders.deleted(job, store, names)
         return shell
 
     def _shell_of(self, job: str, term: int) -> CoordinatorShell:
@@ -212,6 +218,7 @@ class Agent:
         """The parts of the agent, in the order in which they know each other."""
         settings = self._options.settings
         self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.trust)
+        self.local.standing = StandingOrders(self._options.directory / "orders.json")
         linger = 600.0 if self._options.linger is None else self._options.linger
         if settings.tiers.local:
             self.tier = LocalTier(self.local, self.workers, settings.tiers, self._tag, OVERDUE * settings.save.timeout)
@@ -236,7 +243,19 @@ class Agent:
         self.watch = Watch(self.local, _limits(settings.health), enabled=enabled, nics=self.nics.sentences)
         self.watch.log_of = self.launches.log_of
         self.node.watch_order = self.watch.order
+        self.callers = Callers(settings.agent.operators)
+        self.orders = Orders(self.local, self.launches, self._audit_log())
+        self.node.people_order = self.orders.on_order
+        self.callers.on_stranger = self.orders.stranger
         self._keep_incidents()
+
+    def _audit_log(self) -> AuditLog:
+        """Where it is taken down who has ordered what."""
+        try:
+            return AuditLog(audit_path(self._options.settings, os.environ))
+        except ConfigError as error:
+            logger.warning("no audit log is kept: %s", error)
+            return AuditLog(None)
 
     def _terminated(self) -> None:
         """Stop; but an agent that a job has started, when its ranks are there, lets them save first.
@@ -264,8 +283,9 @@ class Agent:
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._options.settings.agent
         grpc_path, identity_path = sockets(self._options.directory)
-        local = grpc.aio.server(options=OPTIONS)
-        agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
+        local = grpc.aio.server(interceptors=[RoleGate(self.callers, self.orders.refused)], options=OPTIONS)
+        servicer = AgentServicer(self.node, self.launches, lambda: status_of(self), self.callers, self.orders)
+        agent_pb2_grpc_add(servicer, local)
         name = agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name
         checks = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checks, local)
@@ -274,16 +294,16 @@ class Agent:
         reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), local)
         # The other port is open to every user of the host, or of the network: no stranger is told anything there.
         gate = self.trust.gate(self.metrics.calls_refused.inc)
-        between = grpc.aio.server(interceptors=[gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
-        servicer = CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer)
-        coordinator_pb2_grpc_add(servicer, between)
+        roles = RoleGate(None, lambda caller, method: self.metrics.calls_refused.inc())
+        between = grpc.aio.server(interceptors=[roles, gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
+        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer), between)
         port, host = self.trust.open_port(between, settings.listen)
         self.address = self.local.address = str(Address(host, port))
         gate.address = self.trust.spelled(self.address)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(grpc_path)
         local.add_insecure_port(f"unix:{grpc_path}")
-        identity = IdentityServer(identity_path, self.node)
+        identity = IdentityServer(identity_path, self.node, self.callers)
         if settings.metrics_listen is not None:
             self.metrics_address, close = start_metrics(settings.metrics_listen, self.metrics.registry)
             stack.callback(close)

@@ -26,6 +26,8 @@ def status_of(agent: Agent) -> dict[str, Any]:
         "started": agent.started,
         "address": agent.address,
         "metrics": agent.metrics_address,
+        "vacated": agent.local.standing.vacated,
+        "paused": list(agent.local.standing.paused()),
         "ranks": _ranks(agent),
         "arenas": _arenas(agent),
         "arena_limit": agent.pool.limit,
