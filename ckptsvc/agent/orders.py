@@ -183,6 +183,10 @@ class Orders:
             found |= dict.fromkeys([*map(launched_as, core.jobs), *core.launched], "")
         return found | self._launches.ways()
 
+    def jobs(self) -> list[str]:
+        """The names, as launched, of the jobs that orders may be about."""
+        return sorted(self._ways())
+
     def _job(self, wanted: str) -> str:
         """The job that is meant.
 
@@ -210,10 +214,16 @@ class Orders:
 def _check(request: agent_pb2.VerbRequest) -> None:
     if len(request.job) > 256 or len(request.reason) > MAX_REASON:
         raise InvalidInput(f"a job's name has at most 256 characters, and a reason {MAX_REASON}")
-    if request.node and not _NODE.fullmatch(request.node):
-        raise InvalidInput(f"{request.node[:80]!r} is not the name of a node")
+    if request.node:
+        check_node(request.node)
     if not 0 <= request.seconds <= MAX_SECONDS or math.isnan(request.seconds):
         raise InvalidInput("a time is at least 0 and at most ten years")
+
+
+def check_node(name: str) -> None:
+    """Raise InvalidInput for what cannot be the name of a node."""
+    if not _NODE.fullmatch(name):
+        raise InvalidInput(f"{name[:80]!r} is not the name of a node")
 
 
 def _listed(jobs: Mapping[str, str]) -> str:

@@ -26,6 +26,7 @@ def status_of(agent: Agent) -> dict[str, Any]:
         "started": agent.started,
         "address": agent.address,
         "metrics": agent.metrics_address,
+        "jobs": agent.orders.jobs(),
         "vacated": agent.local.standing.vacated,
         "paused": list(agent.local.standing.paused()),
         "ranks": _ranks(agent),
