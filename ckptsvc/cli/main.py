@@ -30,6 +30,7 @@ COMMANDS = {
     "include": "start ranks on a node again",
     "nodes": "list the nodes that are excluded, or have failed",
     "audit": "show who has ordered what, and what was deleted",
+    "support-bundle": "collect what is needed to find out what went wrong, without secrets",
     "incidents": "show what went wrong with jobs, and who was to blame",
     "ls": "list the checkpoints of a run",
     "inspect": "show what a checkpoint holds",
