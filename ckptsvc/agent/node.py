@@ -109,13 +109,7 @@ class Node:
                 over = self._local.jobs[registration.job].attempt(other.reg.attempt)
                 over.refused = Fenced(f"attempt {other.reg.attempt} is over; attempt {registration.attempt} runs")
                 over.wake()
-        vacated = self._local.standing.vacated
-        if (
-            vacated
-            and registration.job not in self._local.jobs
-            and not self._local.launched(launched_as(registration.job))
-        ):
-            raise NodeUnfit(f"this node takes no new jobs: {vacated}", hint="`ckptsvc undrain` lets it take them again")
+        self._check_vacated(registration)
         job = self._local.job(registration.job, registration.coordinator, registration.store)
         session = Session.open(registration, pid)
         self._local.standing.apply(session)
@@ -131,6 +125,13 @@ class Node:
             self._local.report(job, report)
         self._local.report(job, reports.joined(self._local.name, registration, registration.epoch))
         return session.token, self._local.name, session.page_fd_copy()
+
+    def _check_vacated(self, registration: Registration) -> None:
+        """Refuse a new job on a node that is being drained; launchers are asked for themselves (agent.launches)."""
+        vacated = self._local.standing.vacated
+        is_new = registration.job not in self._local.jobs and not registration.attempt and not registration.epoch
+        if vacated and is_new:
+            raise NodeUnfit(f"this node takes no new jobs: {vacated}", hint="`ckptsvc undrain` lets it take them again")
 
     def unregister(self, token: str) -> None:
         """The identity connection has ended: the rank is ending, or has closed its session."""
