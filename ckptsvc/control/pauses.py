@@ -91,6 +91,7 @@ class Pauses:
             if event.epoch:
                 return Decision()
             self._hold(job, known, FIRST)
+            return self._tell(job, now)  # others have come before there was anything to tell
         return self._tell(job, now, event.node)
 
     def rewound(self, job: Job, now: float) -> Decision:

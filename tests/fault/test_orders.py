@@ -177,9 +177,7 @@ class Nodes:
             logs.append(folder / f"n{number}.log")
             with logs[-1].open("wb") as log:
                 self.processes.append(
-                    subprocess.Popen(
-                        command, env=runtime.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-                    )
+                    subprocess.Popen(command, env=runtime.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
                 )
         self.job = Job(runtime, folder, count, self.processes, logs)
 
