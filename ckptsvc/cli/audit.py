@@ -13,6 +13,7 @@ import msgspec
 
 from ckptsvc.agent.audit import AuditLog, Entry, audit_path, read
 from ckptsvc.agent.callers import user_name
+from ckptsvc.cli.masking import masked_url
 from ckptsvc.cli.terminal import Screen, emit, note, printable
 from ckptsvc.config import load
 from ckptsvc.errors import CkptsvcError, InvalidInput
@@ -90,7 +91,7 @@ def _show(entries: list[Entry]) -> None:
 
 def take_down(verb: str, target: str, what: str) -> None:
     """Append what this program has done without an agent; where that fails, it is said, and stops nothing."""
-    uid = os.getuid()
+    uid, target = os.getuid(), masked_url(target)
     entry = Entry(
         verb=verb, target=target, uid=uid, by=user_name(uid), node=socket.gethostname(), outcome="done", what=what
     )

@@ -194,7 +194,7 @@ class Verbs:
             if attempts is not None and attempts.phase is Phase.ENDED:
                 attempts = None
             work.append(Vacating(node, launched, runs, attempts, self.tiers, why, led=self.node == node))
-        return _All(work) if work else Result(f"no job has anything on {node}")
+        return _All(work) if work else Result(f"node {node} takes no new jobs")
 
 
 @dataclass(slots=True)

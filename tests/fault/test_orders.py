@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from harness.damage import steps
 from harness.job import Job, Launch, free_port
 from harness.rank import Rank
 from harness.runtime import Runtime, eventually
+from harness.shell_run import Run
 
 import ckptsvc
 
@@ -69,6 +71,14 @@ def goes_on(job: Job, by: int) -> None:
     eventually(lambda: last_step(job) >= before + by, f"{by} further steps")
 
 
+def registered(runtime: Runtime) -> int:
+    """Ranks that the agent knows; none while it does not answer."""
+    try:
+        return len(runtime.status()["ranks"])
+    except grpc.RpcError:
+        return 0
+
+
 def audited(order: Order) -> list[tuple[str, str]]:
     return [(entry["verb"], entry["outcome"]) for entry in order("audit")["entries"]]
 
@@ -85,7 +95,7 @@ def test_a_checkpoint_is_taken_also_while_a_job_is_paused_and_that_survives_its_
         since = paused["step"]
         eventually(lambda: last_step(job) > since, "the step from which on it holds")
         runtime.kill_agents()
-        eventually(runtime.agents, "the ranks to start another agent")
+        eventually(lambda: registered(runtime) == 2, "the ranks to start another agent")
         goes_on(job, 50)
         before = steps(store)
         assert max(before, default=0) <= since
@@ -104,6 +114,7 @@ def test_a_checkpoint_is_taken_also_while_a_job_is_paused_and_that_survives_its_
     assert audited(order) == [("pause", "done"), ("checkpoint", "done"), ("resume", "done")]
 
 
+@pytest.mark.slow
 def test_a_pause_ends_by_itself(launch: Launch, order: Order, runtime: Runtime, tmp_path: Path) -> None:
     store = tmp_path / "run"
     with launch.plain(1, train, str(store), 5) as job:
@@ -115,6 +126,7 @@ def test_a_pause_ends_by_itself(launch: Launch, order: Order, runtime: Runtime, 
         job.wait()
 
 
+@pytest.mark.slow
 def test_a_restart_goes_on_from_the_newest_snapshot_and_is_no_failure(
     launch: Launch, runtime: Runtime, order: Order, tmp_path: Path
 ) -> None:
@@ -150,16 +162,48 @@ def test_what_was_not_started_by_us_is_not_restarted(launch: Launch, order: Orde
     assert audited(order) == [("restart", "failed")]
 
 
-def test_orders_without_an_agent(order: Order, runtime: Runtime) -> None:
-    assert order("checkpoint", status=20)["error"]["code"] == "agent-unavailable"
-    assert order("exclude", "n7", "--for", "1h", "--reason", "a bad cable")["done"]
-    (node,) = order("nodes")["nodes"]
-    assert (node["node"], node["excluded"], node["by_hand"]) == ("n7", True, True)
-    assert 3000 < node["until"] - time.time() <= 3600
-    order("include", "n7")
-    assert not order("nodes")["nodes"][0]["excluded"]
-    assert audited(order) == [("exclude", "done"), ("include", "done")]
-    order("exclude", "no/node", status=2)
+WAIT = 'while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.05; done'
+
+
+def test_a_launched_job_is_restarted_and_leaves_a_node_that_is_drained(
+    runtime: Runtime, order: Order, tmp_path: Path
+) -> None:
+    port = free_port()
+    runs = [
+        Run(runtime, tmp_path, WAIT, "--nnodes", "2:2", "--rdzv-id", "gpt", "--rdzv-endpoint", f"127.0.0.1:{port}",
+            "--node", f"n{number}", "--node-rank", str(number), "--no-preflight", "--max-restarts", "0")
+        for number in range(3)
+    ]  # fmt: skip
+    try:
+        assert {runs[0].rank(1, rank)[1] for rank in (0, 1)} == {"n0", "n1"}
+        assert order("exclude", "n2", "--job", "gpt", "--reason", "a fan")["done"]
+        assert "attempt 2 has begun" in order("restart", "gpt")["what"][0]
+        assert {runs[0].rank(2, rank)[1] for rank in (0, 1)} == {"n0", "n1"}
+        left = order("drain", "n1", "--timeout", "30s", status=3)["left"]
+        assert any("cannot do without n1" in line for line in left)
+        order("include", "n2", "--job", "gpt")
+        assert order("drain", "n1", "--timeout", "30s")["done"]
+        assert {runs[0].rank(3, rank)[1] for rank in (0, 1)} == {"n0", "n2"}
+        assert order("drain", "n2", "--job", "gpt", status=3)["left"]  # through any agent that has the job
+
+        def excluded() -> set[str]:
+            return {node["node"] for node in order("nodes")["nodes"] if node["excluded"]}
+
+        eventually(lambda: excluded() == {"n1", "n2"}, "the list of nodes to be written")
+        refused = Run(runtime, tmp_path, WAIT, "--rdzv-id", "another", "--node", "n1", "--nnodes", "1:2",
+            "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--no-preflight")  # fmt: skip
+        assert refused.end() == 87
+        assert "takes no new jobs: drained by" in refused.log.read_text()
+        (tmp_path / "go").touch()
+        assert [run.end() for run in runs] == [0, 0, 0]
+    finally:
+        for run in runs:
+            run.process.kill()
+            run.process.wait()
+    entries = [(e["verb"], e["target"], e["outcome"], e["asked_on"]) for e in order("audit")["entries"]]
+    assert ("drain", "n1", "done", "") in entries
+    assert ("drain", "n1", "done", "n1") in entries  # as the agent of the coordinator has it
+    assert ("restart", "", "done", "") in entries
 
 
 class Nodes:
@@ -182,6 +226,7 @@ class Nodes:
         self.job = Job(runtime, folder, count, self.processes, logs)
 
 
+@pytest.mark.slow
 def test_a_node_is_drained_and_the_job_goes_on_without_it(runtime: Runtime, order: Order, tmp_path: Path) -> None:
     store = tmp_path / "run"
     nodes = Nodes(runtime, tmp_path / "job", store, 3, "2:2")
