@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 import msgspec
 
+from ckptsvc.agent.logtail import one_line
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.rpc.channel import FOR_KEY, TOKEN_KEY, trailers_of
 from ckptsvc.rpc.roles import ROLES, VERBS, Role
@@ -99,7 +100,7 @@ class Callers:
             claim = msgspec.json.decode(said[FOR_KEY], type=_Claim)
         except (msgspec.MsgspecError, UnicodeError):
             return None
-        return Caller(claim.uid, caller.pid, claim.name[:64], caller.roles, via=caller.name)
+        return Caller(claim.uid, caller.pid, one_line(claim.name)[:64], caller.roles, via=caller.name)
 
     def _roles(self, uid: int) -> frozenset[Role]:
         if uid == os.geteuid():

@@ -168,7 +168,10 @@ class IdentityServer:
                     return
                 try:
                     reply = self._answer(data, sock, pid, uid, token)
-                    token, caller = reply.token, reply.caller or caller
+                    token = reply.token
+                    if reply.caller:
+                        self._callers.dismiss(caller)
+                        caller = reply.caller
                 except CkptsvcError as error:
                     reply = _refusal(error.code, error.what, error.hint)
                 except Exception as error:

@@ -12,7 +12,7 @@ import math
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from ckptsvc.agent.audit import AuditLog, Entry
 from ckptsvc.agent.callers import Caller
@@ -20,7 +20,7 @@ from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.logtail import one_line
 from ckptsvc.control.effects import Audit
-from ckptsvc.control.restart import launched_as
+from ckptsvc.control.restart import Phase, launched_as
 from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError, InvalidInput, NotFound
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -184,8 +184,12 @@ class Orders:
         return found | self._launches.ways()
 
     def jobs(self) -> list[str]:
-        """The names, as launched, of the jobs that orders may be about."""
-        return sorted(self._ways())
+        """The names, as launched, of the jobs that are alive here."""
+        found = {launched_as(s.reg.job) for s in self._local.sessions.values()} | self._launches.ways().keys()
+        for core in self._local.own_cores():
+            found |= {launched_as(job.name) for job in core.jobs.values() if job.ranks}
+            found |= {name for name, attempts in core.launched.items() if attempts.phase is not Phase.ENDED}
+        return sorted(found)
 
     def _job(self, wanted: str) -> str:
         """The job that is meant.
@@ -199,12 +203,12 @@ class Orders:
             if launched_as(wanted) in ways or wanted in ways:
                 return wanted
             raise NotFound(f"this agent knows no job {wanted[:100]!r}", hint=_listed(ways))
-        live = {launched_as(s.reg.job) for s in self._local.sessions.values()} | self._launches.ways().keys()
-        if len(live or ways) == 1:
-            return next(iter(live or ways))
-        if not ways:
+        live = self.jobs()
+        if len(live) == 1:
+            return live[0]
+        if not live:
             raise NotFound("this agent has no job")
-        raise InvalidInput("which job?", hint=_listed(dict.fromkeys(live or ways, "")))
+        raise InvalidInput("which job?", hint=_listed(live))
 
     def _attempt(self, job: str) -> int:
         numbers = [s.reg.attempt for s in self._local.sessions.values() if launched_as(s.reg.job) == launched_as(job)]
@@ -212,8 +216,8 @@ class Orders:
 
 
 def _check(request: agent_pb2.VerbRequest) -> None:
-    if len(request.job) > 256 or len(request.reason) > MAX_REASON:
-        raise InvalidInput(f"a job's name has at most 256 characters, and a reason {MAX_REASON}")
+    if len(request.job) > 256 or not request.job.isprintable() or len(request.reason) > MAX_REASON:
+        raise InvalidInput(f"a job's name has at most 256 printable characters, and a reason {MAX_REASON}")
     if request.node:
         check_node(request.node)
     if not 0 <= request.seconds <= MAX_SECONDS or math.isnan(request.seconds):
@@ -226,7 +230,7 @@ def check_node(name: str) -> None:
         raise InvalidInput(f"{name[:80]!r} is not the name of a node")
 
 
-def _listed(jobs: Mapping[str, str]) -> str:
+def _listed(jobs: Iterable[str]) -> str:
     names = sorted(jobs)
     return "it has " + ", ".join(names[:8]) + (" ..." if len(names) > 8 else "") if names else "it has none"
 

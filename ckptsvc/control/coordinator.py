@@ -288,6 +288,8 @@ class Coordinator:
         job = self.jobs.get(event.job)
         decision = job.leave(event, now) if job else Decision()
         attempts = self.launched.get(launched_as(event.job))
+        if attempts is None and not event.died and job is not None and not job.ranks:
+            self.pauses.end(launched_as(event.job))
         if event.died and attempts is not None:
             attempts.suspect(event.attempt, event.rank, event.node, now)
         elif event.died and job is not None and event.attempt == job.attempt:
@@ -373,6 +375,8 @@ class Coordinator:
         later = attempts and attempts.phase is Phase.ENDED and now - event.uptime >= attempts.ended
         if attempts is None or (later and not event.attempt):
             before = attempts.outcome if attempts else None
+            if before is not None:
+                self.pauses.end(event.job)
             attempts = Attempts(
                 event.job,
                 event.min_nodes,

@@ -107,6 +107,12 @@ class Pauses:
         for nodes in self.told.values():
             nodes.discard(node)
 
+    def end(self, launched: str) -> None:
+        """A job has ended: one that is called the same is another one."""
+        self.known.pop(launched, None)
+        for name in [name for name in self.holding if launched_as(name) == launched]:
+            del self.holding[name], self.told[name]
+
     def forget(self, job: str) -> None:
         """A job is over."""
         self.holding.pop(job, None)

@@ -241,6 +241,24 @@ class TestPause:
         running.tell(joined(1, epoch=1))
         assert [node for node, _ in orders(running.seen, "pausing")] == ["n1"]
 
+    def test_a_job_that_is_called_the_same_as_one_that_has_ended_is_another_one(self, running):
+        running.ask(pb.VERB_PAUSE)
+        for rank in (0, 1):
+            running.tell(left(rank, died=False))
+        running.seen = Decision()
+        for rank in (0, 1):
+            running.tell(joined(rank, attempt=2))
+        assert orders(running.seen, "pausing") == []
+        assert "was not paused" in running.result(running.ask(pb.VERB_RESUME)).what
+
+    def test_one_whose_ranks_have_died_and_come_again_is_the_same(self, running):
+        running.ask(pb.VERB_PAUSE)
+        for rank in (0, 1):
+            running.tell(left(rank, died=True))
+        running.seen = Decision()
+        running.tell(joined(0, attempt=2))
+        assert [order.step for _, order in orders(running.seen, "pausing")] == [1]
+
     def test_who_resumes_what_is_not_paused_is_told_so(self, running):
         assert "was not paused" in running.result(running.ask(pb.VERB_RESUME)).what
         assert running.result(running.ask(pb.VERB_PAUSE, "nobody")).code == "not-found"
