@@ -208,6 +208,7 @@ class Launches:
         elif kind == "stop":
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(stop=order.stop))
         elif kind == "end":
+            self._local.standing.forget(order.job)
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(end=order.end))
 
     def resync(self, way: str) -> Iterator[pb.Report]:

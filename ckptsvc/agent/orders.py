@@ -21,6 +21,7 @@ from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.logtail import one_line
 from ckptsvc.control.effects import Audit
 from ckptsvc.control.restart import Phase, launched_as
+from ckptsvc.control.verbs import verb_of
 from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError, InvalidInput, NotFound
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -83,11 +84,14 @@ class Orders:
         Raises:
             CkptsvcError: it cannot be carried out.
         """
-        name = pb.Verb.Name(verb).removeprefix("VERB_").lower()
+        name = verb_of(verb)
         try:
             response = await self._carry_out(verb, request, caller, timeout)
         except CkptsvcError as error:
             await self._note(name, request, caller, "failed", str(error))
+            raise
+        except asyncio.CancelledError:  # it goes on
+            self._local.spawn(self._note(name, request, caller, "begun", "who gave the order has stopped waiting"))
             raise
         outcome = "done" if response.done else "failed" if verb == pb.VERB_DRAIN and response.left else "begun"
         await self._note(name, request, caller, outcome, "; ".join([*response.what, *response.left]))
@@ -120,9 +124,8 @@ class Orders:
         asked, outcome = effect.asked, effect.outcome
         if asked.node == self._local.name:
             return
-        verb = pb.Verb.Name(asked.verb).removeprefix("VERB_").lower()
         entry = Entry(
-            verb=verb, job=asked.job, target=asked.target, uid=asked.by.uid, by=one_line(asked.by.name),
+            verb=verb_of(asked.verb), job=asked.job, target=asked.target, uid=asked.by.uid, by=one_line(asked.by.name),
             via=one_line(asked.by.via), asked_on=one_line(asked.node), node=self._local.name,
             outcome="failed" if outcome.code else "done", what=outcome.what,
         )  # fmt: skip
@@ -145,8 +148,10 @@ class Orders:
         _check(request)
         node = request.node or self._local.name if verb in OF_NODES else ""
         job = self._job(request.job) if request.job or verb not in OF_NODES else ""
+        request.job, request.node = job, node
         ways = self._ways()
-        chosen = {ways[launched_as(job)]: job} if job else dict.fromkeys(["", *ways.values()], "")
+        way = ways.get(launched_as(job), ways.get(job, ""))
+        chosen = {way: job} if job else dict.fromkeys(["", *ways.values()], "")
         asked = pb.Asked(job=job, node=self._local.name, verb=verb, target=node, reason=one_line(request.reason),
             seconds=request.seconds, at=time.time(), attempt=self._attempt(job) if verb == pb.VERB_RESTART else 0,
             by=pb.Caller(uid=caller.uid, name=caller.name, node=self._local.name, via=caller.via))  # fmt: skip

@@ -16,6 +16,7 @@ import msgspec
 
 from ckptsvc.agent.sessions import Session
 from ckptsvc.control.pauses import FIRST
+from ckptsvc.control.restart import launched_as
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 logger = logging.getLogger("ckptsvc.agent")
@@ -101,8 +102,11 @@ class StandingOrders:
             page.put("resumed", 0)
 
     def forget(self, job: str) -> None:
-        """A job is over."""
-        if self._kept.pausing.pop(job, None) is not None:
+        """A job is over, by the name that its ranks register, or as it was launched."""
+        over = [name for name in self._kept.pausing if job in (name, launched_as(name))]
+        for name in over:
+            del self._kept.pausing[name]
+        if over:
             self._write()
 
     def report(self, job: str) -> Iterator[pb.Report]:

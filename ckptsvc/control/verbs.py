@@ -284,8 +284,13 @@ class _Restarting:
         return Decision(), Result(f"job {attempts.job}: attempt {attempts.attempt} has begun, {where}")
 
 
+def verb_of(number: int) -> str:
+    """The word for an order; one of a later version has none here."""
+    known = number in pb.Verb.values()
+    return pb.Verb.Name(pb.Verb.ValueType(number)).removeprefix("VERB_").lower() if known else f"order {number}"
+
+
 def spoken(event: pb.Asked) -> str:
     """An order in words."""
-    verb = pb.Verb.Name(event.verb).removeprefix("VERB_").lower() if event.verb in pb.Verb.values() else "?"
-    words = [verb, event.target, f"job {event.job}" if event.job else ""]
+    words = [verb_of(event.verb), event.target, f"job {event.job}" if event.job else ""]
     return " ".join(filter(None, words)) + (f" ({event.reason})" if event.reason else "")

@@ -20,6 +20,7 @@ from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import Audit, CommitDone, Decision, KeepNodes, NodesRead, Restarted
 from ckptsvc.control.exclusion import Exclusion, Strikes, Word
 from ckptsvc.control.restart import Phase
+from ckptsvc.control.verbs import verb_of
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Cause
 
@@ -444,6 +445,7 @@ def test_an_order_of_a_later_version_is_refused(driver):
     asked.verb = 99
     driver.tell(asked)
     assert driver.result(asked).code == "invalid-input"
+    assert verb_of(99) == "order 99"
 
 
 def test_too_many_orders_are_refused(running, monkeypatch):
