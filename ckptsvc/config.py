@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import pwd
 import re
 import stat
 import tomllib
@@ -248,14 +247,6 @@ def runtime_dir(environ: Mapping[str, str], *, uid: int | None = None, root: Pat
             raise ConfigError(f"cannot make {directory}: {error.strerror}", hint=_OTHER_PLACE) from error
     _check_owner(directory, {uid}, private=True)
     return directory
-
-
-def user_name() -> str:
-    """The name of this process's user; its number where there is no account."""
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
 
 
 def agents_directory(settings: Settings, environ: Mapping[str, str]) -> Path:

@@ -49,6 +49,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
         coordination: where agents elect the coordinators of their jobs, "etcd://host:port,host:port/prefix"; "" means
             that the agent whose address `ckptsvc run` was given coordinates.
         incidents_dir: where incidents are kept; "" means ckptsvc/incidents in $XDG_STATE_HOME (~/.local/state).
+        audit_file: where it is taken down who has ordered what; "" means ckptsvc/audit.jsonl there.
     """
 
     socket_dir: str = ""
@@ -59,6 +60,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     coordinator: Annotated[Address | None, parse_address_or_off] = None
     coordination: str = ""
     incidents_dir: str = ""
+    audit_file: str = ""
 
 
 class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -80,6 +80,12 @@ class MapRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slot: str
 
 
+class CallerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Say who one is, for an order that is about to be given."""
+
+    op: str
+
+
 class WitnessRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Offer to answer questions about the process of a session."""
 
@@ -112,12 +118,22 @@ class Owner(Protocol):
         """End, and leave everything to another agent; InvalidInput if this is a service."""
 
 
+class Admits(Protocol):
+    """What the identity socket needs of those who give orders."""
+
+    def admit(self, uid: int, pid: int) -> str:
+        """Give a token to a process of a user, or raise StoreDenied."""
+
+    def dismiss(self, token: str) -> None:
+        """The connection has ended."""
+
+
 class IdentityServer:
     """Listens on the identity socket within the agent's event loop."""
 
-    def __init__(self, path: str, owner: Owner) -> None:
+    def __init__(self, path: str, owner: Owner, callers: Admits) -> None:
         self._path = path
-        self._owner = owner
+        self._owner, self._callers = owner, callers
         self._tasks: set[asyncio.Task[None]] = set()
         self._sock: socket.socket | None = None
         self._stopped = False
@@ -170,7 +186,7 @@ class IdentityServer:
 
     async def _serve(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        token = ""
+        token = caller = ""
         try:
             pid, uid, _ = peer_of(sock)
             while True:
@@ -179,10 +195,11 @@ class IdentityServer:
                 if not data:
                     return
                 try:
-                    if uid != os.geteuid():
-                        raise StoreDenied(f"this agent serves user {os.geteuid()}, not user {uid}")
-                    reply = self._answer(data, sock, pid, token)
+                    reply = self._answer(data, sock, pid, uid, token)
                     token = reply.token
+                    if reply.caller:
+                        self._callers.dismiss(caller)
+                        caller = reply.caller
                 except CkptsvcError as error:
                     reply = _refusal(error.code, error.what, error.hint)
                 except OSError as error:  # no descriptors, no memory
@@ -205,11 +222,19 @@ class IdentityServer:
             sock.close()
             if token and not self._stopped:
                 self._owner.unregister(token)
+            if caller:
+                self._callers.dismiss(caller)
 
-    def _answer(self, data: bytes, sock: socket.socket, pid: int, token: str) -> _Reply:
+    def _answer(self, data: bytes, sock: socket.socket, pid: int, uid: int, token: str) -> _Reply:
         try:
             op = msgspec.json.decode(data, type=dict).get("op")
             wanted: Registration | MapRequest | WitnessRequest | YieldRequest
+            if op == "caller":
+                msgspec.json.decode(data, type=CallerRequest)
+                caller = self._callers.admit(uid, pid)
+                return _Reply({"ok": True, "token": caller}, caller=caller)
+            if uid != os.geteuid():
+                raise StoreDenied(f"this agent serves user {os.geteuid()}, not user {uid}")
             if op == "register" and not token:
                 wanted = msgspec.json.decode(data, type=Registration)
             elif op == "map" and token:
@@ -241,6 +266,7 @@ class _Reply(NamedTuple):
     fields: dict[str, object]
     fd: int = -1
     token: str = ""  # of the session that this connection has
+    caller: str = ""  # the token of one who gives orders
     witness: Witness | None = None
 
 

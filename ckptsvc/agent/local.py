@@ -10,6 +10,7 @@ from typing import Any
 from ckptsvc.agent import reports
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.sessions import LocalJob, Session
+from ckptsvc.agent.standing import StandingOrders
 from ckptsvc.agent.uplink import LocalUplink, RemoteUplink, Uplink
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.restart import launched_as
@@ -53,6 +54,7 @@ class Local:
         domain: this node's failure domain.
         most_jobs, most_ranks: that this agent takes in at a time.
         traces: where spans go.
+        standing: orders of people that outlive this agent.
     """
 
     def __init__(self, name: str, pool: ArenaPool, metrics: Metrics, shell: CoordinatorShell, trust: Trust) -> None:
@@ -71,6 +73,7 @@ class Local:
         self.address = self.domain = ""
         self.most_jobs, self.most_ranks = MOST_JOBS, MOST_RANKS
         self.traces = Traces()
+        self.standing = StandingOrders()
         self._shell, self._trust = shell, trust
         self._uplinks: dict[str, Uplink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -112,7 +115,10 @@ class Local:
 
     def hello(self, job: str = "", term: int = 0) -> pb.AgentHello:
         """What this agent says of itself to a coordinator; job and term are of an elected one."""
-        return pb.AgentHello(node=self.name, job=job, term=term, address=self.address, domain=self.domain)
+        vacating = bool(self.standing.vacated)
+        return pb.AgentHello(
+            node=self.name, job=job, term=term, address=self.address, domain=self.domain, vacating=vacating
+        )
 
     def dial(self, hello: pb.AgentHello, address: str, on_order: Callable[[pb.Order], None], way: str) -> RemoteUplink:
         """Connect to the coordinator at an address, for the jobs of that way."""
@@ -131,6 +137,10 @@ class Local:
     def cores(self) -> list[Coordinator]:
         """The coordinators in this process."""
         return [shell.core for shell in (self._shell, *self.leading())]
+
+    def own_cores(self) -> list[Coordinator]:
+        """That of them that was not elected."""
+        return [self._shell.core]
 
     def saving(self, job: str) -> bool:
         """Whether a coordinator in this process has saves of the job in progress: it needs the job's worker."""
@@ -152,6 +162,9 @@ class Local:
     def resync(self, coordinator: str) -> Iterator[pb.Report]:
         """Everything a coordinator that knows nothing must hear of this node."""
         yield from self.launchers(coordinator)
+        for job in self.jobs.values():
+            if job.coordinator == coordinator:
+                yield from self.standing.report(job.name)
         for session in self.sessions.values():
             reg = session.reg
             job, attempt = self.jobs[reg.job], self.jobs[reg.job].attempt(reg.attempt)

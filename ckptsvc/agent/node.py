@@ -29,7 +29,7 @@ from ckptsvc.agent.workers import Workers
 from ckptsvc.control.pace import PROGRESS_EVERY, progress_every
 from ckptsvc.control.restart import launched_as
 from ckptsvc.control.runs import ranks_of
-from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput, LimitReached
+from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput, LimitReached, NodeUnfit
 from ckptsvc.pipeline.arena import State
 from ckptsvc.quantities import ALL, Limit
 from ckptsvc.rpc.v1 import agent_pb2
@@ -67,6 +67,7 @@ class Node:
         watch_order: what to do with an order about ranks that hang.
         partner_order: what to do with an order about what other nodes hold.
         on_yield: another agent, a service, wants to take over; None: this one is a service.
+        people_order: what to do with an order that answers, or comes from, a person.
         on_filling: a rank has begun, or ended, to copy into an arena.
     """
 
@@ -92,6 +93,7 @@ class Node:
         self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self.partner_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self.on_yield: Callable[[], None] | None = None
+        self.people_order: Callable[[pb.Order], None] = lambda order: None
         self.on_filling: Callable[[], None] = lambda: None
         self._local, self._workers = local, workers
         self.stops = Stops(local, margin)
@@ -119,8 +121,10 @@ class Node:
                 over = self._local.jobs[registration.job].attempt(other.reg.attempt)
                 over.refused = Fenced(f"attempt {other.reg.attempt} is over; attempt {registration.attempt} runs")
                 over.wake()
+        self._check_vacated(registration)
         job = self._local.job(registration.job, registration.coordinator, registration.store)
         session = Session.open(registration, pid)
+        self._local.standing.apply(session)
         self._local.sessions[session.token] = session
         attempt = job.attempt(registration.attempt)
         attempt.epoch = max(attempt.epoch, registration.epoch)
@@ -129,6 +133,8 @@ class Node:
         self._local.metrics.sessions.set(len(self._local.sessions))
         log(logger, logging.INFO, Event.RANK_REGISTERED, "rank %d registered, process %d", registration.rank, pid,
             job=registration.job, attempt=registration.attempt, rank=registration.rank)  # fmt: skip
+        for report in self._local.standing.report(job.name):
+            self._local.report(job, report)
         self._local.report(job, reports.joined(self._local.name, registration, registration.epoch))
         return session.token, self._local.name, session.page_fd_copy()
 
@@ -148,6 +154,13 @@ class Node:
             if len(local.jobs) < local.most_jobs:
                 return
         raise LimitReached(f"this agent has {local.most_jobs} jobs already", hint=_FEWER)
+
+    def _check_vacated(self, registration: Registration) -> None:
+        """Refuse a new job on a node that is being drained; launchers are asked for themselves (agent.launches)."""
+        vacated = self._local.standing.vacated
+        is_new = registration.job not in self._local.jobs and not registration.attempt and not registration.epoch
+        if vacated and is_new:
+            raise NodeUnfit(f"this node takes no new jobs: {vacated}", hint="`ckptsvc undrain` lets it take them again")
 
     def unregister(self, token: str) -> None:
         """The identity connection has ended: the rank is ending, or has closed its session."""
@@ -269,6 +282,9 @@ class Node:
         if kind in ("start", "stop", "end"):
             self.launch_order(order)
             return
+        if kind in ("answered", "vacate"):
+            self.people_order(order)
+            return
         job = self._local.jobs.get(order.job)
         if job is None or kind is None:
             return
@@ -283,6 +299,11 @@ class Node:
             for session in self._local.sessions.values():
                 if session.reg.job == job.name and session.reg.attempt == effect.attempt:
                     session.page.put(kind, effect.step)
+        elif kind == "pausing":
+            self._local.standing.take(effect)
+            for session in self._local.sessions.values():
+                if session.reg.job == job.name:
+                    self._local.standing.apply(session)
         elif kind == "save_ended":
             self.saves.ended(job, effect.outcome)
         elif kind == "snapshot_complete":
@@ -377,6 +398,7 @@ class Node:
         self.twins.forget(job.name)
         self._local.metrics.forget(job.name)
         del self._local.jobs[job.name]
+        self._local.standing.forget(job.name)
         self._local.spawn(self._let_go(job))
 
     def _remove_unclaimed(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import (
     AllotEpoch,
     Answer,
+    Audit,
     Commit,
     CommitDone,
     Decision,
@@ -39,7 +41,6 @@ from ckptsvc.control.effects import (
     Restarted,
     Resumed,
     Send,
-    Strike,
 )
 from ckptsvc.control.health import Policy
 from ckptsvc.control.nodes import Node
@@ -97,10 +98,13 @@ class CoordinatorShell:
         metrics: where incidents and restarts are counted; None: nowhere.
         partners: what nodes keep for each other.
         traces: where spans go; None: nowhere.
+        node: the one that this is on, if no other coordinator can be elected.
 
     Attributes:
         incidents: the latest, by job and id, oldest first.
         on_incident: called with every incident, and again whenever there is more to say of it.
+        on_audit: called with what has become of an order of a person.
+        on_deleted: called with a job, its store, and the names of checkpoints that retention has deleted.
         dropped: effects that came too late.
     """
 
@@ -118,13 +122,16 @@ class CoordinatorShell:
         metrics: Metrics | None = None,
         partners: PartnerPolicy | None = None,
         traces: Traces | None = None,
+        node: str = "",
     ) -> None:
         self.core = Coordinator(
             save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2), draining=draining or Draining(),
-            partners=partners or PartnerPolicy(),
+            partners=partners or PartnerPolicy(), node=node,
         )  # fmt: skip
         self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
         self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
+        self.on_audit: Callable[[Audit], None] = lambda effect: None
+        self.on_deleted: Callable[[str, str, list[str]], None] = lambda job, store, names: None
         self.term, self.dropped = term, 0
         self._state = state
         self._listing, self._ringing = asyncio.Lock(), asyncio.Semaphore(RINGS)
@@ -216,6 +223,8 @@ class CoordinatorShell:
                     deliver(effect.order)
             elif isinstance(effect, Record):
                 self._record(effect.incident)
+            elif isinstance(effect, Audit):
+                self.on_audit(effect)
             elif isinstance(effect, Restarted):
                 if self._metrics is not None:
                     self._metrics.restarts.labels(effect.cause).inc()
@@ -263,11 +272,15 @@ class CoordinatorShell:
             if answer is not None:
                 self._execute(self.core.probed(Probed(effect.job, effect.node, answer), time.monotonic()))
         elif isinstance(effect, ReadNodes):
-            self._execute(self.core.nodes_read(NodesRead(await self._read_nodes()), time.monotonic()))
+            self._execute(self.core.nodes_read(await self._read_nodes(), time.monotonic()))
         elif isinstance(effect, KeepNodes):
             at = time.time()
             entries = {n: {"score": s, "at": at - age, "why": why} for n, (s, age, why) in effect.strikes.items()}
-            await self._list_nodes("keep_nodes", nodes=entries)
+            words = {
+                n: {"excluded": bad, "at": at - age, "until": at + left if left < math.inf else 0.0, "why": why}
+                for n, (bad, age, left, why) in effect.words.items()
+            }
+            await self._list_nodes("keep_nodes", nodes=entries, words=words)
         elif isinstance(effect, Drain):
             await drain(effect.node, effect.reason, enabled=self._drains)
         else:
@@ -302,10 +315,14 @@ class CoordinatorShell:
         self.dropped += 1
         log.warning("term %d: not done, the lease may have ended: %s", self.term, type(effect).__name__)
 
-    async def _read_nodes(self) -> dict[str, Strike]:
-        at = time.time()
-        found = (await self._list_nodes("read_nodes")).get("nodes", {})
-        return {n: (e["score"], max(at - e["at"], 0.0), e["why"]) for n, e in found.items()}
+    async def _read_nodes(self) -> NodesRead:
+        at, found = time.time(), await self._list_nodes("read_nodes")
+        strikes = {n: (e["score"], max(at - e["at"], 0.0), e["why"]) for n, e in found.get("nodes", {}).items()}
+        words = {
+            n: (w["excluded"], max(at - w["at"], 0.0), w["until"] - at if w["until"] else math.inf, w["why"])
+            for n, w in found.get("words", {}).items()
+        }
+        return NodesRead(strikes, words)
 
     async def _list_nodes(self, op: str, **args: Any) -> dict[str, Any]:
         """Read or write the list of nodes that have failed, in a process of its own; {} where that fails."""
@@ -398,6 +415,7 @@ class CoordinatorShell:
         if done["gone"]:
             telemetry.log(log, logging.INFO, Event.CHECKPOINT_DELETED, "removed %s: %d objects",
                 ", ".join(done["gone"]), done["objects"], job=effect.job)  # fmt: skip
+            self.on_deleted(effect.job, effect.store, done["gone"])
             if self._metrics is not None:
                 self._metrics.deleted_checkpoints.inc(len(done["gone"]))
 

@@ -30,6 +30,8 @@ from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
 from ckptsvc.agent import handover, nodelist
+from ckptsvc.agent.audit import AuditLog, audit_path
+from ckptsvc.agent.callers import Callers, RoleGate
 from ckptsvc.agent.coordination import Elections, login_of
 from ckptsvc.agent.http_access import http_token
 from ckptsvc.agent.identity import IdentityServer
@@ -43,17 +45,19 @@ from ckptsvc.agent.malformed import keep_quiet
 from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import OVERDUE, Node
 from ckptsvc.agent.notify import Notifier
+from ckptsvc.agent.orders import Orders
 from ckptsvc.agent.page import Site
 from ckptsvc.agent.partners import Partners
 from ckptsvc.agent.recent import Recent
 from ckptsvc.agent.reload import reload
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
+from ckptsvc.agent.standing import StandingOrders
 from ckptsvc.agent.status import status_of
 from ckptsvc.agent.tenancy import Tenancy
 from ckptsvc.agent.watch import Watch, limits_of
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import agents_directory, load, private_directory, user_name
+from ckptsvc.config import agents_directory, load, private_directory
 from ckptsvc.control.health import Policy
 from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.tiering import Draining
@@ -61,6 +65,7 @@ from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigEr
 from ckptsvc.launch.domain import domain_of
 from ckptsvc.pipeline.arena import ArenaPool, State
 from ckptsvc.quantities import Address, parse_duration
+from ckptsvc.rpc.accounts import user_name
 from ckptsvc.rpc.channel import BETWEEN, LOCAL, MAX_CALLS, OPTIONS, SERVER_KEEPALIVE
 from ckptsvc.rpc.dial import LOCK, sockets
 from ckptsvc.rpc.etcd import parse_url
@@ -226,7 +231,7 @@ class Agent:
         """What this user's agents know each other by; without certificates, they are all on this host."""
         settings = self._options.settings
         if settings.tls.is_set:
-            tls = settings.tls.of(user_name())
+            tls = settings.tls.of(user_name(os.geteuid()))
             return ByCertificate(tls.ca_file, tls.cert_file, tls.key_file, self.metrics.certificate_expiry.set)
         require_loopback(settings.agent.listen.host, f"agent.listen is {settings.agent.listen}")
         return BySecret(shared_secret(agents_directory(settings, os.environ)))
@@ -239,8 +244,11 @@ class Agent:
         tiers = settings.tiers
         shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act,
             drains=settings.scheduler.drain, draining=Draining(tiers.durable_every, tiers.durable_backlog),
-            metrics=self.metrics, partners=_partners(tiers), traces=self.traces)  # fmt: skip
+            metrics=self.metrics, partners=_partners(tiers), traces=self.traces,
+            node="" if term else self.node_name)  # fmt: skip
         shell.on_incident = lambda incident: self._on_incident(incident)
+        shell.on_audit = lambda effect: self.orders.decided(effect)
+        shell.on_deleted = lambda job, store, names: self.orders.deleted(job, store, names)
         return shell
 
     def _shell_of(self, job: str, term: int) -> CoordinatorShell:
@@ -256,6 +264,7 @@ class Agent:
         settings = self._options.settings
         self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.trust)
         self.local.traces = self.traces
+        self.local.standing = StandingOrders(self._options.directory / "orders.json")
         linger = 600.0 if self._options.linger is None else self._options.linger
         if settings.tiers.local:
             self.tier = LocalTier(self.local, self.workers, settings.tiers, self._tag, OVERDUE * settings.save.timeout)
@@ -286,7 +295,19 @@ class Agent:
         self.watch = Watch(self.local, limits_of(settings.health), enabled=enabled, nics=self.nics.sentences)
         self.watch.log_of = self.launches.log_of
         self.node.watch_order = self.watch.order
+        self.callers = Callers(settings.system.operators)
+        self.orders = Orders(self.local, self.launches, self._audit_log())
+        self.node.people_order = self.orders.on_order
+        self.callers.on_stranger = self.orders.stranger
         self._keep_incidents()
+
+    def _audit_log(self) -> AuditLog:
+        """Where it is taken down who has ordered what."""
+        try:
+            return AuditLog(audit_path(self._options.settings, os.environ))
+        except ConfigError as error:
+            logger.warning("no audit log is kept: %s", error)
+            return AuditLog(None)
 
     def _terminated(self) -> None:
         """Stop; but an agent that a job has started, when its ranks are there, lets them save first.
@@ -349,8 +370,10 @@ class Agent:
         settings = self._where
         stack.push_async_callback(asyncio.to_thread, self.traces.close)
         grpc_path, identity_path = sockets(self._options.directory)
-        local = grpc.aio.server(options=LOCAL, maximum_concurrent_rpcs=MAX_CALLS)
-        agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
+        gate_of_roles = RoleGate(self.callers, self.orders.refused)
+        local = grpc.aio.server(interceptors=[gate_of_roles], options=LOCAL, maximum_concurrent_rpcs=MAX_CALLS)
+        servicer = AgentServicer(self.node, self.launches, lambda: status_of(self), self.callers, self.orders)
+        agent_pb2_grpc_add(servicer, local)
         name = agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name
         checks = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checks, local)
@@ -359,16 +382,16 @@ class Agent:
         reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), local)
         # The other port is open to every user of the host, or of the network: no stranger is told anything there.
         gate = self.trust.gate(self.metrics.calls_refused.inc)
-        between = grpc.aio.server(interceptors=[gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
-        servicer = CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer)
-        coordinator_pb2_grpc_add(servicer, between)
+        roles = RoleGate(None, lambda caller, method: self.metrics.calls_refused.inc())
+        between = grpc.aio.server(interceptors=[roles, gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
+        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer), between)
         port, host = self.trust.open_port(between, settings.listen)
         self.address = self.local.address = str(Address(host, port))
         gate.address = self.trust.spelled(self.address)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(grpc_path)
         local.add_insecure_port(f"unix:{grpc_path}")
-        identity = IdentityServer(identity_path, self.node)
+        identity = IdentityServer(identity_path, self.node, self.callers)
         if settings.metrics_listen is not None:
             token = http_token(self._options.settings, os.environ)
             site = Site(lambda: status_of(self), self.metrics.registry, self.recent, token, self.trust.certificates)

@@ -272,11 +272,13 @@ class Worker(LocalCopies):
 
     def do_read_nodes(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """The list of nodes that have failed."""
-        return {"nodes": msgspec.to_builtins(nodelist.read(Path(args["directory"])))}
+        found = nodelist.read(Path(args["directory"]))
+        return {"nodes": msgspec.to_builtins(found.nodes), "words": msgspec.to_builtins(found.words)}
 
     def do_keep_nodes(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Keep the list of nodes that have failed."""
-        nodelist.keep(Path(args["directory"]), msgspec.convert(args["nodes"], dict[str, nodelist.Entry]))
+        words = msgspec.convert(args["words"], dict[str, nodelist.Word])
+        nodelist.keep(Path(args["directory"]), msgspec.convert(args["nodes"], dict[str, nodelist.Entry]), words)
         return {}
 
 

@@ -172,7 +172,7 @@ class Session:
             or self._stop_now
             or not self._snapshots.arranged
         ):
-            self._attend(bool(due))
+            self._attend(bool(due) and not page.is_paused(self.steps_done))
 
     def phase(self, name: str) -> Inside:
         """Declare something that is not a training step: `with run.phase("evaluation"):`.

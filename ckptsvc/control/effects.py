@@ -85,6 +85,10 @@ class Probe:
 Strike = tuple[float, float, str]
 """What a node has against it in a list that outlives the coordinator: weight, its age in seconds, the last reason."""
 
+Word = tuple[bool, float, float, str]
+"""What a person has said of a node in that list: whether it is excluded, how long ago that was, seconds until it ends
+(infinite: it does not), why."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReadNodes:
@@ -93,9 +97,10 @@ class ReadNodes:
 
 @dataclass(frozen=True, slots=True)
 class KeepNodes:
-    """Keep the list of nodes that have failed."""
+    """Keep the list of nodes that have failed, or that somebody has excluded or included."""
 
     strikes: dict[str, Strike]
+    words: dict[str, Word] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +137,17 @@ class Resumed:
     times: tuple[float, ...]
 
 
-Effect = Send | AllotEpoch | Commit | Lookup | Record | Probe | ReadNodes | KeepNodes | Drain | Restarted | Resumed
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """An order of a person has been carried out, or refused: take it down."""
+
+    asked: pb.Asked
+    outcome: pb.Answered
+
+
+Effect = (
+    Send | AllotEpoch | Commit | Lookup | Record | Probe | ReadNodes | KeepNodes | Drain | Restarted | Resumed | Audit
+)
 
 
 @dataclass(slots=True)
@@ -185,6 +200,7 @@ class NodesRead:
     """Outcome of `ReadNodes`."""
 
     strikes: dict[str, Strike]
+    words: dict[str, Word] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

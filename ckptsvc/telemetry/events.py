@@ -49,6 +49,9 @@ class Event(StrEnum):
     INCIDENT_KEPT = "incident-kept"
     PARTNER_KEPT = "partner-kept"
     PARTNER_FAILED = "partner-failed"
+    VERB_ASKED = "verb-asked"
+    VERB_REFUSED = "verb-refused"
+    AUDIT_FAILED = "audit-failed"
 
 
 class Fields(TypedDict, total=False):

@@ -75,6 +75,8 @@ class Cause(StrEnum):
     HUNG = "hung"
     NODE_LOST = "node-lost"
     GROWN = "grown"
+    ASKED = "asked"
+    DRAINED = "drained"
 
 
 class Detection(StrEnum):

@@ -21,6 +21,36 @@ OUTCOME_SKIPPED: Outcome
 OUTCOME_FENCED: Outcome
 OUTCOME_LOCAL: Outcome
 
+class VerbRequest(_message.Message):
+    __slots__ = ("job", "node", "reason", "seconds", "no_wait")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NO_WAIT_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    node: str
+    reason: str
+    seconds: float
+    no_wait: bool
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., reason: _Optional[str] = ..., seconds: _Optional[float] = ..., no_wait: bool = ...) -> None: ...
+
+class VerbResponse(_message.Message):
+    __slots__ = ("done", "what", "left", "step", "bytes", "seconds")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    done: bool
+    what: _containers.RepeatedScalarFieldContainer[str]
+    left: _containers.RepeatedScalarFieldContainer[str]
+    step: int
+    bytes: int
+    seconds: float
+    def __init__(self, done: bool = ..., what: _Optional[_Iterable[str]] = ..., left: _Optional[_Iterable[str]] = ..., step: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class PrepareRequest(_message.Message):
     __slots__ = ("plain_digest", "generation")
     PLAIN_DIGEST_FIELD_NUMBER: _ClassVar[int]
