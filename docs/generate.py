@@ -132,7 +132,7 @@ use of a name does.
 
 def python() -> str:
     """What `import ckptsvc` offers."""
-    from ckptsvc.client.session import StopTraining  # torch
+    from ckptsvc.client.signals import StopTraining  # torch
 
     parts = [MADE.format("the docstrings of what ckptsvc/__init__.py offers"), _PYTHON]
     offered = {name: getattr(ckptsvc, name) for name in ckptsvc._HOMES}

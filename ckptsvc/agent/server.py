@@ -51,7 +51,7 @@ from ckptsvc.agent.partners import Partners
 from ckptsvc.agent.recent import Recent
 from ckptsvc.agent.reload import reload
 from ckptsvc.agent.runner import CoordinatorShell
-from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
+from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer, add_agent_service, add_coordinator_service
 from ckptsvc.agent.standing import StandingOrders
 from ckptsvc.agent.status import status_of
 from ckptsvc.agent.tenancy import Tenancy
@@ -160,22 +160,11 @@ class Agent:
         directory = self._options.directory
         private_directory(directory)
         self.trust = self._trust()
-        handed = handover.received(os.environ, directory / LOCK)
-        if handed is not None:
-            self._where = handed.listening(self._where)
-        lock = handed.lock if handed else os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        await handover.own(lock, directory, is_service=self._options.linger is None)
-        (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
+        lock = await self._lock(directory)
         left = self.pool.open()
         self._build()
         copies = await self.tier.open() if self.tier else []
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self._stopping.set)
-        loop.add_signal_handler(signal.SIGTERM, self._terminated)
-        loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
-        loop.add_signal_handler(handover.SIGNAL, lambda: self.local.spawn(self._make_way()))
-        if not sys.stderr.isatty():  # a terminal that goes takes what runs in its foreground along
-            loop.add_signal_handler(signal.SIGHUP, lambda: self.local.spawn(self._read_again()))
+        self._obey_signals()
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             if self._etcd:
@@ -214,6 +203,25 @@ class Agent:
         if self._makes_way:
             handover.succeed(handover.Handed(lock, self.address, self.metrics_address))
         os.close(lock)
+
+    async def _lock(self, directory: Path) -> int:
+        """The lock of the directory: taken, or received from a predecessor."""
+        handed = handover.received(os.environ, directory / LOCK)
+        if handed is not None:
+            self._where = handed.listening(self._where)
+        lock = handed.lock if handed else os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        await handover.own(lock, directory, is_service=self._options.linger is None)
+        (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
+        return lock
+
+    def _obey_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._stopping.set)
+        loop.add_signal_handler(signal.SIGTERM, self._terminated)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
+        loop.add_signal_handler(handover.SIGNAL, lambda: self.local.spawn(self._make_way()))
+        if not sys.stderr.isatty():  # a terminal that goes takes what runs in its foreground along
+            loop.add_signal_handler(signal.SIGHUP, lambda: self.local.spawn(self._read_again()))
 
     def _lasting(self) -> Iterator[Coroutine[Any, Any, None]]:
         """What runs from the agent's beginning to its end."""
@@ -373,7 +381,7 @@ class Agent:
         gate_of_roles = RoleGate(self.callers, self.orders.refused)
         local = grpc.aio.server(interceptors=[gate_of_roles], options=LOCAL, maximum_concurrent_rpcs=MAX_CALLS)
         servicer = AgentServicer(self.node, self.launches, lambda: status_of(self), self.callers, self.orders)
-        agent_pb2_grpc_add(servicer, local)
+        add_agent_service(servicer, local)
         name = agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name
         checks = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checks, local)
@@ -384,7 +392,7 @@ class Agent:
         gate = self.trust.gate(self.metrics.calls_refused.inc)
         roles = RoleGate(None, lambda caller, method: self.metrics.calls_refused.inc())
         between = grpc.aio.server(interceptors=[roles, gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
-        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer), between)
+        add_coordinator_service(CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer), between)
         port, host = self.trust.open_port(between, settings.listen)
         self.address = self.local.address = str(Address(host, port))
         gate.address = self.trust.spelled(self.address)
@@ -423,20 +431,6 @@ class Agent:
 
 def _partners(settings: TierSettings) -> PartnerPolicy:
     return PartnerPolicy(settings.partner, settings.group, settings.partner_every, settings.rebuild)
-
-
-def agent_pb2_grpc_add(servicer: AgentServicer, server: Any) -> None:
-    """Register the servicer (the generated function is untyped)."""
-    from ckptsvc.rpc.v1 import agent_pb2_grpc
-
-    agent_pb2_grpc.add_AgentServiceServicer_to_server(servicer, server)
-
-
-def coordinator_pb2_grpc_add(servicer: CoordinatorServicer, server: Any) -> None:
-    """Register the servicer (the generated function is untyped)."""
-    from ckptsvc.rpc.v1 import coordinator_pb2_grpc
-
-    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server)
 
 
 async def serve(options: Options) -> None:

@@ -288,3 +288,13 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             await context.abort(*trailers_of(error))
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "a measurement takes less")
+
+
+def add_agent_service(servicer: AgentServicer, server: Any) -> None:
+    """Register the servicer (the generated function is untyped)."""
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(servicer, server)
+
+
+def add_coordinator_service(servicer: CoordinatorServicer, server: Any) -> None:
+    """Register the servicer (the generated function is untyped)."""
+    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server)

@@ -99,15 +99,19 @@ def command(
         from ckptsvc.cli.status_watch import watch  # rich takes its time
 
         return watch(lambda: _answers(where, job), WATCH_EVERY)
+    return _print(where, job, as_json, again=watching)
+
+
+def _print(where: Path | None, job: str | None, as_json: bool, *, again: bool) -> int:
     while True:
         try:
             status = _look(where, job, as_json)
         except (AgentUnavailable, NotFound) as error:
-            if not watching:
+            if not again:
                 raise
             note(error.what)
             status = 0
-        if not watching:
+        if not again:
             return status
         time.sleep(WATCH_EVERY)
 

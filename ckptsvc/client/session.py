@@ -27,12 +27,11 @@ from ckptsvc.client.link import AgentLink
 from ckptsvc.client.phases import FIRST_STEP, STEP, Inside, Phases
 from ckptsvc.client.restore import restore
 from ckptsvc.client.session_view import session_view
-from ckptsvc.client.signals import StopSignals
+from ckptsvc.client.signals import StopSignals, StopTraining
 from ckptsvc.client.snapshots import Snapshots
 from ckptsvc.client.state import StateTree, optimizers_in
 from ckptsvc.config import load
 from ckptsvc.errors import (
-    EXIT_STATUS,
     AgentUnavailable,
     CkptsvcError,
     ConfigError,
@@ -61,14 +60,6 @@ RECONNECT_EVERY = 0.5
 
 PRIVATE_LINGER = "20s"
 """How long a private agent stays after its last rank has gone and its last save has ended."""
-
-
-class StopTraining(SystemExit):
-    """Raised by `step` when the job was asked to stop, after a last save has committed."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(EXIT_STATUS["interrupted"])
-        self.reason = reason
 
 
 def attach(

@@ -143,15 +143,7 @@ class Snapshots:
             plan = self._plan_for(capture, step)
             offer = self._link.acquire(step, plan.template.total(len(objects)), patience)
             slot = offer.slot
-            info = ShardInfo(
-                run=self._url,
-                job=self._place.job,
-                step=step,
-                epoch=offer.epoch,
-                attempt=self._place.attempt,
-                rank=self._group.rank,
-                world_size=self._group.size,
-            )
+            info = self._info(step, offer.epoch)
             arena = self._link.arena(slot)
             failpoint("before_copy")
             nbytes, finish = plan.write(capture, arena.view, slot, info, objects, overlap=self.overlap)
@@ -186,6 +178,17 @@ class Snapshots:
         self._told = False
         if not self.overlap:
             self._tell()
+
+    def _info(self, step: int, epoch: int) -> ShardInfo:
+        return ShardInfo(
+            run=self._url,
+            job=self._place.job,
+            step=step,
+            epoch=epoch,
+            attempt=self._place.attempt,
+            rank=self._group.rank,
+            world_size=self._group.size,
+        )
 
     def fence(self, *_: Any) -> None:
         """Wait until the copy that runs beside the training is done: the state is about to change."""
