@@ -44,7 +44,7 @@ def _margin(agent: Agent, settings: Settings) -> None:
 
 
 CHANGES: dict[str, Callable[[Agent, Settings], None]] = {
-    "agent.log_level": lambda agent, settings: set_log_level(settings.agent.log_level),
+    "log.level": lambda agent, settings: set_log_level(settings.log.level),
     "arena.limit": _arena_limit,
     "arena.slots": _slots,
     "store.max_write_rate": lambda agent, settings: None,  # Workers.use
@@ -73,6 +73,9 @@ async def reload(agent: Agent, read: Callable[[], Settings], before: Settings) -
     for key in keys:
         if key in CHANGES:
             CHANGES[key](agent, after)
+    if agent.tenancy is not None:
+        memory = agent.pool.limit if "arena.limit" in keys else None
+        agent.tenancy.settings_changed(memory, agent.workers.max_write_rate)
     log(logger, logging.INFO, Event.SETTINGS_READ, "settings read again: %s", sentence(keys), node=agent.node_name)
     return after
 

@@ -203,13 +203,31 @@ class ArenaPool:
                 self.remove(arena)
         return count - sum(1 for a in self.of(job, rank) if a.capacity >= nbytes)
 
-    def make(self, job: str, rank: int, nbytes: int, *, guest: bool = False) -> tuple[Arena, int]:
+    def is_beyond(self, job: str, nbytes: int, most: int) -> bool:
+        """Whether one more arena would take a job's own beyond so many bytes."""
+        return (
+            sum(a.capacity + TAIL for a in self.arenas.values() if a.job == job and not a.guest) + _size(nbytes) > most
+        )
+
+    def make(
+        self, job: str, rank: int, nbytes: int, most: int | None = None, *, guest: bool = False
+    ) -> tuple[Arena, int]:
         """Reserve one more arena of at least `nbytes` bytes; `populate` must follow, with the descriptor returned.
 
+        Args:
+            job: whose it is.
+            rank: whose in that.
+            nbytes: what it is for.
+            most: bytes that the job's arenas may take; None: the pool's limit is the only one.
+            guest: it is for what belongs to another node.
+
         Raises:
-            ArenaExhausted: the limit does not allow it.
+            ArenaExhausted: a limit does not allow it.
         """
-        size = -(-(max(nbytes, 1) + TAIL) // HUGE_PAGE) * HUGE_PAGE
+        size = _size(nbytes)
+        if most is not None and self.is_beyond(job, nbytes, most):
+            raise ArenaExhausted(f"an arena of {size >> 20} MiB takes the job beyond its share, {most >> 20} MiB",
+                hint="raise arena.job_limit or arena.limit, or run fewer jobs on a node")  # fmt: skip
         if self.total + size > self.limit:
             taken = f"{self.total >> 20} of {self.limit >> 20} MiB are taken"
             raise ArenaExhausted(
@@ -309,6 +327,11 @@ class ArenaPool:
         self.arenas.pop(arena.name, None)
         self.on_given_up(arena)
         self.on_removed(arena)
+
+
+def _size(nbytes: int) -> int:
+    """Bytes of an arena that is to hold so many."""
+    return -(-(max(nbytes, 1) + TAIL) // HUGE_PAGE) * HUGE_PAGE
 
 
 def filled_word(arena: memoryview) -> memoryview:
