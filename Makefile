@@ -14,7 +14,7 @@ STUBS := ckptsvc/rpc/v1
 
 .DEFAULT_GOAL := help
 .PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability test-page test-service \
-	deb lint types contracts proto proto-check check demo bench clean
+	deb lint types contracts proto proto-check check docs reference demo bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
@@ -107,6 +107,12 @@ proto-check: install ## the committed stubs are the ones that proto/ makes
 
 check: test lint types contracts proto-check ## everything that .ci/run does
 
+docs: install ## the site of the documentation, into site/; whatever is wrong with it is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+reference: install ## make the pages of docs/reference/ that are made from the code
+	$(BIN)/python docs/generate.py
+
 demo: install ## train, kill, recover, resume at other scales (ARGS="--keep DIR")
 	$(BIN)/ckptsvc demo $(ARGS)
 
@@ -114,5 +120,5 @@ bench: install ## measure save, restore and reshard here (ARGS="save --ranks 4")
 	$(BIN)/ckptsvc bench $(ARGS)
 
 clean: ## remove what was made here, except .venv
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -49,7 +49,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
         coordination: where agents elect the coordinators of their jobs, "etcd://host:port,host:port/prefix"; "" means
             that the agent whose address `ckptsvc run` was given coordinates.
         incidents_dir: where incidents are kept; "" means ckptsvc/incidents in $XDG_STATE_HOME (~/.local/state).
-        log_level: which lines the agent logs: these, and worse ones.
+        audit_file: where it is taken down who has ordered what; "" means ckptsvc/audit.jsonl there.
     """
 
     socket_dir: str = ""
@@ -60,7 +60,7 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     coordinator: Annotated[Address | None, parse_address_or_off] = None
     coordination: str = ""
     incidents_dir: str = ""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    audit_file: str = ""
 
 
 class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -254,7 +254,8 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         url: for example "file:///scratch/run7" or a bare path; "" means that the caller names one.
         retries: further attempts after a failure that may pass.
-        timeout: seconds one request may take.
+        timeout: seconds one request to an object store may take. (A call into a file system, or DAOS, cannot be ended:
+            where one hangs, `save.timeout` gives the save up.)
         options: for the drivers, a table for each scheme: [store.options.s3]; see storage_drivers/README.md. In the
             environment as one line of JSON or TOML: {"s3": {"region": "eu-west-1"}}.
         max_write_rate: bytes per second that a node may write to the store, all its jobs together, or "off".
@@ -277,6 +278,8 @@ class TierSettings(msgspec.Struct, frozen=True, kw_only=True):
         domain: this node's failure domain, a word that nodes share which may be lost together; "auto": its switch or
             chassis, where the scheduler or the node's name tells.
         partner_every: every how many snapshots.
+        replicas: with "copy": ranks put what they hold as replicas of the other node's state into the copy themselves,
+            when they take a snapshot: the network is spared, and the training waits for twice the bytes.
         partner_rate: bytes per second that this node reads from others for it; 0: as many as come.
         rebuild: how long a restore waits for what is rebuilt from parity before an older checkpoint has to do.
         local: a directory on a disk of each node, to which every snapshot is written first, or "off".
@@ -290,6 +293,7 @@ class TierSettings(msgspec.Struct, frozen=True, kw_only=True):
     group: Annotated[int, msgspec.Meta(ge=2, le=64)] = 4
     domain: str = "auto"
     partner_every: Annotated[int, msgspec.Meta(ge=1)] = 1
+    replicas: bool = False
     partner_rate: Annotated[int, parse_size] = 1 << 30
     rebuild: Annotated[float, parse_duration] = 60.0
     local: Annotated[str, parse_directory_or_off] = ""
@@ -336,6 +340,32 @@ class NicsSettings(msgspec.Struct, frozen=True, kw_only=True):
     root: str = "/"
 
 
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[log]: what agents, their workers, launchers and sessions write to standard error.
+
+    Attributes:
+        format: "text": lines for people; "json": one object a line.
+        level: which lines: these, and worse ones.
+    """
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class TraceSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[traces]: OpenTelemetry spans of saves and restarts; needs the extra `traces`.
+
+    Attributes:
+        endpoint: of a collector that speaks OTLP over gRPC, "http://host:4317" or "https://..."; "" means none.
+        ratio: the share of saves and restarts of which there are traces; the same ones on all nodes.
+        ca_file: certificates (PEM) of those who sign the collector's; "" means the system's.
+    """
+
+    endpoint: str = ""
+    ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    ca_file: str = ""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All settings, validated.
 
@@ -357,6 +387,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     nics: NicsSettings = NicsSettings()
     etcd: EtcdSettings = EtcdSettings()
     launch: LaunchSettings = LaunchSettings()
+    log: LogSettings = LogSettings()
+    traces: TraceSettings = TraceSettings()
     origin: dict[str, str] = {}
 
 
@@ -364,6 +396,8 @@ def problems(tiers: TierSettings) -> Iterator[tuple[str, str]]:
     """What is wrong with them together: key, and the rest of the sentence."""
     if tiers.partner == "rs" and tiers.group < 3:
         yield "tiers.group", f'is {tiers.group}; with tiers.partner = "rs", it takes 3 nodes to lose 2'
+    if tiers.replicas and (tiers.partner != "copy" or tiers.partner_every != 1):
+        yield "tiers.replicas", 'needs tiers.partner = "copy", and tiers.partner_every = 1'
     if 0 < tiers.partner_rate < SLOWEST_PARTNER:
         yield "tiers.partner_rate", f"is {tiers.partner_rate} bytes a second, less than 1 MiB and not 0"
     if not 0 <= tiers.rebuild <= LONGEST_REBUILD:

@@ -11,8 +11,9 @@ from ckptsvc.agent import reports
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
+from ckptsvc.agent.twins import Twins
 from ckptsvc.agent.workers import Workers
-from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied
+from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied, UnsupportedObject
 from ckptsvc.pipeline.arena import TAIL, Arena, State, populate
 from ckptsvc.quantities import ALL, Limit
 from ckptsvc.telemetry import Event, Skip, log
@@ -30,11 +31,13 @@ class Arenas:
         local: the agent's state.
         workers: the I/O workers.
         slots: arenas for each rank.
+        twins: which rank keeps a copy of which other's snapshot.
         job_limit: what those of one job may take.
     """
 
-    def __init__(self, local: Local, workers: Workers, slots: int, job_limit: Limit = ALL) -> None:
-        self._local, self._workers, self.slots, self._job_limit = local, workers, slots, job_limit
+    def __init__(self, local: Local, workers: Workers, slots: int, twins: Twins, job_limit: Limit = ALL) -> None:
+        self._local, self._workers, self._twins = local, workers, twins
+        self.slots, self._job_limit = slots, job_limit
         self._populating = asyncio.Semaphore(2)
         self._unmapping: set[asyncio.Task[None]] = set()
         local.pool.on_removed = self._removed
@@ -152,23 +155,27 @@ class Arenas:
                     raise error
                 await wait_for(session.arena_changed if epoch else attempt.changed, left)
         except (CkptsvcError, asyncio.CancelledError) as failure:
-            self._skip(job, reg, attempt.epoch, step, str(failure) or "the trainer did not wait for an arena")
+            late = isinstance(failure, ArenaExhausted | asyncio.CancelledError)
+            reason = Skip.NO_ARENA if late else Skip.NO_EPOCH
+            why = str(failure) or "the trainer did not wait for an arena"
+            self._skip(job, session, attempt.epoch, step, why, reason)
             raise
 
-    def abandon(self, token: str, slot: str, step: int, reason: str) -> None:
-        """A rank cannot take this snapshot."""
+    def abandon(self, token: str, slot: str, step: int, reason: str, code: str = "") -> None:
+        """A rank cannot take this snapshot; `code` is that of the error."""
         session = self._local.session(token)
         job = self._local.jobs[session.reg.job]
         epoch = job.attempt(session.reg.attempt).epoch
         arena = self._local.pool.arenas.get(slot)
         if arena and arena.state is State.FILLING and arena.holder == token:
             epoch = arena.epoch
-            self._local.pool.release(arena)
-        self._skip(job, session.reg, epoch, step, reason)
+        self.give_back(session)
+        kind = Skip.UNSUPPORTED if code == UnsupportedObject.code else Skip.FAILED
+        self._skip(job, session, epoch, step, reason, kind)
 
     def give_back(self, session: Session) -> None:
         """Free what a session was filling; it does not write there any more."""
-        for arena in self._local.pool.of(session.reg.job, session.reg.rank):
+        for arena in list(self._local.pool.arenas.values()):
             if arena.state is State.FILLING and arena.holder == session.token:
                 self._local.pool.release(arena)
 
@@ -178,11 +185,15 @@ class Arenas:
         arena = self._local.pool.arenas.get(slot)
         if arena is None or arena.job != session.reg.job:
             raise InvalidInput(f"there is no arena {slot!r} of job {session.reg.job}")
-        mode = os.O_RDWR if arena.rank == session.reg.rank and not arena.guest else os.O_RDONLY
+        mine = self._twins.of(session) if arena.guest else session.reg.rank
+        mode = os.O_RDWR if arena.rank == mine else os.O_RDONLY
         return os.open(arena.path, mode | os.O_CLOEXEC), arena.capacity + TAIL
 
-    def _skip(self, job: LocalJob, reg: Registration, epoch: int, step: int, why: str) -> None:
-        self._local.metrics.snapshots_skipped.labels(Skip.NO_ARENA).inc()
+    def _skip(self, job: LocalJob, session: Session, epoch: int, step: int, why: str, reason: Skip) -> None:
+        reg = session.reg
+        if session.skipped != (epoch, step):  # a rank that was refused an arena says that it cannot go on
+            session.skipped = (epoch, step)
+            self._local.metrics.snapshots_skipped.labels(reason).inc()
         log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "snapshot of step %d skipped: %s", step, why,
             job=reg.job, rank=reg.rank, step=step)  # fmt: skip
         report = reports.skipped(reg, epoch, step, why)

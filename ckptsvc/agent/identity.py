@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from ckptsvc.agent.witness import Witness
+from ckptsvc.config import LARGEST_EXTENT, PAGE
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.rpc.identity import MAX_PACKET, peer_of, send_answer
@@ -68,7 +69,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidInput("attempt, epoch, keep, every_steps or every_seconds is out of range")
         if not 0 <= self.ends < math.inf:
             raise InvalidInput("the time at which the job ends is out of range")
-        if not 4096 <= self.extent <= 64 << 20:
+        if not 0 < self.extent <= LARGEST_EXTENT or self.extent % PAGE:
             raise InvalidInput(f"an extent of {self.extent} bytes is impossible")
 
 
@@ -77,6 +78,12 @@ class MapRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     op: str
     slot: str
+
+
+class CallerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Say who one is, for an order that is about to be given."""
+
+    op: str
 
 
 class WitnessRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -111,12 +118,22 @@ class Owner(Protocol):
         """End, and leave everything to another agent; InvalidInput if this is a service."""
 
 
+class Admits(Protocol):
+    """What the identity socket needs of those who give orders."""
+
+    def admit(self, uid: int, pid: int) -> str:
+        """Give a token to a process of a user, or raise StoreDenied."""
+
+    def dismiss(self, token: str) -> None:
+        """The connection has ended."""
+
+
 class IdentityServer:
     """Listens on the identity socket within the agent's event loop."""
 
-    def __init__(self, path: str, owner: Owner) -> None:
+    def __init__(self, path: str, owner: Owner, callers: Admits) -> None:
         self._path = path
-        self._owner = owner
+        self._owner, self._callers = owner, callers
         self._tasks: set[asyncio.Task[None]] = set()
         self._sock: socket.socket | None = None
         self._stopped = False
@@ -169,7 +186,7 @@ class IdentityServer:
 
     async def _serve(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        token = ""
+        token = caller = ""
         try:
             pid, uid, _ = peer_of(sock)
             while True:
@@ -178,10 +195,11 @@ class IdentityServer:
                 if not data:
                     return
                 try:
-                    if uid != os.geteuid():
-                        raise StoreDenied(f"this agent serves user {os.geteuid()}, not user {uid}")
-                    reply = self._answer(data, sock, pid, token)
+                    reply = self._answer(data, sock, pid, uid, token)
                     token = reply.token
+                    if reply.caller:
+                        self._callers.dismiss(caller)
+                        caller = reply.caller
                 except CkptsvcError as error:
                     reply = _refusal(error.code, error.what, error.hint)
                 except OSError as error:  # no descriptors, no memory
@@ -204,11 +222,19 @@ class IdentityServer:
             sock.close()
             if token and not self._stopped:
                 self._owner.unregister(token)
+            if caller:
+                self._callers.dismiss(caller)
 
-    def _answer(self, data: bytes, sock: socket.socket, pid: int, token: str) -> _Reply:
+    def _answer(self, data: bytes, sock: socket.socket, pid: int, uid: int, token: str) -> _Reply:
         try:
             op = msgspec.json.decode(data, type=dict).get("op")
             wanted: Registration | MapRequest | WitnessRequest | YieldRequest
+            if op == "caller":
+                msgspec.json.decode(data, type=CallerRequest)
+                caller = self._callers.admit(uid, pid)
+                return _Reply({"ok": True, "token": caller}, caller=caller)
+            if uid != os.geteuid():
+                raise StoreDenied(f"this agent serves user {os.geteuid()}, not user {uid}")
             if op == "register" and not token:
                 wanted = msgspec.json.decode(data, type=Registration)
             elif op == "map" and token:
@@ -240,6 +266,7 @@ class _Reply(NamedTuple):
     fields: dict[str, object]
     fd: int = -1
     token: str = ""  # of the session that this connection has
+    caller: str = ""  # the token of one who gives orders
     witness: Witness | None = None
 
 

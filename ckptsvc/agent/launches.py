@@ -18,7 +18,7 @@ from ckptsvc.agent.output import log_file
 from ckptsvc.agent.sessions import Session
 from ckptsvc.agent.uplink import Uplink
 from ckptsvc.control.restart import JOIN_PATIENCE, launched_as
-from ckptsvc.errors import EXIT_STATUS, InvalidInput, LimitReached
+from ckptsvc.errors import EXIT_STATUS, InvalidInput, LimitReached, NodeUnfit
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -83,6 +83,10 @@ class Launches:
         """No launcher is connected."""
         return not self._by_job
 
+    def ways(self) -> dict[str, str]:
+        """The jobs that are launched here, and the way to the coordinator of each."""
+        return {job: launcher.way for job, launcher in self._by_job.items()}
+
     def log_of(self, session: Session) -> Path | None:
         """The file with a rank's output, if its launcher keeps it."""
         launcher = self._by_job.get(launched_as(session.reg.job))
@@ -105,6 +109,8 @@ class Launches:
             raise InvalidInput(f"job {hello.job} is already launched on this node")
         if len(self._by_job) >= self._local.most_jobs:
             raise LimitReached(f"{len(self._by_job)} jobs are launched on this node already")
+        if (vacated := self._local.standing.vacated) and not hello.attempt and not hello.again:
+            raise NodeUnfit(f"this node takes no new jobs: {vacated}", hint="`ckptsvc undrain` lets it take them again")
         metadata = dict(context.invocation_metadata() or ())
         launcher = Launcher(hello, way_to(str(metadata.get(COORDINATOR_KEY, "")), hello.job), told=hello.again)
         uplink = self._local.uplink(launcher.way)
@@ -212,6 +218,7 @@ class Launches:
         elif kind == "stop":
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(stop=order.stop))
         elif kind == "end":
+            self._local.standing.forget(order.job)
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(end=order.end))
 
     def resync(self, way: str) -> Iterator[pb.Report]:

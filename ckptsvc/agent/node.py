@@ -17,17 +17,19 @@ from ckptsvc.agent.arenas import Arenas
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.local_tier import LocalTier
+from ckptsvc.agent.pages import Pages
 from ckptsvc.agent.procfs import has_ended
 from ckptsvc.agent.refills import Refills
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import REMEMBERED, Attempt, LocalJob, Session
 from ckptsvc.agent.stops import Stops
+from ckptsvc.agent.twins import Twins
 from ckptsvc.agent.witness import Witness
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.pace import PROGRESS_EVERY, progress_every
 from ckptsvc.control.restart import launched_as
 from ckptsvc.control.runs import ranks_of
-from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput, LimitReached
+from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput, LimitReached, NodeUnfit
 from ckptsvc.pipeline.arena import State
 from ckptsvc.quantities import ALL, Limit
 from ckptsvc.rpc.v1 import agent_pb2
@@ -60,11 +62,12 @@ class Node:
         tier: the node's local disk, where snapshots go first; None: they go to the durable store.
 
     Attributes:
-        arenas, saves: the parts that ranks call through the servicer.
+        arenas, saves, twins: the parts that ranks call through the servicer.
         launch_order: what to do with an order for a launcher.
         watch_order: what to do with an order about ranks that hang.
         partner_order: what to do with an order about what other nodes hold.
         on_yield: another agent, a service, wants to take over; None: this one is a service.
+        people_order: what to do with an order that answers, or comes from, a person.
         on_filling: a rank has begun, or ended, to copy into an arena.
     """
 
@@ -81,7 +84,8 @@ class Node:
         early: bool = False,
         tier: LocalTier | None = None,
     ) -> None:
-        self.arenas = Arenas(local, workers, slots, job_limit)
+        self.twins = Twins(local)
+        self.arenas = Arenas(local, workers, slots, self.twins, job_limit)
         self.saves = Saves(local, workers, early=early, tier=tier)
         self.refills = Refills(local, workers, tier, self.saves)
         self.tier = tier
@@ -89,9 +93,11 @@ class Node:
         self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self.partner_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self.on_yield: Callable[[], None] | None = None
+        self.people_order: Callable[[pb.Order], None] = lambda order: None
         self.on_filling: Callable[[], None] = lambda: None
         self._local, self._workers = local, workers
         self.stops = Stops(local, margin)
+        self._pages = Pages(local.metrics)
         self._progress: dict[tuple[str, int, int], float] = {}  # job, attempt, ranks -> when to tell how far they are
         self._linger, self._save_timeout = linger, save_timeout
         local.on_order = self.on_order
@@ -115,8 +121,10 @@ class Node:
                 over = self._local.jobs[registration.job].attempt(other.reg.attempt)
                 over.refused = Fenced(f"attempt {other.reg.attempt} is over; attempt {registration.attempt} runs")
                 over.wake()
+        self._check_vacated(registration)
         job = self._local.job(registration.job, registration.coordinator, registration.store)
         session = Session.open(registration, pid)
+        self._local.standing.apply(session)
         self._local.sessions[session.token] = session
         attempt = job.attempt(registration.attempt)
         attempt.epoch = max(attempt.epoch, registration.epoch)
@@ -125,6 +133,8 @@ class Node:
         self._local.metrics.sessions.set(len(self._local.sessions))
         log(logger, logging.INFO, Event.RANK_REGISTERED, "rank %d registered, process %d", registration.rank, pid,
             job=registration.job, attempt=registration.attempt, rank=registration.rank)  # fmt: skip
+        for report in self._local.standing.report(job.name):
+            self._local.report(job, report)
         self._local.report(job, reports.joined(self._local.name, registration, registration.epoch))
         return session.token, self._local.name, session.page_fd_copy()
 
@@ -144,6 +154,13 @@ class Node:
             if len(local.jobs) < local.most_jobs:
                 return
         raise LimitReached(f"this agent has {local.most_jobs} jobs already", hint=_FEWER)
+
+    def _check_vacated(self, registration: Registration) -> None:
+        """Refuse a new job on a node that is being drained; launchers are asked for themselves (agent.launches)."""
+        vacated = self._local.standing.vacated
+        is_new = registration.job not in self._local.jobs and not registration.attempt and not registration.epoch
+        if vacated and is_new:
+            raise NodeUnfit(f"this node takes no new jobs: {vacated}", hint="`ckptsvc undrain` lets it take them again")
 
     def unregister(self, token: str) -> None:
         """The identity connection has ended: the rank is ending, or has closed its session."""
@@ -265,6 +282,9 @@ class Node:
         if kind in ("start", "stop", "end"):
             self.launch_order(order)
             return
+        if kind in ("answered", "vacate"):
+            self.people_order(order)
+            return
         job = self._local.jobs.get(order.job)
         if job is None or kind is None:
             return
@@ -279,6 +299,11 @@ class Node:
             for session in self._local.sessions.values():
                 if session.reg.job == job.name and session.reg.attempt == effect.attempt:
                     session.page.put(kind, effect.step)
+        elif kind == "pausing":
+            self._local.standing.take(effect)
+            for session in self._local.sessions.values():
+                if session.reg.job == job.name:
+                    self._local.standing.apply(session)
         elif kind == "save_ended":
             self.saves.ended(job, effect.outcome)
         elif kind == "snapshot_complete":
@@ -336,26 +361,21 @@ class Node:
                 self.saves.ended(self._local.jobs[label.job], outcome)
 
     def _report_progress(self, now: float) -> None:
-        steps: dict[tuple[str, int, int], dict[int, Session]] = {}
-        oldest = 0.0
+        ranks: dict[tuple[str, int, int], list[Session]] = {}
         for session in self._local.sessions.values():
-            reg = session.reg
-            steps.setdefault((reg.job, reg.attempt, reg.world_size), {})[reg.rank] = session
-            at = session.page.get("at")
-            if at:
-                oldest = max(oldest, now - at / 1e9)
-        self._local.metrics.heartbeat_age.set(oldest)
-        for name, attempt, world in self._progress.keys() - steps.keys():
+            ranks.setdefault((session.reg.job, session.reg.attempt, session.reg.world_size), []).append(session)
+        self._pages.count(self._local.sessions.values(), now)
+        for name, attempt, world in self._progress.keys() - ranks.keys():
             del self._progress[name, attempt, world]
-        for (name, attempt, world), done in steps.items():
-            period = progress_every(world / len(done))
+        for (name, attempt, world), sessions in ranks.items():
+            period = progress_every(world / len(sessions))
             # The first time at once or, of many, each at a time of its own.
             due = self._progress.setdefault((name, attempt, world), now + random.uniform(0, period - PROGRESS_EVERY))
             if now < due:
                 continue
             self._progress[name, attempt, world] = due + period if now - due < period else now + period
-            pages = [done[rank].page for rank in sorted(done)]
-            self._local.report(self._local.jobs[name], reports.progressed(self._local.name, name, attempt, pages))
+            sessions.sort(key=lambda session: session.reg.rank)
+            self._local.report(self._local.jobs[name], reports.progressed(self._local.name, sessions))
 
     def _retire(self, job: LocalJob, patience: float) -> None:
         """Free the memory of a job without ranks: at once if it ended in good order, else after `patience` seconds."""
@@ -374,8 +394,11 @@ class Node:
         for arena in arenas:
             self._local.dropped(job, arena.label)
         self._local.pool.drop(job.name)
+        self._pages.forget(job.name)
+        self.twins.forget(job.name)
         self._local.metrics.forget(job.name)
         del self._local.jobs[job.name]
+        self._local.standing.forget(job.name)
         self._local.spawn(self._let_go(job))
 
     def _remove_unclaimed(self) -> None:

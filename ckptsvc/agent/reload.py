@@ -44,7 +44,7 @@ def _margin(agent: Agent, settings: Settings) -> None:
 
 
 CHANGES: dict[str, Callable[[Agent, Settings], None]] = {
-    "agent.log_level": lambda agent, settings: set_log_level(settings.agent.log_level),
+    "log.level": lambda agent, settings: set_log_level(settings.log.level),
     "arena.limit": _arena_limit,
     "arena.slots": _slots,
     "store.max_write_rate": lambda agent, settings: None,  # Workers.use

@@ -30,6 +30,8 @@ from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
 from ckptsvc.agent import handover, nodelist
+from ckptsvc.agent.audit import AuditLog, audit_path
+from ckptsvc.agent.callers import Callers, RoleGate
 from ckptsvc.agent.coordination import Elections, login_of
 from ckptsvc.agent.http_access import http_token
 from ckptsvc.agent.identity import IdentityServer
@@ -43,17 +45,19 @@ from ckptsvc.agent.malformed import keep_quiet
 from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import OVERDUE, Node
 from ckptsvc.agent.notify import Notifier
+from ckptsvc.agent.orders import Orders
 from ckptsvc.agent.page import Site
 from ckptsvc.agent.partners import Partners
 from ckptsvc.agent.recent import Recent
 from ckptsvc.agent.reload import reload
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
+from ckptsvc.agent.standing import StandingOrders
 from ckptsvc.agent.status import status_of
 from ckptsvc.agent.tenancy import Tenancy
 from ckptsvc.agent.watch import Watch, limits_of
 from ckptsvc.agent.workers import Workers
-from ckptsvc.config import agents_directory, load, private_directory, user_name
+from ckptsvc.config import agents_directory, load, private_directory
 from ckptsvc.control.health import Policy
 from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.tiering import Draining
@@ -61,6 +65,7 @@ from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigEr
 from ckptsvc.launch.domain import domain_of
 from ckptsvc.pipeline.arena import ArenaPool, State
 from ckptsvc.quantities import Address, parse_duration
+from ckptsvc.rpc.accounts import user_name
 from ckptsvc.rpc.channel import BETWEEN, LOCAL, MAX_CALLS, OPTIONS, SERVER_KEEPALIVE
 from ckptsvc.rpc.dial import LOCK, sockets
 from ckptsvc.rpc.etcd import parse_url
@@ -68,7 +73,9 @@ from ckptsvc.rpc.secret import require_loopback, shared_secret
 from ckptsvc.rpc.trust import ByCertificate, BySecret, Trust
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.settings import Settings, TierSettings
-from ckptsvc.telemetry import Event, Metrics, log, setup_logging
+from ckptsvc.telemetry import Event, Fields, Metrics, log, start_logging
+from ckptsvc.telemetry.logs import FORMAT, line
+from ckptsvc.telemetry.traces import start_traces
 
 logger = logging.getLogger("ckptsvc.agent")
 
@@ -120,7 +127,8 @@ class Agent:
         self._where = settings.agent
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
-        self.workers = Workers(settings)
+        self.traces = start_traces(settings.traces, self.node_name, ckptsvc.__version__)
+        self.workers = Workers(settings, self.metrics.retried)
         self._on_incident: Callable[[coordinator_pb2.Incident], None] = lambda incident: None
         self.shell = self._new_shell(0, lambda: True)
         where = settings.agent.coordination
@@ -223,7 +231,7 @@ class Agent:
         """What this user's agents know each other by; without certificates, they are all on this host."""
         settings = self._options.settings
         if settings.tls.is_set:
-            tls = settings.tls.of(user_name())
+            tls = settings.tls.of(user_name(os.geteuid()))
             return ByCertificate(tls.ca_file, tls.cert_file, tls.key_file, self.metrics.certificate_expiry.set)
         require_loopback(settings.agent.listen.host, f"agent.listen is {settings.agent.listen}")
         return BySecret(shared_secret(agents_directory(settings, os.environ)))
@@ -236,8 +244,11 @@ class Agent:
         tiers = settings.tiers
         shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act,
             drains=settings.scheduler.drain, draining=Draining(tiers.durable_every, tiers.durable_backlog),
-            metrics=self.metrics, partners=_partners(tiers))  # fmt: skip
+            metrics=self.metrics, partners=_partners(tiers), traces=self.traces,
+            node="" if term else self.node_name)  # fmt: skip
         shell.on_incident = lambda incident: self._on_incident(incident)
+        shell.on_audit = lambda effect: self.orders.decided(effect)
+        shell.on_deleted = lambda job, store, names: self.orders.deleted(job, store, names)
         return shell
 
     def _shell_of(self, job: str, term: int) -> CoordinatorShell:
@@ -252,6 +263,8 @@ class Agent:
         """The parts of the agent, in the order in which they know each other."""
         settings = self._options.settings
         self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.trust)
+        self.local.traces = self.traces
+        self.local.standing = StandingOrders(self._options.directory / "orders.json")
         linger = 600.0 if self._options.linger is None else self._options.linger
         if settings.tiers.local:
             self.tier = LocalTier(self.local, self.workers, settings.tiers, self._tag, OVERDUE * settings.save.timeout)
@@ -272,7 +285,8 @@ class Agent:
         elif self._options.linger is not None:
             self.node.on_yield = self._stopping.set
         self.local.domain = domain_of(settings.tiers.domain, os.environ, self.node_name)
-        self.partners = Partners(self.local, self.trust, settings.tiers.partner_rate)
+        twins = self.node.twins if settings.tiers.replicas else None
+        self.partners = Partners(self.local, self.trust, settings.tiers.partner_rate, twins=twins)
         self.node.partner_order, self.node.on_filling = self.partners.order, self.partners.filling
         self.launches = Launches(self.local)
         self.nics = NicWatch(self.local, settings.nics)
@@ -281,7 +295,19 @@ class Agent:
         self.watch = Watch(self.local, limits_of(settings.health), enabled=enabled, nics=self.nics.sentences)
         self.watch.log_of = self.launches.log_of
         self.node.watch_order = self.watch.order
+        self.callers = Callers(settings.system.operators)
+        self.orders = Orders(self.local, self.launches, self._audit_log())
+        self.node.people_order = self.orders.on_order
+        self.callers.on_stranger = self.orders.stranger
         self._keep_incidents()
+
+    def _audit_log(self) -> AuditLog:
+        """Where it is taken down who has ordered what."""
+        try:
+            return AuditLog(audit_path(self._options.settings, os.environ))
+        except ConfigError as error:
+            logger.warning("no audit log is kept: %s", error)
+            return AuditLog(None)
 
     def _terminated(self) -> None:
         """Stop; but an agent that a job has started, when its ranks are there, lets them save first.
@@ -342,9 +368,12 @@ class Agent:
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._where
+        stack.push_async_callback(asyncio.to_thread, self.traces.close)
         grpc_path, identity_path = sockets(self._options.directory)
-        local = grpc.aio.server(options=LOCAL, maximum_concurrent_rpcs=MAX_CALLS)
-        agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
+        gate_of_roles = RoleGate(self.callers, self.orders.refused)
+        local = grpc.aio.server(interceptors=[gate_of_roles], options=LOCAL, maximum_concurrent_rpcs=MAX_CALLS)
+        servicer = AgentServicer(self.node, self.launches, lambda: status_of(self), self.callers, self.orders)
+        agent_pb2_grpc_add(servicer, local)
         name = agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name
         checks = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checks, local)
@@ -353,16 +382,16 @@ class Agent:
         reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), local)
         # The other port is open to every user of the host, or of the network: no stranger is told anything there.
         gate = self.trust.gate(self.metrics.calls_refused.inc)
-        between = grpc.aio.server(interceptors=[gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
-        servicer = CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer)
-        coordinator_pb2_grpc_add(servicer, between)
+        roles = RoleGate(None, lambda caller, method: self.metrics.calls_refused.inc())
+        between = grpc.aio.server(interceptors=[roles, gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
+        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer), between)
         port, host = self.trust.open_port(between, settings.listen)
         self.address = self.local.address = str(Address(host, port))
         gate.address = self.trust.spelled(self.address)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(grpc_path)
         local.add_insecure_port(f"unix:{grpc_path}")
-        identity = IdentityServer(identity_path, self.node)
+        identity = IdentityServer(identity_path, self.node, self.callers)
         if settings.metrics_listen is not None:
             token = http_token(self._options.settings, os.environ)
             site = Site(lambda: status_of(self), self.metrics.registry, self.recent, token, self.trust.certificates)
@@ -414,7 +443,10 @@ async def serve(options: Options) -> None:
     """Run one agent to its end."""
     faulthandler.enable()  # a watchdog that ends it (SIGABRT) leaves on record where it stood
     try:
-        await Agent(options).run()
+        agent = Agent(options)
+        logs = options.settings.log
+        start_logging(logs.format, logs.level, node=agent.node_name)
+        await agent.run()
     except OSError as error:
         if error.errno not in SCARCE:
             raise
@@ -443,17 +475,20 @@ def main(arguments: list[str] | None = None) -> int:
             "agent.metrics_listen": args.metrics_listen,
             "agent.coordination": args.coordination,
             "store.max_write_rate": args.max_write_rate,
+            "log.format": "json" if args.json_log else None,
         }
         read = partial(load, os.environ, overrides)
         settings = read()
-        setup_logging(sys.stderr, json=args.json_log, level=settings.agent.log_level)
         linger = parse_duration(args.linger) if args.linger else None
         # A coordinator of ten thousand agents has millions of objects and hardly a cycle: looking for those among them
         # all takes a second, in which it answers nobody.
         gc.set_threshold(50_000, 20, 100)
         asyncio.run(serve(Options(args.dir, settings, linger, read, args.service)))
     except CkptsvcError as error:
-        print(f"ckptsvc agent: {error}", file=sys.stderr)  # noqa: T201  a program's last words
+        if os.environ.get(FORMAT) == "json" or args.json_log:
+            print(line(str(error), logging.CRITICAL, logger="ckptsvc.agent", about=Fields()), file=sys.stderr)  # noqa: T201
+        else:
+            print(f"ckptsvc agent: {error}", file=sys.stderr)  # noqa: T201  a program's last words
         return EXIT_STATUS[error.code]
     return 0
 

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import grp
-import os
-import pwd
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from ckptsvc.errors import AgentUnavailable, StoreDenied
+from ckptsvc.rpc.accounts import Account, account_of, is_listed
 
 NOBODY = 65534
 
@@ -23,45 +19,6 @@ REMEMBERED = 4096
 
 PATIENCE = 20.0
 """Seconds that a look-up may take."""
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """A user as the system knows him; without an account, `name` is ""."""
-
-    name: str
-    uid: int
-    gid: int
-    groups: tuple[int, ...]
-    home: str
-
-
-def account_of(uid: int, gid: int) -> Account:
-    """The account of a user; one without any has the group he came with, no other, and no home.
-
-    It may take long: the accounts of many sites are on a network.
-
-    Raises:
-        OSError: the accounts cannot be read.
-    """
-    try:
-        entry = pwd.getpwuid(uid)
-    except KeyError:
-        return Account("", uid, gid, (gid,), "/")
-    groups = os.getgrouplist(entry.pw_name, entry.pw_gid)
-    return Account(entry.pw_name, uid, entry.pw_gid, tuple(groups), entry.pw_dir)
-
-
-def is_listed(account: Account, names: Sequence[str]) -> bool:
-    """Whether a list of users and "@group"s has him: by name, by number, by group."""
-    for name in names:
-        if name.startswith("@"):
-            with contextlib.suppress(KeyError):
-                if grp.getgrnam(name[1:]).gr_gid in account.groups:
-                    return True
-        elif name in (account.name, str(account.uid)):
-            return True
-    return False
 
 
 def check(account: Account, users: Sequence[str], min_uid: int) -> None:

@@ -21,8 +21,9 @@ from typing import NoReturn
 import msgspec
 
 from ckptsvc.agent import supervisor_records as records
-from ckptsvc.agent.supervisor_accounts import Account, account_of, check
+from ckptsvc.agent.supervisor_accounts import check
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, StoreDenied
+from ckptsvc.rpc.accounts import Account, account_of
 
 LOG = "agent.log"
 LOG_BYTES = 8 << 20

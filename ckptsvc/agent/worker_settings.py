@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from ckptsvc.config import load
-from ckptsvc.settings import SaveSettings, Settings, StoreSettings
+from ckptsvc.settings import LogSettings, SaveSettings, Settings, StoreSettings
 
 VARIABLE = "CKPTSVC_WORKER"
 
@@ -17,11 +17,12 @@ class Told(msgspec.Struct, frozen=True):
 
     store: StoreSettings
     save: SaveSettings
+    log: LogSettings
 
 
 def told(settings: Settings) -> dict[str, str]:
     """For the environment of a worker, which nobody reads who may not read the settings."""
-    return {VARIABLE: msgspec.json.encode(Told(settings.store, settings.save)).decode()}
+    return {VARIABLE: msgspec.json.encode(Told(settings.store, settings.save, settings.log)).decode()}
 
 
 def heard(environ: Mapping[str, str]) -> Told:
@@ -29,4 +30,4 @@ def heard(environ: Mapping[str, str]) -> Told:
     if text := environ.get(VARIABLE):
         return msgspec.json.decode(text, type=Told)
     settings = load(environ)
-    return Told(settings.store, settings.save)
+    return Told(settings.store, settings.save, settings.log)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.worker_settings import told
 from ckptsvc.settings import Settings
@@ -10,11 +12,18 @@ from ckptsvc.settings import Settings
 class Workers:
     """Worker processes by job.
 
+    Args:
+        settings: of the agent.
+        on_retry: see `WorkerProxy`.
+
     Attributes:
         max_write_rate: bytes per second that all of them may write; None: no limit.
     """
 
-    def __init__(self, settings: Settings | None = None) -> None:
+    def __init__(
+        self, settings: Settings | None = None, on_retry: Callable[[str, str], None] = lambda scheme, code: None
+    ) -> None:
+        self._on_retry = on_retry
         self._by_job: dict[str, WorkerProxy] = {}
         self._told: dict[str, str] = {}
         self.max_write_rate: int | None = None
@@ -33,7 +42,8 @@ class Workers:
     def of(self, job: str) -> WorkerProxy:
         """The worker of a job."""
         if job not in self._by_job:
-            self._by_job[job] = WorkerProxy(job, environ=self._told)
+            worker = self._by_job[job] = WorkerProxy(job, environ=self._told)
+            worker.on_retry = self._on_retry
         return self._by_job[job]
 
     def running(self, job: str) -> WorkerProxy | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from ckptsvc.cli.terminal import note
 from ckptsvc.config import agents_directory, load
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_duration
-from ckptsvc.telemetry import setup_logging
+from ckptsvc.telemetry import start_logging
 
 
 @click.command()
@@ -28,7 +27,7 @@ from ckptsvc.telemetry import setup_logging
     "--system", is_flag=True, help="Serve all users of this node, each by an agent of his own. Only for root."
 )
 @click.option("--linger", help="End after so long without ranks and saves (for example 60s); default: never.")
-@click.option("--json-log", is_flag=True, help="Log JSON lines.")
+@click.option("--json-log", is_flag=True, help='The same as log.format = "json".')
 @click.option("--check-config", is_flag=True, help="Check the settings and end.")
 @click.option("--replace", is_flag=True, help="Have the agent that runs start anew in place, as it is installed now.")
 def command(
@@ -43,6 +42,7 @@ def command(
         "agent.name": name,
         "agent.coordination": coordination,
         "store.max_write_rate": max_write_rate,
+        "log.format": "json" if json_log else None,
     }
     read = partial(load, os.environ, overrides)
     settings = read()
@@ -51,8 +51,8 @@ def command(
     if check_config:
         note("nothing is wrong with the settings; `ckptsvc config show --origin` says where they come from")
         return
-    setup_logging(sys.stderr, json=json_log, level=settings.agent.log_level)
     if system:
+        start_logging(settings.log.format, settings.log.level)
         from ckptsvc.agent.supervisor import Supervisor  # and not the agent: root's process has no gRPC in it
 
         given = [("--listen", listen), ("--metrics-listen", metrics_listen), ("--name", name),

@@ -54,7 +54,8 @@ def command(
     \b
     JSON: {"directory", "agents": [{"directory", "error", "status": {
       "status_version", "version", "node", "pid", "started", "address",
-      "metrics", "page", "time", "arena_limit", "max_write_rate",
+      "metrics", "page", "time", "arena_limit", "max_write_rate", "jobs",
+      "vacated", "paused": [{"job", "step", "by", "reason", "until"}],
       "ranks": [{"job", "attempt", "rank", "world_size", "pid", "store",
         "step", "phase", "heartbeat_age", "committed"}],
       "arenas": [{"job", "rank", "state", "step", "bytes", "for_others"}],
@@ -81,6 +82,8 @@ def command(
     bytes, ages in seconds, times in Unix seconds; a step of -1 is none.
     "nics" are the network cards (bytes per second) and sentences about those
     in trouble: by their own counters, and in "coordinates" against the job's.
+    "jobs" are the names that orders take; "vacated" says why the node takes no
+    new ones, or is empty; "paused" since which step jobs take no snapshots.
     "aside" are nodes of the job that run no rank, with the reason. The stage
     of a snapshot on the local disk is "pending" until it is in the durable
     store ("committed") or known to stay where it is ("local"). "grid" holds
@@ -196,6 +199,8 @@ def _show(screen: Screen, answer: Answer) -> None:
     screen.line(f"  {_arenas(status)}")
     if status.get("max_write_rate"):
         screen.line(f"  writes at most {size(status['max_write_rate'])}/s to stores")
+    if status.get("vacated"):
+        screen.line("  " + screen.paint(f"takes no new jobs: {printable(status['vacated'])}", "doubt"))
     for line in _local_disk(screen, status):
         screen.line(line)
     for job in _jobs(status):
@@ -246,6 +251,12 @@ def _describe(screen: Screen, status: Status, job: str) -> Iterator[str]:
                 yield f"    coordinator {printable(election['coordinator'])}, elected in term {election['term']}"
             if election["problem"]:
                 yield "    " + screen.paint(printable(election["problem"]), "doubt")
+    for pause in status.get("paused", ()):
+        if pause["job"] == job:
+            until = f" for {duration(pause['until'] - time.time())} more" if pause["until"] else ""
+            why = f": {printable(pause['reason'])}" if pause["reason"] else ""
+            text = f"paused by {printable(pause['by'])} from step {pause['step']:,} on{until}{why}"
+            yield "    " + screen.paint(text, "doubt")
     for own in status["coordinates"]:
         if own["job"] == job:
             nodes = f"{plural(len(own['nodes']), 'node')}" if own["nodes"] else "no node"

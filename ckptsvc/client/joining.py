@@ -6,7 +6,9 @@ import dataclasses
 import os
 import secrets
 import socket
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from ckptsvc.pipeline.retention import policy_of
 from ckptsvc.rpc.dial import agents_home, is_alive
 from ckptsvc.rpc.service import service_of
 from ckptsvc.settings import Settings
+from ckptsvc.telemetry import Fields
+from ckptsvc.telemetry.logs import log_apart
 
 
 def placement_of(group: Group) -> Placement:
@@ -83,6 +87,15 @@ def registration(group: Group, place: Placement, settings: Settings, url: str, c
         "coordinator": coordinator,
         "ends": _ends(place),
     }
+
+
+def log_as_set(settings: Settings, registered: dict[str, Any], step: Callable[[], int]) -> None:
+    """Where lines of the log are to be JSON, write those of this rank so; `step` says at which it is."""
+    if settings.log.format != "json":
+        return
+    about = Fields(job=registered["job"], rank=registered["rank"], attempt=registered["attempt"])
+    node = settings.agent.name or os.environ.get("CKPTSVC_NODE") or socket.gethostname()
+    log_apart(sys.stderr, lambda: Fields(**about, node=node, step=step()))
 
 
 def _ends(place: Placement) -> float:

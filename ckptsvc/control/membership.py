@@ -66,6 +66,7 @@ class Job:
     stop_wanted: str = ""
     stop_ordered: tuple[int, str] = (-1, "")  # at which step, why
     rewinds: int = 0
+    paused: bool = False  # no automatic snapshots (control.pauses)
     busy_at: float = 0.0  # when there last were ranks, saves or snapshots
 
     @property
@@ -246,16 +247,23 @@ class Job:
             self.steps_per_second = max(0.0, (self.highest - before) / (now - then))
             self.pace = (now, self.highest)
 
-    def order_saves(self, now: float) -> Decision:
-        """Order the next snapshot by time, and the stop that somebody asked for, at a step nobody has reached.
+    @property
+    def ahead(self) -> int | None:
+        """A step nobody has reached, so far off that all can be told what to do there.
 
-        Nothing is ordered before the pace is known: the order would come too late for some ranks and not for others.
+        None before the pace is known: an order would come too late for some ranks and not for others.
         """
         if len(self.ranks) < self.world_size or not self.progress or self.steps_per_second is None:
+            return None
+        return self.highest + 2 + math.ceil(self.steps_per_second * LEAD_SECONDS)
+
+    def order_saves(self, now: float) -> Decision:
+        """Order the next snapshot by time, and the stop that somebody asked for."""
+        ahead = self.ahead
+        if ahead is None:
             return Decision()
         decision = Decision()
-        ahead = self.highest + 2 + math.ceil(self.steps_per_second * LEAD_SECONDS)
-        due = self.every_seconds and now - self.last_ordered >= self.every_seconds
+        due = self.every_seconds and not self.paused and now - self.last_ordered >= self.every_seconds
         if self.epoch and (due or self.save_wanted):
             self.wanted_at = ahead if self.save_wanted else self.wanted_at
             self.last_ordered, self.save_wanted = now, False

@@ -51,6 +51,7 @@ class Save:
         decided: whether the policy has been asked.
         draining: the agents have been told to drain it.
         lost_at: since when one of its shards is on a disk that is out of reach.
+        timed_out: it has taken too long.
     """
 
     epoch: int
@@ -73,6 +74,7 @@ class Save:
     must: bool = False
     draining: bool = False
     lost_at: float | None = None
+    timed_out: bool = False
 
     @property
     def settled(self) -> bool:
@@ -315,6 +317,7 @@ class Saves:
                     if save.settled:
                         decision.add(self.leave_local(key, why, now))
                         continue
+                    save.timed_out = True
                     decision.add(self._end(key, agent_pb2.OUTCOME_FAILED, "store-unavailable", why, now))
                 continue
             if save.failure:
@@ -325,6 +328,7 @@ class Saves:
                 elif quiet:
                     decision.effects.append(self._look_up(save, now))
             elif now - save.opened > self.timeout and not save.settled:
+                save.timed_out = True
                 decision.add(self._fail(key, (agent_pb2.OUTCOME_FAILED, "save-failed", self._overdue(save)), now))
             elif save.attempt < self.attempt and now - self.attempt_began > LATE_NEWS and save.missing:
                 decision.add(self._lost_rank(key, save.missing[0], "was gone", now))
@@ -414,6 +418,7 @@ class Saves:
             reason=why,
             bytes=sum(d.nbytes for d in save.durable.values()),
             seconds=now - save.opened,
+            timed_out=save.timed_out and outcome == agent_pb2.OUTCOME_FAILED,
         )
         self.ended[key], self.ended_at[key] = record, now
         while len(self.ended) > REMEMBERED:

@@ -63,6 +63,8 @@ MAX_DETAILS = 200
 
 ERROR_KEY = "ckptsvc-error-bin"
 TOKEN_KEY = "ckptsvc-token"
+FOR_KEY = "ckptsvc-for"
+"""For whom root passes an order on, as JSON: {"uid", "name"}. Nobody else is believed."""
 
 
 def trailers_of(error: CkptsvcError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:

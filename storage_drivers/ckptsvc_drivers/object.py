@@ -26,6 +26,9 @@ from ckptsvc_drivers.object_uploads import abort, unfinished
 FORK_SAFE = False
 """obstore's threads do not survive a fork: calls of a forked child would wait for ever."""
 
+TAKES_TIMEOUT = True
+"""The option `timeout` ends a request."""
+
 _SINGLE = 8 << 20  # bytes; an object up to this size is one request
 _RANGE = 8 << 20  # bytes of one request when reading
 _READERS = 8  # requests at a time when reading, of all calls together, where no option says

@@ -165,13 +165,13 @@ def test_a_job_trains_through_all_that_an_operator_does(launch: Launch, runtime:
 
             folder = runtime.root / ".config" / "ckptsvc"
             folder.mkdir(parents=True)
-            (folder / "config.toml").write_text('[agent]\nlog_level = "debug"\n')
+            (folder / "config.toml").write_text('[log]\nlevel = "debug"\n')
             system.systemctl("reload", UNIT)
-            eventually(lambda: "agent.log_level: changed" in runtime.log(), "the settings to be read again")
+            eventually(lambda: "log.level: changed" in runtime.log(), "the settings to be read again")
             (folder / "config.toml").write_text("[agent]\nlog_levle = 1\n")
             assert system.systemctl("reload", UNIT, check=False) == ""
             assert system.show(UNIT, "ActiveState") == "active"
-            assert "did you mean agent.log_level" in runtime.log()
+            assert "did you mean log.level" in runtime.log()
             (folder / "config.toml").unlink()
 
             pid, started = system.show(UNIT, "MainPID"), runtime.status(runtime.sockets)["started"]

@@ -16,16 +16,16 @@ def settings(**environ: str):
 def test_what_has_changed_and_what_becomes_of_it() -> None:
     before = settings()
     after = settings(
-        CKPTSVC_AGENT_LOG_LEVEL="debug",
+        CKPTSVC_LOG_LEVEL="debug",
         CKPTSVC_STORE_MAX_WRITE_RATE="1GB/s",
         CKPTSVC_SAVE_EVERY="5min",
         CKPTSVC_AGENT_LISTEN="127.0.0.1:7000",
         CKPTSVC_AGENT_NAME="",
     )
     keys = changed(before, after)
-    assert sorted(keys) == ["agent.listen", "agent.log_level", "save.every", "store.max_write_rate"]
+    assert sorted(keys) == ["agent.listen", "log.level", "save.every", "store.max_write_rate"]
     assert sentence(sorted(keys)) == (
-        "agent.log_level, store.max_write_rate: changed; save.every: for what jobs start from now on;"
+        "log.level, store.max_write_rate: changed; save.every: for what jobs start from now on;"
         " agent.listen: not before `ckptsvc agent --replace`"
     )
     assert sentence(changed(after, after)) == "nothing has changed"
@@ -37,7 +37,7 @@ def test_every_key_that_changes_at_once_is_one() -> None:
 
 
 def test_a_level_is_a_level_of_the_log() -> None:
-    kind = next(f for f in msgspec.structs.fields(type(settings().agent)) if f.name == "log_level").type
+    kind = next(f for f in msgspec.structs.fields(type(settings().log)) if f.name == "level").type
     assert all(isinstance(logging.getLevelName(level.upper()), int) for level in kind.__args__)
-    with pytest.raises(Exception, match="log_level"):
-        settings(CKPTSVC_AGENT_LOG_LEVEL="loud")
+    with pytest.raises(Exception, match=r"log\.level"):
+        settings(CKPTSVC_LOG_LEVEL="loud")

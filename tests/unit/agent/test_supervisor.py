@@ -15,10 +15,11 @@ import pytest
 from ckptsvc.agent import supervisor_accounts
 from ckptsvc.agent import supervisor_records as records
 from ckptsvc.agent.supervisor import environment_of, node_of, parse
-from ckptsvc.agent.supervisor_accounts import Account, check, is_listed
+from ckptsvc.agent.supervisor_accounts import check
 from ckptsvc.agent.supervisor_gate import ALL_CONNECTIONS, BURST, CONNECTIONS, RATE, REMEMBERED, Gate
 from ckptsvc.config import load
 from ckptsvc.errors import AgentUnavailable, ConfigError, InvalidInput, StoreDenied
+from ckptsvc.rpc.accounts import Account, is_listed
 from ckptsvc.rpc.service import MAX_REQUEST
 
 PERSON = Account("alice", 1000, 1000, (1000, 0), "/home/alice")
