@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -190,11 +190,11 @@ def succeed(handed: Handed) -> NoReturn:
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def replace(directory: Path, send: Callable[[int, int], None] = os.kill) -> float:
+def replace(directory: Path) -> float:
     """Have the agent of a directory make way, and wait until its successor serves; returns seconds.
 
     Raises:
-        AgentUnavailable: there is no agent, or it goes on as before.
+        AgentUnavailable: there is no agent, it cannot be told, or it goes on as before.
     """
     ready = directory / "ready"
 
@@ -207,7 +207,9 @@ def replace(directory: Path, send: Callable[[int, int], None] = os.kill) -> floa
     client = IdentityClient(sockets(directory)[1])
     before, began, pid = since(), time.monotonic(), client.peer
     try:
-        send(pid, SIGNAL)
+        if pid <= 0:  # for kill(2) that would be all processes of ours
+            raise AgentUnavailable(f"the agent in {directory} is of another process namespace", hint="tell it there")
+        os.kill(pid, SIGNAL)
         gone = 0.0
         while time.monotonic() - began < PATIENCE:
             now = since()
@@ -218,6 +220,8 @@ def replace(directory: Path, send: Callable[[int, int], None] = os.kill) -> floa
             time.sleep(0.02)
     except ProcessLookupError:
         raise AgentUnavailable(f"the agent in {directory} has ended", hint="see its log") from None
+    except PermissionError:
+        raise AgentUnavailable(f"process {pid}, the agent in {directory}, is another user's") from None
     finally:
         client.close()
     raise AgentUnavailable(f"the agent in {directory} goes on as before", hint="its log says why")

@@ -119,7 +119,7 @@ class Agent:
         self._stopping = asyncio.Event()
         self._patient = False  # told to stop, and waiting for the last save
         self._grace = GRACE
-        self._makes_way = False
+        self._makes_way = self._yields = False
         # What a job starts inherits the address of a service manager that knows nothing of it.
         self._notifier = Notifier() if options.linger is not None else Notifier.of(os.environ, os.getpid())
         self._reading = asyncio.Lock()
@@ -164,7 +164,7 @@ class Agent:
         left = self.pool.open()
         self._build()
         copies = await self.tier.open() if self.tier else []
-        self._obey_signals()
+        self._heed_signals()
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             if self._etcd:
@@ -183,26 +183,40 @@ class Agent:
             await self._stopping.wait()
             if not self._makes_way:
                 self._notifier.stopping("ends; snapshots in memory wait for the next agent")
-            idle = self.node.idle and self.launches.idle and not self._makes_way
+            launched = not self.launches.idle
             self.launches.stopping = True
             (directory / "ready").unlink(missing_ok=True)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        await self._close(awaited=launched or self._makes_way or self._yields)
+        what = "makes way for its successor" if self._makes_way else "stopped"
+        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s %s", self.node_name, what, node=self.node_name)
+        if self._makes_way:
+            handover.succeed(handover.Handed(lock, self.address, self.metrics_address))
+        os.close(lock)
+
+    def _heed_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._stopping.set)
+        loop.add_signal_handler(signal.SIGTERM, self._terminated)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
+        loop.add_signal_handler(handover.SIGNAL, lambda: self.local.spawn(self._make_way()))
+        if not sys.stderr.isatty():  # a terminal that goes takes what runs in its foreground along
+            loop.add_signal_handler(signal.SIGHUP, lambda: self.local.spawn(self._read_again()))
+
+    async def _close(self, *, awaited: bool) -> None:
+        """Close all parts; `awaited`: somebody counts on the next agent to find what is in memory."""
+        idle = self.node.idle and not awaited
         await self.node.stop()
         await self.partners.close()
         await self.shell.stop()
         if self.elections:
             await self.elections.close()
         await self.workers.close()
-        self.pool.close(remove=idle, keep_free=self._makes_way or self._options.linger is None)
+        self.pool.close(remove=idle, keep_free=awaited or self._options.linger is None)
         if self.tier:
             self.tier.close()
-        what = "makes way for its successor" if self._makes_way else "stopped"
-        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s %s", self.node_name, what, node=self.node_name)
-        if self._makes_way:
-            handover.succeed(handover.Handed(lock, self.address, self.metrics_address))
-        os.close(lock)
 
     async def _lock(self, directory: Path) -> int:
         """The lock of the directory: taken, or received from a predecessor."""
@@ -213,15 +227,6 @@ class Agent:
         await handover.own(lock, directory, is_service=self._options.linger is None)
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
         return lock
-
-    def _obey_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self._stopping.set)
-        loop.add_signal_handler(signal.SIGTERM, self._terminated)
-        loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
-        loop.add_signal_handler(handover.SIGNAL, lambda: self.local.spawn(self._make_way()))
-        if not sys.stderr.isatty():  # a terminal that goes takes what runs in its foreground along
-            loop.add_signal_handler(signal.SIGHUP, lambda: self.local.spawn(self._read_again()))
 
     def _lasting(self) -> Iterator[Coroutine[Any, Any, None]]:
         """What runs from the agent's beginning to its end."""
@@ -291,7 +296,7 @@ class Agent:
         if self._options.service:
             self.tenancy = Tenancy(self._options.service, self.local, self.workers, self._is_idle)
         elif self._options.linger is not None:
-            self.node.on_yield = self._stopping.set
+            self.node.on_yield = self._give_way
         self.local.domain = domain_of(settings.tiers.domain, os.environ, self.node_name)
         twins = self.node.twins if settings.tiers.replicas else None
         self.partners = Partners(self.local, self.trust, settings.tiers.partner_rate, twins=twins)
@@ -322,6 +327,7 @@ class Agent:
 
         The scheduler that ends a job may send SIGTERM to all of its processes at once.
         """
+        self._makes_way = False
         if self._options.linger is None or self._patient or not self.local.sessions:
             self._stopping.set()
         self._patient = True
@@ -337,6 +343,8 @@ class Agent:
             self._makes_way = False
             return
         await handover.copies_end(self.pool)
+        if not self._makes_way:
+            return  # told to end meanwhile
         self._notifier.reloading("makes way for its successor")
         self._grace = SHORT_GRACE
         self._stopping.set()
@@ -346,6 +354,12 @@ class Agent:
             self._notifier.reloading("reads the settings again")
             self._options.settings = await reload(self, self._options.read_again, self._options.settings)
             self._notifier.ready(self.summary())
+
+    def _give_way(self) -> None:
+        """End, for a service that waits to take over."""
+        self._yields = True
+        self._grace = SHORT_GRACE
+        self._stopping.set()
 
     def summary(self) -> str:
         """What it does, in one line."""

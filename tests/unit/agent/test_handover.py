@@ -15,6 +15,7 @@ from harness.runtime import eventually
 
 from ckptsvc.agent import handover
 from ckptsvc.agent.handover import Handed
+from ckptsvc.errors import AgentUnavailable
 from ckptsvc.rpc.dial import is_alive
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.settings import AgentSettings, Settings
@@ -75,8 +76,9 @@ def service(runtime, manager):
     """An agent as systemd starts one: without an end of its own."""
     process = runtime.start_agent(directory=runtime.sockets)
     yield process
-    process.terminate()
-    assert process.wait(20) == 0
+    if process.poll() is None:
+        process.terminate()
+        assert process.wait(20) == 0
 
 
 def test_a_service_says_when_it_is_ready_reads_again_and_stops(runtime, manager, service) -> None:
@@ -110,6 +112,7 @@ def test_a_service_says_when_it_is_ready_reads_again_and_stops(runtime, manager,
     assert runtime.status()["pid"] == service.pid
     service.terminate()
     manager.hear("STOPPING=1")
+    assert service.wait(20) == 0
 
 
 def test_a_successor_has_the_process_the_lock_the_ports_and_the_arenas(runtime, manager, service) -> None:
@@ -197,3 +200,12 @@ class TestHanded:
             environ = {handover.VARIABLE: msgspec.json.encode(Handed(held.fileno())).decode()}
             assert handover.received(environ, lock) == Handed(held.fileno())
             assert not os.get_inheritable(held.fileno())
+
+
+def test_an_agent_of_another_process_namespace_is_not_signalled(start, monkeypatch) -> None:
+    """The kernel calls it process 0, which to kill(2) means all processes of the caller's group."""
+    agent = start()
+    monkeypatch.setattr(handover.os, "kill", lambda *told: pytest.fail(f"kill{told}"))
+    monkeypatch.setattr("ckptsvc.rpc.identity.peer_of", lambda sock: (0, os.geteuid(), 0))
+    with pytest.raises(AgentUnavailable, match="another process namespace"):
+        handover.replace(agent.directory)

@@ -365,7 +365,7 @@ class TestEnd:
         assert "Traceback" not in ended.stderr
 
     def test_two_cannot_share_a_directory(self, agent, runtime):
-        command = [sys.executable, "-m", "ckptsvc.agent.server", "--dir", str(agent.directory)]
+        command = [sys.executable, "-m", "ckptsvc.agent.server", "--dir", str(agent.directory), "--linger", "60s"]
         second = subprocess.run(command, env=runtime.environ, capture_output=True, text=True, check=False, timeout=20)
         assert second.returncode == 11
         assert "an agent already serves" in second.stderr
