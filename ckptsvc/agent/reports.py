@@ -11,6 +11,7 @@ from ckptsvc.agent.sessions import Session
 from ckptsvc.control.room import Stage
 from ckptsvc.control.runs import runs_of
 from ckptsvc.pipeline.arena import Label, Parity
+from ckptsvc.rpc.identity import Page
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -35,18 +36,11 @@ def joined(node: str, reg: Registration, epoch: int) -> pb.Report:
     return pb.Report(rank_joined=event)
 
 
-def progressed(node: str, sessions: Sequence[Session]) -> pb.Report:
-    """How far the ranks of one attempt on this node are."""
-    pages, reg = [session.page for session in sessions], sessions[0].reg
+def progressed(node: str, job: str, attempt: int, pages: Sequence[Page]) -> pb.Report:
+    """How far the ranks of an attempt are, by their pages in the order of the ranks."""
     steps = [page.get("step") for page in pages]
-    event = pb.Progressed(
-        job=reg.job,
-        attempt=reg.attempt,
-        node=node,
-        lowest=min(steps),
-        highest=max(steps),
-        blocked=max(page.get("blocked") + page.get("waited") for page in pages) / 1e9,
-    )
+    event = pb.Progressed(job=job, attempt=attempt, node=node, lowest=min(steps), highest=max(steps))
+    event.blocked = max(page.get("blocked") + page.get("waited") for page in pages) / 1e9
     began = min(page.get("began") for page in pages)
     if began >= 0:
         event.began = began
