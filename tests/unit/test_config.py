@@ -74,6 +74,8 @@ def test_every_setting_has_its_variable() -> None:
         "agent.coordinator": "[::1]:9",
         "agent.coordination": "etcd://a:1",
         "agent.incidents_dir": "/var/lib/ckptsvc/incidents",
+        "agent.audit_file": "/var/log/ckptsvc/audit.jsonl",
+        "agent.operators": "ada, @staff",
         "arena.dir": "/mnt/shm",
         "arena.limit": "25%",
         "arena.slots": "3",
@@ -149,6 +151,8 @@ def test_every_setting_has_its_variable() -> None:
         coordinator=Address("::1", 9),
         coordination="etcd://a:1",
         incidents_dir="/var/lib/ckptsvc/incidents",
+        audit_file="/var/log/ckptsvc/audit.jsonl",
+        operators=("ada", "@staff"),
     )
     assert settings.arena == settings_of.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
     assert settings.save == settings_of.SaveSettings(
