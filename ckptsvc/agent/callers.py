@@ -5,11 +5,9 @@ grpcio has no peer credentials, so `ckptsvc pause` asks there for a token first;
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
 import secrets
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +17,7 @@ import msgspec
 
 from ckptsvc.agent.logtail import one_line
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
+from ckptsvc.rpc.accounts import account_of, is_listed, user_name
 from ckptsvc.rpc.channel import FOR_KEY, TOKEN_KEY, trailers_of
 from ckptsvc.rpc.roles import ROLES, VERBS, Role
 
@@ -57,13 +56,13 @@ class Callers:
     """Those of one agent.
 
     Args:
-        operators: names of users, and "@" and names of groups, that operate the machine beside root.
+        operators: users and "@group"s that operate the machine beside root.
 
     Attributes:
         on_stranger: told of a user who wants a token and gets none.
     """
 
-    def __init__(self, operators: Collection[str] = ()) -> None:
+    def __init__(self, operators: Sequence[str] = ()) -> None:
         self._operators = operators
         self.on_stranger: Callable[[int, str], None] = lambda uid, name: None
         self._by_token: dict[str, Caller] = {}
@@ -78,7 +77,7 @@ class Callers:
         roles = self._roles(uid)
         if not roles:
             self.on_stranger(uid, user_name(uid))
-            hint = "root and the members of agent.operators may give orders to others' agents"
+            hint = "root and the members of system.operators may give orders to others' agents"
             raise StoreDenied(f"this agent serves user {user_name(os.geteuid())}, not {user_name(uid)}", hint=hint)
         if len(self._by_token) >= MAX_CALLERS:
             raise InvalidInput("too many callers at a time")
@@ -105,34 +104,7 @@ class Callers:
     def _roles(self, uid: int) -> frozenset[Role]:
         if uid == os.geteuid():
             return frozenset(Role)
-        return frozenset({Role.OPERATOR}) if uid == ROOT or is_operator(uid, self._operators) else frozenset()
-
-
-def is_operator(uid: int, operators: Collection[str]) -> bool:
-    """Whether one of these names (of users, or "@" and of groups) means the user."""
-    if not operators:
-        return False
-    try:
-        user = pwd.getpwuid(uid)
-    except KeyError:
-        return False
-    return any(_is_in(each[1:], user) if each.startswith("@") else each == user.pw_name for each in operators)
-
-
-def _is_in(group: str, user: pwd.struct_passwd) -> bool:
-    try:
-        found = grp.getgrnam(group)
-    except KeyError:
-        return False
-    return user.pw_gid == found.gr_gid or user.pw_name in found.gr_mem
-
-
-def user_name(uid: int) -> str:
-    """The name of a user, or his number."""
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return str(uid)
+        return frozenset({Role.OPERATOR}) if uid == ROOT or is_listed(account_of(uid), self._operators) else frozenset()
 
 
 class RoleGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types

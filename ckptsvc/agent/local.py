@@ -20,6 +20,7 @@ from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.trust import Trust
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import ArenaState, Metrics, Tier
+from ckptsvc.telemetry.traces import Traces
 
 _ARENA_STATES = {
     State.FREE: ArenaState.FREE,
@@ -28,6 +29,9 @@ _ARENA_STATES = {
     State.KEPT: ArenaState.KEPT,
 }
 
+
+MOST_JOBS, MOST_RANKS = 1024, 16384
+"""What one agent takes in at a time, where nobody sets less."""
 
 ELECTED = "etcd://"
 """What stands for a coordinator's address where it is elected: the URL begins like this."""
@@ -48,6 +52,8 @@ class Local:
         last_active: when there was last something to do (CLOCK_MONOTONIC).
         address: where other agents reach this one.
         domain: this node's failure domain.
+        most_jobs, most_ranks: that this agent takes in at a time.
+        traces: where spans go.
         standing: orders of people that outlive this agent.
     """
 
@@ -65,6 +71,8 @@ class Local:
         self.leading: Callable[[], Sequence[CoordinatorShell]] = list
         self.last_active = time.monotonic()
         self.address = self.domain = ""
+        self.most_jobs, self.most_ranks = MOST_JOBS, MOST_RANKS
+        self.traces = Traces()
         self.standing = StandingOrders()
         self._shell, self._trust = shell, trust
         self._uplinks: dict[str, Uplink] = {}
@@ -191,10 +199,15 @@ class Local:
         for state, nbytes in held.items():
             self.metrics.arena_bytes.labels(_ARENA_STATES[state]).set(nbytes)
         tiers = dict.fromkeys((Tier.MEMORY, Tier.COPY, Tier.PARITY), 0)
+        newest: dict[tuple[str, Tier], tuple[int, int]] = {}
         for label in (arena.label for arena in self.pool.arenas.values() if arena.label is not None):
-            tiers[Tier.PARITY if label.parity else Tier.COPY if label.guest else Tier.MEMORY] += label.nbytes
+            tier = Tier.PARITY if label.parity else Tier.COPY if label.guest else Tier.MEMORY
+            tiers[tier] += label.nbytes
+            key = label.job, tier
+            newest[key] = max(newest.get(key, (0, -1)), (label.epoch, label.step))
         for tier, nbytes in tiers.items():
             self.metrics.tier_bytes.labels(tier).set(nbytes)
+        self.metrics.hold({key: step for key, (_, step) in newest.items()}, tuple(tiers))
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run something beside; it ends with the agent."""

@@ -34,6 +34,9 @@ MAX_DIGEST = 64
 MAX_IMAGE = 1 << 42
 """Largest shard image a rank may announce, in bytes."""
 
+MAX_ALIASES = 8 << 20
+"""Characters of the names of a rank's tied tensors: they are kept with each snapshot in memory."""
+
 Handler = Callable[..., Awaitable[Any]]
 
 
@@ -46,6 +49,8 @@ def _errors(handler: Handler) -> Handler:
             return await handler(self, request, context)
         except CkptsvcError as error:
             await context.abort(*trailers_of(error))
+        except OSError as error:  # no descriptors, no memory, no room: it passes
+            await context.abort(*trailers_of(CkptsvcError(f"the agent cannot: {error.strerror or error}")))
 
     return guarded
 
@@ -105,23 +110,30 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         token = _token(context)
         arena, epoch = await self._node.arenas.acquire(token, request.step, request.bytes, timeout)
         self._node.saves.expect(token, arena, epoch, request.bytes)
+        answer = agent_pb2.AcquireResponse(slot=arena.name, capacity=arena.capacity, epoch=epoch)
+        twin = self._node.twins.offer(token, request.step, epoch)
+        if twin is not None:
+            answer.twin_slot, answer.twin_rank = twin.name, twin.rank
         self._node.on_filling()
-        return agent_pb2.AcquireResponse(slot=arena.name, capacity=arena.capacity, epoch=epoch)
+        return answer
 
     @_errors
     async def Submit(self, request: agent_pb2.SubmitRequest, context: Any) -> agent_pb2.SubmitResponse:
         """See agent.proto."""
         metrics = dict(request.metrics)
         check_metrics(metrics)
-        aliases = dict(request.aliases)
-        self._node.saves.submit(_token(context), request.slot, request.step, request.bytes, aliases, metrics)
+        aliases, token = dict(request.aliases), _token(context)
+        if sum(len(alias) + len(name) for alias, name in aliases.items()) > MAX_ALIASES:
+            raise InvalidInput(f"the names of tied tensors have more than {MAX_ALIASES} characters")
+        self._node.twins.fill(token, request.twin_slot, request.twin_bytes)
+        self._node.saves.submit(token, request.slot, request.step, request.bytes, aliases, metrics, request.staging)
         self._node.on_filling()
         return agent_pb2.SubmitResponse()
 
     @_errors
     async def Abandon(self, request: agent_pb2.AbandonRequest, context: Any) -> agent_pb2.AbandonResponse:
         """See agent.proto."""
-        self._node.arenas.abandon(_token(context), request.slot, request.step, request.reason[:500])
+        self._node.arenas.abandon(_token(context), request.slot, request.step, request.reason[:500], request.code)
         return agent_pb2.AbandonResponse()
 
     @_errors
@@ -276,3 +288,13 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             await context.abort(*trailers_of(error))
         except TimeoutError:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "a measurement takes less")
+
+
+def add_agent_service(servicer: AgentServicer, server: Any) -> None:
+    """Register the servicer (the generated function is untyped)."""
+    agent_pb2_grpc.add_AgentServiceServicer_to_server(servicer, server)
+
+
+def add_coordinator_service(servicer: CoordinatorServicer, server: Any) -> None:
+    """Register the servicer (the generated function is untyped)."""
+    coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server(servicer, server)

@@ -12,12 +12,12 @@ import click
 import msgspec
 
 from ckptsvc.agent.audit import AuditLog, Entry, audit_path, read
-from ckptsvc.agent.callers import user_name
 from ckptsvc.cli.masking import masked_url
 from ckptsvc.cli.terminal import Screen, emit, note, printable
 from ckptsvc.config import load
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.quantities import parse_duration
+from ckptsvc.rpc.accounts import user_name
 
 PARTLY_DONE = 3
 """Exit status where some lines cannot be used."""

@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 
 from ckptsvc.agent import nodelist
-from ckptsvc.agent.callers import user_name
 from ckptsvc.agent.orders import check_node
 from ckptsvc.cli.agents import agent_directory, ask_all
 from ckptsvc.cli.audit import take_down
 from ckptsvc.config import load
 from ckptsvc.errors import ConfigError
+from ckptsvc.rpc.accounts import user_name
 from ckptsvc.rpc.v1.agent_pb2 import VerbResponse
 
 

@@ -78,8 +78,8 @@ def cli() -> None:
 
     Exit statuses: 0 done; 1 unexpected; 2 wrong usage or setting; 3 partly done; 4 store failed; 5 store full;
     6 store refused; 10 not found; 11 run busy or fenced; 12 damaged; 13 newer format; 14 layout does not fit;
-    20 no agent; 21 no arena; 22 save failed; 23 no etcd; 85 stopped on request; 86 crash loop; 87 node unfit;
-    130 interrupted.
+    20 no agent; 21 no arena; 22 save failed; 23 no etcd; 24 limit reached; 85 stopped on request; 86 crash loop;
+    87 node unfit; 130 interrupted.
     """
 
 

@@ -15,12 +15,15 @@ from ckptsvc.quantities import (
     Address,
     Every,
     Limit,
+    parse_accounts,
     parse_duration,
     parse_duration_or_off,
     parse_every,
     parse_limit,
     parse_names,
     parse_size,
+    parse_umask,
+    parse_variables,
 )
 from ckptsvc.settings import Settings
 
@@ -32,6 +35,9 @@ _KINDS = {
     parse_limit: 'size or share: "8GiB", "50%"',
     parse_every: 'steps, duration or "off"',
     parse_names: "names, comma-separated",
+    parse_accounts: 'users and "@group"s, comma-separated',
+    parse_variables: "names, comma-separated",
+    parse_umask: 'octal: "022"',
 }
 
 
@@ -104,6 +110,8 @@ def written(value: Any, kind: Any = None) -> str:
     if isinstance(value, int | float):
         if parser in (parse_duration, parse_duration_or_off):
             return json.dumps(_duration(value))
+        if parser is parse_umask:
+            return json.dumps(f"{value:03o}")
         return json.dumps(_size(int(value))) if parser is parse_size else f"{value!r}"
     return json.dumps(masked_url(str(value)), ensure_ascii=False)
 

@@ -19,8 +19,18 @@ import threading
 from collections.abc import Callable, Mapping
 from types import FrameType
 
+from ckptsvc.errors import EXIT_STATUS
+
 _RESTARTED_BY = ("CKPTSVC_SOCKET", "TORCHELASTIC_RUN_ID")
 """Variables that a launcher sets which restarts ranks."""
+
+
+class StopTraining(SystemExit):
+    """Raised by `step` when the job was asked to stop, after a last save has committed."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(EXIT_STATUS["interrupted"])
+        self.reason = reason
 
 
 class StopSignals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ckptsvc.control.crashloop import CrashLoop
@@ -21,6 +22,7 @@ from ckptsvc.control.exclusion import Exclusion, Strikes, Word
 from ckptsvc.control.growth import Growth, Reach
 from ckptsvc.control.health import Health, Policy
 from ckptsvc.control.incidents import Incidents, standing
+from ckptsvc.control.ledger import TURNS, Ledger
 from ckptsvc.control.membership import Job
 from ckptsvc.control.nic_job import JobNics
 from ckptsvc.control.nics import Finding
@@ -31,6 +33,7 @@ from ckptsvc.control.save import Saves
 from ckptsvc.control.slow import SlowJobs
 from ckptsvc.control.tiering import Draining, Tiers
 from ckptsvc.control.verbs import Verbs
+from ckptsvc.format.commit import parse_checkpoint_name
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -57,6 +60,7 @@ class Coordinator:
     launched: dict[str, Attempts] = field(default_factory=dict)
     nics: dict[str, JobNics] = field(default_factory=dict)
     exclusion: Exclusion = field(default_factory=Exclusion)
+    ledger: Ledger = field(default_factory=Ledger)
     incidents: Incidents = field(init=False)
     health: Health = field(init=False)
     slow: SlowJobs = field(init=False)
@@ -80,6 +84,8 @@ class Coordinator:
             return Decision()
         event = getattr(report, kind)
         decision: Decision = getattr(self, f"_on_{kind}")(event, now)
+        if kind in TURNS:
+            self._look(now)
         return decision.add(self._epochs(now))
 
     def agent_lost(self, node: str, now: float) -> Decision:
@@ -132,6 +138,12 @@ class Coordinator:
             decision.add(self.tiers[event.job].plan(now))
         return decision.add(self._epochs(now))
 
+    def deleted(self, job: str, names: Iterable[str]) -> None:
+        """Retention has removed these checkpoints from the store."""
+        if job in self.jobs:
+            found = filter(None, map(parse_checkpoint_name, names))
+            self.jobs[job].saves.deleted.update((epoch, step) for step, epoch in found)
+
     def lookup_done(self, event: LookupDone, now: float) -> Decision:
         """Answer to `Lookup`."""
         job = self.jobs.get(event.job)
@@ -152,6 +164,7 @@ class Coordinator:
         for nics in self.nics.values():
             decision.add(nics.tick(now))
         decision.add(self.health.tick(now)).add(self.slow.tick(now)).add(self.redundancy.tick(now))
+        self._look(now)
         decision.add(self.pauses.tick(now)).add(self.verbs.tick(now))
         for name, job in list(self.jobs.items()):
             if job.ranks or job.saves.open or job.saves.held or (name in self.tiers and self.tiers[name].disks):
@@ -161,12 +174,17 @@ class Coordinator:
                 self.tiers.pop(name, None)
                 self.incidents.forget(name)
                 self.redundancy.forget(name)
+                self.ledger.forget(name)
                 self.pauses.forget(name)
                 self.nics.pop(name, None)
         for name, attempts in list(self.launched.items()):
             if attempts.phase is Phase.ENDED and now - attempts.ended > FORGET_AFTER:
                 del self.launched[name]
         return decision.add(self._epochs(now)).add(self._keep_nodes(now)).add(self._drain())
+
+    def _look(self, now: float) -> None:
+        for job in self.jobs.values():
+            self.ledger.look(job, self.launched.get(launched_as(job.name)), self.health.cases.get(job.name), now)
 
     def _keep_nodes(self, now: float) -> Decision:
         if not self.exclusion.changed or not self.exclusion.known:
@@ -288,6 +306,7 @@ class Coordinator:
         job = self.jobs.get(event.job)
         decision = job.leave(event, now) if job else Decision()
         attempts = self.launched.get(launched_as(event.job))
+        self.ledger.left(event, now)
         if attempts is None and not event.died and job is not None and not job.ranks:
             self.pauses.end(launched_as(event.job))
         if event.died and attempts is not None:
@@ -308,9 +327,10 @@ class Coordinator:
 
     def _on_progressed(self, event: pb.Progressed, now: float) -> Decision:
         job = self.jobs.get(event.job)
-        if job:
-            job.progressed(event, now)
-        return Decision()
+        if job is None:
+            return Decision()
+        job.progressed(event, now)
+        return self.ledger.progressed(job, event, now)
 
     def _on_agent_hello(self, event: pb.AgentHello, now: float) -> Decision:
         self.redundancy.attends(event)

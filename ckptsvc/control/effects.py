@@ -120,6 +120,24 @@ class Restarted:
 
 
 @dataclass(frozen=True, slots=True)
+class Resumed:
+    """A launched job has done the first step after a restart. There is nothing to do but to note how long it took.
+
+    Attributes:
+        job: as its ranks name it.
+        attempt: that has done the step.
+        why: the attempt before it has ended.
+        times: of the fault, the first sign of it, the decision, the start of the ranks, their registration, the end of
+            their restore, and the step; seconds of the coordinator's clock, ascending.
+    """
+
+    job: str
+    attempt: int
+    why: str
+    times: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Audit:
     """An order of a person has been carried out, or refused: take it down."""
 
@@ -127,7 +145,9 @@ class Audit:
     outcome: pb.Answered
 
 
-Effect = Send | AllotEpoch | Commit | Lookup | Record | Probe | ReadNodes | KeepNodes | Drain | Restarted | Audit
+Effect = (
+    Send | AllotEpoch | Commit | Lookup | Record | Probe | ReadNodes | KeepNodes | Drain | Restarted | Resumed | Audit
+)
 
 
 @dataclass(slots=True)

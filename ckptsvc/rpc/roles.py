@@ -1,7 +1,7 @@
 """Which role each gRPC method is for. A method that is not in the table is answered to nobody.
 
     user       the owner of the agent: his ranks, his launchers, his other agents
-    operator   the owner, and whoever operates the machine: root, and those whom agent.operators names
+    operator   the owner, and whoever operates the machine: root, and those whom system.operators names
 
 Between agents (CoordinatorService), rpc.trust has found out that the caller is an agent of the same user.
 """

@@ -41,6 +41,7 @@ from ckptsvc.control.effects import (
     ReadNodes,
     Record,
     Restarted,
+    Resumed,
     Send,
 )
 from ckptsvc.control.health import Policy
@@ -369,7 +370,7 @@ class Brain:
             self._world.note(f"coordinator: {reason}")
         for effect in decision.effects:
             self._world.checks.decided(effect)
-            if isinstance(effect, Record | Drain | Restarted | Audit):
+            if isinstance(effect, Record | Drain | Restarted | Resumed | Audit):
                 continue
             if not isinstance(effect, Send):
                 self._world.later(self._world.rng.uniform(0.01, 0.5), self._do, self.life, effect)

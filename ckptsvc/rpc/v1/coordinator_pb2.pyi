@@ -181,18 +181,26 @@ class Announced(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., digest: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Progressed(_message.Message):
-    __slots__ = ("job", "attempt", "node", "lowest", "highest")
+    __slots__ = ("job", "attempt", "node", "lowest", "highest", "blocked", "began", "behind", "phases")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     LOWEST_FIELD_NUMBER: _ClassVar[int]
     HIGHEST_FIELD_NUMBER: _ClassVar[int]
+    BLOCKED_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_FIELD_NUMBER: _ClassVar[int]
+    PHASES_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: int
     node: str
     lowest: int
     highest: int
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ...) -> None: ...
+    blocked: float
+    began: int
+    behind: _containers.RepeatedScalarFieldContainer[int]
+    phases: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ..., blocked: _Optional[float] = ..., began: _Optional[int] = ..., behind: _Optional[_Iterable[int]] = ..., phases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Staged(_message.Message):
     __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended", "again", "metrics", "copy")
@@ -534,7 +542,7 @@ class StopRequested(_message.Message):
     def __init__(self, job: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Stalled(_message.Message):
-    __slots__ = ("job", "node", "attempt", "rank", "phase", "step", "seconds", "threshold")
+    __slots__ = ("job", "node", "attempt", "rank", "phase", "step", "seconds", "threshold", "stopped")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -543,6 +551,7 @@ class Stalled(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     attempt: int
@@ -551,7 +560,8 @@ class Stalled(_message.Message):
     step: int
     seconds: float
     threshold: float
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., seconds: _Optional[float] = ..., threshold: _Optional[float] = ...) -> None: ...
+    stopped: bool
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., seconds: _Optional[float] = ..., threshold: _Optional[float] = ..., stopped: bool = ...) -> None: ...
 
 class Moved(_message.Message):
     __slots__ = ("job", "attempt", "rank")

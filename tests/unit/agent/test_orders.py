@@ -13,8 +13,9 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from ckptsvc.agent.callers import Callers, is_operator
+from ckptsvc.agent.callers import Callers
 from ckptsvc.errors import CkptsvcError, InvalidInput, NodeUnfit, NotFound, StoreDenied
+from ckptsvc.rpc.accounts import account_of, is_listed
 from ckptsvc.rpc.channel import FOR_KEY, TOKEN_KEY, error_of
 from ckptsvc.rpc.dial import sockets
 from ckptsvc.rpc.identity import IdentityClient
@@ -59,6 +60,10 @@ def test_the_owner_has_every_role_and_root_gives_orders_only():
 def test_operators_are_named_or_are_in_a_group():
     nobody = pwd.getpwnam("nobody")
     group = grp.getgrgid(nobody.pw_gid).gr_name
+
+    def is_operator(uid, operators):
+        return is_listed(account_of(uid), operators)
+
     assert is_operator(nobody.pw_uid, ["nobody"])
     assert is_operator(nobody.pw_uid, [f"@{group}"])
     assert not is_operator(nobody.pw_uid, ["@no-such-group", "somebody", group + "x"])
@@ -211,7 +216,7 @@ print(json.dumps(answers))
 @pytest.mark.parametrize("operators", ["", "nobody"])
 def test_another_user_gives_no_orders_unless_he_operates_the_machine(start, runtime, operators):
     nobody = pwd.getpwnam("nobody")
-    runtime.environ["CKPTSVC_AGENT_OPERATORS"] = operators
+    runtime.environ["CKPTSVC_SYSTEM_OPERATORS"] = operators
     agent = start()
     rank = agent.register()
     paths = sockets(agent.directory)
