@@ -70,7 +70,7 @@ def audit_path(settings: Settings, environ: Mapping[str, str]) -> Path:
         ConfigError: the environment names no such place.
     """
     given = settings.agent.audit_file
-    return Path(given) if given else state_directory(environ, "agent.audit_file") / NAME
+    return Path(given) if given else state_directory(environ, "the audit log", "agent.audit_file") / NAME
 
 
 class AuditLog:

@@ -78,10 +78,10 @@ def incidents_directory(settings: Settings, environ: Mapping[str, str]) -> Path:
     """
     if settings.agent.incidents_dir:
         return Path(settings.agent.incidents_dir)
-    return state_directory(environ, "agent.incidents_dir") / "incidents"
+    return state_directory(environ, "incidents", "agent.incidents_dir") / "incidents"
 
 
-def state_directory(environ: Mapping[str, str], setting: str) -> Path:
+def state_directory(environ: Mapping[str, str], what: str, setting: str) -> Path:
     """Where what is to survive reboots is kept, unless a setting says otherwise.
 
     Raises:
@@ -93,7 +93,7 @@ def state_directory(environ: Mapping[str, str], setting: str) -> Path:
     if not state.startswith("/"):  # a relative one is to be ignored: XDG base directory specification
         home = environ.get("HOME", "")
         if not home.startswith("/"):
-            raise ConfigError(f"there is no place for {setting}: HOME is not set", hint=f"set {setting}")
+            raise ConfigError(f"there is no place for {what}: HOME is not set", hint=f"set {setting}")
         state = f"{home}/.local/state"
     return Path(state, "ckptsvc")
 

@@ -164,7 +164,7 @@ class Agent:
         left = self.pool.open()
         self._build()
         copies = await self.tier.open() if self.tier else []
-        self._obey_signals()
+        self._heed_signals()
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             if self._etcd:
@@ -196,6 +196,15 @@ class Agent:
             handover.succeed(handover.Handed(lock, self.address, self.metrics_address))
         os.close(lock)
 
+    def _heed_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGINT, self._stopping.set)
+        loop.add_signal_handler(signal.SIGTERM, self._terminated)
+        loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
+        loop.add_signal_handler(handover.SIGNAL, lambda: self.local.spawn(self._make_way()))
+        if not sys.stderr.isatty():  # a terminal that goes takes what runs in its foreground along
+            loop.add_signal_handler(signal.SIGHUP, lambda: self.local.spawn(self._read_again()))
+
     async def _close(self, *, awaited: bool) -> None:
         """Close all parts; `awaited`: somebody counts on the next agent to find what is in memory."""
         idle = self.node.idle and not awaited
@@ -218,15 +227,6 @@ class Agent:
         await handover.own(lock, directory, is_service=self._options.linger is None)
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
         return lock
-
-    def _obey_signals(self) -> None:
-        loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGINT, self._stopping.set)
-        loop.add_signal_handler(signal.SIGTERM, self._terminated)
-        loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
-        loop.add_signal_handler(handover.SIGNAL, lambda: self.local.spawn(self._make_way()))
-        if not sys.stderr.isatty():  # a terminal that goes takes what runs in its foreground along
-            loop.add_signal_handler(signal.SIGHUP, lambda: self.local.spawn(self._read_again()))
 
     def _lasting(self) -> Iterator[Coroutine[Any, Any, None]]:
         """What runs from the agent's beginning to its end."""

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import msgspec
 
 from ckptsvc.agent.limits import raise_open_files
+from ckptsvc.agent.notify import Notifier
 from ckptsvc.agent.supervisor_accounts import Accounts
 from ckptsvc.agent.supervisor_agents import Agents, shown
 from ckptsvc.agent.supervisor_gate import Gate
@@ -95,7 +96,10 @@ class Supervisor:
         self._anew = False
 
     async def run(self) -> None:
-        """Serve until SIGTERM or SIGINT; the agents live on. On SIGHUP it begins anew, with new settings and code.
+        """Serve until SIGTERM or SIGINT; the agents live on.
+
+        On SIGHUP and SIGUSR2 this process executes its program anew, with new settings and code, and passes the signal
+        on to the agents: they read their settings again, or do the same.
 
         Raises:
             ConfigError: this is not root, or the directory is not root's alone.
@@ -111,33 +115,38 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, self._begin_anew, stopping)
+        for number in (signal.SIGHUP, signal.SIGUSR2):
+            loop.add_signal_handler(number, self._begin_anew, number, stopping)
         listener = _listening(self._directory / SOCKET)
-        accepting = asyncio.ensure_future(self._accept(listener))
+        notifier, summary = Notifier.of(os.environ, os.getpid()), self._agents.summary
+        lasting = [asyncio.ensure_future(c) for c in (self._accept(listener), notifier.beat(summary))]
         logger.info("the service of this node listens in %s", self._directory)
-        # sd_notify("READY=1") belongs here.
+        notifier.ready(summary())
         try:
             await stopping.wait()
         finally:
-            for task in (accepting, *self._tasks):
+            (notifier.reloading if self._anew else notifier.stopping)(summary())
+            for task in (*lasting, *self._tasks):
                 task.cancel()
-            await asyncio.gather(accepting, *self._tasks, return_exceptions=True)
+            await asyncio.gather(*lasting, *self._tasks, return_exceptions=True)
             listener.close()
             self._agents.close()
             os.close(lock)
         if self._anew:
             # What comes is this process, and whoever watches it sees no end.
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            for number in (signal.SIGHUP, signal.SIGUSR2):
+                signal.signal(number, signal.SIG_IGN)
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         logger.info("the service of this node has stopped; the agents of its users go on")
 
-    def _begin_anew(self, stopping: asyncio.Event) -> None:
+    def _begin_anew(self, number: int, stopping: asyncio.Event) -> None:
         try:
             node_of(load(os.environ))
         except ConfigError as error:
             logger.warning("the settings stay as they were: %s", error)
             return
         logger.info("the service of this node begins anew")
+        self._agents.signal(number)
         self._anew = True
         stopping.set()
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -170,6 +171,18 @@ class Agents:
                 asyncio.get_running_loop().remove_reader(user.pidfd)
                 os.close(user.pidfd)
         os.close(self._records)
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the agents that serve."""
+        for user in self._users.values():
+            if user.link is not None and user.pidfd >= 0:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(user.pidfd, number)
+
+    def summary(self) -> str:
+        """One line."""
+        serving = [user for user in self._users.values() if user.link is not None]
+        return f"{sum(user.ranks for user in serving)} ranks of {len(serving)} users' agents"
 
     # ---- for callers -------------------------------------------------------------------------------------------------
 

@@ -138,15 +138,16 @@ class UsersJob:
     """One rank of a user's that runs `train`."""
 
     def __init__(
-        self, node: Node, person: Person, store: Path, until: int, *, patient: bool = False, first: Path | str = ""
-    ):
+        self, node: Node, person: Person, store: Path, until: int, *, patient: bool = False, first: Path | str = "",
+        launcher: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
         self.folder = node.home(person) / "job"
         self.folder.mkdir()
         os.chown(self.folder, person.uid, person.gid)
         spec = {"file": __file__, "function": "train", "arguments": [str(store), until, patient, str(first)],
             "folder": str(self.folder)}  # fmt: skip
         self._log = self.folder / "log"
-        self.process = node.spawn(person, [sys.executable, str(RANK), json.dumps(spec)], self._log)
+        self.process = node.spawn(person, [sys.executable, *launcher, str(RANK), json.dumps(spec)], self._log)
 
     def reports(self, event: str) -> list[dict[str, Any]]:
         path = self.folder / "rank-0.jsonl"
@@ -186,6 +187,15 @@ class TestJobs:
         (refused,) = his.reports("refused")
         assert "StoreDenied" in refused["why"]
         assert "Permission denied" in refused["why"]
+
+    @pytest.mark.slow
+    def test_are_launched_with_the_agent_of_their_user(self, node: Node) -> None:
+        node.start()
+        run = ("-m", "ckptsvc.cli.main", "run", "--nproc-per-node", "1", "--no-standby", "--no-preflight")
+        job = UsersJob(node, ALICE, node.home(ALICE) / "run", 2, launcher=run)
+        assert job.result() == {"steps": 2, "skipped": 0, "sum": 2000.0}
+        assert job.reports("attached")[0]["agent"] == str(node.agent_directory(ALICE))
+        assert ids_of(node.agents()[ALICE.uid]["pid"])["Uid"].split()[0] == str(ALICE.uid)
 
     @pytest.mark.slow
     def test_go_on_while_the_service_is_killed_again_and_again_and_others_ask(self, node: Node) -> None:
@@ -681,10 +691,13 @@ class TestTheServicesOwnEnd:
         log = node.root / "service.log"
         eventually(lambda: "the settings stay as they were" in log.read_text(), "the mistake to be noticed")
         settings.write_text('[system]\nusers = "ck-bob"\n')
-        node.supervisor.send_signal(signal.SIGHUP)
+        hers = node.agent_directory(ALICE) / "agent.log"
+        node.supervisor.send_signal(signal.SIGUSR2)
         eventually(lambda: log.read_text().count("listens in") == 2, "it to listen again")
+        eventually(lambda: hers.read_text().count("listens on") == 2, "her agent to begin anew too")
         assert node.supervisor.poll() is None
         assert ask(node, BOB)["ok"] is True  # while it begins anew, callers wait
+        eventually(lambda: node.agents()[ALICE.uid]["state"] == "serves", "her agent to come back")
         assert node.agents()[ALICE.uid]["pid"] == agent
         os.kill(agent, signal.SIGTERM)
         wait_until_gone(agent)  # and is no zombie, though another program has started it

@@ -152,16 +152,6 @@ def test_a_restart_goes_on_from_the_newest_snapshot_and_is_no_failure(
     assert audited(order) == [("restart", "done")]
 
 
-def test_what_was_not_started_by_us_is_not_restarted(launch: Launch, order: Order, tmp_path: Path) -> None:
-    with launch.plain(1, train, str(tmp_path / "run"), 1000) as job:
-        job.wait_for("stepped")
-        refused = order("restart", status=2)
-        assert "has not started job" in refused["error"]["what"]
-        job.go("end")
-        job.wait()
-    assert audited(order) == [("restart", "failed")]
-
-
 WAIT = 'while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.05; done'
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import random
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from ckptsvc.agent import supervisor_accounts
 from ckptsvc.agent import supervisor_records as records
 from ckptsvc.agent.supervisor import environment_of, node_of, parse
 from ckptsvc.agent.supervisor_accounts import check
 from ckptsvc.agent.supervisor_gate import ALL_CONNECTIONS, BURST, CONNECTIONS, RATE, REMEMBERED, Gate
 from ckptsvc.config import load
-from ckptsvc.errors import ConfigError, InvalidInput, StoreDenied
+from ckptsvc.errors import AgentUnavailable, ConfigError, InvalidInput, StoreDenied
 from ckptsvc.rpc.accounts import Account, is_listed
 from ckptsvc.rpc.service import MAX_REQUEST
 
@@ -115,6 +117,37 @@ def _has_group(name: str) -> bool:
     import grp
 
     return any(group.gr_name == name and group.gr_gid == 0 for group in grp.getgrall())
+
+
+class TestAccounts:
+    def test_are_judged_once_in_a_while(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looked: list[int] = []
+
+        def look(uid: int, gid: int) -> Account:
+            looked.append(uid)
+            if uid == 7:
+                raise OSError("the directory server is down")
+            return Account(f"user{uid}", uid, gid, (gid,), "/")
+
+        monkeypatch.setattr(supervisor_accounts, "account_of", look)
+
+        async def test() -> None:
+            accounts = supervisor_accounts.Accounts([], 1000, ["user2000"])
+            for _ in range(3):
+                await accounts.admit(1000, 1)
+                with pytest.raises(StoreDenied, match="user999 is of the system"):
+                    await accounts.admit(999, 1)
+            assert looked == [1000, 999]
+            assert [await accounts.is_operator(uid, 1) for uid in (0, 1000, 2000)] == [True, False, True]
+            for _ in range(2):  # that nobody knows is not remembered
+                with pytest.raises(AgentUnavailable, match="the directory server is down"):
+                    await accounts.admit(7, 1)
+            assert looked == [1000, 999, 2000, 7, 7]
+            monkeypatch.setattr(supervisor_accounts, "KNOWN_FOR", -1.0)
+            await accounts.admit(1000, 1)
+            assert looked[-1] == 1000
+
+        asyncio.run(test())
 
 
 class TestRecords:
