@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,6 @@ from harness.runtime import eventually
 
 SYSTEMD = Path("/usr/lib/systemd/systemd")
 BOOT = r"""
-set -e
 mount --make-rprivate /
 mount -t proc proc /proc
 mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys
@@ -66,8 +65,11 @@ def _hierarchy() -> Path | None:
 
 
 @contextlib.contextmanager
-def systemd(units: dict[str, str], folder: Path) -> Iterator[Systemd]:
-    """Start one that has these units (by path below /run/systemd/system)."""
+def systemd(units: dict[str, str], folder: Path, before: Iterable[str] = ()) -> Iterator[Systemd]:
+    """Start one that has these units (by path below /run/systemd/system).
+
+    `before` are commands of the shell that change what it sees of this machine's files.
+    """
     above = _hierarchy()
     if os.geteuid() != 0 or not SYSTEMD.exists() or above is None:
         pytest.skip("needs root, systemd and cgroup 2")
@@ -84,8 +86,9 @@ def systemd(units: dict[str, str], folder: Path) -> Iterator[Systemd]:
     boot = f'echo $BASHPID > {group}/cgroup.procs; exec unshare -f -p -m -u -C --kill-child bash -c "$0" bash "$1"'
     with log.open("wb") as output:
         outer = subprocess.Popen(
-            ["bash", "-c", boot, BOOT, str(folder / "units")], stdin=subprocess.DEVNULL, stdout=output, stderr=output
-        )
+            ["bash", "-c", boot, "\n".join(("set -e", *before, BOOT)), str(folder / "units")],
+            stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        )  # fmt: skip
     try:
         children = Path(f"/proc/{outer.pid}/task/{outer.pid}/children")
 

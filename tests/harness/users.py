@@ -214,7 +214,7 @@ def node_of_users() -> Iterator[Node]:
 @contextlib.contextmanager
 def _namespace(root: Path) -> Iterator[list[str]]:
     """The command by which others run in it."""
-    commands = [*_accounts(root), *_opened(root), "echo ready", "exec cat"]
+    commands = [*opened_for_users(root), "echo ready", "exec cat"]
     holder = subprocess.Popen(
         ["unshare", "--mount", "--propagation", "private", "sh", "-ec", "\n".join(commands)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -232,6 +232,11 @@ def _namespace(root: Path) -> Iterator[list[str]]:
         holder.wait(10)
         for stream in (holder.stdout, holder.stderr):
             stream.close()
+
+
+def opened_for_users(root: Path) -> list[str]:
+    """Commands after which the people exist, and can read what a node needs."""
+    return [*_accounts(root), *_opened(root)]
 
 
 def _accounts(root: Path) -> Iterator[str]:

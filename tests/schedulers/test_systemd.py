@@ -10,12 +10,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from harness.job import Launch
 from harness.runtime import Runtime, eventually
 from harness.systemd import systemd
+from harness.users import ALICE, Node, opened_for_users
 
 from ckptsvc.cli.agent import command
 from ckptsvc.config import load
@@ -138,6 +140,7 @@ def test_the_settings_file_and_the_drop_ins_hold_settings() -> None:
 
 
 UNIT = "ckptsvc-agent@root.service"
+SYSTEM = "ckptsvc-agent.service"
 
 
 @pytest.mark.slow
@@ -194,6 +197,64 @@ def test_a_job_trains_through_all_that_an_operator_does(launch: Launch, runtime:
         system.systemctl("stop", UNIT)
         assert system.show(UNIT, "Result") == "success"
         assert list(runtime.arenas.rglob("*.arena")) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_service_of_all_users_works_with_no_more_rights_than_it_has(tmp_path: Path) -> None:
+    """It starts an agent of another user; that one outlives a restart, and makes way with the service."""
+    root, arenas = (Path(tempfile.mkdtemp(prefix="ck-", dir=where)) for where in ("/tmp", "/dev/shm"))
+    root.chmod(0o755)
+    arenas.chmod(0o1777)
+    inside: list[str] = []  # how to get there, once it is there
+    node = Node(root, arenas, inside)
+    program = root / "ckptsvc"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m ckptsvc.cli.main "$@"\n')
+    program.chmod(0o755)
+    unit = (UNITS / "ckptsvc-agent.service").read_text().replace("/usr/bin/ckptsvc", str(program))
+    kept = {key: value for key, value in node.environ.items() if key.startswith(("CKPTSVC_", "PYTHON"))}
+    environ = "".join(f'Environment="{key}={value}"\n' for key, value in kept.items())
+    drop_in = (
+        f"[Unit]\nDefaultDependencies=no\n[Service]\nStateDirectory=\nLogsDirectory=\n{environ}"
+        f"StandardOutput=append:{root}/service.log\nStandardError=inherit\n"
+    )
+    units = {"ckptsvc-agent.service": unit, "ckptsvc-agent.service.d/test.conf": drop_in}
+    try:
+        with systemd(units, tmp_path, opened_for_users(root)) as system:
+            inside += ["nsenter", "-t", str(system.pid), "-a", "--"]
+            system.systemctl("start", SYSTEM)
+            assert system.show(SYSTEM, "StatusText") == "0 ranks of 0 users' agents"
+            ask = "import ckptsvc.rpc.service as s, pathlib, sys; print(s.own_agent(pathlib.Path(sys.argv[1])))"
+            code = ask.replace("sys.argv[1]", repr(str(node.directory)))
+            assert node.python(ALICE, code).strip() == str(node.agent_directory(ALICE))
+            log = node.agent_directory(ALICE) / "agent.log"
+            (pid,) = (pid for pid in node.processes() if "agent.server" in Path(f"/proc/{pid}/cmdline").read_text())
+            told = dict(re.findall(r"^(\w+):\s*(.*)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
+            assert told["Uid"].split() == [str(ALICE.uid)] * 4
+            assert sorted(map(int, told["Groups"].split())) == sorted(ALICE.groups)
+            assert (told["CapEff"], told["NoNewPrivs"], told["Seccomp"]) == ("0" * 16, "1", "2")
+            eventually(lambda: "of 1 users" in system.show(SYSTEM, "StatusText"), "the status of the unit")
+
+            main = system.show(SYSTEM, "MainPID")
+            system.systemctl("restart", SYSTEM)
+            assert system.show(SYSTEM, "MainPID") != main
+            eventually(lambda: "of 1 users" in system.show(SYSTEM, "StatusText"), "the agent to be found again")
+            assert Path(f"/proc/{pid}").exists()
+            assert log.read_text().count("listens on") == 1
+
+            main = system.show(SYSTEM, "MainPID")
+            system.systemctl("kill", "--kill-whom=main", "--signal=USR2", SYSTEM)
+            eventually(lambda: log.read_text().count("listens on") == 2, "the successor of the agent")
+            assert "makes way for its successor" in log.read_text()
+            eventually(lambda: system.show(SYSTEM, "ActiveState") == "active", "the service to be there again")
+            assert (system.show(SYSTEM, "MainPID"), system.show(SYSTEM, "NRestarts")) == (main, "0")
+            assert Path(f"/proc/{pid}").exists()
+            system.systemctl("stop", SYSTEM)
+            assert Path(f"/proc/{pid}").exists()
+    finally:
+        print(node.log())
+        problems = node.close()
+    assert problems == []
 
 
 def _started(runtime: Runtime) -> float:
