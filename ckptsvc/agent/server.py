@@ -53,7 +53,7 @@ from ckptsvc.agent.reload import reload
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer, add_agent_service, add_coordinator_service
 from ckptsvc.agent.standing import StandingOrders
-from ckptsvc.agent.status import status_of
+from ckptsvc.agent.status import status_of, summary_of
 from ckptsvc.agent.tenancy import Tenancy
 from ckptsvc.agent.watch import Watch, limits_of
 from ckptsvc.agent.workers import Workers
@@ -63,7 +63,7 @@ from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.tiering import Draining
 from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError
 from ckptsvc.launch.domain import domain_of
-from ckptsvc.pipeline.arena import ArenaPool, State
+from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import Address, parse_duration
 from ckptsvc.rpc.accounts import user_name
 from ckptsvc.rpc.channel import BETWEEN, LOCAL, MAX_CALLS, OPTIONS, SERVER_KEEPALIVE
@@ -179,7 +179,7 @@ class Agent:
             (directory / "ready.new").rename(directory / "ready")
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
                 self.node_name, directory, self.address, node=self.node_name)  # fmt: skip
-            self._notifier.ready(self.summary())
+            self._notifier.ready(summary_of(self))
             await self._stopping.wait()
             if not self._makes_way:
                 self._notifier.stopping("ends; snapshots in memory wait for the next agent")
@@ -236,7 +236,7 @@ class Agent:
         yield self.watch.run()
         yield self.nics.run()
         yield self._until_idle()
-        yield self._notifier.beat(self.summary)
+        yield self._notifier.beat(partial(summary_of, self))
         if self.tenancy:
             yield self.tenancy.run()
 
@@ -353,21 +353,13 @@ class Agent:
         async with self._reading:
             self._notifier.reloading("reads the settings again")
             self._options.settings = await reload(self, self._options.read_again, self._options.settings)
-            self._notifier.ready(self.summary())
+            self._notifier.ready(summary_of(self))
 
     def _give_way(self) -> None:
         """End, for a service that waits to take over."""
         self._yields = True
         self._grace = SHORT_GRACE
         self._stopping.set()
-
-    def summary(self) -> str:
-        """What it does, in one line."""
-        sessions, arenas = self.local.sessions.values(), self.pool.arenas.values()
-        saving = sum(arena.state is State.STAGED for arena in arenas)
-        jobs = len({session.reg.job for session in sessions})
-        held = sum(arena.capacity for arena in arenas) >> 20
-        return f"{len(sessions)} ranks of {jobs} jobs, {saving} snapshots being saved, {held} MiB of arenas"
 
     def _keep_incidents(self) -> None:
         """Incidents of the jobs that this agent coordinates become files (`ckptsvc incidents`)."""

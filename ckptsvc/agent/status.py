@@ -10,6 +10,7 @@ import ckptsvc
 from ckptsvc.agent.job_view import job_view, launch_view
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.restart import launched_as
+from ckptsvc.pipeline.arena import State
 from ckptsvc.rpc.v1 import agent_pb2
 
 if TYPE_CHECKING:
@@ -59,6 +60,15 @@ def status_of(agent: Agent) -> dict[str, Any]:
             for reading in agent.nics.readings
         ],
     }
+
+
+def summary_of(agent: Agent) -> str:
+    """What it does, in one line (`systemctl status`)."""
+    sessions, arenas = agent.local.sessions.values(), agent.pool.arenas.values()
+    saving = sum(arena.state is State.STAGED for arena in arenas)
+    jobs = len({session.reg.job for session in sessions})
+    held = sum(arena.capacity for arena in arenas) >> 20
+    return f"{len(sessions)} ranks of {jobs} jobs, {saving} snapshots being saved, {held} MiB of arenas"
 
 
 def _ranks(agent: Agent) -> list[dict[str, Any]]:

@@ -104,7 +104,6 @@ def test_every_setting_has_its_variable() -> None:
         "launch.grow": "90s",
         "launch.crash_loop": "0",
         "launch.state": "/shared/state",
-        "agent.log_level": "error",
         "store.url": "memory://x",
         "store.retries": "0",
         "store.timeout": "500ms",
@@ -163,7 +162,6 @@ def test_every_setting_has_its_variable() -> None:
     assert set(settings.origin) == set(values)
     assert "default" not in settings.origin.values()
     assert settings.agent == settings_of.AgentSettings(
-        log_level="error",
         socket_dir="/run/x",
         listen=Address("0.0.0.0", 7070),
         metrics_listen=None,
