@@ -72,15 +72,6 @@ def ask_users() -> list[Answer]:
     return answers
 
 
-def ask_user(directory: Path, uid: int) -> list[Answer]:
-    """What the agent of another user says to root."""
-    try:
-        with safe_target(directory, uid) as target:
-            return [Answer(directory, _cleaned(ask(directory, target)))]
-    except CkptsvcError as error:
-        return [Answer(directory, None, error)]
-
-
 def _cleaned(value: Any) -> Any:
     """A document without anything that a terminal would obey."""
     if isinstance(value, dict):

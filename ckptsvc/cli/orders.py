@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import pwd
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ckptsvc.cli.agents import Answer, agent_directory, ask_all, ask_user
+from ckptsvc.cli.agents import Answer, agent_directory, ask_all
 from ckptsvc.cli.terminal import duration, emit, note, printable, size
-from ckptsvc.config import load
 from ckptsvc.control.restart import launched_as
-from ckptsvc.errors import AgentUnavailable, InvalidInput, NotFound, StoreDenied
+from ckptsvc.errors import AgentUnavailable, InvalidInput, NotFound
 from ckptsvc.quantities import parse_duration
-from ckptsvc.rpc import service
 from ckptsvc.rpc.v1.agent_pb2 import VerbRequest, VerbResponse
 
 PARTLY_DONE = 3
 """Exit status of an order that is not carried out yet, or not everywhere."""
-
-_FOR_USER = "ckptsvc.user"
 
 LATEST = 2.0
 """Seconds beyond its deadline in which an agent says how far it has come."""
@@ -34,10 +28,8 @@ def options(timeout: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
         for each in (
             click.option("--json", "as_json", is_flag=True, help="One JSON document."),
-            click.option("--dir", "directory", type=click.Path(path_type=Path), callback=_directory,
+            click.option("--dir", "directory", type=click.Path(path_type=Path),
                 help="Directory of the sockets; default: as for `ckptsvc agent`."),
-            click.option("--user", metavar="NAME", is_eager=True, expose_value=False, callback=_user,
-                help="To the agent of this user, on a node with `ckptsvc agent --system`; for root."),
             click.option("--no-wait", is_flag=True, help="Do not wait until it is done."),
             click.option("--timeout", default=timeout, show_default=True, metavar="TIME", help="Wait for so long."),
             click.option("--reason", default="", metavar="TEXT", help="Why, for people; logs show it."),
@@ -46,22 +38,6 @@ def options(timeout: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return command
 
     return decorate
-
-
-def _user(context: click.Context, _parameter: click.Parameter, name: str | None) -> None:
-    if name is None:
-        return
-    if os.geteuid() != 0:
-        raise StoreDenied("--user is for root", hint="sudo ckptsvc ...")
-    try:
-        uid = int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
-    except KeyError:
-        raise InvalidInput(f"there is no user {name!r}") from None
-    context.meta[_FOR_USER] = service.directory_of(Path(load(os.environ).system.directory), uid)
-
-
-def _directory(context: click.Context, _parameter: click.Parameter, given: Path | None) -> Path | None:
-    return given or context.meta.get(_FOR_USER)
 
 
 def to_job(
@@ -94,21 +70,13 @@ def to_node(
 
 def _agents(directory: Path | None) -> list[Answer]:
     where = directory or agent_directory()
-    answers = ask_all(where) if (uid := _owner(where)) == os.geteuid() else ask_user(where, uid)
+    answers = ask_all(where)
     if not answers:
         raise AgentUnavailable(f"no agent runs in {where}", hint="orders go through an agent: `ckptsvc status`")
     for answer in answers:
         if answer.error is not None:
             note(printable(f"the agent in {answer.directory} does not answer: {answer.error}"))
     return [answer for answer in answers if answer.status is not None]
-
-
-def _owner(directory: Path) -> int:
-    """Whose agent it is."""
-    try:
-        return os.lstat(directory).st_uid
-    except OSError:
-        return os.geteuid()
 
 
 def of_job(answers: Sequence[Answer], job: str | None) -> tuple[Answer, str]:
@@ -152,17 +120,16 @@ def give(directory: Path, method: str, request: VerbRequest, timeout: float) -> 
     """
     import grpc
 
-    from ckptsvc.rpc.channel import LOCAL, TOKEN_KEY, error_of
-    from ckptsvc.rpc.dial import safe_target, sockets
+    from ckptsvc.rpc.channel import OPTIONS, TOKEN_KEY, error_of
+    from ckptsvc.rpc.dial import sockets
     from ckptsvc.rpc.identity import IdentityClient
     from ckptsvc.rpc.v1 import agent_pb2_grpc
 
-    owner, identity = _owner(directory), IdentityClient(sockets(directory)[1], of_anybody=True)
+    grpc_path, identity_path = sockets(directory)
+    identity = IdentityClient(identity_path, of_anybody=True)
     try:
-        if identity.owner != owner:  # a user who directs root's orders to another one's agent
-            raise AgentUnavailable(f"what answers in {directory} belongs to user {identity.owner}, not to {owner}")
         token = identity.call({"op": "caller"})[0]["token"]
-        with safe_target(directory, owner) as target, grpc.insecure_channel(target, options=LOCAL) as channel:
+        with grpc.insecure_channel(f"unix:{grpc_path}", options=OPTIONS) as channel:
             call = getattr(agent_pb2_grpc.AgentServiceStub(channel), method)
             response: VerbResponse = call(request, timeout=timeout + LATEST, metadata=((TOKEN_KEY, token),))
             return response
