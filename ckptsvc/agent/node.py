@@ -361,21 +361,22 @@ class Node:
                 self.saves.ended(self._local.jobs[label.job], outcome)
 
     def _report_progress(self, now: float) -> None:
-        ranks: dict[tuple[str, int, int], list[Session]] = {}
+        steps: dict[tuple[str, int, int], dict[int, Session]] = {}
         for session in self._local.sessions.values():
-            ranks.setdefault((session.reg.job, session.reg.attempt, session.reg.world_size), []).append(session)
+            reg = session.reg
+            steps.setdefault((reg.job, reg.attempt, reg.world_size), {})[reg.rank] = session
         self._pages.count(self._local.sessions.values(), now)
-        for name, attempt, world in self._progress.keys() - ranks.keys():
+        for name, attempt, world in self._progress.keys() - steps.keys():
             del self._progress[name, attempt, world]
-        for (name, attempt, world), sessions in ranks.items():
-            period = progress_every(world / len(sessions))
+        for (name, attempt, world), done in steps.items():
+            period = progress_every(world / len(done))
             # The first time at once or, of many, each at a time of its own.
             due = self._progress.setdefault((name, attempt, world), now + random.uniform(0, period - PROGRESS_EVERY))
             if now < due:
                 continue
             self._progress[name, attempt, world] = due + period if now - due < period else now + period
-            sessions.sort(key=lambda session: session.reg.rank)
-            self._local.report(self._local.jobs[name], reports.progressed(self._local.name, sessions))
+            pages = [done[rank].page for rank in sorted(done)]
+            self._local.report(self._local.jobs[name], reports.progressed(self._local.name, name, attempt, pages))
 
     def _retire(self, job: LocalJob, patience: float) -> None:
         """Free the memory of a job without ranks: at once if it ended in good order, else after `patience` seconds."""

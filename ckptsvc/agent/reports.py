@@ -12,6 +12,7 @@ from ckptsvc.control.room import Stage
 from ckptsvc.control.runs import runs_of
 from ckptsvc.control.stalls import STEP
 from ckptsvc.pipeline.arena import Label, Parity
+from ckptsvc.rpc.identity import Page
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -40,20 +41,14 @@ def joined(node: str, reg: Registration, epoch: int) -> pb.Report:
     return pb.Report(rank_joined=event)
 
 
-def progressed(node: str, sessions: Sequence[Session]) -> pb.Report:
-    """How far the ranks of one attempt on this node are, and what they do; `sessions` in the order of the ranks."""
-    pages, reg = [session.page for session in sessions], sessions[0].reg
+def progressed(node: str, job: str, attempt: int, pages: Sequence[Page]) -> pb.Report:
+    """How far the ranks of an attempt are, and what they do, by their pages in the order of the ranks."""
     steps, phases = [page.get("step") for page in pages], [page.phase for page in pages]
-    event = pb.Progressed(
-        job=reg.job,
-        attempt=reg.attempt,
-        node=node,
-        lowest=min(steps),
-        highest=max(steps),
-        blocked=max(page.get("blocked") + page.get("waited") for page in pages) / 1e9,
-    )
-    if event.lowest != event.highest:
-        event.behind.extend(min(event.highest - step, _FURTHEST) for step in steps)
+    highest = max(steps)
+    event = pb.Progressed(job=job, attempt=attempt, node=node, lowest=min(steps), highest=highest)
+    event.blocked = max(page.get("blocked") + page.get("waited") for page in pages) / 1e9
+    if event.lowest != highest:
+        event.behind.extend(min(highest - step, _FURTHEST) for step in steps)
     if set(phases) != {STEP}:
         event.phases.extend(phases if len(set(phases)) > 1 else phases[:1])
     began = min(page.get("began") for page in pages)

@@ -1,4 +1,4 @@
-"""Copies that ranks fill themselves: replicas of data parallelism, kept for a partner without a byte over the network.
+"""Copies that ranks fill themselves: what replicas of data parallelism hold need not come over the network.
 
 This node keeps a copy of what another one holds. Where a rank here has the same replicated state as one there, its
 twin, each stages a part of it; when it takes its snapshot, the rank here can put the other's part into the arena for

@@ -73,6 +73,10 @@ class Phases:
         page.put("at", time.monotonic_ns())
         return page
 
+    def start(self, step: int) -> None:
+        """Note that steps are done from here on: so many were, before."""
+        self.beat(step).put("began", step)
+
     def progress(self, amount: int = 1) -> None:
         """Note that the phase is `amount` further; from any thread."""
         self._link.page.advance(amount, time.monotonic_ns())

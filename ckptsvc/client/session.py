@@ -255,7 +255,7 @@ class Session:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise NoCheckpoint(f"{self._url} has {what}")
         self._try(self._new_epoch)  # steps come again that this one may hold already
-        self._begin()
+        self._phases.start(self.steps_done)
         return found
 
     def close(self) -> None:
@@ -319,7 +319,7 @@ class Session:
             )
         if (resume and self._restore(None) is not None) or (init_from is not None and self._begin_from(init_from)):
             self._snapshots.arrange(self.steps_done)  # optimizers have their state now: the structure is final
-        self._begin()
+        self._phases.start(self.steps_done)
         if overlap:
             self._fences = [o.register_step_pre_hook(self._snapshots.fence) for o in optimizers_in(self._tree_of)]
             if not self._fences:
@@ -334,10 +334,6 @@ class Session:
         if self._private:
             arguments = ["--linger", PRIVATE_LINGER, "--name", self._place.node]
             ensure_agent(self._link.directory, arguments)
-
-    def _begin(self) -> None:
-        """Steps are done from here on."""
-        self._phases.beat(self.steps_done).put("began", self.steps_done)
 
     def _new_epoch(self) -> None:
         """Begin another epoch; every rank calls this at the same step."""
@@ -409,8 +405,7 @@ class Session:
 
     def _report_skip(self, error: CkptsvcError) -> None:
         self.skipped += 1
-        if isinstance(error, AgentUnavailable):  # of others, the agent knows
-            self._link.add("missed", 1)
+        self._link.add("missed", isinstance(error, AgentUnavailable))  # of others, the agent knows
         self._warn(f"snapshot of step {self.steps_done} skipped: {error}")
 
     def _warn(self, message: str) -> None:

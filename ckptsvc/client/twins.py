@@ -25,6 +25,9 @@ log = logging.getLogger("ckptsvc")
 SLOTS = 2
 """Arenas of twins that stay in this process's memory."""
 
+WITHOUT = 3
+"""Snapshots in a row without an offer after which none stays: the agent may have given their memory to others."""
+
 
 class Twin(NamedTuple):
     """The snapshot of the other rank, as far as this one has it.
@@ -47,6 +50,7 @@ class Twins:
         self._link = link
         self._plan: tuple[str, int, StagePlan] | None = None  # for a structure of the state, and a rank
         self._slots: list[str] = []
+        self._without = 0
         self._mapping: threading.Thread | None = None
 
     def write(
@@ -61,6 +65,9 @@ class Twins:
     ) -> Twin:
         """Fill what is offered; the arguments are those of this rank's own snapshot."""
         slot, rank = offer.twin_slot, offer.twin_rank
+        self._without = 0 if slot else self._without + 1
+        if self._without == WITHOUT:
+            self._keep([])
         if not slot or not self._is_mapped(slot):
             return Twin()
         try:
@@ -86,19 +93,21 @@ class Twins:
     def _is_mapped(self, slot: str) -> bool:
         """Whether the arena is in memory; if not, it will be the next time: the training does not wait for that."""
         if slot not in self._slots:
-            self._slots.append(slot)
-            gone = self._slots[:-SLOTS]
-            del self._slots[:-SLOTS]
-            if self._plan is not None:
-                self._plan[2].forget(self._slots)
-            for each in gone:
-                self._link.unmap(each)
+            self._keep([*self._slots, slot][-SLOTS:])
         if self._link.is_mapped(slot):
             return True
         if self._mapping is None or not self._mapping.is_alive():
             self._mapping = threading.Thread(target=self._map, args=(slot,), name="ckptsvc-map", daemon=True)
             self._mapping.start()
         return False
+
+    def _keep(self, slots: list[str]) -> None:
+        """Let go of all arenas but these."""
+        if self._plan is not None:
+            self._plan[2].forget(slots)
+        for gone in set(self._slots).difference(slots):
+            self._link.unmap(gone)
+        self._slots = slots
 
     def _map(self, slot: str) -> None:
         try:

@@ -40,30 +40,38 @@ KEYS = {
 }
 """Every key of a JSON line, in order, and what it says."""
 
+OURS = ("ckptsvc", "ckptsvc_drivers")
+"""The loggers of the service."""
+
 MASKED = "***"
 
-_SECRETS = (
-    (re.compile(r"(?<=://)[^/@\s]+@"), f"{MASKED}@"),  # who logs in with what, in a URL
-    (re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE), rf"\1 {MASKED}"),
-    (
-        re.compile(
-            r"""(?<![A-Za-z])((?:[\w-]*(?:secret|passw|passphrase|credential|token|signature|api_?key|access_?key)[\w-]*)"""
-            r"""["']?\s*[=:]\s*["']?)(?<!_file=)(?<!_file: )[^\s"'&,;)}\]]+""",
-            re.IGNORECASE,
-        ),
-        rf"\1{MASKED}",
-    ),
-    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), MASKED),
-)
+_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
+_BEARER = re.compile(r"\b(bearer|basic)\s+[\w.~+/=-]{6,}", re.IGNORECASE)
+_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
+_NAME = re.compile(r"""(?<![\w-])([\w-]++)["']?\s{0,4}[=:]\s{0,4}["']?""")
+"""What comes before a value. It takes whole words, so that a long one costs no more than its length."""
+
+_VALUE = re.compile(r"""[^\s"'&,;)}\]]*""")
+
+_SECRET = re.compile(r"secret|passw|passphrase|credential|token|signature|(api|access)_?key", re.IGNORECASE)
 
 About = Callable[[], Fields]
 
 
 def masked(text: str) -> str:
     """The same text without what looks like a secret."""
-    for pattern, instead in _SECRETS:
-        text = pattern.sub(instead, text)
-    return text
+    text = _KEY.sub(MASKED, _BEARER.sub(rf"\1 {MASKED}", _LOGIN.sub(f"{MASKED}@", text)))
+    parts, done = [], 0
+    for found in _NAME.finditer(text):
+        name = found[1]
+        if (
+            found.start() >= done and _SECRET.search(name) and not name.lower().endswith("_file")
+        ):  # where it is, is none
+            value = _VALUE.match(text, found.end())
+            if value is not None and value[0]:
+                parts += [text[done : found.end()], MASKED]
+                done = value.end()
+    return "".join((*parts, text[done:]))
 
 
 class JsonFormatter(logging.Formatter):
@@ -153,16 +161,17 @@ def setup_logging(stream: TextIO, *, json: bool, level: str = "info", about: Abo
 
 def set_log_level(level: str) -> None:
     """From which level up our lines are logged: "debug", "info", "warning" or "error"."""
-    for name in ("ckptsvc", "ckptsvc_drivers"):
+    for name in OURS:
         logging.getLogger(name).setLevel(level.upper())
 
 
 def log_apart(stream: TextIO, about: About) -> None:
     """Write what the service says in somebody else's process as JSON, and leave the rest of its log alone."""
-    ours = logging.getLogger("ckptsvc")
-    _replace(ours, stream, json=True, about=about)
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
+    for name in OURS:
+        logger = logging.getLogger(name)
+        _replace(logger, stream, json=True, about=about)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 def start_logging(form: str, level: str = "info", **about: Unpack[Fields]) -> None:

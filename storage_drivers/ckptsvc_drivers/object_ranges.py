@@ -23,7 +23,7 @@ from ckptsvc_drivers.object_clients import CONNECT_TIMEOUT, Clients
 _SIGNED_FOR = timedelta(minutes=10)
 _ADDRESSES = 64  # signed ones that are kept: of the objects read last
 _REST = 60.0  # seconds without signed addresses after one was refused
-_IDLE = 16  # connections kept open
+_IDLE = 16  # connections kept open at least
 _PLAIN = re.compile(r"[A-Za-z0-9._~/-]*")  # names that obstore signs rightly for Azure: it signs others as escaped
 
 
@@ -156,7 +156,7 @@ class Ranges:
 
     def _give(self, connection: HTTPConnection) -> None:
         with self._lock:
-            if connection.sock is not None and len(self._idle) < _IDLE:
+            if connection.sock is not None and len(self._idle) < max(_IDLE, self._clients.options.connections):
                 self._idle.append(connection)
                 return
         connection.close()

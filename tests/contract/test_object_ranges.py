@@ -46,6 +46,16 @@ def test_ranges_come_from_signed_addresses_and_nothing_else_is_asked(store, betw
     assert ways(between) == [True] * 3
 
 
+@pytest.mark.parametrize("connections", [1, 3])
+def test_as_many_ranges_are_under_way_as_options_say(s3_bucket, between, connections):
+    s3_bucket.write("a", content_of(40 * MiB))
+    store = opened(s3_bucket, endpoint=between.endpoint, connections=connections)
+    between.rules.append(Rule("GET", delay=0.1))
+    assert read(store, 40 * MiB) == content_of(40 * MiB)
+    assert min(connections, 2) <= between.busiest <= connections
+    store.close()
+
+
 def test_azure_takes_signed_addresses_too_but_not_of_names_that_need_escapes(azure_container):
     """Which obstore 0.12 signs as they are escaped, and Azure looks at the name itself."""
     content = content_of(9 * MiB)

@@ -40,8 +40,12 @@ def scrape(directory: Path) -> dict[str, dict[tuple[tuple[str, str], ...], float
     """What the agent of that directory tells Prometheus: name -> sorted labels -> value."""
     address = (directory / "ready").read_text().splitlines()[2]
     request = urllib.request.Request(f"http://{address}/metrics")
-    with contextlib.suppress(FileNotFoundError):
-        request.add_header("Authorization", f"Bearer {(directory / 'http-token').read_text().strip()}")
+    for token in (
+        directory / "http-token",
+        directory.parent / "http-token",
+    ):  # an agent of a job has it from its user's
+        with contextlib.suppress(FileNotFoundError):
+            request.add_header("Authorization", f"Bearer {token.read_text().strip()}")
     with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
         text = answer.read().decode()
     found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}

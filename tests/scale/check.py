@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 from machine import GROW, JOB
 
 from ckptsvc.control.effects import Audit, Commit, Effect, Restarted, Send
+from ckptsvc.control.goodput import Mode
 from ckptsvc.control.restart import Phase
 from ckptsvc.pipeline.arena import State
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
-from ckptsvc.telemetry import Cause
+from ckptsvc.telemetry import Cause, Share
 
 if TYPE_CHECKING:
     from machine import Machine, Rank
@@ -73,11 +74,14 @@ class Checks:
         self._waits_since: float | None = None  # a node, for a place in a job that has too few
         self._grown = 0
         self._automatic: dict[tuple[int, int], bool] = {}  # attempt and step -> whether it was saved
+        self._books: dict[
+            str, tuple[dict[Share, float], float | None]
+        ] = {}  # what this coordinator has booked, since when
         self._unaware_until = 0.0  # nodes new to the job were started by a coordinator that had heard of no others
 
     def new_coordinator(self) -> None:
         """It has heard and said nothing yet."""
-        self._durable, self._outcomes, self._waits_since = set(), {}, None
+        self._durable, self._outcomes, self._waits_since, self._books = set(), {}, None, {}
 
     def reported(self, report: pb.Report) -> None:
         """The coordinator hears something."""
@@ -185,8 +189,22 @@ class Checks:
         self._one_job_in_the_run()
         self._one_attempt_runs()
         self._nobody_waits_for_a_free_place()
+        self._the_books_add_up()
         if self._world.in_flight == 0:
             self._memory_is_there()
+
+    def _the_books_add_up(self) -> None:
+        for name, account in self._world.brain.core.ledger.accounts.items():
+            books = account.books
+            before, begun = self._books.get(name, (dict.fromkeys(Share, 0.0), None))
+            require(all(books.seconds[share] >= before[share] for share in Share), f"time of {name} was taken back")
+            if name != JOB or books.mode is Mode.ENDED:  # until it begins again, if it does
+                begun = None
+            else:
+                begun = books.since - books.total if begun is None else begun
+                require(abs(books.since - books.total - begun) < 1e-6, f"time of {name} is not booked, or twice")
+            require(books.since <= self._world.now + 1e-6, f"time of {name} is booked that has not been yet")
+            self._books[name] = dict(books.seconds), begun
 
     def _one_job_in_the_run(self) -> None:
         writers = [job.name for job in self._world.brain.core.jobs.values() if job.ranks]

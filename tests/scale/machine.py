@@ -25,7 +25,7 @@ from ckptsvc.pipeline.arena import Arena, ArenaPool, Kept, Label, Parity, State
 from ckptsvc.rpc.identity import PHASE_BYTES
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
-from ckptsvc.telemetry import Metrics
+from ckptsvc.telemetry import Metrics, Skip
 
 if TYPE_CHECKING:
     from simulation import Line, Session, World
@@ -96,6 +96,7 @@ class Attempt:
     world_size: int
     ranks: dict[int, tuple[Machine, Rank]] = field(default_factory=dict)
     step: int = -1
+    began: int = -1
 
 
 class Machine:
@@ -359,7 +360,7 @@ class Machine:
                 raise ArenaExhausted(str(attempt.refused or "no epoch"))
             arena, evicted = self.pool.acquire(rank.job, rank.number, 1, step, rank.token)
         except ArenaExhausted as error:
-            self.node.arenas._skip(job, session.reg, attempt.epoch, step, str(error))
+            self.node.arenas._skip(job, session, attempt.epoch, step, str(error), Skip.NO_ARENA)
             return
         self.local.dropped(job, evicted)
         rank.epoch = attempt.epoch
@@ -533,10 +534,10 @@ class Machine:
         there = len(attempt.ranks) == attempt.world_size
         if there and all(r.alive and r.attached and not r.hangs for _, r in attempt.ranks.values()):
             if attempt.step < 0:
-                attempt.step = self._restored()
+                attempt.began = attempt.step = self._restored()
             attempt.step += 1
             for machine, rank in attempt.ranks.values():
-                machine._step(rank, attempt.step)
+                machine._step(rank, attempt.step, attempt.began)
             if attempt.step >= world.schedule.steps:
                 for machine, rank in attempt.ranks.values():
                     world.later(world.rng.uniform(0.5, 1.5), machine._exit, rank, 0)
@@ -549,14 +550,16 @@ class Machine:
         newest = max(((s.epoch, s.step) for s in snapshots), default=(0, 0))
         return max(newest, max(self._world.store.commits, default=(0, 0)))[1]
 
-    def _step(self, rank: Rank, step: int) -> None:
+    def _step(self, rank: Rank, step: int, began: int) -> None:
         rank.stepped_at = self._world.now
         due = step % self._world.schedule.every_steps == 0
         session = self.local.sessions.get(rank.token) if self.agent_alive else None
         if session is not None:
             session.page.put("step", step)
             self._beat(rank)
-            progressed = pb.Progressed(job=JOB, attempt=rank.attempt, node=self.name, lowest=step, highest=step)
+            progressed = pb.Progressed(
+                job=JOB, attempt=rank.attempt, node=self.name, lowest=step, highest=step, began=began
+            )
             self.line.report(pb.Report(progressed=progressed))
             if due:
                 due = not session.page.is_paused(step)

@@ -31,7 +31,7 @@ from ckptsvc.telemetry import (
     setup_logging,
 )
 from ckptsvc.telemetry.declaring import Declared
-from ckptsvc.telemetry.logs import ABOUT, KEYS, LOST, log_apart, told
+from ckptsvc.telemetry.logs import ABOUT, KEYS, LOST, OURS, log_apart, masked, told
 from ckptsvc.telemetry.reference import markdown
 
 METRICS = {
@@ -347,6 +347,12 @@ def test_secrets_are_in_no_line(stream: io.StringIO, text: str, shown: str) -> N
     assert "hunter22" not in written
 
 
+def test_a_long_line_is_looked_through_in_one_go() -> None:
+    for part in ("secret", "0", "_-", "a=", "://", "-----BEGIN ", "bearer "):
+        text = part * (1_000_000 // len(part))
+        assert len(masked(text)) <= len(text) + 1_000_000  # it would not end
+
+
 def test_a_line_that_cannot_be_made_is_written_all_the_same() -> None:
     class Bad:
         def __str__(self) -> str:
@@ -399,7 +405,7 @@ def test_what_a_process_is_told_about_itself_may_be_nonsense(monkeypatch: pytest
 
 
 def test_a_rank_writes_json_and_leaves_the_programs_own_log_alone(stream: io.StringIO) -> None:
-    ours, theirs = logging.getLogger("ckptsvc"), io.StringIO()
+    theirs = io.StringIO()
     handler = logging.StreamHandler(theirs)
     logging.getLogger().addHandler(handler)
     try:
@@ -408,7 +414,8 @@ def test_a_rank_writes_json_and_leaves_the_programs_own_log_alone(stream: io.Str
         logging.getLogger("train").warning("loss is high")
     finally:
         logging.getLogger().removeHandler(handler)
-        ours.handlers[:], ours.propagate = [], True
+        for ours in map(logging.getLogger, OURS):
+            ours.handlers[:], ours.propagate = [], True
     (line,) = lines(stream)
     assert (line["msg"], line["rank"], line["step"]) == ("skipped", 3, 7)
     assert theirs.getvalue() == "loss is high\n"
