@@ -80,7 +80,6 @@ def test_every_setting_has_its_variable() -> None:
         "traces.ca_file": "/etc/ca.pem",
         "agent.incidents_dir": "/var/lib/ckptsvc/incidents",
         "agent.audit_file": "/var/log/ckptsvc/audit.jsonl",
-        "agent.operators": "ada, @staff",
         "arena.dir": "/mnt/shm",
         "arena.limit": "25%",
         "arena.slots": "3",
@@ -171,7 +170,6 @@ def test_every_setting_has_its_variable() -> None:
         coordination="etcd://a:1",
         incidents_dir="/var/lib/ckptsvc/incidents",
         audit_file="/var/log/ckptsvc/audit.jsonl",
-        operators=("ada", "@staff"),
     )
     assert settings.arena == settings_of.ArenaSettings(
         dir="/mnt/shm", limit=Limit(0, 0.25), slots=3, job_limit=Limit(0, 0.5)
