@@ -13,7 +13,8 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I proto
 STUBS := ckptsvc/rpc/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability lint types contracts proto proto-check check docs reference demo bench clean
+.PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability test-page test-service \
+	deb lint types contracts proto proto-check check docs reference demo bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
@@ -54,11 +55,11 @@ test-slurm: install ## the batch template under a real Slurm (Debian, root: inst
 	if [ -n "$$absent" ]; then apt-get update && apt-get install -y --no-install-recommends slurm-wlm munge; fi
 	$(BIN)/python -m pytest -m slurm $(ARGS)
 
-REALFS := radosgw ceph-mon ceph-osd ceph-mgr ceph-mds ceph-fuse ceph-common glusterfs-server glusterfs-client \
+REALFS := faketime radosgw ceph-mon ceph-osd ceph-mgr ceph-mds ceph-fuse ceph-common glusterfs-server glusterfs-client \
 	moosefs-master moosefs-chunkserver moosefs-client
 
 test-realfs: install ## the drivers on real CephFS, RGW, GlusterFS and MooseFS (Debian, root: installs them)
-	@for program in radosgw ceph-osd ceph-mds ceph-fuse glusterd mfsmaster mfschunkserver mfsmount; do \
+	@for program in faketime radosgw ceph-osd ceph-mds ceph-fuse glusterd mfsmaster mfschunkserver mfsmount; do \
 	command -v $$program > /dev/null || absent=1; done; \
 	if [ -n "$$absent" ]; then apt-get update && \
 	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $(REALFS); fi
@@ -68,6 +69,22 @@ test-observability: install ## rules and dashboard with a real Prometheus (Debia
 	@for program in prometheus promtool; do command -v $$program > /dev/null || absent=1; done; \
 	if [ -n "$$absent" ]; then apt-get update && apt-get install -y --no-install-recommends prometheus; fi
 	$(BIN)/python -m pytest tests/unit/test_observability.py tests/integration/test_prometheus.py $(ARGS)
+
+test-page: install ## the status page in Chromium (Debian, root: installs it)
+	@command -v chromium > /dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; }
+	$(BIN)/python -m pytest -m browser $(ARGS)
+
+test-service: install ## units, packages and what a service suffers; with a real systemd as root (Debian, root: installs it)
+	@for program in systemd-analyze dpkg-deb nsenter; do command -v $$program > /dev/null || absent=1; done; \
+	if [ -n "$$absent" ]; then apt-get update && apt-get install -y --no-install-recommends systemd dpkg util-linux; fi
+	if command -v npm > /dev/null; then npm install --prefix $(VENV)/containerfile --no-audit --no-fund --no-save \
+	--loglevel=error dockerfile-utils@0.16.3; fi
+	$(BIN)/python -m pytest tests/schedulers/test_systemd.py tests/schedulers/test_packages.py \
+	tests/schedulers/test_kubernetes.py tests/fault/test_service.py tests/fault/test_service_faults.py $(ARGS)
+
+deb: install ## a Debian package of the service, in dist/
+	$(PIP) wheel --no-input --disable-pip-version-check --no-deps --build-constraint constraints.txt -w dist .
+	sh deploy/debian/build.sh dist/ckptsvc-*.whl "$(PIP)" dist
 
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .

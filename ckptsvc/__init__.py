@@ -5,6 +5,8 @@
         train_step(batch)
         run.step()
 
+What a run holds can be looked at without a job: `ckptsvc.open("file:///scratch/run7")`.
+
 Importing this package imports neither torch nor grpc; the first use of a name does.
 """
 
@@ -14,15 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckptsvc.client.reading import load
+    from ckptsvc.client.runs import Run, open  # noqa: A004, F401
     from ckptsvc.client.session import Session, attach
 
 __version__ = "0.1.0"
-__all__ = ["Session", "__version__", "attach", "load"]
+# Not "open": `from ckptsvc import *` must not hide the one of Python.
+__all__ = ["Run", "Session", "__version__", "attach", "load"]
 
 _HOMES = {
     "attach": "ckptsvc.client.session",
     "Session": "ckptsvc.client.session",
     "load": "ckptsvc.client.reading",
+    "Run": "ckptsvc.client.runs",
+    "open": "ckptsvc.client.runs",
 }
 
 

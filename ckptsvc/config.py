@@ -36,11 +36,20 @@ OTHER_VARIABLES: dict[str, str] = {
     "CKPTSVC_SOCKET": "directory of the agent to use (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_COORDINATOR": "address of the job's coordinator (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_WARM": "what a warm interpreter is to do (set by `ckptsvc run` for its own; agent/warm)",
+    "CKPTSVC_WORKER": "what an agent tells its I/O workers of the settings (agent/worker_settings)",
+    "CKPTSVC_HANDOVER": "what an agent leaves to its successor in the same process (agent/handover)",
+    "CKPTSVC_LOG_ABOUT": "what all lines of a process's log are about (set by ours for those they start)",
     "CKPTSVC_FAILPOINT": "directory of armed failpoints (tests; pipeline/failpoint.py)",
 }
 """Every variable CKPTSVC_* that has a meaning and is not a setting."""
 
 PAGE = 4096
+
+LARGEST_EXTENT = 64 << 20
+"""Bytes of save.extent: those who read a shard hold several extents in memory."""
+
+LONGEST_REQUEST = 3600.0
+"""Seconds of store.timeout."""
 
 # Kubernetes puts such variables into every pod of a namespace that has a service called "ckptsvc...".
 _KUBERNETES_LINK = re.compile(r"CKPTSVC_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_[0-9]+_\w+)?)")
@@ -172,8 +181,12 @@ def _check(settings: Settings) -> None:
     agent, arena, save, health = settings.agent, settings.arena, settings.save, settings.health
     if agent.socket_dir and not os.path.isabs(agent.socket_dir):
         refuse("agent.socket_dir", f"is {agent.socket_dir!r}, which is not an absolute path")
+    if not os.path.isabs(settings.system.directory):
+        refuse("system.directory", f"is {settings.system.directory!r}, which is not an absolute path")
     if agent.incidents_dir and not os.path.isabs(agent.incidents_dir):
         refuse("agent.incidents_dir", f"is {agent.incidents_dir!r}, which is not an absolute path")
+    if agent.http_token_file and not os.path.isabs(agent.http_token_file):
+        refuse("agent.http_token_file", f"is {agent.http_token_file!r}, which is not an absolute path")
     if settings.launch.state and not os.path.isabs(settings.launch.state):
         refuse("launch.state", f"is {settings.launch.state!r}, which is not an absolute path")
     if not os.path.isabs(arena.dir):
@@ -188,10 +201,12 @@ def _check(settings: Settings) -> None:
         refuse("tls.cert_file", "needs tls.ca_file and tls.key_file, and they need it")
     if not 2 <= settings.etcd.ttl <= 60:
         refuse("etcd.ttl", f"is {settings.etcd.ttl:g} s, not 2 to 60")
-    if save.extent == 0 or save.extent % PAGE:
-        refuse("save.extent", f"is {save.extent} bytes, which is not a multiple of {PAGE}")
+    if save.extent == 0 or save.extent % PAGE or save.extent > LARGEST_EXTENT:
+        refuse("save.extent", f"is {save.extent} bytes, not a multiple of {PAGE} or more than {LARGEST_EXTENT}")
     if settings.retention.best and not settings.retention.metric:
         refuse("retention.best", "needs retention.metric: of what are they the best?")
+    if not 0 < settings.store.timeout <= LONGEST_REQUEST:
+        refuse("store.timeout", f"is {settings.store.timeout:g} s, not more than 0 and at most {LONGEST_REQUEST:g}")
     if save.deadline >= save.timeout:
         refuse("save.deadline", f"is {save.deadline:g} s, not less than save.timeout, {save.timeout:g} s")
     for key, problem in problems(settings.tiers):

@@ -22,6 +22,7 @@
       Interrupted               stopped on request after a last save
       CrashLoop                 attempt after attempt failed without progress
       NodeUnfit                 this node cannot take part in a job
+      LimitReached              more than one user, job or process may have
 
 Codes are append-only: they appear in JSON output, logs and gRPC trailers. `EXIT_STATUS` and `GRPC_STATUS` are the one
 table from a code to an exit status and to a gRPC status name.
@@ -182,6 +183,12 @@ class NodeUnfit(CkptsvcError):
     code = "node-unfit"
 
 
+class LimitReached(CkptsvcError):
+    """What was asked for is more than a user, a job or a process may have."""
+
+    code = "limit-reached"
+
+
 EXIT_STATUS: dict[str, int] = {
     "internal": 1,
     "invalid-input": 2,
@@ -202,6 +209,7 @@ EXIT_STATUS: dict[str, int] = {
     "arena-exhausted": 21,
     "save-failed": 22,
     "coordination-unavailable": 23,
+    "limit-reached": 24,
     "interrupted": 85,
     "crash-loop": 86,
     "node-unfit": 87,
@@ -234,6 +242,7 @@ GRPC_STATUS: dict[str, str] = {
     "interrupted": "CANCELLED",
     "crash-loop": "ABORTED",
     "node-unfit": "FAILED_PRECONDITION",
+    "limit-reached": "RESOURCE_EXHAUSTED",
 }
 """gRPC status name for each code; `rpc.channel` uses it in both directions."""
 

@@ -1,4 +1,4 @@
-"""Values with units, as people write them: sizes, durations, intervals, amounts of memory, addresses.
+"""Values with units, as people write and read them: sizes, durations, intervals, amounts of memory, addresses.
 
 Every parser takes what a settings file, an environment variable or an argument holds, and refuses it with examples.
 """
@@ -24,6 +24,8 @@ _NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 _SIZE = re.compile(rf"({_NUMBER}) *([A-Za-z]*)")
 _DURATION_PART = re.compile(rf"({_NUMBER}) *([a-z]+)")
 _PERCENT = re.compile(rf"({_NUMBER}) *%")
+_ACCOUNT = re.compile(r"@?[A-Za-z0-9_][A-Za-z0-9_.@\\-]{0,255}\$?")  # also DOMAIN\user and user@realm
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ADDRESS = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([^\s:\[\]]+)):([0-9]{1,5})")
 
 
@@ -53,6 +55,10 @@ class Limit(NamedTuple):
     def of(self, total: int) -> int:
         """The limit in bytes where the whole is `total` bytes."""
         return self.nbytes or int(total * self.share)
+
+
+ALL = Limit(0, 1.0)
+"""No limit but the whole."""
 
 
 def parse_size(value: object) -> int:
@@ -196,6 +202,36 @@ def parse_names(value: object) -> tuple[str, ...]:
     return found
 
 
+def parse_accounts(value: object) -> tuple[str, ...]:
+    """Users and groups: "alice, 1234, @physics", or a list of them.
+
+    Raises:
+        ConfigError: one of them can be neither.
+    """
+    return _words(value, _ACCOUNT, "a list of users and groups", '"alice,1234,@physics"')
+
+
+def parse_variables(value: object) -> tuple[str, ...]:
+    """Names of environment variables: "HTTPS_PROXY, SSL_CERT_FILE", or a list of them.
+
+    Raises:
+        ConfigError: one of them cannot be a name.
+    """
+    return _words(value, _VARIABLE, "a list of environment variables", '"HTTPS_PROXY,SSL_CERT_FILE"')
+
+
+def parse_umask(value: object) -> int:
+    """File permissions that are taken away, in octal: "022", "0o077".
+
+    Raises:
+        ConfigError: not a umask, or one that keeps the owner out.
+    """
+    text = value.strip().removeprefix("0o") if isinstance(value, str) else ""
+    if not re.fullmatch("0*[0-7]{1,2}", text):
+        _refuse(value, "a umask that leaves the owner his rights, in quotes", '"022" or "077"')
+    return int(text, 8)
+
+
 def parse_tables(value: object) -> dict[str, dict[str, Any]]:
     """Tables by name: as a settings file has them, or one line of JSON or TOML: {"s3": {"region": "eu-west-1"}}.
 
@@ -212,6 +248,16 @@ def parse_tables(value: object) -> dict[str, dict[str, Any]]:
     return {str(name): dict(table) for name, table in value.items()}
 
 
+def _words(value: object, pattern: re.Pattern[str], kind: str, examples: str) -> tuple[str, ...]:
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        _refuse(value, kind, examples)
+    found = tuple(word.strip() for word in words if word.strip())
+    if not all(pattern.fullmatch(word) for word in found):
+        _refuse(value, kind, examples)
+    return found
+
+
 _TABLES = """{"s3": {"region": "eu-west-1"}} or s3 = {region = "eu-west-1"}"""
 
 
@@ -221,3 +267,22 @@ def _match(pattern: re.Pattern[str], value: object) -> re.Match[str] | None:
 
 def _refuse(value: object, kind: str, examples: str) -> NoReturn:
     raise ConfigError(f"{value!r} is not {kind}", hint=f"for example {examples}")
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: "512 B", "64.0 MiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if nbytes < 1023.95 or unit == "TiB":
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:,.1f} {unit}"
+        nbytes /= 1024
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """A time span for people, to one unit: "12 s", "3 min", "5 h", "9 d"."""
+    if seconds < 10:
+        return f"{max(seconds, 0):.1f} s"
+    for unit, length, most in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
+        if seconds < most * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds / 86400:,.0f} d"

@@ -8,9 +8,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from ckptsvc.quantities import (
+    ALL,
     Address,
     Every,
     Limit,
+    parse_accounts,
     parse_address,
     parse_address_or_off,
     parse_directory_or_off,
@@ -22,6 +24,8 @@ from ckptsvc.quantities import (
     parse_rate_or_off,
     parse_size,
     parse_tables,
+    parse_umask,
+    parse_variables,
 )
 
 LONGEST_REBUILD = 3600.0
@@ -37,21 +41,26 @@ class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         socket_dir: directory of the unix sockets; "" means `runtime_dir`.
         listen: where other agents reach this one.
-        metrics_listen: where Prometheus and browsers reach this one, or "off".
+        metrics_listen: where Prometheus and browsers reach this one, or "off"; beyond loopback it takes [tls].
+        http_token_file: holds the token that they show; "" means http-token in the directory of the sockets, which is
+            made. For a Prometheus of another user, a file that its group may read.
         name: name of the node; "" means the one its scheduler or the host gives it.
         coordinator: the agent that decides, or "off": the agents elect one.
         coordination: where agents elect the coordinators of their jobs, "etcd://host:port,host:port/prefix"; "" means
             that the agent whose address `ckptsvc run` was given coordinates.
         incidents_dir: where incidents are kept; "" means ckptsvc/incidents in $XDG_STATE_HOME (~/.local/state).
+        audit_file: where it is taken down who has ordered what; "" means ckptsvc/audit.jsonl there.
     """
 
     socket_dir: str = ""
     listen: Annotated[Address, parse_address] = Address("127.0.0.1", 0)
     metrics_listen: Annotated[Address | None, parse_address_or_off] = Address("127.0.0.1", 0)
+    http_token_file: str = ""
     name: str = ""
     coordinator: Annotated[Address | None, parse_address_or_off] = None
     coordination: str = ""
     incidents_dir: str = ""
+    audit_file: str = ""
 
 
 class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,18 +83,57 @@ class EtcdSettings(msgspec.Struct, frozen=True, kw_only=True):
     key_file: str = ""
 
 
+class SystemSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[system]: one service for all users of a node (`ckptsvc agent --system`).
+
+    What it limits is fair among jobs that keep to it; what a user's processes can take without it, the kernel limits.
+
+    Attributes:
+        directory: where it listens; root owns it. Those who look for it look there too.
+        users: who may use it: names, numbers, "@group"; "" means all whose number is at least `min_uid`, and root.
+        min_uid: lower numbers are of the system's own accounts, which must be named in `users`.
+        operators: who, besides root, may see and control the agents of all users: names, numbers, "@group".
+        max_users: agents at a time.
+        user_memory: what the arenas of one user may take; a share is one of arena.limit. Where more users have jobs
+            than this leaves room for, each may take an even part. store.max_write_rate is divided among them anyway.
+        user_jobs: jobs that one user may have on the node at a time.
+        user_ranks: ranks of his jobs, together.
+        linger: how long an agent stays that has nothing to do.
+        umask: of what agents write, in octal.
+        environment: names of variables, comma-separated, that agents get from the service's own environment.
+    """
+
+    directory: str = "/run/ckptsvc"
+    users: Annotated[tuple[str, ...], parse_accounts] = ()
+    min_uid: Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)] = 1000
+    operators: Annotated[tuple[str, ...], parse_accounts] = ()
+    max_users: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 128
+    user_memory: Annotated[Limit, parse_limit] = Limit(0, 0.5)
+    user_jobs: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64
+    user_ranks: Annotated[int, msgspec.Meta(ge=1, le=65536)] = 1024
+    linger: Annotated[float, parse_duration] = 600.0
+    umask: Annotated[int, parse_umask] = 0o022
+    environment: Annotated[tuple[str, ...], parse_variables] = ()
+
+
 class TlsSettings(msgspec.Struct, frozen=True, kw_only=True):
     """[tls]: certificates by which agents of several hosts know each other; without them, all are on one host.
 
     Attributes:
         ca_file: certificates (PEM) of those who sign them.
-        cert_file: this user's own, with the name <user>.user.ckptsvc; read anew when it changes.
+        cert_file: this user's own, with the name <user>.user.ckptsvc; read anew when it changes. "{user}" in its path
+            stands for the user's name, in that of the key too.
         key_file: its key; readable by its owner alone.
     """
 
     ca_file: str = ""
     cert_file: str = ""
     key_file: str = ""
+
+    def of(self, user: str) -> TlsSettings:
+        """Those of one user."""
+        cert_file, key_file = (path.replace("{user}", user) for path in (self.cert_file, self.key_file))
+        return TlsSettings(ca_file=self.ca_file, cert_file=cert_file, key_file=key_file)
 
     @property
     def is_set(self) -> bool:
@@ -100,11 +148,14 @@ class ArenaSettings(msgspec.Struct, frozen=True, kw_only=True):
         dir: a directory in memory (tmpfs).
         limit: what all arenas of the node together may take; a share is one of the file system's size.
         slots: arenas per rank. With one, no snapshot can be taken while the last one is still being written.
+        job_limit: what the arenas of one job may take; a share is one of `limit`. While several jobs have ranks on the
+            node, none gets more new arenas than make its even part of `limit`.
     """
 
     dir: str = "/dev/shm"
     limit: Annotated[Limit, parse_limit] = Limit(0, 0.5)
     slots: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    job_limit: Annotated[Limit, parse_limit] = ALL
 
 
 class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,7 +254,8 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         url: for example "file:///scratch/run7" or a bare path; "" means that the caller names one.
         retries: further attempts after a failure that may pass.
-        timeout: seconds one request may take.
+        timeout: seconds one request to an object store may take. (A call into a file system, or DAOS, cannot be ended:
+            where one hangs, `save.timeout` gives the save up.)
         options: for the drivers, a table for each scheme: [store.options.s3]; see storage_drivers/README.md. In the
             environment as one line of JSON or TOML: {"s3": {"region": "eu-west-1"}}.
         max_write_rate: bytes per second that a node may write to the store, all its jobs together, or "off".
@@ -226,6 +278,8 @@ class TierSettings(msgspec.Struct, frozen=True, kw_only=True):
         domain: this node's failure domain, a word that nodes share which may be lost together; "auto": its switch or
             chassis, where the scheduler or the node's name tells.
         partner_every: every how many snapshots.
+        replicas: with "copy": ranks put what they hold as replicas of the other node's state into the copy themselves,
+            when they take a snapshot: the network is spared, and the training waits for twice the bytes.
         partner_rate: bytes per second that this node reads from others for it; 0: as many as come.
         rebuild: how long a restore waits for what is rebuilt from parity before an older checkpoint has to do.
         local: a directory on a disk of each node, to which every snapshot is written first, or "off".
@@ -239,6 +293,7 @@ class TierSettings(msgspec.Struct, frozen=True, kw_only=True):
     group: Annotated[int, msgspec.Meta(ge=2, le=64)] = 4
     domain: str = "auto"
     partner_every: Annotated[int, msgspec.Meta(ge=1)] = 1
+    replicas: bool = False
     partner_rate: Annotated[int, parse_size] = 1 << 30
     rebuild: Annotated[float, parse_duration] = 60.0
     local: Annotated[str, parse_directory_or_off] = ""
@@ -285,6 +340,32 @@ class NicsSettings(msgspec.Struct, frozen=True, kw_only=True):
     root: str = "/"
 
 
+class LogSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[log]: what agents, their workers, launchers and sessions write to standard error.
+
+    Attributes:
+        format: "text": lines for people; "json": one object a line.
+        level: which lines: these, and worse ones.
+    """
+
+    format: Literal["text", "json"] = "text"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+
+
+class TraceSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """[traces]: OpenTelemetry spans of saves and restarts; needs the extra `traces`.
+
+    Attributes:
+        endpoint: of a collector that speaks OTLP over gRPC, "http://host:4317" or "https://..."; "" means none.
+        ratio: the share of saves and restarts of which there are traces; the same ones on all nodes.
+        ca_file: certificates (PEM) of those who sign the collector's; "" means the system's.
+    """
+
+    endpoint: str = ""
+    ratio: Annotated[float, msgspec.Meta(ge=0, le=1)] = 1.0
+    ca_file: str = ""
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """All settings, validated.
 
@@ -294,6 +375,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     agent: AgentSettings = AgentSettings()
+    system: SystemSettings = SystemSettings()
     tls: TlsSettings = TlsSettings()
     arena: ArenaSettings = ArenaSettings()
     save: SaveSettings = SaveSettings()
@@ -305,6 +387,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     nics: NicsSettings = NicsSettings()
     etcd: EtcdSettings = EtcdSettings()
     launch: LaunchSettings = LaunchSettings()
+    log: LogSettings = LogSettings()
+    traces: TraceSettings = TraceSettings()
     origin: dict[str, str] = {}
 
 
@@ -312,6 +396,8 @@ def problems(tiers: TierSettings) -> Iterator[tuple[str, str]]:
     """What is wrong with them together: key, and the rest of the sentence."""
     if tiers.partner == "rs" and tiers.group < 3:
         yield "tiers.group", f'is {tiers.group}; with tiers.partner = "rs", it takes 3 nodes to lose 2'
+    if tiers.replicas and (tiers.partner != "copy" or tiers.partner_every != 1):
+        yield "tiers.replicas", 'needs tiers.partner = "copy", and tiers.partner_every = 1'
     if 0 < tiers.partner_rate < SLOWEST_PARTNER:
         yield "tiers.partner_rate", f"is {tiers.partner_rate} bytes a second, less than 1 MiB and not 0"
     if not 0 <= tiers.rebuild <= LONGEST_REBUILD:

@@ -11,9 +11,11 @@ from ckptsvc.agent import reports
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
+from ckptsvc.agent.twins import Twins
 from ckptsvc.agent.workers import Workers
-from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied
+from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied, UnsupportedObject
 from ckptsvc.pipeline.arena import TAIL, Arena, State, populate
+from ckptsvc.quantities import ALL, Limit
 from ckptsvc.telemetry import Event, Skip, log
 
 logger = logging.getLogger("ckptsvc.agent")
@@ -23,10 +25,19 @@ UNMAP_PATIENCE = 1.0
 
 
 class Arenas:
-    """Hands out the arenas of one agent; `slots` is their number for each rank."""
+    """Hands out the arenas of one agent.
 
-    def __init__(self, local: Local, workers: Workers, slots: int) -> None:
-        self._local, self._workers, self._slots = local, workers, slots
+    Args:
+        local: the agent's state.
+        workers: the I/O workers.
+        slots: arenas for each rank.
+        twins: which rank keeps a copy of which other's snapshot.
+        job_limit: what those of one job may take.
+    """
+
+    def __init__(self, local: Local, workers: Workers, slots: int, twins: Twins, job_limit: Limit = ALL) -> None:
+        self._local, self._workers, self._twins = local, workers, twins
+        self.slots, self._job_limit = slots, job_limit
         self._populating = asyncio.Semaphore(2)
         self._unmapping: set[asyncio.Task[None]] = set()
         local.pool.on_removed = self._removed
@@ -43,32 +54,41 @@ class Arenas:
 
     def _provide(self, session: Session, nbytes: int) -> None:
         reg = session.reg
-        lacking = self._local.pool.plan(reg.job, reg.rank, nbytes, self._slots)
-        for _ in range(lacking):
+        lacking = self._local.pool.plan(reg.job, reg.rank, nbytes, self.slots)
+        for left in range(lacking, 0, -1):
             try:
-                arena, fd = self._make(reg, nbytes)
+                arena, fd = self._make(reg, nbytes, first=left == self.slots)
             except ArenaExhausted as error:
                 log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "%s", error, job=reg.job, rank=reg.rank)
                 return
             session.preparing += 1
             self._local.spawn(self._populate(session, arena, fd))
 
-    def _make(self, reg: Registration, nbytes: int) -> tuple[Arena, int]:
+    def _most(self, *, first: bool) -> int:
+        """What one job's arenas may take: for more than one of each rank, no more than an even part."""
+        pool, jobs = self._local.pool, len({s.reg.job for s in self._local.sessions.values()})
+        most = self._job_limit.of(pool.limit)
+        return most if first else min(most, pool.limit // max(jobs, 1))
+
+    def _make(self, reg: Registration, nbytes: int, *, first: bool) -> tuple[Arena, int]:
         """A new arena; for its sake, snapshots in memory go whose arenas nobody will use again."""
+        most = self._most(first=first)
         pool, live = self._local.pool, {(s.reg.job, s.reg.rank) for s in self._local.sessions.values()}
         # Own ones that are too small, then those of ranks that are gone; what live ranks keep is left to them.
         kept = [a for a in pool.arenas.values() if a.state in (State.KEPT, State.FREE)]
         small = [a for a in kept if (a.job, a.rank) == (reg.job, reg.rank) and a.capacity < nbytes and not a.guest]
         gone = (a for a in kept if a.guest or (a.job, a.rank) not in live)
         orphaned = sorted(gone, key=lambda a: (not a.guest, a.step))  # copies of what others hold come first
-        spare = iter([*small, *orphaned])
+        spare = [*small, *orphaned]
         while True:
             try:
-                return pool.make(reg.job, reg.rank, nbytes)
+                return pool.make(reg.job, reg.rank, nbytes, most)
             except ArenaExhausted:
-                arena = next(spare, None)
+                alone = pool.is_beyond(reg.job, nbytes, most)  # then it does not help that others go
+                arena = next((each for each in spare if each.job == reg.job or not alone), None)
                 if arena is None:
                     raise
+            spare.remove(arena)
             job = self._local.jobs.get(arena.job)
             if job is not None:
                 self._local.dropped(job, arena.label)
@@ -135,23 +155,27 @@ class Arenas:
                     raise error
                 await wait_for(session.arena_changed if epoch else attempt.changed, left)
         except (CkptsvcError, asyncio.CancelledError) as failure:
-            self._skip(job, reg, attempt.epoch, step, str(failure) or "the trainer did not wait for an arena")
+            late = isinstance(failure, ArenaExhausted | asyncio.CancelledError)
+            reason = Skip.NO_ARENA if late else Skip.NO_EPOCH
+            why = str(failure) or "the trainer did not wait for an arena"
+            self._skip(job, session, attempt.epoch, step, why, reason)
             raise
 
-    def abandon(self, token: str, slot: str, step: int, reason: str) -> None:
-        """A rank cannot take this snapshot."""
+    def abandon(self, token: str, slot: str, step: int, reason: str, code: str = "") -> None:
+        """A rank cannot take this snapshot; `code` is that of the error."""
         session = self._local.session(token)
         job = self._local.jobs[session.reg.job]
         epoch = job.attempt(session.reg.attempt).epoch
         arena = self._local.pool.arenas.get(slot)
         if arena and arena.state is State.FILLING and arena.holder == token:
             epoch = arena.epoch
-            self._local.pool.release(arena)
-        self._skip(job, session.reg, epoch, step, reason)
+        self.give_back(session)
+        kind = Skip.UNSUPPORTED if code == UnsupportedObject.code else Skip.FAILED
+        self._skip(job, session, epoch, step, reason, kind)
 
     def give_back(self, session: Session) -> None:
         """Free what a session was filling; it does not write there any more."""
-        for arena in self._local.pool.of(session.reg.job, session.reg.rank):
+        for arena in list(self._local.pool.arenas.values()):
             if arena.state is State.FILLING and arena.holder == session.token:
                 self._local.pool.release(arena)
 
@@ -161,11 +185,15 @@ class Arenas:
         arena = self._local.pool.arenas.get(slot)
         if arena is None or arena.job != session.reg.job:
             raise InvalidInput(f"there is no arena {slot!r} of job {session.reg.job}")
-        mode = os.O_RDWR if arena.rank == session.reg.rank and not arena.guest else os.O_RDONLY
+        mine = self._twins.of(session) if arena.guest else session.reg.rank
+        mode = os.O_RDWR if arena.rank == mine else os.O_RDONLY
         return os.open(arena.path, mode | os.O_CLOEXEC), arena.capacity + TAIL
 
-    def _skip(self, job: LocalJob, reg: Registration, epoch: int, step: int, why: str) -> None:
-        self._local.metrics.snapshots_skipped.labels(Skip.NO_ARENA).inc()
+    def _skip(self, job: LocalJob, session: Session, epoch: int, step: int, why: str, reason: Skip) -> None:
+        reg = session.reg
+        if session.skipped != (epoch, step):  # a rank that was refused an arena says that it cannot go on
+            session.skipped = (epoch, step)
+            self._local.metrics.snapshots_skipped.labels(reason).inc()
         log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "snapshot of step %d skipped: %s", step, why,
             job=reg.job, rank=reg.rank, step=step)  # fmt: skip
         report = reports.skipped(reg, epoch, step, why)

@@ -30,6 +30,7 @@ from ckptsvc.agent.transfer import (
     Reader,
     Tickets,
     check,
+    matches,
     open_arena,
     runs,
 )
@@ -38,7 +39,7 @@ from ckptsvc.errors import InvalidInput, StoreUnavailable
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.pipeline.arena import TAIL, Mappings
 from ckptsvc.pipeline.failpoint import failpoint
-from ckptsvc.pipeline.parity import Stripes, Sum, as_bytes, coefficient, zeros
+from ckptsvc.pipeline.parity import Powers, Stripes, Sum, as_bytes, zeros
 from ckptsvc.rpc.tls import Shown
 
 _MADV_POPULATE_WRITE = 23
@@ -61,10 +62,11 @@ class Origin(msgspec.Struct, frozen=True):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """An arena to fill with a piece of an origin."""
+    """An arena to fill with a piece of an origin; so many bytes in it may be right already."""
 
     path: str
     number: int
+    filled: int = 0
 
 
 class Courier:
@@ -84,6 +86,9 @@ class Courier:
 
     def expect(self, request: Request) -> None:
         """There is nothing to prepare."""
+
+    def speaks(self, tell: Note) -> None:
+        """There is nothing to tell but answers."""
 
     def end(self) -> NoReturn:
         """End this process, whatever its threads are doing."""
@@ -121,14 +126,19 @@ class Courier:
         files = {piece.number: piece for piece in origin.files}
         with contextlib.ExitStack() as stack:
             filled = [
-                (files[target.number], stack.enter_context(_arena(target.path, files[target.number].nbytes)))
+                (
+                    files[target.number],
+                    stack.enter_context(_arena(target.path, files[target.number].nbytes)),
+                    target.filled,
+                )
                 for target in msgspec.convert(args["targets"], list[Target])
             ]
 
             def copy(readers: dict[int, Reader], share: Share) -> None:
-                for piece, view in filled:
-                    for _ in _Row(readers[0], [piece], *share(0, piece.extents), piece.extent).blocks(self._take, view):
-                        pass
+                for piece, view, known in filled:
+                    for first, count in _lacking(piece, view[:known], *share(0, piece.extents)):
+                        for _ in _Row(readers[0], [piece], first, count, piece.extent).blocks(self._take, view):
+                            pass
 
             return {"bytes": self._stream({0: origin}, copy)}
 
@@ -170,11 +180,12 @@ class Courier:
                 for line, stripe in enumerate(stripes.stripes_of(keeper)):
                     rows = [
                         (_Row(readers[node], origins[node].files, stripes.first(node, stripe) + offset, count, extent),
-                         coefficient(line, node))
+                         stripes.factor(line, node))
                         for node in stripes.data(stripe)
                     ]  # fmt: skip
                     start = line * size + offset * extent
-                    for _ in self._sums(rows, view[start : start + count * extent], extent):
+                    total = Total(rows, Sum(stripes.prime, extent), extent)
+                    for _ in total.put(view[start : start + count * extent], self._take):
                         pass
 
             nread = self._stream(origins, guard)
@@ -205,33 +216,16 @@ class Courier:
                             if view is not None:
                                 before = sum(p.extents for p in row[: piece.number])
                                 part = piece, *share(first, count)
-                                self._rebuild(group.rows(readers, number, stripe, before, part), part, view)
+                                self._rebuild(group.total(readers, number, stripe, before, part), part, view)
 
             return {"bytes": self._stream(group.origins, rebuild)}
 
-    def _rebuild(self, rows: Rows, part: tuple[Piece, int, int], view: memoryview) -> None:
+    def _rebuild(self, total: Total, part: tuple[Piece, int, int], view: memoryview) -> None:
         """Some extents of a lost shard."""
         piece, first, count = part
         into = view[first * piece.extent : min((first + count) * piece.extent, piece.nbytes)]
-        for number, block in enumerate(self._sums(rows, into, piece.extent)):
+        for number, block in enumerate(total.put(into, self._take)):
             check(block, piece, first + number, "what was rebuilt")
-
-    def _sums(self, rows: Rows, into: memoryview, extent: int) -> Iterator[memoryview]:
-        """Add rows of extents to each other; all are read beside each other, so none can be far ahead."""
-        sums, whole = Sum(), zeros(extent)
-        incoming = [(row.blocks(self._take), factor) for row, factor in rows]
-        for start in range(0, len(into), extent):
-            target = into[start : start + extent]
-            # Beyond the end of a shard there is nothing to write to; what is added up there is zero, if all is right.
-            total = as_bytes(target) if len(target) == extent else whole
-            begun = False
-            for blocks, factor in incoming:
-                block = as_bytes(next(blocks))
-                (sums.add if begun else sums.put)(total, block, factor)
-                begun = True
-            if total is whole:
-                target[:] = whole.data[: len(target)]
-            yield target
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,22 +236,22 @@ class Group:
     extent: int
     origins: dict[int, Origin]
 
-    def rows(
+    def total(
         self, readers: dict[int, Reader], node: int, stripe: int, before: int, part: tuple[Piece, int, int]
-    ) -> Rows:
+    ) -> Total:
         """What some extents of a lost node's shard, after so many of earlier shards, are the sum of."""
         _, first, count = part
-        lines, nodes = self.stripes.recipe(stripe, node, set(range(self.stripes.nodes)) - self.origins.keys())
+        recipe = self.stripes.recipe(stripe, node, set(range(self.stripes.nodes)) - self.origins.keys())
         offset = before + first - self.stripes.first(node, stripe)  # in the chunk
         rows = []
-        for other, factor in nodes.items():
+        for other, factor in recipe.nodes.items():
             start = self.stripes.first(other, stripe) + offset
             rows.append((_Row(readers[other], self.origins[other].files[:-1], start, count, self.extent), factor))
-        for line, factor in lines.items():
+        for line, factor in recipe.lines.items():
             keeper = self.stripes.keepers(stripe)[line]
             start = line * self.stripes.chunk + offset
             rows.append((_Row(readers[keeper], self.origins[keeper].files[-1:], start, count, self.extent), factor))
-        return rows
+        return Total(rows, Sum(self.stripes.prime, self.extent), self.extent, recipe.divisor)
 
 
 class _Row:
@@ -276,12 +270,11 @@ class _Row:
         for piece, start, many in self._runs:
             reader.ask(piece.number, start * extent, min((start + many) * extent, piece.nbytes) - start * extent)
 
-    def blocks(
-        self, take: Callable[[Reader, memoryview, Piece, int], None], into: memoryview | None = None
-    ) -> Iterator[memoryview]:
+    def blocks(self, take: Take, into: memoryview | None = None) -> Iterator[memoryview]:
         """Read them, each where it belongs in `into`, a whole piece, or one after the other into the same memory.
 
-        Beyond the end of the row there is nothing to read, as often as anybody asks.
+        Into that memory whole extents are read, beyond the end of a piece zeros; beyond the end of the row there is
+        nothing, as often as anybody asks.
         """
         buffer = memoryview(bytearray(self._extent)) if into is None else into
         for piece, start, many in self._runs:
@@ -290,13 +283,38 @@ class _Row:
                 length = min(self._extent, piece.nbytes - low)
                 block = buffer[:length] if into is None else into[low : low + length]
                 take(self._reader, block, piece, which)
-                yield block
+                if into is None and length < self._extent:
+                    buffer[length:] = bytes(self._extent - length)
+                yield buffer if into is None else block
         while into is None:
             yield buffer[:0]
 
 
-Rows = list[tuple[_Row, int]]
-"""Rows of extents to be added to each other, and what each is multiplied by."""
+@dataclasses.dataclass(frozen=True)
+class Total:
+    """Rows of extents that are to be added up, what each is multiplied by, and what the sum is divided by."""
+
+    rows: list[tuple[_Row, Powers]]
+    sums: Sum
+    extent: int
+    divisor: int = 0
+
+    def put(self, into: memoryview, take: Take) -> Iterator[memoryview]:
+        """Fill memory with the sums, extent by extent; all rows are read beside each other, so none is far ahead."""
+        whole = zeros(self.extent)
+        incoming = [(row.blocks(take), factor) for row, factor in self.rows]
+        for start in range(0, len(into), self.extent):
+            target = into[start : start + self.extent]
+            # Beyond the end of a shard there is nothing to write to; what is added up there is zero, if all is right.
+            total = as_bytes(target) if len(target) == self.extent else whole
+            self.sums.put(total, [(as_bytes(next(blocks)), factor) for blocks, factor in incoming], self.divisor)
+            if total is whole:
+                target[:] = whole.data[: len(target)]
+            yield target
+
+
+Take = Callable[[Reader, memoryview, Piece, int], None]
+"""Reads an extent of a piece."""
 
 Share = Callable[[int, int], tuple[int, int]]
 """The part of (first, count) that one of several threads does."""
@@ -305,6 +323,19 @@ Share = Callable[[int, int], tuple[int, int]]
 def _share(number: int, of: int, first: int, count: int) -> tuple[int, int]:
     low, high = count * number // of, count * (number + 1) // of
     return first + low, high - low
+
+
+def _lacking(piece: Piece, known: memoryview, first: int, count: int) -> Iterator[tuple[int, int]]:
+    """Of so many extents of a piece, the runs that `known`, some of its first bytes, has not or has otherwise."""
+    start = first
+    for extent in range(first, first + count):
+        stop = min((extent + 1) * piece.extent, piece.nbytes)
+        if stop <= len(known) and matches(known[extent * piece.extent : stop], piece, extent):
+            if start < extent:
+                yield start, extent - start
+            start = extent + 1
+    if start < first + count:
+        yield start, first + count - start
 
 
 @contextlib.contextmanager

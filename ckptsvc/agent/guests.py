@@ -116,6 +116,11 @@ class Filling:
         pool.release(arena)
         return self._take(arena, key)
 
+    def add(self, arena: Arena) -> Arena:
+        """An arena that a rank has filled (agent.twins)."""
+        self.arenas.append(arena)
+        return arena
+
     async def _new(self, job: LocalJob, rank: int, nbytes: int, key: Key) -> Arena:
         arena, fd = self._local.pool.make(job.name, rank, nbytes, guest=True)
         try:

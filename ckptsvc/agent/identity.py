@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import os
+import resource
 import socket
 from collections.abc import Coroutine
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from ckptsvc.agent.witness import Witness
+from ckptsvc.config import LARGEST_EXTENT, PAGE
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.rpc.identity import MAX_PACKET, peer_of, send_answer
@@ -23,6 +25,10 @@ log = logging.getLogger("ckptsvc.agent")
 
 ACCEPT_AGAIN = 0.2
 """Seconds after which an agent that was out of descriptors looks again who wants to register."""
+
+
+QUIET = 30.0
+"""Seconds after which a connection that has said nothing is closed: each takes a descriptor."""
 
 
 class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,7 +69,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidInput("attempt, epoch, keep, every_steps or every_seconds is out of range")
         if not 0 <= self.ends < math.inf:
             raise InvalidInput("the time at which the job ends is out of range")
-        if not 4096 <= self.extent <= 64 << 20:
+        if not 0 < self.extent <= LARGEST_EXTENT or self.extent % PAGE:
             raise InvalidInput(f"an extent of {self.extent} bytes is impossible")
 
 
@@ -74,11 +80,23 @@ class MapRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     slot: str
 
 
+class CallerRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Say who one is, for an order that is about to be given."""
+
+    op: str
+
+
 class WitnessRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Offer to answer questions about the process of a session."""
 
     op: str
     token: str
+
+
+class YieldRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Ask an agent that a job has started to make way for a service."""
+
+    op: str
 
 
 class Owner(Protocol):
@@ -96,15 +114,29 @@ class Owner(Protocol):
     def hear(self, token: str, pid: int, witness: Witness) -> None:
         """Keep the way to ask the process of a session."""
 
+    def give_way(self) -> None:
+        """End, and leave everything to another agent; InvalidInput if this is a service."""
+
+
+class Admits(Protocol):
+    """What the identity socket needs of those who give orders."""
+
+    def admit(self, uid: int, pid: int) -> str:
+        """Give a token to a process of a user, or raise StoreDenied."""
+
+    def dismiss(self, token: str) -> None:
+        """The connection has ended."""
+
 
 class IdentityServer:
     """Listens on the identity socket within the agent's event loop."""
 
-    def __init__(self, path: str, owner: Owner) -> None:
+    def __init__(self, path: str, owner: Owner, callers: Admits) -> None:
         self._path = path
-        self._owner = owner
+        self._owner, self._callers = owner, callers
         self._tasks: set[asyncio.Task[None]] = set()
         self._sock: socket.socket | None = None
+        self._stopped = False
 
     async def start(self) -> None:
         """Begin to listen; the caller owns the directory, so a file of that name is a dead agent's."""
@@ -117,7 +149,8 @@ class IdentityServer:
         self._spawn(self._accept(self._sock))
 
     async def stop(self) -> None:
-        """Close all connections."""
+        """Close all connections; the ranks go on, and register with the next agent."""
+        self._stopped = True
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -130,33 +163,48 @@ class IdentityServer:
         task.add_done_callback(self._tasks.discard)
 
     async def _accept(self, listener: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
+        loop, said = asyncio.get_running_loop(), ""
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         while True:
+            await asyncio.sleep(0)  # where many wait in line, nothing else would run
             try:
                 sock, _ = await loop.sock_accept(listener)
             except OSError as error:  # out of descriptors, for now
-                log.warning("a rank could not be let in: %s", error)
+                if str(error) != said:
+                    log.warning("ranks cannot be let in: %s; trying again until they can", error)
+                said = str(error)
                 await asyncio.sleep(ACCEPT_AGAIN)
+                continue
+            if said:
+                log.warning("ranks can be let in again")
+                said = ""
+            if len(self._tasks) > most:
+                sock.close()  # what is left is for arenas, pages and stores
                 continue
             sock.setblocking(False)
             self._spawn(self._serve(sock))
 
     async def _serve(self, sock: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        token = ""
+        token = caller = ""
         try:
             pid, uid, _ = peer_of(sock)
             while True:
-                data = await loop.sock_recv(sock, MAX_PACKET)
+                receiving = loop.sock_recv(sock, MAX_PACKET)
+                data = await (receiving if token else asyncio.wait_for(receiving, QUIET))
                 if not data:
                     return
                 try:
-                    if uid != os.geteuid():
-                        raise StoreDenied(f"this agent serves user {os.geteuid()}, not user {uid}")
-                    reply = self._answer(data, sock, pid, token)
+                    reply = self._answer(data, sock, pid, uid, token)
                     token = reply.token
+                    if reply.caller:
+                        self._callers.dismiss(caller)
+                        caller = reply.caller
                 except CkptsvcError as error:
                     reply = _refusal(error.code, error.what, error.hint)
+                except OSError as error:  # no descriptors, no memory
+                    log.warning("process %d is refused: %s", pid, error)
+                    reply = _refusal("internal", f"the agent cannot: {error.strerror or error}")
                 except Exception as error:
                     log.exception("a message of process %d failed", pid)
                     reply = _refusal("internal", f"{type(error).__name__}: {error}")
@@ -168,23 +216,33 @@ class IdentityServer:
                 if reply.witness is not None:
                     await reply.witness.closed()  # from now on we ask
                     return
-        except (ConnectionError, BlockingIOError):
-            pass  # the peer is gone, or does not read its answers
+        except (ConnectionError, BlockingIOError, TimeoutError):
+            pass  # the peer is gone, does not read its answers, or never said what it wants
         finally:
             sock.close()
-            if token:
+            if token and not self._stopped:
                 self._owner.unregister(token)
+            if caller:
+                self._callers.dismiss(caller)
 
-    def _answer(self, data: bytes, sock: socket.socket, pid: int, token: str) -> _Reply:
+    def _answer(self, data: bytes, sock: socket.socket, pid: int, uid: int, token: str) -> _Reply:
         try:
             op = msgspec.json.decode(data, type=dict).get("op")
-            wanted: Registration | MapRequest | WitnessRequest
+            wanted: Registration | MapRequest | WitnessRequest | YieldRequest
+            if op == "caller":
+                msgspec.json.decode(data, type=CallerRequest)
+                caller = self._callers.admit(uid, pid)
+                return _Reply({"ok": True, "token": caller}, caller=caller)
+            if uid != os.geteuid():
+                raise StoreDenied(f"this agent serves user {os.geteuid()}, not user {uid}")
             if op == "register" and not token:
                 wanted = msgspec.json.decode(data, type=Registration)
             elif op == "map" and token:
                 wanted = msgspec.json.decode(data, type=MapRequest)
             elif op == "witness" and not token:
                 wanted = msgspec.json.decode(data, type=WitnessRequest)
+            elif op == "yield" and not token:
+                wanted = msgspec.json.decode(data, type=YieldRequest)
             else:
                 raise InvalidInput(f"{op!r} is not understood here")
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
@@ -196,6 +254,9 @@ class IdentityServer:
         if isinstance(wanted, MapRequest):
             fd, capacity = self._owner.arena_fd(token, wanted.slot)
             return _Reply({"ok": True, "capacity": capacity}, fd, token)
+        if isinstance(wanted, YieldRequest):
+            self._owner.give_way()
+            return _Reply({"ok": True})
         witness = Witness(sock)
         self._owner.hear(wanted.token, pid, witness)
         return _Reply({"ok": True}, witness=witness)
@@ -205,6 +266,7 @@ class _Reply(NamedTuple):
     fields: dict[str, object]
     fd: int = -1
     token: str = ""  # of the session that this connection has
+    caller: str = ""  # the token of one who gives orders
     witness: Witness | None = None
 
 

@@ -8,6 +8,7 @@ from importlib import resources
 
 import ckptsvc
 from ckptsvc.agent.incident_view import COLUMNS, Place, Row, View, view
+from ckptsvc.html import frame, policy
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 
@@ -19,8 +20,8 @@ def page(incident: pb.Incident, key: str = "") -> str:
         key: what people call it.
     """
     report = view(incident, key)
-    style = resources.files(__package__).joinpath("incident_page.css").read_text()
-    return _PAGE.format(title=escape(report.sentence), style=style, body="\n".join(_body(report)))
+    body = "\n".join(_body(report))
+    return frame(report.sentence, _STYLE, f"<main>\n{body}\n</main>")
 
 
 def _body(report: View) -> Iterator[str]:
@@ -88,20 +89,6 @@ def _role(place: Place) -> str:
     return " · to blame" if place.blamed else ""
 
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+_STYLE = resources.files(__package__).joinpath("incident_page.css").read_text("utf-8")
+POLICY = policy(_STYLE)
+"""The Content-Security-Policy that a server sends with it."""

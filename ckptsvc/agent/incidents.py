@@ -78,15 +78,24 @@ def incidents_directory(settings: Settings, environ: Mapping[str, str]) -> Path:
     """
     if settings.agent.incidents_dir:
         return Path(settings.agent.incidents_dir)
+    return state_directory(environ, "agent.incidents_dir") / "incidents"
+
+
+def state_directory(environ: Mapping[str, str], setting: str) -> Path:
+    """Where what is to survive reboots is kept, unless a setting says otherwise.
+
+    Raises:
+        ConfigError: the environment names no such place.
+    """
     if given := environ.get("STATE_DIRECTORY"):  # of systemd, which lists all of a unit's directories
-        return Path(given.split(":")[0], "incidents")
+        return Path(given.split(":")[0])
     state = environ.get("XDG_STATE_HOME", "")
     if not state.startswith("/"):  # a relative one is to be ignored: XDG base directory specification
         home = environ.get("HOME", "")
         if not home.startswith("/"):
-            raise ConfigError("there is no place for incidents: HOME is not set", hint="set agent.incidents_dir")
+            raise ConfigError(f"there is no place for {setting}: HOME is not set", hint=f"set {setting}")
         state = f"{home}/.local/state"
-    return Path(state, "ckptsvc", "incidents")
+    return Path(state, "ckptsvc")
 
 
 class IncidentLog:

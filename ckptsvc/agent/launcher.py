@@ -27,6 +27,8 @@ from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, ConfigError, NodeUnfit
 from ckptsvc.rpc.channel import OPTIONS, error_of
 from ckptsvc.rpc.dial import ensure_agent, sockets
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
+from ckptsvc.telemetry import Fields
+from ckptsvc.telemetry.logs import line
 
 RECONNECT = 1.0
 """Seconds between attempts to reach the agent again."""
@@ -63,6 +65,7 @@ class Launch:
         grow: seconds that a job on fewer nodes than it could use waits for a checkpoint before it starts anew with
             those that have come; None: they wait for the next restart.
         virtual_local_rank: each rank sees one GPU, and has the local rank 0.
+        json_log: what it says is one JSON object a line.
     """
 
     command: Sequence[str]
@@ -84,6 +87,7 @@ class Launch:
     stop_grace: float = 60.0
     grow: float | None = None
     virtual_local_rank: bool = False
+    json_log: bool = False
 
 
 class Launcher:
@@ -336,7 +340,11 @@ class Launcher:
         self._reports.put_nowait(agent_pb2.LaunchRequest(exit=exited))
 
     def _say(self, message: str) -> None:
-        self._ranks.output.say(f"ckptsvc run [{self._launch.node}]: {message}")
+        text = f"ckptsvc run [{self._launch.node}]: {message}"
+        if self._launch.json_log:
+            about = Fields(job=self._launch.job, node=self._launch.node, attempt=self._attempt)
+            text = line(message, logger="ckptsvc.run", about=about)
+        self._ranks.output.say(text)
 
 
 def _devices(nproc: int, environ: Mapping[str, str]) -> list[str]:

@@ -18,7 +18,7 @@ from ckptsvc.agent.output import log_file
 from ckptsvc.agent.sessions import Session
 from ckptsvc.agent.uplink import Uplink
 from ckptsvc.control.restart import JOIN_PATIENCE, launched_as
-from ckptsvc.errors import EXIT_STATUS, InvalidInput
+from ckptsvc.errors import EXIT_STATUS, InvalidInput, LimitReached, NodeUnfit
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -42,6 +42,12 @@ MAX_DETAIL = 300
 
 MAX_PATH = 3800
 """Characters of a directory's path."""
+
+MAX_NAME = 256
+"""Characters of the name of a job or a node, and of an address."""
+
+MAX_UNFIT = 2000
+"""Characters of why a node cannot take part."""
 
 
 @dataclass(slots=True)
@@ -77,6 +83,10 @@ class Launches:
         """No launcher is connected."""
         return not self._by_job
 
+    def ways(self) -> dict[str, str]:
+        """The jobs that are launched here, and the way to the coordinator of each."""
+        return {job: launcher.way for job, launcher in self._by_job.items()}
+
     def log_of(self, session: Session) -> Path | None:
         """The file with a rank's output, if its launcher keeps it."""
         launcher = self._by_job.get(launched_as(session.reg.job))
@@ -91,12 +101,16 @@ class Launches:
         hello = (await anext(aiter(requests))).hello
         nproc = 1 <= hello.nproc <= MAX_NPROC
         possible = 1 <= hello.min_nodes <= hello.max_nodes and 0 <= hello.doorbell < 1 << 16 and hello.crash_loop >= 0
-        if not hello.job or not nproc or not possible or math.isnan(hello.grow):
+        if not hello.job or not nproc or not possible or math.isnan(hello.grow) or _is_long(hello):
             raise InvalidInput("the first message of a launcher must be a hello with a job, nproc and nodes")
         if hello.log_dir and not (hello.log_dir.startswith("/") and len(hello.log_dir) <= MAX_PATH):
             raise InvalidInput("the directory for the ranks' output must be an absolute path")
         if hello.job in self._by_job:
             raise InvalidInput(f"job {hello.job} is already launched on this node")
+        if len(self._by_job) >= self._local.most_jobs:
+            raise LimitReached(f"{len(self._by_job)} jobs are launched on this node already")
+        if (vacated := self._local.standing.vacated) and not hello.attempt and not hello.again:
+            raise NodeUnfit(f"this node takes no new jobs: {vacated}", hint="`ckptsvc undrain` lets it take them again")
         metadata = dict(context.invocation_metadata() or ())
         launcher = Launcher(hello, way_to(str(metadata.get(COORDINATOR_KEY, "")), hello.job), told=hello.again)
         uplink = self._local.uplink(launcher.way)
@@ -165,6 +179,8 @@ class Launches:
                 uplink.report(self._ready(launcher))
             elif kind == "exit":
                 event = request.exit
+                if not 0 <= event.rank - launcher.hello.first_rank < launcher.hello.nproc:
+                    continue  # none of its own
                 exited = pb.RankExited(
                     job=job, node=node, attempt=event.attempt, rank=event.rank, status=event.status,
                     detail=one_line(event.detail)[:MAX_DETAIL],
@@ -172,9 +188,9 @@ class Launches:
                 report = launcher.exits[event.rank] = pb.Report(rank_exited=exited)
                 uplink.report(report)
             elif kind == "leaving":
-                launcher.leaving = request.leaving.reason
+                launcher.leaving = one_line(request.leaving.reason)[:MAX_DETAIL]
             elif kind == "stop_wanted":
-                wanted = pb.StopRequested(job=job, reason=request.stop_wanted.reason)
+                wanted = pb.StopRequested(job=job, reason=one_line(request.stop_wanted.reason)[:MAX_DETAIL])
                 launcher.stop = pb.Report(stop_requested=wanted)
                 uplink.report(launcher.stop)
 
@@ -202,6 +218,7 @@ class Launches:
         elif kind == "stop":
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(stop=order.stop))
         elif kind == "end":
+            self._local.standing.forget(order.job)
             launcher.orders.put_nowait(agent_pb2.LaunchResponse(end=order.end))
 
     def resync(self, way: str) -> Iterator[pb.Report]:
@@ -254,3 +271,7 @@ class Launches:
             port=launcher.ready.port,
         )
         return pb.Report(node_ready=ready)
+
+
+def _is_long(hello: agent_pb2.LauncherHello) -> bool:
+    return max(map(len, (hello.job, hello.node, hello.address))) > MAX_NAME or len(hello.unfit) > MAX_UNFIT

@@ -10,6 +10,7 @@ from typing import Any
 from ckptsvc.agent import reports
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.sessions import LocalJob, Session
+from ckptsvc.agent.standing import StandingOrders
 from ckptsvc.agent.uplink import LocalUplink, RemoteUplink, Uplink
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.restart import launched_as
@@ -19,6 +20,7 @@ from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.trust import Trust
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import ArenaState, Metrics, Tier
+from ckptsvc.telemetry.traces import Traces
 
 _ARENA_STATES = {
     State.FREE: ArenaState.FREE,
@@ -27,6 +29,9 @@ _ARENA_STATES = {
     State.KEPT: ArenaState.KEPT,
 }
 
+
+MOST_JOBS, MOST_RANKS = 1024, 16384
+"""What one agent takes in at a time, where nobody sets less."""
 
 ELECTED = "etcd://"
 """What stands for a coordinator's address where it is elected: the URL begins like this."""
@@ -47,6 +52,9 @@ class Local:
         last_active: when there was last something to do (CLOCK_MONOTONIC).
         address: where other agents reach this one.
         domain: this node's failure domain.
+        most_jobs, most_ranks: that this agent takes in at a time.
+        traces: where spans go.
+        standing: orders of people that outlive this agent.
     """
 
     def __init__(self, name: str, pool: ArenaPool, metrics: Metrics, shell: CoordinatorShell, trust: Trust) -> None:
@@ -63,6 +71,9 @@ class Local:
         self.leading: Callable[[], Sequence[CoordinatorShell]] = list
         self.last_active = time.monotonic()
         self.address = self.domain = ""
+        self.most_jobs, self.most_ranks = MOST_JOBS, MOST_RANKS
+        self.traces = Traces()
+        self.standing = StandingOrders()
         self._shell, self._trust = shell, trust
         self._uplinks: dict[str, Uplink] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -104,7 +115,10 @@ class Local:
 
     def hello(self, job: str = "", term: int = 0) -> pb.AgentHello:
         """What this agent says of itself to a coordinator; job and term are of an elected one."""
-        return pb.AgentHello(node=self.name, job=job, term=term, address=self.address, domain=self.domain)
+        vacating = bool(self.standing.vacated)
+        return pb.AgentHello(
+            node=self.name, job=job, term=term, address=self.address, domain=self.domain, vacating=vacating
+        )
 
     def dial(self, hello: pb.AgentHello, address: str, on_order: Callable[[pb.Order], None], way: str) -> RemoteUplink:
         """Connect to the coordinator at an address, for the jobs of that way."""
@@ -123,6 +137,10 @@ class Local:
     def cores(self) -> list[Coordinator]:
         """The coordinators in this process."""
         return [shell.core for shell in (self._shell, *self.leading())]
+
+    def own_cores(self) -> list[Coordinator]:
+        """That of them that was not elected."""
+        return [self._shell.core]
 
     def saving(self, job: str) -> bool:
         """Whether a coordinator in this process has saves of the job in progress: it needs the job's worker."""
@@ -144,6 +162,9 @@ class Local:
     def resync(self, coordinator: str) -> Iterator[pb.Report]:
         """Everything a coordinator that knows nothing must hear of this node."""
         yield from self.launchers(coordinator)
+        for job in self.jobs.values():
+            if job.coordinator == coordinator:
+                yield from self.standing.report(job.name)
         for session in self.sessions.values():
             reg = session.reg
             job, attempt = self.jobs[reg.job], self.jobs[reg.job].attempt(reg.attempt)
@@ -178,10 +199,15 @@ class Local:
         for state, nbytes in held.items():
             self.metrics.arena_bytes.labels(_ARENA_STATES[state]).set(nbytes)
         tiers = dict.fromkeys((Tier.MEMORY, Tier.COPY, Tier.PARITY), 0)
+        newest: dict[tuple[str, Tier], tuple[int, int]] = {}
         for label in (arena.label for arena in self.pool.arenas.values() if arena.label is not None):
-            tiers[Tier.PARITY if label.parity else Tier.COPY if label.guest else Tier.MEMORY] += label.nbytes
+            tier = Tier.PARITY if label.parity else Tier.COPY if label.guest else Tier.MEMORY
+            tiers[tier] += label.nbytes
+            key = label.job, tier
+            newest[key] = max(newest.get(key, (0, -1)), (label.epoch, label.step))
         for tier, nbytes in tiers.items():
             self.metrics.tier_bytes.labels(tier).set(nbytes)
+        self.metrics.hold({key: step for key, (_, step) in newest.items()}, tuple(tiers))
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         """Run something beside; it ends with the agent."""

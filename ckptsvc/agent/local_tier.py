@@ -56,7 +56,8 @@ class Held:
         copy: its record.
         disk: address of its job's folder.
         stage: how far its snapshot has come.
-        durable: it is in the durable store.
+        durable: it is in the durable store, whole.
+        result: what was reported when it had been drained for the save that is going on.
         since: when its snapshot was staged, CLOCK_MONOTONIC.
         fill: the number by which a drain that is in progress can be given up; 0: there is none.
         readers: restores that read it.
@@ -69,6 +70,7 @@ class Held:
     since: float = 0.0
     fill: int = 0
     readers: int = 0
+    result: pb.Report | None = None
 
     @property
     def label(self) -> Label:
@@ -288,6 +290,7 @@ class LocalTier:
 
     def _settle(self, job: LocalJob, held: Held, outcome: agent_pb2.SaveOutcome) -> None:
         job.results.pop((*held.key, held.label.rank), None)
+        held.result = None
         worker = self._workers.running(job.name)
         if held.fill and worker is not None:
             self._local.spawn(worker.tell("cancel", {"fill": held.fill}))
@@ -411,6 +414,12 @@ class LocalTier:
         waiting = [held for held in copies if held.stage is Stage.PENDING and not held.durable]
         metrics, now = self._local.metrics, time.monotonic()
         metrics.tier_bytes.labels(Tier.LOCAL).set(sum(held.label.nbytes for held in copies))
+        newest = {
+            (job, Tier.LOCAL): max(held.key for held in disk.copies.values())[1]
+            for job, disk in self.jobs.items()
+            if disk.copies and job in self._local.jobs
+        }
+        metrics.hold(newest, (Tier.LOCAL,))
         metrics.drain_backlog.set(sum(held.label.nbytes for held in waiting))
         metrics.drain_age.set(max((now - held.since for held in waiting), default=0.0))
 

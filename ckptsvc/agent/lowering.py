@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 
 from ckptsvc.agent import reports
 from ckptsvc.agent.local import Local, wait_for
@@ -16,6 +17,7 @@ from ckptsvc.control.room import Stage
 from ckptsvc.errors import CkptsvcError, Damaged, SaveFailed
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, log
+from ckptsvc.telemetry.traces import About, Trace
 
 logger = logging.getLogger("ckptsvc.agent")
 
@@ -80,6 +82,9 @@ class Lowering:
     async def _try(self, job: LocalJob, held: Held) -> bool:
         """Drain one copy; False if it is to be tried again."""
         label, under_way = held.label, self._under_way
+        if held.result is not None:  # a new coordinator does not know of it
+            self._report(job, held, held.result)
+            return True
         args = {
             "disk": held.disk,
             "store": label.store,
@@ -87,6 +92,7 @@ class Lowering:
             "durable": held.durable,
             "fill": held.fill,
             "rate": self._workers.write_rate,
+            "committed": job.newest,
         }
         try:
             done = await self._workers.of(job.name).call("drain", args)
@@ -95,28 +101,36 @@ class Lowering:
         if not held.durable:
             working = done["seconds"] - done["held_back"]
             if working > done["seconds"] / 2:  # else it is the limit that makes it slow
-                self.backoff.wrote(label.nbytes, working, under_way)
+                self.backoff.wrote(done["stored"], working, under_way)
             metrics, scheme = self._local.metrics, label.store.partition("://")[0]
-            metrics.written_bytes.labels(scheme).inc(label.nbytes)
+            metrics.written_bytes.labels(scheme).inc(done["stored"])
+            metrics.spared_bytes.labels(scheme).inc(max(label.nbytes - done["stored"], 0))
             metrics.write_held_back.inc(done["held_back"])
         self._note()
-        held.durable = True
+        now, trace = time.monotonic(), Trace.save(label.job, label.epoch, label.step)
+        about: About = {"node": self._local.name, "bytes": label.nbytes}
+        self._local.traces.add(trace, "drain", now - done["seconds"], now, rank=label.rank, about=about)
+        held.durable = not done["segments"]  # else what it refers to may be gone when it is wanted again
         durable = pb.Durable(
             job=label.job,
             epoch=label.epoch,
             step=label.step,
             rank=label.rank,
-            name=held.copy.name,
+            name=done["name"],
             nbytes=label.nbytes,
             extent=label.extent,
             digests=held.copy.digests,
             columns=done["columns"],
+            segments=done["segments"],
         )
-        result = pb.Report(durable=durable)
-        if held.stage is Stage.PENDING:
-            job.results[(*held.key, label.rank)] = result
-        self._local.report(job, result)
+        held.result = pb.Report(durable=durable)
+        self._report(job, held, held.result)
         return True
+
+    def _report(self, job: LocalJob, held: Held, result: pb.Report) -> None:
+        if held.stage is Stage.PENDING:
+            job.results[(*held.key, held.label.rank)] = result
+        self._local.report(job, result)
 
     def _failed(self, job: LocalJob, held: Held, error: CkptsvcError) -> bool:
         label = held.label

@@ -17,18 +17,21 @@ from ckptsvc.agent.arenas import Arenas
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.local_tier import LocalTier
+from ckptsvc.agent.pages import Pages
 from ckptsvc.agent.procfs import has_ended
 from ckptsvc.agent.refills import Refills
 from ckptsvc.agent.saves import Saves
-from ckptsvc.agent.sessions import Attempt, LocalJob, Session
+from ckptsvc.agent.sessions import REMEMBERED, Attempt, LocalJob, Session
 from ckptsvc.agent.stops import Stops
+from ckptsvc.agent.twins import Twins
 from ckptsvc.agent.witness import Witness
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.pace import PROGRESS_EVERY, progress_every
 from ckptsvc.control.restart import launched_as
 from ckptsvc.control.runs import ranks_of
-from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput
+from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput, LimitReached, NodeUnfit
 from ckptsvc.pipeline.arena import State
+from ckptsvc.quantities import ALL, Limit
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, log
@@ -37,6 +40,8 @@ logger = logging.getLogger("ckptsvc.agent")
 
 OVERDUE = 1.5
 """Times `save_timeout` after which an agent stops waiting for the coordinator to end a save."""
+
+_FEWER = "an operator sets what one user may have: system.user_jobs, system.user_ranks"
 
 LOOK_EVERY = PROGRESS_EVERY
 """Seconds between looks at the heartbeat pages."""
@@ -49,6 +54,7 @@ class Node:
         local: the shared state.
         workers: the I/O workers.
         slots: arenas for each rank.
+        job_limit: what the arenas of one job may take.
         linger: seconds for which the memory of a job whose ranks died is kept.
         save_timeout: seconds after which the coordinator gives a save up.
         margin: seconds to spare at the end of a job's time; None: jobs are not stopped before it.
@@ -56,10 +62,12 @@ class Node:
         tier: the node's local disk, where snapshots go first; None: they go to the durable store.
 
     Attributes:
-        arenas, saves: the parts that ranks call through the servicer.
+        arenas, saves, twins: the parts that ranks call through the servicer.
         launch_order: what to do with an order for a launcher.
         watch_order: what to do with an order about ranks that hang.
         partner_order: what to do with an order about what other nodes hold.
+        on_yield: another agent, a service, wants to take over; None: this one is a service.
+        people_order: what to do with an order that answers, or comes from, a person.
         on_filling: a rank has begun, or ended, to copy into an arena.
     """
 
@@ -69,22 +77,27 @@ class Node:
         workers: Workers,
         *,
         slots: int,
+        job_limit: Limit = ALL,
         linger: float,
         save_timeout: float,
         margin: float | None = None,
         early: bool = False,
         tier: LocalTier | None = None,
     ) -> None:
-        self.arenas = Arenas(local, workers, slots)
+        self.twins = Twins(local)
+        self.arenas = Arenas(local, workers, slots, self.twins, job_limit)
         self.saves = Saves(local, workers, early=early, tier=tier)
         self.refills = Refills(local, workers, tier, self.saves)
         self.tier = tier
         self.launch_order: Callable[[pb.Order], None] = lambda order: None
         self.watch_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
         self.partner_order: Callable[[LocalJob, pb.Order], None] = lambda job, order: None
+        self.on_yield: Callable[[], None] | None = None
+        self.people_order: Callable[[pb.Order], None] = lambda order: None
         self.on_filling: Callable[[], None] = lambda: None
         self._local, self._workers = local, workers
-        self._stops = Stops(local, margin)
+        self.stops = Stops(local, margin)
+        self._pages = Pages(local.metrics)
         self._progress: dict[tuple[str, int, int], float] = {}  # job, attempt, ranks -> when to tell how far they are
         self._linger, self._save_timeout = linger, save_timeout
         local.on_order = self.on_order
@@ -102,13 +115,16 @@ class Node:
                         f"rank {registration.rank} of job {registration.job} is registered: process {old.pid}"
                     )
                 self._forget(token)
+        self._admit(registration)
         for other in self._local.sessions.values():
             if other.reg.job == registration.job and other.reg.attempt < registration.attempt:
                 over = self._local.jobs[registration.job].attempt(other.reg.attempt)
                 over.refused = Fenced(f"attempt {other.reg.attempt} is over; attempt {registration.attempt} runs")
                 over.wake()
+        self._check_vacated(registration)
         job = self._local.job(registration.job, registration.coordinator, registration.store)
         session = Session.open(registration, pid)
+        self._local.standing.apply(session)
         self._local.sessions[session.token] = session
         attempt = job.attempt(registration.attempt)
         attempt.epoch = max(attempt.epoch, registration.epoch)
@@ -117,8 +133,34 @@ class Node:
         self._local.metrics.sessions.set(len(self._local.sessions))
         log(logger, logging.INFO, Event.RANK_REGISTERED, "rank %d registered, process %d", registration.rank, pid,
             job=registration.job, attempt=registration.attempt, rank=registration.rank)  # fmt: skip
+        for report in self._local.standing.report(job.name):
+            self._local.report(job, report)
         self._local.report(job, reports.joined(self._local.name, registration, registration.epoch))
         return session.token, self._local.name, session.page_fd_copy()
+
+    def _admit(self, registration: Registration) -> None:
+        """Make room for one more rank, or refuse it.
+
+        Raises:
+            LimitReached: there are as many ranks or jobs as there may be.
+        """
+        local = self._local
+        if len(local.sessions) >= local.most_ranks:
+            raise LimitReached(f"{local.most_ranks} ranks are registered with this agent already", hint=_FEWER)
+        if registration.job in local.jobs or len(local.jobs) < local.most_jobs:
+            return
+        for job in sorted(local.jobs.values(), key=lambda each: each.idle_since):
+            self._retire(job, patience=0.0)  # one that has ended, and whose memory is kept a while
+            if len(local.jobs) < local.most_jobs:
+                return
+        raise LimitReached(f"this agent has {local.most_jobs} jobs already", hint=_FEWER)
+
+    def _check_vacated(self, registration: Registration) -> None:
+        """Refuse a new job on a node that is being drained; launchers are asked for themselves (agent.launches)."""
+        vacated = self._local.standing.vacated
+        is_new = registration.job not in self._local.jobs and not registration.attempt and not registration.epoch
+        if vacated and is_new:
+            raise NodeUnfit(f"this node takes no new jobs: {vacated}", hint="`ckptsvc undrain` lets it take them again")
 
     def unregister(self, token: str) -> None:
         """The identity connection has ended: the rank is ending, or has closed its session."""
@@ -193,6 +235,12 @@ class Node:
             session.witness.close()
         session.witness = witness
 
+    def give_way(self) -> None:
+        """End, and leave everything to another agent (identity socket)."""
+        if self.on_yield is None:
+            raise InvalidInput("this agent is a service and makes way for no other")
+        self.on_yield()
+
     async def prepare(self, token: str, digest: str, generation: int, timeout: float) -> tuple[list[int], bool, int]:
         """Wait until the attempt is fenced and every rank has announced.
 
@@ -234,6 +282,9 @@ class Node:
         if kind in ("start", "stop", "end"):
             self.launch_order(order)
             return
+        if kind in ("answered", "vacate"):
+            self.people_order(order)
+            return
         job = self._local.jobs.get(order.job)
         if job is None or kind is None:
             return
@@ -248,6 +299,11 @@ class Node:
             for session in self._local.sessions.values():
                 if session.reg.job == job.name and session.reg.attempt == effect.attempt:
                     session.page.put(kind, effect.step)
+        elif kind == "pausing":
+            self._local.standing.take(effect)
+            for session in self._local.sessions.values():
+                if session.reg.job == job.name:
+                    self._local.standing.apply(session)
         elif kind == "save_ended":
             self.saves.ended(job, effect.outcome)
         elif kind == "snapshot_complete":
@@ -269,6 +325,8 @@ class Node:
             attempt.refused = _error(effect)
         elif kind == "holders":
             attempt.groups[effect.generation] = [ranks_of(group.runs) for group in effect.groups]
+            while len(attempt.groups) > REMEMBERED:
+                del attempt.groups[min(attempt.groups)]
         attempt.wake()
 
     async def watch(self) -> None:
@@ -276,12 +334,13 @@ class Node:
         while True:
             await asyncio.sleep(LOOK_EVERY)
             self._report_progress(time.monotonic())
-            self._stops.look()
+            self.stops.look()
             self._give_up_overdue()
             if self.tier is not None:
                 self.tier.measure()
             for job in list(self._local.jobs.values()):
-                self._retire(job)
+                self._retire(job, self._linger)
+            self._remove_unclaimed()
             for name in self._workers.jobs():
                 # Of a job that this agent coordinates and has no ranks of.
                 if name not in self._local.jobs and not self._local.coordinates(name):
@@ -302,31 +361,24 @@ class Node:
                 self.saves.ended(self._local.jobs[label.job], outcome)
 
     def _report_progress(self, now: float) -> None:
-        steps: dict[tuple[str, int, int], list[int]] = {}
-        oldest = 0.0
+        ranks: dict[tuple[str, int, int], list[Session]] = {}
         for session in self._local.sessions.values():
-            reg = session.reg
-            steps.setdefault((reg.job, reg.attempt, reg.world_size), []).append(session.page.get("step"))
-            at = session.page.get("at")
-            if at:
-                oldest = max(oldest, now - at / 1e9)
-        self._local.metrics.heartbeat_age.set(oldest)
-        for name, attempt, world in self._progress.keys() - steps.keys():
+            ranks.setdefault((session.reg.job, session.reg.attempt, session.reg.world_size), []).append(session)
+        self._pages.count(self._local.sessions.values(), now)
+        for name, attempt, world in self._progress.keys() - ranks.keys():
             del self._progress[name, attempt, world]
-        for (name, attempt, world), done in steps.items():
-            period = progress_every(world / len(done))
+        for (name, attempt, world), sessions in ranks.items():
+            period = progress_every(world / len(sessions))
             # The first time at once or, of many, each at a time of its own.
             due = self._progress.setdefault((name, attempt, world), now + random.uniform(0, period - PROGRESS_EVERY))
             if now < due:
                 continue
             self._progress[name, attempt, world] = due + period if now - due < period else now + period
-            progressed = pb.Progressed(
-                job=name, attempt=attempt, node=self._local.name, lowest=min(done), highest=max(done)
-            )
-            self._local.report(self._local.jobs[name], pb.Report(progressed=progressed))
+            sessions.sort(key=lambda session: session.reg.rank)
+            self._local.report(self._local.jobs[name], reports.progressed(self._local.name, sessions))
 
-    def _retire(self, job: LocalJob) -> None:
-        """Free the memory of a job without ranks: at once if it ended in good order, else after `linger` seconds."""
+    def _retire(self, job: LocalJob, patience: float) -> None:
+        """Free the memory of a job without ranks: at once if it ended in good order, else after `patience` seconds."""
         if any(s.reg.job == job.name for s in self._local.sessions.values()):
             return
         if self._local.launched(launched_as(job.name)):
@@ -337,14 +389,24 @@ class Node:
         if any(a.state is State.STAGED for a in arenas) or (self.tier is not None and self.tier.busy(job)):
             self._local.last_active = time.monotonic()
             return
-        if job.died and time.monotonic() - job.idle_since < self._linger:
+        if job.died and time.monotonic() - job.idle_since < patience:
             return
         for arena in arenas:
             self._local.dropped(job, arena.label)
         self._local.pool.drop(job.name)
+        self._pages.forget(job.name)
+        self.twins.forget(job.name)
         self._local.metrics.forget(job.name)
         del self._local.jobs[job.name]
+        self._local.standing.forget(job.name)
         self._local.spawn(self._let_go(job))
+
+    def _remove_unclaimed(self) -> None:
+        """Free arenas that an earlier agent has left, and for which no rank has come back."""
+        for arena in list(self._local.pool.arenas.values()):
+            claimed = arena.job in self._local.jobs or arena.guest or arena.state is not State.FREE
+            if not claimed and time.monotonic() - arena.since > self._linger:
+                self._local.pool.remove(arena)
 
     async def _let_go(self, job: LocalJob) -> None:
         if self.tier is not None:
@@ -361,6 +423,9 @@ class Node:
     async def stop(self) -> None:
         """Stop all activity; what is staged stays in its arenas."""
         await self._local.close()
+        for arena in list(self._local.pool.arenas.values()):
+            if arena.state is State.FILLING:  # its rank may go on copying: nobody else may have it
+                self._local.pool.remove(arena)
         for token in list(self._local.sessions):
             self._forget(token)
 

@@ -1,10 +1,14 @@
-"""The list of nodes that have failed, in a file that outlives jobs: nodes.json in the state directory.
+"""The list of nodes that have failed or are excluded, in a file that outlives jobs: nodes.json in the state directory.
 
-    {"version": 1, "nodes": {"n7": {"score": 2.5, "at": 1795270559.6, "why": "rank 3 was killed by signal 9"}}}
+    {"version": 1, "nodes": {"n7": {"score": 2.5, "at": 1795270559.6, "why": "rank 3 was killed by signal 9"}},
+     "words": {"n9": {"excluded": true, "at": 1795270600.0, "until": 0, "why": "a bad cable (ada)"}}}
 
-`score` is what the node had against it at `at` (unix seconds) and fades since then (control.exclusion). Several
-coordinators may share the file, on a file system that all nodes see: it is replaced as a whole, and the heavier of two
-entries for a node is kept. Anybody may delete it. It may be on a file system that hangs: this runs in an I/O worker.
+`score` is what the node had against it at `at` (unix seconds) and fades since then (control.exclusion); `words` is what
+people have said, until then or (0) until they say otherwise; who includes a node forgives it what it had against it.
+
+Several coordinators may share the file, on a file system that all nodes see: it is replaced as a whole; the heavier of
+two entries for a node is kept, and the later of two words. Anybody may delete it. The file system may hang: this
+runs in an I/O worker.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ MAX_BYTES = 4 << 20
 MAX_TEXT = 300
 """Characters of a node's name and of a reason."""
 
+REMEMBERED = 30 * 86400.0
+"""Seconds for which it is remembered that a node may be used again: as long as another list may say otherwise."""
+
 
 class Entry(msgspec.Struct, frozen=True):
     """One node."""
@@ -35,11 +42,25 @@ class Entry(msgspec.Struct, frozen=True):
     why: str
 
 
+class Word(msgspec.Struct, frozen=True):
+    """What a person has said of one node."""
+
+    excluded: bool
+    at: float
+    until: float
+    why: str
+
+    def holds(self, now: float) -> bool:
+        """Whether the node is excluded by it."""
+        return self.excluded and not 0 < self.until <= now
+
+
 class NodeList(msgspec.Struct, frozen=True):
     """The file."""
 
     version: int
     nodes: dict[str, Entry]
+    words: dict[str, Word] = {}
 
 
 def directory_of(environ: Mapping[str, str], settings: LaunchSettings) -> Path | None:
@@ -50,8 +71,8 @@ def directory_of(environ: Mapping[str, str], settings: LaunchSettings) -> Path |
     return Path(base, "ckptsvc") if base.startswith("/") else None
 
 
-def read(directory: Path) -> dict[str, Entry]:
-    """All entries; none where there is no list.
+def read(directory: Path) -> NodeList:
+    """What can be used of it; nothing where there is no list.
 
     Raises:
         Damaged: it is not such a list.
@@ -61,7 +82,7 @@ def read(directory: Path) -> dict[str, Entry]:
         with open(directory / NAME, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        return {}
+        return NodeList(1, {})
     except OSError as error:
         raise StoreError(f"{directory / NAME}: {error.strerror}") from error
     try:
@@ -71,15 +92,25 @@ def read(directory: Path) -> dict[str, Entry]:
     if found.version != 1:
         raise Damaged(f"{directory / NAME} has version {found.version}; this one knows 1", hint="delete it")
     now = time.time()  # what a wrong clock has written must fade as well
-    return {
+    nodes = {
         n: msgspec.structs.replace(e, at=min(e.at, now))
         for n, e in found.nodes.items()
         if len(n) <= MAX_TEXT and 0 <= e.score < 1e6
     }
+    words = {
+        n: msgspec.structs.replace(w, at=min(w.at, now))
+        for n, w in found.words.items()
+        if len(n) <= MAX_TEXT and (w.holds(now) or now - w.at < REMEMBERED)
+    }
+    return NodeList(1, _forgiven(nodes, words), words)
 
 
-def keep(directory: Path, entries: dict[str, Entry]) -> None:
-    """Merge entries into the list.
+def _forgiven(nodes: dict[str, Entry], words: dict[str, Word]) -> dict[str, Entry]:
+    return {n: e for n, e in nodes.items() if n not in words or words[n].excluded or e.at > words[n].at}
+
+
+def keep(directory: Path, entries: dict[str, Entry], words: dict[str, Word] | None = None) -> None:
+    """Merge entries and words into the list.
 
     Raises:
         StoreError: it cannot be written.
@@ -87,13 +118,15 @@ def keep(directory: Path, entries: dict[str, Entry]) -> None:
     try:
         known = read(directory)
     except Damaged:
-        known = {}  # of no use to anybody
-    merged = known | {n: e for n, e in entries.items() if n not in known or _heavier(e, known[n])}
+        known = NodeList(1, {})  # of no use to anybody
+    nodes = known.nodes | {n: e for n, e in entries.items() if n not in known.nodes or _heavier(e, known.nodes[n])}
+    said = known.words | {n: w for n, w in (words or {}).items() if n not in known.words or w.at > known.words[n].at}
+    merged = NodeList(1, _forgiven(nodes, said), said)
     temporary = directory / f".{NAME}-{secrets.token_hex(4)}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
-            file.write(msgspec.json.format(msgspec.json.encode(NodeList(1, merged)), indent=1))
+            file.write(msgspec.json.format(msgspec.json.encode(merged), indent=1))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, directory / NAME)

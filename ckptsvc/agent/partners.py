@@ -21,7 +21,9 @@ from ckptsvc.agent.guests import GUEST, Guests
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.transfer import new_ticket
+from ckptsvc.agent.twins import Twins
 from ckptsvc.agent.worker_proxy import WorkerProxy
+from ckptsvc.config import LARGEST_EXTENT, PAGE
 from ckptsvc.control.runs import ranks_of
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, Fenced, InvalidInput, NotFound
 from ckptsvc.format.checksum import extent_count
@@ -36,10 +38,8 @@ from ckptsvc.telemetry import Event, Purpose, log
 
 logger = logging.getLogger("ckptsvc.agent")
 
-PAGE = 4096
-MAX_EXTENT = 1 << 30
 MAX_SHARD = 1 << 42
-"""Largest extent, and largest shard, of which another agent is believed that it has one."""
+"""Largest shard of which another agent is believed that it has one."""
 
 ASK_TIMEOUT = 30.0
 """Seconds another agent has to give a ticket."""
@@ -64,10 +64,11 @@ class Partners:
         trust: what the user's agents know each other by.
         rate: bytes per second that may be read from other nodes; 0: as many as come.
         streams: connections for one transfer; 0: as many as the cores allow.
+        twins: the copies that ranks may fill themselves; None: they do not.
     """
 
-    def __init__(self, local: Local, trust: Trust, rate: float, streams: int = 0) -> None:
-        self._local, self._trust, self._rate = local, trust, rate
+    def __init__(self, local: Local, trust: Trust, rate: float, streams: int = 0, twins: Twins | None = None) -> None:
+        self._local, self._trust, self._rate, self._twins = local, trust, rate, twins
         self._streams = streams or max((os.cpu_count() or 1) // CORES_PER_STREAM, 1)
         self._guests = Guests(local)
         self._started: WorkerProxy | None = None
@@ -211,13 +212,19 @@ class Partners:
         with self._guests.filling() as filling:
             targets = []
             for number, shard in enumerate(answer.shards):
-                arena = await filling.make(job, shard.rank, shard.nbytes, (order.epoch, order.step))
-                targets.append({"path": str(arena.path), "number": number})
+                key = order.epoch, order.step
+                twin = self._twins.take(job.name, shard.rank, key, shard.nbytes) if self._twins else None
+                arena = filling.add(twin.arena) if twin else await filling.make(job, shard.rank, shard.nbytes, key)
+                targets.append({"path": str(arena.path), "number": number, "filled": twin.nbytes if twin else 0})
             args = {"origin": self._origin(answer), "targets": targets}
             done = await self._courier.call("copy", args)
             for arena, shard in zip(filling.arenas, answer.shards, strict=True):
                 self._guests.keep(job, arena, _label(job, order, shard.rank, shard.nbytes, shard.extent), shard.digests)
         self._guests.forget_others(job, (order.epoch, order.step), {shard.rank for shard in answer.shards})
+        if self._twins is not None:
+            if any(target["filled"] for target in targets):
+                self._twins.judge(job, done["bytes"], sum(shard.nbytes for shard in answer.shards))
+            self._twins.pair(job.name, order.attempt, ranks_of(holder.ranks))
         self._count(job, order, Purpose.COPY, done["bytes"], f"a copy of what {holder.node} holds")
 
     def _count(self, job: LocalJob, order: Order, purpose: Purpose, nbytes: int, what: str) -> None:
@@ -366,7 +373,7 @@ def _check_answer(answer: pb.FetchResponse, ranks: Sequence[int], node: str) -> 
 
 
 def _check_piece(nbytes: int, extent: int, digests: bytes, node: str) -> None:
-    possible = 0 < nbytes <= MAX_SHARD and PAGE <= extent <= MAX_EXTENT and extent % PAGE == 0
+    possible = 0 < nbytes <= MAX_SHARD and 0 < extent <= LARGEST_EXTENT and extent % PAGE == 0
     if not possible or len(digests) != 8 * extent_count(nbytes, extent):
         raise InvalidInput(f"{node} has a shard of {nbytes} bytes in extents of {extent}, which cannot be")
 

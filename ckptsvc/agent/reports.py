@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.sessions import Session
 from ckptsvc.control.room import Stage
 from ckptsvc.control.runs import runs_of
+from ckptsvc.control.stalls import STEP
 from ckptsvc.pipeline.arena import Label, Parity
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 _ENDED_AS = {Stage.LOCAL: agent_pb2.OUTCOME_LOCAL, Stage.COMMITTED: agent_pb2.OUTCOME_COMMITTED}
+
+
+_FURTHEST = (1 << 32) - 1
+"""Steps that a rank can be said to be behind."""
 
 
 def joined(node: str, reg: Registration, epoch: int) -> pb.Report:
@@ -31,6 +38,28 @@ def joined(node: str, reg: Registration, epoch: int) -> pb.Report:
         retention=pb.Retention(**{k: v for k, v in msgspec.to_builtins(reg.retention).items() if k != "last"}),
     )
     return pb.Report(rank_joined=event)
+
+
+def progressed(node: str, sessions: Sequence[Session]) -> pb.Report:
+    """How far the ranks of one attempt on this node are, and what they do; `sessions` in the order of the ranks."""
+    pages, reg = [session.page for session in sessions], sessions[0].reg
+    steps, phases = [page.get("step") for page in pages], [page.phase for page in pages]
+    event = pb.Progressed(
+        job=reg.job,
+        attempt=reg.attempt,
+        node=node,
+        lowest=min(steps),
+        highest=max(steps),
+        blocked=max(page.get("blocked") + page.get("waited") for page in pages) / 1e9,
+    )
+    if event.lowest != event.highest:
+        event.behind.extend(min(event.highest - step, _FURTHEST) for step in steps)
+    if set(phases) != {STEP}:
+        event.phases.extend(phases if len(set(phases)) > 1 else phases[:1])
+    began = min(page.get("began") for page in pages)
+    if began >= 0:
+        event.began = began
+    return pb.Report(progressed=event)
 
 
 def left(node: str, reg: Registration, died: bool, detail: str) -> pb.Report:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import secrets
 import time
 from collections import OrderedDict
@@ -12,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ckptsvc import telemetry
+from ckptsvc.agent.books import Books
 from ckptsvc.agent.doorbell import ring
 from ckptsvc.agent.drain import drain
+from ckptsvc.agent.tracing import Tracing
 from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import (
     AllotEpoch,
     Answer,
+    Audit,
     Commit,
     CommitDone,
     Decision,
@@ -35,17 +39,19 @@ from ckptsvc.control.effects import (
     ReadNodes,
     Record,
     Restarted,
+    Resumed,
     Send,
-    Strike,
 )
 from ckptsvc.control.health import Policy
 from ckptsvc.control.nodes import Node
 from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.tiering import Draining
-from ckptsvc.errors import AgentUnavailable, CkptsvcError
+from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError, StoreError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.storage import canonical
 from ckptsvc.telemetry import Event, IncidentKind, Metrics
+from ckptsvc.telemetry.traces import Traces
 
 log = logging.getLogger("ckptsvc.coordinator")
 
@@ -91,10 +97,14 @@ class CoordinatorShell:
         draining: which snapshots go on from the local disks to the durable store.
         metrics: where incidents and restarts are counted; None: nowhere.
         partners: what nodes keep for each other.
+        traces: where spans go; None: nowhere.
+        node: the one that this is on, if no other coordinator can be elected.
 
     Attributes:
         incidents: the latest, by job and id, oldest first.
         on_incident: called with every incident, and again whenever there is more to say of it.
+        on_audit: called with what has become of an order of a person.
+        on_deleted: called with a job, its store, and the names of checkpoints that retention has deleted.
         dropped: effects that came too late.
     """
 
@@ -111,19 +121,25 @@ class CoordinatorShell:
         draining: Draining | None = None,
         metrics: Metrics | None = None,
         partners: PartnerPolicy | None = None,
+        traces: Traces | None = None,
+        node: str = "",
     ) -> None:
         self.core = Coordinator(
             save_timeout=save_timeout, policy=policy, mark=secrets.token_hex(2), draining=draining or Draining(),
-            partners=partners or PartnerPolicy(),
+            partners=partners or PartnerPolicy(), node=node,
         )  # fmt: skip
         self.incidents: OrderedDict[tuple[str, str], pb.Incident] = OrderedDict()
         self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
+        self.on_audit: Callable[[Audit], None] = lambda effect: None
+        self.on_deleted: Callable[[str, str, list[str]], None] = lambda job, store, names: None
         self.term, self.dropped = term, 0
         self._state = state
         self._listing, self._ringing = asyncio.Lock(), asyncio.Semaphore(RINGS)
         self._introducing, self._next_ring = asyncio.Semaphore(INTRODUCTIONS), 0.0
         self._workers, self._may_act = workers, may_act
         self._drains, self._metrics = drains, metrics
+        self._tracing = Tracing(traces or Traces())
+        self._books = Books(metrics) if metrics is not None else None
         self._peers: dict[str, Deliver] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: dict[tuple[str, int, int], str] = {}
@@ -146,7 +162,8 @@ class CoordinatorShell:
         """Something happened on a node."""
         if report.HasField("node_joined"):
             _warn_of_clock(report.node_joined, time.time())
-        self._execute(self.core.handle(node, report, time.monotonic()))
+        job = getattr(getattr(report, report.WhichOneof("event") or "", None), "job", "")
+        self._execute(self.core.handle(node, report, time.monotonic()), job)
 
     async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
         """Complete snapshots of a job in memory, newest first, once what is lost has been rebuilt.
@@ -173,12 +190,16 @@ class CoordinatorShell:
         while True:
             await asyncio.sleep(TICK)
             self._execute(self.core.tick(time.monotonic()))
+            if self._books is not None:
+                self._books.publish(self.core.ledger)
             ticked, self._ticked = self._ticked, asyncio.Event()
             ticked.set()
 
     async def stop(self) -> None:
         """Cancel what is running; whoever waits for a rebuild hears that it is over here."""
         self._stopped = True
+        if self._books is not None:
+            self._books.close()
         self._ticked.set()
         for deliver in self._peers.values():
             deliver(None)
@@ -186,22 +207,29 @@ class CoordinatorShell:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _execute(self, decision: Decision) -> None:
+    def _execute(self, decision: Decision, job: str = "") -> None:
         for reason in decision.reasons:
-            log.info(reason, extra={"event": "decision"})
+            about = job if job in self.core.jobs or job in self.core.launched else ""
+            log.info(reason, extra={"event": "decision", "job": about or None})
         for effect in decision.effects:
             if not self._may_act():
                 self._drop(effect)
             elif isinstance(effect, Send):
                 effect.order.term = self.term
+                if self._tracing.is_on and effect.order.HasField("save_ended"):
+                    self._tracing.ended(effect.order.job, effect.order.save_ended.outcome, time.monotonic())
                 deliver = self._peers.get(effect.node)
                 if deliver:  # an agent that is away reports everything when it is back, and hears it then
                     deliver(effect.order)
             elif isinstance(effect, Record):
                 self._record(effect.incident)
+            elif isinstance(effect, Audit):
+                self.on_audit(effect)
             elif isinstance(effect, Restarted):
                 if self._metrics is not None:
                     self._metrics.restarts.labels(effect.cause).inc()
+            elif isinstance(effect, Resumed):
+                self._resumed(effect)
             else:
                 task = asyncio.ensure_future(self._do(effect))
                 self._tasks.add(task)
@@ -218,15 +246,25 @@ class CoordinatorShell:
             self.incidents.popitem(last=False)
         self.on_incident(incident)
 
+    def _resumed(self, effect: Resumed) -> None:
+        if self._books is not None:
+            self._books.resumed(effect)
+        self._tracing.resumed(effect)
+        telemetry.log(log, logging.INFO, Event.JOB_RESUMED, "steps again, %.1f s after the fault",
+            effect.times[-1] - effect.times[0], job=effect.job, attempt=effect.attempt, reason=effect.why)  # fmt: skip
+
     async def _do(self, effect: AllotEpoch | Commit | Lookup | Probe | ReadNodes | KeepNodes | Drain) -> None:
         if not self._may_act():
             self._drop(effect)
         elif isinstance(effect, AllotEpoch):
             done = await self._allot(effect)
-            self._execute(self.core.epoch_done(done, time.monotonic()))
+            self._execute(self.core.epoch_done(done, time.monotonic()), effect.job)
         elif isinstance(effect, Commit):
-            ended = await self._commit(effect)
-            self._execute(self.core.commit_done(ended, time.monotonic()))
+            began, told = time.monotonic(), dict[str, Any]()
+            ended = await self._commit(effect, told)
+            self._tracing.committed(effect, ended, began, told, time.monotonic())
+            self._execute(self.core.commit_done(ended, time.monotonic()), effect.job)
+            self._count(effect, ended)
             if not ended.code and self._may_act():
                 await self._expire(effect)
         elif isinstance(effect, Probe):
@@ -234,17 +272,21 @@ class CoordinatorShell:
             if answer is not None:
                 self._execute(self.core.probed(Probed(effect.job, effect.node, answer), time.monotonic()))
         elif isinstance(effect, ReadNodes):
-            self._execute(self.core.nodes_read(NodesRead(await self._read_nodes()), time.monotonic()))
+            self._execute(self.core.nodes_read(await self._read_nodes(), time.monotonic()))
         elif isinstance(effect, KeepNodes):
             at = time.time()
             entries = {n: {"score": s, "at": at - age, "why": why} for n, (s, age, why) in effect.strikes.items()}
-            await self._list_nodes("keep_nodes", nodes=entries)
+            words = {
+                n: {"excluded": bad, "at": at - age, "until": at + left if left < math.inf else 0.0, "why": why}
+                for n, (bad, age, left, why) in effect.words.items()
+            }
+            await self._list_nodes("keep_nodes", nodes=entries, words=words)
         elif isinstance(effect, Drain):
             await drain(effect.node, effect.reason, enabled=self._drains)
         else:
             found = await self._lookup(effect)
             if found:
-                self._execute(self.core.lookup_done(found, time.monotonic()))
+                self._execute(self.core.lookup_done(found, time.monotonic()), effect.job)
 
     async def _ring(self, effect: Probe) -> Answer | None:
         """Look after a launcher, in its turn where many are to be; None if nobody wants to know any more."""
@@ -273,10 +315,14 @@ class CoordinatorShell:
         self.dropped += 1
         log.warning("term %d: not done, the lease may have ended: %s", self.term, type(effect).__name__)
 
-    async def _read_nodes(self) -> dict[str, Strike]:
-        at = time.time()
-        found = (await self._list_nodes("read_nodes")).get("nodes", {})
-        return {n: (e["score"], max(at - e["at"], 0.0), e["why"]) for n, e in found.items()}
+    async def _read_nodes(self) -> NodesRead:
+        at, found = time.time(), await self._list_nodes("read_nodes")
+        strikes = {n: (e["score"], max(at - e["at"], 0.0), e["why"]) for n, e in found.get("nodes", {}).items()}
+        words = {
+            n: (w["excluded"], max(at - w["at"], 0.0), w["until"] - at if w["until"] else math.inf, w["why"])
+            for n, w in found.get("words", {}).items()
+        }
+        return NodesRead(strikes, words)
 
     async def _list_nodes(self, op: str, **args: Any) -> dict[str, Any]:
         """Read or write the list of nodes that have failed, in a process of its own; {} where that fails."""
@@ -302,7 +348,7 @@ class CoordinatorShell:
             return EpochDone(effect.job, effect.attempt, effect.rewinds, 0, error.code, str(error))
         return EpochDone(effect.job, effect.attempt, effect.rewinds, answer["epoch"])
 
-    async def _commit(self, effect: Commit) -> CommitDone:
+    async def _commit(self, effect: Commit, told: dict[str, Any]) -> CommitDone:
         key = (effect.job, effect.epoch, effect.step)
         if len({s.extent for s in effect.shards}) > 1:
             why = "the ranks use different values of save.extent"
@@ -326,7 +372,7 @@ class CoordinatorShell:
         args = {"store": effect.store, "info": info, "shards": shards, "writer": writer}
         args["metrics"] = dict(effect.metrics)
         try:
-            await self._workers.of(effect.job).call("commit", args)
+            told |= await self._workers.of(effect.job).call("commit", args)
         except CkptsvcError as error:
             return CommitDone(effect.job, effect.epoch, effect.step, error.code, str(error))
         except Exception as error:  # an unforeseen one must not keep the save waiting for its timeout
@@ -335,6 +381,17 @@ class CoordinatorShell:
         finally:
             self._writers.pop(key, None)
         return CommitDone(effect.job, effect.epoch, effect.step)
+
+    def _count(self, effect: Commit, ended: CommitDone) -> None:
+        """Of a commit, how long its save took, or what the store said."""
+        job = self.core.jobs.get(effect.job)
+        if self._metrics is None or job is None:
+            return
+        outcome = job.saves.ended.get((effect.epoch, effect.step))
+        if not ended.code and outcome is not None:
+            self._metrics.commit_latency.observe(outcome.seconds)
+        elif issubclass(BY_CODE.get(ended.code, CkptsvcError), StoreError):
+            self._metrics.store_errors.labels(canonical(effect.store).partition("://")[0], ended.code).inc()
 
     async def _lookup(self, effect: Lookup) -> LookupDone | None:
         args = {"store": effect.store, "epoch": effect.epoch, "step": effect.step}
@@ -354,9 +411,11 @@ class CoordinatorShell:
         except CkptsvcError as error:
             log.warning("old checkpoints could not be removed: %s", error)
             return
+        self.core.deleted(effect.job, done["gone"])
         if done["gone"]:
             telemetry.log(log, logging.INFO, Event.CHECKPOINT_DELETED, "removed %s: %d objects",
                 ", ".join(done["gone"]), done["objects"], job=effect.job)  # fmt: skip
+            self.on_deleted(effect.job, effect.store, done["gone"])
             if self._metrics is not None:
                 self._metrics.deleted_checkpoints.inc(len(done["gone"]))
 

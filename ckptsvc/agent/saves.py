@@ -23,6 +23,7 @@ from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, Outcome, Phase, log
+from ckptsvc.telemetry.traces import Trace
 
 logger = logging.getLogger("ckptsvc.agent")
 
@@ -31,6 +32,9 @@ EARLY_BYTES = 64 << 20
 
 WANTED_AGAIN = 5.0
 """Seconds after which a coordinator, maybe another one by now, is told again that somebody waits for a save."""
+
+MOST_STAGING = 3600.0
+"""Seconds for which a rank may say that it has copied."""
 
 DIGEST_TIMEOUT = 60.0
 """Seconds a restore from memory waits for the checksums of a snapshot that was staged just now."""
@@ -90,9 +94,16 @@ class Saves:
                 self._local.spawn(worker.tell("cancel", {"fill": early.fill}))
 
     def submit(
-        self, token: str, slot: str, step: int, nbytes: int, aliases: dict[str, str], metrics: dict[str, str]
+        self,
+        token: str,
+        slot: str,
+        step: int,
+        nbytes: int,
+        aliases: dict[str, str],
+        metrics: dict[str, str],
+        staging: float = 0.0,
     ) -> None:
-        """The arena holds a whole shard image: it is ours now."""
+        """The arena holds a whole shard image: it is ours now. `staging`: seconds since the rank began with it."""
         session = self._local.session(token)
         reg = session.reg
         arena = self._local.pool.arenas.get(slot)
@@ -119,8 +130,12 @@ class Saves:
         began = arena.since
         self._local.pool.stage(arena, label)
         self._local.metrics.save_duration.labels(Phase.STAGE).observe(arena.since - began)
+        self._local.metrics.staged_bytes.inc(nbytes)
+        if 0 < staging < MOST_STAGING:
+            began = arena.since - staging
+        self._trace(label, "stage", began, parent="shard")
         failpoint("after_label")
-        self._begin_save(arena, label)
+        self._begin_save(arena, label, began)
 
     def recover(self, arenas: list[Arena]) -> None:
         """Go on with the snapshots an earlier agent left in its arenas; those on the local disk are known already."""
@@ -139,13 +154,13 @@ class Saves:
             if self._tier is not None and self._tier.has(label):
                 self._local.pool.keep(arena)
             if arena.state is State.STAGED:
-                self._begin_save(arena, label, again=True)
+                self._begin_save(arena, label, arena.since, again=True)
             else:
                 if label.parity is None:
                     self._local.spawn(self._digest(job, arena, label))
                 self._local.report(job, reports.staged(self._local.name, label, ended=True, again=True))
 
-    def _begin_save(self, arena: Arena, label: Label, *, again: bool = False) -> None:
+    def _begin_save(self, arena: Arena, label: Label, began: float, *, again: bool = False) -> None:
         job = self._local.jobs[label.job]
         if arena.name in self._early and self._early[arena.name].nbytes != label.nbytes:
             self._give_up(arena)
@@ -159,7 +174,7 @@ class Saves:
             if early.written.done():
                 del self._early[arena.name]
         self._local.report(job, reports.staged(self._local.name, label, again=again))
-        self._local.spawn(self._save(job, label, arena, written))
+        self._local.spawn(self._save(job, label, arena, written, began))
 
     def _write(self, job: LocalJob, arena: Arena, args: dict[str, Any]) -> Coroutine[Any, Any, dict[str, Any]]:
         """Have the shard written; its checksums are known from `job.digests` before that."""
@@ -194,7 +209,9 @@ class Saves:
             more["committed"] = (args["epoch"], args["step"])
         return self._workers.of(job).call("write", args | more, on_note)
 
-    async def _save(self, job: LocalJob, label: Label, arena: Arena, written: Awaitable[dict[str, Any]]) -> None:
+    async def _save(
+        self, job: LocalJob, label: Label, arena: Arena, written: Awaitable[dict[str, Any]], began: float
+    ) -> None:
         started = time.monotonic()
         try:
             done = await written
@@ -207,9 +224,12 @@ class Saves:
             log(logger, logging.ERROR, Event.SAVE_FAILED, "shard not written: %s", error,
                 job=label.job, rank=label.rank, step=label.step)  # fmt: skip
             self._local.metrics.store_errors.labels(_scheme(label.store), error.code).inc()
+            self._trace(label, "write", started, parent="shard", error=str(error))
             self._tell(job, label, reports.shard_failed(label, error.code, str(error)))
             return
         self._local.metrics.save_duration.labels(Phase.WRITE).observe(time.monotonic() - started)
+        self._trace(label, "write", started, parent="shard", stored=done["stored"])
+        self._trace(label, "shard", began)
         self._local.metrics.written_bytes.labels(_scheme(label.store)).inc(done["stored"])
         self._local.metrics.spared_bytes.labels(_scheme(label.store)).inc(max(done["nbytes"] - done["stored"], 0))
         self._local.metrics.write_held_back.inc(done["held_back"])
@@ -229,6 +249,15 @@ class Saves:
             segments=done["segments"],
         )
         self._tell(job, label, pb.Report(durable=durable))
+
+    def _trace(self, label: Label, name: str, begin: float, *, parent: str = "", error: str = "", **about: int) -> None:
+        """A part of a save that has begun then (CLOCK_MONOTONIC, seconds) and ends now, or a shard that is durable."""
+        if self._local.traces.is_on:
+            trace = Trace.save(label.job, label.epoch, label.step)
+            self._local.traces.add(
+                trace, name, begin, time.monotonic(), parent=parent, rank=label.rank, error=error,
+                about={"node": self._local.name, "bytes": label.nbytes, **about},
+            )  # fmt: skip
 
     def _tell(self, job: LocalJob, label: Label, result: pb.Report) -> None:
         """Report what became of a shard, now and again to a coordinator that connects anew while the save runs."""
@@ -335,8 +364,9 @@ class Saves:
             log(logger, logging.INFO, Event.SAVE_LEFT_LOCAL, "step %d: %s", outcome.step, outcome.reason,
                 job=job.name, step=outcome.step, epoch=outcome.epoch)  # fmt: skip
             return
+        ended = Outcome.TIMED_OUT if outcome.timed_out else Outcome.FAILED
         fenced = outcome.outcome == agent_pb2.OUTCOME_FENCED
-        self._local.metrics.saves.labels(Outcome.FENCED if fenced else Outcome.FAILED).inc()
+        self._local.metrics.saves.labels(Outcome.FENCED if fenced else ended).inc()
         log(logger, logging.ERROR, Event.SAVE_FAILED, "step %d not saved: %s", outcome.step, outcome.reason,
             job=job.name, step=outcome.step, epoch=outcome.epoch)  # fmt: skip
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import fcntl
+import errno
+import faulthandler
 import gc
 import hashlib
 import logging
@@ -17,8 +18,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +29,11 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
-from ckptsvc.agent import nodelist
+from ckptsvc.agent import handover, nodelist
+from ckptsvc.agent.audit import AuditLog, audit_path
+from ckptsvc.agent.callers import Callers, RoleGate
 from ckptsvc.agent.coordination import Elections, login_of
-from ckptsvc.agent.httpd import start_metrics
+from ckptsvc.agent.http_access import http_token
 from ckptsvc.agent.identity import IdentityServer
 from ckptsvc.agent.incidents import IncidentLog, incidents_directory
 from ckptsvc.agent.launches import Launches
@@ -37,36 +41,52 @@ from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.local_tier import LocalTier
 from ckptsvc.agent.lowering import Lowering
+from ckptsvc.agent.malformed import keep_quiet
 from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import OVERDUE, Node
+from ckptsvc.agent.notify import Notifier
+from ckptsvc.agent.orders import Orders
+from ckptsvc.agent.page import Site
 from ckptsvc.agent.partners import Partners
+from ckptsvc.agent.recent import Recent
+from ckptsvc.agent.reload import reload
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer
+from ckptsvc.agent.standing import StandingOrders
 from ckptsvc.agent.status import status_of
-from ckptsvc.agent.watch import Watch
+from ckptsvc.agent.tenancy import Tenancy
+from ckptsvc.agent.watch import Watch, limits_of
 from ckptsvc.agent.workers import Workers
 from ckptsvc.config import agents_directory, load, private_directory
 from ckptsvc.control.health import Policy
 from ckptsvc.control.redundancy import PartnerPolicy
-from ckptsvc.control.stalls import Limits
 from ckptsvc.control.tiering import Draining
-from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError, RunBusy
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError
 from ckptsvc.launch.domain import domain_of
-from ckptsvc.pipeline.arena import ArenaPool
+from ckptsvc.pipeline.arena import ArenaPool, State
 from ckptsvc.quantities import Address, parse_duration
-from ckptsvc.rpc.channel import BETWEEN, OPTIONS, SERVER_KEEPALIVE
-from ckptsvc.rpc.dial import sockets
+from ckptsvc.rpc.accounts import user_name
+from ckptsvc.rpc.channel import BETWEEN, LOCAL, MAX_CALLS, OPTIONS, SERVER_KEEPALIVE
+from ckptsvc.rpc.dial import LOCK, sockets
 from ckptsvc.rpc.etcd import parse_url
 from ckptsvc.rpc.secret import require_loopback, shared_secret
 from ckptsvc.rpc.trust import ByCertificate, BySecret, Trust
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
-from ckptsvc.settings import HealthSettings, Settings, TierSettings
-from ckptsvc.telemetry import Event, Metrics, log, setup_logging
+from ckptsvc.settings import Settings, TierSettings
+from ckptsvc.telemetry import Event, Fields, Metrics, log, start_logging
+from ckptsvc.telemetry.logs import FORMAT, line
+from ckptsvc.telemetry.traces import start_traces
 
 logger = logging.getLogger("ckptsvc.agent")
 
 GRACE = 2.0
 """Seconds that calls in flight get when the agent stops."""
+
+SHORT_GRACE = 0.1
+"""The same when a successor waits to take over: calls that wait for something are made again, the others are over."""
+
+SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES)
+"""What is no mistake of the agent's: it ends with one line, and whoever started it starts it again."""
 
 LAST_SAVE = 60.0
 """Seconds that the ranks get for a last save when a private agent is told to stop; told again, it stops at once."""
@@ -79,14 +99,16 @@ class Options:
     Attributes:
         directory: holds the sockets, the lock and (by default) the log; belongs to this agent.
         settings: the merged configuration.
-        linger: seconds without ranks, launchers and saves after which the agent ends; None: never.
-        json_log: log JSON lines.
+        linger: seconds without ranks, launchers and saves after which the agent ends; None: never, it is a service.
+        read_again: reads the settings anew.
+        service: directory of the system service that has started this agent; None: there is none.
     """
 
     directory: Path
     settings: Settings
     linger: float | None = None
-    json_log: bool = False
+    read_again: Callable[[], Settings] = field(default=partial(load, os.environ))
+    service: Path | None = None
 
 
 class Agent:
@@ -96,10 +118,17 @@ class Agent:
         self._options = options
         self._stopping = asyncio.Event()
         self._patient = False  # told to stop, and waiting for the last save
+        self._grace = GRACE
+        self._makes_way = False
+        # What a job starts inherits the address of a service manager that knows nothing of it.
+        self._notifier = Notifier() if options.linger is not None else Notifier.of(os.environ, os.getpid())
+        self._reading = asyncio.Lock()
         settings = options.settings
+        self._where = settings.agent
         self.node_name = settings.agent.name or socket.gethostname()
         self.metrics = Metrics(ckptsvc.__version__)
-        self.workers = Workers(settings.store.max_write_rate)
+        self.traces = start_traces(settings.traces, self.node_name, ckptsvc.__version__)
+        self.workers = Workers(settings, self.metrics.retried)
         self._on_incident: Callable[[coordinator_pb2.Incident], None] = lambda incident: None
         self.shell = self._new_shell(0, lambda: True)
         where = settings.agent.coordination
@@ -114,8 +143,10 @@ class Agent:
         )
         self.tier: LocalTier | None = None
         self.lowering: Lowering | None = None
+        self.tenancy: Tenancy | None = None
         self.address = ""
-        self.metrics_address = ""
+        self.metrics_address = self.page_address = ""
+        self.recent = Recent()
         self.started = time.time()
 
     async def run(self) -> None:
@@ -125,11 +156,15 @@ class Agent:
             RunBusy: another agent serves this directory.
         """
         raise_open_files()
+        keep_quiet()
         directory = self._options.directory
         private_directory(directory)
         self.trust = self._trust()
-        lock = os.open(directory / "agent.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        await _own(lock, directory)
+        handed = handover.received(os.environ, directory / LOCK)
+        if handed is not None:
+            self._where = handed.listening(self._where)
+        lock = handed.lock if handed else os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        await handover.own(lock, directory, is_service=self._options.linger is None)
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
         left = self.pool.open()
         self._build()
@@ -138,6 +173,9 @@ class Agent:
         loop.add_signal_handler(signal.SIGINT, self._stopping.set)
         loop.add_signal_handler(signal.SIGTERM, self._terminated)
         loop.add_signal_handler(signal.SIGUSR1, lambda: None)  # some schedulers send it to all of a job's processes
+        loop.add_signal_handler(handover.SIGNAL, lambda: self.local.spawn(self._make_way()))
+        if not sys.stderr.isatty():  # a terminal that goes takes what runs in its foreground along
+            loop.add_signal_handler(signal.SIGHUP, lambda: self.local.spawn(self._read_again()))
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
             if self._etcd:
@@ -147,43 +185,53 @@ class Agent:
             if self.tier:
                 self.tier.recover(copies)
             self.node.saves.recover(left)
-            lasting = (
-                self.trust.run(),
-                self.shell.run(),
-                self.node.watch(),
-                self.watch.run(),
-                self.nics.run(),
-                self._until_idle(),
-            )
-            tasks = [asyncio.ensure_future(c) for c in lasting]
+            tasks = [asyncio.ensure_future(c) for c in self._lasting()]
             (directory / "ready.new").write_text(self._ready_text())
             (directory / "ready.new").rename(directory / "ready")
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
                 self.node_name, directory, self.address, node=self.node_name)  # fmt: skip
+            self._notifier.ready(self.summary())
             await self._stopping.wait()
+            if not self._makes_way:
+                self._notifier.stopping("ends; snapshots in memory wait for the next agent")
+            idle = self.node.idle and self.launches.idle and not self._makes_way
             self.launches.stopping = True
             (directory / "ready").unlink(missing_ok=True)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        idle = self.node.idle
         await self.node.stop()
         await self.partners.close()
         await self.shell.stop()
         if self.elections:
             await self.elections.close()
         await self.workers.close()
-        self.pool.close(remove=idle)
+        self.pool.close(remove=idle, keep_free=self._makes_way or self._options.linger is None)
         if self.tier:
             self.tier.close()
-        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s stopped", self.node_name, node=self.node_name)
+        what = "makes way for its successor" if self._makes_way else "stopped"
+        log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s %s", self.node_name, what, node=self.node_name)
+        if self._makes_way:
+            handover.succeed(handover.Handed(lock, self.address, self.metrics_address))
         os.close(lock)
+
+    def _lasting(self) -> Iterator[Coroutine[Any, Any, None]]:
+        """What runs from the agent's beginning to its end."""
+        yield self.trust.run()
+        yield self.shell.run()
+        yield self.node.watch()
+        yield self.watch.run()
+        yield self.nics.run()
+        yield self._until_idle()
+        yield self._notifier.beat(self.summary)
+        if self.tenancy:
+            yield self.tenancy.run()
 
     def _trust(self) -> Trust:
         """What this user's agents know each other by; without certificates, they are all on this host."""
         settings = self._options.settings
         if settings.tls.is_set:
-            tls = settings.tls
+            tls = settings.tls.of(user_name(os.geteuid()))
             return ByCertificate(tls.ca_file, tls.cert_file, tls.key_file, self.metrics.certificate_expiry.set)
         require_loopback(settings.agent.listen.host, f"agent.listen is {settings.agent.listen}")
         return BySecret(shared_secret(agents_directory(settings, os.environ)))
@@ -196,8 +244,11 @@ class Agent:
         tiers = settings.tiers
         shell = CoordinatorShell(self.workers, settings.save.timeout, policy, listed, term=term, may_act=may_act,
             drains=settings.scheduler.drain, draining=Draining(tiers.durable_every, tiers.durable_backlog),
-            metrics=self.metrics, partners=_partners(tiers))  # fmt: skip
+            metrics=self.metrics, partners=_partners(tiers), traces=self.traces,
+            node="" if term else self.node_name)  # fmt: skip
         shell.on_incident = lambda incident: self._on_incident(incident)
+        shell.on_audit = lambda effect: self.orders.decided(effect)
+        shell.on_deleted = lambda job, store, names: self.orders.deleted(job, store, names)
         return shell
 
     def _shell_of(self, job: str, term: int) -> CoordinatorShell:
@@ -212,6 +263,8 @@ class Agent:
         """The parts of the agent, in the order in which they know each other."""
         settings = self._options.settings
         self.local = Local(self.node_name, self.pool, self.metrics, self.shell, self.trust)
+        self.local.traces = self.traces
+        self.local.standing = StandingOrders(self._options.directory / "orders.json")
         linger = 600.0 if self._options.linger is None else self._options.linger
         if settings.tiers.local:
             self.tier = LocalTier(self.local, self.workers, settings.tiers, self._tag, OVERDUE * settings.save.timeout)
@@ -220,23 +273,41 @@ class Agent:
             self.local,
             self.workers,
             slots=settings.arena.slots,
+            job_limit=settings.arena.job_limit,
             linger=linger,
             save_timeout=settings.save.timeout,
             margin=settings.scheduler.margin,
             early=(os.cpu_count() or 1) >= settings.save.early_cores,
             tier=self.tier,
         )
+        if self._options.service:
+            self.tenancy = Tenancy(self._options.service, self.local, self.workers, self._is_idle)
+        elif self._options.linger is not None:
+            self.node.on_yield = self._stopping.set
         self.local.domain = domain_of(settings.tiers.domain, os.environ, self.node_name)
-        self.partners = Partners(self.local, self.trust, settings.tiers.partner_rate)
+        twins = self.node.twins if settings.tiers.replicas else None
+        self.partners = Partners(self.local, self.trust, settings.tiers.partner_rate, twins=twins)
         self.node.partner_order, self.node.on_filling = self.partners.order, self.partners.filling
         self.launches = Launches(self.local)
         self.nics = NicWatch(self.local, settings.nics)
         self.node.launch_order = self.launches.order
         enabled = settings.health.enabled
-        self.watch = Watch(self.local, _limits(settings.health), enabled=enabled, nics=self.nics.sentences)
+        self.watch = Watch(self.local, limits_of(settings.health), enabled=enabled, nics=self.nics.sentences)
         self.watch.log_of = self.launches.log_of
         self.node.watch_order = self.watch.order
+        self.callers = Callers(settings.system.operators)
+        self.orders = Orders(self.local, self.launches, self._audit_log())
+        self.node.people_order = self.orders.on_order
+        self.callers.on_stranger = self.orders.stranger
         self._keep_incidents()
+
+    def _audit_log(self) -> AuditLog:
+        """Where it is taken down who has ordered what."""
+        try:
+            return AuditLog(audit_path(self._options.settings, os.environ))
+        except ConfigError as error:
+            logger.warning("no audit log is kept: %s", error)
+            return AuditLog(None)
 
     def _terminated(self) -> None:
         """Stop; but an agent that a job has started, when its ranks are there, lets them save first.
@@ -248,24 +319,61 @@ class Agent:
         self._patient = True
         asyncio.get_running_loop().call_later(LAST_SAVE, self._stopping.set)
 
+    async def _make_way(self) -> None:
+        """Have the program, as it is installed now, take over in this process."""
+        if self._makes_way:
+            return
+        self._makes_way = True
+        if why := await handover.obstacle():
+            logger.error("the agent goes on as before, it cannot be replaced: %s", why)
+            self._makes_way = False
+            return
+        await handover.copies_end(self.pool)
+        self._notifier.reloading("makes way for its successor")
+        self._grace = SHORT_GRACE
+        self._stopping.set()
+
+    async def _read_again(self) -> None:
+        async with self._reading:
+            self._notifier.reloading("reads the settings again")
+            self._options.settings = await reload(self, self._options.read_again, self._options.settings)
+            self._notifier.ready(self.summary())
+
+    def summary(self) -> str:
+        """What it does, in one line."""
+        sessions, arenas = self.local.sessions.values(), self.pool.arenas.values()
+        saving = sum(arena.state is State.STAGED for arena in arenas)
+        jobs = len({session.reg.job for session in sessions})
+        held = sum(arena.capacity for arena in arenas) >> 20
+        return f"{len(sessions)} ranks of {jobs} jobs, {saving} snapshots being saved, {held} MiB of arenas"
+
     def _keep_incidents(self) -> None:
         """Incidents of the jobs that this agent coordinates become files (`ckptsvc incidents`)."""
         try:
             kept = IncidentLog(incidents_directory(self._options.settings, os.environ))
         except ConfigError as error:
             logger.warning("incidents are not kept: %s", error)
+            self._on_incident = self.recent.note
             return
 
         async def keep(incident: coordinator_pb2.Incident) -> None:
             await kept.record(incident)
 
-        self._on_incident = lambda incident: self.local.spawn(keep(incident))
+        def take(incident: coordinator_pb2.Incident) -> None:
+            self.recent.note(incident)
+            self.local.spawn(keep(incident))
+
+        self._on_incident, self.recent.kept = take, kept
+        self.local.spawn(self.recent.load())
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
-        settings = self._options.settings.agent
+        settings = self._where
+        stack.push_async_callback(asyncio.to_thread, self.traces.close)
         grpc_path, identity_path = sockets(self._options.directory)
-        local = grpc.aio.server(options=OPTIONS)
-        agent_pb2_grpc_add(AgentServicer(self.node, self.launches, lambda: status_of(self)), local)
+        gate_of_roles = RoleGate(self.callers, self.orders.refused)
+        local = grpc.aio.server(interceptors=[gate_of_roles], options=LOCAL, maximum_concurrent_rpcs=MAX_CALLS)
+        servicer = AgentServicer(self.node, self.launches, lambda: status_of(self), self.callers, self.orders)
+        agent_pb2_grpc_add(servicer, local)
         name = agent_pb2.DESCRIPTOR.services_by_name["AgentService"].full_name
         checks = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(checks, local)
@@ -274,59 +382,47 @@ class Agent:
         reflection.enable_server_reflection((name, health.SERVICE_NAME, reflection.SERVICE_NAME), local)
         # The other port is open to every user of the host, or of the network: no stranger is told anything there.
         gate = self.trust.gate(self.metrics.calls_refused.inc)
-        between = grpc.aio.server(interceptors=[gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
-        servicer = CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer)
-        coordinator_pb2_grpc_add(servicer, between)
+        roles = RoleGate(None, lambda caller, method: self.metrics.calls_refused.inc())
+        between = grpc.aio.server(interceptors=[roles, gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
+        coordinator_pb2_grpc_add(CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer), between)
         port, host = self.trust.open_port(between, settings.listen)
         self.address = self.local.address = str(Address(host, port))
         gate.address = self.trust.spelled(self.address)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(grpc_path)
         local.add_insecure_port(f"unix:{grpc_path}")
-        identity = IdentityServer(identity_path, self.node)
+        identity = IdentityServer(identity_path, self.node, self.callers)
         if settings.metrics_listen is not None:
-            self.metrics_address, close = start_metrics(settings.metrics_listen, self.metrics.registry)
-            stack.callback(close)
+            token = http_token(self._options.settings, os.environ)
+            site = Site(lambda: status_of(self), self.metrics.registry, self.recent, token, self.trust.certificates)
+            self.metrics_address, self.page_address = site.open(settings.metrics_listen)
+            stack.push_async_callback(site.close)
         await local.start()
         os.chmod(grpc_path, 0o600)
         await between.start()
         await identity.start()
-        stack.push_async_callback(between.stop, GRACE)
-        stack.push_async_callback(local.stop, GRACE)
+        stack.push_async_callback(lambda: between.stop(self._grace))
+        stack.push_async_callback(lambda: local.stop(self._grace))
         stack.push_async_callback(identity.stop)
 
     async def _until_idle(self) -> None:
         linger = self._options.linger
         while True:
             await asyncio.sleep(0.2)
-            if not self.node.idle or not self.launches.idle:
+            if not self._is_idle():
                 self.local.last_active = time.monotonic()
             elif self._patient or (linger is not None and time.monotonic() - self.local.last_active > linger):
                 self._stopping.set()
 
+    def _is_idle(self) -> bool:
+        return self.node.idle and self.launches.idle
+
     def _ready_text(self) -> str:
-        return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n"
-
-
-def _limits(settings: HealthSettings) -> Limits:
-    return Limits(settings.floor, settings.factor, settings.startup)
+        return f"{os.getpid()}\n{self.address}\n{self.metrics_address}\n{self.page_address}\n"
 
 
 def _partners(settings: TierSettings) -> PartnerPolicy:
     return PartnerPolicy(settings.partner, settings.group, settings.partner_every, settings.rebuild)
-
-
-async def _own(lock: int, directory: Path) -> None:
-    """Take the agent's lock. Somebody who only looks whether an agent lives holds it for an instant."""
-    for _ in range(100):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            await asyncio.sleep(0.02)
-        else:
-            return
-    os.close(lock)
-    raise RunBusy(f"an agent already serves {directory}")
 
 
 def agent_pb2_grpc_add(servicer: AgentServicer, server: Any) -> None:
@@ -345,7 +441,18 @@ def coordinator_pb2_grpc_add(servicer: CoordinatorServicer, server: Any) -> None
 
 async def serve(options: Options) -> None:
     """Run one agent to its end."""
-    await Agent(options).run()
+    faulthandler.enable()  # a watchdog that ends it (SIGABRT) leaves on record where it stood
+    try:
+        agent = Agent(options)
+        logs = options.settings.log
+        start_logging(logs.format, logs.level, node=agent.node_name)
+        await agent.run()
+    except OSError as error:
+        if error.errno not in SCARCE:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        raise CkptsvcError(f"the agent in {options.directory} cannot go on: {error.strerror}{where}",
+            hint="snapshots in memory wait for the next agent") from error  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -359,6 +466,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--max-write-rate")
     parser.add_argument("--linger")
     parser.add_argument("--json-log", action="store_true")
+    parser.add_argument("--service", type=Path)
     args = parser.parse_args(arguments)
     try:
         overrides = {
@@ -367,16 +475,20 @@ def main(arguments: list[str] | None = None) -> int:
             "agent.metrics_listen": args.metrics_listen,
             "agent.coordination": args.coordination,
             "store.max_write_rate": args.max_write_rate,
+            "log.format": "json" if args.json_log else None,
         }
-        settings = load(os.environ, overrides)
-        setup_logging(sys.stderr, json=args.json_log)
+        read = partial(load, os.environ, overrides)
+        settings = read()
         linger = parse_duration(args.linger) if args.linger else None
         # A coordinator of ten thousand agents has millions of objects and hardly a cycle: looking for those among them
         # all takes a second, in which it answers nobody.
         gc.set_threshold(50_000, 20, 100)
-        asyncio.run(serve(Options(args.dir, settings, linger, args.json_log)))
+        asyncio.run(serve(Options(args.dir, settings, linger, read, args.service)))
     except CkptsvcError as error:
-        print(f"ckptsvc agent: {error}", file=sys.stderr)  # noqa: T201  a program's last words
+        if os.environ.get(FORMAT) == "json" or args.json_log:
+            print(line(str(error), logging.CRITICAL, logger="ckptsvc.agent", about=Fields()), file=sys.stderr)  # noqa: T201
+        else:
+            print(f"ckptsvc agent: {error}", file=sys.stderr)  # noqa: T201  a program's last words
         return EXIT_STATUS[error.code]
     return 0
 

@@ -12,8 +12,10 @@ import grpc.aio
 import msgspec
 
 from ckptsvc.agent.bandwidth import Mirror
+from ckptsvc.agent.callers import Callers
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.node import Node
+from ckptsvc.agent.orders import Orders
 from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import CkptsvcError, InvalidInput
@@ -27,9 +29,13 @@ REPLY_TIME = 0.05
 
 PREPARE_TIMEOUT = 120.0
 PROVIDE_TIMEOUT = 600.0
+VERB_TIMEOUT = 3600.0
 MAX_DIGEST = 64
 MAX_IMAGE = 1 << 42
 """Largest shard image a rank may announce, in bytes."""
+
+MAX_ALIASES = 8 << 20
+"""Characters of the names of a rank's tied tensors: they are kept with each snapshot in memory."""
 
 Handler = Callable[..., Awaitable[Any]]
 
@@ -43,6 +49,8 @@ def _errors(handler: Handler) -> Handler:
             return await handler(self, request, context)
         except CkptsvcError as error:
             await context.abort(*trailers_of(error))
+        except OSError as error:  # no descriptors, no memory, no room: it passes
+            await context.abort(*trailers_of(CkptsvcError(f"the agent cannot: {error.strerror or error}")))
 
     return guarded
 
@@ -60,10 +68,13 @@ def _remaining(context: grpc.aio.ServicerContext[Any, Any], most: float) -> floa
 
 
 class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
-    """For local ranks, launchers and the command line."""
+    """For local ranks, launchers and the command line. Who may call what is in rpc.roles."""
 
-    def __init__(self, node: Node, launches: Launches, status: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self, node: Node, launches: Launches, status: Callable[[], dict[str, Any]], callers: Callers, orders: Orders
+    ) -> None:
         self._node, self._launches, self._status = node, launches, status
+        self._callers, self._orders = callers, orders
 
     @_errors
     async def Prepare(self, request: agent_pb2.PrepareRequest, context: Any) -> agent_pb2.PrepareResponse:
@@ -99,23 +110,30 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         token = _token(context)
         arena, epoch = await self._node.arenas.acquire(token, request.step, request.bytes, timeout)
         self._node.saves.expect(token, arena, epoch, request.bytes)
+        answer = agent_pb2.AcquireResponse(slot=arena.name, capacity=arena.capacity, epoch=epoch)
+        twin = self._node.twins.offer(token, request.step, epoch)
+        if twin is not None:
+            answer.twin_slot, answer.twin_rank = twin.name, twin.rank
         self._node.on_filling()
-        return agent_pb2.AcquireResponse(slot=arena.name, capacity=arena.capacity, epoch=epoch)
+        return answer
 
     @_errors
     async def Submit(self, request: agent_pb2.SubmitRequest, context: Any) -> agent_pb2.SubmitResponse:
         """See agent.proto."""
         metrics = dict(request.metrics)
         check_metrics(metrics)
-        aliases = dict(request.aliases)
-        self._node.saves.submit(_token(context), request.slot, request.step, request.bytes, aliases, metrics)
+        aliases, token = dict(request.aliases), _token(context)
+        if sum(len(alias) + len(name) for alias, name in aliases.items()) > MAX_ALIASES:
+            raise InvalidInput(f"the names of tied tensors have more than {MAX_ALIASES} characters")
+        self._node.twins.fill(token, request.twin_slot, request.twin_bytes)
+        self._node.saves.submit(token, request.slot, request.step, request.bytes, aliases, metrics, request.staging)
         self._node.on_filling()
         return agent_pb2.SubmitResponse()
 
     @_errors
     async def Abandon(self, request: agent_pb2.AbandonRequest, context: Any) -> agent_pb2.AbandonResponse:
         """See agent.proto."""
-        self._node.arenas.abandon(_token(context), request.slot, request.step, request.reason[:500])
+        self._node.arenas.abandon(_token(context), request.slot, request.step, request.reason[:500], request.code)
         return agent_pb2.AbandonResponse()
 
     @_errors
@@ -165,6 +183,48 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
                 yield response
         except CkptsvcError as error:
             await context.abort(*trailers_of(error))
+
+    async def Checkpoint(self, request: agent_pb2.VerbRequest, context: Any) -> agent_pb2.VerbResponse:
+        """See agent.proto."""
+        return await self._order(pb.VERB_CHECKPOINT, request, context)
+
+    async def Pause(self, request: agent_pb2.VerbRequest, context: Any) -> agent_pb2.VerbResponse:
+        """See agent.proto."""
+        return await self._order(pb.VERB_PAUSE, request, context)
+
+    async def Resume(self, request: agent_pb2.VerbRequest, context: Any) -> agent_pb2.VerbResponse:
+        """See agent.proto."""
+        return await self._order(pb.VERB_RESUME, request, context)
+
+    async def Restart(self, request: agent_pb2.VerbRequest, context: Any) -> agent_pb2.VerbResponse:
+        """See agent.proto."""
+        return await self._order(pb.VERB_RESTART, request, context)
+
+    async def Drain(self, request: agent_pb2.VerbRequest, context: Any) -> agent_pb2.VerbResponse:
+        """See agent.proto."""
+        return await self._order(pb.VERB_DRAIN, request, context)
+
+    async def Undrain(self, request: agent_pb2.VerbRequest, context: Any) -> agent_pb2.VerbResponse:
+        """See agent.proto."""
+        return await self._order(pb.VERB_UNDRAIN, request, context)
+
+    async def Exclude(self, request: agent_pb2.VerbRequest, context: Any) -> agent_pb2.VerbResponse:
+        """See agent.proto."""
+        return await self._order(pb.VERB_EXCLUDE, request, context)
+
+    async def Include(self, request: agent_pb2.VerbRequest, context: Any) -> agent_pb2.VerbResponse:
+        """See agent.proto."""
+        return await self._order(pb.VERB_INCLUDE, request, context)
+
+    async def _order(self, verb: pb.Verb, request: agent_pb2.VerbRequest, context: Any) -> agent_pb2.VerbResponse:
+        caller = self._callers.of(context.invocation_metadata())
+        try:
+            if caller is None:
+                raise InvalidInput("who calls has hung up")
+            return await self._orders.carry_out(verb, request, caller, _remaining(context, VERB_TIMEOUT))
+        except CkptsvcError as error:
+            await context.abort(*trailers_of(error))
+            raise  # abort does, by another error
 
 
 class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):

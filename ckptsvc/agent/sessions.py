@@ -22,7 +22,7 @@ Key = tuple[int, int]
 """(epoch, step)."""
 
 REMEMBERED = 64
-"""Outcomes kept for a job."""
+"""Outcomes kept for a job, and groups of ranks for an attempt."""
 
 
 @dataclass(slots=True)
@@ -40,6 +40,7 @@ class Session:
     announced: tuple[int, str] | None = None  # generation, digest
     preparing: int = 0
     left: bool = False
+    skipped: Key = (0, -1)  # the snapshot that it was last known not to take
     witness: Witness | None = None
 
     @staticmethod

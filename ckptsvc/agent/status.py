@@ -7,6 +7,8 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import ckptsvc
+from ckptsvc.agent.job_view import job_view, launch_view
+from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.restart import launched_as
 from ckptsvc.rpc.v1 import agent_pb2
 
@@ -20,12 +22,17 @@ def status_of(agent: Agent) -> dict[str, Any]:
     """The document; sizes in bytes, ages in seconds, times in Unix seconds."""
     return {
         "status_version": STATUS_VERSION,
+        "time": time.time(),
         "version": ckptsvc.__version__,
         "node": agent.node_name,
         "pid": os.getpid(),
         "started": agent.started,
         "address": agent.address,
         "metrics": agent.metrics_address,
+        "page": agent.page_address,
+        "jobs": agent.orders.jobs(),
+        "vacated": agent.local.standing.vacated,
+        "paused": list(agent.local.standing.paused()),
         "ranks": _ranks(agent),
         "arenas": _arenas(agent),
         "arena_limit": agent.pool.limit,
@@ -33,6 +40,12 @@ def status_of(agent: Agent) -> dict[str, Any]:
         "local_disk": _local_disk(agent),
         "saves": _saves(agent),
         "coordinates": _coordinated(agent),
+        "launches": [
+            launch_view(attempts, time.monotonic(), time.time())
+            for core in agent.local.cores()
+            for attempts in core.launched.values()
+        ],
+        "incidents": agent.recent.newest_first(),
         "elections": agent.elections.status() if agent.elections else [],
         "nics": [
             {
@@ -154,7 +167,17 @@ def _coordinated(agent: Agent) -> list[dict[str, Any]]:
             "incidents": attempts.incidents if attempts else [],
             "aside": attempts.aside(time.monotonic()) if attempts else {},
             "nics": [finding.sentence for finding in core.nic_findings(job.name)],
+            "goodput": _goodput(core, job.name),
+            **job_view(core, job, time.monotonic(), time.time()),
         }
         for core in agent.local.cores()
         for job in core.jobs.values()
     ]
+
+
+def _goodput(core: Coordinator, job: str) -> dict[str, Any] | None:
+    """What the time of a job went into, in seconds by cause; None before anything is known of it."""
+    account = core.ledger.accounts.get(job)
+    if account is None:
+        return None
+    return {"share": account.books.ratio, "seconds": {share.value: s for share, s in account.books.seconds.items()}}

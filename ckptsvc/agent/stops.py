@@ -26,7 +26,7 @@ class Stops:
     """
 
     def __init__(self, local: Local, margin: float | None) -> None:
-        self._local, self._margin = local, margin
+        self._local, self.margin = local, margin
         self._first: dict[str, tuple[float, int]] = {}  # session -> when and at which step it was first seen
         self._asked: dict[str, float] = {}  # job -> when
 
@@ -49,11 +49,11 @@ class Stops:
         number = session.page.get("signal")
         if number in (signal.SIGTERM, signal.SIGUSR1):
             return f"{signal.Signals(number).name} to rank {session.reg.rank} on {self._local.name}"
-        if self._margin is None or not session.reg.ends:
+        if self.margin is None or not session.reg.ends:
             return ""
         began, step = self._first[token]
         pace = self._local.jobs[session.reg.job].pace
         steps = session.page.get("step") - step
         pace.step = (now - began) / steps if steps > 0 else 0.0
-        limit = Limit(began, session.reg.ends, self._margin)
+        limit = Limit(began, session.reg.ends, self.margin)
         return reason(limit, pace, now) if now >= stop_at(limit, pace) else ""

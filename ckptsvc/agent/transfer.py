@@ -377,11 +377,16 @@ def runs(pieces: Sequence[Piece], first: int, count: int) -> Iterator[tuple[Piec
         start += piece.extents
 
 
+def matches(block: memoryview, piece: Piece, extent: int) -> bool:
+    """Whether this is that extent, by its checksum."""
+    return xxhash.xxh3_64_digest(block)[::-1] == piece.digests[8 * extent : 8 * extent + 8]
+
+
 def check(block: memoryview, piece: Piece, extent: int, what: str) -> None:
     """Compare an extent with its checksum.
 
     Raises:
         Damaged: they differ.
     """
-    if xxhash.xxh3_64_digest(block)[::-1] != piece.digests[8 * extent : 8 * extent + 8]:
+    if not matches(block, piece, extent):
         raise Damaged(f"{what}: extent {extent} does not match its checksum")

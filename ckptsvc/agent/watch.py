@@ -23,6 +23,7 @@ from ckptsvc.agent.sessions import LocalJob, Session
 from ckptsvc.control.pace import BRIEF_FROM, stalls_within
 from ckptsvc.control.stalls import Limits, Sight, Stalls
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.settings import HealthSettings
 from ckptsvc.telemetry import Event, Fields, log
 
 logger = logging.getLogger("ckptsvc.agent")
@@ -35,6 +36,11 @@ ACTIVITY_MOST = 0.5
 
 Key = tuple[str, int]
 """(job, attempt)."""
+
+
+def limits_of(settings: HealthSettings) -> Limits:
+    """What the settings call normal."""
+    return Limits(settings.floor, settings.factor, settings.startup)
 
 
 class Watch:
@@ -64,6 +70,12 @@ class Watch:
         self.log_of: Callable[[Session], Path | None] = lambda session: None
         self._stalls: dict[Key, Stalls] = {}
         local.stalled = self.resync
+
+    def change(self, limits: Limits, *, enabled: bool) -> None:
+        """Go by other limits from now on."""
+        self._limits, self._enabled = limits, enabled
+        for stalls in self._stalls.values():
+            stalls.limits = limits
 
     async def run(self) -> None:
         """Look at the pages, until cancelled."""

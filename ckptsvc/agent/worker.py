@@ -14,6 +14,7 @@ import socket
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +25,8 @@ import numpy as np
 
 from ckptsvc.agent import nodelist
 from ckptsvc.agent.worker_local import LocalCopies
-from ckptsvc.config import load
-from ckptsvc.errors import CkptsvcError, SaveFailed
+from ckptsvc.agent.worker_settings import heard
+from ckptsvc.errors import CkptsvcError, SaveFailed, StoreError
 from ckptsvc.format.checksum import Digests, extent_digests
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import CommitRecord
@@ -42,10 +43,12 @@ from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.write import ShardImage, Written, write_shard
 from ckptsvc.settings import SaveSettings, StoreSettings
-from ckptsvc.storage import Progress, Spreading, Store
+from ckptsvc.storage import Progress, Spreading, Store, canonical
 from ckptsvc.storage.opening import open_store
 from ckptsvc.storage.rate import Rate
 from ckptsvc.storage.wrappers import Limited, Retrying, innermost
+from ckptsvc.telemetry import start_logging
+from ckptsvc.telemetry.logs import told
 
 FRAME = struct.Struct("<I")
 THREADS = 16
@@ -54,6 +57,9 @@ THREADS = 16
 IN_FLIGHT = 2
 """Saves that may have begun before the newest commit was known: as many checkpoints before that are not yet deleted,
 where saves refer to others."""
+
+NOBODYS = 0
+"""The number of a message that answers no request."""
 
 MAX_FRAME = 1 << 30
 """Largest frame in bytes."""
@@ -76,13 +82,15 @@ class Worker(LocalCopies):
     """Executes requests on one store; every method named `do_*` is an operation."""
 
     def __init__(self, settings: StoreSettings, save: SaveSettings) -> None:
+        mappings = Mappings()
+        self._digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
+        shards = ShardWriter(_economy(save), self._digesting, mappings.pages)
         # `fills`: what is being written -> whether it is given up
-        super().__init__(Rate(None), Mappings(), {}, lambda url: open_store(url, settings=settings))
+        super().__init__(Rate(None), mappings, {}, shards, lambda url: open_store(url, settings=settings))
         self._settings = settings
+        self._tell: Note = lambda message: None
         self._stores: dict[str, Store] = {}
         self._lock = threading.Lock()
-        self._digesting = ThreadPoolExecutor(2 * THREADS, thread_name_prefix="ckptsvc-digest")
-        self._shards = ShardWriter(_economy(save), self._digesting, self._mappings.pages)
         self._bases: dict[str, Bases] = {}
         self._recent: dict[str, list[Ref]] = {}  # the newest that were committed here, by store
         self._expiring: dict[str, dict[str, Any] | None] = {}  # store a thread deletes in -> what it does next
@@ -93,8 +101,17 @@ class Worker(LocalCopies):
             if url not in self._stores:
                 # Limited within: what is written again is paid for again.
                 limited = Limited(open_store(url, settings=self._settings), bytes_per_second=self._rate)
-                self._stores[url] = Retrying(limited, attempts=self._settings.retries + 1)
+                self._stores[url] = Retrying(
+                    limited, attempts=self._settings.retries + 1, on_retry=lambda error: self._retried(url, error)
+                )
             return self._stores[url]
+
+    def _retried(self, url: str, error: StoreError) -> None:
+        self._tell({"id": NOBODYS, "retried": [canonical(url).partition("://")[0], error.code]})
+
+    def speaks(self, tell: Note) -> None:
+        """Take the way to tell the agent what is no answer."""
+        self._tell = tell
 
     def end(self) -> NoReturn:
         """End this process, whatever its threads are doing."""
@@ -205,12 +222,17 @@ class Worker(LocalCopies):
         info = msgspec.convert(args["info"], IndexInfo)
         shards = [_shard(each, info.extent) for each in args["shards"]]
         bases = self._bases.setdefault(store.url, Bases())
-        record: CommitRecord = commit_checkpoint(store, info, shards, args["writer"], bases, metrics=args["metrics"])
+        began, times = time.monotonic(), dict[str, float]()
+        record: CommitRecord = commit_checkpoint(
+            store, info, shards, args["writer"], bases, metrics=args["metrics"],
+            on_index=lambda: times.update(indexed=time.monotonic() - began),
+        )  # fmt: skip
+        times["seconds"] = time.monotonic() - began
         failpoint("after_commit")
         if self._shards.is_incremental:  # a save which is still on its way may refer to them
             recent = [Ref(record.epoch, record.step), *self._recent.get(store.url, [])]
             self._recent[store.url] = recent[:IN_FLIGHT]
-        return {"index_bytes": record.index_bytes}
+        return {"index_bytes": record.index_bytes, **times}
 
     def do_expire(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Delete what nothing keeps. While one thread does, others leave it what they were asked for."""
@@ -250,11 +272,13 @@ class Worker(LocalCopies):
 
     def do_read_nodes(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """The list of nodes that have failed."""
-        return {"nodes": msgspec.to_builtins(nodelist.read(Path(args["directory"])))}
+        found = nodelist.read(Path(args["directory"]))
+        return {"nodes": msgspec.to_builtins(found.nodes), "words": msgspec.to_builtins(found.words)}
 
     def do_keep_nodes(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Keep the list of nodes that have failed."""
-        nodelist.keep(Path(args["directory"]), msgspec.convert(args["nodes"], dict[str, nodelist.Entry]))
+        words = msgspec.convert(args["words"], dict[str, nodelist.Word])
+        nodelist.keep(Path(args["directory"]), msgspec.convert(args["nodes"], dict[str, nodelist.Entry]), words)
         return {}
 
 
@@ -263,6 +287,9 @@ class Executes(Protocol):
 
     def expect(self, request: Request) -> None:
         """A request has come in and will be executed in its turn."""
+
+    def speaks(self, tell: Note) -> None:
+        """Take the way to tell the agent what is no answer."""
 
     def end(self) -> NoReturn:
         """End this process."""
@@ -283,6 +310,8 @@ def serve(sock: socket.socket, worker: Executes) -> None:
                 sock.sendall(FRAME.pack(len(body)) + body)
         except ConnectionError:  # the agent has closed its end: there is nobody to work for
             worker.end()
+
+    worker.speaks(send)
 
     def execute(request: Request) -> None:
         try:
@@ -354,5 +383,6 @@ def _digests(data: bytes) -> np.ndarray[Any, np.dtype[np.uint64]]:
 
 
 if __name__ == "__main__":
-    found = load(os.environ)
+    found = heard(os.environ)
+    start_logging(found.log.format, found.log.level, **told())
     serve(socket.socket(fileno=int(sys.argv[1])), Worker(found.store, found.save))

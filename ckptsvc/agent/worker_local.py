@@ -12,9 +12,11 @@ from typing import Any
 
 from ckptsvc.errors import SaveFailed
 from ckptsvc.format.checksum import extent_digests
+from ckptsvc.format.extents import encode
 from ckptsvc.pipeline import local_copy
 from ckptsvc.pipeline.arena import Mappings
 from ckptsvc.pipeline.failpoint import failpoint
+from ckptsvc.pipeline.increments import ShardWriter
 from ckptsvc.pipeline.local_copy import Copy, Mark
 from ckptsvc.storage import Store, connect
 from ckptsvc.storage.rate import Rate
@@ -27,9 +29,14 @@ class LocalCopies:
     """The operations of a worker that concern local copies."""
 
     def __init__(
-        self, rate: Rate, mappings: Mappings, fills: dict[int, threading.Event], opened: Callable[[str], Store]
+        self,
+        rate: Rate,
+        mappings: Mappings,
+        fills: dict[int, threading.Event],
+        shards: ShardWriter,
+        opened: Callable[[str], Store],
     ) -> None:
-        self._rate, self._mappings, self._fills, self._opened = rate, mappings, fills, opened
+        self._rate, self._mappings, self._fills, self._shards, self._opened = rate, mappings, fills, shards, opened
         self._bare: dict[str, Store] = {}
         self._connecting = threading.Lock()
 
@@ -91,16 +98,21 @@ class LocalCopies:
         try:
             disk, copy = self.disk(args["disk"]), Copy.decode(args["record"], "record")
             began, before = time.monotonic(), self._rate.collect()
+            done = {"name": copy.name, "segments": b"", "stored": 0}
             if args["durable"]:
-                columns = local_copy.describe(disk, copy)
+                columns, _ = local_copy.describe(disk, copy)
             else:
                 failpoint("before_drain")
                 self._rate.limit = args["rate"]
-                columns = local_copy.drain(disk, self._durable(args["store"]), copy, go_on)
+                written = self._shards.drain(disk, self._durable(args["store"]), copy, tuple(args["committed"]), go_on)
                 failpoint("after_drain")
-                local_copy.mark(disk, copy, Mark.DURABLE)
-            seconds, held_back = time.monotonic() - began, self._rate.collect()
-            return {"columns": columns.encode(), "seconds": seconds, "held_back": before + held_back}
+                columns, done["name"], done["stored"] = written.columns, written.name, written.stored
+                if written.segments is None:
+                    local_copy.mark(disk, copy, Mark.DURABLE)
+                else:  # the next process would not know what it refers to: it writes a whole one then
+                    done["segments"] = encode(written.segments)
+            seconds, held_back = time.monotonic() - began, before + self._rate.collect()
+            return {**done, "columns": columns.encode(), "seconds": seconds, "held_back": held_back}
         finally:
             self._fills.pop(args["fill"], None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import logging
 import os
 import socket
@@ -12,12 +13,13 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
 
 from ckptsvc.errors import BY_CODE, CkptsvcError, StoreUnavailable
+from ckptsvc.telemetry.logs import ABOUT, told
 
 log = logging.getLogger("ckptsvc.agent")
 
@@ -39,9 +41,25 @@ class WorkerDied(Exception):
 
 
 class WorkerProxy:
-    """One worker process; requests may run concurrently. `module` is the program that it runs, with `arguments`."""
+    """One worker process; requests may run concurrently.
 
-    def __init__(self, job: str, module: str = "ckptsvc.agent.worker", arguments: tuple[str, ...] = ()) -> None:
+    Args:
+        job: whose.
+        module, arguments: the program that it runs.
+        environ: added to its environment.
+
+    Attributes:
+        on_retry: called with the scheme of a store and the code of the error when a request to it is tried again.
+    """
+
+    def __init__(
+        self,
+        job: str,
+        module: str = "ckptsvc.agent.worker",
+        arguments: tuple[str, ...] = (),
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        self._environ: Mapping[str, str] = {} if environ is None else environ
         self.job, self._module, self._arguments = job, module, arguments
         self._what = f"the I/O worker of job {job}" if module == "ckptsvc.agent.worker" else f"the {job}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -51,6 +69,7 @@ class WorkerProxy:
         self._ids = itertools.count(1)
         self._starting = asyncio.Lock()
         self._closed = False
+        self.on_retry: Callable[[str, str], None] = lambda scheme, code: None
 
     async def call(self, op: str, args: dict[str, Any], on_note: Note | None = None) -> dict[str, Any]:
         """Run one operation in the worker.
@@ -121,7 +140,7 @@ class WorkerProxy:
             command = [sys.executable, "-m", self._module, str(theirs.fileno()), *self._arguments]
             try:
                 self._process = subprocess.Popen(  # noqa: ASYNC220  exec of a known file: bounded and short
-                    command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ
+                    command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=self._environment()
                 )
             except OSError as error:
                 ours.close()
@@ -135,6 +154,13 @@ class WorkerProxy:
                 raise
             self._reader_task = asyncio.create_task(self._read(reader, self._process))
             return self._writer
+
+    def _environment(self) -> dict[str, str]:
+        """This process's environment; in the log, the worker speaks of its job."""
+        about = told()
+        if self._module == "ckptsvc.agent.worker":
+            about["job"] = self.job
+        return {**os.environ, **self._environ, ABOUT: json.dumps(about)}
 
     async def _read(self, reader: asyncio.StreamReader, process: subprocess.Popen[bytes]) -> None:
         try:
@@ -151,6 +177,8 @@ class WorkerProxy:
                     future.set_exception(WorkerDied())
 
     def _dispatch(self, message: dict[str, Any]) -> None:
+        if "retried" in message:
+            self.on_retry(*message["retried"])
         entry = self._pending.get(message["id"])
         if entry is None:
             return

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ckptsvc.agent.worker_proxy import WorkerProxy
+from ckptsvc.agent.worker_settings import told
+from ckptsvc.settings import Settings
 
 
 class Workers:
-    """Worker processes by job; `max_write_rate`: bytes per second that all of them may write, None: no limit."""
+    """Worker processes by job.
 
-    def __init__(self, max_write_rate: int | None = None) -> None:
+    Args:
+        settings: of the agent.
+        on_retry: see `WorkerProxy`.
+
+    Attributes:
+        max_write_rate: bytes per second that all of them may write; None: no limit.
+    """
+
+    def __init__(
+        self, settings: Settings | None = None, on_retry: Callable[[str, str], None] = lambda scheme, code: None
+    ) -> None:
+        self._on_retry = on_retry
         self._by_job: dict[str, WorkerProxy] = {}
-        self.max_write_rate = max_write_rate
+        self._told: dict[str, str] = {}
+        self.max_write_rate: int | None = None
+        self.use(settings or Settings())
+
+    def use(self, settings: Settings) -> None:
+        """The settings for workers that start from now on: what has become of the files since is not for them."""
+        self.max_write_rate = settings.store.max_write_rate
+        self._told |= told(settings)
 
     @property
     def write_rate(self) -> float | None:
@@ -20,7 +42,8 @@ class Workers:
     def of(self, job: str) -> WorkerProxy:
         """The worker of a job."""
         if job not in self._by_job:
-            self._by_job[job] = WorkerProxy(job)
+            worker = self._by_job[job] = WorkerProxy(job, environ=self._told)
+            worker.on_retry = self._on_retry
         return self._by_job[job]
 
     def running(self, job: str) -> WorkerProxy | None:

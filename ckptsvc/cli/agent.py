@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
-import sys
+from functools import partial
 from pathlib import Path
 
 import click
 
-from ckptsvc.agent.server import Options, serve
 from ckptsvc.cli.terminal import note
 from ckptsvc.config import agents_directory, load
+from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_duration
-from ckptsvc.telemetry import setup_logging
+from ckptsvc.telemetry import start_logging
 
 
 @click.command()
@@ -23,12 +23,17 @@ from ckptsvc.telemetry import setup_logging
 @click.option("--coordination", metavar="etcd://HOST:PORT,...", help="Where agents elect their jobs' coordinators.")
 @click.option("--max-write-rate", metavar="SIZE/s|off", help="What this node may write to stores; default: no limit.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path), help="Directory of the sockets.")
+@click.option(
+    "--system", is_flag=True, help="Serve all users of this node, each by an agent of his own. Only for root."
+)
 @click.option("--linger", help="End after so long without ranks and saves (for example 60s); default: never.")
-@click.option("--json-log", is_flag=True, help="Log JSON lines.")
+@click.option("--json-log", is_flag=True, help='The same as log.format = "json".')
 @click.option("--check-config", is_flag=True, help="Check the settings and end.")
+@click.option("--replace", is_flag=True, help="Have the agent that runs start anew in place, as it is installed now.")
 def command(
     listen: str | None, metrics_listen: str | None, name: str | None, coordination: str | None,
-    max_write_rate: str | None, directory: Path | None, linger: str | None, json_log: bool, check_config: bool,
+    max_write_rate: str | None, directory: Path | None, linger: str | None, system: bool, json_log: bool,
+    check_config: bool, replace: bool,
 ) -> None:  # fmt: skip
     """Run the agent of this node until it is told to stop (SIGTERM)."""
     overrides = {
@@ -37,12 +42,31 @@ def command(
         "agent.name": name,
         "agent.coordination": coordination,
         "store.max_write_rate": max_write_rate,
+        "log.format": "json" if json_log else None,
     }
-    settings = load(os.environ, overrides)
+    read = partial(load, os.environ, overrides)
+    settings = read()
+    if system and (directory is not None or linger is not None):
+        raise ConfigError("--system has no --dir and no --linger", hint="set system.directory, system.linger")
     if check_config:
         note("nothing is wrong with the settings; `ckptsvc config show --origin` says where they come from")
         return
+    if system:
+        start_logging(settings.log.format, settings.log.level)
+        from ckptsvc.agent.supervisor import Supervisor  # and not the agent: root's process has no gRPC in it
+
+        given = [("--listen", listen), ("--metrics-listen", metrics_listen), ("--name", name),
+            ("--coordination", coordination), ("--max-write-rate", max_write_rate)]  # fmt: skip
+        arguments = [part for flag, value in given if value is not None for part in (flag, value)]
+        asyncio.run(Supervisor(settings, arguments + ["--json-log"] * json_log, os.environ).run())
+        return
     if directory is None:
         directory = agents_directory(settings, os.environ)
-    setup_logging(sys.stderr, json=json_log)
-    asyncio.run(serve(Options(directory, settings, parse_duration(linger) if linger else None, json_log)))
+    if replace:
+        from ckptsvc.agent import handover
+
+        note(f"a new agent serves in {directory}; for {handover.replace(directory):.1f} s there was none")
+        return
+    from ckptsvc.agent.server import Options, serve
+
+    asyncio.run(serve(Options(directory, settings, parse_duration(linger) if linger else None, read)))

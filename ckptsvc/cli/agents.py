@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from ckptsvc.cli.terminal import printable
 from ckptsvc.config import agents_directory, load
 from ckptsvc.errors import AgentUnavailable, CkptsvcError
-from ckptsvc.rpc.dial import is_alive, sockets
+from ckptsvc.rpc import service
+from ckptsvc.rpc.dial import is_alive, safe_target, sockets
 
 ASK_TIMEOUT = 5.0
 """Seconds an agent has for its answer; it needs a thousandth of that."""
@@ -20,11 +22,15 @@ _OWN = ("job-*", "node-*")
 
 
 class Answer(NamedTuple):
-    """What an agent says: its status document (see agent/status.py), or the error instead of one."""
+    """What an agent says: its status document (see agent/status.py), or the error instead of one.
+
+    `user` is set where agents of several users are asked.
+    """
 
     directory: Path
     status: dict[str, Any] | None
     error: CkptsvcError | None = None
+    user: str = ""
 
 
 def agent_directory() -> Path:
@@ -33,7 +39,46 @@ def agent_directory() -> Path:
     Raises:
         ConfigError: a setting is wrong, or the directory is not private.
     """
-    return agents_directory(load(os.environ), os.environ)
+    settings = load(os.environ)
+    own = agents_directory(settings, os.environ)
+    given = service.directory_of(Path(settings.system.directory), os.geteuid())
+    return given if not settings.agent.socket_dir and not is_alive(own) and is_alive(given) else own
+
+
+def ask_users() -> list[Answer]:
+    """The answers of the agents of all users of this node, as far as this user may ask them (see rpc.service).
+
+    What they say is other people's: nothing in it is more than text.
+
+    Raises:
+        AgentUnavailable: this node has no service for many users.
+    """
+    directory = Path(load(os.environ).system.directory)
+    if not service.is_there(directory):
+        raise AgentUnavailable(f"no service for all users of this node listens in {directory}",
+            hint="`ckptsvc status` shows your own agents; root starts it: `ckptsvc agent --system`")  # fmt: skip
+    answers = []
+    for each in service.ask(directory, "agents")["agents"]:
+        where, user = Path(each["directory"]), each["user"]
+        if each["state"] not in ("serves", "away"):
+            if each["problem"]:
+                answers.append(Answer(where, None, AgentUnavailable(each["problem"]), user))
+            continue
+        try:
+            with safe_target(where, each["uid"]) as target:
+                answers.append(Answer(where, _cleaned(ask(where, target)), None, user))
+        except CkptsvcError as error:
+            answers.append(Answer(where, None, error, user))
+    return answers
+
+
+def _cleaned(value: Any) -> Any:
+    """A document without anything that a terminal would obey."""
+    if isinstance(value, dict):
+        return {printable(str(key)): _cleaned(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_cleaned(each) for each in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def ask_all(directory: Path) -> list[Answer]:
@@ -47,18 +92,19 @@ def ask_all(directory: Path) -> list[Answer]:
     return answers
 
 
-def ask(directory: Path) -> dict[str, Any]:
-    """The status document of one agent.
+def ask(directory: Path, target: str = "") -> dict[str, Any]:
+    """The status document of one agent; `target` is where it serves, if that is not to be found by its path.
 
     Raises:
         AgentUnavailable: it does not answer, or not with such a document.
     """
     import grpc
 
-    from ckptsvc.rpc.channel import OPTIONS, error_of
+    from ckptsvc.rpc.channel import LOCAL, OPTIONS, error_of
     from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
 
-    with grpc.insecure_channel(f"unix:{sockets(directory)[0]}", options=OPTIONS) as channel:
+    options = LOCAL if target else OPTIONS
+    with grpc.insecure_channel(target or f"unix:{sockets(directory)[0]}", options=options) as channel:
         try:
             response = agent_pb2_grpc.AgentServiceStub(channel).GetStatus(
                 agent_pb2.GetStatusRequest(), timeout=ASK_TIMEOUT
@@ -67,7 +113,7 @@ def ask(directory: Path) -> dict[str, Any]:
             raise error_of(failure) from None
     try:
         return msgspec.json.decode(response.json, type=dict[str, Any])
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise AgentUnavailable(f"the agent in {directory} answers with nonsense: {error}") from None
 
 

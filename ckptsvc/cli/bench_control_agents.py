@@ -443,7 +443,7 @@ class Fleet:
         if agent.attempt == attempt and agent.ranks:
             rank = self.culprit if self.culprit in agent.ranks else agent.ranks.start
             stalled = pb.Stalled(job=RUN, node=agent.name, attempt=attempt, rank=rank, phase="step", step=41,
-                seconds=4.1, threshold=4.0)  # fmt: skip
+                seconds=4.1, threshold=4.0, stopped=rank == self.culprit)  # fmt: skip
             self._send(agent, [pb.Report(stalled=stalled)])
 
     def replace(self, agent: Agent) -> None:

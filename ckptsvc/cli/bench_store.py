@@ -54,8 +54,8 @@ def command(
 
     Everybody writes one object from the same shared memory, until it is durable, and reads it back (where that can be
     arranged, not from the page cache). They take turns, each in a process of its own, so that the moods of a shared
-    machine fall on all alike. The raw limit is the fastest of the raw clients in the same repetition: system calls, or
-    a bare client with many connections. Memory is what a process has beyond the object at most.
+    machine fall on all alike. The raw limit is the raw client with the best median: system calls, or a bare client
+    with many connections; ratios are of the same repetition. Memory is what a process has beyond the object at most.
 
     \b
     JSON: {"facts", "store", "bytes", "rows": [{"system", "what", "rate",
@@ -243,14 +243,18 @@ class Table:
         """MiB a second."""
         return Value.of([self._nbytes / MiB / each["seconds"] for each in self._found.samples[name, word]])
 
+    def limit(self, word: str) -> str:
+        """The raw client with the best median, "" where there is none; luck of another is no limit."""
+        raw = [each for each in self._raw if (each, word) in self._found.samples]
+        return max(raw, key=lambda each: self.rate(each, word).median, default="")
+
     def of_raw(self, name: str, word: str) -> Value | None:
-        """Of the raw limit: the fastest raw client in the same repetition."""
-        raw = [self._found.samples[each, word] for each in self._raw if (each, word) in self._found.samples]
-        if not raw:
+        """Of the raw limit, in the same repetition each."""
+        limit = self.limit(word)
+        if not limit:
             return None
-        limits = [min(each["seconds"] for each in row) for row in zip(*raw, strict=True)]
-        own = [each["seconds"] for each in self._found.samples[name, word]]
-        return Value.of([limit / seconds for limit, seconds in zip(limits, own, strict=True)])
+        raw, own = self._found.samples[limit, word], self._found.samples[name, word]
+        return Value.of([a["seconds"] / b["seconds"] for a, b in zip(raw, own, strict=True)])
 
     def cpu(self, name: str, word: str) -> float:
         """CPU seconds for a GiB."""
@@ -315,7 +319,9 @@ class Table:
             text = f"{what}: {value:.2f}, {'met' if met else 'not met'} ({least} {bar:g})"
             screen.line(screen.paint(text, "good" if met else "bad"))
         screen.line()
-        screen.line("medians (minimum - maximum); ratios are of the fastest raw client in the same repetition")
+        screen.line(
+            "medians (minimum - maximum); ratios are of the raw client with the best median, in the same repetition"
+        )
         for name, note in self._found.notes.items():
             if name in self._names and note:
                 screen.line(f"{name}: {note}")

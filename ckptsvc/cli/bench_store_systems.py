@@ -12,11 +12,15 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import ssl
+import threading
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ckptsvc.cli.store_load import connect_as_set, make_cold
 from ckptsvc.errors import ConfigError
@@ -223,9 +227,8 @@ class RawBoto(System):
         super().setup(source, target)
         boto3, config = importlib.import_module("boto3"), importlib.import_module("botocore.config").Config
         when = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
-        self._client = boto3.client(
-            "s3", config=config(max_pool_connections=self.connections, retries={"max_attempts": 0}, **when)
-        )
+        more = {"signature_version": "s3v4", "retries": {"max_attempts": 0}}
+        self._client = boto3.client("s3", config=config(max_pool_connections=self.connections, **more, **when))
         self._bucket, _, self._prefix = self.url.removeprefix("s3://").partition("/")
         self._pool = ThreadPoolExecutor(self.connections)
         self.note = f"{self.connections} connections"
@@ -240,30 +243,73 @@ class RawBoto(System):
 
         def part(number: int) -> dict[str, Any]:
             body = self.source[number * PART : (number + 1) * PART]
-            answer = self._client.upload_part(**where, UploadId=upload, PartNumber=number + 1, Body=bytes(body))
-            return {"PartNumber": number + 1, "ETag": answer["ETag"]}
+            return {"PartNumber": number + 1, "ETag": self._put({**where, "UploadId": upload}, number + 1, body)}
 
         parts = list(self._pool.map(part, range(math.ceil(len(self.source) / PART))))
         self._client.complete_multipart_upload(**where, UploadId=upload, MultipartUpload={"Parts": parts})
+
+    def _put(self, where: dict[str, str], number: int, body: memoryview) -> str:
+        """Send a part; its ETag."""
+        answer = self._client.upload_part(**where, PartNumber=number, Body=bytes(body))
+        return str(answer["ETag"])
 
     def read(self, name: str) -> None:
         """See System."""
         where = self._where(name)
 
         def part(start: int) -> None:
-            end = min(start + PART, len(self.target))
-            body = self._client.get_object(**where, Range=f"bytes={start}-{end - 1}")["Body"]._raw_stream
+            end = min(start + BLOCK, len(self.target))
+            body = self._get(where, f"bytes={start}-{end - 1}")
             while start < end:
                 got = body.readinto(self.target[start:end])
                 if not got:
                     raise EOFError(name)
                 start += got
+            body.read()  # nothing, but then the connection can be used again
 
-        list(self._pool.map(part, range(0, len(self.target), PART)))
+        list(self._pool.map(part, range(0, len(self.target), BLOCK)))
+
+    def _get(self, where: dict[str, str], wanted: str) -> Any:
+        """Ask for a range; where its bytes can be read."""
+        return self._client.get_object(**where, Range=wanted)["Body"]._raw_stream
 
     def delete(self, name: str) -> None:
         """See System."""
         self._client.delete_object(**self._where(name))
+
+
+class RawHttp(RawBoto):
+    """Bare HTTP requests, to addresses that boto3 has signed: nothing lies between memory and sockets but TLS."""
+
+    def setup(self, source: memoryview, target: memoryview) -> None:
+        """See System."""
+        super().setup(source, target)
+        self._mine = threading.local()
+        self._tls = ssl.create_default_context(cafile=os.environ.get("AWS_CA_BUNDLE"))
+
+    def _put(self, where: dict[str, str], number: int, body: memoryview) -> str:
+        answer = self._ask("PUT", "upload_part", {**where, "PartNumber": number}, body, {})
+        answer.read()
+        return answer.headers["ETag"]
+
+    def _get(self, where: dict[str, str], wanted: str) -> Any:
+        return self._ask("GET", "get_object", where, None, {"Range": wanted})
+
+    def _ask(
+        self, method: str, operation: str, parameters: dict[str, Any], body: memoryview | None, headers: dict[str, str]
+    ) -> HTTPResponse:
+        address = urlsplit(self._client.generate_presigned_url(operation, Params=parameters))
+        connection: HTTPConnection | None = getattr(self._mine, "connection", None)
+        if connection is None:
+            host, port = address.hostname or "", address.port
+            secure = address.scheme == "https"
+            connection = HTTPSConnection(host, port, context=self._tls) if secure else HTTPConnection(host, port)
+            self._mine.connection = connection
+        connection.request(method, f"{address.path}?{address.query}", body=body, headers=headers)
+        answer = connection.getresponse()
+        if answer.status >= 300:
+            raise OSError(f"{operation}: the server answers {answer.status}")
+        return answer
 
 
 class Fsspec(System):
@@ -340,7 +386,7 @@ class Dcp(System):
 
 RAW: dict[str, dict[str, type[System]]] = {
     "file": {"raw O_DIRECT": RawFile, "raw buffered": RawFileBuffered},
-    "s3": {"raw obstore": RawObstore, "raw boto3": RawBoto},
+    "s3": {"raw obstore": RawObstore, "raw boto3": RawBoto, "raw http": RawHttp},
     "gs": {"raw obstore": RawObstore},
     "az": {"raw obstore": RawObstore},
 }

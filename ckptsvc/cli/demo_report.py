@@ -10,6 +10,7 @@ from importlib import resources
 
 from ckptsvc.cli.demo_chart import NARROW, WIDE, chart
 from ckptsvc.cli.demo_facts import Facts, Incident, Save, deviation, short
+from ckptsvc.html import frame
 
 GLOSSARY = (
     ("rank", "One of the processes that train together, each with a part of the model."),
@@ -61,7 +62,7 @@ def report(facts: Facts) -> str:
         f"<p>{escape(story(facts))}</p></header>",
         _tiles(facts),
         "<h2>Loss across the incidents</h2>",
-        *(chart(facts, frame) for frame in (WIDE, NARROW)),
+        *(chart(facts, size) for size in (WIDE, NARROW)),
         _legend(facts),
         "<h2>What was checked</h2>",
         _checks(facts),
@@ -76,7 +77,8 @@ def report(facts: Facts) -> str:
         f"<footer>Made by <code>ckptsvc demo</code>, {_when(facts.finished)}.</footer>",
     ]
     style = resources.files(__package__).joinpath("demo_report.css").read_text()
-    return PAGE.format(title=escape(verdict(facts)), style=style, body="\n".join(body))
+    lines = "\n".join(body)
+    return frame(verdict(facts), style, f"<main>\n{lines}\n</main>")
 
 
 def verdict(facts: Facts) -> str:
@@ -233,21 +235,3 @@ def _table(names: Sequence[str], rows: Iterable[Sequence[str]], *, head: bool = 
 
 def _when(unix: float) -> str:
     return datetime.fromtimestamp(unix, UTC).strftime("%Y-%m-%d %H:%M UTC")
-
-
-PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""

@@ -14,6 +14,7 @@ import msgspec
 
 from ckptsvc.cli import address, retention
 from ckptsvc.cli.agents import agent_directory, ask_all
+from ckptsvc.cli.audit import take_down
 from ckptsvc.cli.retention import Judged
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, progress, size
 from ckptsvc.errors import CkptsvcError, InvalidInput
@@ -93,6 +94,10 @@ def command(
         if delete:
             judged = _expire(opened, judged, policy if expires else Policy(rate=policy.rate), now, seconds)
             _delete(cases, Pace(policy.rate))
+            for ref in judged.removed:
+                take_down("delete", f"{opened.url}/{ref.name}", "no rule of retention keeps it (ckptsvc gc)")
+            if _going(cases):
+                take_down("gc", opened.url, f"removed {plural(_sum(_going(cases))['objects'], 'object')}")
         url = opened.url
     if as_json:
         emit(_json(url, cases, judged, seconds, delete))

@@ -20,6 +20,17 @@ COMMANDS = {
     "run": "start the ranks of a job on this node, and restart them when one dies",
     "agent": "run the agent of this node",
     "status": "show what the agent of this node is doing",
+    "checkpoint": "have a job take a checkpoint now",
+    "pause": "have a job take no automatic snapshots for a while",
+    "resume": "have a paused job take automatic snapshots again",
+    "restart": "have a launched job start anew from its newest snapshot",
+    "drain": "get everything away from a node, and take no new jobs there",
+    "undrain": "take jobs on a drained node again",
+    "exclude": "start no ranks on a node any more",
+    "include": "start ranks on a node again",
+    "nodes": "list the nodes that are excluded, or have failed",
+    "audit": "show who has ordered what, and what was deleted",
+    "support-bundle": "collect what is needed to find out what went wrong, without secrets",
     "incidents": "show what went wrong with jobs, and who was to blame",
     "ls": "list the checkpoints of a run",
     "inspect": "show what a checkpoint holds",
@@ -50,7 +61,7 @@ class LazyGroup(click.Group):
         """Import one command."""
         if cmd_name not in COMMANDS:
             return None
-        module = importlib.import_module(f"ckptsvc.cli.{cmd_name}")
+        module = importlib.import_module(f"ckptsvc.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
 
@@ -67,8 +78,8 @@ def cli() -> None:
 
     Exit statuses: 0 done; 1 unexpected; 2 wrong usage or setting; 3 partly done; 4 store failed; 5 store full;
     6 store refused; 10 not found; 11 run busy or fenced; 12 damaged; 13 newer format; 14 layout does not fit;
-    20 no agent; 21 no arena; 22 save failed; 23 no etcd; 85 stopped on request; 86 crash loop; 87 node unfit;
-    130 interrupted.
+    20 no agent; 21 no arena; 22 save failed; 23 no etcd; 24 limit reached; 85 stopped on request; 86 crash loop;
+    87 node unfit; 130 interrupted.
     """
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ckptsvc.cli import address
+from ckptsvc.cli.audit import take_down
 from ckptsvc.cli.terminal import emit, note, printable
 from ckptsvc.errors import NoCheckpoint
 from ckptsvc.format.commit import CommitRecord
@@ -34,6 +35,8 @@ def command(store: str, name: str | None, step: int | None, why: str, as_json: b
         changed = pin(opened, ref, why)
         record = read_pin(opened, ref)
         url = opened.url
+    if changed:
+        take_down("pin", f"{url}/{ref.name}", why)
     said = record.note if record else ""
     if as_json:
         emit({"store": url, "name": ref.name, "pinned": True, "changed": changed, "note": said})

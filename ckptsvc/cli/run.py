@@ -24,9 +24,10 @@ from ckptsvc.cli.torchrun_flags import refuse_unknown
 from ckptsvc.config import agents_directory, load
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import Address, parse_address
-from ckptsvc.rpc.dial import address_of, agent_arguments, is_alive
+from ckptsvc.rpc.dial import address_of, agent_arguments, agents_home, is_alive
 from ckptsvc.rpc.secret import is_loopback, require_loopback
 from ckptsvc.settings import LaunchSettings, Settings
+from ckptsvc.telemetry import start_logging
 
 
 @click.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -104,7 +105,7 @@ def command(
     nodes = dataclasses.replace(nodes, coordinator="" if etcd else nodes.coordinator)
     name = nodes.node or settings.agent.name or socket.gethostname()
     leads = nodes.high == 1 or (nodes.node_rank == 0 and not elected)
-    directory = _agent_directory(agents_directory(settings, os.environ), nodes, leads)
+    directory = _agent_directory(agents_home(agents_directory(settings, os.environ), settings), nodes, leads)
     if nodes.coordinator and not settings.tls.is_set:
         require_loopback(parse_address(nodes.coordinator).host, f"the coordinator's address is {nodes.coordinator}")
     launch = Launch(
@@ -129,10 +130,17 @@ def command(
         warm=None if no_python else _warm(settings.launch, script, module),
         stop_grace=stop_grace,
         virtual_local_rank=virtual_local_rank,
+        json_log=settings.log.format == "json",
     )
+    return _run(launch, status_file)
+
+
+def _run(launch: Launch, status_file: Path | None) -> int:
+    if launch.json_log:
+        start_logging("json", job=launch.job, node=launch.node)
     status = asyncio.run(Launcher(launch, os.environ).run())
     if status_file is not None:
-        _note(status_file, f"{status} {name}\n")
+        _note(status_file, f"{status} {launch.node}\n")
     return status
 
 

@@ -10,22 +10,24 @@ from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
+from ckptsvc.cli.masking import is_secret, masked_url
 from ckptsvc.quantities import (
     Address,
     Every,
     Limit,
+    parse_accounts,
     parse_duration,
     parse_duration_or_off,
     parse_every,
     parse_limit,
     parse_names,
     parse_size,
+    parse_umask,
+    parse_variables,
 )
 from ckptsvc.settings import Settings
 
 _ATTRIBUTE = re.compile(r"^ {4}(\w+): ", re.MULTILINE)
-_SECRET = re.compile(r"secret|passw|passphrase|token|credential|(^|_)(key|sas)(_|$)", re.IGNORECASE)
-_USERINFO = re.compile(r"(?<=://)[^/@]+@")
 _KINDS = {
     parse_duration: 'duration: 30, "90s", "1h30min"',
     parse_duration_or_off: 'duration or "off"',
@@ -33,6 +35,9 @@ _KINDS = {
     parse_limit: 'size or share: "8GiB", "50%"',
     parse_every: 'steps, duration or "off"',
     parse_names: "names, comma-separated",
+    parse_accounts: 'users and "@group"s, comma-separated',
+    parse_variables: "names, comma-separated",
+    parse_umask: 'octal: "022"',
 }
 
 
@@ -84,13 +89,13 @@ def values(settings: Settings) -> Iterator[tuple[str, str, str]]:
 def written(value: Any, kind: Any = None) -> str:
     """A value as TOML that is read back as that value.
 
-    What a table holds under the name of a secret is left out, and so is who logs in with what in a URL.
+    What a table holds under the name of a secret is left out, and so is what a URL gives away (cli.masking).
     """
     parser = _parser(kind)
     if value is None:
         return '"off"'
     if isinstance(value, Mapping):
-        inner = ((k, '"..."' if _SECRET.search(str(k)) else written(v)) for k, v in value.items())
+        inner = ((k, '"..."' if is_secret(str(k)) else written(v)) for k, v in value.items())
         return "{" + ", ".join(f"{json.dumps(str(k))} = {text}" for k, text in inner) + "}"
     if isinstance(value, Every):
         return str(value.steps) if value.steps else json.dumps(_duration(value.seconds))
@@ -105,8 +110,10 @@ def written(value: Any, kind: Any = None) -> str:
     if isinstance(value, int | float):
         if parser in (parse_duration, parse_duration_or_off):
             return json.dumps(_duration(value))
+        if parser is parse_umask:
+            return json.dumps(f"{value:03o}")
         return json.dumps(_size(int(value))) if parser is parse_size else f"{value!r}"
-    return json.dumps(_USERINFO.sub("...@", str(value)), ensure_ascii=False)
+    return json.dumps(masked_url(str(value)), ensure_ascii=False)
 
 
 def _variable(key: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import Counter
@@ -11,10 +12,12 @@ from typing import Any
 
 import click
 
-from ckptsvc.cli.agents import Answer, agent_directory, ask_all
+from ckptsvc.agent.http_access import http_token, sign_in
+from ckptsvc.cli.agents import Answer, agent_directory, ask_all, ask_users
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, size
+from ckptsvc.config import load
 from ckptsvc.control.restart import launched_as
-from ckptsvc.errors import AgentUnavailable, NotFound
+from ckptsvc.errors import AgentUnavailable, ConfigError, NotFound
 
 PARTLY_DONE = 3
 """Exit status where an agent is there and does not answer."""
@@ -27,7 +30,6 @@ LATE = 60.0
 """Seconds without a heartbeat from which on it catches the eye."""
 
 _OF_JOBS = ("ranks", "arenas", "saves", "coordinates")
-_CLEAR = "\x1b[H\x1b[2J"
 _OUTCOME_STYLE = {"committed": "good", "failed": "bad", "fenced": "bad", "skipped": "doubt"}
 
 Status = Mapping[str, Any]
@@ -37,9 +39,13 @@ Status = Mapping[str, Any]
 @click.option("--job", metavar="NAME", help="Only this job.")
 @click.option("--dir", "directory", type=click.Path(path_type=Path),
     help="Directory of the sockets; default: as for `ckptsvc agent`.")  # fmt: skip
-@click.option("--watch", is_flag=True, help="Look again every two seconds, until interrupted.")
+@click.option("--all-users", is_flag=True, help="The agents of all users of this node's service. For operators.")
+@click.option("--watch", "watching", is_flag=True, help="Look again every two seconds, until q or Ctrl-C.")
+@click.option("--url", is_flag=True, help="Print the address of the status page, with the token that lets in.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document (with --watch, one a line).")
-def command(job: str | None, directory: Path | None, watch: bool, as_json: bool) -> int:
+def command(
+    job: str | None, directory: Path | None, all_users: bool, watching: bool, url: bool, as_json: bool
+) -> int:  # fmt: skip
     """Show what the agents of this node are doing: the user's own, and those of single jobs.
 
     \b
@@ -48,7 +54,8 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
     \b
     JSON: {"directory", "agents": [{"directory", "error", "status": {
       "status_version", "version", "node", "pid", "started", "address",
-      "metrics", "arena_limit", "max_write_rate",
+      "metrics", "page", "time", "arena_limit", "max_write_rate", "jobs",
+      "vacated", "paused": [{"job", "step", "by", "reason", "until"}],
       "ranks": [{"job", "attempt", "rank", "world_size", "pid", "store",
         "step", "phase", "heartbeat_age", "committed"}],
       "arenas": [{"job", "rank", "state", "step", "bytes", "for_others"}],
@@ -59,52 +66,92 @@ def command(job: str | None, directory: Path | None, watch: bool, as_json: bool)
         "bytes", "seconds"}],
       "coordinates": [{"job", "attempt", "epoch", "world_size",
         "live_ranks", "nodes", "running_saves", "in_memory", "on_disk",
-        "restarts", "incidents", "aside", "nics"}],
+        "restarts", "incidents", "aside", "nics", "store", "step",
+        "steps_per_second", "every_seconds", "phase", "attempts",
+        "grid", "checkpoints", "drains"}],
+      "launches": [{"job", "phase", "attempt", "nodes", "min_nodes",
+        "max_nodes", "restarts", "max_restarts", "stop_wanted", "ended",
+        "status", "reason"}],
+      "incidents": [{"id", "job", "attempt", "kind", "opened", "sentence",
+        "rank", "node", "confidence", "actions"}],
       "elections": [{"job", "coordinator", "address", "term", "here",
         "refused", "problem"}],
       "nics": [{"nic", "family", "link", "sent", "received", "findings"}]}}]}
-    error is {"code", "what"} where there is no status, else null. Sizes in
+    error is {"code", "what"} where there is no status, else null; with
+    --all-users there is "user" too. Sizes in
     bytes, ages in seconds, times in Unix seconds; a step of -1 is none.
     "nics" are the network cards (bytes per second) and sentences about those
     in trouble: by their own counters, and in "coordinates" against the job's.
+    "jobs" are the names that orders take; "vacated" says why the node takes no
+    new ones, or is empty; "paused" since which step jobs take no snapshots.
     "aside" are nodes of the job that run no rank, with the reason. The stage
     of a snapshot on the local disk is "pending" until it is in the durable
-    store ("committed") or known to stay where it is ("local").
+    store ("committed") or known to stay where it is ("local"). "grid" holds
+    the ranks as columns, see ckptsvc/agent/grid.py; "checkpoints" are the
+    newest 64, with the tiers that hold them; "incidents" are the newest 50.
     """  # noqa: D301  \b is click's
-    where = directory or agent_directory()
+    if url and all_users:
+        raise ConfigError("a page is for its own user's eyes: --url does not go with --all-users")
+    where = None if all_users else directory or agent_directory()
+    if url:
+        return _pages(_answers(where, job))
+    if watching and not as_json:
+        from ckptsvc.cli.status_watch import watch  # rich takes its time
+
+        return watch(lambda: _answers(where, job), WATCH_EVERY)
     while True:
         try:
-            status = _look(where, job, as_json, clear=watch)
+            status = _look(where, job, as_json)
         except (AgentUnavailable, NotFound) as error:
-            if not watch:
+            if not watching:
                 raise
             note(error.what)
             status = 0
-        if not watch:
+        if not watching:
             return status
         time.sleep(WATCH_EVERY)
 
 
-def _look(where: Path, job: str | None, as_json: bool, *, clear: bool) -> int:
-    answers = ask_all(where)
-    if not answers:
+def _pages(answers: Sequence[Answer]) -> int:
+    """The addresses of the agents' pages, a line each: whoever has one can read what the agent says."""
+    pages = [answer.status["page"] for answer in answers if answer.status and answer.status.get("page")]
+    if not pages:
+        raise NotFound("no agent serves a page", hint="agent.metrics_listen is off: set it to 127.0.0.1:0")
+    token = http_token(load(os.environ), os.environ)
+    for page in pages:
+        click.echo(sign_in(page, token))
+    return PARTLY_DONE if any(answer.status is None for answer in answers) else 0
+
+
+def _answers(where: Path | None, job: str | None) -> list[Answer]:
+    """Of the agents of a directory or (None) of all users."""
+    answers = ask_users() if where is None else ask_all(where)
+    if where is None and not answers:
+        note("no user has an agent now")
+    elif not answers:
         raise AgentUnavailable(
             f"no agent runs in {where}",
             hint="`ckptsvc run` starts one for a job; `ckptsvc agent` runs one for the node",
         )
-    if job is not None:
-        answers = _only(answers, job)
+    return answers if job is None else _only(answers, job)
+
+
+def _look(where: Path | None, job: str | None, as_json: bool) -> int:
+    answers = _answers(where, job)
     if as_json:
-        emit({"directory": str(where), "agents": [_json(answer) for answer in answers]})
+        emit({"directory": where and str(where), "agents": [_json(answer) for answer in answers]})
         sys.stdout.flush()
     else:
         screen = Screen()
-        if clear and screen.width is not None:
-            click.echo(_CLEAR, nl=False)
         for number, answer in enumerate(answers):
             if number:
                 screen.line()
-            _show(screen, answer)
+            try:
+                _show(screen, answer)
+            except (LookupError, TypeError, ValueError) as error:
+                if not answer.user:
+                    raise
+                screen.line("  " + screen.paint(f"answers with nonsense: {type(error).__name__}", "bad"))
     return PARTLY_DONE if any(answer.status is None for answer in answers) else 0
 
 
@@ -132,11 +179,14 @@ def _json(answer: Answer) -> dict[str, Any]:
         "directory": str(answer.directory),
         "error": error and {"code": error.code, "what": error.what},
         "status": answer.status,
+        **({"user": answer.user} if answer.user else {}),
     }
 
 
 def _show(screen: Screen, answer: Answer) -> None:
     status = answer.status
+    if answer.user:
+        screen.line(screen.paint(f"user {printable(answer.user)}", "head"))
     if status is None:
         screen.line(screen.paint(f"agent in {answer.directory}", "head"))
         screen.line("  " + screen.paint(printable(f"does not answer: {answer.error}"), "bad"))
@@ -149,6 +199,8 @@ def _show(screen: Screen, answer: Answer) -> None:
     screen.line(f"  {_arenas(status)}")
     if status.get("max_write_rate"):
         screen.line(f"  writes at most {size(status['max_write_rate'])}/s to stores")
+    if status.get("vacated"):
+        screen.line("  " + screen.paint(f"takes no new jobs: {printable(status['vacated'])}", "doubt"))
     for line in _local_disk(screen, status):
         screen.line(line)
     for job in _jobs(status):
@@ -199,6 +251,12 @@ def _describe(screen: Screen, status: Status, job: str) -> Iterator[str]:
                 yield f"    coordinator {printable(election['coordinator'])}, elected in term {election['term']}"
             if election["problem"]:
                 yield "    " + screen.paint(printable(election["problem"]), "doubt")
+    for pause in status.get("paused", ()):
+        if pause["job"] == job:
+            until = f" for {duration(pause['until'] - time.time())} more" if pause["until"] else ""
+            why = f": {printable(pause['reason'])}" if pause["reason"] else ""
+            text = f"paused by {printable(pause['by'])} from step {pause['step']:,} on{until}{why}"
+            yield "    " + screen.paint(text, "doubt")
     for own in status["coordinates"]:
         if own["job"] == job:
             nodes = f"{plural(len(own['nodes']), 'node')}" if own["nodes"] else "no node"

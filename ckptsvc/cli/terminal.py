@@ -18,6 +18,9 @@ from typing import Any, TextIO
 
 import click
 
+from ckptsvc.quantities import duration as duration
+from ckptsvc.quantities import size as size
+
 GAP = "  "
 _MIN_FOLD = 16  # columns that a folded column has at least
 _STYLES: Mapping[str, Mapping[str, Any]] = {
@@ -180,25 +183,6 @@ def fold_name(name: str, width: int) -> list[str]:
 def natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts names as people count: layers.2 before layers.10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people: "512 B", "64.0 MiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if nbytes < 1023.95 or unit == "TiB":
-            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:,.1f} {unit}"
-        nbytes /= 1024
-    raise AssertionError
-
-
-def duration(seconds: float) -> str:
-    """A time span for people, to one unit: "12 s", "3 min", "5 h", "9 d"."""
-    if seconds < 10:
-        return f"{max(seconds, 0):.1f} s"
-    for unit, length, most in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
-        if seconds < most * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds / 86400:,.0f} d"
 
 
 def plural(count: int, noun: str) -> str:

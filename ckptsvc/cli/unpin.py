@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ckptsvc.cli import address
+from ckptsvc.cli.audit import take_down
 from ckptsvc.cli.terminal import emit, note
 from ckptsvc.errors import InvalidInput, NotFound
 from ckptsvc.format.commit import parse_checkpoint_name
@@ -29,6 +30,8 @@ def command(store: str, name: str | None, step: int | None, as_json: bool) -> No
         ref = _ref(place, pinned(opened), opened.url)
         changed = unpin(opened, ref)
         url = opened.url
+    if changed:
+        take_down("unpin", f"{url}/{ref.name}", "")
     if as_json:
         emit({"store": url, "name": ref.name, "pinned": False, "changed": changed})
     else:

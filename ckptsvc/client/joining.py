@@ -6,7 +6,9 @@ import dataclasses
 import os
 import secrets
 import socket
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,11 @@ from ckptsvc.config import agents_directory, private_directory
 from ckptsvc.errors import ConfigError
 from ckptsvc.launch import LOCAL_JOB, Placement, detect
 from ckptsvc.pipeline.retention import policy_of
-from ckptsvc.rpc.dial import is_alive
+from ckptsvc.rpc.dial import agents_home, is_alive
+from ckptsvc.rpc.service import service_of
 from ckptsvc.settings import Settings
+from ckptsvc.telemetry import Fields
+from ckptsvc.telemetry.logs import log_apart
 
 
 def placement_of(group: Group) -> Placement:
@@ -50,11 +55,13 @@ def coordinator_of(group: Group, place: Placement, settings: Settings) -> str:
 
 
 def agent_directory(place: Placement, settings: Settings) -> tuple[Path, bool]:
-    """(directory of the agent to use, whether it is private to this job and started when needed)."""
+    """(directory of the agent to use, whether it is to be started when needed: by this job, or by the service)."""
     given = os.environ.get("CKPTSVC_SOCKET")
     if given:
         return private_directory(Path(given)), False
-    shared = agents_directory(settings, os.environ)
+    shared = agents_home(agents_directory(settings, os.environ), settings)
+    if service_of(shared) is not None:
+        return shared, True
     if is_alive(shared):
         return shared, False
     return shared / f"job-{xxhash.xxh3_64_hexdigest(place.job.encode())}", True
@@ -80,6 +87,15 @@ def registration(group: Group, place: Placement, settings: Settings, url: str, c
         "coordinator": coordinator,
         "ends": _ends(place),
     }
+
+
+def log_as_set(settings: Settings, registered: dict[str, Any], step: Callable[[], int]) -> None:
+    """Where lines of the log are to be JSON, write those of this rank so; `step` says at which it is."""
+    if settings.log.format != "json":
+        return
+    about = Fields(job=registered["job"], rank=registered["rank"], attempt=registered["attempt"])
+    node = settings.agent.name or os.environ.get("CKPTSVC_NODE") or socket.gethostname()
+    log_apart(sys.stderr, lambda: Fields(**about, node=node, step=step()))
 
 
 def _ends(place: Placement) -> float:

@@ -71,10 +71,11 @@ class AgentLink:
         self._channel: grpc.Channel | None = None
         self._stub: Any = None
         self._metadata: tuple[tuple[str, str], ...] = ()
-        self._page_memory = bytearray(PAGE_BYTES)
+        self._page_memory = bytearray(Page.blank().ljust(PAGE_BYTES, b"\0"))
         self.page = Page(memoryview(self._page_memory))
         self._mapped: dict[str, Mapped] = {}
         self._lock = threading.Lock()
+        self._asking = threading.Lock()
         self._connecting = threading.Lock()
 
     def connect(self) -> None:
@@ -170,21 +171,34 @@ class AgentLink:
             self._mapped = {slot: mapped for slot, mapped in self._mapped.items() if slot in slots}
         return slots
 
-    def acquire(self, step: int, nbytes: int, patience: float) -> tuple[str, int]:
-        """A free arena, waited for at most `patience` seconds: (slot, epoch)."""
+    def acquire(self, step: int, nbytes: int, patience: float) -> agent_pb2.AcquireResponse:
+        """A free arena, waited for at most `patience` seconds."""
         request = agent_pb2.AcquireRequest(step=step, bytes=nbytes, patience=patience)
-        answer = self.call("Acquire", request, patience + ACQUIRE_TIMEOUT)
+        answer: agent_pb2.AcquireResponse = self.call("Acquire", request, patience + ACQUIRE_TIMEOUT)
         self.registration["epoch"] = answer.epoch
-        return answer.slot, answer.epoch
+        return answer
 
-    def submit(self, slot: str, step: int, nbytes: int, aliases: dict[str, str], metrics: dict[str, str]) -> None:
+    def submit(self, request: agent_pb2.SubmitRequest) -> None:
         """The arena holds a whole shard image."""
-        request = agent_pb2.SubmitRequest(slot=slot, step=step, bytes=nbytes, aliases=aliases, metrics=metrics)
         self.call("Submit", request)
 
-    def abandon(self, slot: str, step: int, reason: str) -> None:
-        """This rank cannot take the snapshot."""
-        self.call("Abandon", agent_pb2.AbandonRequest(slot=slot, step=step, reason=reason))
+    def is_mapped(self, slot: str) -> bool:
+        """Whether `arena` returns at once."""
+        return slot in self._mapped
+
+    def unmap(self, slot: str) -> None:
+        """Let an arena's memory go, once nobody looks at it."""
+        with self._lock:
+            self._mapped.pop(slot, None)
+
+    def abandon(self, slot: str, step: int, reason: str, code: str = "") -> None:
+        """This rank cannot take the snapshot; `code` is that of an error."""
+        self.call("Abandon", agent_pb2.AbandonRequest(slot=slot, step=step, reason=reason, code=code))
+
+    def add(self, word: str, amount: int) -> None:
+        """Count something on the heartbeat page."""
+        page = self.page
+        page.put(word, page.get(word) + amount)
 
     def wait_save(
         self, step: int, timeout: float, progress: Callable[[], None] = lambda: None
@@ -239,24 +253,30 @@ class AgentLink:
             AgentUnavailable: the agent is gone.
         """
         with self._lock:
-            mapped = self._mapped.get(slot)
-            if mapped is None:
-                identity = self.identity
-                if identity is None:
-                    raise AgentUnavailable("not connected to the agent")
-                answer, fd = identity.call({"op": "map", "slot": slot})
-                if fd < 0:
-                    raise AgentUnavailable("the agent sent no descriptor of the arena: out of descriptors?")
-                try:
-                    access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-                    memory = mmap.mmap(fd, answer["capacity"], mmap.MAP_SHARED, access)
-                finally:
-                    os.close(fd)
-                _populate(memory, writable)
-                mapped = Mapped(slot, memory)
-                if writable:
-                    self._mapped[slot] = mapped
+            known = self._mapped.get(slot)
+        if known is not None:
+            return known
+        mapped = Mapped(slot, self._map(slot, writable))  # without the lock: large ones take a while
+        if not writable:
             return mapped
+        with self._lock:
+            return self._mapped.setdefault(slot, mapped)
+
+    def _map(self, slot: str, writable: bool) -> mmap.mmap:
+        identity = self.identity
+        if identity is None:
+            raise AgentUnavailable("not connected to the agent")
+        with self._asking:
+            answer, fd = identity.call({"op": "map", "slot": slot})
+        if fd < 0:
+            raise AgentUnavailable("the agent sent no descriptor of the arena: out of descriptors?")
+        try:
+            access = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+            memory = mmap.mmap(fd, answer["capacity"], mmap.MAP_SHARED, access)
+        finally:
+            os.close(fd)
+        _populate(memory, writable)
+        return memory
 
 
 _libc = ctypes.CDLL(None, use_errno=True)

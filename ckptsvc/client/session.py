@@ -22,10 +22,11 @@ from typing import Any, NoReturn
 from ckptsvc.client.candidates import Candidate, Candidates
 from ckptsvc.client.foreign import restore_foreign
 from ckptsvc.client.group import the_group, together
-from ckptsvc.client.joining import agent_directory, coordinator_of, placement_of, registration
+from ckptsvc.client.joining import agent_directory, coordinator_of, log_as_set, placement_of, registration
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.phases import FIRST_STEP, STEP, Inside, Phases
 from ckptsvc.client.restore import restore
+from ckptsvc.client.session_view import session_view
 from ckptsvc.client.signals import StopSignals
 from ckptsvc.client.snapshots import Snapshots
 from ckptsvc.client.state import StateTree, optimizers_in
@@ -55,8 +56,8 @@ log = logging.getLogger("ckptsvc")
 ATTACH_TIMEOUT = 120.0
 """Seconds until all ranks must have come to `attach`."""
 
-RECONNECT_EVERY = 2.0
-"""Seconds between attempts to reach an agent that is gone."""
+RECONNECT_EVERY = 0.5
+"""Seconds between attempts to reach an agent that is gone: one that is replaced is away for about a second."""
 
 PRIVATE_LINGER = "20s"
 """How long a private agent stays after its last rank has gone and its last save has ended."""
@@ -171,7 +172,7 @@ class Session:
             or self._stop_now
             or not self._snapshots.arranged
         ):
-            self._attend(bool(due))
+            self._attend(bool(due) and not page.is_paused(self.steps_done))
 
     def phase(self, name: str) -> Inside:
         """Declare something that is not a training step: `with run.phase("evaluation"):`.
@@ -263,7 +264,7 @@ class Session:
             what = "no checkpoint" if step is None else f"no checkpoint of step {step}"
             raise NoCheckpoint(f"{self._url} has {what}")
         self._try(self._new_epoch)  # steps come again that this one may hold already
-        self._phases.beat(self.steps_done)
+        self._begin()
         return found
 
     def close(self) -> None:
@@ -280,6 +281,13 @@ class Session:
         with contextlib.suppress(CkptsvcError):  # an agent that is gone needs no good-bye
             self._link.leave()
         self._link.disconnect()
+
+    def __repr__(self) -> str:
+        where = f"rank {self._place.rank} of {self._place.world_size}"
+        return f"<ckptsvc session of job {self._place.job}: {where}, {self.steps_done:,} steps done>"
+
+    def _repr_html_(self) -> str:
+        return session_view(self)
 
     def __enter__(self) -> Session:
         return self
@@ -298,6 +306,7 @@ class Session:
         self._every_steps = every.steps if every else 0
         self._tree = StateTree(self._tree_of, group.rank, group.size, self._include_rng)
         self._link = AgentLink(directory, registration(group, self._place, self.settings, self._url, coordinator))
+        log_as_set(self.settings, self._link.registration, lambda: self.steps_done)
         self._phases = Phases(self._link)
         self._snapshots = Snapshots(self._tree, self._link, group, self._place, self._url, self._report_skip)
         try:
@@ -319,7 +328,7 @@ class Session:
             )
         if (resume and self._restore(None) is not None) or (init_from is not None and self._begin_from(init_from)):
             self._snapshots.arrange(self.steps_done)  # optimizers have their state now: the structure is final
-        self._phases.beat(self.steps_done)
+        self._begin()
         if overlap:
             self._fences = [o.register_step_pre_hook(self._snapshots.fence) for o in optimizers_in(self._tree_of)]
             if not self._fences:
@@ -334,6 +343,10 @@ class Session:
         if self._private:
             arguments = ["--linger", PRIVATE_LINGER, "--name", self._place.node]
             ensure_agent(self._link.directory, arguments)
+
+    def _begin(self) -> None:
+        """Steps are done from here on."""
+        self._phases.beat(self.steps_done).put("began", self.steps_done)
 
     def _new_epoch(self) -> None:
         """Begin another epoch; every rank calls this at the same step."""
@@ -405,14 +418,18 @@ class Session:
 
     def _report_skip(self, error: CkptsvcError) -> None:
         self.skipped += 1
+        if isinstance(error, AgentUnavailable):  # of others, the agent knows
+            self._link.add("missed", 1)
         self._warn(f"snapshot of step {self.steps_done} skipped: {error}")
 
     def _warn(self, message: str) -> None:
         log.warning("rank %d: %s", self._group.rank, message)
-        warnings.warn(f"ckptsvc: {message}", RuntimeWarning, stacklevel=2)
+        if self.settings.log.format == "text":  # else Python would print one that is no JSON
+            warnings.warn(f"ckptsvc: {message}", RuntimeWarning, stacklevel=2)
 
     def _keep_connected(self) -> None:
         """Beside the training: as soon as the agent is gone, start it again or wait for it, and register again."""
+        said = ""
         while True:
             self._link.wait_gone()
             if self._closed.is_set():
@@ -421,8 +438,11 @@ class Session:
                 self._start_agent()
                 self._link.connect()
                 log.warning("rank %d: connected to the agent again", self._group.rank)
+                said = ""
             except (CkptsvcError, OSError) as error:
-                log.warning("rank %d: no agent: %s", self._group.rank, error)
+                if str(error) != said:
+                    log.warning("rank %d: no agent: %s", self._group.rank, error)
+                said = str(error)
                 self._closed.wait(RECONNECT_EVERY)
             if self._closed.is_set():
                 self._link.disconnect()

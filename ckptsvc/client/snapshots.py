@@ -18,6 +18,7 @@ from ckptsvc.client.link import AgentLink
 from ckptsvc.client.parts import Capture
 from ckptsvc.client.stage import StagePlan
 from ckptsvc.client.state import StateTree
+from ckptsvc.client.twins import Twins
 from ckptsvc.errors import CkptsvcError, Fenced, InvalidInput, SaveFailed
 from ckptsvc.format.commit import MAX_METRICS, metrics_text
 from ckptsvc.format.objects import encode
@@ -75,8 +76,10 @@ class Snapshots:
         self._tree, self._link, self._group, self._place, self._url = tree, link, group, place, url
         self._on_failure = on_failure
         self._plans: dict[str, StagePlan] = {}  # by structure of the state
+        self._twins = Twins(link)
         self._arranging: threading.Thread | None = None
         self._copying: threading.Thread | None = None
+        self._told = True  # for how long the last snapshot has held the loop up
 
     @property
     def arranged(self) -> bool:
@@ -138,12 +141,13 @@ class Snapshots:
             objects = encode(capture.objects)
             metrics = _numbers(self.metrics or {}) if self._group.rank == 0 else {}
             plan = self._plan_for(capture, step)
-            slot, epoch = self._link.acquire(step, plan.template.total(len(objects)), patience)
+            offer = self._link.acquire(step, plan.template.total(len(objects)), patience)
+            slot = offer.slot
             info = ShardInfo(
                 run=self._url,
                 job=self._place.job,
                 step=step,
-                epoch=epoch,
+                epoch=offer.epoch,
                 attempt=self._place.attempt,
                 rank=self._group.rank,
                 world_size=self._group.size,
@@ -151,19 +155,25 @@ class Snapshots:
             arena = self._link.arena(slot)
             failpoint("before_copy")
             nbytes, finish = plan.write(capture, arena.view, slot, info, objects, overlap=self.overlap)
+            twin = self._twins.write(offer, capture, plan, info, objects, overlap=self.overlap)
         except Exception as error:
             # Whatever it was: the other ranks must not wait for this one.
-            self._abandon(slot, step, str(error) or type(error).__name__)
+            self._abandon(slot, step, error)
             raise
 
         def hand_over() -> None:
             try:
                 finish()
+                twin.finish()
                 failpoint("before_submit")
-                self._link.submit(slot, step, nbytes, capture.aliases, metrics)
+                request = agent_pb2.SubmitRequest(slot=slot, step=step, bytes=nbytes, aliases=capture.aliases)
+                request.metrics.update(metrics)
+                request.twin_slot, request.twin_bytes = twin.slot, twin.nbytes
+                request.staging = time.perf_counter() - began
+                self._link.submit(request)
                 failpoint("after_submit")
             except Exception as error:
-                self._abandon(slot, step, str(error) or type(error).__name__)
+                self._abandon(slot, step, error)
                 raise
 
         if self.overlap:
@@ -173,6 +183,9 @@ class Snapshots:
             hand_over()
         self.last_step = step
         self.last_blocked = time.perf_counter() - began
+        self._told = False
+        if not self.overlap:
+            self._tell()
 
     def fence(self, *_: Any) -> None:
         """Wait until the copy that runs beside the training is done: the state is about to change."""
@@ -181,6 +194,14 @@ class Snapshots:
             began = time.perf_counter()
             copying.join()
             self.last_blocked += time.perf_counter() - began
+        self._tell()
+
+    def _tell(self) -> None:
+        """Put on the heartbeat page for how long the last snapshot has held the loop up, once that is known."""
+        if not self._told:
+            self._told = True
+            self._link.add("blocked", int(self.last_blocked * 1e9))
+            self._link.add("snapshots", 1)
 
     def wait(self, timeout: float, progress: Callable[[], None]) -> bool:
         """Wait until the last snapshot's save has ended: True when committed, False if there was none.
@@ -193,11 +214,13 @@ class Snapshots:
         self.fence()
         if self.last_step < 0:
             return False
-        what = f"step {self.last_step}"
+        what, began = f"step {self.last_step}", time.perf_counter()
         try:
             outcome = self._link.wait_save(self.last_step, timeout, progress)
         except CkptsvcError as error:
             raise SaveFailed(f"{what}: the outcome is not known: {error}") from error
+        finally:
+            self._link.add("waited", int((time.perf_counter() - began) * 1e9))
         if outcome.outcome == agent_pb2.OUTCOME_COMMITTED:
             return True
         if outcome.outcome == agent_pb2.OUTCOME_FENCED:
@@ -212,9 +235,10 @@ class Snapshots:
         except Exception as error:  # noqa: BLE001  no failure of a copy may end the training
             self._on_failure(CkptsvcError(f"{type(error).__name__}: {error}"))
 
-    def _abandon(self, slot: str, step: int, why: str) -> None:
+    def _abandon(self, slot: str, step: int, why: Exception) -> None:
+        code = why.code if isinstance(why, CkptsvcError) else "internal"
         try:
-            self._link.abandon(slot, step, why)
+            self._link.abandon(slot, step, str(why) or type(why).__name__, code)
         except CkptsvcError as error:
             log.warning("rank %d: %s", self._group.rank, error)
 

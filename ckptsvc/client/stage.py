@@ -49,11 +49,15 @@ def choose(parts: Sequence[LocalPart], rank: int, same_plain: tuple[int, ...]) -
         rank: this rank.
         same_plain: ranks that hold the same set of plain tensors (this one included): the holders of those parts
             whose holders are `EVERYONE`.
+
+    For another rank than the one that holds the parts, it is what that one stages of them.
     """
     chosen: list[Chosen] = []
     shared: dict[tuple[int, ...], list[int]] = {}
     for i, part in enumerate(parts):
         ranks = same_plain if part.holders.ranks is None else part.holders.ranks
+        if rank not in ranks:
+            continue
         if len(ranks) == 1:
             chosen.append(Chosen(i, part.region, None))
         elif part.splittable:
@@ -94,6 +98,7 @@ class StagePlan:
 
     template: ShardTemplate
     chosen: list[Chosen]
+    same_plain: tuple[int, ...] = ()
     _targets: dict[str, list[Piece]] = field(default_factory=dict)
     _sources: list[Piece] = field(default_factory=list)
     _sources_of: tuple[LocalPart, ...] = ()
@@ -106,7 +111,8 @@ class StagePlan:
     def make(capture: Capture, rank: int, same_plain: tuple[int, ...]) -> StagePlan:
         """Plan for one structure."""
         chosen = choose(capture.parts, rank, same_plain)
-        return StagePlan(ShardTemplate([Part(capture.parts[c.part].meta, c.region) for c in chosen]), chosen)
+        template = ShardTemplate([Part(capture.parts[c.part].meta, c.region) for c in chosen])
+        return StagePlan(template, chosen, same_plain)
 
     def room(self, objects: int) -> int:
         """Bytes to ask for in an arena where the objects document has so many now."""

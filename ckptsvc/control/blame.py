@@ -111,8 +111,8 @@ def blame(scene: Scene) -> Verdict:
 def _verdict(scene: Scene, suspects: list[int], signals: Mapping[Kind, Signal]) -> Verdict:
     first, nodes = suspects[0], {scene.nodes[rank] for rank in suspects}
     evidence = scene.ranks.get(first)
-    broken = evidence is not None and evidence.state in _BROKEN
-    overdue = evidence is not None and 0 < evidence.threshold < evidence.stalled
+    broken = evidence is not None and is_broken(evidence)
+    overdue = evidence is not None and is_overdue(evidence)
     # What speaks against all ranks of a node names the node.
     of_node = len(nodes) == 1 and signals.keys() <= {Kind.NODE, Kind.NETWORK}
     of_node = of_node and (len(suspects) > 1 or evidence is None)  # a rank that was not seen is not known to hang
@@ -170,9 +170,19 @@ _STACKS = 256
 """Different stacks of which is remembered what they say: in a job of 100,000 ranks nearly all are the same."""
 
 
+def is_broken(evidence: pb.RankEvidence) -> bool:
+    """Whether its process is stopped or gone."""
+    return evidence.state in _BROKEN
+
+
+def is_overdue(evidence: pb.RankEvidence) -> bool:
+    """Whether it has itself been without progress for longer than its phase allows."""
+    return 0 < evidence.threshold < evidence.stalled
+
+
 def waits(evidence: pb.RankEvidence) -> bool:
     """Whether the rank waits for others: by its flight recorder, by its stack, or because it is idle."""
-    if evidence.state in _BROKEN:
+    if is_broken(evidence):
         return False
     if evidence.groups:
         return any(group.collective for group in evidence.groups)

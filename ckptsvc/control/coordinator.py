@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from ckptsvc.control.crashloop import CrashLoop
@@ -17,18 +18,22 @@ from ckptsvc.control.effects import (
     ReadNodes,
     Send,
 )
-from ckptsvc.control.exclusion import Exclusion, Strikes
+from ckptsvc.control.exclusion import Exclusion, Strikes, Word
 from ckptsvc.control.growth import Growth, Reach
 from ckptsvc.control.health import Health, Policy
 from ckptsvc.control.incidents import Incidents, standing
+from ckptsvc.control.ledger import TURNS, Ledger
 from ckptsvc.control.membership import Job
 from ckptsvc.control.nic_job import JobNics
 from ckptsvc.control.nics import Finding
+from ckptsvc.control.pauses import Pauses
 from ckptsvc.control.redundancy import PartnerPolicy, Redundancy
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.control.save import Saves
 from ckptsvc.control.slow import SlowJobs
 from ckptsvc.control.tiering import Draining, Tiers
+from ckptsvc.control.verbs import Verbs
+from ckptsvc.format.commit import parse_checkpoint_name
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -41,12 +46,13 @@ class Coordinator:
     """Soft state of all jobs; rebuilt from the agents' reports after a restart.
 
     `save_timeout` is in seconds, from the first rank's staging; `mark` sets the incidents of this coordinator apart
-    from those of an earlier one.
+    from those of an earlier one; `node` is the node that it is on, "" where another one can be elected.
     """
 
     save_timeout: float = 1800.0
     policy: Policy = field(default_factory=Policy)
     mark: str = ""
+    node: str = ""
     draining: Draining = field(default_factory=Draining)
     partners: PartnerPolicy = field(default_factory=PartnerPolicy)
     jobs: dict[str, Job] = field(default_factory=dict)
@@ -54,16 +60,22 @@ class Coordinator:
     launched: dict[str, Attempts] = field(default_factory=dict)
     nics: dict[str, JobNics] = field(default_factory=dict)
     exclusion: Exclusion = field(default_factory=Exclusion)
+    ledger: Ledger = field(default_factory=Ledger)
     incidents: Incidents = field(init=False)
     health: Health = field(init=False)
     slow: SlowJobs = field(init=False)
     redundancy: Redundancy = field(init=False)
+    pauses: Pauses = field(init=False)
+    verbs: Verbs = field(init=False)
 
     def __post_init__(self) -> None:
         self.incidents = Incidents(self.mark)
         self.health = Health(self.jobs, self.launched, self.incidents, self.nics, self.policy)
         self.slow = SlowJobs(self.jobs, self.incidents, self.health.cases)
         self.redundancy = Redundancy(self.partners)
+        self.pauses = Pauses(self.jobs)
+        known = self.jobs, self.launched, self.tiers, self.exclusion, self.redundancy
+        self.verbs = Verbs(*known, self.pauses, self.node)
 
     def handle(self, node: str, report: pb.Report, now: float) -> Decision:
         """One report from the agent of `node`."""
@@ -72,10 +84,13 @@ class Coordinator:
             return Decision()
         event = getattr(report, kind)
         decision: Decision = getattr(self, f"_on_{kind}")(event, now)
+        if kind in TURNS:
+            self._look(now)
         return decision.add(self._epochs(now))
 
     def agent_lost(self, node: str, now: float) -> Decision:
         """An agent's stream has ended. It may come back: only its memory counts as lost until then."""
+        self.pauses.unheard(node)
         for job in self.jobs.values():
             job.saves.node_gone(node)
             job.agent_lost(node, now)
@@ -99,9 +114,11 @@ class Coordinator:
         """Answer to `ReadNodes`."""
         self.exclusion.known = True
         found = {node: Strikes(score, now - age, why) for node, (score, age, why) in event.strikes.items()}
-        self.exclusion.merge(found, now)
-        bad = [f"{node} ({found[node].why})" for node in sorted(found) if self.exclusion.excluded(node, now)]
-        decision = Decision([], [f"nodes that have failed too often: {', '.join(bad)}"] if bad else [])
+        words = {n: Word(bad, now - age, now + left, why) for n, (bad, age, left, why) in event.words.items()}
+        self.exclusion.merge(found, now, words)
+        known = sorted(found.keys() | words.keys())
+        bad = [f"node {node} {self.exclusion.why(node, now)}" for node in known if self.exclusion.excluded(node, now)]
+        decision = Decision([], bad)
         for attempts in self.launched.values():
             decision.add(attempts.tick(now))
         return decision
@@ -120,6 +137,12 @@ class Coordinator:
         if event.job in self.tiers:
             decision.add(self.tiers[event.job].plan(now))
         return decision.add(self._epochs(now))
+
+    def deleted(self, job: str, names: Iterable[str]) -> None:
+        """Retention has removed these checkpoints from the store."""
+        if job in self.jobs:
+            found = filter(None, map(parse_checkpoint_name, names))
+            self.jobs[job].saves.deleted.update((epoch, step) for step, epoch in found)
 
     def lookup_done(self, event: LookupDone, now: float) -> Decision:
         """Answer to `Lookup`."""
@@ -141,6 +164,8 @@ class Coordinator:
         for nics in self.nics.values():
             decision.add(nics.tick(now))
         decision.add(self.health.tick(now)).add(self.slow.tick(now)).add(self.redundancy.tick(now))
+        self._look(now)
+        decision.add(self.pauses.tick(now)).add(self.verbs.tick(now))
         for name, job in list(self.jobs.items()):
             if job.ranks or job.saves.open or job.saves.held or (name in self.tiers and self.tiers[name].disks):
                 job.busy_at = now
@@ -149,16 +174,24 @@ class Coordinator:
                 self.tiers.pop(name, None)
                 self.incidents.forget(name)
                 self.redundancy.forget(name)
+                self.ledger.forget(name)
+                self.pauses.forget(name)
                 self.nics.pop(name, None)
         for name, attempts in list(self.launched.items()):
             if attempts.phase is Phase.ENDED and now - attempts.ended > FORGET_AFTER:
                 del self.launched[name]
         return decision.add(self._epochs(now)).add(self._keep_nodes(now)).add(self._drain())
 
+    def _look(self, now: float) -> None:
+        for job in self.jobs.values():
+            self.ledger.look(job, self.launched.get(launched_as(job.name)), self.health.cases.get(job.name), now)
+
     def _keep_nodes(self, now: float) -> Decision:
         if not self.exclusion.changed or not self.exclusion.known:
             return Decision()
-        return Decision([KeepNodes({n: (s.score, now - s.at, s.why) for n, s in self.exclusion.listed(now).items()})])
+        strikes = {n: (s.score, now - s.at, s.why) for n, s in self.exclusion.listed(now).items()}
+        words = {n: (w.excluded, now - w.at, w.until - now, w.why) for n, w in self.exclusion.words.items()}
+        return Decision([KeepNodes(strikes, words)])
 
     def _drain(self) -> Decision:
         decision = Decision()
@@ -262,7 +295,8 @@ class Coordinator:
                 refused = pb.JobRefused(attempt=event.attempt, code="run-busy", why=why)
                 return Decision([Send(event.node, pb.Order(job=event.job, job_refused=refused))], [why])
         job = self._job(event.job, event.store, now)
-        decision = job.join(event, now)
+        joined = job.join(event, now)
+        decision = self.pauses.joined(job, event, now).add(joined)
         attempts = self.launched.get(launched_as(event.job))
         if attempts is not None and attempts.stop_wanted:
             job.want_stop(attempts.stop_wanted)  # asked before there were ranks
@@ -272,6 +306,9 @@ class Coordinator:
         job = self.jobs.get(event.job)
         decision = job.leave(event, now) if job else Decision()
         attempts = self.launched.get(launched_as(event.job))
+        self.ledger.left(event, now)
+        if attempts is None and not event.died and job is not None and not job.ranks:
+            self.pauses.end(launched_as(event.job))
         if event.died and attempts is not None:
             attempts.suspect(event.attempt, event.rank, event.node, now)
         elif event.died and job is not None and event.attempt == job.attempt:
@@ -284,13 +321,16 @@ class Coordinator:
 
     def _on_rewound(self, event: pb.Rewound, now: float) -> Decision:
         job = self.jobs.get(event.job)
-        return job.rewound(event) if job else Decision()
+        before = job.rewinds if job else 0
+        decision = job.rewound(event) if job else Decision()
+        return decision.add(self.pauses.rewound(job, now)) if job and job.rewinds != before else decision
 
     def _on_progressed(self, event: pb.Progressed, now: float) -> Decision:
         job = self.jobs.get(event.job)
-        if job:
-            job.progressed(event, now)
-        return Decision()
+        if job is None:
+            return Decision()
+        job.progressed(event, now)
+        return self.ledger.progressed(job, event, now)
 
     def _on_agent_hello(self, event: pb.AgentHello, now: float) -> Decision:
         self.redundancy.attends(event)
@@ -355,6 +395,8 @@ class Coordinator:
         later = attempts and attempts.phase is Phase.ENDED and now - event.uptime >= attempts.ended
         if attempts is None or (later and not event.attempt):
             before = attempts.outcome if attempts else None
+            if before is not None:
+                self.pauses.end(event.job)
             attempts = Attempts(
                 event.job,
                 event.min_nodes,
@@ -426,6 +468,12 @@ class Coordinator:
         if attempts is not None:
             attempts.stop_wanted = attempts.stop_wanted or event.reason
         return Decision()
+
+    def _on_asked(self, event: pb.Asked, now: float) -> Decision:
+        return self.verbs.asked(event, now)
+
+    def _on_pausing(self, event: pb.Pausing, now: float) -> Decision:
+        return self.pauses.reported(event, now)
 
     def _saved(self, launched: str) -> str:
         """What is committed of a launched job's runs, as words."""

@@ -85,6 +85,10 @@ class Probe:
 Strike = tuple[float, float, str]
 """What a node has against it in a list that outlives the coordinator: weight, its age in seconds, the last reason."""
 
+Word = tuple[bool, float, float, str]
+"""What a person has said of a node in that list: whether it is excluded, how long ago that was, seconds until it ends
+(infinite: it does not), why."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReadNodes:
@@ -93,9 +97,10 @@ class ReadNodes:
 
 @dataclass(frozen=True, slots=True)
 class KeepNodes:
-    """Keep the list of nodes that have failed."""
+    """Keep the list of nodes that have failed, or that somebody has excluded or included."""
 
     strikes: dict[str, Strike]
+    words: dict[str, Word] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +119,35 @@ class Restarted:
     cause: Cause
 
 
-Effect = Send | AllotEpoch | Commit | Lookup | Record | Probe | ReadNodes | KeepNodes | Drain | Restarted
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A launched job has done the first step after a restart. There is nothing to do but to note how long it took.
+
+    Attributes:
+        job: as its ranks name it.
+        attempt: that has done the step.
+        why: the attempt before it has ended.
+        times: of the fault, the first sign of it, the decision, the start of the ranks, their registration, the end of
+            their restore, and the step; seconds of the coordinator's clock, ascending.
+    """
+
+    job: str
+    attempt: int
+    why: str
+    times: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """An order of a person has been carried out, or refused: take it down."""
+
+    asked: pb.Asked
+    outcome: pb.Answered
+
+
+Effect = (
+    Send | AllotEpoch | Commit | Lookup | Record | Probe | ReadNodes | KeepNodes | Drain | Restarted | Resumed | Audit
+)
 
 
 @dataclass(slots=True)
@@ -167,6 +200,7 @@ class NodesRead:
     """Outcome of `ReadNodes`."""
 
     strikes: dict[str, Strike]
+    words: dict[str, Word] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

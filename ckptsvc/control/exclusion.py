@@ -1,4 +1,7 @@
-"""Nodes that fail again and again are not taken any more. Strikes fade, for most failures are nobody's fault.
+"""Nodes that are not taken any more: those that fail again and again, and those that a person has excluded.
+
+Strikes fade, for most failures are nobody's fault. What a person has said of a node last counts until its time is over;
+who includes a node forgives it its strikes.
 
 The list outlives the job: the coordinator's shell keeps it (agent.nodelist) and reads it before the next one begins.
 """
@@ -33,9 +36,19 @@ class Strikes:
         return float(self.score * 0.5 ** (max(now - self.at, 0.0) / HALF_LIFE))
 
 
+@dataclass(frozen=True, slots=True)
+class Word:
+    """What a person has said of a node: that it is excluded, or is not any more; when, and until when."""
+
+    excluded: bool
+    at: float
+    until: float
+    why: str
+
+
 @dataclass(slots=True)
 class Exclusion:
-    """The strikes of all nodes, over all jobs of a coordinator.
+    """What is known of all nodes, over all jobs of a coordinator.
 
     Attributes:
         known: whether the list of earlier jobs has been read, or cannot be.
@@ -47,6 +60,18 @@ class Exclusion:
     known: bool = True
     changed: bool = False
     fresh: dict[str, str] = field(default_factory=dict)
+    words: dict[str, Word] = field(default_factory=dict)
+
+    def say(self, node: str, word: Word) -> None:
+        """A person excludes a node, or includes it."""
+        known = self.words.get(node)
+        if known is not None and known.at > word.at:
+            return
+        self.words[node] = word
+        struck = self.strikes.get(node)
+        if not word.excluded and struck is not None and struck.at <= word.at:
+            del self.strikes[node]
+        self.changed = True
 
     def strike(self, node: str, weight: float, why: str, now: float) -> None:
         """A node has failed."""
@@ -63,10 +88,24 @@ class Exclusion:
 
     def excluded(self, node: str, now: float) -> bool:
         """Whether a node should not be taken."""
-        return self.score(node, now) > LIMIT
+        return self.is_unwanted(node, now) or self.score(node, now) > LIMIT
 
-    def merge(self, others: dict[str, Strikes], now: float) -> None:
-        """Take in a list from elsewhere; the heavier of two entries for a node counts."""
+    def is_unwanted(self, node: str, now: float) -> bool:
+        """Whether a person has excluded it."""
+        word = self.words.get(node)
+        return word is not None and word.excluded and now < word.until
+
+    def why(self, node: str, now: float) -> str:
+        """Why an excluded node is, as the end of a sentence about it."""
+        if self.is_unwanted(node, now):
+            return f"is excluded: {self.words[node].why}"
+        return f"has failed too often: {self.strikes[node].why}"
+
+    def merge(self, others: dict[str, Strikes], now: float, words: dict[str, Word] | None = None) -> None:
+        """Take in a list from elsewhere: the heavier of two entries for a node counts, and the later of two words."""
+        for node, word in (words or {}).items():
+            if node not in self.words or self.words[node].at < word.at:
+                self.words[node] = word
         for node, found in others.items():
             if found.now(now) > self.score(node, now):
                 self.strikes[node] = found

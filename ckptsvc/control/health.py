@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ckptsvc.control.blame import Kind, Scene, Verdict, blame, functions
+from ckptsvc.control.blame import Kind, Scene, Verdict, blame, functions, is_broken, is_overdue
 from ckptsvc.control.effects import Decision, Send
 from ckptsvc.control.incidents import Incidents, record, standing
 from ckptsvc.control.membership import AGENT_PATIENCE, Job
@@ -122,6 +122,8 @@ class Case:
     awaited: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
     answers: dict[str, pb.Examined] = field(default_factory=dict)
+    well: int = 0  # ranks in them whose process is neither stopped nor gone
+    broken: bool = False  # and whether there is another, overdue
     until: float = 0.0  # open: the deadline for answers; else: when to look again
     open: bool = True
     verdict: Verdict = field(default_factory=Verdict)
@@ -158,8 +160,9 @@ class Health:
             return Decision()
         case = self.cases.get(event.job)
         if case is not None and case.incident.attempt == event.attempt:
+            news = event.stopped and event.rank not in case.stalled
             case.stalled[event.rank] = event
-            return Decision()
+            return self._look_there(case, job, event.node, now) if news else Decision()
         incident = self.incidents.begin(event.job, event.attempt, "hung")
         incident.step = max(event.step, job.highest)
         case = self.cases[event.job] = Case(event.job, incident, now, {event.rank: event})
@@ -191,7 +194,9 @@ class Health:
             return Decision()
         case.awaited.discard(event.node)
         case.answers[event.node] = event
-        return self._conclude(case, job, now) if not case.awaited else Decision()
+        if not case.awaited or self._is_found(case, job, event):
+            return self._conclude(case, job, now)
+        return Decision()
 
     def agent_lost(self, node: str, now: float) -> Decision:
         """An agent is gone. What it has reported counts no more: it will say it again when it is back."""
@@ -229,16 +234,43 @@ class Health:
     def _examine(self, case: Case, job: Job, now: float) -> Decision:
         case.round += 1
         case.open, case.until, case.answers = True, now + ANSWER_PATIENCE, {}
+        case.well, case.broken = 0, False
         nodes = job.nodes
         case.asked = self._sample(case, nodes) or set(nodes)
         case.samples += len(case.asked) < len(nodes)
         case.silent = job.unreachable & case.asked
         case.awaited = case.asked - case.silent
+        return self._ask(case, sorted(case.awaited))
+
+    def _ask(self, case: Case, nodes: list[str]) -> Decision:
         order = pb.Examine(
             attempt=case.incident.attempt, incident=case.incident.id, seconds=EXAMINE_SECONDS, round=case.round,
             brief=len(case.awaited) >= BRIEF_FROM,
         )  # fmt: skip
-        return Decision([Send(n, pb.Order(job=case.job, examine=order)) for n in sorted(case.awaited)])
+        return Decision([Send(n, pb.Order(job=case.job, examine=order)) for n in nodes])
+
+    def _look_there(self, case: Case, job: Job, node: str, now: float) -> Decision:
+        """A process there is stopped, as its agent sees: that node is asked now, whoever else has been."""
+        if case.killed_at is not None or node in case.asked or node in job.unreachable:
+            return Decision()
+        if not case.open:
+            case.until = now
+            return Decision()
+        case.asked.add(node)
+        case.awaited.add(node)
+        return self._ask(case, [node])
+
+    def _is_found(self, case: Case, job: Job, answer: pb.Examined) -> bool:
+        """Whether a sample that is not complete has shown what it was for.
+
+        A process is stopped or gone, and too many others are not for somebody to have suspended the job.
+        """
+        for seen in answer.ranks:
+            case.well += not is_broken(seen)
+            case.broken |= is_broken(seen) and is_overdue(seen)
+        if not case.broken or 2 * len(case.answers) <= len(case.asked) or len(case.asked) == len(job.nodes):
+            return False
+        return 2 * case.well >= sum(node in case.asked for node in job.ranks.values())
 
     def _sample(self, case: Case, nodes: list[str]) -> set[str]:
         """The nodes to ask, if not all."""
@@ -333,7 +365,7 @@ class Health:
         """Whether nothing at all has happened for so long that the attempt is given up, though nobody is named."""
         if self.policy.automatic == "never" or ranks.keys() != job.ranks.keys():
             return False
-        overdue = all(0 < e.threshold < e.stalled and e.state not in ("T", "t") for e in ranks.values())
+        overdue = all(is_overdue(e) and e.state not in ("T", "t") for e in ranks.values())
         return overdue and min(case.tracks[rank].stood for rank in ranks) > self.policy.give_up
 
     def _strayed(self, case: Case) -> float:

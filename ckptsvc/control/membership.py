@@ -25,6 +25,9 @@ PATIENCE_WITH_PREDECESSOR = 60.0
 """Seconds a new job waits for the running saves of a dead job of the same run, so that it can restore them."""
 
 
+BEGUN = 64
+"""Attempts of which it is remembered when they began."""
+
 SAID = 20
 """Ranks that leave an attempt of which the log speaks one by one."""
 
@@ -45,6 +48,8 @@ class Job:
     heard: set[str] = field(default_factory=set)  # nodes whose agent has been told of the epoch
     agreeing: set[str] = field(default_factory=set)  # nodes whose agent has been told of `agreed`
     left: int = 0  # ranks that have left the attempt
+    ended: dict[int, tuple[str, bool]] = field(default_factory=dict)  # they: on which node, whether out of order
+    begun: list[tuple[int, float, int]] = field(default_factory=list)  # (attempt, when, world size), oldest first
     seen: dict[int, float] = field(default_factory=dict)  # when each of them last registered
     away: dict[str, float] = field(default_factory=dict)  # node -> when its agent was lost
     announced: dict[int, dict[int, str]] = field(default_factory=dict)  # generation -> rank -> digest
@@ -55,11 +60,13 @@ class Job:
     wanted_at: int = -1  # the step at which that was ordered
     progress: dict[str, int] = field(default_factory=dict)  # node -> step of its fastest rank
     highest: int = 0  # of them all
+    doing: dict[str, pb.Progressed] = field(default_factory=dict)  # node -> the last it has told of its ranks
     pace: tuple[float, int] | None = None  # when, highest step: the last sample
     steps_per_second: float | None = None  # None until there are two samples
     stop_wanted: str = ""
     stop_ordered: tuple[int, str] = (-1, "")  # at which step, why
     rewinds: int = 0
+    paused: bool = False  # no automatic snapshots (control.pauses)
     busy_at: float = 0.0  # when there last were ranks, saves or snapshots
 
     @property
@@ -87,6 +94,7 @@ class Job:
             decision.reasons.append(f"job {self.name}: attempt {event.attempt} with {event.world_size} ranks")
         moved = self.ranks.get(event.rank) != event.node
         self.ranks[event.rank], self.seen[event.rank] = event.node, now
+        self.ended.pop(event.rank, None)
         if moved and len(self.ranks) == self.world_size:
             self.saves.read_by(frozenset(self.ranks.values()))
         self.saves.rank_back(event.rank)
@@ -108,7 +116,8 @@ class Job:
         self.saves.begin(event.attempt, now)
         self.ranks, self.seen, self.away = {}, {}, {}
         self.announced, self.agreed, self.progress, self.highest = {}, None, {}, 0
-        self.heard, self.agreeing, self.left = set(), set(), 0
+        self.heard, self.agreeing, self.left, self.ended, self.doing = set(), set(), 0, {}, {}
+        self.begun = [*self.begun[-BEGUN + 1 :], (event.attempt, now, event.world_size)]
         self.pace, self.steps_per_second, self.stop_wanted, self.stop_ordered = None, None, "", (-1, "")
         self.rewinds = 0
 
@@ -117,6 +126,7 @@ class Job:
         if event.attempt != self.attempt or event.rank not in self.ranks:
             return Decision()
         del self.ranks[event.rank]
+        self.ended[event.rank] = event.node, event.died
         self.saves.read_by(None)
         self._unheard(event.node)  # when the last one leaves, its agent forgets the attempt
         self.left += 1
@@ -227,6 +237,7 @@ class Job:
             return
         previous = self.progress.get(event.node, 0)
         self.progress[event.node] = event.highest
+        self.doing[event.node] = event
         if event.highest >= self.highest:
             self.highest = event.highest
         elif previous == self.highest:  # the one in front has gone back to a checkpoint
@@ -236,16 +247,23 @@ class Job:
             self.steps_per_second = max(0.0, (self.highest - before) / (now - then))
             self.pace = (now, self.highest)
 
-    def order_saves(self, now: float) -> Decision:
-        """Order the next snapshot by time, and the stop that somebody asked for, at a step nobody has reached.
+    @property
+    def ahead(self) -> int | None:
+        """A step nobody has reached, so far off that all can be told what to do there.
 
-        Nothing is ordered before the pace is known: the order would come too late for some ranks and not for others.
+        None before the pace is known: an order would come too late for some ranks and not for others.
         """
         if len(self.ranks) < self.world_size or not self.progress or self.steps_per_second is None:
+            return None
+        return self.highest + 2 + math.ceil(self.steps_per_second * LEAD_SECONDS)
+
+    def order_saves(self, now: float) -> Decision:
+        """Order the next snapshot by time, and the stop that somebody asked for."""
+        ahead = self.ahead
+        if ahead is None:
             return Decision()
         decision = Decision()
-        ahead = self.highest + 2 + math.ceil(self.steps_per_second * LEAD_SECONDS)
-        due = self.every_seconds and now - self.last_ordered >= self.every_seconds
+        due = self.every_seconds and not self.paused and now - self.last_ordered >= self.every_seconds
         if self.epoch and (due or self.save_wanted):
             self.wanted_at = ahead if self.save_wanted else self.wanted_at
             self.last_ordered, self.save_wanted = now, False

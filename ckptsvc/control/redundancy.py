@@ -109,10 +109,25 @@ class Redundancy:
     policy: PartnerPolicy = field(default_factory=PartnerPolicy)
     peers: dict[str, Peer] = field(default_factory=dict)
     jobs: dict[str, Protection] = field(default_factory=dict)
+    leaving: set[str] = field(default_factory=set)  # nodes that are about to be switched off
 
     def attends(self, hello: pb.AgentHello) -> None:
         """An agent has come."""
         self.peers[hello.node] = Peer(hello.address, hello.domain)
+        if hello.vacating:
+            self.leaving.add(hello.node)
+
+    def leave(self, node: str, *, leaves: bool) -> None:
+        """A node is about to be switched off, or stays after all: the next snapshot is kept elsewhere."""
+        if leaves:
+            self.leaving.add(node)
+        else:
+            self.leaving.discard(node)
+        for known in self.jobs.values():
+            known.seen = 0
+
+    def _reached(self, node: str) -> bool:
+        return node in self.peers and bool(self.peers[node].address) and node not in self.leaving
 
     def agent_lost(self, node: str) -> Decision:
         """An agent is out of reach, and what it holds."""
@@ -161,7 +176,7 @@ class Redundancy:
         ranks: dict[str, list[int]] = {}
         for rank, nodes in sorted(job.saves.held[key].items()):
             ranks.setdefault(nodes[0], []).append(rank)
-        reached = {node: self.peers[node].domain for node in ranks if node in self.peers and self.peers[node].address}
+        reached = {node: self.peers[node].domain for node in ranks if self._reached(node)}
         size = MIRRORED if self.policy.partner == "copy" else self.policy.group
         known.groups = group(reached, size, known.groups)
         decision = Decision()
@@ -253,7 +268,7 @@ class Redundancy:
         """A lost shard goes to a node that has come in place of a lost one, else to one that is left of its group."""
         held, missing = job.saves.held[key], set(self._missing(job, key))
         holding = {node for nodes in held.values() for node in nodes}
-        reached = [n for n in job.nodes if n in self.peers and self.peers[n].address]
+        reached = [n for n in job.nodes if self._reached(n)]
         fresh = [n for n in reached if n not in holding]
         decision = Decision()
         for guard, left in self._able(job, key):

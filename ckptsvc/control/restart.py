@@ -429,9 +429,7 @@ class Attempts:
                 found[node.name] = "its agent is away"
             elif node.name not in self.hosts:
                 bad = self.exclusion.excluded(node.name, now)
-                found[node.name] = (
-                    f"has failed too often: {self.exclusion.strikes[node.name].why}" if bad else "a spare"
-                )
+                found[node.name] = self.exclusion.why(node.name, now) if bad else "a spare"
         return found
 
     def waiting(self, now: float) -> list[str]:
@@ -447,13 +445,15 @@ class Attempts:
         return [n.name for n in chosen if n.name not in self.hosts] if len(chosen) > len(self.hosts) else []
 
     def grow(self, nodes: list[str], why: str, now: float) -> Decision:
-        """Start anew with these nodes as well. That is no failure, and takes none of the restarts."""
-        before = len(self.hosts)
-        names = f"node{'s' if len(nodes) > 1 else ''} {', '.join(nodes)}"
-        why = f"{names} can be used: the job grows from {before} to {before + len(nodes)} nodes, {why}"
+        """Start anew with these nodes as well."""
+        grows = f"the job grows from {len(self.hosts)} to {len(self.hosts) + len(nodes)} nodes, {why}"
+        return self.again(f"node{'s'[: len(nodes) - 1]} {', '.join(nodes)} can be used: {grows}", Cause.GROWN, now)
+
+    def again(self, why: str, cause: Cause, now: float) -> Decision:
+        """Start a new attempt though nothing has failed. That takes none of the restarts."""
         self.last_failure, self.since, self.phase = why, now, Phase.STOPPING
-        grown = Decision([Restarted(self.job, Cause.GROWN)], [f"job {self.job}: {why}"])
-        return grown.add(self._stop(self.attempt, why, self.nodes))
+        stop = self._stop(self.attempt, why, self.nodes)
+        return Decision([Restarted(self.job, cause)], [f"job {self.job}: {why}"]).add(stop)
 
     def _finish(self, now: float) -> Decision:
         worst = max(self.statuses.values())

@@ -51,6 +51,7 @@ class Save:
         decided: whether the policy has been asked.
         draining: the agents have been told to drain it.
         lost_at: since when one of its shards is on a disk that is out of reach.
+        timed_out: it has taken too long.
     """
 
     epoch: int
@@ -73,6 +74,7 @@ class Save:
     must: bool = False
     draining: bool = False
     lost_at: float | None = None
+    timed_out: bool = False
 
     @property
     def settled(self) -> bool:
@@ -107,6 +109,8 @@ class Saves:
     complete: dict[Key, int] = field(default_factory=dict)
     aliases: dict[Key, dict[str, str]] = field(default_factory=dict)
     ended: OrderedDict[Key, agent_pb2.SaveOutcome] = field(default_factory=OrderedDict)
+    ended_at: dict[Key, float] = field(default_factory=dict)  # of those that ended in our time
+    deleted: set[Key] = field(default_factory=set)  # of those that were committed: retention has removed them
 
     @property
     def newest(self) -> int:
@@ -313,6 +317,7 @@ class Saves:
                     if save.settled:
                         decision.add(self.leave_local(key, why, now))
                         continue
+                    save.timed_out = True
                     decision.add(self._end(key, agent_pb2.OUTCOME_FAILED, "store-unavailable", why, now))
                 continue
             if save.failure:
@@ -323,6 +328,7 @@ class Saves:
                 elif quiet:
                     decision.effects.append(self._look_up(save, now))
             elif now - save.opened > self.timeout and not save.settled:
+                save.timed_out = True
                 decision.add(self._fail(key, (agent_pb2.OUTCOME_FAILED, "save-failed", self._overdue(save)), now))
             elif save.attempt < self.attempt and now - self.attempt_began > LATE_NEWS and save.missing:
                 decision.add(self._lost_rank(key, save.missing[0], "was gone", now))
@@ -412,10 +418,13 @@ class Saves:
             reason=why,
             bytes=sum(d.nbytes for d in save.durable.values()),
             seconds=now - save.opened,
+            timed_out=save.timed_out and outcome == agent_pb2.OUTCOME_FAILED,
         )
-        self.ended[key] = record
+        self.ended[key], self.ended_at[key] = record, now
         while len(self.ended) > REMEMBERED:
             self.ended.popitem(last=False)
+        self.ended_at = {key: at for key, at in self.ended_at.items() if key in self.ended}
+        self.deleted &= self.ended.keys()
         effects: list[Effect] = [self._tell(n, save_ended=pb.SaveEnded(outcome=record)) for n in sorted(self.nodes)]
         word = agent_pb2.Outcome.Name(outcome).removeprefix("OUTCOME_").lower()
         return Decision(effects, [f"step {save.step}: {word}: {why}" if code else f"step {save.step}: {word}"])

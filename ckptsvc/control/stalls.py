@@ -201,5 +201,6 @@ class Stalls:
             step=known.sight.step,
             seconds=known.quiet,
             threshold=self.allowed(rank),
+            stopped=known.stopped,
         )
         return pb.Report(stalled=event)

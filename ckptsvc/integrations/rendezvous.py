@@ -38,7 +38,7 @@ from ckptsvc.config import agents_directory, load, private_directory
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.channel import OPTIONS, error_of
-from ckptsvc.rpc.dial import agent_arguments, ensure_agent, sockets
+from ckptsvc.rpc.dial import agent_arguments, agents_home, ensure_agent, sockets
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
 from ckptsvc.settings import Settings
 
@@ -97,7 +97,7 @@ def place_of(parameters: RendezvousParameters) -> Place:
         raise ConfigError("a job of several nodes needs --rdzv-endpoint HOST:PORT and --rdzv-id NAME",
             hint="instead of the endpoint, --rdzv-conf coordination=etcd://HOST:PORT")  # fmt: skip
     name = parameters.get("node")
-    base = agents_directory(settings, os.environ)
+    base = agents_home(agents_directory(settings, os.environ), settings)
     directory = private_directory(base / f"node-{name}" if name else base)
     leads, listen = not elected, ""
     if parameters.endpoint and not alone:

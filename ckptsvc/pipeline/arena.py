@@ -83,6 +83,16 @@ class Label(msgspec.Struct, frozen=True, kw_only=True):
     parity: Parity | None = None
 
 
+class _Owner(msgspec.Struct, frozen=True):
+    """Whose free arena it is, in a file beside it from one agent's end to the start of the next."""
+
+    job: str
+    rank: int
+
+
+_OWNER_SUFFIX = ".free"
+
+
 @dataclass(slots=True)
 class Arena:
     """One arena; `label` is set while it is STAGED or KEPT, `epoch` from when it is acquired on.
@@ -140,24 +150,34 @@ class ArenaPool:
             raise RunBusy(f"another agent uses the arenas in {self.root}", hint="give this one another name") from None
         found = []
         for path in sorted(self.root.glob("*.arena")):
-            label = _read_label(path)
-            if label is None or label.nbytes > path.stat().st_size - TAIL:
+            label, capacity = _read_label(path), path.stat().st_size - TAIL
+            owner = _read_owner(path) if label is None else None
+            if owner is not None and capacity > 0:
+                free = Arena(path.stem, path, capacity, owner.job, owner.rank, since=time.monotonic())
+                self.arenas[free.name] = free
+                continue
+            if label is None or label.nbytes > capacity:
                 path.unlink()
                 continue
-            arena = Arena(path.stem, path, path.stat().st_size - TAIL, label.job, label.rank, guest=label.guest)
+            arena = Arena(path.stem, path, capacity, label.job, label.rank, guest=label.guest)
             arena.state = State.KEPT if label.kept else State.STAGED
             arena.step, arena.label, arena.since = label.step, label, time.monotonic()
             self.arenas[arena.name] = arena
             found.append(arena)
-        for path in self.root.iterdir():  # labels without an arena, and torn ones
-            if path.suffix in (".json", ".new") and (path.suffix == ".new" or path.stem not in self.arenas):
+        for path in self.root.iterdir():  # labels without an arena, torn ones, and whose arenas were free
+            label_of_none = path.suffix == ".json" and path.stem not in self.arenas
+            if label_of_none or path.suffix in (".new", _OWNER_SUFFIX):
                 path.unlink()
         return found
 
-    def close(self, remove: bool) -> None:
-        """Give the directory up; with `remove`, and everything in it, without it, and what holds no snapshot."""
+    def close(self, *, remove: bool, keep_free: bool = False) -> None:
+        """Give the directory up; with `remove`, and everything in it, without it, and what holds no snapshot.
+
+        With `keep_free`, the next agent finds the free arenas as well: making them takes long.
+        """
         for arena in list(self.arenas.values()):
-            if remove or arena.label is None:
+            is_free = arena.state is State.FREE and not arena.guest
+            if remove or (arena.label is None and not (keep_free and is_free and _write_owner(arena))):
                 self.remove(arena)
         if self._lock >= 0:
             if remove:
@@ -183,13 +203,31 @@ class ArenaPool:
                 self.remove(arena)
         return count - sum(1 for a in self.of(job, rank) if a.capacity >= nbytes)
 
-    def make(self, job: str, rank: int, nbytes: int, *, guest: bool = False) -> tuple[Arena, int]:
+    def is_beyond(self, job: str, nbytes: int, most: int) -> bool:
+        """Whether one more arena would take a job's own beyond so many bytes."""
+        return (
+            sum(a.capacity + TAIL for a in self.arenas.values() if a.job == job and not a.guest) + _size(nbytes) > most
+        )
+
+    def make(
+        self, job: str, rank: int, nbytes: int, most: int | None = None, *, guest: bool = False
+    ) -> tuple[Arena, int]:
         """Reserve one more arena of at least `nbytes` bytes; `populate` must follow, with the descriptor returned.
 
+        Args:
+            job: whose it is.
+            rank: whose in that.
+            nbytes: what it is for.
+            most: bytes that the job's arenas may take; None: the pool's limit is the only one.
+            guest: it is for what belongs to another node.
+
         Raises:
-            ArenaExhausted: the limit does not allow it.
+            ArenaExhausted: a limit does not allow it.
         """
-        size = -(-(max(nbytes, 1) + TAIL) // HUGE_PAGE) * HUGE_PAGE
+        size = _size(nbytes)
+        if most is not None and self.is_beyond(job, nbytes, most):
+            raise ArenaExhausted(f"an arena of {size >> 20} MiB takes the job beyond its share, {most >> 20} MiB",
+                hint="raise arena.job_limit or arena.limit, or run fewer jobs on a node")  # fmt: skip
         if self.total + size > self.limit:
             taken = f"{self.total >> 20} of {self.limit >> 20} MiB are taken"
             raise ArenaExhausted(
@@ -198,7 +236,10 @@ class ArenaPool:
             )
         name = f"{'guest' if guest else f'{rank:05d}'}-{secrets.token_hex(8)}"
         path = self.root / f"{name}.arena"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ArenaExhausted(f"no arena can be made in {self.root}: {error.strerror}") from error
         arena = Arena(name, path, size - TAIL, job, rank, State.FILLING, guest=guest)
         self.arenas[name] = arena
         return arena, fd
@@ -221,22 +262,29 @@ class ArenaPool:
             raise ArenaExhausted(f"no free arena of {nbytes >> 20} MiB for rank {rank}: {busy} are still being saved")
         arena = min(free, key=lambda a: a.step)
         evicted = arena.label
-        self.release(arena)
         try:
             self._set_filled(arena, 0)
-        except OSError as error:  # somebody has tidied up in /dev/shm
+        except FileNotFoundError as error:  # somebody has tidied up in /dev/shm
             self.remove(arena)
             raise ArenaExhausted(f"the arena of rank {rank} is gone: {error}") from error
+        except OSError as error:
+            raise ArenaExhausted(f"the arena of rank {rank} cannot be opened: {error.strerror}") from error
+        self.release(arena)
         arena.state, arena.step, arena.holder, arena.since = State.FILLING, step, holder, time.monotonic()
         return arena, evicted
 
     def stage(self, arena: Arena, label: Label) -> None:
-        """The arena holds a whole snapshot now; remember that beyond this process."""
+        """The arena holds a whole snapshot now; remember that beyond this process.
+
+        Raises:
+            InvalidInput: it is too small for that.
+            OSError: it could not be written down, and is as before.
+        """
         if not 0 < label.nbytes <= arena.capacity:
             raise InvalidInput(f"a snapshot of {label.nbytes} bytes cannot be in an arena of {arena.capacity}")
         self._set_filled(arena, label.nbytes)
-        arena.label, arena.state, arena.holder, arena.since = label, State.STAGED, "", time.monotonic()
         _write_label(arena.path, label)
+        arena.label, arena.state, arena.holder, arena.since = label, State.STAGED, "", time.monotonic()
 
     def _set_filled(self, arena: Arena, nbytes: int) -> None:
         fd = os.open(arena.path, os.O_WRONLY | os.O_CLOEXEC)
@@ -250,7 +298,8 @@ class ArenaPool:
         if arena.label is not None:
             arena.label = msgspec.structs.replace(arena.label, kept=True)
             arena.state = State.KEPT
-            _write_label(arena.path, arena.label)
+            with contextlib.suppress(OSError):  # the next agent saves it once more, and finds it saved
+                _write_label(arena.path, arena.label)
 
     def keep_guest(self, arena: Arena, label: Label) -> None:
         """The arena holds, whole and verified, what belongs to other nodes; remember that beyond this process."""
@@ -278,6 +327,11 @@ class ArenaPool:
         self.arenas.pop(arena.name, None)
         self.on_given_up(arena)
         self.on_removed(arena)
+
+
+def _size(nbytes: int) -> int:
+    """Bytes of an arena that is to hold so many."""
+    return -(-(max(nbytes, 1) + TAIL) // HUGE_PAGE) * HUGE_PAGE
 
 
 def filled_word(arena: memoryview) -> memoryview:
@@ -398,6 +452,22 @@ def _read_label(path: Path) -> Label | None:
         return msgspec.json.decode(path.with_suffix(".json").read_bytes(), type=Label)
     except (OSError, msgspec.MsgspecError, UnicodeError):
         return None  # not staged, or torn by a crash while being labelled: not a snapshot
+
+
+def _read_owner(path: Path) -> _Owner | None:
+    try:
+        return msgspec.json.decode(path.with_suffix(_OWNER_SUFFIX).read_bytes(), type=_Owner)
+    except (OSError, msgspec.MsgspecError, UnicodeError):
+        return None
+
+
+def _write_owner(arena: Arena) -> bool:
+    """Write down whose free arena it is; False if that is not possible."""
+    try:
+        arena.path.with_suffix(_OWNER_SUFFIX).write_bytes(msgspec.json.encode(_Owner(arena.job, arena.rank)))
+    except OSError:
+        return False
+    return True
 
 
 def _write_label(path: Path, label: Label) -> None:

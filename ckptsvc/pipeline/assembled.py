@@ -11,6 +11,7 @@ import mmap
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate
+from typing import Protocol
 
 from ckptsvc.errors import SaveFailed
 from ckptsvc.pipeline.failpoint import failpoint
@@ -20,7 +21,17 @@ _HUGE = 2 << 20
 """Bytes of a huge page: memory is given back in such pieces."""
 
 
-def write_assembled(store: Store, key: str, pieces: Sequence[memoryview]) -> int:
+class Piece(Protocol):
+    """Bytes that are had when they are asked for, maybe more than once."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def __getitem__(self, part: slice, /) -> memoryview:
+        """Those from part.start to before part.stop."""
+
+
+def write_assembled(store: Store, key: str, pieces: Sequence[Piece]) -> int:
     """Write an object that consists of these pieces; returns its size.
 
     Raises:
@@ -50,7 +61,7 @@ class _Filling:
     `most` is the most bytes that were asked for.
     """
 
-    def __init__(self, memory: mmap.mmap, pieces: Sequence[memoryview]) -> None:
+    def __init__(self, memory: mmap.mmap, pieces: Sequence[Piece]) -> None:
         self._memory, self._pieces = memory, pieces
         self._ends = list(accumulate(map(len, pieces)))
         self._restart()

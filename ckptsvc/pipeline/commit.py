@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mmap
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from types import MappingProxyType
 
@@ -53,6 +53,7 @@ def commit_checkpoint(
     bases: Bases | None = None,
     *,
     metrics: Mapping[str, str] = MappingProxyType({}),
+    on_index: Callable[[], None] = lambda: None,
 ) -> CommitRecord:
     """Commit one checkpoint whose shards are all durable.
 
@@ -63,6 +64,7 @@ def commit_checkpoint(
         writer: a random id of the caller, the same when it tries again.
         bases: what is known of other checkpoints of this store.
         metrics: as the record has them (see `format.commit.metrics_text`).
+        on_index: called when the index has been written.
 
     Returns:
         the record that is in the store: ours, or that of an earlier try of this very save.
@@ -81,6 +83,7 @@ def commit_checkpoint(
     if earlier is None:
         _check_there(store, ref, shards)
         record = _write_index(store, ref, info, shards, writer)
+        on_index()
         failpoint("before_record")
         version = WITH_METRICS if metrics and record.format == FORMAT else record.format
         refers = bases.check(store, shards, ref.name)

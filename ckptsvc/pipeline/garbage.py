@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from ckptsvc.errors import Damaged, IncompatibleVersion
 from ckptsvc.format.commit import (
+    COMMIT,
     EPOCHS,
     PINS,
     RETIRED,
@@ -21,7 +23,7 @@ from ckptsvc.format.commit import (
 )
 from ckptsvc.pipeline.catalog import Ref, Refused, list_refs, newest_epoch, open_checkpoint, read_commit
 from ckptsvc.pipeline.pins import pinned
-from ckptsvc.pipeline.retain import LOOK_EVERY, mentioned, referred, whole
+from ckptsvc.pipeline.retain import LOOK_EVERY, lacking, mentioned, referred, whole
 from ckptsvc.storage import TEMPORARY_PREFIX, Entry, Store
 from ckptsvc.storage.unfinished import unfinished_by_folder
 
@@ -61,7 +63,8 @@ def find_garbage(store: Store) -> Iterator[Garbage]:
     """What interrupted saves, deletions and conversions left, folder by folder.
 
     A folder without a commit record may belong to a save that is still going on. Checkpoints whose commit record or
-    index cannot be read are left alone, and so is what a committed checkpoint refers to.
+    index cannot be read are left alone, and so is what a committed checkpoint refers to. Of a checkpoint that refers to
+    what is gone for good, the record is garbage, and then the rest.
     """
     commits: dict[Ref, CommitRecord | None] = {}
     unusable: dict[Ref, Refused] = {}
@@ -74,11 +77,15 @@ def find_garbage(store: Store) -> Iterator[Garbage]:
     pins = pinned(store)
     # `expire` makes them checkpoints again
     back = {ref: found[1] for ref in pins & commits.keys() if commits[ref] is None and (found := whole(store, ref))}
-    needed = referred([*back.values(), *(commit for commit in commits.values() if commit is not None)])
+    late = _late(store, commits, unusable.keys() | back.keys())
+    needed = referred([*back.values(), *(c for ref, c in commits.items() if c is not None and ref not in late)])
     needed |= mentioned(store, list(unusable.items())) | back.keys()
     newest = newest_epoch(store)
     for ref, commit in commits.items():
-        if commit is not None:
+        if ref in late and ref not in needed | pins:
+            record = tuple(entry for entry in store.list(ref.name) if entry.key == f"{ref.name}/{COMMIT}")
+            yield Garbage(ref.name, None, f"needs files of {late[ref]}, which was deleted", record)
+        elif commit is not None:
             yield from _strays(store, ref, commit)
         elif ref not in needed:
             entries = tuple(store.list(ref.name))
@@ -89,6 +96,22 @@ def find_garbage(store: Store) -> Iterator[Garbage]:
                 yield Garbage(ref.name, ref, f"save not committed{open_end}", entries)
     yield from _unfinished(store, {ref.name for ref in commits.keys() | unusable.keys()})
     yield from _beside(store, commits, marks, pins - commits.keys() - unusable.keys())
+
+
+def _late(store: Store, commits: Mapping[Ref, CommitRecord | None], others: Collection[Ref]) -> dict[Ref, str]:
+    """Committed checkpoints that need files of one that is gone, and its name.
+
+    Their writer was killed when it was to take the record back (see `references.withdraw_if_late`).
+    """
+    found = {}
+    for ref, commit in commits.items():
+        if commit is None or not any(commits.get(base) is None and base not in others for base in referred([commit])):
+            continue
+        with suppress(Damaged, IncompatibleVersion):
+            lost = [folder for folder in lacking(store, open_checkpoint(store, ref, commit)) if folder != ref.name]
+            if lost:
+                found[ref] = lost[0]
+    return found
 
 
 def _strays(store: Store, ref: Ref, commit: CommitRecord) -> Iterator[Garbage]:

@@ -19,11 +19,13 @@ import numpy as np
 from ckptsvc.errors import InvalidInput
 from ckptsvc.format.checksum import Digests, extent_digests, strong_digests
 from ckptsvc.format.columnar import Int64
-from ckptsvc.format.extents import ExtentTable, empty_rows
+from ckptsvc.format.extents import ExtentTable, Rows, empty_rows
 from ckptsvc.format.limits import MAX_SEGMENT_BYTES
 from ckptsvc.format.planes import PLAIN
 from ckptsvc.format.segments import StoredFile
-from ckptsvc.pipeline import packing
+from ckptsvc.pipeline import local_copy, packing
+from ckptsvc.pipeline.assembled import Piece
+from ckptsvc.pipeline.local_copy import Copy, Stretch
 from ckptsvc.pipeline.past import History, Key, Past
 from ckptsvc.pipeline.segment_write import Chunk, SegmentWriter
 from ckptsvc.pipeline.write import DIGESTING, ShardImage, Written, write_shard
@@ -150,6 +152,43 @@ class ShardWriter:
             with self._lock:
                 self._active -= 1
 
+    def drain(self, local: Store, store: Store, copy: Copy, committed: Key, go_on: Callable[[], None]) -> Written:
+        """Write a copy on the local disk to the store, or as much of it as is needed; it is not compressed.
+
+        Args:
+            local: the folder of the job.
+            store: where to.
+            copy: what.
+            committed: see `write`.
+            go_on: see `local_copy.drain`.
+
+        Raises:
+            Damaged, StoreError: as `local_copy.drain`.
+        """
+        label, low = copy.label, copy.array()
+        columns, info = local_copy.describe(local, copy)
+        if not self._economy.incremental:
+            local_copy.drain(local, store, copy, go_on)
+            return Written(copy.name, label.nbytes, low, columns, info, None, label.nbytes)
+        shard = ShardImage(memoryview(b""), label.nbytes, label.extent, label.epoch, label.step, label.rank)
+        high = local_copy.strong_halves(local, copy, go_on)
+        past = None
+        if committed < (label.epoch, label.step):
+            past = self._history.base(store.url, label.rank, committed, label.extent)
+        rows, files = _unchanged(past, low, high, label.nbytes)
+        todo = np.flatnonzero(rows["file"] < 0)
+        if past is None or len(todo) > MOSTLY_NEW * len(rows):
+            local_copy.drain(local, store, copy, go_on)
+            table = ExtentTable.whole(StoredFile(shard.folder, copy.name, label.nbytes), label.extent, low)
+            self._remember(store, shard, Past(low, high, label.nbytes, label.extent, table, "", 0))
+            return Written(copy.name, label.nbytes, low, columns, info, None, label.nbytes)
+        writer = SegmentWriter(store, shard, info, files)
+        writer.write(_plain(todo, lambda first, last: Stretch(local, copy, first, last - first, go_on)), rows, rows)
+        table = ExtentTable(tuple(writer.files), rows)
+        self._remember(store, shard, Past(low, high, label.nbytes, label.extent, table, "", past.age + 1))
+        segments = table.segments(label.nbytes, label.extent)
+        return Written(writer.name, label.nbytes, low, columns, info, segments, writer.nbytes)
+
     def _packs(self, store: Store, shard: ShardImage) -> bool:
         """Whether it may be compressed; "auto" needs a measure of the store first."""
         if self._packing is None or shard.extent > MAX_SEGMENT_BYTES:
@@ -190,17 +229,11 @@ class ShardWriter:
         with DIGESTING:
             low, high = strong_digests(shard.image[: shard.nbytes], shard.extent)
         on_digests(low)
-        rows = empty_rows(len(low))
-        rows["digest"] = low
-        files: tuple[StoredFile, ...] = ()
-        if past is not None:
-            same = past.same(low, high, shard.nbytes)
-            same[:1] = False  # the header says which step it is; and so there is always something to write
-            rows[same], files = past.table.rows[np.flatnonzero(same)], past.table.files
+        rows, files = _unchanged(past, low, high, shard.nbytes)
         todo = np.flatnonzero(rows["file"] < 0)
         writer, worth, why = SegmentWriter(store, shard, info, files), False, ""
         with ExitStack() as stack:
-            chapters: Iterable[list[Chunk]] = _plain(shard, todo)
+            chapters: Iterable[list[Chunk]] = _plain(todo, shard.bytes_of)
             if self._packs(store, shard):
                 planes = packing.planes_of(columns, len(rows), shard.extent)
                 packer = partial(self._pack, shard, self._earlier(stack, past), planes)
@@ -281,9 +314,21 @@ def _known_digests(low: Digests, high: Digests, buffer: memoryview, extent: int)
     return low, high
 
 
-def _plain(shard: ShardImage, todo: Int64) -> list[list[Chunk]]:
+def _unchanged(past: Past | None, low: Digests, high: Digests, nbytes: int) -> tuple[Rows, tuple[StoredFile, ...]]:
+    """The rows of a shard, with the places of what has not changed filled in, and the files that they name."""
+    rows = empty_rows(len(low))
+    rows["digest"] = low
+    if past is None:
+        return rows, ()
+    same = past.same(low, high, nbytes)
+    same[:1] = False  # the header says which step it is; and so there is always something to write
+    rows[same] = past.table.rows[np.flatnonzero(same)]
+    return rows, past.table.files
+
+
+def _plain(todo: Int64, bytes_of: Callable[[int, int], Piece]) -> list[list[Chunk]]:
     """Runs of extents to be stored as they are, file by file: as a rule it is one."""
     first = np.flatnonzero(np.concatenate((np.ones(min(len(todo), 1), np.bool_), np.diff(todo) != 1)))
     runs = zip(todo[first].tolist(), np.diff(np.append(first, len(todo))).tolist(), strict=True)
-    chunks = [Chunk(start, count, shard.bytes_of(start, start + count), PLAIN, False) for start, count in runs]
+    chunks = [Chunk(start, count, bytes_of(start, start + count), PLAIN, False) for start, count in runs]
     return [chunks[start : start + MAX_PARTS] for start in range(0, len(chunks), MAX_PARTS)]

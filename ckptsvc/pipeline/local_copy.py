@@ -21,24 +21,21 @@ from typing import Final, NamedTuple
 import msgspec
 import numpy as np
 
+from ckptsvc.config import LARGEST_EXTENT, PAGE
 from ckptsvc.errors import CkptsvcError, Damaged, IncompatibleVersion, InvalidInput, NotFound, StoreError
-from ckptsvc.format.checksum import Digests, check, digest64, extent_count
+from ckptsvc.format.checksum import Digests, check, digest64, extent_count, strong_digests
 from ckptsvc.format.columns import Columns
 from ckptsvc.format.commit import checkpoint_name, parse_shard_name
 from ckptsvc.format.compat import FORMAT
 from ckptsvc.format.limits import MAX_SHARDS, MAX_TENSOR_BYTES
 from ckptsvc.format.record import canonical, convert, parse
-from ckptsvc.format.shard import decode_header, header_length
+from ckptsvc.format.shard import ShardInfo, decode_header, header_length
 from ckptsvc.pipeline.arena import Label
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.storage import Store
 
 MAX_COPY_RECORD: Final = 64 << 20
 """Bytes of a record: a shard of 4 TiB, in extents of 1 MiB, has 32 MiB of digests, and a third more in JSON."""
-
-MIN_EXTENT: Final = 4096
-MAX_EXTENT: Final = 64 << 20
-"""Bytes per digest, as for the registration of a rank."""
 
 _RECORD: Final = ".json"
 _READ_STEP: Final = 16 << 20
@@ -108,7 +105,8 @@ class Copy(msgspec.Struct, frozen=True, kw_only=True):
         possible = (
             0 <= label.rank < label.world_size <= MAX_SHARDS
             and 0 < label.nbytes <= MAX_TENSOR_BYTES
-            and MIN_EXTENT <= label.extent <= MAX_EXTENT
+            and 0 < label.extent <= LARGEST_EXTENT
+            and label.extent % PAGE == 0
             and 0 <= label.attempt < 1 << 31
         )
         if not possible or not label.job or not label.store or parse_shard_name(copy.name) != label.rank:
@@ -167,15 +165,51 @@ def scan(store: Store, on_damaged: Callable[[CkptsvcError], None]) -> Iterator[F
             store.delete(key)
 
 
-def describe(store: Store, copy: Copy) -> Columns:
-    """The table of a copy, from its header, verified; Damaged where it cannot be read, or does not verify."""
+def describe(store: Store, copy: Copy) -> tuple[Columns, ShardInfo]:
+    """The table of a copy and where it comes from, verified; Damaged where it cannot be read, or does not verify."""
     extent, head = copy.label.extent, bytearray(min(copy.label.extent, copy.label.nbytes))
     _read(store, copy, memoryview(head), 0, len(head))
     prefix = 8 + header_length(bytes(head[:8]))
     if prefix > len(head):
         head = bytearray(min(-(-prefix // extent) * extent, copy.label.nbytes))
         _read(store, copy, memoryview(head), 0, len(head))
-    return Columns.from_table(decode_header(bytes(head[:prefix]), copy.label.nbytes))
+    table = decode_header(bytes(head[:prefix]), copy.label.nbytes)
+    return Columns.from_table(table), table.info
+
+
+def strong_halves(store: Store, copy: Copy, go_on: Callable[[], None]) -> Digests:
+    """64 bits more for each of a copy's digests (see `strong_digests`), which are verified; Damaged as `describe`."""
+    halves = []
+    for start, stop in _steps(0, copy.label.nbytes, copy.label.extent):
+        go_on()
+        buffer = memoryview(bytearray(min(stop, copy.label.nbytes) - start))
+        _read_at(store, copy, start, buffer)
+        halves.append(strong_digests(buffer, copy.label.extent)[1])
+    return np.concatenate(halves)
+
+
+class Stretch:
+    """Some extents of a copy, read and verified when somebody asks for them; see `assembled.Piece`."""
+
+    def __init__(self, store: Store, copy: Copy, first: int, count: int, go_on: Callable[[], None]) -> None:
+        extent, nbytes = copy.label.extent, copy.label.nbytes
+        self._store, self._copy, self._go_on = store, copy, go_on
+        self._start, self._stop = first * extent, min((first + count) * extent, nbytes)
+
+    def __len__(self) -> int:
+        """How many bytes."""
+        return self._stop - self._start
+
+    def __getitem__(self, part: slice, /) -> memoryview:
+        """Those from part.start to before part.stop; whole extents are read for them."""
+        self._go_on()
+        extent = self._copy.label.extent
+        start, stop = self._start + part.start, self._start + part.stop
+        low, high = start // extent * extent, min(-(-stop // extent) * extent, self._stop)
+        buffer = memoryview(bytearray(high - low))
+        _read_at(self._store, self._copy, low, buffer)
+        failpoint("in_drain")
+        return buffer[start - low : stop - low]
 
 
 def drain(local: Store, durable: Store, copy: Copy, go_on: Callable[[], None]) -> Columns:
@@ -194,7 +228,7 @@ def drain(local: Store, durable: Store, copy: Copy, go_on: Callable[[], None]) -
         Damaged: the copy cannot be read or does not verify; what was written of it is removed.
         StoreError: the durable store failed.
     """
-    columns = describe(local, copy)
+    columns, _ = describe(local, copy)
     nbytes = copy.label.nbytes
     with mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE) as memory:
         view = memoryview(memory)
@@ -253,10 +287,14 @@ def _steps(start: int, stop: int, extent: int) -> Iterator[tuple[int, int]]:
 
 
 def _read(local: Store, copy: Copy, target: memoryview, start: int, stop: int) -> None:
-    stop = min(stop, copy.label.nbytes)
-    with target[start:stop] as part:
-        try:
-            local.read_into(copy.key, start, part)
-        except StoreError as error:  # of the disk, not of the store that a drain writes to
-            raise Damaged(f"{local.url}/{copy.key} cannot be read: {error}") from None
-        check(part, copy.array(), f"{local.url}/{copy.key}", start // copy.label.extent, copy.label.extent)
+    with target[start : min(stop, copy.label.nbytes)] as part:
+        _read_at(local, copy, start, part)
+
+
+def _read_at(local: Store, copy: Copy, start: int, part: memoryview) -> None:
+    """Read whole extents from byte `start` on."""
+    try:
+        local.read_into(copy.key, start, part)
+    except StoreError as error:  # of the disk, not of the store that a drain writes to
+        raise Damaged(f"{local.url}/{copy.key} cannot be read: {error}") from None
+    check(part, copy.array(), f"{local.url}/{copy.key}", start // copy.label.extent, copy.label.extent)

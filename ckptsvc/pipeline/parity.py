@@ -6,111 +6,138 @@ s, s + 1, ..., s + m - 1 (modulo k) keep parity, of all the others one chunk eac
 each stripe in which it keeps none, in the order of the stripes. All chunks are equally long, so every node reads the
 chunks of the others for m stripes, keeps m chunks of parity, and no node has more to do than another.
 
-The parity of a stripe is one line (m = 1) or two: the sum of the chunks, and the sum of each times 2^i for node number
-i of the group, in GF(256) with the polynomial x^8 + x^4 + x^3 + x^2 + 1 (as in RAID 6: H. P. Anvin, "The mathematics
-of RAID-6"). Any two chunks can be solved for, of at most 255 nodes.
+The parity of a stripe is one line (m = 1) or two: the sum of the chunks, and the sum of each times x^i for node number
+i of the group, modulo 1 + x + ... + x^(p - 1), p a prime. To be multiplied, a block is cut in p - 1 rows, which are the
+coefficients of a polynomial: times x moves them by one, and there is nothing but exclusive-or to do. Any two chunks can
+be solved for, of at most p nodes (M. Blaum, R. M. Roth, "New array codes for multiple phased burst correction", IEEE
+Transactions on Information Theory 39, 1993: Reed-Solomon codes over this ring).
 """
 
 from __future__ import annotations
 
-import functools
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ckptsvc.errors import InvalidInput
 
-MAX_GROUP = 255
-"""Nodes whose powers of 2 differ."""
+PRIMES = (5, 17, 257)
+"""The values of p: with p - 1 a power of 2, extents, which are whole pages, can be cut in as many rows."""
 
-_POLYNOMIAL = 0x11D
-_BLOCK = 128 << 10
+MAX_GROUP = PRIMES[-1]
+"""Nodes whose powers of x differ."""
+
+_BLOCK = 1 << 20
 """Bytes that are worked on at a time: what a step leaves is still in the cache at the next one."""
 
 Bytes = NDArray[np.uint8]
 
+Powers = tuple[int, ...]
+"""A factor: the sum of these powers of x."""
 
-def _powers() -> tuple[list[int], list[int]]:
-    exp, log, value = [0] * 510, [0] * 256, 1
-    for power in range(255):
-        exp[power] = exp[power + 255] = value
-        log[value] = power
-        value <<= 1
-        if value > 255:
-            value ^= _POLYNOMIAL
-    return exp, log
+ONE: Powers = (0,)
 
 
-_EXP, _LOG = _powers()
+class Recipe(NamedTuple):
+    """How a lost chunk is made of what is left of its stripe: a sum, which may have to be divided.
 
+    Attributes:
+        lines: {line of parity: its factor}.
+        nodes: {node: the factor of its chunk}.
+        divisor: d: the sum is 1 + x^d times the chunk; 0: it is the chunk.
+    """
 
-def times(a: int, b: int) -> int:
-    """The product in GF(256)."""
-    return _EXP[_LOG[a] + _LOG[b]] if a and b else 0
-
-
-def inverse(a: int) -> int:
-    """1/a in GF(256); ZeroDivisionError for 0."""
-    if not a:
-        raise ZeroDivisionError("0 has no inverse")
-    return _EXP[255 - _LOG[a]]
-
-
-def coefficient(line: int, node: int) -> int:
-    """What a node's chunk is multiplied by in a line of parity."""
-    return _EXP[line * node % 255]
-
-
-@functools.lru_cache(maxsize=64)
-def _table(factor: int) -> NDArray[np.uint16]:
-    """The products of all pairs of bytes: a table of 128 KiB is looked up twice as fast as one of 256 bytes."""
-    single = np.array([times(factor, value) for value in range(256)], np.uint16)
-    table: NDArray[np.uint16] = np.bitwise_or(single[:, None] << np.uint16(8), single[None, :]).reshape(-1)
-    return table
+    lines: dict[int, Powers]
+    nodes: dict[int, Powers]
+    divisor: int = 0
 
 
 class Sum:
-    """Adds multiples of blocks to a block; keeps the memory for that."""
+    """Adds up multiples of blocks; keeps the memory for that.
 
-    def __init__(self) -> None:
-        self._product = np.empty(_BLOCK // 2, np.uint16)
+    Args:
+        prime: p, at least the number of nodes.
+        extent: bytes of a block, a multiple of the page size.
+    """
 
-    def put(self, total: Bytes, block: Bytes, factor: int) -> None:
-        """Begin anew: the total is factor * block, and zeros beyond it."""
-        total[len(block) :] = 0
-        if factor == 1:
-            np.copyto(total[: len(block)], block)
-            return
-        total[: len(block)] = 0
-        self.add(total, block, factor)
+    def __init__(self, prime: int, extent: int) -> None:
+        self._prime = prime
+        self._rows = np.empty(prime * (min(_BLOCK, extent) // (prime - 1)), np.uint8)
 
-    def add(self, total: Bytes, block: Bytes, factor: int) -> None:
-        """Add factor * block to the total, in GF(256); the block may be shorter, and is followed by zeros then."""
-        if factor == 1:
-            _xor(total[: len(block)], block)
-        elif factor:
-            for start in range(0, len(block), _BLOCK):
-                self._add_product(total[start:], block[start : start + _BLOCK], factor)
+    def put(self, total: Bytes, terms: Sequence[tuple[Bytes, Powers]], divisor: int = 0) -> None:
+        """Set the total to the sum of all blocks times their factors, divided by 1 + x^divisor.
 
-    def _add_product(self, total: Bytes, block: Bytes, factor: int) -> None:
-        pairs = len(block) // 2
-        product = self._product[:pairs]
-        # "clip" checks no bounds: there is an entry for every pair of bytes
-        np.take(_table(factor), block[: 2 * pairs].view(np.uint16), out=product, mode="clip")
-        _xor(total[: 2 * pairs], product.view(np.uint8))
-        if len(block) % 2:
-            total[len(block) - 1] ^= times(factor, int(block[-1]))
+        All have the same length; a block of length 0 is one of zeros.
+        """
+        terms = [term for term in terms if len(term[0])]
+        if not terms:
+            total[:] = 0
+        elif divisor or any(powers != ONE for _, powers in terms):
+            for start in range(0, len(total), _BLOCK):
+                part = slice(start, start + _BLOCK)
+                self._put(total[part], [(block[part], powers) for block, powers in terms], divisor)
+        else:
+            add_up(total, [block for block, _ in terms])
+
+    def _put(self, total: Bytes, terms: Sequence[tuple[Bytes, Powers]], divisor: int) -> None:
+        width = len(total) // (self._prime - 1)
+        flat = self._rows[: self._prime * width]
+        begun = False
+        for block, powers in terms:
+            for power in powers:
+                _add_moved(flat, block, power * width, begun=begun)
+                begun = True
+        rows, whole = flat.reshape(self._prime, width), total.reshape(self._prime - 1, width)
+        if divisor:
+            _divide(whole, rows, divisor)
+        else:  # x^(p - 1) is the sum of all lower powers
+            np.bitwise_xor(rows[:-1], rows[-1], out=whole)
 
 
-def _xor(total: Bytes, block: Bytes) -> None:
-    """Add to the total, which is as long as the block: eight bytes at a time, then the rest."""
-    whole = len(block) // 8 * 8
-    wide = total[:whole].view(np.uint64)
-    np.bitwise_xor(wide, block[:whole].view(np.uint64), out=wide)
-    np.bitwise_xor(total[whole:], block[whole:], out=total[whole:])
+def _divide(whole: Bytes, rows: Bytes, divisor: int) -> None:
+    """Solve (1 + x^divisor) * whole = rows, row by row from the one that is 0, x^(p - 1)'s, around to that one again.
+
+    What is left there is the sum of all rows, which had to be 0: the sum times 1 + x + ... + x^(p - 1), which is 0, is
+    added to the rows for that, and so to every other row of the solution.
+    """
+    order = [(step * divisor - 1) % len(rows) for step in range(1, len(rows))]
+    whole[order[0]] = rows[order[0]]
+    for before, row in itertools.pairwise(order):
+        np.bitwise_xor(rows[row], whole[before], out=whole[row])
+    left = np.bitwise_xor(rows[-1], whole[order[-1]], out=rows[-1])
+    for row in order[::2]:
+        np.bitwise_xor(whole[row], left, out=whole[row])
+
+
+def add_up(total: Bytes, blocks: Sequence[Bytes]) -> None:
+    """Set the total to the sum of blocks of its length, at least one."""
+    first, *others = (block.view(np.uint64) for block in blocks)
+    wide = total.view(np.uint64)
+    for start in range(0, len(wide), _BLOCK // 8):
+        part = slice(start, start + _BLOCK // 8)
+        if not others:
+            np.copyto(wide[part], first[part])
+            continue
+        np.bitwise_xor(first[part], others[0][part], out=wide[part])
+        for other in others[1:]:
+            np.bitwise_xor(wide[part], other[part], out=wide[part])
+
+
+def _add_moved(rows: Bytes, block: Bytes, by: int, *, begun: bool) -> None:
+    """Add a block, which is one row shorter than `rows`, from byte `by` on, around the end; or begin anew with it."""
+    head = min(len(block), len(rows) - by)
+    tail = len(block) - head
+    if begun:
+        np.bitwise_xor(rows[by : by + head], block[:head], out=rows[by : by + head])
+        np.bitwise_xor(rows[:tail], block[head:], out=rows[:tail])
+    else:
+        rows[by : by + head], rows[:tail] = block[:head], block[head:]
+        rows[by + head :] = 0
+        rows[tail:by] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +160,15 @@ class Stripes:
     def __post_init__(self) -> None:
         if not (1 <= self.losses <= 2 and self.losses < self.nodes <= MAX_GROUP and self.extents > 0):
             raise InvalidInput(f"{self.nodes} nodes of {self.extents} extents cannot lose {self.losses} of them")
+
+    @property
+    def prime(self) -> int:
+        """The smallest that is enough for the nodes."""
+        return next(prime for prime in PRIMES if prime >= self.nodes)
+
+    def factor(self, line: int, node: int) -> Powers:
+        """What a node's chunk is multiplied by in a line of parity."""
+        return (line * node,)
 
     @property
     def chunk(self) -> int:
@@ -160,11 +196,8 @@ class Stripes:
         """The stripes in which a node has data, in the order of its chunks."""
         return [stripe for stripe in range(self.nodes) if node not in self.keepers(stripe)]
 
-    def recipe(self, stripe: int, node: int, lost: Collection[int]) -> tuple[dict[int, int], dict[int, int]]:
+    def recipe(self, stripe: int, node: int, lost: Collection[int]) -> Recipe:
         """How a lost node's chunk in a stripe is made of what is left.
-
-        Returns:
-            ({line of parity: its factor}, {node: the factor of its chunk}); the chunk is the sum of all of them.
 
         Raises:
             InvalidInput: too much is lost.
@@ -173,23 +206,20 @@ class Stripes:
         lines = [line for line, keeper in enumerate(self.keepers(stripe)) if keeper not in lost][: len(unknown)]
         if node not in unknown or len(lines) < len(unknown):
             raise InvalidInput(f"{len(lost)} nodes are lost, where parity makes up for {self.losses}")
-        factors = dict(zip(lines, _solution(lines, unknown, unknown.index(node)), strict=True))
         known = [other for other in self.data(stripe) if other not in lost]
-        chunks = {
-            other: functools.reduce(int.__xor__, (times(f, coefficient(line, other)) for line, f in factors.items()))
-            for other in known
-        }
-        return factors, chunks
 
+        def power(exponent: int) -> int:
+            return exponent % self.prime
 
-def _solution(lines: Sequence[int], unknown: Sequence[int], which: int) -> list[int]:
-    """Factors with which lines of parity add up to one of as many unknowns (and to nothing of the others)."""
-    rows = [[coefficient(line, node) for node in unknown] for line in lines]
-    if len(rows) == 1:
-        return [inverse(rows[0][0])]
-    (a, b), (c, d) = rows
-    scale = inverse(times(a, d) ^ times(b, c))
-    return [times(scale, factor) for factor in ((d, b) if which == 0 else (c, a))]
+        if len(lines) == 1:
+            line = lines[0]
+            return Recipe({line: (power(-line * node),)}, {n: (power(line * (n - node)),) for n in known})
+        # Of P = D + E + ... and Q = x^node D + x^other E + ..., both times x^-node, the second and x^(other - node)
+        # times the first add up to (1 + x^(other - node)) D + ...
+        other = next(n for n in unknown if n != node)
+        apart = power(other - node)
+        chunks: dict[int, Powers] = {n: (power(n - node), apart) for n in known}
+        return Recipe({0: (apart,), 1: (power(-node),)}, chunks, apart)
 
 
 def zeros(nbytes: int) -> Bytes:

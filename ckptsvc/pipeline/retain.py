@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from ckptsvc.errors import Damaged, IncompatibleVersion, InvalidInput, NotFound, StoreError
 from ckptsvc.format.commit import COMMIT, RETIRED, CommitRecord, parse_checkpoint_name
 from ckptsvc.format.limits import MAX_RECORD_BYTES
-from ckptsvc.pipeline.catalog import Ref, Refused, exists, find, open_checkpoint
+from ckptsvc.pipeline.catalog import Checkpoint, Ref, Refused, exists, find, open_checkpoint
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.pins import pinned
 from ckptsvc.pipeline.retention import Candidate, Policy, Verdict, decide
@@ -249,12 +249,15 @@ def whole(store: Store, ref: Ref) -> tuple[bytes, CommitRecord] | None:
         checkpoint = open_checkpoint(store, ref, commit)
     except (Damaged, IncompatibleVersion):
         return None
-    wanted = {ref.name: checkpoint.own_names() - {COMMIT}}
+    return None if lacking(store, checkpoint) else (data, commit)
+
+
+def lacking(store: Store, checkpoint: Checkpoint) -> list[str]:
+    """The folders in which files are missing that a checkpoint needs, its own and others'."""
+    wanted = {checkpoint.ref.name: checkpoint.own_names() - {COMMIT}}
     for file in checkpoint.index.segments.files if checkpoint.index.segments else ():
         wanted.setdefault(file.folder, set()).add(file.name)
-    if any(names - set(store.children(folder)) for folder, names in wanted.items()):
-        return None
-    return data, commit
+    return [folder for folder, names in wanted.items() if names - set(store.children(folder))]
 
 
 def sweep(store: Store, ref: Ref, pace: Callable[[], None], progress: Callable[[int], None]) -> int:

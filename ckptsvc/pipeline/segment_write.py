@@ -18,7 +18,7 @@ from ckptsvc.format.planes import PLAIN
 from ckptsvc.format.segment_file import Part, SegmentFileInfo, encode_header
 from ckptsvc.format.segments import PLACE, StoredFile
 from ckptsvc.format.shard import ShardInfo
-from ckptsvc.pipeline.assembled import write_assembled
+from ckptsvc.pipeline.assembled import Piece, write_assembled
 from ckptsvc.pipeline.write import ShardImage
 from ckptsvc.storage import Store
 
@@ -28,7 +28,7 @@ class Chunk(NamedTuple):
 
     first: int
     extents: int
-    data: memoryview | bytes
+    data: Piece | bytes
     codec: int
     delta: bool
 
@@ -80,7 +80,8 @@ class SegmentWriter:
         header = encode_header(self._info, parts)
         name = shard_name(self._shard.rank, secrets.token_hex(4))
         self.name = self.name or name
-        pieces = [memoryview(header), *(memoryview(chunk.data) for chunk in chapter)]
+        data = (memoryview(c.data) if isinstance(c.data, bytes) else c.data for c in chapter)
+        pieces: list[Piece] = [memoryview(header), *data]
         size = write_assembled(self._store, f"{self._shard.folder}/{name}", pieces)
         number, offset = len(self.files), len(header)
         self.files.append(StoredFile(self._shard.folder, name, size, len(header), xxhash.xxh3_64_intdigest(header)))
@@ -94,6 +95,7 @@ class SegmentWriter:
                 here["nbytes"] = np.minimum(self._shard.extent, len(chunk.data) - starts)
             else:
                 here["offset"], here["nbytes"] = offset, len(chunk.data)
+                assert isinstance(chunk.data, bytes), "what was compressed is in memory"
                 here["digest"] = xxhash.xxh3_64_intdigest(chunk.data)
             if chunk.delta:
                 base = bases[chunk.first]

@@ -47,6 +47,12 @@ BETWEEN = [
 ]
 """For the server at which agents look for a coordinator."""
 
+LOCAL = [*(each for each in OPTIONS if "receive" not in each[0]), ("grpc.max_receive_message_length", 32 << 20)]
+"""For the server at which the ranks and launchers of a node call, and for who asks another user's: little is said."""
+
+MAX_CALLS = 65536
+"""Calls to that server that may wait for an answer; each rank has a handful."""
+
 MAX_WHAT = 800
 """Characters of an error's message that travel."""
 
@@ -57,6 +63,8 @@ MAX_DETAILS = 200
 
 ERROR_KEY = "ckptsvc-error-bin"
 TOKEN_KEY = "ckptsvc-token"
+FOR_KEY = "ckptsvc-for"
+"""For whom root passes an order on, as JSON: {"uid", "name"}. Nobody else is believed."""
 
 
 def trailers_of(error: CkptsvcError) -> tuple[grpc.StatusCode, str, tuple[tuple[str, bytes], ...]]:

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ckptsvc.errors import AgentUnavailable, ConfigError
+from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError
+from ckptsvc.rpc import service
+from ckptsvc.settings import Settings
+
+log = logging.getLogger("ckptsvc.client")
 
 GRPC_SOCKET = "agent.sock"
 IDENTITY_SOCKET = "identity.sock"
+LOCK = "agent.lock"
 
 MAX_SOCKET_PATH = 107
 """Bytes in the path of a unix socket: sun_path has 108, the last one for the terminating NUL (unix(7))."""
@@ -47,13 +54,59 @@ def sockets(directory: Path) -> tuple[str, str]:
 def is_alive(directory: Path) -> bool:
     """Whether an agent holds this directory's lock."""
     try:
-        with open(directory / "agent.lock", "rb") as lock:
+        with open(directory / LOCK, "rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     except OSError:
         return False
     return False
+
+
+def agents_home(own: Path, settings: Settings) -> Path:
+    """The directory of this user's agent: his own, or the one that the node's system service gives him.
+
+    What is set counts first, then an agent of his own that lives, then the service (system.directory).
+
+    Args:
+        own: where his agent is without a service (config.agents_directory).
+        settings: say whether `own` was set, and where the service is.
+    """
+    system = Path(settings.system.directory)
+    if settings.agent.socket_dir or is_alive(own) or not service.is_there(system):
+        return own
+    given = service.directory_of(system, os.geteuid())
+    if is_alive(given):
+        return given  # even while nobody answers for the service itself
+    try:
+        return service.own_agent(system)
+    except CkptsvcError as error:
+        log.warning("the system service in %s starts no agent for this user: %s", system, error)
+        return own
+
+
+@contextlib.contextmanager
+def safe_target(directory: Path, uid: int) -> Iterator[str]:
+    """The gRPC target of a user's agent, for root: links that the user may have put there are not followed.
+
+    Raises:
+        AgentUnavailable: there is no socket of that user.
+    """
+    try:
+        above = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            fd = os.open(GRPC_SOCKET, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+        finally:
+            os.close(above)
+    except OSError as error:
+        raise AgentUnavailable(f"no agent serves in {directory}: {error.strerror}") from error
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISSOCK(status.st_mode) or status.st_uid != uid:
+            raise AgentUnavailable(f"{directory / GRPC_SOCKET} is no socket of user {uid}")
+        yield f"unix:/proc/self/fd/{fd}"
+    finally:
+        os.close(fd)
 
 
 def address_of(directory: Path) -> str:
@@ -88,11 +141,17 @@ def agent_arguments(
 def ensure_agent(directory: Path, arguments: Sequence[str] = ()) -> bool:
     """Start an agent in this directory unless one is there; returns whether this call started it.
 
-    Many ranks may call this at once: one of them starts it, all wait until it answers.
+    Many ranks may call this at once: one of them starts it, all wait until it answers. An agent of the system service
+    is started by that alone.
 
     Raises:
         AgentUnavailable: it did not come up, or has ended at once; the hint has the end of its log.
     """
+    above = service.service_of(directory)
+    if above is not None:
+        if not is_alive(directory):
+            _ask_for(directory, above)
+        return False
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _starting(directory):
         agent = None if is_alive(directory) else _start(directory, arguments)
@@ -104,6 +163,15 @@ def ensure_agent(directory: Path, arguments: Sequence[str] = ()) -> bool:
                 raise AgentUnavailable(f"the agent in {directory} did not start", hint=_tail(directory / "agent.log"))
             time.sleep(0.02)
     return agent is not None
+
+
+def _ask_for(directory: Path, above: Path) -> None:
+    try:
+        service.own_agent(above)
+    except AgentUnavailable as error:
+        raise AgentUnavailable(error.what, hint=error.hint or _tail(directory / "agent.log")) from None
+    except CkptsvcError as error:  # a rank goes on without its agent; that it may have none again is for the log
+        raise AgentUnavailable(f"the system service starts no agent: {error.what}", hint=error.hint) from None
 
 
 @contextlib.contextmanager

@@ -8,10 +8,15 @@ the life of the session.
                ends}
               -> {ok, token, node} + descriptor of the heartbeat page
     map       {op, slot} -> {ok, capacity} + descriptor of the arena
+    yield     {op} -> {ok}: the agent ends at once, for a service that wants to serve here; a service refuses
 
 A second connection of the same process turns round after its one message: from then on the agent asks (rpc.testimony).
 
     witness   {op, token} -> {ok}
+
+Who gives an order (`ckptsvc pause`) says here who he is, and leaves the connection open until he has his answer.
+
+    caller    {op} -> {ok, token, node}
 """
 
 from __future__ import annotations
@@ -32,11 +37,14 @@ from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError
 MAX_PACKET = 64 << 10
 """Bytes in one message."""
 
-PAGE = struct.Struct("<qQqqqqqqqq32s")
+PAGE = struct.Struct("<qQqqqqqqqq32sqqqqqqq")
 """The heartbeat page: steps done, CLOCK_MONOTONIC nanoseconds of the last sign of life (written by the rank); step to
 save at, step to stop at, last committed step, last step whose save failed (written by the agent; -1 means none); how
 many phases the rank has gone through, when the present one began, how far it is, the number of the signal by which it
-was asked to stop (or 0), and the phase's name (written by the rank).
+was asked to stop (or 0), and the phase's name; so far: nanoseconds for which snapshots have held the loop up, and for
+which it has waited for saves, how many snapshots that were, and how many could not be taken because no agent was there;
+steps done when the rank began to step, restored or afresh, or -1 (written by the rank); the step from which on it takes
+no automatic snapshots, and the one from which on it takes them again (written by the agent; 0 means none).
 The words are aligned: each is read and written whole. A phase's number is written last: with it, its name is there."""
 
 PAGE_BYTES = 4096
@@ -46,6 +54,8 @@ PHASE_BYTES = 32
 _FIELDS = {
     "step": 0, "at": 8, "save_at": 16, "stop_at": 24, "committed": 32, "failed": 40,
     "phases": 48, "since": 56, "progress": 64, "signal": 72,
+    "blocked": 112, "waited": 120, "snapshots": 128, "missed": 136, "began": 144,
+    "paused": 152, "resumed": 160,
 }  # fmt: skip
 _AT, _PHASES, _SINCE, _PROGRESS, _NAME = 1, 6, 7, 8, 80
 
@@ -54,13 +64,13 @@ class Page:
     """The heartbeat page of one rank, shared by the rank and the agent."""
 
     def __init__(self, memory: memoryview) -> None:
-        self._words = memory[:_NAME].cast("q")
-        self._name = memory[_NAME : PAGE.size]
+        self._words = memory[: PAGE.size].cast("q")
+        self._name = memory[_NAME : _NAME + PHASE_BYTES]
 
     @staticmethod
     def blank() -> bytes:
         """The page before anything has happened."""
-        return PAGE.pack(0, 0, -1, -1, -1, -1, 0, 0, 0, 0, b"")
+        return PAGE.pack(0, 0, -1, -1, -1, -1, 0, 0, 0, 0, b"", 0, 0, 0, 0, -1, 0, 0)
 
     def get(self, name: str) -> int:
         """Read one word."""
@@ -89,9 +99,19 @@ class Page:
         self._words[_PROGRESS] += amount
         self._words[_AT] = now
 
+    def is_paused(self, step: int) -> bool:
+        """Whether an automatic snapshot of this step is not to be taken; every rank finds the same."""
+        paused, resumed = self.get("paused"), self.get("resumed")
+        return 0 < paused <= step and not paused < resumed <= step
+
     def carry(self, older: Page) -> None:
-        """Take over what the rank has written to another page, unless this one is further."""
+        """Take over what the rank has written to another page, unless this one is further; and an order to pause."""
         self.put("signal", self.get("signal") or older.get("signal"))
+        for word in ("blocked", "waited", "snapshots", "missed", "began"):
+            self.put(word, max(self.get(word), older.get(word)))
+        if not self.get("paused"):  # an agent that knows of none has been restarted, and may not have heard of it yet
+            self.put("resumed", older.get("resumed"))
+            self.put("paused", older.get("paused"))
         if (older.get("phases"), older.get("at")) > (self.get("phases"), self.get("at")):
             self._name[:] = older._name
             for word in ("step", "at", "since", "progress", "phases"):
@@ -99,13 +119,19 @@ class Page:
 
 
 class IdentityClient:
-    """The training process's end.
+    """The end of a training process, or of one that gives orders.
+
+    Args:
+        path: of the socket.
+        timeout: seconds for one answer.
+        of_anybody: root may speak to another user's agent.
 
     Attributes:
         peer: process id of the agent; 0 where it is of another pid namespace.
+        owner: user id of the agent: this user's, or 0.
     """
 
-    def __init__(self, path: str, timeout: float = 10.0) -> None:
+    def __init__(self, path: str, timeout: float = 10.0, *, of_anybody: bool = False) -> None:
         self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._sock.settimeout(timeout)
         try:
@@ -113,10 +139,10 @@ class IdentityClient:
         except OSError as error:
             self._sock.close()
             raise AgentUnavailable(f"no agent answers on {path}: {error.strerror or error}") from error
-        self.peer, uid, _ = peer_of(self._sock)
-        if uid not in (os.geteuid(), 0):
+        self.peer, self.owner, _ = peer_of(self._sock)
+        if self.owner not in (os.geteuid(), 0) and not (of_anybody and os.geteuid() == 0):
             self._sock.close()
-            raise AgentUnavailable(f"the process that listens on {path} belongs to user {uid}")
+            raise AgentUnavailable(f"the process that listens on {path} belongs to user {self.owner}")
 
     def call(self, message: dict[str, Any]) -> tuple[dict[str, Any], int]:
         """Send one message; returns the answer and the descriptor that came with it (the caller closes it), or -1.

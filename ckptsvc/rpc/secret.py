@@ -55,15 +55,15 @@ def numeric(address: str) -> str:
     return str(Address("127.0.0.1" if host == "localhost" else str(ipaddress.ip_address(host)), port))
 
 
-def shared_secret(directory: Path) -> str:
+def shared_secret(directory: Path, name: str = FILE) -> str:
     """Read the secret in this private directory, or make it; several agents may do so at once.
 
     Raises:
         ConfigError: the file is not this user's alone, or holds no secret.
     """
-    path = directory / FILE
+    path = directory / name
     if not path.exists():
-        fresh = directory / f"{FILE}.{secrets.token_hex(8)}"
+        fresh = directory / f"{name}.{secrets.token_hex(8)}"
         fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
         with open(fd, "w") as file:
             file.write(secrets.token_hex(_BYTES))

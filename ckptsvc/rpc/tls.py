@@ -41,11 +41,18 @@ class Shown(msgspec.Struct, frozen=True):
         context = self._context(ssl.PROTOCOL_TLS_SERVER)
         return self._checked(context.wrap_socket(connection, server_side=True))
 
+    def for_browsers(self) -> ssl.SSLContext:
+        """The end that browsers and Prometheus connect to: they show no certificate."""
+        return self._with_ours(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER))
+
     def _context(self, protocol: int) -> ssl.SSLContext:
         context = ssl.SSLContext(protocol)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.verify_mode = ssl.CERT_REQUIRED
         context.load_verify_locations(cadata=self.authority.decode("ascii", "ignore"))
+        return self._with_ours(context)
+
+    def _with_ours(self, context: ssl.SSLContext) -> ssl.SSLContext:
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
         file = os.memfd_create("certificate", os.MFD_CLOEXEC)  # OpenSSL takes these from files only
         try:
             os.write(file, self.certificate + b"\n" + self.key)

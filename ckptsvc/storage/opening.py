@@ -10,11 +10,13 @@ from ckptsvc.config import load
 from ckptsvc.settings import StoreSettings
 from ckptsvc.storage.apart import Apart
 from ckptsvc.storage.api import Store
-from ckptsvc.storage.registry import canonical, connect, survives_fork
+from ckptsvc.storage.registry import canonical, connect, survives_fork, takes_timeout
 
 
 def open_store(url: str, options: Mapping[str, Any] | None = None, settings: StoreSettings | None = None) -> Store:
     """Open the store at `url` with the options that `[store.options.SCHEME]` sets for its kind.
+
+    A driver that can end a request which takes too long gets `store.timeout` as its option `timeout`.
 
     Args:
         url: as `connect` takes it.
@@ -35,5 +37,7 @@ def open_apart(url: str, options: Mapping[str, Any] | None = None, settings: Sto
 
 
 def _options(url: str, options: Mapping[str, Any] | None, settings: StoreSettings | None) -> dict[str, Any]:
-    tables = (settings or load(os.environ).store).options
-    return {**tables.get(canonical(url).partition("://")[0], {}), **(options or {})}
+    settings = settings or load(os.environ).store
+    table = settings.options.get(canonical(url).partition("://")[0], {})
+    timeout = {"timeout": settings.timeout} if takes_timeout(url) else {}
+    return {**timeout, **table, **(options or {})}

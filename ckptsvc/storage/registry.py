@@ -80,8 +80,24 @@ def survives_fork(url: str) -> bool:
     Raises:
         ConfigError: no driver for the scheme, or one that cannot be loaded.
     """
-    driver = _driver(canonical(url).partition("://")[0])
-    return bool(getattr(sys.modules.get(driver.__module__), "FORK_SAFE", True))
+    return _says(url, "FORK_SAFE", otherwise=True)
+
+
+def takes_timeout(url: str) -> bool:
+    """Whether this driver ends requests that take too long: its module says `TAKES_TIMEOUT = True` if so.
+
+    Its option `timeout` is then how many seconds one may take.
+
+    Raises:
+        ConfigError: no driver for the scheme, or one that cannot be loaded.
+    """
+    return _says(url, "TAKES_TIMEOUT", otherwise=False)
+
+
+def _says(url: str, name: str, *, otherwise: bool) -> bool:
+    scheme = canonical(url).partition("://")[0]
+    driver = _driver("fsspec" if scheme.startswith("fsspec+") else scheme)
+    return bool(getattr(sys.modules.get(driver.__module__), name, otherwise))
 
 
 def _driver(scheme: str) -> Callable[[str, Mapping[str, Any]], object]:

@@ -109,6 +109,7 @@ class Retrying(Wrapper):
         timeout: seconds after which no new attempt begins.
         first_wait: seconds before the second attempt, doubled for each further one.
         longest_wait: upper bound of that.
+        on_retry: called with what has failed, before it is tried again.
     """
 
     def __init__(
@@ -119,12 +120,25 @@ class Retrying(Wrapper):
         timeout: float = 120.0,
         first_wait: float = 0.2,
         longest_wait: float = 15.0,
+        on_retry: Callable[[StoreError], None] = lambda error: None,
     ) -> None:
         super().__init__(inner)
+        self._on_retry = on_retry
         self._attempts, self._timeout = attempts, timeout
         self._first_wait, self._longest_wait = first_wait, longest_wait
 
     def _call(self, op: str, key: str, nbytes: int, run: Callable[[], T]) -> T:
+        failed: list[StoreError] = []
+
+        def once() -> T:
+            if failed:
+                self._on_retry(failed.pop())
+            try:
+                return run()
+            except StoreError as error:
+                failed.append(error)
+                raise
+
         for attempt in stamina.retry_context(
             on=_may_pass,
             attempts=self._attempts,
@@ -134,7 +148,7 @@ class Retrying(Wrapper):
             wait_jitter=self._first_wait,
         ):
             with attempt:
-                return run()
+                return once()
         raise AssertionError("the last attempt returns or raises")
 
     def write(

@@ -2,7 +2,7 @@
 # List the agents of this node for Prometheus (file_sd): targets.sh OUTPUT DIRECTORY...
 #
 # Every agent keeps a file `ready` in its directory while it serves: process id, address for agents, address of
-# metrics. It removes the file when it ends in good order, so that one that was killed stays a target, which is down.
+# metrics, the same as the beginning of URLs. It removes the file when it ends in good order, so that one that was killed stays a target, which is down.
 # Only what is an address is taken from such a file, for it belongs to the user whose agent it is.
 set -eu
 
@@ -19,7 +19,10 @@ list() {
     printf '['
     find "$@" -maxdepth 4 -name ready -type f | LC_ALL=C sort | while read -r ready; do
         address=$(sed -n 3p "$ready" 2>/dev/null | grep -Ex '[A-Za-z0-9.:-]+:[0-9]{1,5}|\[[0-9a-f:]+\]:[0-9]{1,5}') || continue
-        printf '%s\n  {"targets": ["%s"], "labels": {"instance": "%s:%s"}}' "$separator" "$address" "$node" "${address##*:}"
+        scheme=''
+        case $(sed -n 4p "$ready") in https://*) scheme=', "__scheme__": "https"' ;; esac
+        printf '%s\n  {"targets": ["%s"], "labels": {"instance": "%s:%s"%s}}' \
+            "$separator" "$address" "$node" "${address##*:}" "$scheme"
         separator=,
     done
     printf '\n]\n'

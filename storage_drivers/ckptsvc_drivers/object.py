@@ -20,14 +20,18 @@ from ckptsvc_drivers.object_clients import Clients, options_from, parse
 from ckptsvc_drivers.object_errors import facts_of, translate
 from ckptsvc_drivers.object_names import key_of, name_of, upload_of
 from ckptsvc_drivers.object_parts import Parts, cut
+from ckptsvc_drivers.object_ranges import Ranges
 from ckptsvc_drivers.object_uploads import abort, unfinished
 
 FORK_SAFE = False
 """obstore's threads do not survive a fork: calls of a forked child would wait for ever."""
 
+TAKES_TIMEOUT = True
+"""The option `timeout` ends a request."""
+
 _SINGLE = 8 << 20  # bytes; an object up to this size is one request
 _RANGE = 8 << 20  # bytes of one request when reading
-_READERS = 8  # requests at a time when reading, of all calls together
+_READERS = 8  # requests at a time when reading, of all calls together, where no option says
 _CHUNK = 256 << 10  # bytes copied at a time: few enough to lie in the cache still
 _CLEAN_UP = 5.0  # seconds for each request that cleans up after a failed write
 
@@ -48,6 +52,7 @@ class ObjectStore:
     def __init__(self, clients: Clients) -> None:
         self._clients = clients
         self._prefix = clients.place.prefix
+        self._ranges = Ranges(clients)
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._found: Capabilities | None = None
@@ -58,11 +63,12 @@ class ObjectStore:
         return self._clients.place.url
 
     def close(self) -> None:
-        """End the threads; connections end by themselves."""
+        """End the threads and our own connections; obstore's end by themselves."""
         with self._lock:
             pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown()
+        self._ranges.close()
 
     def capabilities(self) -> Capabilities:
         """See `Store.capabilities`; whether the server refuses to create twice is tried once for each store object."""
@@ -212,9 +218,14 @@ class ObjectStore:
                 wait(futures)
 
     def _fetch(self, key: str, offset: int, view: memoryview) -> None:
-        """One range in one request."""
+        """One range in one request; in another one by obstore, unless the first went well."""
         import obstore
 
+        try:
+            if self._ranges.fill(self._name(key), offset, view):
+                return
+        except TimeoutError:
+            raise StoreUnavailable(f"{self.url}/{key}: no answer in time") from None
         done, end = 0, offset + len(view)
         with self._errors(key):
             found = obstore.get(self._clients.plain, self._name(key), options={"range": (offset, end)})
@@ -230,7 +241,8 @@ class ObjectStore:
     def _readers(self) -> ThreadPoolExecutor:
         with self._lock:
             if self._pool is None:
-                self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="ckptsvc-object")
+                readers = self._clients.options.connections or _READERS
+                self._pool = ThreadPoolExecutor(readers, thread_name_prefix="ckptsvc-object")
             return self._pool
 
     def size(self, key: str) -> int:

@@ -69,7 +69,7 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         ca_file: certificates (PEM) of those who may sign the server's, besides the usual ones.
         timeout: seconds one request may take, from its connection to the last byte of the answer.
         part: bytes of one request of a large object; 0 chooses by the object's size.
-        connections: requests at a time for one object; 0 chooses by its size.
+        connections: requests at a time, of one object when writing and of all together when reading; 0 chooses.
         sign_payload: sign what is sent, too (S3). It costs half a second of CPU time per GB, and adds nothing to
             TLS and to the checksums of our own.
     """

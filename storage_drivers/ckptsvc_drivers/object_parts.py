@@ -26,8 +26,8 @@ class Cut(NamedTuple):
 def cut(size: int, part: int = 0, connections: int = 0) -> Cut:
     """How an object of `size` bytes is sent: one request where that is enough, else many of some MiB each.
 
-    One connection to a cloud's store carries some 100 MB/s, so that it takes many for a large object; for a small one
-    they would cost more to make than they bring.
+    One connection to a cloud's store carries some 100 MB/s, so that it takes many for a large object. All parts of one
+    up to 128 MiB are under way at once: with half as many connections the last ones would wait for the first.
 
     Args:
         size: of the object, in bytes.
@@ -35,11 +35,11 @@ def cut(size: int, part: int = 0, connections: int = 0) -> Cut:
         connections: requests at a time; 0 chooses.
     """
     if not part:
-        part = 8 * MiB if size < 256 * MiB else 16 * MiB
+        part = 8 * MiB if size < 64 * MiB else 16 * MiB
     least = -(-size // MOST_PARTS)
     part = max(part, LEAST_PART, -(-least // MiB) * MiB)
     if not connections:
-        connections = min(max(4, size // (64 * MiB)), 16)
+        connections = min(max(8, size // (64 * MiB)), 16)
     return Cut(part, max(1, min(connections, -(-size // part))))
 
 

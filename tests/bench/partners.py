@@ -21,11 +21,12 @@ from typing import Any
 import grpc.aio
 import numpy as np
 
-from ckptsvc.agent.transfer import derive, new_ticket
+from ckptsvc.agent.transfer import new_ticket
 from ckptsvc.agent.worker_proxy import WorkerProxy
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.pipeline.arena import populate
-from ckptsvc.pipeline.parity import Stripes, Sum, zeros
+from ckptsvc.pipeline.parity import Stripes, Sum
+from ckptsvc.rpc.trust import BySecret
 
 MIB = 1 << 20
 EXTENT = MIB
@@ -55,12 +56,12 @@ class Node:
     async def origin(self, *, parity: bool = False) -> dict[str, Any]:
         """A ticket for all it has."""
         ticket = new_ticket()
-        key = derive(SECRET, ticket)
+        key = BySecret(SECRET).key_of(ticket, "")
         files, pieces = [(self.own, self.nbytes)], [(0, self.nbytes, EXTENT, self.digests)]
         if parity:
             files.append((self.parity, self.parity_bytes))
             pieces.append((1, self.parity_bytes, EXTENT, self.parity_digests))
-        admitted = await self.courier.call("admit", {"ticket": ticket, "key": key, "files": files})
+        admitted = await self.courier.call("admit", {"ticket": ticket, "key": key, "files": files, "shown": None})
         return {"address": f"127.0.0.1:{admitted['port']}", "ticket": ticket, "key": key, "pieces": pieces}
 
 
@@ -101,20 +102,21 @@ def memcpy_rate(nbytes: int) -> float:
 
 def arithmetic(nodes: int, losses: int, lost: tuple[int, ...], nbytes: int) -> float:
     """Seconds to rebuild what node lost[0] held, from memory to memory, checked."""
-    stripes, sums, rng = Stripes(nodes, losses, nbytes // EXTENT), Sum(), np.random.default_rng(0)
+    stripes, rng = Stripes(nodes, losses, nbytes // EXTENT), np.random.default_rng(0)
+    sums = Sum(stripes.prime, EXTENT)
     sources = [rng.integers(0, 256, nbytes, np.uint8) for _ in range(nodes)]
-    result = zeros(nbytes)
+    result = np.ones(nbytes, np.uint8)  # its pages are there, as those of an arena are
     began = time.thread_time()
     for stripe in stripes.stripes_with(lost[0]):
-        lines, chunks = stripes.recipe(stripe, lost[0], lost)
-        factors = [*lines.values(), *chunks.values()]
+        recipe = stripes.recipe(stripe, lost[0], lost)
+        factors = [*recipe.lines.values(), *recipe.nodes.values()]
         for extent in range(stripes.chunk):
             at = (stripes.first(lost[0], stripe) + extent) * EXTENT
             if at >= nbytes:
                 break
             total = result[at : at + EXTENT]
-            for number, (source, factor) in enumerate(zip(sources, factors, strict=False)):
-                (sums.add if number else sums.put)(total, source[at : at + EXTENT], factor)
+            terms = [(source[at : at + EXTENT], factor) for source, factor in zip(sources, factors, strict=False)]
+            sums.put(total, terms, recipe.divisor)
             extent_digests(total.data, EXTENT)
     return time.thread_time() - began
 

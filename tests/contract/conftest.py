@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness.realfs.ceph import Ceph
 
 from ckptsvc.storage import Store, connect
 
@@ -50,6 +51,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     mount(path, "-t", "tmpfs", "-o", "size=12m", "ckptsvc-test")
     yield path
     subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.fixture(scope="session")
+def ceph() -> Iterator[Ceph]:
+    """A Ceph cluster, which takes half a minute to start."""
+    cluster = Ceph()
+    yield cluster
+    cluster.close()
 
 
 def mount(path: Path, *arguments: str) -> None:

@@ -11,6 +11,8 @@ import random
 import re
 import signal
 import ssl
+import subprocess
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -26,7 +28,7 @@ from harness.etcd import make_certificates
 from harness.object_servers import AzureContainer, Bucket, S3Bucket, address_of, opened
 from harness.proxy import Rule, proxy
 
-from ckptsvc.errors import ConfigError, StoreDenied, StoreError
+from ckptsvc.errors import ConfigError, NotFound, StoreDenied, StoreError
 from ckptsvc.pipeline.catalog import take_epoch
 from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
 from ckptsvc.storage import check_key, connect, is_key
@@ -121,6 +123,34 @@ def test_parts_go_up_side_by_side_and_each_only_when_it_is_ready(s3_bucket, betw
     assert events[:3] == [("ready", 5 * MiB), ("ready", 10 * MiB), ("ready", 15 * MiB)]  # the first is on its way
     assert 2 <= between.busiest <= 4
     assert s3_bucket.read("step/a") == content_of(size)
+
+
+def test_a_writer_and_a_reader_need_little_memory_beyond_the_object(s3_bucket):
+    """Each 64 MiB at most, libraries included: nothing is buffered, whatever the size of the object."""
+    size = 128 * MiB
+    code = """if True:
+        import json, mmap, os, sys
+        from pathlib import Path
+        from ckptsvc.storage import connect
+        store, size = connect(sys.argv[1], json.loads(sys.argv[2])), int(sys.argv[3])
+        store.children()  # all is imported now
+        def most():
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+        with mmap.mmap(-1, size) as memory, memoryview(memory) as data:
+            memory.write(os.urandom(size))
+            Path("/proc/self/clear_refs").write_text("5")
+            before = most()
+            store.write("a", data, size)
+            written = most()
+            data[:: mmap.PAGESIZE] = bytes(size // mmap.PAGESIZE)
+            store.read_into("a", 0, data)
+            print(written - before, most() - before)
+    """
+    command = [sys.executable, "-c", code, s3_bucket.url, json.dumps(s3_bucket.options), str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert all(int(grown) <= 64 * MiB for grown in done.stdout.split()), done.stdout
 
 
 def test_a_save_lists_nothing_and_renames_nothing(s3_bucket, between):
@@ -415,6 +445,18 @@ def test_gc_finds_the_upload_of_a_writer_that_was_killed(s3_bucket):
     assert all(remove_garbage(store, garbage) for garbage in found)
     assert s3_bucket.uploads() == ["another/thing"]
     assert list(find_garbage(store)) == []
+
+
+def test_azure_shows_nothing_of_a_blob_that_was_never_committed(azure_container):
+    """It forgets the blocks after a week; until then they are in nobody's way."""
+    store = opened(azure_container)
+    azure_container.begin_upload("step/a")
+    assert list(store.list()) == []
+    assert store.children() == []
+    with pytest.raises(NotFound):
+        store.size("step/a")
+    put(store, "step/a", content_of(20 * MiB))
+    assert azure_container.read("step/a") == content_of(20 * MiB)
 
 
 # --- commits -------------------------------------------------------------------------------------------------------

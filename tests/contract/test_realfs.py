@@ -1,44 +1,32 @@
-"""The drivers on real parallel file systems and on Ceph's S3, and what is left when their servers are killed.
+"""The drivers on real parallel file systems, and what is left when their servers are killed.
 
-CephFS and RGW, GlusterFS (erasure coded and distributed) and MooseFS are started here from Debian's packages:
+CephFS, GlusterFS (erasure coded and distributed) and MooseFS are started here from Debian's packages:
 `make test-realfs` installs them. They need root and FUSE.
 """
 
-import json
 import os
-import subprocess
-import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from ckptsvc_drivers.posix import Options, PosixStore
 from harness.posix_suite import Posix
-from harness.realfs.ceph import Ceph
 from harness.realfs.gluster import Gluster
 from harness.realfs.moosefs import MooseFS
+from harness.realfs.writers import Writers
 from harness.runtime import eventually
 
 from ckptsvc.errors import StoreError, StoreFull
 from ckptsvc.storage import Store, connect
 from ckptsvc.storage.testing import MiB, content_of, pages_with, put
-from ckptsvc.storage.wrappers import Retrying
 
 pytestmark = [pytest.mark.slow, pytest.mark.realfs, pytest.mark.timeout(600)]
 
 TESTS = Path(__file__).parents[1]
 LAYOUT = "ceph.file.layout"
-
-
-@pytest.fixture(scope="module")
-def ceph() -> Iterator[Ceph]:
-    cluster = Ceph()
-    yield cluster
-    cluster.close()
 
 
 @pytest.fixture(scope="module")
@@ -218,49 +206,6 @@ def test_a_quota_is_a_full_store(striped):
 # --- servers and clients that are killed ----------------------------------------------------------------------------
 
 
-class Writers:
-    """Threads that write one shard after the other and note what has been acknowledged."""
-
-    SIZE = 3 * MiB + 4099
-
-    def __init__(self, write: Callable[[str, bytes], object], threads: int = 2) -> None:
-        self._write, self._stop = write, threading.Event()
-        self.acknowledged: dict[str, int] = {}
-        self.failures: list[Exception] = []
-        self._pool = ThreadPoolExecutor(threads)
-        self._futures = [self._pool.submit(self._go_on, number) for number in range(threads)]
-
-    def _go_on(self, number: int) -> None:
-        for turn in range(10_000):
-            if self._stop.is_set():
-                return
-            seed = 100_000 * number + turn
-            try:
-                self._write(f"step/{number}-{turn}", content_of(self.SIZE, seed))
-            except StoreError as error:
-                self.failures.append(error)
-                time.sleep(0.1)
-            else:
-                self.acknowledged[f"step/{number}-{turn}"] = seed
-
-    def wait_for(self, more: int) -> None:
-        """Until so many more are acknowledged."""
-        wanted = len(self.acknowledged) + more
-        eventually(lambda: len(self.acknowledged) >= wanted, f"{more} more shards", 120)
-
-    def end(self) -> None:
-        self._stop.set()
-        for future in self._futures:
-            future.result(120)
-        self._pool.shutdown()
-
-    def check(self, read: Callable[[str], bytes]) -> None:
-        """Every shard that was acknowledged is there, to the byte."""
-        assert self.acknowledged
-        for key, seed in self.acknowledged.items():
-            assert read(key) == content_of(self.SIZE, seed), key
-
-
 def test_a_killed_object_server_loses_nothing(ceph, cephfs, tmp_path):
     """The writers wait until it is back; a client that has cached nothing finds all of it."""
     store = connect(str(cephfs / "killed-osd"), {"stripe_size": MiB})
@@ -311,74 +256,4 @@ def test_one_brick_of_three_may_be_lost(gluster, coded):
     writers.check(lambda key: store.read(key))
     assert store.read("step/COMMIT") == b"while a brick is gone"
     gluster.start_bricks("coded")
-    store.close()
-
-
-# --- S3 of RGW -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def bucket(ceph, monkeypatch):
-    """A new bucket, and the environment of a client."""
-    obstore = pytest.importorskip("obstore")
-    boto3 = pytest.importorskip("boto3")
-    for name, value in ceph.environ.items():
-        monkeypatch.setenv(name, value)
-    name = f"b-{uuid.uuid4().hex}"
-    boto3.client("s3", endpoint_url=ceph.endpoint, region_name="us-east-1").create_bucket(Bucket=name)
-    from obstore.store import S3Store
-
-    made = S3Store(name, endpoint=ceph.endpoint, region="us-east-1", client_options={"allow_http": True})
-    return obstore, made, name
-
-
-def test_rgw_creates_once(bucket):
-    """Of many at a time exactly one creates an object: what every commit on S3 rests on."""
-    obstore, store, _ = bucket
-
-    def create(number: int) -> bool:
-        try:
-            obstore.put(store, key, b"%d" % number, mode="create")
-        except obstore.exceptions.AlreadyExistsError:
-            return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        for turn in range(10):
-            key = f"turn-{turn}"
-            won = list(pool.map(create, range(8)))
-            assert sum(won) == 1
-            assert bytes(obstore.get(store, key).bytes()) == b"%d" % won.index(True)
-
-
-def test_the_object_driver_passes_its_suite_on_rgw(ceph, bucket):
-    """`test_object.py` takes any S3 server from its environment."""
-    given = {"url": f"s3://{bucket[2]}", "options": {"endpoint": ceph.endpoint}}
-    environ = {**os.environ, **ceph.environ, "CKPTSVC_TEST_S3": json.dumps(given)}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "OtherS3"]
-    done = subprocess.run([*command, str(TESTS / "contract" / "test_object.py")], env=environ, cwd=TESTS.parent,
-                          capture_output=True, text=True, timeout=500)  # fmt: skip
-    assert done.returncode == 0, done.stdout[-6000:]
-
-
-def test_a_killed_gateway_and_object_server_lose_nothing(ceph, bucket):
-    """Under a save to S3: what is acknowledged is there, and a commit is still made once."""
-    where = {"endpoint": ceph.endpoint}
-    store = Retrying(connect(f"s3://{bucket[2]}/killed", where), attempts=20, timeout=90.0)
-
-    def write(key: str, content: bytes) -> None:
-        with pages_with(content) as data:
-            store.write(key, data, len(content))
-
-    writers = Writers(write)
-    for name in ("rgw", "osd", "rgw"):
-        writers.wait_for(2)
-        ceph.kill(name)
-        time.sleep(0.5)
-        ceph.start(name)
-    writers.wait_for(2)
-    writers.end()
-    assert store.put_if_absent("step/COMMIT", b"once")
-    assert not connect(f"s3://{bucket[2]}/killed", where).put_if_absent("step/COMMIT", b"twice")
-    writers.check(lambda key: store.read(key))
     store.close()

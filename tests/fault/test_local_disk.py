@@ -437,7 +437,11 @@ def to_step(job: Job, last: int, first: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_nodes_drain_together_though_an_agent_is_killed(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
+@pytest.mark.parametrize("whose", [0, 1], ids=["the coordinator", "another"])
+def test_two_nodes_drain_together_though_an_agent_is_killed(
+    launch: Launch, runtime: Runtime, tmp_path: Path, whose: int
+) -> None:
+    """What is on the disks, and has not been drained, the next coordinator has drained in order."""
     node = Node(launch, runtime, tmp_path)
     nodes = Nodes(launch, runtime, faulty(node), tmp_path / "disk")
     with nodes.job as job:
@@ -447,12 +451,12 @@ def test_two_nodes_drain_together_though_an_agent_is_killed(launch: Launch, runt
         to_step(job, 3, 2)
         for number in range(2):
             eventually(lambda n=number: nodes.disk(n).get(3, {}).get("complete"), "step 3 to be on both disks")
-        before = nodes.agent(1)
+        before = nodes.agent(whose)
         os.kill(before, signal.SIGKILL)
         faulty(node)
         node.committed(3)
-        assert nodes.agent(1) != before
-        eventually(lambda: runtime.status(nodes.directory(1))["ranks"], "the rank to register again")
+        assert nodes.agent(whose) != before
+        eventually(lambda: runtime.status(nodes.directory(whose))["ranks"], "the rank to register again")
         to_step(job, 4, 4)
         node.committed(4)
         job.go("end")

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ PATIENCE = 90.0
 def scraped(runtime: Runtime, node: str) -> dict[str, float]:
     """The metrics of a node's agent, as Prometheus gets them."""
     address = (runtime.sockets / f"node-{node}" / "ready").read_text().split("\n")[2]
-    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
-        lines = answer.read().decode().splitlines()
+    lines = runtime.metrics(address).splitlines()
     return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if not x.startswith("#"))}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from harness.job import Launch
-from harness.object_servers import S3Bucket, moto, opened
+from harness.object_servers import S3Bucket, moto, opened, shared_access
 from harness.proxy import Rule
 from harness.rank import Rank
 from harness.runtime import Runtime
@@ -130,6 +130,39 @@ def test_a_server_that_hangs_ends_as_unavailable_and_the_memory_is_free(s3_bucke
     store.close()
 
 
+@pytest.mark.parametrize(
+    ("timeout", "seconds"), [(1.5, 2), pytest.param(60, 70, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
+def test_a_store_that_hangs_for_a_while_gets_the_whole_object_and_gives_it_back(
+    s3_bucket, moto_server, timeout, seconds
+):
+    """For longer than a request may take; what was acknowledged before is not lost."""
+    content = content_of(40 * MiB)
+    inner = opened(s3_bucket, timeout=timeout, part=5 * MiB, connections=2)
+    store = Retrying(inner, attempts=20, first_wait=0.1, timeout=600.0)
+    over = threading.Event()
+
+    def hang():
+        with moto_server.paused():
+            over.wait(seconds)
+
+    hanging = [threading.Thread(target=hang) for _ in range(2)]
+    try:
+        with pages_with(content) as data:
+            begun = iter(hanging[:1])
+            store.write("a", data, len(content), progress=lambda nbytes: [each.start() for each in begun])
+        assert s3_bucket.read("a") == content
+        hanging[1].start()
+        buffer = bytearray(len(content))
+        store.read_into("a", 0, memoryview(buffer))
+        assert buffer == content
+    finally:
+        over.set()
+        for each in hanging:
+            each.join()
+    store.close()
+
+
 # --- lost answers --------------------------------------------------------------------------------------------------
 
 
@@ -211,6 +244,32 @@ def test_a_wrong_key_is_refused_by_a_server_that_checks_it(azure_container, monk
         with pytest.raises(StoreDenied, match="az://"):
             operation()
     assert not store.capabilities().exclusive_create
+
+
+def test_credentials_that_expire_are_refused_by_a_server_that_checks_them_until_they_are_renewed(
+    azure_container, monkeypatch
+):
+    content = content_of(9 * MiB)
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_KEY")
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", shared_access(5.0))
+    store = opened(azure_container)
+    put(store, "a", content)
+    assert store.read("a", len(content)) == content
+    store.read_into("a", 0, memoryview(bytearray(len(content))))  # such credentials cannot sign addresses
+    time.sleep(5.5)
+    for operation in (
+        lambda: store.read("a"),
+        lambda: put(store, "b", content),
+        lambda: put(store, "b", b"1"),
+        lambda: store.put_if_absent("b", b"1"),
+        lambda: store.read_into("a", 0, memoryview(bytearray(len(content)))),
+    ):
+        with pytest.raises(StoreDenied, match=r"az://.*credentials"):
+            operation()
+    monkeypatch.setenv("AZURE_STORAGE_SAS_TOKEN", shared_access(600.0))
+    renewed = opened(azure_container)
+    assert renewed.read("a", len(content)) == content
+    assert [entry.key for entry in renewed.list()] == ["a"]
 
 
 def test_no_credentials_at_all_are_told_as_such(s3_bucket, monkeypatch):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pwd
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +16,8 @@ import pytest
 from harness.hosts import Hosts, hosts
 from harness.job import free_port
 from harness.runtime import Runtime, eventually
+
+from ckptsvc.rpc.certificates import issue, make_authority
 
 PATIENCE = 120.0
 
@@ -27,8 +32,9 @@ rank = dist.get_rank()
 def content(step):
     return torch.randn(700_001, generator=torch.Generator().manual_seed(step))
 
-tensor = content(0)
-run = ckptsvc.attach({"tensor": tensor}, store=store, every=5)
+model = torch.nn.ParameterDict({"tensor": content(0)})
+tensor = model["tensor"].data
+run = ckptsvc.attach({"model": model}, store=store)
 name = "-".join(os.environ[v] for v in ("CKPTSVC_ATTEMPT", "RANK"))
 same = torch.equal(tensor, content(run.steps_done))
 print(run.steps_done, run.restored_from, same, dist.get_world_size(), file=open(f"{notes}/{name}.new", "w"), flush=True)
@@ -38,11 +44,13 @@ while run.steps_done < 20:
     run.step()
     if run.steps_done == 5:
         run.wait()
-    while run.steps_done == 10 and os.environ["CKPTSVC_ATTEMPT"] == "1":
-        time.sleep(0.1)
+    held = os.path.exists(f"{notes}/hold-{run.steps_done}") and os.environ["CKPTSVC_ATTEMPT"] == "1"
+    while held and not os.path.exists(f"{notes}/go-{run.steps_done}"):
+        time.sleep(0.05)
 run.close()
 """
-"""Every fifth step is saved; the first attempt stops at the second of them, which is never written."""
+"""Every fifth step is saved; the first attempt stops at those steps for which the test says so. It never goes on from
+the tenth, which is never written."""
 
 
 class Training:
@@ -52,6 +60,7 @@ class Training:
         self.runtime, self.hosts, self.folder = runtime, made, folder
         self.notes, self.store = folder / "notes", folder / "store"
         self.notes.mkdir()
+        (self.notes / "hold-10").touch()
         (folder / "train.py").write_text(TRAIN)
         (folder / "store.plan").write_text(json.dumps([{"op": "write", "key": "step-*10.*", "hang": True, "times": 0}]))
         self._flags = ["--nnodes", nnodes, "--rdzv-id", "job", "--rdzv-endpoint", f"{made.address(1)}:{free_port()}",
@@ -63,7 +72,7 @@ class Training:
         own = ["--node", f"n{number}", "--node-rank", str(number - 1), "--address", self.hosts.address(number)]
         command = [*self.hosts.on(number), sys.executable, "-m", "ckptsvc.cli.main", "run", *self._flags, *own,
             str(self.folder / "train.py"), str(self.notes), f"faulty+file://{self.store}"]  # fmt: skip
-        environ = self.runtime.environ | {"GLOO_SOCKET_IFNAME": "eth0"} | environ
+        environ = self.runtime.environ | {"GLOO_SOCKET_IFNAME": "eth0", "CKPTSVC_SAVE_EVERY": "5"} | environ
         with (self.folder / f"run-{number}.log").open("wb") as log:
             self.runs[number] = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
         eventually(lambda: f"node n{number} joined" in self.runtime.log(), f"n{number} to join", PATIENCE)
@@ -123,11 +132,50 @@ def training(request: pytest.FixtureRequest, runtime: Runtime, tmp_path: Path) -
         shutil.rmtree(tmp_path / "store", ignore_errors=True)
 
 
+def certificates(folder: Path) -> dict[str, str]:
+    """This user's, as settings name them."""
+    authority = make_authority("one", 1)
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    files = zip(("ca", "cert", "key"), (authority.certificate, *issue(authority, user, 1)), strict=True)
+    for name, data in files:
+        (folder / name).write_bytes(data)
+        (folder / name).chmod(0o600)
+    return {f"CKPTSVC_TLS_{name.upper()}_FILE": str(folder / name) for name in ("ca", "cert", "key")}
+
+
 @pytest.mark.parametrize("training", [(3, "2")], indirect=True)
-def test_a_spare_goes_on_from_the_partners_copy(training: Training) -> None:
+@pytest.mark.parametrize("tls", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "tls"])
+def test_a_spare_goes_on_from_the_partners_copy(training: Training, tls: bool) -> None:
+    environ = certificates(training.folder) if tls else {}
+    training.runtime.environ.update(environ)  # of whoever asks the agents, too
     for number in (1, 2, 3):
         training.start(number, CKPTSVC_TIERS_PARTNER="copy")
     training.logged("step 10: a copy of what", 2)
+    training.lose(2)
+    for rank in (0, 1):
+        assert training.began(2, rank) == ["10", "memory", "True", "2"]
+    training.end()
+
+
+@pytest.mark.parametrize("training", [(3, "2")], indirect=True)
+def test_replicas_make_the_copies_themselves_and_a_spare_goes_on_from_one(training: Training) -> None:
+    steps = (2, 4, 6, 8, 10)
+    for step in steps:
+        (training.notes / f"hold-{step}").touch()
+    policy = {"CKPTSVC_TIERS_PARTNER": "copy", "CKPTSVC_TIERS_REPLICAS": "true"}
+    for number in (1, 2, 3):
+        training.start(number, **policy, CKPTSVC_SAVE_EVERY="2", CKPTSVC_SAVE_EXTENT="4096")
+    sizes = {}
+    for step in steps:
+        training.logged(f"step {step}: a copy of what", 2)
+        found = re.findall(rf"step {step}: a copy of what \w+ holds, (\d+) bytes", training.runtime.log())
+        sizes[step] = [int(nbytes) for nbytes in found]
+        if step != 10:
+            (training.notes / f"go-{step}").touch()
+    whole = 700_001 * 4 // 2
+    # Two copies make the arenas, the next two have them mapped; from then on only what differs by rank is read.
+    assert all(nbytes > whole for nbytes in sizes[2] + sizes[4])
+    assert all(nbytes < whole // 20 for nbytes in sizes[10])
     training.lose(2)
     for rank in (0, 1):
         assert training.began(2, rank) == ["10", "memory", "True", "2"]

@@ -16,14 +16,16 @@ from harness.random_run import POOL, Held, Run, part_of
 from ckptsvc.errors import InvalidInput
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.geometry.box import Box
+from ckptsvc.pipeline.arena import Label
 from ckptsvc.pipeline.catalog import Ref, open_checkpoint
 from ckptsvc.pipeline.commit import commit_checkpoint
 from ckptsvc.pipeline.increments import Economy, ShardWriter
+from ckptsvc.pipeline.local_copy import Copy
 from ckptsvc.pipeline.read import Want, read_arrays
 from ckptsvc.pipeline.references import Bases
 from ckptsvc.pipeline.sources import StoreSource
 from ckptsvc.pipeline.verify import verify_checkpoint
-from ckptsvc.pipeline.write import ShardImage
+from ckptsvc.pipeline.write import ShardImage, write_shard
 from ckptsvc.types import TensorMeta
 
 ALL = Economy(incremental=True, compression="zstd")
@@ -31,10 +33,10 @@ NONE = (0, -1)
 
 
 class Saver:
-    """A process that writes the shards of a run, its arenas, and the commits."""
+    """A process that writes the shards of a run, its arenas, and the commits; with a disk, over that."""
 
-    def __init__(self, store, economy: Economy = ALL) -> None:
-        self.store, self.arenas, self.committed = store, {}, NONE
+    def __init__(self, store, economy: Economy = ALL, disk=None) -> None:
+        self.store, self.arenas, self.committed, self.disk = store, {}, NONE, disk
         self.writer = ShardWriter(economy, POOL, self.pages)
         self.bases = Bases()
 
@@ -44,18 +46,39 @@ class Saver:
             raise InvalidInput("no such arena")
         yield memoryview(self.arenas[path])
 
+    def shard(self, run, rank, step, epoch=1):
+        """In its arena."""
+        image, path = run.image(rank, step, epoch), self.path(rank, step)
+        self.arenas[path] = image + bytes(-len(image) % mmap.PAGESIZE)
+        return ShardImage(memoryview(self.arenas[path]), len(image), run.extent, epoch, step, rank)
+
+    def path(self, rank, step):
+        return f"{rank}-{step % 2}"
+
     def write(self, run, rank, step, epoch=1):
-        image, path = run.image(rank, step, epoch), f"{rank}-{step % 2}"
-        size = len(image)
-        self.arenas[path] = image + bytes(-size % mmap.PAGESIZE)
-        shard = ShardImage(memoryview(self.arenas[path]), size, run.extent, epoch, step, rank)
+        shard = self.shard(run, rank, step, epoch)
+        if self.disk is not None:
+            return self.writer.drain(self.disk, self.store, self.keep(shard, run), self.committed, lambda: None)
         told = []
         written = self.writer.write(
-            self.store, shard, path=path, committed=self.committed, on_digests=told.append, ready=lambda nbytes: None
-        )
+            self.store, shard, path=self.path(rank, step), committed=self.committed, on_digests=told.append,
+            ready=lambda nbytes: None,
+        )  # fmt: skip
         assert len(told) == 1
         assert np.array_equal(told[0], written.digests)
         return written
+
+    def keep(self, shard, run):
+        """The shard as a copy on the disk."""
+        written = write_shard(
+            self.disk, shard.image, shard.nbytes, extent=shard.extent, epoch=shard.epoch, step=shard.step,
+            rank=shard.rank, pool=POOL, on_digests=lambda digests: None,
+        )  # fmt: skip
+        label = Label(
+            job="job", store=self.store.url, coordinator="", attempt=1, epoch=shard.epoch, step=shard.step,
+            rank=shard.rank, world_size=run.world_size, nbytes=shard.nbytes, extent=shard.extent, aliases={},
+        )  # fmt: skip
+        return Copy(label=label, name=written.name, digests=written.digests.tobytes())
 
     def save(self, run, step, epoch=1):
         """Write and commit all of it; returns the checkpoint and what was written for it."""

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import urllib.error
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from email.utils import formatdate
 from pathlib import Path
 from typing import Any, Protocol
@@ -124,6 +126,11 @@ class AzureContainer:
         """See Bucket."""
         self._call("PUT", f"{self.name}/{name}", body=content, headers={"x-ms-blob-type": "BlockBlob"})
 
+    def begin_upload(self, name: str) -> None:
+        """Send one block of a blob and never commit it, as a writer does that is then killed."""
+        block = base64.b64encode(uuid.uuid4().hex.encode()).decode()  # as long as obstore's: a blob has one length
+        self._call("PUT", f"{self.name}/{name}", {"comp": "block", "blockid": block}, b"part")
+
     def _call(
         self,
         method: str,
@@ -145,6 +152,16 @@ class AzureContainer:
             sent["Content-Type"] = ""
         url = f"{self._endpoint}/{path}" + (f"?{urlencode(query)}" if query else "")
         return fetch(url, method, body, sent)
+
+
+def shared_access(seconds: float) -> str:
+    """A shared access signature of the account that ends so soon (Azure Storage, "Create an account SAS")."""
+    until = datetime.now(UTC) + timedelta(seconds=seconds)
+    fields = {"sp": "rwdlac", "ss": "b", "srt": "co", "st": "", "se": f"{until:%Y-%m-%dT%H:%M:%SZ}"}
+    lines = [ACCOUNT, *fields.values(), "", "", "2020-08-04", ""]
+    signature = hmac.new(base64.b64decode(ACCOUNT_KEY), "\n".join(lines).encode(), hashlib.sha256).digest()
+    fields |= {"sv": "2020-08-04", "sig": base64.b64encode(signature).decode()}
+    return urlencode({name: value for name, value in fields.items() if value})
 
 
 class ObjectServer:
@@ -173,6 +190,16 @@ class ObjectServer:
             assert self._process.poll() is None, self._log.read_text()
             assert time.monotonic() < deadline, f"{self._command[0]} did not start"
             time.sleep(0.05)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stopped (SIGSTOP) meanwhile: it accepts connections, and says nothing."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL."""

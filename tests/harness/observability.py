@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prometheus_client.parser import text_string_to_metric_families
+
+ALERTS_HEAD = """# Alerts
+
+<!-- Made by `python tests/harness/observability.py` from deploy/observability/rules.yaml. -->
+
+What `deploy/observability/rules.yaml` has Prometheus watch. Words in *italics* are filled in.
+"""
+
 FOLDER = Path(__file__).parents[2] / "deploy" / "observability"
 
 AGGREGATIONS = {"sum", "min", "max", "avg", "count", "topk"}
 FUNCTIONS = {
-    "changes", "clamp_min", "deriv", "histogram_quantile", "increase", "max_over_time", "min_over_time", "rate", "time",
+    "changes", "clamp_min", "deriv", "histogram_quantile", "increase", "max_over_time", "min_over_time", "rate",
+    "scalar", "time",
 }  # fmt: skip
 CLAUSES = {"by", "without", "on", "ignoring", "group_left", "group_right"}
 WORDS = {"and", "or", "unless", "offset", "bool"}
@@ -24,9 +36,39 @@ _TOKEN = re.compile(
 _NAME = re.compile(r"[A-Za-z_:]")
 
 
+def scrape(directory: Path) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
+    """What the agent of that directory tells Prometheus: name -> sorted labels -> value."""
+    address = (directory / "ready").read_text().splitlines()[2]
+    request = urllib.request.Request(f"http://{address}/metrics")
+    with contextlib.suppress(FileNotFoundError):
+        request.add_header("Authorization", f"Bearer {(directory / 'http-token').read_text().strip()}")
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=20) as answer:
+        text = answer.read().decode()
+    found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, {})[tuple(sorted(sample.labels.items()))] = sample.value
+    return found
+
+
 def dashboard() -> dict[str, Any]:
     """The dashboard."""
     return dict(json.loads((FOLDER / "dashboard.json").read_text()))
+
+
+def alerts_page() -> str:
+    """The page of the documentation about alerts, made from the rules."""
+    import yaml
+
+    rules = yaml.safe_load((FOLDER / "rules.yaml").read_text())
+    parts = [ALERTS_HEAD]
+    for rule in (rule for group in rules["groups"] for rule in group["rules"] if "alert" in rule):
+        told = rule["annotations"]
+        summary = re.sub(r"{{ \$(?:labels\.)?(\w+)[^}]*}}", r"*\1*", told["summary"])
+        after = f", when it has been so for {rule['for']}" if "for" in rule else ""
+        parts.append(f"## {rule['alert']}\n\n{summary}\n\n**What to do.** {told['action']}\n")
+        parts.append(f"Severity: {rule['labels']['severity']}{after}.\n\n```\n{rule['expr'].strip()}\n```\n")
+    return "\n".join(parts)
 
 
 def panels() -> list[dict[str, Any]]:
@@ -121,3 +163,7 @@ def left(expression: str, declared: dict[str, set[str]]) -> set[str]:
     """The labels that a result of the expression has."""
     found = asked(expression)
     return found.by if found.by is not None else set().union(*(declared[name] for name in found.metrics))
+
+
+if __name__ == "__main__":
+    print(alerts_page(), end="")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,6 +130,14 @@ class Runtime:
             stub = agent_pb2_grpc.AgentServiceStub(channel)
             document: dict[str, Any] = json.loads(stub.GetStatus(agent_pb2.GetStatusRequest(), timeout=timeout).json)
         return document
+
+    def metrics(self, address: str = "") -> str:
+        """The metrics of an agent, as Prometheus gets them: of the newest one, or of the one at an address."""
+        token = (self.sockets / "http-token").read_text().strip()
+        where = f"http://{address or self.status()['metrics']}/metrics"
+        request = urllib.request.Request(where, headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return str(answer.read().decode())
 
     # ---- failpoints --------------------------------------------------------------------------------------------------
 

@@ -69,12 +69,15 @@ def totals(store: Path) -> list[dict[str, int]]:
     [
         "incremental and compressed",
         pytest.param("incremental", marks=pytest.mark.slow),
+        pytest.param("incremental, over a local disk", marks=pytest.mark.slow),
         pytest.param("compressed", marks=pytest.mark.slow),
     ],
 )
 def test_a_job_with_frozen_parameters(launch: Launch, tmp_path: Path, how: str) -> None:
     store = tmp_path / "run"
     environ = (INCREMENTAL if "incremental" in how else {}) | (COMPRESSED if "compressed" in how else {})
+    if "disk" in how:
+        environ |= {"CKPTSVC_TIERS_LOCAL": str(tmp_path / "disk")}
     first = launch.plain(2, train, str(store), 3, **environ).results()
     second = launch.plain(3, train, str(store), 1, **environ).results()
     (third,) = launch.plain(1, train, str(store), 1, **environ).results()

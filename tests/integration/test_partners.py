@@ -23,8 +23,9 @@ from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.partners import Partners
 from ckptsvc.agent.servicer import CoordinatorServicer
-from ckptsvc.agent.sessions import LocalJob
+from ckptsvc.agent.sessions import LocalJob, Session
 from ckptsvc.agent.transfer import Reader
+from ckptsvc.agent.twins import Twins
 from ckptsvc.agent.workers import Workers
 from ckptsvc.control.runs import runs_of
 from ckptsvc.errors import AgentUnavailable, NotFound
@@ -67,7 +68,8 @@ class Member:
         self.local = Local(name, self.pool, Metrics("test"), None, self.trust)  # type: ignore[arg-type]
         self.said = self.local._uplinks[""] = Said()  # type: ignore[assignment]
         self.job = self.local.jobs["job"] = LocalJob("job", "", "file:///run")
-        self.partners = Partners(self.local, self.trust, 0.0, streams=3)
+        self.twins = Twins(self.local)
+        self.partners = Partners(self.local, self.trust, 0.0, streams=3, twins=self.twins)
 
     async def start(self) -> None:
         gate = self.trust.gate(lambda: None)
@@ -228,6 +230,93 @@ def test_of_two_snapshots_the_newer_takes_the_place_of_the_oldest(run: Any) -> N
     run(test, 2)
 
 
+def of_rank(member: Member, rank: int) -> Session:
+    """A session of a rank of that node."""
+    reg = Registration(op="register", job="job", store="file:///run", attempt=1, rank=rank, world_size=8)
+    session = member.local.sessions[f"token-{rank}"] = Session.open(reg, os.getpid())
+    session.token = f"token-{rank}"
+    return session
+
+
+def read(member: Member) -> float:
+    """Bytes that were read for copies."""
+    value = member.local.metrics.registry.get_sample_value("ckptsvc_partner_read_bytes_total", {"purpose": "copy"})
+    assert value is not None
+    return value
+
+
+async def copied(one: Member, other: Member, step: int) -> None:
+    """A copy of the snapshot of one rank, which has another content at each step."""
+    one.stage(0, image(step, 100_000), step=step)
+    other.order(pb.Protect(step=step, members=[one.holder(0)]))
+    await until(lambda: other.kept(0, step=step) == image(step, 100_000), "the copy")
+
+
+def test_what_a_rank_has_put_into_a_copy_is_not_read_again_and_never_believed(run: Any) -> None:
+    async def test(one: Member, other: Member) -> None:
+        session = of_rank(other, 5)
+        for step in (10, 20):
+            assert other.twins.offer(session.token, step, 1) is None  # the arenas come with the first copies
+            await copied(one, other, step)
+        for step, wrong in ((30, [0, 50_000]), (40, [])):
+            arena = other.twins.offer(session.token, step, 1)
+            assert arena is not None
+            assert other.kept(0, step=step - 10)  # the newest stays while the next one is being made
+            content = bytearray(image(step, 100_000))
+            for at in wrong:
+                content[at] ^= 1
+            with open(arena.path, "r+b") as file:
+                file.write(content)
+            before = read(other)
+            other.twins.fill(session.token, arena.name, 100_000)
+            await copied(one, other, step)
+            assert read(other) - before == EXTENT * len(wrong)
+        session.close()
+
+    run(test, 2)
+
+
+@pytest.mark.parametrize("how", ["it holds another state", "it says that it holds another state", "it has gone"])
+def test_a_rank_that_is_no_twin_is_not_asked_again(run: Any, how: str) -> None:
+    async def test(one: Member, other: Member) -> None:
+        session = of_rank(other, 5)
+        for step in (10, 20):
+            await copied(one, other, step)
+        arena = other.twins.offer(session.token, 30, 1)
+        assert arena is not None
+        if how == "it has gone":
+            Arenas(other.local, Workers(), 2, other.twins).give_back(session)
+            del other.local.sessions[session.token]
+            assert arena.state is State.FREE
+        else:
+            other.twins.fill(session.token, arena.name, 100_000 if how == "it holds another state" else 0)
+        await copied(one, other, 30)
+        if how != "it has gone":
+            assert other.twins.offer(session.token, 40, 1) is None
+        await copied(one, other, 40)
+        assert sum(arena.guest for arena in other.pool.arenas.values()) == 2  # none is left over
+        session.close()
+
+    run(test, 2)
+
+
+def test_what_a_rank_has_put_into_a_copy_that_nobody_ordered_is_given_up(run: Any) -> None:
+    async def test(one: Member, other: Member) -> None:
+        session = of_rank(other, 5)
+        for step in (10, 20):
+            await copied(one, other, step)
+        for step in (30, 40):
+            arena = other.twins.offer(session.token, step, 1)
+            assert arena is not None
+            other.twins.fill(session.token, arena.name, 100_000)
+        await copied(one, other, 50)
+        assert read(other) == 300_000
+        assert other.twins.offer(session.token, 60, 1) is not None
+        session.close()
+
+    run(test, 2)
+
+
 def test_an_order_of_an_attempt_that_is_over_is_refused(run: Any) -> None:
     async def test(one: Member, other: Member) -> None:
         one.stage(0, image(0, 100))
@@ -267,7 +356,7 @@ def test_copies_go_first_when_a_rank_of_this_node_needs_their_memory(run: Any) -
         other.order(pb.Protect(members=[one.holder(0)]))
         await until(lambda: other.kept(0), "the copy")
         reg = Registration(op="register", job="job", store="file:///run", attempt=1, rank=8, world_size=9)
-        _, fd = Arenas(other.local, Workers(), 2)._make(reg, 1000)
+        _, fd = Arenas(other.local, Workers(), 2, Twins(other.local))._make(reg, 1000)
         os.close(fd)
         assert other.kept(0) is None
         assert [arena.rank for arena in other.pool.arenas.values()] == [7, 8]

@@ -36,6 +36,8 @@ NOTHING_HERE = {
     # one agent on one disk, without certificates, in which nothing goes wrong
     "Certificate ends in",
     "Store errors",
+    "Detection, 95 %",
+    "Restarts, 95 %",
     # a plain file system says nothing of targets
     "Targets per shard",
     "Stripe size",
@@ -71,6 +73,7 @@ class Prometheus:
         self.folder, self.port = folder, free_port()
         folder.mkdir()
         shutil.copy(FOLDER / "rules.yaml", folder)
+        (folder / "http-token").write_text("there is no agent yet")
         settings = yaml.safe_load((FOLDER / "prometheus.yaml").read_text())
         settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
         settings["scrape_configs"][0]["file_sd_configs"][0]["refresh_interval"] = "1s"
@@ -123,6 +126,8 @@ def agent(runtime: Runtime) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def list_agents(runtime: Runtime, prometheus: Prometheus) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copy(runtime.sockets / "http-token", prometheus.folder)
     subprocess.run([FOLDER / "targets.sh", prometheus.folder / "agents.json", runtime.sockets], check=True, timeout=30)
 
 
@@ -176,6 +181,7 @@ def test_promtool_accepts_the_rules_and_their_tests(tmp_path: Path) -> None:
     for name in ("rules.yaml", "rules_test.yaml", "prometheus.yaml"):
         shutil.copy(FOLDER / name, tmp_path)
     (tmp_path / "agents.json").write_text("[]")
+    (tmp_path / "http-token").write_text("secret")
     assert promtool(tmp_path, "check", "rules", "rules.yaml") == 0
     assert promtool(tmp_path, "check", "config", "prometheus.yaml") == 0
     assert promtool(tmp_path, "test", "rules", "rules_test.yaml") == 0

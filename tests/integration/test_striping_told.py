@@ -1,6 +1,5 @@
 """What a store says of the layout of its shards reaches the agent: its metrics, and its log once."""
 
-import urllib.request
 from pathlib import Path
 
 import torch
@@ -27,10 +26,7 @@ def test_a_store_that_is_no_lustre_is_told_of_once(runtime: Runtime, launch: Lau
     agent = runtime.start_agent("--metrics-listen", "127.0.0.1:0")
     with launch.plain(1, train, f"lustre://{tmp_path}/run") as job:
         job.wait_for("saved")
-        with urllib.request.urlopen(
-            f"http://{runtime.status(runtime.sockets)['metrics']}/metrics", timeout=10
-        ) as answer:
-            metrics = answer.read().decode()
+        metrics = runtime.metrics()
         job.go("end")
         job.results()
     agent.terminate()

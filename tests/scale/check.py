@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING
 
 from machine import GROW, JOB
 
-from ckptsvc.control.effects import Commit, Effect, Restarted, Send
+from ckptsvc.control.effects import Audit, Commit, Effect, Restarted, Send
+from ckptsvc.control.restart import Phase
 from ckptsvc.pipeline.arena import State
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Cause
 
 if TYPE_CHECKING:
-    from machine import Rank
+    from machine import Machine, Rank
     from simulation import Store, World
 
 COMMITTED = agent_pb2.OUTCOME_COMMITTED
@@ -48,6 +49,8 @@ class Violation(AssertionError):
             f"a save every {schedule.every_steps} steps and every {schedule.every_seconds:g} s (0: never)",
             "faults:",
             *map(str, schedule.faults),
+            "orders:",
+            *map(str, schedule.orders),
             "what happened last:",
             *list(world.trace)[-60:],
         ]
@@ -69,6 +72,7 @@ class Checks:
         self._denied: set[Save] = set()  # some agent was told that this save has failed for good
         self._waits_since: float | None = None  # a node, for a place in a job that has too few
         self._grown = 0
+        self._automatic: dict[tuple[int, int], bool] = {}  # attempt and step -> whether it was saved
         self._unaware_until = 0.0  # nodes new to the job were started by a coordinator that had heard of no others
 
     def new_coordinator(self) -> None:
@@ -87,6 +91,8 @@ class Checks:
             self._grown += 1
             most = len(self._world.machines) + len(self._world.schedule.faults)
             require(self._grown <= most, f"the job is started anew for the {self._grown}. time to grow")
+        if isinstance(effect, Audit):
+            self._carried_out(effect)
         if isinstance(effect, Send) and effect.order.WhichOneof("effect") == "start":
             self._starting()
         if isinstance(effect, Commit):
@@ -103,6 +109,37 @@ class Checks:
             if first is None and "have not written" in outcome.reason:
                 self._somebody_is_away_or_has_not_written(save)
             self._outcomes[save] = outcome
+
+    def _carried_out(self, effect: Audit) -> None:
+        """An order of a person is said to be done."""
+        asked, outcome = effect.asked, effect.outcome
+        if outcome.code:
+            return
+        if asked.verb == pb.VERB_CHECKPOINT:
+            steps = {step for _, step in self._world.store.commits}
+            require(outcome.step in steps, f"a checkpoint of step {outcome.step} was ordered, and is not committed")
+        if asked.verb == pb.VERB_DRAIN:
+            attempts = self._world.brain.core.launched.get(JOB)
+            going = attempts is not None and attempts.phase is Phase.RUNNING and asked.target in attempts.hosts
+            require(not going, f"{asked.target} is said to be drained, and the job runs there")
+
+    def automatic(self, machine: Machine, rank: Rank, step: int, *, taken: bool) -> None:
+        """A rank has, or has not, taken a snapshot that is due by its interval."""
+        now, session = self._world.now, machine.line.session
+        if (
+            session is None
+            or machine.line.excused
+            or now - session.began < NEWS
+            or now - machine.agent_stopped_until < NEWS
+        ):
+            return  # it may not have heard of an order
+        first = self._automatic.setdefault((rank.attempt, step), taken)
+        require(first == taken, f"of attempt {rank.attempt}, some ranks save step {step}, and some do not")
+        pauses = self._world.brain.core.pauses
+        known, held = pauses.known.get(JOB), pauses.holding.get(JOB)
+        if self._world.brain.alive and known and known.paused and held and held.version == known.version:
+            bad = taken and held.attempt == rank.attempt and held.step <= step
+            require(not bad, f"step {step} is saved, and the job is paused from step {held.step} on")
 
     def _starting(self) -> None:
         attempts = self._world.brain.core.launched[JOB]
@@ -229,6 +266,7 @@ class Checks:
             for job in world.brain.core.jobs.values()
             for save in job.saves.open.values()
         ]
+        left += [f"an order: {work.waits_for}" for _, work, _ in world.brain.core.verbs.working.values()]
         for machine in world.machines.values():
             if machine.launcher_waits:
                 left.append(f"the launcher of {machine.name} waits")

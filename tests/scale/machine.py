@@ -13,7 +13,9 @@ from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.launches import Launcher, Launches
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.node import Node
+from ckptsvc.agent.orders import ASK_AGAIN
 from ckptsvc.agent.sessions import LocalJob
+from ckptsvc.agent.standing import StandingOrders
 from ckptsvc.agent.watch import Watch
 from ckptsvc.control.effects import Answer
 from ckptsvc.control.runs import ranks_of
@@ -114,6 +116,8 @@ class Machine:
         self._status: int | None = None
         self._lost = False
         self.agent_stopped_until = self._said_until = 0.0
+        self.standing = StandingOrders()  # in place of the file that outlives an agent
+        self.answers: dict[str, pb.Answered] = {}
 
     def everything(self) -> Iterator[pb.Report]:
         """What the agent tells a coordinator that it has connected to."""
@@ -145,12 +149,14 @@ class Machine:
                 del self.pool.arenas[arena.name]
         self.local = Local(self.name, self.pool, METRICS, None, "")  # type: ignore[arg-type]
         self.local._uplinks[""] = self.line
+        self.local.standing = self.standing
         self.node = Node(self.local, None, slots=SLOTS, linger=1e9, save_timeout=1e9)  # type: ignore[arg-type]
         self.launches = Launches(self.local)
         self.node.launch_order = self.launches.order
         self.watch = Watch(self.local, LIMITS, enabled=True)
         self.node.watch_order = self._watch_order
         self.node.partner_order = self._partner_order
+        self.node.people_order = self._people_order
         self._world.later(LOOK_EVERY, self._look, self._incarnation)
         for rank in self.ranks.values():
             self._world.later(self._world.rng.uniform(0, 3), self._register_again, self._incarnation, rank)
@@ -190,6 +196,25 @@ class Machine:
     def _obey_late(self, incarnation: int, session: Session, order: pb.Order) -> None:
         if self._is(incarnation) and not session.broken:  # else the coordinator may have gone on without this node
             self.obey(order)
+
+    # ---- what people order (mirrors agent.orders) --------------------------------------------------------------------
+
+    def ask(self, asked: pb.Asked) -> None:
+        """Somebody gives an order to this node's agent."""
+        if self.agent_alive:
+            self._ask(self._incarnation, asked)
+
+    def _ask(self, incarnation: int, asked: pb.Asked) -> None:
+        answer = self.answers.get(asked.id)
+        if self._is(incarnation) and (answer is None or answer.begun):
+            self.line.report(pb.Report(asked=asked))
+            self._world.later(ASK_AGAIN, self._ask, incarnation, asked)
+
+    def _people_order(self, order: pb.Order) -> None:
+        if order.HasField("vacate"):
+            self.standing.vacate(order.vacate.reason if order.vacate.on else "")
+        else:
+            self.answers[order.answered.id] = order.answered
 
     # ---- what nodes keep for each other (mirrors agent.partners) -----------------------------------------------------
 
@@ -533,6 +558,9 @@ class Machine:
             self._beat(rank)
             progressed = pb.Progressed(job=JOB, attempt=rank.attempt, node=self.name, lowest=step, highest=step)
             self.line.report(pb.Report(progressed=progressed))
+            if due:
+                due = not session.page.is_paused(step)
+                self._world.checks.automatic(self, rank, step, taken=due)
             order = session.page.get("save_at")
             if order != rank.last_order and order <= step:
                 rank.last_order = order

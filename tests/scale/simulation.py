@@ -21,11 +21,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from check import Checks, Violation
-from machine import Attempt, Machine
+from machine import JOB, Attempt, Machine
 
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import (
     AllotEpoch,
+    Audit,
     Commit,
     CommitDone,
     Decision,
@@ -40,6 +41,7 @@ from ckptsvc.control.effects import (
     ReadNodes,
     Record,
     Restarted,
+    Resumed,
     Send,
 )
 from ckptsvc.control.health import Policy
@@ -87,6 +89,9 @@ KINDS = {
 }
 
 
+VERBS = ["checkpoint", "pause", "pause", "resume", "resume", "restart", "drain", "undrain", "exclude", "include"]
+
+
 @dataclass(frozen=True)
 class Schedule:
     """What is run, and what goes wrong."""
@@ -102,6 +107,7 @@ class Schedule:
     faults: tuple[Fault, ...]
     late: float = 0.0  # seconds after the others at which the last node comes
     partner: str = "off"  # what the nodes keep for each other
+    orders: tuple[Fault, ...] = ()  # of people: the verb is the kind, `where` says which node is asked, and which meant
 
     @staticmethod
     def draw(seed: int) -> Schedule:
@@ -148,6 +154,18 @@ class Schedule:
             partner=rng.choice(["copy", "xor", "rs"]),
         )  # fmt: skip
 
+    @staticmethod
+    def ordered(seed: int) -> Schedule:
+        """A job that people give orders to, while the one thing or the other goes wrong."""
+        rng = random.Random(f"orders {seed}")
+        drawn = Schedule.draw(seed)
+        orders = [
+            Fault(rng.uniform(2, 50), rng.choice(VERBS), rng.randrange(100), rng.choice([0.0, 0.0, rng.uniform(5, 20)]))
+            for _ in range(rng.randint(1, 6))
+        ]
+        few = drawn.faults if rng.random() < 0.7 else ()
+        return replace(drawn, faults=few, steps=rng.randint(30, 60), orders=tuple(sorted(orders, key=lambda o: o.at)))
+
     def run(self) -> World:
         """Run it to its end, or raise Violation."""
         world = World(self)
@@ -155,9 +173,13 @@ class Schedule:
         return world
 
     def shrink(self) -> Schedule:
-        """A schedule of as few faults as possible that still fails."""
-        for fault in self.faults:
-            fewer = replace(self, faults=tuple(f for f in self.faults if f is not fault))
+        """A schedule of as few faults and orders as possible that still fails."""
+        for each in (*self.faults, *self.orders):
+            fewer = replace(
+                self,
+                faults=tuple(f for f in self.faults if f is not each),
+                orders=tuple(o for o in self.orders if o is not each),
+            )
             try:
                 fewer.run()
             except Violation:
@@ -348,7 +370,7 @@ class Brain:
             self._world.note(f"coordinator: {reason}")
         for effect in decision.effects:
             self._world.checks.decided(effect)
-            if isinstance(effect, Record | Drain | Restarted):
+            if isinstance(effect, Record | Drain | Restarted | Resumed | Audit):
                 continue
             if not isinstance(effect, Send):
                 self._world.later(self._world.rng.uniform(0.01, 0.5), self._do, self.life, effect)
@@ -403,7 +425,7 @@ class World:
         self.store = Store(self)
         self.brain = Brain(self)
         self.attempts: dict[int, Attempt] = {}
-        self.healed_at = max((f.at + f.seconds for f in schedule.faults), default=0.0)
+        self.healed_at = max((f.at + f.seconds for f in (*schedule.faults, *schedule.orders)), default=0.0)
         self._queue: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order = itertools.count()
         self.machines = {f"n{i}": Machine(self, f"n{i}") for i in range(schedule.nodes)}
@@ -424,6 +446,8 @@ class World:
             self.later(late + self.rng.uniform(0, 3), machine.start_launcher)
         for fault in self.schedule.faults:
             self.later(fault.at, self._strike, fault)
+        for number, order in enumerate(self.schedule.orders):
+            self.later(order.at, self._order_given, number, order)
         try:
             while self._queue:
                 self.now, _, action, args = heapq.heappop(self._queue)
@@ -440,6 +464,18 @@ class World:
         finally:
             for machine in self.machines.values():
                 machine.kill_agent()
+
+    def _order_given(self, number: int, order: Fault) -> None:
+        machines = list(self.machines.values())
+        asked, meant = machines[order.where % len(machines)], machines[order.where // 10 % len(machines)]
+        of_node = order.kind in ("drain", "undrain", "exclude", "include")
+        self.note(f"ORDER {order.kind} {meant.name if of_node else ''} (asked: {asked.name})")
+        verb = pb.Verb.Value(f"VERB_{order.kind.upper()}")
+        event = pb.Asked(
+            id=str(number), job=JOB, node=asked.name, verb=verb, target=meant.name if of_node else "",
+            seconds=order.seconds, at=1000.0 + self.now, by=pb.Caller(name="somebody", node=asked.name),
+        )  # fmt: skip
+        asked.ask(event)
 
     def _strike(self, fault: Fault) -> None:
         machine = list(self.machines.values())[fault.where % len(self.machines)]

@@ -48,6 +48,25 @@ def test_no_loss_of_nodes_breaks_a_promise_where_they_keep_copies_or_parity():
     assert rebuilt > 2
 
 
+def test_no_order_of_a_person_breaks_a_promise():
+    said = []
+    for seed in range(110):
+        schedule = Schedule.ordered(seed)
+        try:
+            world = schedule.run()
+        except Violation:
+            schedule.shrink().run()
+            raise
+        said += world.trace
+    told = "\n".join(said)
+    for what in (
+        "automatic snapshots are paused from step", "automatic snapshots are taken again from step",
+        "the time it was paused for is over", "is committed in", "restarted by somebody", "is drained by somebody",
+        "needs n1 no more", "cannot do without", "is excluded",
+    ):  # fmt: skip
+        assert what in told, what
+
+
 TAKEOVERS = {
     "a node runs whose agent is away": Schedule(
         seed=8184, nodes=2, least=1, most=1, nproc=2, steps=28, every_steps=2, every_seconds=10.0,
@@ -82,6 +101,19 @@ TAKEOVERS = {
 @pytest.mark.parametrize("case", TAKEOVERS)
 def test_a_coordinator_that_takes_over_starts_nothing_beside_what_runs(case):
     TAKEOVERS[case].run()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("part", range(4))
+def test_nor_do_thousands_of_orders(part):
+    for seed in range(1000 + part * 1000, 2000 + part * 1000):
+        schedule = Schedule.ordered(seed)
+        try:
+            schedule.run()
+        except Violation:
+            schedule.shrink().run()
+            raise
 
 
 @pytest.mark.slow

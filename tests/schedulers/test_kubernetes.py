@@ -1,6 +1,9 @@
 """The manifest fits the published schemas of Kubernetes and JobSet, and says what the program does."""
 
 import copy
+import shutil
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,8 @@ models = pytest.importorskip("kubeflow_trainer_api.models", reason="run make ins
 NO_PROGRESS = 86
 """Exit status of a job whose attempts fail one after the other."""
 
-MANIFEST = Path(__file__).parents[2] / "deploy" / "kubernetes" / "jobset.yaml"
+DEPLOY = Path(__file__).parents[2] / "deploy"
+MANIFEST = DEPLOY / "kubernetes" / "jobset.yaml"
 
 
 @pytest.fixture
@@ -91,3 +95,42 @@ def test_the_last_save_has_its_time_before_the_pod_is_killed(manifest: dict[str,
     given = command.make_context("run", list(arguments)).params
     assert given["script"] == "train.py"
     assert given["stop_grace"] < pod["terminationGracePeriodSeconds"]
+
+
+@pytest.fixture(scope="module")
+def overlay() -> dict[str, dict[str, Any]]:
+    """What the example of an overlay comes to, by kind."""
+    if shutil.which("kubectl") is None:
+        pytest.skip("needs kubectl")
+    command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes-example")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return {document["kind"]: document for document in yaml.safe_load_all(done.stdout)}
+
+
+def test_an_overlay_fits_the_schemas_too(overlay: dict[str, dict[str, Any]]) -> None:
+    assert unknown(overlay["JobSet"]) == []
+
+
+def test_an_overlay_changes_what_it_says_and_nothing_else(
+    overlay: dict[str, dict[str, Any]], manifest: dict[str, Any]
+) -> None:
+    before, after = pod_of(manifest), pod_of(overlay["JobSet"])
+    containers = ([*pod["initContainers"], *pod["containers"]] for pod in (before, after))
+    for old, new in zip(*containers, strict=True):
+        assert new["image"] == "images.example.org/training/ckptsvc:0.1.0"
+        assert new["command"] == old["command"]
+        assert new["env"] == old["env"]
+        assert new["volumeMounts"][-1] == {"name": "settings", "mountPath": "/etc/ckptsvc", "readOnly": True}
+    volumes = {each["name"]: each for each in after["volumes"]}
+    assert volumes["checkpoints"]["persistentVolumeClaim"]["claimName"] == "lustre-training"
+    assert volumes["arenas"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "256Gi"}
+    assert volumes["settings"]["configMap"]["name"] == overlay["ConfigMap"]["metadata"]["name"]
+    assert after["securityContext"] == before["securityContext"]
+
+
+def test_its_settings_are_settings(overlay: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    text = overlay["ConfigMap"]["data"]["config.toml"]
+    (tmp_path / "config.toml").write_text(text)
+    found = load({}, files=[tmp_path / "config.toml"])
+    assert found.save.keep == tomllib.loads(text)["save"]["keep"]

@@ -70,9 +70,14 @@ def test_every_setting_has_its_variable() -> None:
         "agent.socket_dir": "/run/x",
         "agent.listen": "0.0.0.0:7070",
         "agent.metrics_listen": "off",
+        "agent.http_token_file": "/etc/token",
         "agent.name": "n1",
         "agent.coordinator": "[::1]:9",
         "agent.coordination": "etcd://a:1",
+        "log.format": "json",
+        "traces.endpoint": "http://collector:4317",
+        "traces.ratio": "0.25",
+        "traces.ca_file": "/etc/ca.pem",
         "agent.incidents_dir": "/var/lib/ckptsvc/incidents",
         "arena.dir": "/mnt/shm",
         "arena.limit": "25%",
@@ -129,6 +134,7 @@ def test_every_setting_has_its_variable() -> None:
         "tiers.group": "8",
         "tiers.domain": "rack-7",
         "tiers.partner_every": "2",
+        "tiers.replicas": "false",
         "tiers.partner_rate": "500MB",
         "tiers.rebuild": "2min",
         "etcd.ttl": "5s",
@@ -137,6 +143,18 @@ def test_every_setting_has_its_variable() -> None:
         "etcd.ca_file": "/ca",
         "etcd.cert_file": "/cert",
         "etcd.key_file": "/key",
+        "arena.job_limit": "50%",
+        "system.directory": "/run/c",
+        "system.users": "alice,@physics",
+        "system.min_uid": "500",
+        "system.operators": "@wheel",
+        "system.max_users": "9",
+        "system.user_memory": "8GiB",
+        "system.user_jobs": "3",
+        "system.user_ranks": "96",
+        "system.linger": "5min",
+        "system.umask": "027",
+        "system.environment": "HTTPS_PROXY",
     }
     settings = load({f"CKPTSVC_{key.replace('.', '_').upper()}": value for key, value in values.items()}, files=[])
     assert set(settings.origin) == set(values)
@@ -145,12 +163,20 @@ def test_every_setting_has_its_variable() -> None:
         socket_dir="/run/x",
         listen=Address("0.0.0.0", 7070),
         metrics_listen=None,
+        http_token_file="/etc/token",
         name="n1",
         coordinator=Address("::1", 9),
         coordination="etcd://a:1",
         incidents_dir="/var/lib/ckptsvc/incidents",
     )
-    assert settings.arena == settings_of.ArenaSettings(dir="/mnt/shm", limit=Limit(0, 0.25), slots=3)
+    assert settings.arena == settings_of.ArenaSettings(
+        dir="/mnt/shm", limit=Limit(0, 0.25), slots=3, job_limit=Limit(0, 0.5)
+    )
+    assert settings.system == settings_of.SystemSettings(
+        directory="/run/c", users=("alice", "@physics"), min_uid=500, operators=("@wheel",), max_users=9,
+        user_memory=Limit(8 << 30, 0.0), user_jobs=3, user_ranks=96, linger=300.0, umask=0o27,
+        environment=("HTTPS_PROXY",),
+    )  # fmt: skip
     assert settings.save == settings_of.SaveSettings(
         every=Every(100, 0.0), keep=2, extent=4 * MIB, threads=8, deadline=0.0, timeout=3600.0, early_cores=1,
         incremental=True, full_every=4, compression="auto", compression_level=3,
@@ -231,6 +257,9 @@ def test_every_field_is_described() -> None:
         ("[save]\nkeep = -1", ["save.keep", ">= 0"]),
         ("[save]\nextent = 5000", ["save.extent", "4096"]),
         ("[save]\nextent = 0", ["save.extent"]),
+        ('[save]\nextent = "65MiB"', ["save.extent", "67108864"]),
+        ("[store]\ntimeout = 0", ["store.timeout", "3600"]),
+        ('[store]\ntimeout = "2h"', ["store.timeout", "7200 s"]),
         ("[save]\ndeadline = '1h'", ["save.deadline", "save.timeout"]),
         ("[save]\nevery = 1.5", ["save.every", "10min"]),
         ("[agent]\nlisten = 'off'", ["agent.listen", "127.0.0.1:0"]),
@@ -510,6 +539,8 @@ def test_what_is_no_directory_of_the_node(text: object) -> None:
         ({"tiers.partner_rate": "1KiB"}, "tiers.partner_rate"),
         ({"tiers.rebuild": "2h"}, "tiers.rebuild"),
         ({"tiers.partner": "mirror"}, "tiers.partner"),
+        ({"tiers.partner": "xor", "tiers.replicas": True}, "tiers.replicas"),
+        ({"tiers.partner": "copy", "tiers.partner_every": 2, "tiers.replicas": True}, "tiers.replicas"),
         ({"tiers.group": 1}, "tiers.group"),
     ],
 )
@@ -517,3 +548,31 @@ def test_tiers_that_cannot_be_are_refused_by_key(values: dict[str, object], key:
     with pytest.raises(ConfigError, match=key):
         load({}, values, files=[])
     assert load({}, {"tiers.partner": "rs", "tiers.group": 3, "tiers.partner_rate": 0}, files=[]).tiers.group == 3
+
+
+# ---- accounts, variables, umask
+
+
+def test_accounts_are_names_numbers_and_groups() -> None:
+    assert quantities.parse_accounts(" alice, 1000,@ck-users ,,") == ("alice", "1000", "@ck-users")
+    assert quantities.parse_accounts(["a.b@realm", "DOM\\u$"]) == ("a.b@realm", "DOM\\u$")
+    assert quantities.parse_variables("A, _b2") == ("A", "_b2")
+    for bad in ("a b", "@", "-x", "a:b", "a/../b", 7, ["a", 1], {"a": 1}):
+        with pytest.raises(ConfigError):
+            quantities.parse_accounts(bad)
+    for bad in ("A=1", "2A", "A-B", 7):
+        with pytest.raises(ConfigError):
+            quantities.parse_variables(bad)
+
+
+def test_a_umask_is_octal_and_leaves_the_owner_alone() -> None:
+    assert [quantities.parse_umask(text) for text in ("022", "077", "0", "0o027", "7")] == [0o22, 0o77, 0, 0o27, 7]
+    for bad in ("0700", "888", "", 18, "0x1f", None, "-1"):
+        with pytest.raises(ConfigError):
+            quantities.parse_umask(bad)
+
+
+def test_certificates_may_be_named_by_user() -> None:
+    given = {"tls.ca_file": "/etc/ca.pem", "tls.cert_file": "/etc/{user}.pem", "tls.key_file": "/home/{user}/key.pem"}
+    own = load({}, given, []).tls.of("alice")
+    assert (own.ca_file, own.cert_file, own.key_file) == ("/etc/ca.pem", "/etc/alice.pem", "/home/alice/key.pem")

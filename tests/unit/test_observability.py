@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from harness.observability import FOLDER, asked, dashboard, left, panels, problems
+from harness.observability import FOLDER, alerts_page, asked, dashboard, left, panels, problems
 
 from tests.unit.test_telemetry import METRICS
 
@@ -110,13 +110,20 @@ def test_an_alert_is_a_sentence_says_what_to_do_and_is_tried(name: str) -> None:
     assert re.fullmatch(r"Ckptsvc[A-Z]\w+", name)
     assert alert["labels"].keys() == {"severity"}
     assert alert["labels"]["severity"] in ("critical", "warning")
-    assert alert["annotations"].keys() == {"summary", "action"}
-    for text in alert["annotations"].values():
+    assert alert["annotations"].keys() == {"summary", "action", "docs"}
+    assert alert["annotations"]["docs"] == f"docs/reference/alerts.md#{name.lower()}"
+    for text in (alert["annotations"]["summary"], alert["annotations"]["action"]):
         assert text[-1] in ".?"
         assert set(re.findall(r"\$labels\.(\w+)", text)) <= left(alert["expr"], DECLARED)
     assert name in expected_to_fire()
     assert asked(alert["expr"]).metrics.keys() - RECORDED.keys() <= all_is_well(), "in the first story it must not fire"
     assert f"| {name} |" in (FOLDER / "README.md").read_text()
+
+
+def test_the_page_of_alerts_is_what_the_rules_say() -> None:
+    page = FOLDER.parents[1] / "docs" / "reference" / "alerts.md"
+    assert page.read_text() == alerts_page(), "python tests/harness/observability.py > docs/reference/alerts.md"
+    assert all(f"## {name}\n" in page.read_text() for name in ALERTS)
 
 
 def expected_to_fire() -> set[str]:
@@ -185,6 +192,7 @@ def faults_of_unit(panel: dict[str, Any]) -> Iterator[str]:
     for target in panel["targets"]:
         names = asked(target["expr"]).metrics
         rated = "rate(" in target["expr"] and "_sum" not in target["expr"]
+        rated = rated or any("_bytes_per_second" in name for name in names)
         if any("_bytes" in name for name in names) and unit != ("Bps" if rated else "bytes"):
             yield f"unit {unit} for bytes"
         if any(name.endswith(("_seconds", "_seconds_sum", "_seconds_bucket")) for name in names) and unit != "s":
@@ -269,7 +277,8 @@ def targets(output: Path, *folders: Path) -> list[dict[str, Any]]:
 def test_the_agents_of_a_node_are_listed(tmp_path: Path) -> None:
     said = {
         "one": "1\n127.0.0.1:7070\n127.0.0.1:9400\n",
-        "two/run-7": "2\n[::1]:7070\n[::1]:9401\n",
+        "two/run-7": "2\n[::1]:7070\n[::1]:9401\nhttp://[::1]:9401\n",
+        "with certificates": "7\n10.0.0.7:7070\nn7:9402\nhttps://n7:9402\n",
         "without metrics": "3\n127.0.0.1:7070\n\n",
         "being written": "4\n",
         "hostile": '5\n127.0.0.1:7070\nx"}],"labels":{"a":"b:1\n',
@@ -281,6 +290,7 @@ def test_the_agents_of_a_node_are_listed(tmp_path: Path) -> None:
     (tmp_path / "agents" / "linked").mkdir()
     (tmp_path / "agents" / "linked" / "ready").symlink_to(tmp_path / "agents" / "one" / "ready")
     found = targets(tmp_path / "agents.json", tmp_path / "agents", tmp_path / "not there yet")
-    assert [target["targets"] for target in found] == [["127.0.0.1:9400"], ["[::1]:9401"]]
-    assert [target["labels"]["instance"].rpartition(":")[2] for target in found] == ["9400", "9401"]
+    assert [target["targets"] for target in found] == [["127.0.0.1:9400"], ["[::1]:9401"], ["n7:9402"]]
+    assert [target["labels"]["instance"].rpartition(":")[2] for target in found] == ["9400", "9401", "9402"]
+    assert [target["labels"].get("__scheme__") for target in found] == [None, None, "https"]
     assert targets(tmp_path / "agents.json", tmp_path / "not there yet") == []

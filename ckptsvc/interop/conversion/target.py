@@ -4,7 +4,9 @@
     a local path        files into PATH.partial, which gets its name when all is durable
     any other store     files under their names; those that make the checkpoint complete are last
 
-The records of what is finished (conversion.ledger) are in PATH.convert, for our own format in a folder of the run.
+The records of what is finished (conversion.ledger) are in PATH.convert; in the folder .convert where the target is a
+whole bucket or container, because a name with something added to it is another one's; for our own format in a folder of
+the run.
 """
 
 from __future__ import annotations
@@ -61,10 +63,11 @@ class Target:
             _check_no_links(self.local)
         options = {"block": block} if url.startswith("file://") else {}
         self.store: Store = open_store(f"{url}{PARTIAL}" if self.local else url, options)
-        self._records = self.store if self.native else open_store(f"{url}{RECORDS}")
-        folder = f"convert-step-{step:012d}" if self.native else ""
-        self.ledger = Ledger(self._records, folder)
-        self._lease = Lease(self._records, folder, *part) if part else None
+        inside = self.native or _is_whole(url)
+        self._records = self.store if inside else open_store(f"{url}{RECORDS}")
+        self._folder = (f"convert-step-{step:012d}" if self.native else RECORDS) if inside else ""
+        self.ledger = Ledger(self._records, self._folder)
+        self._lease = Lease(self._records, self._folder, *part) if part else None
 
     def close(self) -> None:
         """Give back what is open."""
@@ -246,7 +249,8 @@ class Target:
 
     def _delete(self, prefix: str) -> None:
         for entry in list(self.store.list(prefix)):
-            self.store.delete(entry.key)
+            if not (self._folder and entry.key.startswith(f"{self._folder}/")):  # `forget` removes the records
+                self.store.delete(entry.key)
 
     def _remove_folder(self) -> None:
         """Remove the folder of the records if it is empty."""
@@ -290,6 +294,12 @@ class Target:
                 hint="convert into a new folder; a job resumes from it with init_from",
             )
         return newest
+
+
+def _is_whole(url: str) -> bool:
+    """Whether a URL names a bucket or container, and nothing in it."""
+    scheme, _, place = url.partition("://")
+    return scheme != "file" and place.count("/") < (2 if scheme == "daos" else 1)
 
 
 def _check_no_links(target: Path) -> None:

@@ -21,6 +21,36 @@ OUTCOME_SKIPPED: Outcome
 OUTCOME_FENCED: Outcome
 OUTCOME_LOCAL: Outcome
 
+class VerbRequest(_message.Message):
+    __slots__ = ("job", "node", "reason", "seconds", "no_wait")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    NO_WAIT_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    node: str
+    reason: str
+    seconds: float
+    no_wait: bool
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., reason: _Optional[str] = ..., seconds: _Optional[float] = ..., no_wait: bool = ...) -> None: ...
+
+class VerbResponse(_message.Message):
+    __slots__ = ("done", "what", "left", "step", "bytes", "seconds")
+    DONE_FIELD_NUMBER: _ClassVar[int]
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    done: bool
+    what: _containers.RepeatedScalarFieldContainer[str]
+    left: _containers.RepeatedScalarFieldContainer[str]
+    step: int
+    bytes: int
+    seconds: float
+    def __init__(self, done: bool = ..., what: _Optional[_Iterable[str]] = ..., left: _Optional[_Iterable[str]] = ..., step: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
 class PrepareRequest(_message.Message):
     __slots__ = ("plain_digest", "generation")
     PLAIN_DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -74,17 +104,21 @@ class AcquireRequest(_message.Message):
     def __init__(self, step: _Optional[int] = ..., bytes: _Optional[int] = ..., patience: _Optional[float] = ...) -> None: ...
 
 class AcquireResponse(_message.Message):
-    __slots__ = ("slot", "capacity", "epoch")
+    __slots__ = ("slot", "capacity", "epoch", "twin_slot", "twin_rank")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     CAPACITY_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    TWIN_SLOT_FIELD_NUMBER: _ClassVar[int]
+    TWIN_RANK_FIELD_NUMBER: _ClassVar[int]
     slot: str
     capacity: int
     epoch: int
-    def __init__(self, slot: _Optional[str] = ..., capacity: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    twin_slot: str
+    twin_rank: int
+    def __init__(self, slot: _Optional[str] = ..., capacity: _Optional[int] = ..., epoch: _Optional[int] = ..., twin_slot: _Optional[str] = ..., twin_rank: _Optional[int] = ...) -> None: ...
 
 class SubmitRequest(_message.Message):
-    __slots__ = ("slot", "step", "bytes", "aliases", "metrics")
+    __slots__ = ("slot", "step", "bytes", "aliases", "metrics", "staging", "twin_slot", "twin_bytes")
     class AliasesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -104,26 +138,34 @@ class SubmitRequest(_message.Message):
     BYTES_FIELD_NUMBER: _ClassVar[int]
     ALIASES_FIELD_NUMBER: _ClassVar[int]
     METRICS_FIELD_NUMBER: _ClassVar[int]
+    STAGING_FIELD_NUMBER: _ClassVar[int]
+    TWIN_SLOT_FIELD_NUMBER: _ClassVar[int]
+    TWIN_BYTES_FIELD_NUMBER: _ClassVar[int]
     slot: str
     step: int
     bytes: int
     aliases: _containers.ScalarMap[str, str]
     metrics: _containers.ScalarMap[str, str]
-    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., bytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, str]] = ...) -> None: ...
+    staging: float
+    twin_slot: str
+    twin_bytes: int
+    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., bytes: _Optional[int] = ..., aliases: _Optional[_Mapping[str, str]] = ..., metrics: _Optional[_Mapping[str, str]] = ..., staging: _Optional[float] = ..., twin_slot: _Optional[str] = ..., twin_bytes: _Optional[int] = ...) -> None: ...
 
 class SubmitResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class AbandonRequest(_message.Message):
-    __slots__ = ("slot", "step", "reason")
+    __slots__ = ("slot", "step", "reason", "code")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
     slot: str
     step: int
     reason: str
-    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    code: str
+    def __init__(self, slot: _Optional[str] = ..., step: _Optional[int] = ..., reason: _Optional[str] = ..., code: _Optional[str] = ...) -> None: ...
 
 class AbandonResponse(_message.Message):
     __slots__ = ()
@@ -142,7 +184,7 @@ class WaitSaveResponse(_message.Message):
     def __init__(self, outcome: _Optional[_Union[SaveOutcome, _Mapping]] = ...) -> None: ...
 
 class SaveOutcome(_message.Message):
-    __slots__ = ("epoch", "step", "outcome", "code", "reason", "bytes", "seconds")
+    __slots__ = ("epoch", "step", "outcome", "code", "reason", "bytes", "seconds", "timed_out")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     OUTCOME_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +192,7 @@ class SaveOutcome(_message.Message):
     REASON_FIELD_NUMBER: _ClassVar[int]
     BYTES_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TIMED_OUT_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     outcome: Outcome
@@ -157,7 +200,8 @@ class SaveOutcome(_message.Message):
     reason: str
     bytes: int
     seconds: float
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    timed_out: bool
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., outcome: _Optional[_Union[Outcome, str]] = ..., code: _Optional[str] = ..., reason: _Optional[str] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ..., timed_out: bool = ...) -> None: ...
 
 class ListSnapshotsRequest(_message.Message):
     __slots__ = ()

@@ -94,6 +94,46 @@ class AgentServiceStub(object):
                 request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.LaunchRequest.SerializeToString,
                 response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.LaunchResponse.FromString,
                 _registered_method=True)
+        self.Checkpoint = channel.unary_unary(
+                '/ckptsvc.rpc.v1.AgentService/Checkpoint',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+                _registered_method=True)
+        self.Pause = channel.unary_unary(
+                '/ckptsvc.rpc.v1.AgentService/Pause',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+                _registered_method=True)
+        self.Resume = channel.unary_unary(
+                '/ckptsvc.rpc.v1.AgentService/Resume',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+                _registered_method=True)
+        self.Restart = channel.unary_unary(
+                '/ckptsvc.rpc.v1.AgentService/Restart',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+                _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/ckptsvc.rpc.v1.AgentService/Drain',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+                _registered_method=True)
+        self.Undrain = channel.unary_unary(
+                '/ckptsvc.rpc.v1.AgentService/Undrain',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+                _registered_method=True)
+        self.Exclude = channel.unary_unary(
+                '/ckptsvc.rpc.v1.AgentService/Exclude',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+                _registered_method=True)
+        self.Include = channel.unary_unary(
+                '/ckptsvc.rpc.v1.AgentService/Include',
+                request_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+                response_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer(object):
@@ -188,6 +228,62 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Checkpoint(self, request, context):
+        """Orders of people. Each goes to the coordinator of the job, or of every job of this agent, and is answered when it
+        has been carried out, when that is found to be impossible, or shortly before the deadline.
+
+        A checkpoint as soon as all ranks can take the same step.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Pause(self, request, context):
+        """No automatic snapshots until Resume, or for `seconds`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Resume(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Restart(self, request, context):
+        """A new attempt of a launched job.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Drain(self, request, context):
+        """Get everything away from a node, and take no new jobs there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Undrain(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Exclude(self, request, context):
+        """Do not start ranks on a node, in running jobs and in those to come, for `seconds` or until Include.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Include(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -250,6 +346,46 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.Launch,
                     request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.LaunchRequest.FromString,
                     response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.LaunchResponse.SerializeToString,
+            ),
+            'Checkpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.Checkpoint,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.SerializeToString,
+            ),
+            'Pause': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pause,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.SerializeToString,
+            ),
+            'Resume': grpc.unary_unary_rpc_method_handler(
+                    servicer.Resume,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.SerializeToString,
+            ),
+            'Restart': grpc.unary_unary_rpc_method_handler(
+                    servicer.Restart,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.SerializeToString,
+            ),
+            'Undrain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Undrain,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.SerializeToString,
+            ),
+            'Exclude': grpc.unary_unary_rpc_method_handler(
+                    servicer.Exclude,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.SerializeToString,
+            ),
+            'Include': grpc.unary_unary_rpc_method_handler(
+                    servicer.Include,
+                    request_deserializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.FromString,
+                    response_serializer=ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -576,6 +712,222 @@ class AgentService(object):
             '/ckptsvc.rpc.v1.AgentService/Launch',
             ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.LaunchRequest.SerializeToString,
             ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.LaunchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Checkpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.AgentService/Checkpoint',
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pause(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.AgentService/Pause',
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Resume(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.AgentService/Resume',
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Restart(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.AgentService/Restart',
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.AgentService/Drain',
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Undrain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.AgentService/Undrain',
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Exclude(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.AgentService/Exclude',
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Include(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ckptsvc.rpc.v1.AgentService/Include',
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbRequest.SerializeToString,
+            ckptsvc_dot_rpc_dot_v1_dot_agent__pb2.VerbResponse.FromString,
             options,
             channel_credentials,
             insecure,

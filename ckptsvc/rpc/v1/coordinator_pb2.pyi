@@ -1,13 +1,35 @@
 from ckptsvc.rpc.v1 import agent_pb2 as _agent_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Verb(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    VERB_UNSPECIFIED: _ClassVar[Verb]
+    VERB_CHECKPOINT: _ClassVar[Verb]
+    VERB_PAUSE: _ClassVar[Verb]
+    VERB_RESUME: _ClassVar[Verb]
+    VERB_RESTART: _ClassVar[Verb]
+    VERB_DRAIN: _ClassVar[Verb]
+    VERB_UNDRAIN: _ClassVar[Verb]
+    VERB_EXCLUDE: _ClassVar[Verb]
+    VERB_INCLUDE: _ClassVar[Verb]
+VERB_UNSPECIFIED: Verb
+VERB_CHECKPOINT: Verb
+VERB_PAUSE: Verb
+VERB_RESUME: Verb
+VERB_RESTART: Verb
+VERB_DRAIN: Verb
+VERB_UNDRAIN: Verb
+VERB_EXCLUDE: Verb
+VERB_INCLUDE: Verb
+
 class Report(_message.Message):
-    __slots__ = ("agent_hello", "rank_joined", "rank_left", "announced", "progressed", "staged", "durable", "shard_failed", "skipped", "dropped", "node_joined", "node_ready", "rank_exited", "node_left", "stop_requested", "rewound", "stalled", "moved", "examined", "nic_summary", "slowed", "local_kept", "local_dropped", "durable_wanted", "guarded", "rebuilt", "more")
+    __slots__ = ("agent_hello", "rank_joined", "rank_left", "announced", "progressed", "staged", "durable", "shard_failed", "skipped", "dropped", "node_joined", "node_ready", "rank_exited", "node_left", "stop_requested", "rewound", "stalled", "moved", "examined", "nic_summary", "slowed", "local_kept", "local_dropped", "durable_wanted", "guarded", "rebuilt", "asked", "pausing", "more")
     AGENT_HELLO_FIELD_NUMBER: _ClassVar[int]
     RANK_JOINED_FIELD_NUMBER: _ClassVar[int]
     RANK_LEFT_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +56,8 @@ class Report(_message.Message):
     DURABLE_WANTED_FIELD_NUMBER: _ClassVar[int]
     GUARDED_FIELD_NUMBER: _ClassVar[int]
     REBUILT_FIELD_NUMBER: _ClassVar[int]
+    ASKED_FIELD_NUMBER: _ClassVar[int]
+    PAUSING_FIELD_NUMBER: _ClassVar[int]
     MORE_FIELD_NUMBER: _ClassVar[int]
     agent_hello: AgentHello
     rank_joined: RankJoined
@@ -61,22 +85,26 @@ class Report(_message.Message):
     durable_wanted: DurableWanted
     guarded: Guarded
     rebuilt: Rebuilt
+    asked: Asked
+    pausing: Pausing
     more: _containers.RepeatedCompositeFieldContainer[Report]
-    def __init__(self, agent_hello: _Optional[_Union[AgentHello, _Mapping]] = ..., rank_joined: _Optional[_Union[RankJoined, _Mapping]] = ..., rank_left: _Optional[_Union[RankLeft, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., progressed: _Optional[_Union[Progressed, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., shard_failed: _Optional[_Union[ShardFailed, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ..., node_joined: _Optional[_Union[NodeJoined, _Mapping]] = ..., node_ready: _Optional[_Union[NodeReady, _Mapping]] = ..., rank_exited: _Optional[_Union[RankExited, _Mapping]] = ..., node_left: _Optional[_Union[NodeLeft, _Mapping]] = ..., stop_requested: _Optional[_Union[StopRequested, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., stalled: _Optional[_Union[Stalled, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., examined: _Optional[_Union[Examined, _Mapping]] = ..., nic_summary: _Optional[_Union[NicSummary, _Mapping]] = ..., slowed: _Optional[_Union[Slowed, _Mapping]] = ..., local_kept: _Optional[_Union[LocalKept, _Mapping]] = ..., local_dropped: _Optional[_Union[LocalDropped, _Mapping]] = ..., durable_wanted: _Optional[_Union[DurableWanted, _Mapping]] = ..., guarded: _Optional[_Union[Guarded, _Mapping]] = ..., rebuilt: _Optional[_Union[Rebuilt, _Mapping]] = ..., more: _Optional[_Iterable[_Union[Report, _Mapping]]] = ...) -> None: ...
+    def __init__(self, agent_hello: _Optional[_Union[AgentHello, _Mapping]] = ..., rank_joined: _Optional[_Union[RankJoined, _Mapping]] = ..., rank_left: _Optional[_Union[RankLeft, _Mapping]] = ..., announced: _Optional[_Union[Announced, _Mapping]] = ..., progressed: _Optional[_Union[Progressed, _Mapping]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ..., durable: _Optional[_Union[Durable, _Mapping]] = ..., shard_failed: _Optional[_Union[ShardFailed, _Mapping]] = ..., skipped: _Optional[_Union[Skipped, _Mapping]] = ..., dropped: _Optional[_Union[Dropped, _Mapping]] = ..., node_joined: _Optional[_Union[NodeJoined, _Mapping]] = ..., node_ready: _Optional[_Union[NodeReady, _Mapping]] = ..., rank_exited: _Optional[_Union[RankExited, _Mapping]] = ..., node_left: _Optional[_Union[NodeLeft, _Mapping]] = ..., stop_requested: _Optional[_Union[StopRequested, _Mapping]] = ..., rewound: _Optional[_Union[Rewound, _Mapping]] = ..., stalled: _Optional[_Union[Stalled, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., examined: _Optional[_Union[Examined, _Mapping]] = ..., nic_summary: _Optional[_Union[NicSummary, _Mapping]] = ..., slowed: _Optional[_Union[Slowed, _Mapping]] = ..., local_kept: _Optional[_Union[LocalKept, _Mapping]] = ..., local_dropped: _Optional[_Union[LocalDropped, _Mapping]] = ..., durable_wanted: _Optional[_Union[DurableWanted, _Mapping]] = ..., guarded: _Optional[_Union[Guarded, _Mapping]] = ..., rebuilt: _Optional[_Union[Rebuilt, _Mapping]] = ..., asked: _Optional[_Union[Asked, _Mapping]] = ..., pausing: _Optional[_Union[Pausing, _Mapping]] = ..., more: _Optional[_Iterable[_Union[Report, _Mapping]]] = ...) -> None: ...
 
 class AgentHello(_message.Message):
-    __slots__ = ("node", "job", "term", "address", "domain")
+    __slots__ = ("node", "job", "term", "address", "domain", "vacating")
     NODE_FIELD_NUMBER: _ClassVar[int]
     JOB_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DOMAIN_FIELD_NUMBER: _ClassVar[int]
+    VACATING_FIELD_NUMBER: _ClassVar[int]
     node: str
     job: str
     term: int
     address: str
     domain: str
-    def __init__(self, node: _Optional[str] = ..., job: _Optional[str] = ..., term: _Optional[int] = ..., address: _Optional[str] = ..., domain: _Optional[str] = ...) -> None: ...
+    vacating: bool
+    def __init__(self, node: _Optional[str] = ..., job: _Optional[str] = ..., term: _Optional[int] = ..., address: _Optional[str] = ..., domain: _Optional[str] = ..., vacating: bool = ...) -> None: ...
 
 class RankJoined(_message.Message):
     __slots__ = ("job", "node", "store", "attempt", "rank", "world_size", "epoch", "every_steps", "every_seconds", "keep", "retention")
@@ -153,18 +181,26 @@ class Announced(_message.Message):
     def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., digest: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
 
 class Progressed(_message.Message):
-    __slots__ = ("job", "attempt", "node", "lowest", "highest")
+    __slots__ = ("job", "attempt", "node", "lowest", "highest", "blocked", "began", "behind", "phases")
     JOB_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     LOWEST_FIELD_NUMBER: _ClassVar[int]
     HIGHEST_FIELD_NUMBER: _ClassVar[int]
+    BLOCKED_FIELD_NUMBER: _ClassVar[int]
+    BEGAN_FIELD_NUMBER: _ClassVar[int]
+    BEHIND_FIELD_NUMBER: _ClassVar[int]
+    PHASES_FIELD_NUMBER: _ClassVar[int]
     job: str
     attempt: int
     node: str
     lowest: int
     highest: int
-    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ...) -> None: ...
+    blocked: float
+    began: int
+    behind: _containers.RepeatedScalarFieldContainer[int]
+    phases: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, job: _Optional[str] = ..., attempt: _Optional[int] = ..., node: _Optional[str] = ..., lowest: _Optional[int] = ..., highest: _Optional[int] = ..., blocked: _Optional[float] = ..., began: _Optional[int] = ..., behind: _Optional[_Iterable[int]] = ..., phases: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Staged(_message.Message):
     __slots__ = ("job", "node", "epoch", "step", "attempt", "rank", "world_size", "nbytes", "aliases", "store", "ended", "again", "metrics", "copy")
@@ -506,7 +542,7 @@ class StopRequested(_message.Message):
     def __init__(self, job: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Stalled(_message.Message):
-    __slots__ = ("job", "node", "attempt", "rank", "phase", "step", "seconds", "threshold")
+    __slots__ = ("job", "node", "attempt", "rank", "phase", "step", "seconds", "threshold", "stopped")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -515,6 +551,7 @@ class Stalled(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
     THRESHOLD_FIELD_NUMBER: _ClassVar[int]
+    STOPPED_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     attempt: int
@@ -523,7 +560,8 @@ class Stalled(_message.Message):
     step: int
     seconds: float
     threshold: float
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., seconds: _Optional[float] = ..., threshold: _Optional[float] = ...) -> None: ...
+    stopped: bool
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., phase: _Optional[str] = ..., step: _Optional[int] = ..., seconds: _Optional[float] = ..., threshold: _Optional[float] = ..., stopped: bool = ...) -> None: ...
 
 class Moved(_message.Message):
     __slots__ = ("job", "attempt", "rank")
@@ -633,6 +671,62 @@ class GroupProgress(_message.Message):
     collective: str
     def __init__(self, group: _Optional[str] = ..., enqueued: _Optional[int] = ..., completed: _Optional[int] = ..., collective: _Optional[str] = ...) -> None: ...
 
+class Asked(_message.Message):
+    __slots__ = ("id", "job", "node", "verb", "target", "reason", "seconds", "attempt", "at", "by")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    VERB_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    AT_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    job: str
+    node: str
+    verb: Verb
+    target: str
+    reason: str
+    seconds: float
+    attempt: int
+    at: float
+    by: Caller
+    def __init__(self, id: _Optional[str] = ..., job: _Optional[str] = ..., node: _Optional[str] = ..., verb: _Optional[_Union[Verb, str]] = ..., target: _Optional[str] = ..., reason: _Optional[str] = ..., seconds: _Optional[float] = ..., attempt: _Optional[int] = ..., at: _Optional[float] = ..., by: _Optional[_Union[Caller, _Mapping]] = ...) -> None: ...
+
+class Caller(_message.Message):
+    __slots__ = ("uid", "name", "node", "via")
+    UID_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    NODE_FIELD_NUMBER: _ClassVar[int]
+    VIA_FIELD_NUMBER: _ClassVar[int]
+    uid: int
+    name: str
+    node: str
+    via: str
+    def __init__(self, uid: _Optional[int] = ..., name: _Optional[str] = ..., node: _Optional[str] = ..., via: _Optional[str] = ...) -> None: ...
+
+class Pausing(_message.Message):
+    __slots__ = ("job", "version", "paused", "left", "attempt", "step", "by", "reason")
+    JOB_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    PAUSED_FIELD_NUMBER: _ClassVar[int]
+    LEFT_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    BY_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    job: str
+    version: int
+    paused: bool
+    left: float
+    attempt: int
+    step: int
+    by: str
+    reason: str
+    def __init__(self, job: _Optional[str] = ..., version: _Optional[int] = ..., paused: bool = ..., left: _Optional[float] = ..., attempt: _Optional[int] = ..., step: _Optional[int] = ..., by: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
+
 class NicSummary(_message.Message):
     __slots__ = ("job", "node", "attempt", "nics")
     JOB_FIELD_NUMBER: _ClassVar[int]
@@ -702,7 +796,7 @@ class NicReading(_message.Message):
     def __init__(self, nic: _Optional[str] = ..., family: _Optional[str] = ..., sent: _Optional[float] = ..., received: _Optional[float] = ..., usual: _Optional[float] = ..., idle: _Optional[float] = ..., timeouts: _Optional[int] = ..., peer_timeouts: _Optional[int] = ..., retries: _Optional[int] = ..., failures: _Optional[int] = ..., exhausted: _Optional[int] = ..., uncorrected: _Optional[int] = ..., replays: _Optional[int] = ..., flaps: _Optional[int] = ..., paused_tx: _Optional[float] = ..., paused_rx: _Optional[float] = ..., stalled: _Optional[float] = ..., waits: _Optional[float] = ..., marks: _Optional[float] = ..., link: _Optional[str] = ..., link_down: bool = ..., link_lost: bool = ..., handler_absent: bool = ..., handler_lost: bool = ..., unanswered: _Optional[float] = ..., gone: bool = ...) -> None: ...
 
 class Order(_message.Message):
-    __slots__ = ("job", "term", "epoch_allotted", "job_refused", "holders", "save_at", "stop_at", "save_ended", "snapshot_complete", "start", "stop", "end", "examine", "kill", "incident", "local_complete", "drain_shards", "protect", "rebuild")
+    __slots__ = ("job", "term", "epoch_allotted", "job_refused", "holders", "save_at", "stop_at", "save_ended", "snapshot_complete", "start", "stop", "end", "examine", "kill", "incident", "local_complete", "drain_shards", "protect", "rebuild", "answered", "pausing", "vacate")
     JOB_FIELD_NUMBER: _ClassVar[int]
     TERM_FIELD_NUMBER: _ClassVar[int]
     EPOCH_ALLOTTED_FIELD_NUMBER: _ClassVar[int]
@@ -722,6 +816,9 @@ class Order(_message.Message):
     DRAIN_SHARDS_FIELD_NUMBER: _ClassVar[int]
     PROTECT_FIELD_NUMBER: _ClassVar[int]
     REBUILD_FIELD_NUMBER: _ClassVar[int]
+    ANSWERED_FIELD_NUMBER: _ClassVar[int]
+    PAUSING_FIELD_NUMBER: _ClassVar[int]
+    VACATE_FIELD_NUMBER: _ClassVar[int]
     job: str
     term: int
     epoch_allotted: EpochAllotted
@@ -741,7 +838,36 @@ class Order(_message.Message):
     drain_shards: DrainShards
     protect: Protect
     rebuild: Rebuild
-    def __init__(self, job: _Optional[str] = ..., term: _Optional[int] = ..., epoch_allotted: _Optional[_Union[EpochAllotted, _Mapping]] = ..., job_refused: _Optional[_Union[JobRefused, _Mapping]] = ..., holders: _Optional[_Union[Holders, _Mapping]] = ..., save_at: _Optional[_Union[SaveAt, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., save_ended: _Optional[_Union[SaveEnded, _Mapping]] = ..., snapshot_complete: _Optional[_Union[SnapshotComplete, _Mapping]] = ..., start: _Optional[_Union[_agent_pb2.StartRanks, _Mapping]] = ..., stop: _Optional[_Union[_agent_pb2.StopRanks, _Mapping]] = ..., end: _Optional[_Union[_agent_pb2.JobEnd, _Mapping]] = ..., examine: _Optional[_Union[Examine, _Mapping]] = ..., kill: _Optional[_Union[Kill, _Mapping]] = ..., incident: _Optional[_Union[Incident, _Mapping]] = ..., local_complete: _Optional[_Union[LocalComplete, _Mapping]] = ..., drain_shards: _Optional[_Union[DrainShards, _Mapping]] = ..., protect: _Optional[_Union[Protect, _Mapping]] = ..., rebuild: _Optional[_Union[Rebuild, _Mapping]] = ...) -> None: ...
+    answered: Answered
+    pausing: Pausing
+    vacate: Vacate
+    def __init__(self, job: _Optional[str] = ..., term: _Optional[int] = ..., epoch_allotted: _Optional[_Union[EpochAllotted, _Mapping]] = ..., job_refused: _Optional[_Union[JobRefused, _Mapping]] = ..., holders: _Optional[_Union[Holders, _Mapping]] = ..., save_at: _Optional[_Union[SaveAt, _Mapping]] = ..., stop_at: _Optional[_Union[StopAt, _Mapping]] = ..., save_ended: _Optional[_Union[SaveEnded, _Mapping]] = ..., snapshot_complete: _Optional[_Union[SnapshotComplete, _Mapping]] = ..., start: _Optional[_Union[_agent_pb2.StartRanks, _Mapping]] = ..., stop: _Optional[_Union[_agent_pb2.StopRanks, _Mapping]] = ..., end: _Optional[_Union[_agent_pb2.JobEnd, _Mapping]] = ..., examine: _Optional[_Union[Examine, _Mapping]] = ..., kill: _Optional[_Union[Kill, _Mapping]] = ..., incident: _Optional[_Union[Incident, _Mapping]] = ..., local_complete: _Optional[_Union[LocalComplete, _Mapping]] = ..., drain_shards: _Optional[_Union[DrainShards, _Mapping]] = ..., protect: _Optional[_Union[Protect, _Mapping]] = ..., rebuild: _Optional[_Union[Rebuild, _Mapping]] = ..., answered: _Optional[_Union[Answered, _Mapping]] = ..., pausing: _Optional[_Union[Pausing, _Mapping]] = ..., vacate: _Optional[_Union[Vacate, _Mapping]] = ...) -> None: ...
+
+class Answered(_message.Message):
+    __slots__ = ("id", "code", "what", "begun", "step", "bytes", "seconds")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    WHAT_FIELD_NUMBER: _ClassVar[int]
+    BEGUN_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    id: str
+    code: str
+    what: str
+    begun: bool
+    step: int
+    bytes: int
+    seconds: float
+    def __init__(self, id: _Optional[str] = ..., code: _Optional[str] = ..., what: _Optional[str] = ..., begun: bool = ..., step: _Optional[int] = ..., bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+
+class Vacate(_message.Message):
+    __slots__ = ("on", "reason")
+    ON_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    on: bool
+    reason: str
+    def __init__(self, on: bool = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Protect(_message.Message):
     __slots__ = ("epoch", "step", "attempt", "world_size", "aliases", "losses", "members")

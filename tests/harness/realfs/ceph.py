@@ -130,8 +130,7 @@ class Ceph:
         self.start("mds")
         self.start("rgw")
         user = ("user", "create", "--uid=test", "--display-name=test")
-        run("radosgw-admin", "-c", self._conf, "-n", "client.rgw.a", *user,
-            f"--access-key={self.ACCESS}", f"--secret-key={self.SECRET}")  # fmt: skip
+        self.admin(*user, f"--access-key={self.ACCESS}", f"--secret-key={self.SECRET}")
 
     def ceph(self, *arguments: str) -> str:
         """Ask the cluster; returns its answer."""
@@ -158,6 +157,10 @@ class Ceph:
     def kill(self, name: str) -> None:
         """SIGKILL for one of the daemons."""
         self.daemons.kill(name)
+
+    def admin(self, *arguments: str) -> str:
+        """Ask for something of RGW's administration; returns the answer."""
+        return self.daemons.run("radosgw-admin", "-c", self._conf, "-n", "client.rgw.a", *arguments)
 
     def mount(self, point: Path) -> Path:
         """Mount CephFS; returns the mount point."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,15 @@ class Daemons:
         process = self._running.pop(name)
         process.kill()
         process.wait(END_TIMEOUT)
+
+    @contextlib.contextmanager
+    def paused(self, name: str) -> Iterator[None]:
+        """Stopped (SIGSTOP) meanwhile."""
+        self._running[name].send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._running[name].send_signal(signal.SIGCONT)
 
     def run(self, *command: str, timeout: float = COMMAND_TIMEOUT) -> str:
         """Run a command to its end; returns what it says."""

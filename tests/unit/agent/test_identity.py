@@ -50,6 +50,7 @@ IMPOSSIBLE = [
     ({"every_seconds": -0.5}, "out of range"),
     ({"extent": 100}, "an extent of 100 bytes"),
     ({"extent": 1 << 30}, "impossible"),
+    ({"extent": 5000}, "impossible"),
     ({"coordinator": "c" * 301}, "at most 300"),
     ({"rank": "0"}, "malformed message: Expected `int`"),
     ({"colour": "red"}, "unknown field `colour`"),

@@ -3,7 +3,6 @@
 import asyncio
 import threading
 import time
-import urllib.request
 from types import SimpleNamespace
 
 import pytest
@@ -244,8 +243,7 @@ def test_two_real_agents_name_the_sick_card_to_the_coordinator(start, runtime, t
     metrics = (first.directory / "ready").read_text().splitlines()[2]
 
     def findings():
-        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=5) as answer:
-            families = {f.name: f for f in text_string_to_metric_families(answer.read().decode())}
+        families = {f.name: f for f in text_string_to_metric_families(runtime.metrics(metrics))}
         return {sample.labels["kind"]: sample.value for sample in families["ckptsvc_nic_findings"].samples}
 
     eventually(lambda: findings()["timeouts"] == 1, "the metric")

@@ -1,11 +1,13 @@
 """The list of nodes that have failed, from job to job."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 
-from ckptsvc.agent.nodelist import Entry, directory_of, keep, read
+from ckptsvc.agent import nodelist
+from ckptsvc.agent.nodelist import Entry, Word, directory_of, keep
 from ckptsvc.control.exclusion import HALF_LIFE
 from ckptsvc.errors import Damaged, StoreError
 from ckptsvc.settings import LaunchSettings
@@ -13,6 +15,10 @@ from ckptsvc.settings import LaunchSettings
 
 def entry(score, at=1000.0, why="it died"):
     return Entry(score, at, why)
+
+
+def read(directory):
+    return nodelist.read(directory).nodes
 
 
 def test_there_need_not_be_one(tmp_path):
@@ -77,3 +83,34 @@ def test_its_place():
     assert directory_of({"XDG_STATE_HOME": "/x", "HOME": "/h"}, LaunchSettings()) == Path("/x/ckptsvc")
     assert directory_of({"HOME": "/h"}, LaunchSettings()) == Path("/h/.local/state/ckptsvc")
     assert directory_of({}, LaunchSettings()) is None
+
+
+def word(excluded=True, at=1000.0, until=0.0, why="a bad cable (ada)"):
+    return Word(excluded, at, until, why)
+
+
+def test_what_people_have_said_is_kept_and_the_later_word_counts(tmp_path):
+    now = time.time()
+    keep(tmp_path, {}, {"a": word(at=now - 9), "b": word(False, at=now - 2)})
+    keep(tmp_path, {}, {"a": word(False, at=now - 5), "b": word(at=now - 3)})
+    words = nodelist.read(tmp_path).words
+    assert not words["a"].holds(now)
+    assert not words["b"].holds(now)
+    keep(tmp_path, {}, {"b": word(at=now - 1, until=now + 60)})
+    assert nodelist.read(tmp_path).words["b"].holds(now)
+    assert not nodelist.read(tmp_path).words["b"].holds(now + 61)
+
+
+def test_who_includes_a_node_forgives_it_what_it_had_against_it(tmp_path):
+    now = time.time()
+    keep(tmp_path, {"a": entry(3.0, at=now - 10), "b": entry(3.0, at=now - 10)})
+    keep(tmp_path, {"a": entry(3.0, at=now - 10)}, {"a": word(False, at=now - 5)})
+    assert set(read(tmp_path)) == {"b"}
+    keep(tmp_path, {"a": entry(1.0, at=now - 1)})
+    assert read(tmp_path)["a"].score == 1.0
+
+
+def test_a_word_whose_time_is_over_is_forgotten_in_the_end(tmp_path):
+    now = time.time()
+    keep(tmp_path, {}, {"a": word(at=now - 40 * 86400, until=now - 39 * 86400), "b": word(at=now - 40 * 86400)})
+    assert set(nodelist.read(tmp_path).words) == {"b"}

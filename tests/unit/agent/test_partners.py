@@ -62,6 +62,7 @@ def changed(message, change):
         lambda a: setattr(a.shards[0], "extent", 0),
         lambda a: setattr(a.shards[0], "extent", 100),
         lambda a: setattr(a.shards[0], "extent", 2 * EXTENT),
+        lambda a: a.shards[0].MergeFrom(pb.Shard(nbytes=1, extent=(64 << 20) + EXTENT)),
         lambda a: setattr(a.shards[0], "digests", bytes(8)),
         lambda a: setattr(a, "ticket", "0" * 63),
         lambda a: setattr(a, "ticket", "G" * 64),

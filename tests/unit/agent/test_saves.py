@@ -4,6 +4,7 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from harness.increments import big_run, floats
@@ -17,7 +18,7 @@ from ckptsvc.pipeline.arena import Arena, ArenaPool, Label, populate
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.settings import TierSettings
-from ckptsvc.telemetry import Metrics
+from ckptsvc.telemetry import Metrics, Outcome
 
 
 class Said:
@@ -124,5 +125,27 @@ def test_shards_that_fit_nowhere_leave_memory_when_their_save_has_failed(within)
         assert [a.label for a in scene.pool.arenas.values() if a.label is not None] == [older.label]
         gone = [(await scene.said.next("dropped")).dropped for _ in range(2)]
         assert {(event.step, event.rank) for event in gone} == {(20, 0), (20, 1)}
+
+    within(test)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "counted"),
+    [
+        ({"outcome": agent_pb2.OUTCOME_FAILED, "timed_out": True}, "timed-out"),
+        ({"outcome": agent_pb2.OUTCOME_FAILED}, "failed"),
+        ({"outcome": agent_pb2.OUTCOME_FENCED}, "fenced"),
+        ({"outcome": agent_pb2.OUTCOME_LOCAL}, "local"),
+        ({"outcome": agent_pb2.OUTCOME_COMMITTED}, "committed"),
+    ],
+)
+def test_a_save_is_counted_once_by_how_it_ended(within, outcome: dict[str, Any], counted: str) -> None:
+    async def test(scene: Scene) -> None:
+        for _ in range(2):
+            scene.saves.ended(scene.job, agent_pb2.SaveOutcome(epoch=1, step=5, **outcome))
+        value = scene.local.metrics.registry.get_sample_value
+        found = {each.value: value("ckptsvc_saves_total", {"outcome": each.value}) for each in Outcome}
+        assert {name for name, number in found.items() if number} == {counted}
+        assert found[counted] == 1
 
     within(test)

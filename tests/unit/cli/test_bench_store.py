@@ -23,10 +23,12 @@ def table(**changes):
     return Table("file", 512 * MiB, found)
 
 
-def test_the_limit_is_the_fastest_raw_client_of_the_same_repetition():
+def test_the_limit_is_the_raw_client_with_the_best_median():
+    """Each repetition beside its own: what another client did once, by luck, is no limit."""
+    assert table().limit("write") == "raw O_DIRECT"
     ratio = table().of_raw("ckptsvc", "write")
-    assert (ratio.median, ratio.low, ratio.high) == (0.5, 0.5, 1.0)
-    assert table().of_raw("raw buffered", "write").high == 1.0
+    assert (ratio.median, ratio.low, ratio.high) == (1.0, 0.5, 3.0)
+    assert table().of_raw("raw buffered", "write").high == 6.0
     assert table().rate("ckptsvc", "read").median == 512.0
 
 

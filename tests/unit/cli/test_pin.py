@@ -46,6 +46,19 @@ def document(*arguments: object) -> dict:
     return json.loads(out)
 
 
+def test_pins_and_deletions_are_in_the_audit_log(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    cli("pin", run.url, "--step", 200)
+    cli("pin", run.url, "--step", 200)  # it is already
+    cli("gc", run.url, "--expire", "--keep", 3)  # a dry run
+    cli("gc", run.url, "--expire", "--keep", 3, "--delete")
+    cli("unpin", run.url, "--step", 200)
+    entries = document("audit")["entries"]
+    assert [(entry["verb"], entry["target"].rpartition("/")[2]) for entry in entries] == [
+        ("pin", Ref(1, 200).name), ("delete", Ref(1, 100).name), ("unpin", Ref(1, 200).name)
+    ]  # fmt: skip
+
+
 def test_a_pin_is_set_shown_and_taken_away(run: Run) -> None:
     name = Ref(1, 200).name
     assert cli("pin", run.url, "--step", 200, "--note", "for \x1b[31mthe paper") == (0, "", f"{name} is pinned\n")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from dense import bits
 from dense import raw as raw_of
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptsvc.client.parts import DTYPE_NAMES, EVERYONE, Capture, Holders, LocalPart, digest
@@ -103,6 +103,21 @@ class TestChoosing:
         for _, part, chosen in staged(held):
             tensor = part.tensor if chosen.index is None else part.tensor[chosen.index]
             assert tuple(tensor.shape) == chosen.region.shape
+
+    @given(jobs())
+    @settings(deadline=None)
+    def test_a_rank_knows_what_another_one_stages_of_what_both_hold(self, job):
+        _, held = job
+        everyone = tuple(range(len(held)))
+
+        def pieces(parts, rank):
+            return [(parts[c.part].meta.name, parts[c.part].region, c.region) for c in choose(parts, rank, everyone)]
+
+        for one, other in itertools.permutations(everyone, 2):
+            shared = [part for part in held[other] if part.holders.ranks is None or one in part.holders.ranks]
+            both = {(part.meta.name, part.region) for part in shared}
+            wanted = {piece for piece in pieces(held[other], other) if piece[:2] in both}
+            assert set(pieces(held[one], other)) == wanted
 
     def test_the_work_is_divided_evenly(self):
         meta = TensorMeta("w", "float32", (1000, 100))

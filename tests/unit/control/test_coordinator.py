@@ -272,7 +272,7 @@ class TestNodesThatFail:
         listed = {"a": (5.0, 60.0, "it lost power"), "b": (1.0, 60.0, "gone")}
         decision = driver.core.nodes_read(NodesRead(listed), driver.now)
         assert kinds(decision) == ["b: start", "c: start"]
-        assert decision.reasons[0] == "nodes that have failed too often: a (it lost power)"
+        assert decision.reasons[0] == "node a has failed too often: it lost power"
 
     def test_what_has_failed_is_kept(self, driver):
         launch(driver)

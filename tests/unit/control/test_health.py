@@ -52,6 +52,7 @@ class Driver:
         evidence = self.stage.ranks[rank]
         event = pb.Stalled(job="job", node=self.stage.nodes[rank], attempt=1, rank=rank, phase="step")
         event.step, event.seconds, event.threshold = evidence.step, evidence.stalled, evidence.threshold
+        event.stopped = evidence.state == "T"
         return self.tell(event)
 
     def moved(self, rank=0):
@@ -243,17 +244,44 @@ class TestLargeJobs:
         ((_, kill),) = orders(decision, "kill")
         assert kill.rank == driver.stage.culprit
 
-    def test_also_when_it_is_reported_a_moment_after_others(self, make_large):
+    @pytest.fixture
+    def asked_for_another(self, make_large):
+        """A sample has been asked because of another rank; returns how to go on."""
         driver = make_large("stopped")
         others = [rank for rank, node in driver.stage.nodes.items() if node != driver.stage.node and rank % 7 == 1]
         driver.answers = False
-        asked = orders(driver.stalled(others[0]), "examine")
-        driver.stalled(driver.stage.culprit)
-        driver.answers = True
+        return driver, orders(driver.stalled(others[0]), "examine")
+
+    def test_its_node_is_asked_at_once_when_it_is_reported_a_moment_after_others(self, asked_for_another):
+        driver, asked = asked_for_another
+        (there,) = orders(driver.stalled(driver.stage.culprit), "examine")
+        assert there[0] == driver.stage.node
+        decision = Decision()
+        for node, order in [*asked, there]:
+            decision.add(driver.tell(driver.answer(node, order)))
+        ((_, kill),) = orders(decision, "kill")
+        assert kill.rank == driver.stage.culprit
+
+    def test_the_slowest_of_a_sample_are_not_waited_for(self, asked_for_another):
+        driver, asked = asked_for_another
+        (there,) = orders(driver.stalled(driver.stage.culprit), "examine")
+        decision = driver.tell(driver.answer(*there))
+        answers = iter(asked)
+        while not orders(decision, "kill"):
+            decision.add(driver.tell(driver.answer(*next(answers))))
+        ((_, kill),) = orders(decision, "kill")
+        assert kill.rank == driver.stage.culprit
+        left = len(list(answers))
+        assert SAMPLE // 3 < left <= SAMPLE // 2  # with fewer answers, somebody may have stopped them all
+
+    def test_between_two_samples_a_stopped_rank_starts_the_next(self, asked_for_another):
+        driver, asked = asked_for_another
         for node, order in asked:
             driver.tell(driver.answer(node, order))
-        decision = driver.wait(0.5)
-        assert len(orders(decision, "examine")) < LARGE
+        driver.answers = True
+        driver.stalled(driver.stage.culprit)
+        decision = driver.wait(0.25)
+        assert len(orders(decision, "examine")) == SAMPLE + 2
         ((_, kill),) = orders(decision, "kill")
         assert kill.rank == driver.stage.culprit
 

@@ -256,12 +256,18 @@ class TestTime:
         outcome = outcome_of(saves.tick(100.1))
         assert outcome.reason == "after 100 s these ranks have not staged: 1, 2, 3, 4, 5, 6, 7, 8 ..."
         assert outcome.code == "save-failed"
+        assert outcome.timed_out
+
+    def test_a_save_that_fails_earlier_has_not_taken_too_long(self, saves):
+        stage_all(saves)
+        assert not outcome_of(saves.shard_failed(shard_failed(0), 1.0)).timed_out
 
     def test_ranks_that_never_write_are_named(self, saves):
         stage_all(saves)
         saves.durable(durable(0), 0.0)
         outcome = outcome_of(saves.tick(100.1))
         assert outcome.reason == "after 100 s these ranks have not written their shards: 1"
+        assert outcome.timed_out
 
 
 class TestSavesOfBeforeOurTime:

@@ -17,6 +17,7 @@ from ckptsvc.errors import Damaged, InvalidInput, RunBusy, SaveFailed, StoreErro
 from ckptsvc.geometry.box import Box
 from ckptsvc.interop.conversion import convert, target
 from ckptsvc.interop.conversion.convert import Conversion
+from ckptsvc.interop.conversion.leftovers import leftovers
 from ckptsvc.interop.conversion.memory import available, checked_memory, resident
 from ckptsvc.interop.conversion.request import Request, open_sources
 from ckptsvc.interop.formats import FORMATS, Format
@@ -102,7 +103,7 @@ def test_a_format_of_one_file_becomes_a_file_where_the_target_is_called_one(sour
 
 
 def test_in_any_other_store_the_last_file_is_last(source: Arrays) -> None:
-    url = f"memory://{uuid.uuid4()}"
+    url = f"memory://{uuid.uuid4()}/run"
     conversion = begin(source, url)
     conversion.run(lambda nbytes: None)
     store = connect(url)
@@ -112,6 +113,40 @@ def test_in_any_other_store_the_last_file_is_last(source: Arrays) -> None:
     assert not list(connect(f"{url}.convert").list())
     with pytest.raises(InvalidInput, match="is not empty"):
         begin(source, url)
+
+
+def test_records_of_a_conversion_into_a_whole_bucket_are_in_that_bucket(source: Arrays) -> None:
+    """s3://bucket.convert would be another bucket, perhaps somebody else's."""
+    bucket = f"memory://{uuid.uuid4()}"
+    first = begin(source, bucket)
+    first.run(lambda nbytes: None)
+    first.close()
+    store = connect(bucket)
+    assert store.children() == [".convert", "data"]
+    assert not list(connect(f"{bucket}.convert").list())
+    (left,) = leftovers(store, "")
+    assert left.folder == ".convert"
+    assert {entry.key.partition("/")[0] for entry in left.entries} == {".convert"}
+    with pytest.raises(RunBusy):
+        begin(source, bucket, only=("model.[abc]",))
+    done(begin(source, bucket, only=("model.[abc]",), restart=True))
+    assert store.children() == ["counts", "data", "list"]
+    assert len(store.children("data")) == 3
+
+
+@pytest.mark.parametrize(
+    ("url", "whole"),
+    [
+        ("s3://bucket", True),
+        ("s3://bucket/run", False),
+        ("fsspec+gs://bucket", True),
+        ("daos://pool/cont", True),
+        ("daos://pool/cont/run", False),
+        ("file:///run", False),
+    ],
+)
+def test_which_targets_are_whole_buckets(url: str, whole: bool) -> None:
+    assert target._is_whole(url) is whole
 
 
 def test_it_goes_on_with_what_is_finished(source: Arrays, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

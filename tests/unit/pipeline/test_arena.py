@@ -186,6 +186,57 @@ class TestLettingGo:
         pool.close(remove=True)
         assert not pool.root.exists()
 
+    def test_free_arenas_can_be_left_to_the_next_agent(self, tmp_path):
+        """Not one that somebody may still copy into, nor one that belongs to other nodes."""
+        pool = ArenaPool(tmp_path / "arenas", 100 * MiB)
+        pool.open()
+        free = [made(pool), made(pool, rank=5)]
+        made(pool)
+        filling, _ = take(pool, 31)
+        guest, fd = pool.make("job", 0, 1000, guest=True)
+        os.close(fd)
+        pool.release(guest)
+        pool.close(remove=False, keep_free=True)
+        left = {arena.name: arena for arena in free if arena.name != filling.name}
+        again = ArenaPool(pool.root, 100 * MiB)
+        assert again.open() == []
+        kept = [each for each in again.arenas.values() if each.name in left]
+        assert len(again.arenas) == 2
+        assert {(each.job, each.rank) for each in kept} == {(left[e.name].job, left[e.name].rank) for e in kept}
+        assert all(each.state is State.FREE and each.capacity == left[each.name].capacity for each in kept)
+        assert not list(pool.root.glob("*.free")), "from now on they are filled"
+        os.close(again._lock)  # killed
+        assert ArenaPool(pool.root, 100 * MiB).open() == []
+        assert not list(pool.root.glob("*.arena"))
+
+    def test_a_label_that_cannot_be_written_leaves_the_arena_as_it_was(self, pool, monkeypatch):
+        made(pool)
+        arena, _ = take(pool, 31)
+
+        def full(path, fresh):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("ckptsvc.pipeline.arena._write_label", full)
+        with pytest.raises(OSError, match="No space"):
+            pool.stage(arena, label(step=31))
+        assert (arena.state, arena.label) == (State.FILLING, None)
+        pool.release(arena)
+
+    def test_without_descriptors_nothing_is_lost(self, pool, monkeypatch):
+        """What is kept stays; it was the only free arena, so that there is none."""
+        kept = staged(pool) if made(pool) else None
+        pool.keep(kept)
+
+        def none_left(*arguments):
+            raise OSError(24, "Too many open files")
+
+        monkeypatch.setattr("ckptsvc.pipeline.arena.os.open", none_left)
+        with pytest.raises(ArenaExhausted, match="cannot be opened: Too many open files"):
+            take(pool, 31)
+        with pytest.raises(ArenaExhausted, match="no arena can be made"):
+            pool.make("job", 4, 1000)
+        assert (kept.state, kept.label.step) == (State.KEPT, 30)
+
 
 class TestRecovery:
     """An agent may be killed at any moment; the next one finds whole snapshots, and nothing else stays."""

@@ -179,6 +179,25 @@ def test_a_record_that_comes_while_what_it_needs_is_being_deleted_is_withdrawn()
     assert garbage.ref == Ref(1, 2)
 
 
+def test_a_record_whose_writer_was_killed_before_it_could_take_it_back_is_garbage():
+    """And then what it was the record of; but nothing of what others need, nor what is pinned."""
+    store = fill_with_references(memory_store(), 3)  # 2 and 3 refer to 1
+    small_run().store(store, step=9)
+    retire(store, Ref(1, 1))
+    assert list(find_garbage(store)) == []  # it can be put back, and will be
+    sweep(store, Ref(1, 1), Pace(0), lambda nbytes: None)
+    pin(store, Ref(1, 3))
+    (garbage,) = find_garbage(store)
+    assert [entry.key for entry in garbage.entries] == [f"{Ref(1, 2).name}/{COMMIT}"]
+    assert garbage.why == f"needs files of {Ref(1, 1).name}, which was deleted"
+    assert remove_garbage(store, garbage)
+    (garbage,) = find_garbage(store)
+    assert garbage.ref == Ref(1, 2)
+    assert remove_garbage(store, garbage)
+    assert [ref.step for ref, _ in find(store)] == [9, 3]
+    assert list(find_garbage(store)) == []
+
+
 def test_a_folder_that_is_referred_to_is_no_garbage():
     """Whatever took its commit record away."""
     store = fill_with_references(memory_store(), 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from harness.increments import ALL, NONE, Saver, assert_holds, big_run, floats
@@ -9,7 +11,7 @@ from harness.random_run import memory_store, runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptsvc.errors import SaveFailed, StoreFull
+from ckptsvc.errors import Damaged, SaveFailed, StoreFull
 from ckptsvc.format.commit import COMMIT
 from ckptsvc.geometry.box import Box
 from ckptsvc.pipeline import increments
@@ -20,6 +22,7 @@ from ckptsvc.pipeline.read import Want, read_arrays
 from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.sources import StoreSource
+from ckptsvc.storage import connect
 from ckptsvc.storage.wrappers import Fault, Faulty, Limited, Measured
 
 
@@ -35,11 +38,12 @@ def change(run, rng, share: float) -> None:
 @settings(max_examples=40)
 @given(
     runs(), st.sampled_from(["off", "zstd"]), st.booleans(), st.lists(st.sampled_from([0, 0.001, 0.3, 1]), max_size=5),
-    st.integers(1, 4),
+    st.integers(1, 4), st.booleans(),
 )  # fmt: skip
-def test_what_was_saved_is_read_whatever_was_written(run, compression, incremental, shares, full_every):
+def test_what_was_saved_is_read_whatever_was_written(run, compression, incremental, shares, full_every, drained):
     rng = np.random.default_rng(1)
-    saver = Saver(memory_store(), Economy(incremental, full_every, compression))
+    disk = memory_store() if drained else None
+    saver = Saver(memory_store(), Economy(incremental, full_every, compression), disk)
     kept = [(saver.save(run, 1)[0], {**run.truth})]
     for step, share in enumerate(shares, 2):
         change(run, rng, share)
@@ -49,9 +53,10 @@ def test_what_was_saved_is_read_whatever_was_written(run, compression, increment
         assert_holds(checkpoint, run)
 
 
-def test_what_has_not_changed_is_not_written_again():
+@pytest.mark.parametrize("drained", [False, True])
+def test_what_has_not_changed_is_not_written_again(drained):
     run = big_run({"frozen": floats(90_000), "trained": floats(10_000)})
-    saver = Saver(memory_store(), Economy(incremental=True))
+    saver = Saver(memory_store(), Economy(incremental=True), memory_store() if drained else None)
     first, all_of_it = saver.save(run, 1)
     assert (first.commit.format, first.commit.refers, first.index.segments) == ("1.0", (), None)
     run.truth["trained"] = floats(10_000, 1)
@@ -68,6 +73,30 @@ def test_what_has_not_changed_is_not_written_again():
     assert third.commit.refers == (first.ref.name,), "of the second nothing is needed"
     assert_holds(third, run)
     assert list(third.files(0)) == [file.key for file in third.index.segments.files]
+
+
+@pytest.mark.parametrize("how", ["a flip", "it is given up"])
+def test_a_copy_of_which_only_what_is_new_is_drained_leaves_nothing_where_that_fails(how, tmp_path):
+    run = big_run({"frozen": floats(90_000), "trained": floats(10_000)})
+    disk, store = connect(str(tmp_path)), memory_store()
+    saver = Saver(store, Economy(incremental=True), disk)
+    saver.save(run, 1)
+    before = {entry.key for entry in store.list()}
+    run.truth["trained"] = floats(10_000, 1)
+    copy = saver.keep(saver.shard(run, 0, 2), run)
+    calls = itertools.count()
+
+    def go_on() -> None:
+        if next(calls) == 1:  # all has been read once, and found right
+            if how == "it is given up":
+                raise SaveFailed("not wanted any more")
+            with (tmp_path / copy.key).open("r+b") as file:
+                file.seek(390_000)
+                file.write(b"flip")
+
+    with pytest.raises(SaveFailed if how == "it is given up" else Damaged):
+        saver.writer.drain(disk, store, copy, saver.committed, go_on)
+    assert {entry.key for entry in store.list()} == before
 
 
 def test_a_whole_one_is_written_now_and_then():

@@ -4,7 +4,9 @@ import sys
 import pytest
 
 from ckptsvc.errors import ConfigError
+from ckptsvc.settings import StoreSettings
 from ckptsvc.storage import Store, canonical, connect, schemes
+from ckptsvc.storage.opening import open_store
 
 
 @pytest.fixture
@@ -85,6 +87,21 @@ def test_a_driver_that_cannot_be_loaded_is_named(plugin):
     plugin("ckptsvc_test_broken", {"broken": "ckptsvc_test_broken:connect"}, "import not_installed_anywhere\n")
     with pytest.raises(ConfigError, match=r"ckptsvc_test_broken.*not_installed_anywhere"):
         connect("broken://x")
+
+
+def test_a_driver_that_can_end_requests_is_told_after_which_time(plugin):
+    for name, takes in (("ckptsvc_test_ends", True), ("ckptsvc_test_waits", False)):
+        lines = f"TAKES_TIMEOUT = {takes}\ndef connect(url, options):\n    raise ValueError(sorted(options.items()))\n"
+        plugin(name, {name.rpartition("_")[2]: f"{name}:connect"}, lines)
+    settings = StoreSettings(timeout=7.5, options={"ends": {"a": 1}})
+    for url, options, told in (
+        ("ends://x", {}, [("a", 1), ("timeout", 7.5)]),
+        ("ends://x", {"timeout": 3}, [("a", 1), ("timeout", 3)]),
+        ("waits://x", {}, []),
+    ):
+        with pytest.raises(ValueError) as caught:
+            open_store(url, options, settings)
+        assert caught.value.args == (told,)
 
 
 def test_two_drivers_for_a_scheme_are_a_conflict(plugin):

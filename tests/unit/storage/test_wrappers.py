@@ -153,6 +153,15 @@ def test_what_may_pass_is_tried_again(inner, op):
     assert [call.op for call in faulty.calls].count(op) == 4
 
 
+def test_whoever_wants_to_know_is_told_of_every_further_try_and_of_no_last_one(inner):
+    told = []
+    faulty = Faulty(inner, [Fault(op="size", times=0, error="store-unavailable")])
+    store = Retrying(faulty, attempts=3, first_wait=0.001, longest_wait=0.002, on_retry=lambda e: told.append(e.code))
+    with pytest.raises(StoreError):
+        store.size("a")
+    assert told == ["store-unavailable"] * 2
+
+
 def test_not_for_ever(inner):
     faulty = Faulty(inner, [Fault(times=0, error="store", retryable=True)])
     with pytest.raises(StoreError):

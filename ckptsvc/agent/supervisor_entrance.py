@@ -1,0 +1,156 @@
+"""Where root becomes a user: a process of the system service that drops all rights and becomes that user's agent.
+
+    python -m ckptsvc.agent.supervisor_entrance '{"uid": 1000, ...}'
+
+Its environment becomes the agent's. It looks up the account (which may take long: those of many sites are on a
+network), makes the user's directory, gives up every right, opens the log, and executes the agent. What the supervisor
+is told comes through a socket, a line of JSON each: {user} when all is well so far, {code, what, hint} where it is not.
+It is closed when the agent begins.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from ckptsvc.agent import supervisor_records as records
+from ckptsvc.agent.supervisor_accounts import check
+from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, StoreDenied
+from ckptsvc.rpc.accounts import Account, account_of
+
+LOG = "agent.log"
+LOG_BYTES = 8 << 20
+"""Bytes from which on a log is put aside when an agent starts; one older is kept."""
+
+_PR_SET_NO_NEW_PRIVS = 38
+_LAST_ID = (1 << 32) - 1
+"""(uid_t) -1: it means "do not change" to the system calls, and is nobody."""
+
+
+class Order(msgspec.Struct, frozen=True, kw_only=True):
+    """What the supervisor wants started.
+
+    Attributes:
+        directory: of the service.
+        arenas: where the directory of all users' arenas is.
+        uid, gid: of the process that asked, as the kernel says.
+        users, min_uid: who may have an agent (settings.SystemSettings).
+        umask: of the agent.
+        arguments: for ckptsvc.agent.server.
+        report: descriptor of the socket.
+    """
+
+    directory: str
+    arenas: str
+    uid: int
+    gid: int
+    users: list[str]
+    min_uid: int
+    umask: int
+    arguments: list[str]
+    report: int
+
+
+def enter(order: Order) -> NoReturn:
+    """Become the agent of that user.
+
+    Raises:
+        CkptsvcError: he may not have one, or it cannot be started.
+    """
+    if not (0 <= order.uid < _LAST_ID and 0 <= order.gid < _LAST_ID):
+        raise StoreDenied(f"user {order.uid} is nobody")
+    account = account_of(order.uid, order.gid)
+    check(account, order.users, order.min_uid)
+    users, kept = records.open_directories(Path(order.directory))
+    held = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=kept)
+    fcntl.flock(held, fcntl.LOCK_EX)  # of a service that was killed, an entrance may be on its way
+    earlier = records.read(kept, account.uid)
+    if earlier is not None and (living := records.watch(earlier)) >= 0 and earlier.pid != os.getpid():
+        os.close(living)
+        raise AgentUnavailable(f"the agent of user {account.uid} runs already: process {earlier.pid}")
+    own = records.user_directory(users, account.uid, account.gid)
+    records.user_directory(records.open_arenas(Path(order.arenas)), account.uid, account.gid)
+    name = account.name or str(account.uid)
+    records.write(kept, account.uid, records.Record(os.getpid(), records.began(os.getpid()), name, order.gid))
+    _say(order.report, {"user": name})
+    drop(account)
+    os.umask(order.umask)
+    _open_log(own)
+    directory = f"{order.directory}/users/{account.uid}"
+    mine = {
+        "HOME": account.home, "USER": name, "LOGNAME": name, "CKPTSVC_AGENT_SOCKET_DIR": directory,
+        "CKPTSVC_ARENA_DIR": f"{order.arenas}/{records.ARENAS}/{account.uid}",
+    }  # fmt: skip
+    command = [sys.executable, "-P", "-m", "ckptsvc.agent.server", "--dir", directory, *order.arguments]
+    try:
+        os.execve(command[0], command, os.environ | mine)
+    except OSError as error:
+        raise ConfigError(f"user {name} cannot execute {command[0]}: {error.strerror}",
+            hint="users of the service must be able to read the interpreter and its packages") from error  # fmt: skip
+
+
+def drop(account: Account) -> None:
+    """Give up every right but those of the user, for good.
+
+    Raises:
+        ConfigError: that is not possible.
+    """
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("0")  # what the service is spared, its users are not
+    try:
+        os.setgroups(account.groups)
+        os.setresgid(account.gid, account.gid, account.gid)
+        os.setresuid(account.uid, account.uid, account.uid)
+    except OSError as error:
+        raise ConfigError(f"cannot become user {account.uid}: {error.strerror}") from error
+    ids = (os.getresuid(), os.getresgid(), sorted(os.getgroups()))
+    if ids != ((account.uid,) * 3, (account.gid,) * 3, sorted(set(account.groups))):
+        raise ConfigError(f"could not become user {account.uid} altogether: {ids}")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
+        raise ConfigError(f"prctl(PR_SET_NO_NEW_PRIVS): {os.strerror(ctypes.get_errno())}")
+
+
+def _open_log(own: int) -> None:
+    """Send what the agent says to a file in its directory; as the user, for the directory is his."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(LOG, dir_fd=own, follow_symlinks=False).st_size > LOG_BYTES:
+                os.rename(LOG, f"{LOG}.1", src_dir_fd=own, dst_dir_fd=own)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(LOG, flags, 0o600, dir_fd=own)
+    except OSError as error:
+        raise ConfigError(f"the agent's log cannot be written: {error.strerror}") from error
+    for number in (1, 2):
+        os.dup2(fd, number)
+    os.close(fd)
+
+
+def _say(report: int, fields: dict[str, str]) -> None:
+    with contextlib.suppress(OSError):  # a supervisor that was killed hears nothing, and finds the agent later
+        os.write(report, msgspec.json.encode(fields) + b"\n")
+
+
+def main() -> int:
+    """Become an agent, or say why not."""
+    order = msgspec.json.decode(sys.argv[1], type=Order)
+    os.set_inheritable(order.report, False)
+    try:
+        enter(order)
+    except CkptsvcError as error:
+        _say(order.report, {"code": error.code, "what": error.what, "hint": error.hint})
+    except OSError as error:
+        what = f"the agent of user {order.uid} cannot be started: {error.strerror or error}"
+        _say(order.report, {"code": AgentUnavailable.code, "what": what, "hint": ""})
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

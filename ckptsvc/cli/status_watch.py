@@ -1,0 +1,245 @@
+"""`ckptsvc status --watch` on a terminal: what the status page shows, in text, until q or Ctrl-C.
+
+Where there is no terminal, each look is a line a job.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import click
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ckptsvc.cli.agents import Answer
+from ckptsvc.cli.terminal import duration, note, plural, printable, size, wants_colour
+from ckptsvc.control.restart import launched_as
+from ckptsvc.errors import AgentUnavailable, NotFound
+
+SIGNS = {
+    "dead": ("X", "bold red"), "stalled": ("!", "bold yellow"), "away": ("?", "yellow"), "waiting": ("o", "dim"),
+    "restoring": ("^", "magenta"), "starting": ("~", "magenta"), "saving": ("v", "blue"), "training": (".", "green"),
+    "ended": ("-", "dim"),
+}  # fmt: skip
+OTHER = ("*", "blue")  # a phase that the program has declared
+
+MOST_RANKS = 512
+"""Ranks of a job that have a sign each; in larger ones a node has one."""
+
+CHECKPOINTS, INCIDENTS = 6, 4
+"""So many are shown, the newest."""
+
+WIDE = 72
+"""Columns from which on it is shown what holds them, and how large they are."""
+
+_OUTCOMES = {"committed": "green", "running": "blue", "local": "blue", "": "dim", "deleted": "dim"}
+_EATS = ("useful", "blocked", "detection", "restart", "redone", "other")
+
+Look = Callable[[], Sequence[Answer]]
+Status = Mapping[str, Any]
+
+
+def watch(look: Look, every: float) -> int:
+    """Look again and again; returns the exit status when the person has seen enough."""
+    if not sys.stdout.isatty():
+        return _write_lines(look, every)
+    console = Console(color_system="auto" if wants_colour(os.environ) else None, highlight=False)
+    with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
+        while True:
+            live.update(_screen(look, console.width), refresh=True)
+            if pressed(every):
+                return 0
+
+
+def _write_lines(look: Look, every: float) -> int:
+    while True:
+        try:
+            answers = look()
+        except (AgentUnavailable, NotFound) as error:
+            note(error.what)
+            answers = []
+        for answer in answers:
+            if answer.status is None:
+                note(printable(f"the agent in {answer.directory} does not answer: {answer.error}"))
+            else:
+                for line in lines(answer.status):
+                    click.echo(line)
+        sys.stdout.flush()
+        time.sleep(every)
+
+
+def lines(status: Status) -> Iterator[str]:
+    """A line for each job that the agent coordinates."""
+    for job in status["coordinates"]:
+        done = next((each for each in job.get("checkpoints", ()) if each["outcome"] == "committed"), None)
+        parts = [
+            time.strftime("%H:%M:%S"),
+            f"job {printable(job['job'])}",
+            f"{job['live_ranks']} of {plural(job['world_size'], 'rank')}",
+            f"step {job.get('step', 0):,}",
+            f"checkpoint {done['step']:,}" if done else "no checkpoint",
+            f"{plural(job['restarts'], 'restart')}",
+        ]
+        parts += [f"goodput {100 * job['goodput']['share']:.1f} %"] if _has_goodput(job) else []
+        counts = job.get("grid", {}).get("counts", {})
+        parts += [f"{counts[word]} {word}" for word in ("dead", "stalled", "away") if counts.get(word)]
+        yield "  ".join(parts)
+
+
+def _screen(look: Look, width: int) -> RenderableType:
+    try:
+        answers = look()
+    except (AgentUnavailable, NotFound) as error:
+        return Text(f"{printable(error.what)}\n\nq ends this")
+    parts: list[RenderableType] = []
+    for answer in answers:
+        parts += picture(answer, width)
+    return Group(*parts, Text("q ends this", style="dim"))
+
+
+def picture(answer: Answer, width: int) -> list[RenderableType]:
+    """One agent and its jobs."""
+    status = answer.status
+    if status is None:
+        return [Text(printable(f"agent in {answer.directory} does not answer: {answer.error}\n"), style="bold red")]
+    used = size(sum(arena["bytes"] for arena in status["arenas"]))
+    up = duration(time.time() - status["started"])
+    head = Text.assemble((f"agent of {printable(status['node'])}", "bold"), (f"  up {up}, arenas {used}", "dim"))
+    parts: list[RenderableType] = [head]
+    incidents = status.get("incidents", [])  # an agent of an earlier version has none
+    for job in status["coordinates"]:
+        mine = [each for each in incidents if each["job"] == launched_as(job["job"])]
+        title = Text.assemble((f"\njob {printable(job['job'])}", "bold"), f"  attempt {job['attempt']}")
+        parts += [title, Padding(Group(*_job(job, mine, width)), (0, 0, 0, 2))]
+    for name in sorted({rank["job"] for rank in status["ranks"]} - {job["job"] for job in status["coordinates"]}):
+        own = [rank for rank in status["ranks"] if rank["job"] == name]
+        step = max(rank["step"] for rank in own)
+        parts.append(Text(f"\njob {printable(name)}: {plural(len(own), 'rank')} here at step {step:,}"))
+    if not status["coordinates"] and not status["ranks"]:
+        parts.append(Text("no job", style="dim"))
+    return [*parts, Text()]
+
+
+def _job(job: Status, incidents: Sequence[Status], width: int) -> Iterator[RenderableType]:
+    counts = job.get("grid", {}).get("counts", {})
+    saving = f", saving step {', '.join(f'{step:,}' for step in job['running_saves'])}" if job["running_saves"] else ""
+    pace = f" ({job['steps_per_second']:.2g}/s)" if job.get("steps_per_second") else ""
+    ranks = f"{job['live_ranks']:,} of {plural(job['world_size'], 'rank')} on {plural(len(job['nodes']), 'node')}"
+    yield Text(f"step {job.get('step', 0):,}{pace}{saving}; {ranks}; {plural(job['restarts'], 'restart')}")
+    if _has_goodput(job):
+        yield _goodput(job["goodput"])
+    if counts:
+        legend = ((_sign(word), f"{counts[word]:,} {printable(word)}") for word in job["grid"]["words"])
+        yield Text("  ").join(Text.assemble(sign, f" {text}") for sign, text in legend)
+        yield from ranks_of(job["grid"])
+    if job.get("checkpoints"):
+        yield _checkpoints(job["checkpoints"][:CHECKPOINTS], wide=width >= WIDE)
+    for each in incidents[:INCIDENTS]:
+        yield Text.assemble((f"{printable(each['kind'])}: ", "bold red"), printable(each["sentence"]))
+    for text in (*(f"{node}: {why}" for node, why in job.get("aside", {}).items()), *job.get("nics", ())):
+        yield Text(printable(text), style="yellow")
+
+
+def ranks_of(grid: Status) -> Iterator[Text]:
+    """The ranks, a line a node; of many, a sign for each node, the most urgent of its ranks."""
+    words, odd = grid["words"], {rank: grid["words"][word] for rank, word, _ in grid["odd"]}
+    numbers = [list(_numbers(spans)) for spans in grid["ranks"]]
+    if sum(map(len, numbers)) <= MOST_RANKS:
+        width = min(max((len(printable(node)) for node in grid["nodes"]), default=0), 20)
+        for node, ranks, word in zip(grid["nodes"], numbers, grid["state"], strict=True):
+            name = printable(node or "not here yet")[:width].ljust(width)
+            signs = (_sign(odd.get(rank, words[word])) for rank in ranks)
+            yield Text.assemble((f"{name} ", "dim"), *signs)
+        return
+    nodes = Text()
+    for ranks, word in zip(numbers, grid["state"], strict=True):
+        found = {odd.get(rank, words[word]) for rank in ranks} if odd.keys() & set(ranks) else {words[word]}
+        nodes.append(*_sign(min(found, key=_urgency)))
+    yield nodes
+
+
+def _numbers(spans: str) -> Iterator[int]:
+    for part in spans.split(", "):
+        first, _, last = part.partition("-")
+        yield from range(int(first), int(last or first) + 1)
+
+
+def _urgency(word: str) -> int:
+    return list(SIGNS).index(word) if word in SIGNS else len(SIGNS)
+
+
+def _sign(word: str) -> tuple[str, str]:
+    return SIGNS.get(word, OTHER)
+
+
+def _has_goodput(job: Status) -> bool:
+    return bool(job.get("goodput")) and job["goodput"]["share"] is not None
+
+
+def _goodput(goodput: Status) -> Text:
+    seconds, whole = goodput["seconds"], sum(goodput["seconds"].values()) or 1.0
+    eaten = ", ".join(f"{name} {100 * seconds[name] / whole:.1f} %" for name in _EATS[1:] if seconds.get(name))
+    return Text(f"goodput {100 * goodput['share']:.1f} %" + (f"; the rest: {eaten}" if eaten else ""))
+
+
+def _checkpoints(checkpoints: Sequence[Status], *, wide: bool) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    columns = ["STEP", "OUTCOME", "TOOK", "WHEN", *(["SIZE", "HELD BY"] if wide else [])]
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("OUTCOME", "HELD BY") else "right", no_wrap=name != "HELD BY")
+    for each in checkpoints:
+        running = each["outcome"] == "running"
+        word = f"{each['durable']} of {each['ranks']} durable" if running else printable(each["outcome"]) or "known"
+        at = each["ended"] or each["began"]
+        row: list[RenderableType] = [
+            f"{each['step']:,}",
+            Text(word, style=_OUTCOMES.get(each["outcome"], "bold red")),
+            duration(each["seconds"]) if each["seconds"] else "-",
+            f"{duration(time.time() - at)} ago" if at else "-",
+            size(each["bytes"]) if each["bytes"] else "-",
+            Text(printable(", ".join(each["tiers"]) or each["reason"])),
+        ]
+        table.add_row(*row[: len(columns)])
+    return table
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[Callable[[float], bool]]:
+    """What waits so many seconds for a q; keys are not shown meanwhile."""
+    import termios
+    import tty
+
+    if not sys.stdin.isatty():
+
+        def wait(seconds: float) -> bool:
+            time.sleep(seconds)
+            return False
+
+        yield wait
+        return
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+
+    def pressed(seconds: float) -> bool:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            if select.select([keyboard], [], [], left)[0]:
+                key = os.read(keyboard, 64)
+                if not key or b"q" in key or b"Q" in key:
+                    return True
+        return False
+
+    try:
+        tty.setcbreak(keyboard)
+        yield pressed
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)

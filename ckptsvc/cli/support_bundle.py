@@ -1,0 +1,100 @@
+"""`ckptsvc support-bundle`: what somebody else needs to find out what went wrong, in one file."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ckptsvc.cli.agents import agent_directory
+from ckptsvc.cli.bundle_parts import Part, parts
+from ckptsvc.cli.terminal import Screen, emit, note, printable, size
+from ckptsvc.errors import InvalidInput
+
+MAX_BYTES = 64 << 20
+"""Bytes of all parts together; what comes after is left out, and named as such."""
+
+README = """What `ckptsvc support-bundle` has collected on {host} at {when}.
+
+Secrets are taken out: values under such names in settings and documents, credentials in URLs, private keys, and the
+values of known ones (environment, store.options, password files) wherever they occur. Names of users, hosts, jobs and
+files are in it. Look through it before you hand it on. MANIFEST.json lists all parts, and what could not be had.
+"""
+
+
+@click.command()
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.tar.gz",
+    help="Where to; default: ckptsvc-support-HOST-TIME.tar.gz here.")  # fmt: skip
+@click.option("--dir", "directory", type=click.Path(path_type=Path),
+    help="Directory of the sockets; default: as for `ckptsvc agent`.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+def command(output: Path | None, directory: Path | None, as_json: bool) -> None:
+    """Collect logs, settings, metrics, versions, status and incidents of this user's agents on this node, in one file.
+
+    Secrets are left out. Nothing is sent anywhere, nothing is asked of stores or of other nodes, and no agent has to
+    run. The file can be read by you alone.
+
+    \b
+    JSON: {"file", "bytes", "parts": [{"name", "about", "bytes", "cut",
+      "problem"}]}
+    cut says that only the end of it is there; problem why it is not, or null.
+    """  # noqa: D301  \b is click's
+    when = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    path = output or Path(f"ckptsvc-support-{socket.gethostname()}-{when}.tar.gz")
+    collected = list(parts(directory or agent_directory(), os.environ))
+    kept = _write(path, collected, when)
+    nbytes = path.stat().st_size
+    if as_json:
+        emit({"file": str(path), "bytes": nbytes, "parts": kept})
+        return
+    rows = []
+    for part in kept:
+        said = part["problem"] or part["about"] + (" (its end)" if part["cut"] else "")
+        rows.append([printable(part["name"]), size(part["bytes"]), printable(said)])
+
+    def style(row: int, column: str) -> str:
+        return "doubt" if kept[row]["problem"] and column == "ABOUT" else ""
+
+    Screen().table(["PART", "SIZE", "ABOUT"], rows, right=("SIZE",), fold="ABOUT", style=style)
+    note(f"wrote {printable(str(path))}, {size(nbytes)}; look through it before you hand it on")
+
+
+def _write(path: Path, collected: list[Part], when: str) -> list[dict[str, Any]]:
+    """Write the file; returns what MANIFEST.json says.
+
+    Raises:
+        InvalidInput: it cannot be written, or there is one of that name.
+    """
+    kept: list[dict[str, Any]] = []
+    contents: list[tuple[str, bytes]] = []
+    left = MAX_BYTES
+    for part in collected:
+        problem, data = part.problem, part.data
+        if len(data) > left:
+            problem, data = "left out: the bundle would be too large", b""
+        left -= len(data)
+        said = {"name": part.name, "about": part.about, "bytes": len(data), "cut": part.cut, "problem": problem or None}
+        kept.append(said)
+        if data:
+            contents.append((part.name, data))
+    manifest = {"created": when, "host": socket.gethostname(), "parts": kept}
+    contents.insert(0, ("MANIFEST.json", json.dumps(manifest, indent=1).encode()))
+    contents.insert(0, ("README.txt", README.format(host=socket.gethostname(), when=when).encode()))
+    folder = path.name.removesuffix(".gz").removesuffix(".tgz").removesuffix(".tar")
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+            for name, data in contents:
+                about = tarfile.TarInfo(f"{folder}/{name}")
+                about.size, about.mtime, about.mode = len(data), int(time.time()), 0o600
+                archive.addfile(about, io.BytesIO(data))
+    except OSError as error:
+        raise InvalidInput(f"cannot write {path}: {error.strerror}", hint="-o FILE takes another one") from error
+    return kept

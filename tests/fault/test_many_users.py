@@ -1,0 +1,759 @@
+"""One service for many users: real user ids, real agents, and what users try with each other's."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness.rank import Rank
+from harness.runtime import eventually
+from harness.users import (
+    ALICE,
+    BOB,
+    DAEMON,
+    SHARED,
+    STRANGER,
+    Node,
+    Person,
+    as_user,
+    ids_of,
+    node_of_users,
+    wait_until_gone,
+)
+
+from ckptsvc.cli.agents import ask as ask_agent
+from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, LimitReached, StoreDenied
+from ckptsvc.rpc import service
+from ckptsvc.rpc.dial import safe_target
+from ckptsvc.rpc.identity import IdentityClient
+
+ROOT = Person("root", 0, 0, (0,))
+RANK = Path(__file__).parents[1] / "harness" / "rank.py"
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Node]:
+    """A node whose service lasts for all tests that do it no harm."""
+    with node_of_users() as node:
+        node.start(system_operators="ck-daemon")
+        for person in (ALICE, BOB):
+            ask(node, person)
+        yield node
+
+
+@pytest.fixture(scope="class")
+def divided() -> Iterator[Node]:
+    """A node on which each user may have little."""
+    with node_of_users() as node:
+        node.start(system_user_ranks="3", system_user_jobs="2", arena_limit="64MiB", system_user_memory="75%",
+            store_max_write_rate="100MiB/s")  # fmt: skip
+        for person in (ALICE, BOB):
+            ask(node, person)
+        yield node
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    """A node of the test's own; the service is not started."""
+    with node_of_users() as own:
+        yield own
+
+
+def ask(node: Node, person: Person, op: str = "agent") -> dict[str, Any]:
+    """The service's answer to a user; what it refuses with is raised here."""
+
+    def call() -> dict[str, Any]:
+        try:
+            return service.ask(node.directory, op)
+        except CkptsvcError as error:
+            return {"refused": [type(error).__name__, str(error)]}
+
+    answer: dict[str, Any] = as_user(person, call)
+    if "refused" in answer:
+        name, what = answer["refused"]
+        raise {t.__name__: t for t in (AgentUnavailable, ConfigError, LimitReached, StoreDenied)}[name](what)
+    return answer
+
+
+def error_of(person: Person, act: Callable[[], object]) -> str:
+    """The name of the system error that a user gets; "" if he gets none."""
+
+    def attempt() -> str:
+        try:
+            act()
+        except OSError as error:
+            return type(error).__name__
+        return ""
+
+    return str(as_user(person, attempt))
+
+
+def registration(**changes: Any) -> dict[str, Any]:
+    fields = {"op": "register", "job": "job", "attempt": 0, "rank": 0, "world_size": 1, "store": "memory://users"}
+    return fields | changes
+
+
+def train(rank: Rank, store: str, until: int, patient: bool = False, first: str = "") -> dict[str, Any]:
+    """Train and save; before that, try another store, and report how it refuses."""
+    import torch
+
+    import ckptsvc
+
+    tensor = torch.zeros(1000)
+    if first:
+        with pytest.raises(CkptsvcError) as refusal:
+            ckptsvc.attach({"tensor": tensor}, store=first, every="off")
+        rank.report("refused", why=f"{type(refusal.value).__name__}: {refusal.value}")
+    run = ckptsvc.attach({"tensor": tensor}, store=store, every="off")
+    rank.report("attached", agent=str(run._link.directory))
+    while run.steps_done < until or (patient and not (rank.folder / "go-end").exists()):
+        tensor += 1
+        run.step()
+        try:
+            run.save(wait=True)
+        except CkptsvcError as error:
+            if not patient:
+                raise
+            rank.report("failed", why=str(error))
+            time.sleep(0.2)
+        else:
+            rank.report("saved", step=run.steps_done)
+    run.close()
+    return {"steps": run.steps_done, "skipped": run.skipped, "sum": float(tensor.sum())}
+
+
+class UsersJob:
+    """One rank of a user's that runs `train`."""
+
+    def __init__(
+        self, node: Node, person: Person, store: Path, until: int, *, patient: bool = False, first: Path | str = ""
+    ):
+        self.folder = node.home(person) / "job"
+        self.folder.mkdir()
+        os.chown(self.folder, person.uid, person.gid)
+        spec = {"file": __file__, "function": "train", "arguments": [str(store), until, patient, str(first)],
+            "folder": str(self.folder)}  # fmt: skip
+        self._log = self.folder / "log"
+        self.process = node.spawn(person, [sys.executable, str(RANK), json.dumps(spec)], self._log)
+
+    def reports(self, event: str) -> list[dict[str, Any]]:
+        path = self.folder / "rank-0.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [line for line in lines if line["event"] == event]
+
+    def wait_for_save(self, step: int) -> None:
+        def saved() -> bool:
+            assert self.process.poll() is None, self._log.read_text()
+            return any(line["step"] >= step for line in self.reports("saved"))
+
+        eventually(saved, f"step {step} to be saved", 90)
+
+    def result(self) -> dict[str, Any]:
+        assert self.process.wait(90) == 0, self._log.read_text()
+        found: dict[str, Any] = self.reports("result")[-1]["result"]
+        return found
+
+
+class TestJobs:
+    def test_of_two_users_are_written_with_the_rights_of_each(self, node: Node) -> None:
+        node.start()
+        folder = node.root / "project"
+        folder.mkdir()
+        os.chown(folder, 0, SHARED)
+        folder.chmod(0o2770)
+        hers = UsersJob(node, ALICE, folder / "run", 2)  # only by a group that her account has
+        his = UsersJob(node, BOB, node.home(BOB) / "run", 2, first=folder / "run")
+        assert hers.result() == {"steps": 2, "skipped": 0, "sum": 2000.0}
+        assert his.result() == {"steps": 2, "skipped": 0, "sum": 2000.0}
+        for job, person in ((hers, ALICE), (his, BOB)):
+            assert job.reports("attached")[0]["agent"] == str(node.agent_directory(person))
+        for path in (folder / "run").rglob("*"):
+            assert (path.stat().st_uid, path.stat().st_gid) == (ALICE.uid, SHARED)
+        owners = {(path.stat().st_uid, path.stat().st_gid) for path in (node.home(BOB) / "run").rglob("*")}
+        assert owners == {(BOB.uid, BOB.gid)}
+        (refused,) = his.reports("refused")
+        assert "StoreDenied" in refused["why"]
+        assert "Permission denied" in refused["why"]
+
+    @pytest.mark.slow
+    def test_go_on_while_the_service_is_killed_again_and_again_and_others_ask(self, node: Node) -> None:
+        node.start()
+        jobs = [UsersJob(node, p, node.home(p) / "run", 1, patient=True) for p in (ALICE, BOB)]
+        for job in jobs:
+            job.wait_for_save(1)
+        stop, problems = threading.Event(), list[str]()
+        asking = threading.Thread(target=beat, args=(BOB, node, stop, problems))
+        asking.start()
+        for _ in range(5):
+            steps = [job.reports("saved")[-1]["step"] for job in jobs]
+            node.stop(signal.SIGKILL)
+            for job, step in zip(jobs, steps, strict=True):
+                job.wait_for_save(step + 3)  # without any service
+            node.start()
+            eventually(lambda: {a["state"] for a in node.agents().values()} == {"serves"}, "the agents to come back")
+        stop.set()
+        asking.join()
+        for job in jobs:
+            (job.folder / "go-end").touch()
+            assert job.result()["skipped"] == 0
+        assert problems == []
+
+
+class TestAnAgent:
+    def test_is_its_users_and_has_no_right_or_descriptor_or_variable_of_roots(self, shared: Node) -> None:
+        for person in (ALICE, BOB):
+            pid = shared.agents()[person.uid]["pid"]
+            ids = ids_of(pid)
+            assert ids["Uid"].split() == [str(person.uid)] * 4
+            assert ids["Gid"].split() == [str(person.gid)] * 4
+            assert sorted(map(int, ids["Groups"].split())) == sorted(person.groups)
+            assert int(ids["CapEff"], 16) == int(ids["CapPrm"], 16) == 0
+            assert (ids["NoNewPrivs"], ids["Umask"]) == ("1", "0022")
+            assert os.readlink(f"/proc/{pid}/cwd") == "/"
+            assert os.getsid(pid) == pid
+            environ = dict(v.split("=", 1) for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if v)
+            assert environ["HOME"] == str(shared.home(person))
+            assert environ["USER"] == person.name
+            allowed = {"PATH", "LANG", "HOME", "USER", "LOGNAME", "PYTHONPATH", "PYTHONNOUSERSITE", "GRPC_VERBOSITY"}
+            assert {name for name in environ if not name.startswith("CKPTSVC_")} <= allowed
+            held = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
+            files = [path for path in held if path.startswith("/") and path != "/dev/null"]
+            own = (str(shared.agent_directory(person)), str(shared.arenas))
+            assert [path for path in files if not path.startswith(own)] == []
+
+    def test_is_one_for_each_user_however_often_he_asks(self, shared: Node) -> None:
+        before = shared.agents()
+        for person in (ALICE, BOB):
+            assert ask(shared, person)["directory"] == str(shared.agent_directory(person))
+        assert {u: a["pid"] for u, a in shared.agents().items()} == {u: a["pid"] for u, a in before.items()}
+
+    def test_is_found_by_the_commands_of_its_user(self, shared: Node) -> None:
+        status, said = shared.command(ALICE, "status", "--json")
+        assert status == 0, said
+        assert [a["directory"] for a in json.loads(said)["agents"]] == [str(shared.agent_directory(ALICE))]
+
+
+class TestWhoMayHaveOne:
+    def test_not_system_accounts_nor_numbers_without_an_account(self, shared: Node) -> None:
+        with pytest.raises(StoreDenied, match="ck-daemon is of the system itself"):
+            ask(shared, DAEMON)
+        with pytest.raises(StoreDenied, match="54999 has no account on this node"):
+            ask(shared, STRANGER)
+        for person in (DAEMON, STRANGER):
+            assert not shared.agent_directory(person).exists()
+
+    @pytest.mark.slow
+    def test_those_who_are_listed_by_name_number_and_group_and_root(self, node: Node) -> None:
+        node.start(system_users="ck-daemon,54999,@ck-shared", system_max_users="3", system_umask="027")
+        for person in (ALICE, DAEMON, STRANGER):  # Alice is in the group
+            assert ask(node, person)["directory"] == str(node.agent_directory(person))
+        with pytest.raises(StoreDenied, match="ck-bob may not use this node's service"):
+            ask(node, BOB)
+        with pytest.raises(LimitReached, match="serves 3 users already"):
+            ask(node, ROOT)
+        agents = node.agents()
+        ids = ids_of(agents[STRANGER.uid]["pid"])
+        assert ids["Groups"].split() == ids["Gid"].split()[:1] == [str(STRANGER.gid)]
+        assert ids["Umask"] == "0027"
+        os.kill(agents[DAEMON.uid]["pid"], signal.SIGTERM)  # it is idle
+        wait_until_gone(agents[DAEMON.uid]["pid"])
+        eventually(lambda: node.agents()[DAEMON.uid]["state"] == "ended", "it to be noticed")
+        assert ask(node, ROOT)["directory"] == str(node.agent_directory(ROOT))
+
+
+class TestOperators:
+    def test_see_the_agents_of_all_and_users_their_own(self, shared: Node) -> None:
+        for operator in (ROOT, DAEMON):
+            assert {ALICE.uid, BOB.uid} <= {each["uid"] for each in ask(shared, operator, "agents")["agents"]}
+        for person in (ALICE, BOB):
+            assert [each["uid"] for each in ask(shared, person, "agents")["agents"]] == [person.uid]
+
+    def test_see_what_they_do(self, shared: Node) -> None:
+        status, said = shared.command(ROOT, "status", "--all-users")
+        assert status == 0, said
+        assert "user ck-alice" in said
+        assert "user ck-bob" in said
+        status, said = shared.command(BOB, "status", "--all-users", "--json")
+        assert status == 0, said
+        assert [each["user"] for each in json.loads(said)["agents"]] == ["ck-bob"]
+
+    def test_do_not_follow_what_a_user_has_put_in_the_way(self, shared: Node) -> None:
+        hers, his = shared.agent_directory(ALICE), shared.agent_directory(BOB)
+
+        def swap() -> int:
+            (his / "agent.sock").rename(his / "kept.sock")
+            (his / "agent.sock").symlink_to(hers / "agent.sock")
+            return 0
+
+        as_user(BOB, swap)
+        status, said = shared.command(ROOT, "status", "--all-users", "--json")
+        as_user(BOB, lambda: str((his / "kept.sock").rename(his / "agent.sock")))
+        found = {each["user"]: each for each in json.loads(said)["agents"]}
+        assert status == 3
+        assert "no socket of user 54002" in found["ck-bob"]["error"]["what"]
+        assert found["ck-alice"]["status"]["ranks"] == []
+        with pytest.raises(AgentUnavailable, match="no socket of user"), safe_target(hers, BOB.uid):
+            pass
+
+
+class TestAnotherUser:
+    def test_reaches_neither_socket_nor_file_nor_arena_of_hers(self, shared: Node) -> None:
+        hers = shared.agent_directory(ALICE)
+        arenas = shared.arenas / "ckptsvc" / str(ALICE.uid)
+
+        def connect(kind: int, path: Path) -> None:
+            with socket.socket(socket.AF_UNIX, kind) as sock:
+                sock.connect(str(path))
+
+        attempts: dict[str, Callable[[], object]] = {
+            "list": lambda: os.listdir(hers),
+            "grpc": lambda: connect(socket.SOCK_STREAM, hers / "agent.sock"),
+            "identity": lambda: connect(socket.SOCK_SEQPACKET, hers / "identity.sock"),
+            "secret": lambda: (hers / "secret").read_text(),
+            "log": lambda: (hers / "agent.log").read_text(),
+            "plant": lambda: (hers / "ready").write_text("1"),
+            "arenas": lambda: os.listdir(arenas),
+            "arena": lambda: (arenas / "lock").open("r+b"),
+            "remove": lambda: arenas.rename(shared.arenas / "mine"),
+            "all arenas": lambda: (shared.arenas / "ckptsvc").rename(shared.arenas / "mine"),
+            "new arenas": lambda: (shared.arenas / "ckptsvc" / "54999").mkdir(),
+            "users": lambda: os.listdir(shared.directory / "users"),
+            "new": lambda: (shared.directory / "users" / "54999").symlink_to("/"),
+            "swap": lambda: (shared.directory / "users").rename(shared.directory / "users2"),
+            "records": lambda: os.listdir(shared.directory / "agents"),
+            "socket": lambda: (shared.directory / "service.sock").unlink(),
+            "lock": lambda: (shared.directory / "service.lock").open("r+b"),
+        }
+        for name, attempt in attempts.items():
+            assert error_of(BOB, attempt) == "PermissionError", name
+
+    def test_cannot_signal_trace_or_take_descriptors_of_hers(self, shared: Node) -> None:
+        pid = shared.agents()[ALICE.uid]["pid"]
+
+        def through_pidfd() -> None:
+            fd = os.pidfd_open(pid)
+            try:
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
+            finally:
+                os.close(fd)
+
+        for attempt in (
+            lambda: os.kill(pid, signal.SIGKILL),
+            through_pidfd,
+            lambda: os.listdir(f"/proc/{pid}/fd"),
+            lambda: Path(f"/proc/{pid}/environ").read_text(),
+            lambda: os.open(f"/proc/{pid}/mem", os.O_RDONLY),
+        ):
+            assert error_of(BOB, attempt) == "PermissionError"
+        assert Path(f"/proc/{pid}").exists()
+
+    def test_cannot_pass_for_her_agent(self, shared: Node) -> None:
+        for person in (BOB, ALICE):  # not even a process of her own that is not the one
+            with pytest.raises(StoreDenied, match=f"is not the agent that was started for user {person.uid}"):
+                ask(shared, person, "serve")
+        assert shared.agents()[ALICE.uid]["state"] == "serves"
+
+    def test_with_a_job_of_the_same_name_and_lies_about_ranks_touches_nothing_of_hers(self, shared: Node) -> None:
+        rank = rank_of(shared, ALICE)
+        eventually(lambda: shared.agents()[ALICE.uid]["ranks"] == 1, "her rank to be counted")
+
+        def lie() -> list[str]:
+            said = []
+            for changes in ({}, {"rank": 7}, {"rank": 0, "world_size": 9}, {"pid": rank.pid}, {"attempt": 99},
+                    {"job": "../../../../tmp/evil", "rank": 1, "world_size": 3}, {"token": "x"}):  # fmt: skip
+                identity = IdentityClient(str(shared.agent_directory(BOB) / "identity.sock"))
+                try:
+                    _, fd = identity.call(registration(**changes))
+                    os.close(fd)
+                    said.append("ok")
+                except CkptsvcError as error:
+                    said.append(error.code)
+                identity.close()
+            return said
+
+        bad = "invalid-input"
+        assert as_user(BOB, lie) == ["ok", bad, "ok", bad, "ok", "ok", bad]
+        with safe_target(shared.agent_directory(ALICE), ALICE.uid) as target:
+            (hers,) = ask_agent(shared.agent_directory(ALICE), target)["ranks"]
+        assert (hers["job"], hers["rank"], hers["world_size"], hers["attempt"]) == ("job", 0, 1, 0)
+        assert rank.poll() is None
+        rank.kill()
+        eventually(lambda: shared.agents()[ALICE.uid]["ranks"] == 0, "her rank to be gone")
+        assert not Path("/tmp/evil").exists()
+
+    def test_is_turned_away_by_her_agent_even_with_a_connection_to_it(self, shared: Node) -> None:
+        path = str(shared.agent_directory(ALICE) / "identity.sock")
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+
+        def hand_over() -> int:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.connect(path)
+                socket.send_fds(ours, [b"x"], [sock.fileno()])
+            return 0
+
+        def use() -> str:
+            _, fds, _, _ = socket.recv_fds(theirs, 1, 1)
+            with socket.socket(fileno=fds[0]) as sock:
+                sock.send(json.dumps(registration(job="his")).encode())
+                return sock.recv(65536).decode()
+
+        # Who connected counts, not who speaks: what she gives away is hers to give.
+        as_user(ALICE, hand_over)
+        assert json.loads(as_user(BOB, use))["ok"] is True
+        # One that he has opened himself, as far as root lets him, is his.
+        ours.close()
+        theirs.close()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+            sock.connect(path)
+            sock.send(json.dumps(registration()).encode())
+            assert f"serves user {ALICE.uid}, not user 0" in json.loads(sock.recv(65536))["what"]
+
+
+class TestShares:
+    def test_of_ranks_and_jobs_are_kept_by_each_users_agent(self, divided: Node) -> None:
+        def register_many() -> list[str]:
+            said, held = [], []
+            for job, rank in (("a", 0), ("b", 0), ("c", 0), ("a", 1), ("b", 1), ("a", 0)):
+                identity = IdentityClient(str(divided.agent_directory(ALICE) / "identity.sock"))
+                held.append(identity)
+                try:
+                    _, fd = identity.call(registration(job=job, rank=rank, world_size=8))
+                    os.close(fd)
+                    said.append("ok")
+                except CkptsvcError as error:
+                    said.append(f"{error.code}: {error.what}")
+            return said
+
+        said = as_user(ALICE, register_many)
+        jobs, ranks = "this agent has 2 jobs already", "3 ranks are registered with this agent already"
+        # At last a rank comes anew that is there already: it takes its own place.
+        assert said == ["ok", "ok", f"limit-reached: {jobs}", "ok", f"limit-reached: {ranks}", "ok"]
+        assert as_user(BOB, lambda: register(divided, BOB)) == "ok"
+        eventually(lambda: divided.agents()[ALICE.uid]["ranks"] == 0, "all ranks to be gone")
+        # What is remembered of jobs whose ranks have died makes room.
+        assert as_user(ALICE, lambda: register(divided, ALICE, "d")) == "ok"
+
+    def test_of_memory_and_bandwidth_follow_the_users_who_have_something_to_do(self, divided: Node) -> None:
+        def shares() -> set[tuple[int, int]]:
+            found = set()
+            for person in (ALICE, BOB):
+                with safe_target(divided.agent_directory(person), person.uid) as target:
+                    status = ask_agent(divided.agent_directory(person), target)
+                found.add((status["arena_limit"] >> 20, status["max_write_rate"] >> 20))
+            return found
+
+        ranks = []
+        for person, share in ((ALICE, (48, 100)), (BOB, (32, 50))):
+            ranks.append(rank_of(divided, person))
+            eventually(lambda who=person: divided.agents()[who.uid]["ranks"] == 1, "the rank to be counted")
+            eventually(lambda now=share: shares() == {now}, f"{share} MiB for each")
+        for rank in ranks:
+            rank.kill()
+        eventually(lambda: shares() == {(48, 100)}, "all of it to be had again")
+
+
+class TestLinksInTheWay:
+    def test_of_the_directory_of_an_agent_are_refused(self, node: Node) -> None:
+        node.start()
+        target = node.home(BOB) / "target"
+        target.mkdir(mode=0o755)
+        # Nobody but root can put one there: this is what root does to say that it would not help.
+        node.agent_directory(BOB).symlink_to(target)
+        with pytest.raises(ConfigError, match="is no directory"):
+            ask(node, BOB)
+        assert list(target.iterdir()) == []
+        assert target.stat().st_uid == 0
+
+    @pytest.mark.slow
+    def test_of_the_files_in_it_do_harm_to_nobody_but_the_user(self, node: Node) -> None:
+        node.start()
+        ask(node, BOB)
+        his, precious = node.agent_directory(BOB), node.root / "precious"
+        precious.write_text("precious")
+        precious.chmod(0o600)
+        (node.root / "service.lock").touch()
+        pid = node.agents()[BOB.uid]["pid"]
+        os.kill(pid, signal.SIGTERM)
+        wait_until_gone(pid)
+
+        def plant() -> int:
+            for name in ("agent.log", "ready", "ready.new", "agent.lock", "agent.sock", "identity.sock"):
+                (his / name).unlink(missing_ok=True)
+                (his / name).symlink_to(precious)
+            return 0
+
+        as_user(BOB, plant)
+        with pytest.raises(ConfigError, match="the agent's log cannot be written"):
+            ask(node, BOB)
+        assert precious.read_text() == "precious"
+        assert (precious.stat().st_uid, stat.S_IMODE(precious.stat().st_mode)) == (0, 0o600)
+        assert ask(node, ALICE)["ok"] is True
+
+    def test_and_a_directory_of_his_in_shared_memory_are_refused_by_root(self, node: Node) -> None:
+        (node.home(BOB) / "trap").mkdir(mode=0o777)
+        as_user(BOB, lambda: (node.arenas / "ckptsvc").symlink_to(node.home(BOB) / "trap"))
+        assert node.command(ROOT, "agent", "--system")[0] == 2
+        (node.arenas / "ckptsvc").unlink()
+        as_user(BOB, lambda: (node.arenas / "ckptsvc").mkdir())
+        status, said = node.command(ROOT, "agent", "--system")
+        assert (status, "ckptsvc is not root's alone" in said) == (2, True)
+        (node.arenas / "ckptsvc").rmdir()
+        node.start()
+        assert ask(node, ALICE)["ok"] is True
+
+
+class TestTheProtocol:
+    @pytest.mark.parametrize("seed", range(3))
+    def test_survives_what_is_no_request(self, shared: Node, seed: int) -> None:
+        chance = random.Random(seed)
+        packets = [packet(chance) for _ in range(150)]
+
+        def send() -> list[str]:
+            answers = []
+            for data in packets:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                    sock.settimeout(20)
+                    sock.connect(str(shared.directory / "service.sock"))
+                    with contextlib.suppress(BrokenPipeError):
+                        sock.send(data)
+                        with contextlib.suppress(ConnectionError):
+                            answers.append(sock.recv(65536).decode())
+            return answers
+
+        answers = [json.loads(answer) for answer in as_user(DAEMON, send) if answer]
+        assert answers
+        assert not any(answer["ok"] for answer in answers)
+        assert {answer["code"] for answer in answers} <= {"invalid-input", "store-denied", "limit-reached"}
+        assert shared.supervisor is not None
+        assert shared.supervisor.poll() is None
+        assert ask(shared, ALICE)["ok"] is True
+        assert "Traceback" not in (shared.root / "service.log").read_text()
+
+    def test_takes_no_descriptors(self, shared: Node) -> None:
+        assert shared.supervisor is not None
+        held = len(os.listdir(f"/proc/{shared.supervisor.pid}/fd"))
+
+        def send() -> int:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+                sock.connect(str(shared.directory / "service.sock"))
+                fds = [os.open("/dev/null", os.O_RDONLY) for _ in range(100)]
+                socket.send_fds(sock, [b'{"op":"agents"}'], fds)
+                sock.recv(65536)
+            return 0
+
+        as_user(BOB, send)
+        eventually(lambda: len(os.listdir(f"/proc/{shared.supervisor.pid}/fd")) <= held, "the descriptors to be closed")
+
+    @pytest.mark.slow
+    def test_of_an_agent_that_says_what_cannot_be_harms_no_other(self, node: Node) -> None:
+        node.start(system_linger="600s")
+        for person in (ALICE, BOB):
+            ask(node, person)
+        pid = node.agents()[BOB.uid]["pid"]
+        os.kill(pid, signal.SIGKILL)  # his own to kill
+        eventually(lambda: node.agents()[BOB.uid]["state"] == "ended", "it to be noticed")
+        hers = node.agents()[ALICE.uid]
+        with pytest.raises(StoreDenied):
+            ask(node, BOB, "serve")
+        assert ask(node, BOB)["ok"] is True
+        assert node.agents()[ALICE.uid]["pid"] == hers["pid"]
+
+
+def packet(chance: random.Random) -> bytes:
+    """One that is no good request of anybody's."""
+    kinds: list[Callable[[], bytes]] = [
+        lambda: chance.randbytes(chance.randrange(1, 200)),
+        lambda: b"{" * chance.randrange(1, 4000),
+        lambda: b"[" * 4090,
+        lambda: json.dumps({"op": chance.choice(["", "root", "state", "serve", "AGENT"])}).encode(),
+        lambda: json.dumps({"op": "agent", "uid": 0}).encode(),
+        lambda: json.dumps({"op": "agents", "ranks": chance.choice([-1, 1 << 40, 1 << 90])}).encode(),
+        lambda: json.dumps({"op": "agent", "x" * 3000: 1}).encode(),
+        lambda: b'{"op":"agents"}' + b" " * chance.randrange(4096, 60000),
+        lambda: b'{"op":"agents","op":' + b"9" * 3000 + b"}",
+        lambda: b'{"op":"agents"' + chance.randbytes(3),
+        lambda: struct.pack("<Q", chance.getrandbits(64)),
+        lambda: b'{"op":"\xff\xfe"}',
+    ]
+    return chance.choice(kinds)()
+
+
+class TestAFlood:
+    def test_of_requests_does_not_keep_others_waiting(self, shared: Node) -> None:
+        code = f"""
+import socket, time
+end = time.monotonic() + 60
+held = []
+while time.monotonic() < end:
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    sock.settimeout(5)
+    try:
+        sock.connect({str(shared.directory / "service.sock")!r})
+        sock.send(b'{{"op":"agent"}}')
+    except OSError:
+        pass
+    held.append(sock)
+    if len(held) > 900:
+        held.clear()
+"""
+        flood = shared.spawn(STRANGER, [sys.executable, "-c", code])
+        try:
+            log = shared.root / "service.log"
+            eventually(lambda: "callers are turned away: user 54999" in log.read_text(), "the flood to be noticed")
+            assert ask(shared, ALICE)["directory"] == str(shared.agent_directory(ALICE))
+            assert as_user(ALICE, lambda: register(shared, ALICE)) == "ok"
+        finally:
+            flood.kill()
+            flood.communicate()
+        assert log.read_text().count("turned away") < 5  # the log is not flooded too
+
+
+def register(node: Node, person: Person, job: str = "job") -> str:
+    """Register a rank with one's own agent, and leave."""
+    identity = IdentityClient(str(node.agent_directory(person) / "identity.sock"))
+    answer, fd = identity.call(registration(job=job))
+    os.close(fd)
+    identity.close()
+    return "ok" if answer["ok"] else str(answer)
+
+
+def beat(person: Person, node: Node, stop: threading.Event, problems: list[str]) -> None:
+    """Ask for the agent again and again, as ranks do that have lost it."""
+    while not stop.is_set():
+        try:
+            ask(node, person)
+        except AgentUnavailable:
+            time.sleep(0.05)
+        except Exception as error:
+            problems.append(repr(error))
+
+
+class TestTheServicesOwnEnd:
+    def test_by_kill_leaves_agents_and_their_ranks_and_another_finds_them(self, node: Node) -> None:
+        node.start()
+        for person in (ALICE, BOB):
+            ask(node, person)
+        before = node.agents()
+        rank = rank_of(node, ALICE)
+        eventually(lambda: node.agents()[ALICE.uid]["ranks"] == 1, "the rank to be counted")
+        node.stop(signal.SIGKILL)
+        assert node.command(ALICE, "status")[0] == 0  # nobody needs the service for what is there
+        node.start()
+        eventually(lambda: {a["state"] for a in node.agents().values()} == {"serves"}, "the agents to come back")
+        assert {u: a["pid"] for u, a in node.agents().items()} == {u: a["pid"] for u, a in before.items()}
+        eventually(lambda: node.agents()[ALICE.uid]["ranks"] == 1, "the rank to be counted again")
+        assert rank.poll() is None
+
+    def test_before_it_knew_of_an_agent_does_not_leave_that_alone(self, node: Node) -> None:
+        node.start()
+        ask(node, ALICE)
+        agent, record = node.agents()[ALICE.uid]["pid"], node.directory / "agents" / str(ALICE.uid)
+        node.stop(signal.SIGKILL)
+        record.rename(node.root / "record")
+        node.start()
+        assert node.agents() == {}
+        (node.root / "record").rename(record)  # an entrance is on its way, and writes it a little later
+        eventually(lambda: ALICE.uid in node.agents(), "the agent to be found")
+        assert (node.agents()[ALICE.uid]["pid"], node.agents()[ALICE.uid]["state"]) == (agent, "serves")
+
+    @pytest.mark.slow
+    def test_is_none_when_it_is_told_to_read_its_settings_again(self, node: Node) -> None:
+        settings = node.root / "config.toml"
+        settings.write_text('[system]\nuser_memory = "10%"\n')
+        node.start(config=str(settings))
+        ask(node, ALICE)
+        agent = node.agents()[ALICE.uid]["pid"]
+        assert node.supervisor is not None
+        settings.write_text('[system]\nuser_memories = "10%"\n')
+        node.supervisor.send_signal(signal.SIGHUP)
+        log = node.root / "service.log"
+        eventually(lambda: "the settings stay as they were" in log.read_text(), "the mistake to be noticed")
+        settings.write_text('[system]\nusers = "ck-bob"\n')
+        node.supervisor.send_signal(signal.SIGHUP)
+        eventually(lambda: log.read_text().count("listens in") == 2, "it to listen again")
+        assert node.supervisor.poll() is None
+        assert ask(node, BOB)["ok"] is True  # while it begins anew, callers wait
+        assert node.agents()[ALICE.uid]["pid"] == agent
+        os.kill(agent, signal.SIGTERM)
+        wait_until_gone(agent)  # and is no zombie, though another program has started it
+        with pytest.raises(StoreDenied, match="ck-alice may not use"):
+            ask(node, ALICE)
+
+    @pytest.mark.slow
+    def test_in_good_order_leaves_them_too(self, node: Node) -> None:
+        node.start()
+        ask(node, ALICE)
+        pid = node.agents()[ALICE.uid]["pid"]
+        assert node.stop() == 0
+        assert ids_of(pid)["Uid"].split()[0] == str(ALICE.uid)
+        assert not any(s in ids_of(pid)["State"] for s in "ZX")
+
+    @pytest.mark.slow
+    def test_a_second_one_is_refused(self, shared: Node) -> None:
+        status, said = shared.command(ROOT, "agent", "--system")
+        assert (status, "another service serves" in said) == (11, True)
+
+    @pytest.mark.slow
+    def test_needs_root_and_ports_that_agents_can_share(self, shared: Node) -> None:
+        status, said = shared.command(ALICE, "agent", "--system")
+        assert (status, "must be started by root" in said) == (2, True)
+        status, said = shared.command(ROOT, "agent", "--system", "--listen", "127.0.0.1:7070")
+        assert (status, "every user's agent needs a port of its own" in said) == (2, True)
+
+
+class TestAnAgentsEnd:
+    @pytest.mark.slow
+    def test_is_survived_by_a_job_that_goes_on_saving(self, node: Node) -> None:
+        node.start()
+        job = UsersJob(node, ALICE, node.home(ALICE) / "run", 1, patient=True)
+        for _ in range(3):
+            done = job.reports("saved")
+            job.wait_for_save(done[-1]["step"] + 1 if done else 1)
+            os.kill(node.agents()[ALICE.uid]["pid"], signal.SIGKILL)
+        job.wait_for_save(job.reports("saved")[-1]["step"] + 3)
+        (job.folder / "go-end").touch()
+        assert job.result()["steps"] > 6
+
+    def test_under_its_ranks_brings_another_at_once(self, node: Node) -> None:
+        node.start()
+        ask(node, ALICE)
+        rank_of(node, ALICE)
+        eventually(lambda: node.agents()[ALICE.uid]["ranks"] == 1, "the rank to be counted")
+        first = node.agents()[ALICE.uid]["pid"]
+        os.kill(first, signal.SIGKILL)
+        eventually(lambda: node.agents()[ALICE.uid]["pid"] not in (first, -1), "another agent")
+        eventually(lambda: node.agents()[ALICE.uid]["state"] == "serves", "it to serve")
+
+    @pytest.mark.slow
+    def test_after_doing_nothing_is_no_failure_and_it_is_started_again_on_demand(self, node: Node) -> None:
+        node.start(system_linger="1s")
+        ask(node, ALICE)
+        first = node.agents()[ALICE.uid]["pid"]
+        wait_until_gone(first)
+        eventually(lambda: node.agents()[ALICE.uid]["state"] == "ended", "it to be noticed")
+        assert ask(node, ALICE)["ok"] is True
+        assert node.agents()[ALICE.uid]["pid"] not in (first, -1)
+
+
+def rank_of(node: Node, person: Person) -> subprocess.Popen[str]:
+    """A process that is registered with its user's agent for as long as it lives."""
+    code = f"""
+import os, sys, time
+from ckptsvc.rpc.identity import IdentityClient
+identity = IdentityClient({str(node.agent_directory(person) / "identity.sock")!r})
+answer, fd = identity.call({registration()!r})
+time.sleep(60)
+"""
+    return node.spawn(person, [sys.executable, "-c", code])

@@ -1,0 +1,288 @@
+"""The agent runs short of things, or is pestered: jobs train on, nothing is lost, and one line of its log says why."""
+
+import contextlib
+import os
+import random
+import resource
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from harness.damage import assert_intact, steps
+from harness.job import Job, Launch
+from harness.rank import Rank
+from harness.runtime import Runtime, eventually, tmpfs
+
+import ckptsvc
+from ckptsvc.rpc.channel import OPTIONS, TOKEN_KEY
+from ckptsvc.rpc.dial import sockets
+from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
+
+
+def train(rank: Rank, store: str) -> dict[str, Any]:
+    """Steps of 10 ms, a save at each fifth, until the test says to end."""
+    tensor = torch.zeros(200_000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = ckptsvc.attach({"tensor": tensor}, store=store, every=5)
+        while not (rank.folder / "go-end").exists():
+            tensor += 1
+            run.step()
+            time.sleep(0.01)
+            if run.steps_done % 10 == 0:
+                rank.report("stepped", step=run.steps_done)
+        saved = run.save(wait=True, timeout=60.0)
+        run.close()
+    return {"step": run.steps_done, "saved": saved}
+
+
+class Pestered:
+    """A job that trains while the test does something to its agent."""
+
+    def __init__(self, runtime: Runtime, job: Job, store: Path) -> None:
+        self.runtime, self.job, self.store = runtime, job, store
+
+    def steps_on(self) -> None:
+        """The training goes on."""
+        before = self.job.reports("stepped")[-1]["step"]
+        self.job.wait_for("stepped", step=before + 30)
+
+    def saves_on(self) -> None:
+        """Something that was snapshot from now on is committed."""
+        before = self.job.reports("stepped")[-1]["step"]
+        eventually(lambda: max(steps(self.store), default=0) > before, f"a step after {before} to be committed", 60)
+
+    def says_once(self, *parts: str) -> None:
+        """One line of the agent's log has all of that, and there is no traceback."""
+
+        def found() -> list[str]:
+            return [line for line in self.runtime.log().splitlines() if all(part in line for part in parts)]
+
+        eventually(found, f"the log to say {parts}", 30)
+        assert len(found()) == 1, found()
+        assert "Traceback" not in self.runtime.log()
+
+
+@pytest.fixture
+def pestered(launch: Launch, runtime: Runtime, tmp_path: Path) -> Iterator[Pestered]:
+    """At the end all is as if nothing had been."""
+    store = tmp_path / "run"
+    agent = runtime.start_agent()
+    with launch.plain(1, train, str(store)) as job:
+        job.wait_for("stepped", step=10)
+        found = Pestered(runtime, job, store)
+        found.saves_on()
+        yield found
+        found.saves_on()
+        job.go("end")
+        (result,) = job.results()
+    assert result["saved"]
+    assert assert_intact(store)[0] == result["step"]
+    assert [each.pid for each in runtime.agents()] == [agent.pid]
+    agent.terminate()
+    assert agent.wait(20) == 0
+
+
+def limited(pid: int, kind: int, most: int) -> contextlib.AbstractContextManager[None]:
+    """A process may have so much of it for a while."""
+
+    @contextlib.contextmanager
+    def inner() -> Iterator[None]:
+        before = resource.prlimit(pid, kind)
+        resource.prlimit(pid, kind, (most, before[1]))
+        try:
+            yield
+        finally:
+            resource.prlimit(pid, kind, before)
+
+    return inner()
+
+
+def test_no_descriptors_are_left(pestered: Pestered) -> None:
+    """A client takes them all; then it is gone, and ranks are let in again."""
+    (agent,) = pestered.runtime.agents()
+    path = sockets(pestered.runtime.sockets)[1]
+    highest = max(int(each.name) for each in Path(f"/proc/{agent.pid}/fd").iterdir())
+    with contextlib.ExitStack() as flood, limited(agent.pid, resource.RLIMIT_NOFILE, highest + 20):
+        for _ in range(100):
+            sock = flood.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))
+            sock.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                sock.connect(path)
+        pestered.says_once("ranks cannot be let in", "Too many open files")
+        pestered.steps_on()
+    pestered.says_once("ranks can be let in again")
+
+
+@pytest.mark.slow
+def test_no_memory_is_left(pestered: Pestered) -> None:
+    """The worker, which takes most, gets none any more, dies of it, and cannot be started: saves fail, one by one."""
+    (agent,) = pestered.runtime.agents()
+    small = 64 << 20  # an interpreter starts with it, and cannot import what a worker needs
+    with limited(agent.pid, resource.RLIMIT_AS, small):
+        for worker in pestered.runtime.workers():
+            os.kill(worker.pid, 9)
+        pestered.steps_on()
+        eventually(lambda: "shard not written" in pestered.runtime.log(), "a save to fail", 60)
+        said = [line for line in pestered.runtime.log().splitlines() if "shard not written" in line]
+        assert "worker" in said[0]
+
+
+def test_a_flood_of_calls_that_are_none(pestered: Pestered) -> None:
+    """Malformed and hostile bytes to every method, on both ports, from a seed."""
+    rng = random.Random(20)
+    seeds = [
+        agent_pb2.PrepareRequest(plain_digest="d", generation=1),
+        agent_pb2.SubmitRequest(slot="s", step=1, bytes=4096, aliases={"a": "b"}),
+        agent_pb2.LaunchRequest(hello=agent_pb2.LauncherHello(job="j", nproc=1, min_nodes=1, max_nodes=1)),
+        coordinator_pb2.Report(agent_hello=coordinator_pb2.AgentHello(node="n")),
+    ]
+    local, address = f"unix:{sockets(pestered.runtime.sockets)[0]}", pestered.runtime.status()["address"]
+    for target, file in ((local, agent_pb2), (address, coordinator_pb2)):
+        (service,) = file.DESCRIPTOR.services_by_name.values()
+        with grpc.insecure_channel(target, options=OPTIONS) as channel:
+            for method in service.methods:
+                if method.name == "Launch":
+                    continue  # see below: a launcher that is one would wait for a coordinator
+                for _ in range(20):
+                    data = mutated(rng, rng.choice(seeds).SerializeToString())
+                    call = channel.unary_unary(f"/{service.full_name}/{method.name}")
+                    with contextlib.suppress(grpc.RpcError):
+                        call(data, timeout=5, metadata=((TOKEN_KEY, rng.choice(["", "x" * 1000])),))
+            for _ in range(20):
+                launch = channel.stream_stream(f"/{service.full_name}/Launch")
+                with contextlib.suppress(grpc.RpcError):
+                    list(launch(iter([rng.randbytes(50)]), timeout=0.5))
+    for family, where in ((socket.AF_UNIX, local.removeprefix("unix:")), (socket.AF_INET, endpoint(address))):
+        for _ in range(20):  # not even HTTP
+            with socket.socket(family) as sock:
+                sock.connect(where)
+                with contextlib.suppress(OSError):
+                    sock.sendall(rng.randbytes(rng.choice([1, 100, 100_000])))
+    pestered.steps_on()
+    pestered.says_once("requests that make no sense were refused")
+    assert pestered.runtime.status()["ranks"]
+
+
+def mutated(rng: random.Random, data: bytes) -> bytes:
+    """Some bytes of a message are others, and it is longer or shorter."""
+    found = bytearray(data)
+    for _ in range(rng.randrange(1, 8)):
+        found[rng.randrange(len(found))] = rng.randrange(256)
+    return bytes(found[: rng.randrange(1, len(found) + 1)]) + rng.randbytes(rng.choice([0, 0, 3, 70_000]))
+
+
+def endpoint(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host, int(port)
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
+    """Ten years forward, and back: what decides here is a clock that does not."""
+    store, offset = tmp_path / "run", tmp_path / "offset"
+    offset.write_text("0")
+    (tmp_path / "sitecustomize.py").write_text(
+        textwrap.dedent(f"""
+        import time
+        real = time.time
+        time.time = lambda: real() + float(open({str(offset)!r}).read() or 0)
+        """)
+    )
+    runtime.environ["PYTHONPATH"] = f"{tmp_path}:{runtime.environ['PYTHONPATH']}"
+    agent = runtime.start_agent()
+    with launch.plain(1, train, str(store)) as job:
+        job.wait_for("stepped", step=10)
+        pestered = Pestered(runtime, job, store)
+        pestered.saves_on()
+        started = runtime.status()["started"]
+        for years in (10, -10, 0):
+            offset.write_text(str(years * 365 * 86400))
+            time.sleep(0.5)
+            pestered.saves_on()
+        assert runtime.status()["started"] == started
+        assert [rank["phase"] for rank in runtime.status()["ranks"]] == ["step"]
+        job.go("end")
+        (result,) = job.results()
+    assert result["saved"]
+    assert assert_intact(store)[0] == result["step"]
+    assert not any(word in runtime.log() for word in ("Traceback", "died", "stalled", "skipped"))
+    agent.terminate()
+    assert agent.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_the_partition_of_the_log_is_full(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
+    store = tmp_path / "run"
+    with tmpfs(tmp_path / "log", "1m") as partition:
+        log = partition / "agent.log"
+        with log.open("ab") as output:
+            command = [sys.executable, "-m", "ckptsvc.cli.main", "agent", "--dir", str(runtime.sockets)]
+            agent = subprocess.Popen(command, env=runtime.environ, stdout=output, stderr=output)
+        eventually((runtime.sockets / "ready").exists, "the agent")
+        with launch.plain(1, train, str(store)) as job:
+            job.wait_for("stepped", step=10)
+            pestered = Pestered(runtime, job, store)
+            with contextlib.suppress(OSError), (partition / "ballast").open("wb") as ballast:
+                while True:
+                    ballast.write(bytes(4096))
+            eventually(lambda: log.stat().st_size % 4096 == 0, "the last page of the log to be full")
+            pestered.saves_on()
+            pestered.steps_on()
+            (partition / "ballast").unlink()
+            eventually(lambda: "lost or late: " in log.read_text(), "the log to say what it lacks")
+            assert log.read_text().count("were lost or late") == 1
+            job.go("end")
+            (result,) = job.results()
+        agent.terminate()
+        assert agent.wait(20) == 0
+        assert "Traceback" not in log.read_text()
+    assert assert_intact(store)[0] == result["step"]
+
+
+def test_the_disk_of_its_sockets_and_of_its_incidents_is_full(runtime: Runtime, tmp_path: Path) -> None:
+    """An agent that cannot start there says so in one line; once there is room, it starts."""
+    with tmpfs(tmp_path / "run", "64k") as full:
+        runtime.environ |= {"CKPTSVC_AGENT_INCIDENTS_DIR": str(full / "incidents")}
+        directory = full / "agent"
+        directory.mkdir(mode=0o700)
+        with contextlib.suppress(OSError), (full / "ballast").open("wb", buffering=0) as ballast:
+            while True:
+                ballast.write(bytes(4096))
+        command = [sys.executable, "-m", "ckptsvc.cli.main", "agent", "--dir", str(directory)]
+        done = subprocess.run(command, env=runtime.environ, capture_output=True, text=True, check=False, timeout=60)
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+        assert f"the agent in {directory} cannot go on: No space left on device" in done.stderr
+        (full / "ballast").unlink()
+        agent = runtime.start_agent("--linger", "60s", directory=directory)
+        assert runtime.status(directory)["ranks"] == []
+        agent.terminate()
+        assert agent.wait(20) == 0
+
+
+def test_a_scraper_that_never_sends_and_one_that_never_reads(pestered: Pestered) -> None:
+    runtime = pestered.runtime
+    directory = runtime.sockets / "scraped"
+    directory.mkdir(mode=0o700)
+    agent = runtime.start_agent("--linger", "60s", "--metrics-listen", "127.0.0.1:0", directory=directory)
+    where = endpoint((directory / "ready").read_text().splitlines()[2])
+    with contextlib.ExitStack() as stack:
+        for number in range(40):
+            sock = stack.enter_context(socket.create_connection(where))
+            sock.sendall((b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 50)[number % 3])
+        with socket.create_connection(where, timeout=20) as good:
+            good.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+            assert good.recv(100).startswith(b"HTTP/1.0 ")
+        assert runtime.status(directory)["ranks"] == []
+        agent.terminate()
+        assert agent.wait(20) == 0, "it waits for a scraper"
