@@ -75,6 +75,7 @@ def test_every_setting_has_its_variable() -> None:
         "agent.coordinator": "[::1]:9",
         "agent.coordination": "etcd://a:1",
         "log.format": "json",
+        "log.level": "debug",
         "traces.endpoint": "http://collector:4317",
         "traces.ratio": "0.25",
         "traces.ca_file": "/etc/ca.pem",
