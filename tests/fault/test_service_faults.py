@@ -275,14 +275,19 @@ def test_a_scraper_that_never_sends_and_one_that_never_reads(pestered: Pestered)
     directory = runtime.sockets / "scraped"
     directory.mkdir(mode=0o700)
     agent = runtime.start_agent("--linger", "60s", "--metrics-listen", "127.0.0.1:0", directory=directory)
-    where = endpoint((directory / "ready").read_text().splitlines()[2])
+    address = (directory / "ready").read_text().splitlines()[2]
+    asked = f"GET /metrics HTTP/1.1\r\nHost: {address}\r\n\r\n".encode()
     with contextlib.ExitStack() as stack:
         for number in range(40):
-            sock = stack.enter_context(socket.create_connection(where))
-            sock.sendall((b"", b"GET /metr", b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n" * 50)[number % 3])
-        with socket.create_connection(where, timeout=20) as good:
-            good.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
-            assert good.recv(100).startswith(b"HTTP/1.0 ")
-        assert runtime.status(directory)["ranks"] == []
+            sock = stack.enter_context(socket.create_connection(endpoint(address)))
+            with contextlib.suppress(ConnectionError):
+                sock.sendall((b"", b"GET /metr", asked * 50)[number % 3])
+        with socket.create_connection(endpoint(address), timeout=20) as good:
+            good.sendall(f"GET /healthz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
+            answer = good.recv(100)
+        alive = runtime.status(directory)["ranks"] == []
         agent.terminate()
-        assert agent.wait(20) == 0, "it waits for a scraper"
+        ended = agent.wait(20)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    assert alive
+    assert ended == 0, "it waits for a scraper"
