@@ -112,6 +112,7 @@ docs: install ## the site of the documentation, into site/; whatever is wrong wi
 
 reference: install ## make the pages of docs/reference/ that are made from the code
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m ckptsvc.telemetry > docs/reference/metrics.md
 
 demo: install ## train, kill, recover, resume at other scales (ARGS="--keep DIR")
 	$(BIN)/ckptsvc demo $(ARGS)

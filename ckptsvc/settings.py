@@ -92,7 +92,8 @@ class SystemSettings(msgspec.Struct, frozen=True, kw_only=True):
         directory: where it listens; root owns it. Those who look for it look there too.
         users: who may use it: names, numbers, "@group"; "" means all whose number is at least `min_uid`, and root.
         min_uid: lower numbers are of the system's own accounts, which must be named in `users`.
-        operators: who, besides root, may see and control the agents of all users: names, numbers, "@group".
+        operators: who, besides root, hears of the agents of all users: names, numbers, "@group". To give them orders
+            he becomes root by sudo(8), and the audit log names him.
         max_users: agents at a time.
         user_memory: what the arenas of one user may take; a share is one of arena.limit. Where more users have jobs
             than this leaves room for, each may take an even part. store.max_write_rate is divided among them anyway.

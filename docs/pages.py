@@ -27,6 +27,7 @@ PAGES = {
 
 _LINK = re.compile(r"\[([^][]+)\]\(([^()\s]+)\)")
 _INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
+_HEADING = re.compile(r"^(##+ )", re.MULTILINE)
 _TITLE = re.compile(r"\A# (.+)\n")
 
 LOW = "---\nsearch:\n  boost: 0.3\n---\n\n"
@@ -55,8 +56,12 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def included(markdown: str, page: str) -> str:
-    """The text of a page with the files that it includes."""
-    return _INCLUDE.sub(lambda found: _TITLE.sub("", text_of(found[1], page)).strip("\n"), markdown)
+    """The text of a page with the files that it includes; their headings are a level lower here."""
+
+    def text(found: re.Match[str]) -> str:
+        return _HEADING.sub(r"#\1", _TITLE.sub("", text_of(found[1], page)).strip("\n"))
+
+    return _INCLUDE.sub(text, markdown)
 
 
 def text_of(source: str, page: str) -> str:

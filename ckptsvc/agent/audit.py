@@ -120,6 +120,15 @@ class AuditLog:
             os.close(fd)
 
 
+def audit_log(settings: Settings, environ: Mapping[str, str]) -> AuditLog:
+    """That of an agent; where there is no place for one, nothing is kept, and that is said."""
+    try:
+        return AuditLog(audit_path(settings, environ))
+    except ConfigError as error:
+        logger.warning("no audit log is kept: %s", error)
+        return AuditLog(None)
+
+
 def _bounded(entry: Entry) -> Entry:
     texts = {
         name: getattr(entry, name)[:MAX_TEXT] for name in ("verb", "job", "target", "by", "via", "asked_on", "what")

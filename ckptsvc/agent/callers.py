@@ -77,7 +77,7 @@ class Callers:
         roles = self._roles(uid)
         if not roles:
             self.on_stranger(uid, user_name(uid))
-            hint = "root and the members of system.operators may give orders to others' agents"
+            hint = "root may give orders to others' agents"
             raise StoreDenied(f"this agent serves user {user_name(os.geteuid())}, not {user_name(uid)}", hint=hint)
         if len(self._by_token) >= MAX_CALLERS:
             raise InvalidInput("too many callers at a time")
@@ -95,7 +95,7 @@ class Callers:
         caller = self._by_token.get(str(said.get(TOKEN_KEY, "")))
         if caller is None or FOR_KEY not in said or caller.uid != ROOT:
             return caller
-        try:  # the supervisor of the machine, which is root, has found out who this is
+        try:  # who has become root to give this order: root is believed
             claim = msgspec.json.decode(said[FOR_KEY], type=_Claim)
         except (msgspec.MsgspecError, UnicodeError):
             return None

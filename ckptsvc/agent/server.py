@@ -30,7 +30,7 @@ from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
 from ckptsvc.agent import handover, nodelist
-from ckptsvc.agent.audit import AuditLog, audit_path
+from ckptsvc.agent.audit import audit_log
 from ckptsvc.agent.callers import Callers, RoleGate
 from ckptsvc.agent.coordination import Elections, login_of
 from ckptsvc.agent.http_access import http_token
@@ -309,18 +309,10 @@ class Agent:
         self.watch.log_of = self.launches.log_of
         self.node.watch_order = self.watch.order
         self.callers = Callers(settings.system.operators)
-        self.orders = Orders(self.local, self.launches, self._audit_log())
+        self.orders = Orders(self.local, self.launches, audit_log(settings, os.environ))
         self.node.people_order = self.orders.on_order
         self.callers.on_stranger = self.orders.stranger
         self._keep_incidents()
-
-    def _audit_log(self) -> AuditLog:
-        """Where it is taken down who has ordered what."""
-        try:
-            return AuditLog(audit_path(self._options.settings, os.environ))
-        except ConfigError as error:
-            logger.warning("no audit log is kept: %s", error)
-            return AuditLog(None)
 
     def _terminated(self) -> None:
         """Stop; but an agent that a job has started, when its ranks are there, lets them save first.

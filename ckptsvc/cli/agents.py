@@ -24,13 +24,14 @@ _OWN = ("job-*", "node-*")
 class Answer(NamedTuple):
     """What an agent says: its status document (see agent/status.py), or the error instead of one.
 
-    `user` is set where agents of several users are asked.
+    `user` and `uid` are set where agents of several users are asked.
     """
 
     directory: Path
     status: dict[str, Any] | None
     error: CkptsvcError | None = None
     user: str = ""
+    uid: int = -1
 
 
 def agent_directory() -> Path:
@@ -62,13 +63,13 @@ def ask_users() -> list[Answer]:
         where, user = Path(each["directory"]), each["user"]
         if each["state"] not in ("serves", "away"):
             if each["problem"]:
-                answers.append(Answer(where, None, AgentUnavailable(each["problem"]), user))
+                answers.append(Answer(where, None, AgentUnavailable(each["problem"]), user, each["uid"]))
             continue
         try:
             with safe_target(where, each["uid"]) as target:
-                answers.append(Answer(where, _cleaned(ask(where, target)), None, user))
+                answers.append(Answer(where, _cleaned(ask(where, target)), None, user, each["uid"]))
         except CkptsvcError as error:
-            answers.append(Answer(where, None, error, user))
+            answers.append(Answer(where, None, error, user, each["uid"]))
     return answers
 
 

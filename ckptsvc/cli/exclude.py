@@ -35,7 +35,8 @@ def command(
       "left" about what has not.
     """  # noqa: D301  \b is click's
     length = parse_duration(seconds) if seconds else 0.0
-    done = without_agent(node, directory, reason, length, excluded=True) if job is None else None
+    own = job is None and not orders.is_for_others()
+    done = without_agent(node, directory, reason, length, excluded=True) if own else None
     if done is not None:
         return orders.tell("Exclude", VerbRequest(node=node), [done], as_json)
     return orders.to_node("Exclude", node, job, directory, timeout, no_wait, as_json, reason=reason, seconds=length)

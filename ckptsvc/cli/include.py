@@ -28,7 +28,8 @@ def command(
       "step", "bytes", "seconds"}; "what" are sentences about what has happened,
       "left" about what has not.
     """  # noqa: D301  \b is click's
-    done = without_agent(node, directory, reason, 0.0, excluded=False) if job is None else None
+    own = job is None and not orders.is_for_others()
+    done = without_agent(node, directory, reason, 0.0, excluded=False) if own else None
     if done is not None:
         return orders.tell("Include", VerbRequest(node=node), [done], as_json)
     return orders.to_node("Include", node, job, directory, timeout, no_wait, as_json, reason=reason)

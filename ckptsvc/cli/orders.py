@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+import msgspec
 
-from ckptsvc.cli.agents import Answer, agent_directory, ask_all
+from ckptsvc.cli.agents import Answer, agent_directory, ask_all, ask_users
 from ckptsvc.cli.terminal import duration, emit, note, printable, size
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import AgentUnavailable, InvalidInput, NotFound
 from ckptsvc.quantities import parse_duration
+from ckptsvc.rpc.accounts import user_name
+from ckptsvc.rpc.dial import GRPC_SOCKET, IDENTITY_SOCKET, safe_socket, sockets
 from ckptsvc.rpc.v1.agent_pb2 import VerbRequest, VerbResponse
 
 PARTLY_DONE = 3
@@ -30,6 +35,10 @@ def options(timeout: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
             click.option("--json", "as_json", is_flag=True, help="One JSON document."),
             click.option("--dir", "directory", type=click.Path(path_type=Path),
                 help="Directory of the sockets; default: as for `ckptsvc agent`."),
+            click.option("--user", metavar="NAME", expose_value=False, callback=_keep,
+                help="For root: through the agent that this node's service has started for that user."),
+            click.option("--all-users", is_flag=True, expose_value=False, callback=_keep,
+                help="For root: through the agents of all users of this node's service."),
             click.option("--no-wait", is_flag=True, help="Do not wait until it is done."),
             click.option("--timeout", default=timeout, show_default=True, metavar="TIME", help="Wait for so long."),
             click.option("--reason", default="", metavar="TEXT", help="Why, for people; logs show it."),
@@ -38,6 +47,16 @@ def options(timeout: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return command
 
     return decorate
+
+
+def _keep(context: click.Context, option: click.Parameter, value: object) -> None:
+    context.meta[f"ckptsvc.{option.name}"] = value
+
+
+def is_for_others() -> bool:
+    """Whether the command that runs was given --user or --all-users."""
+    meta = click.get_current_context().meta
+    return bool(meta.get("ckptsvc.user") or meta.get("ckptsvc.all_users"))
 
 
 def to_job(
@@ -50,7 +69,7 @@ def to_job(
     """
     answer, name = of_job(_agents(directory), job)
     request = VerbRequest(job=name, no_wait=no_wait, **fields)
-    response = give(answer.directory, method, request, parse_duration(timeout))
+    response = give(answer, method, request, parse_duration(timeout))
     return tell(method, request, [response], as_json)
 
 
@@ -64,19 +83,31 @@ def to_node(
     responses = []
     for answer in answers:
         request.node = node or (answer.status or {})["node"]
-        responses.append(give(answer.directory, method, request, parse_duration(timeout)))
+        responses.append(give(answer, method, request, parse_duration(timeout)))
     return tell(method, request, responses, as_json)
 
 
 def _agents(directory: Path | None) -> list[Answer]:
-    where = directory or agent_directory()
-    answers = ask_all(where)
+    answers = _of_others() if is_for_others() else ask_all(where := directory or agent_directory())
     if not answers:
         raise AgentUnavailable(f"no agent runs in {where}", hint="orders go through an agent: `ckptsvc status`")
     for answer in answers:
         if answer.error is not None:
             note(printable(f"the agent in {answer.directory} does not answer: {answer.error}"))
     return [answer for answer in answers if answer.status is not None]
+
+
+def _of_others() -> list[Answer]:
+    """The agents of one user of this node's service, or of all."""
+    if os.geteuid() != 0:
+        raise InvalidInput(
+            "only root gives orders to the agents of others", hint="sudo ckptsvc ...; the audit log names you"
+        )
+    user = click.get_current_context().meta.get("ckptsvc.user")
+    answers = [answer for answer in ask_users() if user in (None, answer.user, str(answer.uid))]
+    if not answers:
+        raise AgentUnavailable("no user has an agent now" if user is None else f"user {user} has no agent here")
+    return answers
 
 
 def of_job(answers: Sequence[Answer], job: str | None) -> tuple[Answer, str]:
@@ -112,7 +143,7 @@ def of_node(answers: Sequence[Answer], node: str | None, job: str | None) -> lis
     return own or list(answers)
 
 
-def give(directory: Path, method: str, request: VerbRequest, timeout: float) -> VerbResponse:
+def give(agent: Answer, method: str, request: VerbRequest, timeout: float) -> VerbResponse:
     """Give an order to one agent, as who runs this program.
 
     Raises:
@@ -120,23 +151,34 @@ def give(directory: Path, method: str, request: VerbRequest, timeout: float) -> 
     """
     import grpc
 
-    from ckptsvc.rpc.channel import OPTIONS, TOKEN_KEY, error_of
-    from ckptsvc.rpc.dial import sockets
+    from ckptsvc.rpc.channel import FOR_KEY, OPTIONS, TOKEN_KEY, error_of
     from ckptsvc.rpc.identity import IdentityClient
     from ckptsvc.rpc.v1 import agent_pb2_grpc
 
-    grpc_path, identity_path = sockets(directory)
-    identity = IdentityClient(identity_path, of_anybody=True)
-    try:
-        token = identity.call({"op": "caller"})[0]["token"]
-        with grpc.insecure_channel(f"unix:{grpc_path}", options=OPTIONS) as channel:
+    with contextlib.ExitStack() as stack:
+        grpc_path, identity_path = sockets(agent.directory)
+        if agent.uid >= 0:  # what that user has put there is not trusted
+            grpc_path = stack.enter_context(safe_socket(agent.directory, GRPC_SOCKET, agent.uid))
+            identity_path = stack.enter_context(safe_socket(agent.directory, IDENTITY_SOCKET, agent.uid))
+        identity = stack.enter_context(contextlib.closing(IdentityClient(identity_path, of_anybody=True)))
+        metadata = [(TOKEN_KEY, identity.call({"op": "caller"})[0]["token"])]
+        if os.geteuid() == 0 and (person := _behind(os.environ)):
+            metadata.append((FOR_KEY, person))
+        channel = stack.enter_context(grpc.insecure_channel(f"unix:{grpc_path}", options=OPTIONS))
+        try:
             call = getattr(agent_pb2_grpc.AgentServiceStub(channel), method)
-            response: VerbResponse = call(request, timeout=timeout + LATEST, metadata=((TOKEN_KEY, token),))
-            return response
-    except grpc.RpcError as failure:
-        raise error_of(failure) from None
-    finally:
-        identity.close()
+            response: VerbResponse = call(request, timeout=timeout + LATEST, metadata=metadata)
+        except grpc.RpcError as failure:
+            raise error_of(failure) from None
+        return response
+
+
+def _behind(environ: Mapping[str, str]) -> str:
+    """Who has become root by sudo(8) to give this order, for the audit log; "" if nobody has."""
+    uid = environ.get("SUDO_UID", "")
+    if not uid.isdecimal() or uid == "0":
+        return ""
+    return msgspec.json.encode({"uid": int(uid), "name": user_name(int(uid))}).decode()
 
 
 def tell(method: str, request: VerbRequest, responses: Sequence[VerbResponse], as_json: bool) -> int:

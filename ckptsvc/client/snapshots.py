@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 import xxhash
 
 from ckptsvc.client.group import Group
@@ -267,6 +268,8 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, str]:
         try:
             if len(found) == MAX_METRICS:
                 raise InvalidInput(f"there are more than {MAX_METRICS}")
+            if isinstance(value, torch.Tensor):
+                value = value.detach()  # else torch warns of every loss
             found |= metrics_text({str(name): value})
         except InvalidInput as error:
             log.warning("metric %r is left out: %s", name, error)

@@ -69,7 +69,7 @@ class Coordinator:
     verbs: Verbs = field(init=False)
 
     def __post_init__(self) -> None:
-        self.incidents = Incidents(self.mark)
+        self.incidents = Incidents(self.jobs, self.mark)
         self.health = Health(self.jobs, self.launched, self.incidents, self.nics, self.policy)
         self.slow = SlowJobs(self.jobs, self.incidents, self.health.cases)
         self.redundancy = Redundancy(self.partners)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ckptsvc.control.effects import Decision, Record, Restarted
+from ckptsvc.control.membership import Job
 from ckptsvc.control.restart import Attempts, Phase, launched_as
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Cause
@@ -12,10 +15,15 @@ Standing = tuple[int, int]
 
 
 class Incidents:
-    """All jobs' incidents of one coordinator; `mark` sets its numbers apart from another coordinator's."""
+    """All jobs' incidents of one coordinator.
 
-    def __init__(self, mark: str = "") -> None:
-        self._mark = mark
+    Args:
+        jobs: the coordinator's.
+        mark: sets its numbers apart from another coordinator's.
+    """
+
+    def __init__(self, jobs: Mapping[str, Job], mark: str = "") -> None:
+        self._jobs, self._mark = jobs, mark
         self._numbers: dict[str, tuple[int, int]] = {}  # job -> attempt, incidents in it
         self._fatal: dict[str, pb.Incident] = {}  # job -> why its last attempt that failed did so
 
@@ -26,7 +34,12 @@ class Incidents:
         number = number + 1 if known == attempt else 1
         self._numbers[name] = (attempt, number)
         parts = (str(attempt), str(number), self._mark)
-        return pb.Incident(id="-".join(p for p in parts if p), job=name, attempt=attempt, kind=kind, rank=-1)
+        told = [
+            j.highest for j in self._jobs.values() if (launched_as(j.name), j.attempt) == (name, attempt) and j.progress
+        ]
+        return pb.Incident(
+            id="-".join(p for p in parts if p), job=name, attempt=attempt, kind=kind, rank=-1, step=max(told, default=0)
+        )
 
     def fatal(self, incident: pb.Incident) -> None:
         """The attempt is being ended because of this: what follows from it is no incident of its own."""

@@ -86,8 +86,8 @@ def agents_home(own: Path, settings: Settings) -> Path:
 
 
 @contextlib.contextmanager
-def safe_target(directory: Path, uid: int) -> Iterator[str]:
-    """The gRPC target of a user's agent, for root: links that the user may have put there are not followed.
+def safe_socket(directory: Path, name: str, uid: int) -> Iterator[str]:
+    """A path of a user's socket, for root: links that the user may have put there are not followed.
 
     Raises:
         AgentUnavailable: there is no socket of that user.
@@ -95,7 +95,7 @@ def safe_target(directory: Path, uid: int) -> Iterator[str]:
     try:
         above = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            fd = os.open(GRPC_SOCKET, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+            fd = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
         finally:
             os.close(above)
     except OSError as error:
@@ -103,10 +103,17 @@ def safe_target(directory: Path, uid: int) -> Iterator[str]:
     try:
         status = os.fstat(fd)
         if not stat.S_ISSOCK(status.st_mode) or status.st_uid != uid:
-            raise AgentUnavailable(f"{directory / GRPC_SOCKET} is no socket of user {uid}")
-        yield f"unix:/proc/self/fd/{fd}"
+            raise AgentUnavailable(f"{directory / name} is no socket of user {uid}")
+        yield f"/proc/self/fd/{fd}"
     finally:
         os.close(fd)
+
+
+@contextlib.contextmanager
+def safe_target(directory: Path, uid: int) -> Iterator[str]:
+    """The gRPC target of a user's agent, for root; see `safe_socket`."""
+    with safe_socket(directory, GRPC_SOCKET, uid) as path:
+        yield f"unix:{path}"
 
 
 def address_of(directory: Path) -> str:

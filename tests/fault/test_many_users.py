@@ -299,6 +299,19 @@ class TestOperators:
         assert status == 0, said
         assert [each["user"] for each in json.loads(said)["agents"]] == ["ck-bob"]
 
+    def test_give_orders_as_root_and_the_audit_log_names_the_person(self, shared: Node) -> None:
+        status, said = shared.command(ROOT, "exclude", "n9", "--user", "ck-alice", "--json", SUDO_UID=str(BOB.uid))
+        assert status == 0, said
+        assert json.loads(said)["what"], said
+        status, said = shared.command(ALICE, "audit", "--json")
+        (line,) = [line for line in json.loads(said)["entries"] if line["verb"] == "exclude"]
+        assert (line["user"], line["via"], line["target"], line["outcome"]) == ("ck-bob", "root", "n9", "done")
+        status, said = shared.command(BOB, "exclude", "n9", "--user", "ck-alice")
+        assert status == 2
+        assert "only root gives orders to the agents of others" in said
+        status, said = shared.command(ROOT, "exclude", "n9", "--user", "nobody-here")
+        assert status == 20, said
+
     def test_do_not_follow_what_a_user_has_put_in_the_way(self, shared: Node) -> None:
         hers, his = shared.agent_directory(ALICE), shared.agent_directory(BOB)
 

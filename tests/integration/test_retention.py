@@ -30,7 +30,9 @@ def train(rank: Rank, store: str, until: int) -> dict[str, Any]:
         warnings.simplefilter("error")
         while run.steps_done < until:
             loss = LOSSES[run.steps_done + 1]
-            run.step(metrics={"loss": torch.tensor(loss) if rank.number == 0 else -1.0, "bad": "word"})
+            run.step(
+                metrics={"loss": torch.tensor(loss, requires_grad=True) if rank.number == 0 else -1.0, "bad": "word"}
+            )
             run.save(wait=True, metrics={"lr": 0.1})
             if rank.number == 0 and run.steps_done == 1:
                 pin(connect(store), Ref(1, 1))

@@ -75,12 +75,12 @@ def test_every_setting_has_its_variable() -> None:
         "agent.coordinator": "[::1]:9",
         "agent.coordination": "etcd://a:1",
         "log.format": "json",
+        "log.level": "debug",
         "traces.endpoint": "http://collector:4317",
         "traces.ratio": "0.25",
         "traces.ca_file": "/etc/ca.pem",
         "agent.incidents_dir": "/var/lib/ckptsvc/incidents",
         "agent.audit_file": "/var/log/ckptsvc/audit.jsonl",
-        "agent.operators": "ada, @staff",
         "arena.dir": "/mnt/shm",
         "arena.limit": "25%",
         "arena.slots": "3",
@@ -171,7 +171,6 @@ def test_every_setting_has_its_variable() -> None:
         coordination="etcd://a:1",
         incidents_dir="/var/lib/ckptsvc/incidents",
         audit_file="/var/log/ckptsvc/audit.jsonl",
-        operators=("ada", "@staff"),
     )
     assert settings.arena == settings_of.ArenaSettings(
         dir="/mnt/shm", limit=Limit(0, 0.25), slots=3, job_limit=Limit(0, 0.5)

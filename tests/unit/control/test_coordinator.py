@@ -5,6 +5,7 @@ from told import (
     dropped,
     durable,
     epoch_done,
+    incidents,
     joined,
     kinds,
     left,
@@ -362,6 +363,14 @@ class TestLaunchedJobs:
         decision = driver.core.tick(EXIT_PATIENCE + 0.1)
         assert kinds(decision) == ["a: stop", "b: stop", "KeepNodes"]
         assert driver.core.launched["job"].last_failure == "rank 3 on b died"
+
+    def test_the_incident_says_how_far_the_job_had_come(self, driver):
+        launch(driver)
+        for rank in range(4):
+            driver.tell(joined(rank, world_size=4, node="ab"[rank // 2]))
+        driver.tell(progressed("a", 60))
+        (incident, *_) = incidents(driver.tell(pb.RankExited(job="job", node="b", attempt=1, rank=2, status=-9)))
+        assert (incident.kind, incident.step) == ("died", 60)
 
     def test_a_rank_that_leaves_in_good_order_does_not(self, driver):
         launch(driver)

@@ -25,9 +25,6 @@ ELSEWHERE = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *(
 PAGES = pages() | {name: (ROOT / name).read_text("utf-8") for name in ELSEWHERE}
 WRITTEN = {name: text for name, text in PAGES.items() if not name.startswith("reference/")}
 
-ALLOWED = Path(__file__).with_name("allowed.txt")
-"""Names that are not there yet, one a line: of work that is not merged."""
-
 FOREIGN = {
     "--array", "--help", "--lustre-dir", "--map-by", "--mode", "--no-kill", "--nodes", "--ntasks-per-node", "--overlap",
     "--signal", "--requeue", "--version", "--rdzv-backend",
@@ -38,10 +35,6 @@ _SPAN = re.compile(r"`([^`\n]+)`")
 _COMMAND = re.compile(r"(?<![\w./\[-])ckptsvc ((?:[a-z]|--?[a-z])[^\n]*)")
 _OPTION = re.compile(r"--?[a-zA-Z][\w-]*")
 _PUNCTUATION = re.compile(r"^[;|&<>()]+$")
-
-
-def allowed() -> set[str]:
-    return set(ALLOWED.read_text().split("\n")) if ALLOWED.exists() else set()
 
 
 def spans(text: str) -> Iterator[str]:
@@ -135,7 +128,7 @@ def test_commands_and_options_are_there(name: str) -> None:
     known = all_options() | FOREIGN
     alone = {span.split()[0].partition("=")[0] for span in spans(WRITTEN[name]) if _OPTION.match(span)}
     found |= {option for option in alone if option.startswith("--") and option not in known}
-    assert found - allowed() == set()
+    assert found == set()
 
 
 def test_commands_are_seen_where_they_are_shown() -> None:
@@ -157,18 +150,16 @@ def test_settings_and_variables_are_there(name: str) -> None:
     known = {f"CKPTSVC_{key.replace('.', '_').upper()}" for key in KEYS} | set(OTHER_VARIABLES)
     variables = set(re.findall(r"\bCKPTSVC_[A-Z][A-Z_]*[A-Z]\b(?!_)", WRITTEN[name]))
     found |= {v for v in variables if v not in known and not v.startswith("CKPTSVC_TEST_")}
-    assert found - allowed() == set()
+    assert found == set()
 
 
 @pytest.mark.parametrize("name", [name for name in WRITTEN if name.endswith(".md")])
 def test_settings_files_that_are_shown_are_accepted(name: str, tmp_path: Path) -> None:
-    later = [f"{key.partition('.')[2]} = " for key in allowed() if "." in key]
     for block in blocks(name, WRITTEN[name]):
         if block.language == "toml" and set(tomllib.loads(block.text)) <= SECTIONS:
             path = tmp_path / f"line-{block.line}.toml"
             path.write_text(block.text)
-            if not any(each in block.text for each in later):
-                load({"PATH": os.environ["PATH"]}, files=[path])
+            load({"PATH": os.environ["PATH"]}, files=[path])
 
 
 # ---- metrics
@@ -188,4 +179,4 @@ def spellings(family: object) -> set[str]:
 @pytest.mark.parametrize("name", PAGES)
 def test_metrics_are_there(name: str) -> None:
     named = set(re.findall(r"(?<![\w:.])ckptsvc_[a-z_]*[a-z](?![\w*:])", PAGES[name])) - {"ckptsvc_drivers"}
-    assert {each for each in named if each not in metrics()} - allowed() == set()
+    assert named - metrics() == set()
