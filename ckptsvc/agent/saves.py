@@ -36,6 +36,8 @@ WANTED_AGAIN = 5.0
 MOST_STAGING = 3600.0
 """Seconds for which a rank may say that it has copied."""
 
+_ENDS = {agent_pb2.OUTCOME_SKIPPED: Outcome.SKIPPED, agent_pb2.OUTCOME_FENCED: Outcome.FENCED}
+
 DIGEST_TIMEOUT = 60.0
 """Seconds a restore from memory waits for the checksums of a snapshot that was staged just now."""
 
@@ -364,10 +366,10 @@ class Saves:
             log(logger, logging.INFO, Event.SAVE_LEFT_LOCAL, "step %d: %s", outcome.step, outcome.reason,
                 job=job.name, step=outcome.step, epoch=outcome.epoch)  # fmt: skip
             return
-        ended = Outcome.TIMED_OUT if outcome.timed_out else Outcome.FAILED
-        fenced = outcome.outcome == agent_pb2.OUTCOME_FENCED
-        self._local.metrics.saves.labels(Outcome.FENCED if fenced else ended).inc()
-        log(logger, logging.ERROR, Event.SAVE_FAILED, "step %d not saved: %s", outcome.step, outcome.reason,
+        ended = Outcome.TIMED_OUT if outcome.timed_out else _ENDS.get(outcome.outcome, Outcome.FAILED)
+        self._local.metrics.saves.labels(ended).inc()
+        level = logging.WARNING if ended is Outcome.SKIPPED else logging.ERROR
+        log(logger, level, Event.SAVE_FAILED, "step %d not saved: %s", outcome.step, outcome.reason,
             job=job.name, step=outcome.step, epoch=outcome.epoch)  # fmt: skip
 
 

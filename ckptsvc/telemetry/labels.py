@@ -11,6 +11,7 @@ class Outcome(StrEnum):
     COMMITTED = "committed"
     FAILED = "failed"
     TIMED_OUT = "timed-out"
+    SKIPPED = "skipped"
     FENCED = "fenced"
     LOCAL = "local"
 

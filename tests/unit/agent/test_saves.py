@@ -47,7 +47,7 @@ class Scene:
     def __init__(self, folder: Path, *, tier: bool) -> None:
         self.pool, self.store = ArenaPool(folder / "arenas", 100 << 20), f"file://{folder / 'run'}"
         self.pool.open()
-        self.workers = Workers()
+        self.workers = Workers(load(os.environ))
         self.local = Local("n0", self.pool, Metrics("test"), None, "")  # type: ignore[arg-type]
         self.said = self.local._uplinks[""] = Said()  # type: ignore[assignment]
         self.job = self.local.jobs["job"] = LocalJob("job", "", self.store)
@@ -135,6 +135,7 @@ def test_shards_that_fit_nowhere_leave_memory_when_their_save_has_failed(within)
         ({"outcome": agent_pb2.OUTCOME_FAILED, "timed_out": True}, "timed-out"),
         ({"outcome": agent_pb2.OUTCOME_FAILED}, "failed"),
         ({"outcome": agent_pb2.OUTCOME_FENCED}, "fenced"),
+        ({"outcome": agent_pb2.OUTCOME_SKIPPED}, "skipped"),
         ({"outcome": agent_pb2.OUTCOME_LOCAL}, "local"),
         ({"outcome": agent_pb2.OUTCOME_COMMITTED}, "committed"),
     ],
