@@ -14,6 +14,7 @@ from ckptsvc.agent.local_tier import LocalTier
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.workers import Workers
+from ckptsvc.config import load
 from ckptsvc.pipeline.arena import Arena, ArenaPool, Label, populate
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
