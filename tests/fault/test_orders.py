@@ -6,6 +6,8 @@ All is ordered by the command line; what comes of it is in its answer, in the jo
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -37,10 +39,12 @@ def train(rank: Rank, store: str, every: int) -> None:
     tensor = torch.zeros(100)
     run = ckptsvc.attach({"tensor": tensor}, store=store, every=every)
     rank.report("attached", step=run.steps_done, value=tensor[0].item())
-    while not (rank.folder / "go-end").exists():
+    going = torch.ones(1)
+    while going.item():
         tensor += 1
+        going.fill_(0 if (rank.folder / "go-end").exists() else 1)
         if rank.world > 1:
-            torch.distributed.all_reduce(torch.zeros(1))
+            torch.distributed.all_reduce(going, op=torch.distributed.ReduceOp.MIN)
         time.sleep(PACE)
         run.step()
         if run.steps_done % 10 == 0:
@@ -94,8 +98,9 @@ def test_a_checkpoint_is_taken_also_while_a_job_is_paused_and_that_survives_its_
         assert paused["done"]
         since = paused["step"]
         eventually(lambda: last_step(job) > since, "the step from which on it holds")
-        runtime.kill_agents()
-        eventually(lambda: registered(runtime) == 2, "the ranks to start another agent")
+        (agent,) = runtime.agents()
+        os.kill(agent.pid, signal.SIGKILL)
+        eventually(lambda: agent not in runtime.agents() and registered(runtime) == 2, "the ranks to start another")
         goes_on(job, 50)
         before = steps(store)
         assert max(before, default=0) <= since

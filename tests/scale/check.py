@@ -73,7 +73,7 @@ class Checks:
         self._denied: set[Save] = set()  # some agent was told that this save has failed for good
         self._waits_since: float | None = None  # a node, for a place in a job that has too few
         self._grown = 0
-        self._automatic: dict[tuple[int, int], bool] = {}  # attempt and step -> whether it was saved
+        self._automatic: dict[tuple[int, int, int], bool] = {}  # epoch, attempt and step -> whether it was saved
         self._books: dict[
             str, tuple[dict[Share, float], float | None]
         ] = {}  # what this coordinator has booked, since when
@@ -137,7 +137,7 @@ class Checks:
             or now - machine.agent_stopped_until < NEWS
         ):
             return  # it may not have heard of an order
-        first = self._automatic.setdefault((rank.attempt, step), taken)
+        first = self._automatic.setdefault((rank.epoch, rank.attempt, step), taken)  # a later job has another epoch
         require(first == taken, f"of attempt {rank.attempt}, some ranks save step {step}, and some do not")
         pauses = self._world.brain.core.pauses
         known, held = pauses.known.get(JOB), pauses.holding.get(JOB)
