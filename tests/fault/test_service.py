@@ -145,7 +145,8 @@ def test_an_upgrade_in_place_with_a_job_that_saves(
     assert "lost the agent" in job.output()
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_restart_under_load(
     launch: Launch, runtime: Runtime, service: Service, tmp_path: Path, how: signal.Signals
 ) -> None:

@@ -171,7 +171,7 @@ def test_a_job_trains_through_all_that_an_operator_does(launch: Launch, runtime:
             (folder / "config.toml").write_text('[log]\nlevel = "debug"\n')
             system.systemctl("reload", UNIT)
             eventually(lambda: "log.level: changed" in runtime.log(), "the settings to be read again")
-            (folder / "config.toml").write_text("[agent]\nlog_levle = 1\n")
+            (folder / "config.toml").write_text("[log]\nlevle = 1\n")
             assert system.systemctl("reload", UNIT, check=False) == ""
             assert system.show(UNIT, "ActiveState") == "active"
             assert "did you mean log.level" in runtime.log()
