@@ -130,9 +130,13 @@ class Pauses:
             for job in self._runs(launched):
                 job.paused = known.paused
                 held = self._held(job)
-                behind = held is None or held.version < known.version
+                if held is not None and held.version >= known.version:
+                    continue
+                if held is not None and held.paused == known.paused:  # only for how long, or why, is another
+                    self._hold(job, known, held.step)
+                    decision.add(self._tell(job, now))
                 # Two steps that were decided on one after the other must be in that order for every rank.
-                if behind and job.ahead is not None and (held is None or job.highest >= held.step):
+                elif job.ahead is not None and (held is None or job.highest >= held.step):
                     self._hold(job, known, job.ahead)
                     word = "paused" if known.paused else "taken again"
                     decision.reasons.append(f"job {job.name}: automatic snapshots are {word} from step {job.ahead} on")

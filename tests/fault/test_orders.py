@@ -163,14 +163,20 @@ WAIT = 'while [ ! -e "$(dirname "$0")/go" ]; do sleep 0.05; done'
 def test_a_launched_job_is_restarted_and_leaves_a_node_that_is_drained(
     runtime: Runtime, order: Order, tmp_path: Path
 ) -> None:
-    port = free_port()
-    runs = [
-        Run(runtime, tmp_path, WAIT, "--nnodes", "2:2", "--rdzv-id", "gpt", "--rdzv-endpoint", f"127.0.0.1:{port}",
-            "--node", f"n{number}", "--node-rank", str(number), "--no-preflight", "--max-restarts", "0")
-        for number in range(3)
-    ]  # fmt: skip
+    port, runs = free_port(), []
+
+    def start(number: int) -> None:
+        options = ["--nnodes", "2:2", "--rdzv-id", "gpt", "--rdzv-endpoint", f"127.0.0.1:{port}", "--max-restarts", "0"]
+        runs.append(
+            Run(runtime, tmp_path, WAIT, *options, "--node", f"n{number}", "--node-rank", str(number), "--no-preflight")
+        )
+
     try:
+        start(0)
+        start(1)
         assert {runs[0].rank(1, rank)[1] for rank in (0, 1)} == {"n0", "n1"}
+        start(2)
+        eventually(lambda: "node n2 joined as a spare" in runtime.log(), "the spare")
         assert order("exclude", "n2", "--job", "gpt", "--reason", "a fan")["done"]
         assert "attempt 2 has begun" in order("restart", "gpt")["what"][0]
         assert {runs[0].rank(2, rank)[1] for rank in (0, 1)} == {"n0", "n1"}
@@ -204,30 +210,38 @@ def test_a_launched_job_is_restarted_and_leaves_a_node_that_is_drained(
 class Nodes:
     """`ckptsvc run` on several nodes of one machine."""
 
-    def __init__(self, runtime: Runtime, folder: Path, store: Path, count: int, nnodes: str) -> None:
+    def __init__(self, runtime: Runtime, folder: Path, store: Path, nnodes: str) -> None:
         spec = {"file": __file__, "function": "train", "arguments": [str(store), 10], "folder": str(folder)}
         folder.mkdir()
-        port, script = free_port(), Path(__file__).parents[1] / "harness" / "rank.py"
-        self.processes, logs = [], []
-        for number in range(count):
-            flags = ["--nnodes", nnodes, "--rdzv-id", "gpt", "--rdzv-endpoint", f"127.0.0.1:{port}"]
-            flags += ["--node", f"n{number}", "--node-rank", str(number), "--no-preflight", "--no-standby"]
-            command = [sys.executable, "-m", "ckptsvc.cli.main", "run", *flags, str(script), json.dumps(spec)]
-            logs.append(folder / f"n{number}.log")
-            with logs[-1].open("wb") as log:
-                self.processes.append(
-                    subprocess.Popen(command, env=runtime.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-                )
-        self.job = Job(runtime, folder, count, self.processes, logs)
+        script = Path(__file__).parents[1] / "harness" / "rank.py"
+        flags = ["--nnodes", nnodes, "--rdzv-id", "gpt", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+        self._command = [sys.executable, "-m", "ckptsvc.cli.main", "run", *flags, "--no-preflight", "--no-standby"]
+        self._runtime, self._folder, self._rank = runtime, folder, [str(script), json.dumps(spec)]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.logs: list[Path] = []
+        self.job = Job(runtime, folder, 3, self.processes, self.logs)
+
+    def start(self, node: str) -> None:
+        """Start it on one more node."""
+        self.logs.append(self._folder / f"{node}.log")
+        with self.logs[-1].open("wb") as log:
+            command = [*self._command, "--node", node, "--node-rank", node[1:], *self._rank]
+            self.processes.append(
+                subprocess.Popen(command, env=self._runtime.environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            )
 
 
 @pytest.mark.slow
 def test_a_node_is_drained_and_the_job_goes_on_without_it(runtime: Runtime, order: Order, tmp_path: Path) -> None:
     store = tmp_path / "run"
-    nodes = Nodes(runtime, tmp_path / "job", store, 3, "2:2")
+    nodes = Nodes(runtime, tmp_path / "job", store, "2:2")
     with nodes.job as job:
+        nodes.start("n0")
+        nodes.start("n1")
         for rank in range(2):
             job.wait_for("stepped", rank)
+        nodes.start("n2")
+        eventually(lambda: "node n2 joined as a spare" in runtime.log(), "the spare")
         leads = order("drain", "n0", "--timeout", "60s", status=3)
         assert any("coordinated by the agent of n0" in line or "cannot" in line for line in leads["left"])
         order("undrain", "n0")

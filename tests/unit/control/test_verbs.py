@@ -184,6 +184,16 @@ class TestPause:
         assert resumed.step > paused_at
         assert running.result(asked).step == resumed.step
 
+    def test_pausing_what_is_paused_changes_for_how_long_and_not_since_when(self, running):
+        first = running.result(running.ask(pb.VERB_PAUSE, seconds=5.0))
+        running.train(20, 30)
+        running.now += 1
+        second = running.result(running.ask(pb.VERB_PAUSE))
+        assert second.step == first.step
+        assert [order.left for _, order in orders(running.seen, "pausing")] == [5.0, 5.0, 0.0, 0.0]
+        running.train(80, 50)
+        assert running.core.jobs["job"].paused
+
     def test_a_new_attempt_is_told_before_it_hears_of_its_epoch(self, running):
         running.ask(pb.VERB_PAUSE)
         running.seen = Decision()
