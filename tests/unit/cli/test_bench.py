@@ -29,7 +29,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("CKPTSVC_AGENT_SOCKET_DIR", str(sockets))
     yield tmp_path
     assert list(tmp_path.iterdir()) == []
-    assert {path.name for path in sockets.iterdir()} <= {"secret"}
+    assert {path.name for path in sockets.iterdir()} <= {"secret", "http-token"}
     shutil.rmtree(sockets)
 
 
