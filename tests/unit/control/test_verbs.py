@@ -211,6 +211,33 @@ class TestPause:
         running.tell(rewound(1))
         assert {order.step for _, order in orders(running.seen, "pausing")} == {1}
 
+    def test_after_it_was_resumed_going_back_to_a_checkpoint_leaves_nothing_out(self, running):
+        running.ask(pb.VERB_PAUSE)
+        running.train(60, 30)
+        running.now += 1
+        running.ask(pb.VERB_RESUME)
+        running.seen = Decision()
+        running.tell(rewound(1))
+        told = orders(running.seen, "pausing")
+        assert [(node, order.paused, order.step) for node, order in told] == [("n0", False, 1), ("n1", False, 1)]
+
+    @pytest.mark.parametrize("verbs", [[pb.VERB_PAUSE], [pb.VERB_PAUSE, pb.VERB_RESUME]])
+    def test_new_processes_under_the_same_attempt_number_are_told_from_their_first_step_on(self, running, verbs):
+        for verb in verbs:
+            running.ask(verb)
+            running.train(60, 30)
+            running.now += 1
+        held = orders(running.seen, "pausing")[-1][1]
+        assert held.step > 1
+        for core in (running, Driver()):  # or a coordinator that hears of it now
+            core.seen = Decision()
+            for rank in (0, 1):
+                core.tell(held)
+                core.tell(joined(rank))
+            told = orders(core.seen, "pausing")
+            assert {node for node, _ in told} == {"n0", "n1"}
+            assert {(order.paused, order.step) for _, order in told} == {(held.paused, 1)}
+
     def test_it_ends_when_its_time_is_over(self, running):
         running.ask(pb.VERB_PAUSE, seconds=5.0)
         assert orders(running.seen, "pausing")[0][1].left == 5.0
@@ -256,11 +283,24 @@ class TestPause:
         running.ask(pb.VERB_PAUSE)
         for rank in (0, 1):
             running.tell(left(rank, died=False))
+        assert not running.core.jobs["job"].paused
         running.seen = Decision()
         for rank in (0, 1):
-            running.tell(joined(rank, attempt=2))
+            running.tell(joined(rank, attempt=2, every_seconds=1.0))
         assert orders(running.seen, "pausing") == []
+        running.do(running.core.epoch_done(epoch_done(2, attempt=2), running.now))
+        for step in (10, 20, 30):
+            running.tick(2.0)
+            for node in ("n0", "n1"):
+                running.tell(progressed(node, step, attempt=2))
+        assert orders(running.seen, "save_at") != []
         assert "was not paused" in running.result(running.ask(pb.VERB_RESUME)).what
+
+    def test_a_job_of_which_nothing_is_known_is_not_paused_whatever_one_before_it_was(self, running):
+        running.core.jobs["job"].paused = True
+        for rank in (0, 1):
+            running.tell(joined(rank, attempt=2))
+        assert not running.core.jobs["job"].paused
 
     def test_one_whose_ranks_have_died_and_come_again_is_the_same(self, running):
         running.ask(pb.VERB_PAUSE)
