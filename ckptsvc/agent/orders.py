@@ -242,7 +242,7 @@ def _listed(jobs: Iterable[str]) -> str:
 
 def _response(questions: list[_Question], verb: pb.Verb, no_wait: bool) -> agent_pb2.VerbResponse:
     """What is said of an order, or the error that it ended with."""
-    response = agent_pb2.VerbResponse(done=True)
+    response, unknown = agent_pb2.VerbResponse(done=True), list[str]()
     for question in questions:
         answer = question.answer
         if answer is None:
@@ -251,6 +251,8 @@ def _response(questions: list[_Question], verb: pb.Verb, no_wait: bool) -> agent
             if len(questions) == 1:
                 raise AgentUnavailable(silent)
             response.left.append(silent)
+        elif answer.code == NotFound.code and verb == pb.VERB_DRAIN and question.asked.target != question.asked.node:
+            unknown.append(answer.what)  # to this coordinator; the node may have jobs of another one
         elif answer.code and verb == pb.VERB_DRAIN:
             response.left.append(answer.what)
         elif answer.code:
@@ -261,5 +263,7 @@ def _response(questions: list[_Question], verb: pb.Verb, no_wait: bool) -> agent
         elif answer.what not in response.what:
             response.what.append(answer.what)
             response.step, response.bytes, response.seconds = answer.step, answer.bytes, answer.seconds
+    if unknown and len(unknown) == len(questions):
+        raise NotFound(unknown[0], hint="drain it where its agent is, or with --job through a node of its job")
     response.done = response.done and not response.left
     return response

@@ -83,18 +83,23 @@ class StandingOrders:
         self._write()
 
     def apply(self, session: Session) -> None:
-        """Tell a rank, on its page."""
+        """Tell a rank, on its page.
+
+        One that registers without an epoch may be of other processes than those that were paused, and told to go on,
+        under the same attempt number: what lay between is not left out again.
+        """
         held = self._kept.pausing.get(session.reg.job)
         if held is None:
             return
         same = held.attempt == session.reg.attempt
         page = session.page
+        before = page.get("paused") or (FIRST if session.reg.epoch else held.step)
         if held.paused and not 0 < held.until <= time.time():
             step = held.step if same else FIRST
             if page.get("resumed") >= step:
                 page.put("resumed", 0)
             page.put("paused", step)
-        elif same and not held.paused and held.step > (before := page.get("paused") or FIRST):
+        elif same and not held.paused and held.step > before:
             page.put("paused", before)
             page.put("resumed", held.step)
         else:

@@ -39,4 +39,7 @@ def command(
     done = without_agent(node, directory, reason, length, excluded=True) if own else None
     if done is not None:
         return orders.tell("Exclude", VerbRequest(node=node), [done], as_json)
-    return orders.to_node("Exclude", node, job, directory, timeout, no_wait, as_json, reason=reason, seconds=length)
+    status, _ = orders.to_node(
+        "Exclude", node, job, directory, timeout, no_wait, as_json, reason=reason, seconds=length
+    )
+    return status

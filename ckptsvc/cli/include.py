@@ -32,4 +32,5 @@ def command(
     done = without_agent(node, directory, reason, 0.0, excluded=False) if own else None
     if done is not None:
         return orders.tell("Include", VerbRequest(node=node), [done], as_json)
-    return orders.to_node("Include", node, job, directory, timeout, no_wait, as_json, reason=reason)
+    status, _ = orders.to_node("Include", node, job, directory, timeout, no_wait, as_json, reason=reason)
+    return status

@@ -76,15 +76,25 @@ def to_job(
 def to_node(
     method: str, node: str | None, job: str | None, directory: Path | None, timeout: str, no_wait: bool, as_json: bool,
     **fields: Any,
-) -> int:  # fmt: skip
-    """Give an order about a node (None: this one) to its agents, or to those through which it can be reached."""
+) -> tuple[int, bool]:  # fmt: skip
+    """Give an order about a node (None: this one) to its agents, or to those through which it can be reached.
+
+    Returns:
+        The exit status, and whether it was the node's own agents that gave it, to the coordinators of all their jobs.
+    """
     answers = of_node(_agents(directory), node, job)
+    own = job is None and all(node in (None, (answer.status or {})["node"]) for answer in answers)
     request = VerbRequest(job=job or "", no_wait=no_wait, **fields)
-    responses = []
+    responses, unknown = [], None
     for answer in answers:
         request.node = node or (answer.status or {})["node"]
-        responses.append(give(answer, method, request, parse_duration(timeout)))
-    return tell(method, request, responses, as_json)
+        try:
+            responses.append(give(answer, method, request, parse_duration(timeout)))
+        except NotFound as error:  # by this one
+            unknown = error
+    if unknown is not None and (own or not responses):
+        raise unknown
+    return tell(method, request, responses, as_json), own
 
 
 def _agents(directory: Path | None) -> list[Answer]:

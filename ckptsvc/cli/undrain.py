@@ -26,4 +26,5 @@ def command(
       "step", "bytes", "seconds"}; "what" are sentences about what has happened,
       "left" about what has not.
     """  # noqa: D301  \b is click's
-    return orders.to_node("Undrain", node, job, directory, timeout, no_wait, as_json, reason=reason)
+    status, _ = orders.to_node("Undrain", node, job, directory, timeout, no_wait, as_json, reason=reason)
+    return status

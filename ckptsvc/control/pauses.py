@@ -84,20 +84,20 @@ class Pauses:
         lost may have missed what its ranks were told.
         """
         known = self.known.get(launched_as(job.name))
+        job.paused = known is not None and known.paused
         if known is None or event.attempt != job.attempt:
             return Decision()
-        job.paused = known.paused
-        if self._held(job) is None:
-            if event.epoch:
-                return Decision()
+        # A launcher that does not count its restarts: the steps that were decided on were those of other processes.
+        began = len(job.ranks) == 1 and job.joined_at == now
+        if not event.epoch and (began or self._held(job) is None):
             self._hold(job, known, FIRST)
             return self._tell(job, now)  # others have come before there was anything to tell
-        return self._tell(job, now, event.node)
+        return self._tell(job, now, event.node) if self._held(job) is not None else Decision()
 
     def rewound(self, job: Job, now: float) -> Decision:
-        """The steps of an attempt come again: those before the one that was decided on must be left out as well."""
-        known, held = self.known.get(launched_as(job.name)), self._held(job)
-        if known is None or held is None or not held.paused:
+        """The steps of an attempt come again: what was said last holds for those before the one decided on as well."""
+        known = self.known.get(launched_as(job.name))
+        if known is None or self._held(job) is None:
             return Decision()
         self._hold(job, known, FIRST)
         return self._tell(job, now)
@@ -110,6 +110,9 @@ class Pauses:
     def end(self, launched: str) -> None:
         """A job has ended: one that is called the same is another one."""
         self.known.pop(launched, None)
+        for job in self.jobs.values():
+            if launched_as(job.name) == launched:
+                job.paused = False
         for name in [name for name in self.holding if launched_as(name) == launched]:
             del self.holding[name], self.told[name]
 

@@ -167,7 +167,7 @@ class Tiers:
         decision = Decision()
         if over:
             newest = max(self.complete, default=(0, -1))
-            if newest > self._committed():
+            if newest > self.committed:
                 save = self._reopen(newest, now)
                 if save is not None:
                     save.must = True
@@ -198,7 +198,7 @@ class Tiers:
             elif not save.draining:
                 waiting.append(Waiting(key, must))
         busy = [key for key, save in self.saves.open.items() if save.draining]
-        chosen, passed = choose(waiting, max([self._committed(), *busy]), self.policy.backlog)
+        chosen, passed = choose(waiting, max([self.committed, *busy]), self.policy.backlog)
         for late in passed:
             decision.add(self.saves.leave_local(late, "a newer one was ready to be drained", now))
         if chosen is not None and not busy:
@@ -240,10 +240,18 @@ class Tiers:
         self.asked += 1
         return due
 
-    def _committed(self) -> Key:
-        ended = self.saves.ended.items()
-        done = [key for key, outcome in ended if outcome.outcome == agent_pb2.OUTCOME_COMMITTED]
-        return max(done, default=(0, -1))
+    @property
+    def committed(self) -> Key:
+        """The newest that is known to be committed."""
+        return max(self._ended(agent_pb2.OUTCOME_COMMITTED), default=(0, -1))
+
+    @property
+    def left_local(self) -> set[Key]:
+        """Those that have ended as they were, on local disks."""
+        return self._ended(agent_pb2.OUTCOME_LOCAL)
+
+    def _ended(self, outcome: agent_pb2.Outcome) -> set[Key]:
+        return {key for key, ended in self.saves.ended.items() if ended.outcome == outcome}
 
     def _complete(self, key: Key, node: str) -> Decision:
         """Tell the nodes of a snapshot that is whole on disks, or (again) the one that has just reported."""

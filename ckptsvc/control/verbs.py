@@ -180,6 +180,8 @@ class Verbs:
 
     def _drain(self, event: pb.Asked, now: float, decision: Decision) -> Work | Result:
         node, on = event.target, event.verb == pb.VERB_DRAIN
+        if on and node not in self.redundancy.peers:  # nobody there would hear of it
+            raise NotFound(f"no agent of node {node} is connected with this coordinator")
         why = f"drained by {event.by.name}" + (f": {event.reason}" if event.reason else "")
         self.exclusion.say(node, Word(on, now, math.inf, why))
         decision.effects.append(Send(node, pb.Order(vacate=pb.Vacate(on=on, reason=why))))

@@ -183,6 +183,13 @@ def test_a_drained_node_takes_no_new_jobs_until_it_is_undrained_even_through_a_r
     assert [(line["verb"], line["outcome"]) for line in audit_of(runtime)] == [("drain", "begun"), ("undrain", "done")]
 
 
+def test_a_node_whose_agent_no_coordinator_hears_is_not_drained(agent, me, runtime):
+    agent.register()
+    with pytest.raises(NotFound, match="no agent of node n9 is connected"):
+        call(agent, "Drain", agent_pb2.VerbRequest(node="n9"), me)
+    assert [(line["verb"], line["outcome"]) for line in audit_of(runtime)] == [("drain", "failed")]
+
+
 AS_ANOTHER = """
 import json, os, sys, grpc
 from ckptsvc.errors import CkptsvcError

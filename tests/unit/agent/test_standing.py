@@ -20,8 +20,8 @@ def pausing(step, *, paused=True, version=1, attempt=1, job="gpt@1", left=0.0):
 def session():
     made = []
 
-    def open_(attempt=1):
-        reg = Registration(op="register", job="gpt@1", store="s", attempt=attempt, rank=0, world_size=1)
+    def open_(attempt=1, epoch=0):
+        reg = Registration(op="register", job="gpt@1", store="s", attempt=attempt, epoch=epoch, rank=0, world_size=1)
         made.append(Session.open(reg, os.getpid()))
         return made[-1]
 
@@ -62,11 +62,26 @@ def test_ranks_that_register_with_the_next_agent_find_the_same(session, tmp_path
     assert saved(later) == []
     again.take(pausing(20, paused=False, version=2))
     third = StandingOrders(tmp_path / "orders.json")
-    same, later = session(), session(attempt=2)
+    same, later = session(epoch=1), session(attempt=2)
     third.apply(same)
     third.apply(later)
     assert saved(same) == list(range(20, 40))
     assert saved(later) == list(range(1, 40))
+
+
+def test_new_processes_under_the_same_attempt_number_leave_nothing_out_after_it_is_resumed(session):
+    orders, rank = StandingOrders(), session()
+    orders.take(pausing(20, paused=False, version=2))
+    orders.apply(rank)
+    assert saved(rank) == list(range(1, 40))
+
+
+def test_a_job_that_was_resumed_and_goes_back_leaves_nothing_out(session):
+    orders, rank = StandingOrders(), session()
+    for told in (pausing(10), pausing(20, paused=False, version=2), pausing(1, paused=False, version=2)):
+        orders.take(told)
+        orders.apply(rank)
+    assert saved(rank) == list(range(1, 40))
 
 
 def test_a_pause_whose_time_is_over_holds_nobody(session, monkeypatch):

@@ -8,9 +8,10 @@ import pytest
 from harness.stored import cli
 
 from ckptsvc.agent.audit import AuditLog, Entry
+from ckptsvc.cli import orders
 from ckptsvc.cli.agents import Answer
 from ckptsvc.cli.orders import PARTLY_DONE, of_job, of_node, tell
-from ckptsvc.errors import InvalidInput, NotFound
+from ckptsvc.errors import EXIT_STATUS, InvalidInput, NotFound
 from ckptsvc.rpc.v1.agent_pb2 import VerbRequest, VerbResponse
 
 
@@ -44,6 +45,43 @@ def test_a_node_is_ordered_about_through_its_own_agents_or_any():
     assert of_node(AGENTS[:1], None, None) == AGENTS[:1]
     with pytest.raises(InvalidInput, match="which node"):
         of_node(AGENTS, None, None)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Agents n0, whose coordinator knows n0 and n1, and n2; lists who is asked for what."""
+    found = []
+
+    def give(answer, method, request, timeout):
+        found.append((answer.status["node"], request.node))
+        if answer.status["node"] == "n2" and request.node != "n2":
+            raise NotFound("no agent of that node is connected with this coordinator")
+        return VerbResponse(done=request.node != "n9", left=["so"] if request.node == "n9" else [])
+
+    monkeypatch.setattr(orders, "give", give)
+    monkeypatch.setattr(orders, "_agents", lambda directory: [agent("n2"), agent("n0", "gpt")])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["n0"], 0, "n0 may be switched off\n"),
+        (["n1"], 0, "before n1 is switched off: `ckptsvc drain` there, which asks for all its jobs\n"),
+        (["n0", "--job", "gpt"], 0, "before n0 is switched off: `ckptsvc drain` there, which asks for all its jobs\n"),
+        (["n9"], PARTLY_DONE, "not done: so\nn9 may not be switched off yet\n"),
+    ],
+)
+def test_a_node_may_be_switched_off_once_its_own_agents_have_asked_for_all_its_jobs(asked, arguments, status, said):
+    assert cli("drain", *arguments) == (status, "", said)
+
+
+def test_a_node_that_nobody_knows_is_an_error(asked, monkeypatch):
+    monkeypatch.setattr(orders, "_agents", lambda directory: [agent("n2")])
+    status, _, said = cli("drain", "n7")
+    assert status == EXIT_STATUS[NotFound.code]
+    assert "no agent of that node is connected" in said
+    assert "switched off" not in said
 
 
 def test_what_is_left_is_said_and_shows_in_the_exit_status(capsys):

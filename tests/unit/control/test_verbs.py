@@ -2,6 +2,7 @@
 
 import pytest
 from told import (
+    STORE,
     durable,
     epoch_done,
     joined,
@@ -20,7 +21,9 @@ from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import Audit, CommitDone, Decision, KeepNodes, NodesRead, Restarted
 from ckptsvc.control.exclusion import Exclusion, Strikes, Word
 from ckptsvc.control.restart import Phase
+from ckptsvc.control.tiering import Draining
 from ckptsvc.control.verbs import verb_of
+from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Cause
 
@@ -74,7 +77,10 @@ class Driver:
 
 @pytest.fixture
 def driver():
-    return Driver()
+    found = Driver()
+    for node in ("n0", "n1", "n2"):
+        found.tell(pb.AgentHello(node=node))
+    return found
 
 
 @pytest.fixture
@@ -211,6 +217,33 @@ class TestPause:
         running.tell(rewound(1))
         assert {order.step for _, order in orders(running.seen, "pausing")} == {1}
 
+    def test_after_it_was_resumed_going_back_to_a_checkpoint_leaves_nothing_out(self, running):
+        running.ask(pb.VERB_PAUSE)
+        running.train(60, 30)
+        running.now += 1
+        running.ask(pb.VERB_RESUME)
+        running.seen = Decision()
+        running.tell(rewound(1))
+        told = orders(running.seen, "pausing")
+        assert [(node, order.paused, order.step) for node, order in told] == [("n0", False, 1), ("n1", False, 1)]
+
+    @pytest.mark.parametrize("verbs", [[pb.VERB_PAUSE], [pb.VERB_PAUSE, pb.VERB_RESUME]])
+    def test_new_processes_under_the_same_attempt_number_are_told_from_their_first_step_on(self, running, verbs):
+        for verb in verbs:
+            running.ask(verb)
+            running.train(60, 30)
+            running.now += 1
+        held = orders(running.seen, "pausing")[-1][1]
+        assert held.step > 1
+        for core in (running, Driver()):  # or a coordinator that hears of it now
+            core.seen = Decision()
+            for rank in (0, 1):
+                core.tell(held)
+                core.tell(joined(rank))
+            told = orders(core.seen, "pausing")
+            assert {node for node, _ in told} == {"n0", "n1"}
+            assert {(order.paused, order.step) for _, order in told} == {(held.paused, 1)}
+
     def test_it_ends_when_its_time_is_over(self, running):
         running.ask(pb.VERB_PAUSE, seconds=5.0)
         assert orders(running.seen, "pausing")[0][1].left == 5.0
@@ -256,11 +289,24 @@ class TestPause:
         running.ask(pb.VERB_PAUSE)
         for rank in (0, 1):
             running.tell(left(rank, died=False))
+        assert not running.core.jobs["job"].paused
         running.seen = Decision()
         for rank in (0, 1):
-            running.tell(joined(rank, attempt=2))
+            running.tell(joined(rank, attempt=2, every_seconds=1.0))
         assert orders(running.seen, "pausing") == []
+        running.do(running.core.epoch_done(epoch_done(2, attempt=2), running.now))
+        for step in (10, 20, 30):
+            running.tick(2.0)
+            for node in ("n0", "n1"):
+                running.tell(progressed(node, step, attempt=2))
+        assert orders(running.seen, "save_at") != []
         assert "was not paused" in running.result(running.ask(pb.VERB_RESUME)).what
+
+    def test_a_job_of_which_nothing_is_known_is_not_paused_whatever_one_before_it_was(self, running):
+        running.core.jobs["job"].paused = True
+        for rank in (0, 1):
+            running.tell(joined(rank, attempt=2))
+        assert not running.core.jobs["job"].paused
 
     def test_one_whose_ranks_have_died_and_come_again_is_the_same(self, running):
         running.ask(pb.VERB_PAUSE)
@@ -444,10 +490,73 @@ class TestDrain:
         assert core.redundancy.leaving == {"n1"}
 
     def test_no_job_no_work(self, driver):
-        asked = driver.ask(pb.VERB_DRAIN, "", target="n9")
+        asked = driver.ask(pb.VERB_DRAIN, "", target="n2")
         assert not driver.result(asked).code
-        driver.ask(pb.VERB_UNDRAIN, "", target="n9")
+        driver.ask(pb.VERB_UNDRAIN, "", target="n2")
         assert [order.on for _, order in orders(driver.seen, "vacate")] == [True, False]
+
+    @pytest.mark.parametrize("job", ["", "job"])
+    def test_a_node_that_nobody_knows_is_not_said_to_be_empty(self, training, job):
+        assert training.result(training.ask(pb.VERB_DRAIN, job, target="n9")).code == "not-found"
+        training.do(training.core.agent_lost("n1", training.now))
+        assert training.result(training.ask(pb.VERB_DRAIN, job, target="n1")).code == "not-found"
+        assert orders(training.seen, "vacate") == []
+        assert not training.core.exclusion.excluded("n1", training.now)
+
+    def test_a_job_that_has_not_begun_is_waited_for_until_it_has_without_the_node(self, driver):
+        for node in ("n0", "n1", "n2"):
+            driver.tell(node_joined(node, nproc=1, max_nodes=3))
+        driver.do(driver.core.nodes_read(NodesRead({}), driver.now))
+        asked = driver.ask(pb.VERB_DRAIN, "", target="n1")
+        assert [answer.what for answer in driver.answers(asked)] == ["job job: it has not begun"]
+        for node in ("n0", "n1", "n2"):
+            driver.tell(node_ready(node))
+        driver.tick(6.0)
+        assert driver.core.launched["job"].hosts == {"n0", "n2"}
+        assert not driver.result(asked).code
+
+    def test_a_job_that_has_not_begun_and_needs_the_node_is_said_to(self, driver):
+        for node in ("n0", "n1"):
+            driver.tell(node_joined(node, nproc=1))
+        asked = driver.ask(pb.VERB_DRAIN, "", target="n1")
+        assert "cannot do without n1" in driver.result(asked).what
+        assert driver.result(asked).code
+
+    def test_a_spare_that_would_be_taken_next_is_said_to_be_needed(self, training):
+        training.ask(pb.VERB_EXCLUDE, "", target="n1")
+        asked = training.ask(pb.VERB_DRAIN, "", target="n2")
+        assert "cannot do without n2" in training.result(asked).what
+
+    @pytest.mark.parametrize("code", ["", "save-failed"])
+    def test_what_was_left_on_its_local_disk_goes_to_the_store_first(self, running, code):
+        running.core.draining = Draining(every=100)
+        self.keep(running, 20, 30)  # the first one is drained
+        running.do(running.core.commit_done(CommitDone("job", 1, 20), running.now))
+        for rank, node in enumerate(("n0", "n2")):  # n1 trains no more
+            running.tell(joined(rank, node=node, attempt=2))
+        assert running.core.jobs["job"].saves.ended[1, 30].outcome == agent_pb2.OUTCOME_LOCAL
+        running.seen = Decision()
+        asked = running.ask(pb.VERB_DRAIN, "", target="n1")
+        running.tick()
+        assert all(answer.begun for answer in running.answers(asked))
+        assert {(node, order.step) for node, order in orders(running.seen, "drain_shards")} == {("n0", 30), ("n1", 30)}
+        for rank in (0, 1):
+            running.tell(durable(rank, step=30))
+        running.do(running.core.commit_done(CommitDone("job", 1, 30, code, "no space"), running.now))
+        running.tick()
+        assert bool(running.result(asked).code) == bool(code)
+        assert ("step 30 is on its local disk" in running.result(asked).what) == bool(code)
+
+    @staticmethod
+    def keep(running, *steps):
+        for step in steps:
+            for rank in (0, 1):
+                running.tell(staged(rank, step=step))
+                running.tell(pb.LocalKept(job="job", node=f"n{rank}", epoch=1, step=step, attempt=1, rank=rank,
+                    world_size=2, nbytes=1, store=STORE))  # fmt: skip
+            if step == steps[0]:
+                for rank in (0, 1):
+                    running.tell(durable(rank, step=step))
 
 
 def test_an_order_of_a_later_version_is_refused(driver):
