@@ -356,7 +356,7 @@ def test_copies_go_first_when_a_rank_of_this_node_needs_their_memory(run: Any) -
         other.order(pb.Protect(members=[one.holder(0)]))
         await until(lambda: other.kept(0), "the copy")
         reg = Registration(op="register", job="job", store="file:///run", attempt=1, rank=8, world_size=9)
-        _, fd = Arenas(other.local, Workers(), 2, Twins(other.local))._make(reg, 1000)
+        _, fd = Arenas(other.local, Workers(), 2, Twins(other.local))._make(reg, 1000, first=True)
         os.close(fd)
         assert other.kept(0) is None
         assert [arena.rank for arena in other.pool.arenas.values()] == [7, 8]
