@@ -10,11 +10,12 @@ import time
 from ckptsvc.agent import reports
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
+from ckptsvc.agent.procfs import has_ended
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
 from ckptsvc.agent.twins import Twins
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied, UnsupportedObject
-from ckptsvc.pipeline.arena import TAIL, Arena, State, populate
+from ckptsvc.pipeline.arena import TAIL, WAITING, Arena, State, populate
 from ckptsvc.quantities import ALL, Limit
 from ckptsvc.telemetry import Event, Skip, log
 
@@ -75,10 +76,11 @@ class Arenas:
         most = self._most(first=first)
         pool, live = self._local.pool, {(s.reg.job, s.reg.rank) for s in self._local.sessions.values()}
         # Own ones that are too small, then those of ranks that are gone; what live ranks keep is left to them.
-        kept = [a for a in pool.arenas.values() if a.state in (State.KEPT, State.FREE)]
+        idle = (State.KEPT, State.FREE)
+        kept = [a for a in pool.arenas.values() if a.state in idle or a.holder == WAITING]
         small = [a for a in kept if (a.job, a.rank) == (reg.job, reg.rank) and a.capacity < nbytes and not a.guest]
         gone = (a for a in kept if a.guest or (a.job, a.rank) not in live)
-        orphaned = sorted(gone, key=lambda a: (not a.guest, a.step))  # copies of what others hold come first
+        orphaned = sorted(gone, key=lambda a: (not a.guest, a.key))  # copies of what others hold come first
         spare = [*small, *orphaned]
         while True:
             try:
@@ -178,6 +180,14 @@ class Arenas:
         for arena in list(self._local.pool.arenas.values()):
             if arena.state is State.FILLING and arena.holder == session.token:
                 self._local.pool.release(arena)
+
+    def let_go(self, session: Session) -> None:
+        """The session is over, but its process may go on copying: what it was filling for its twin, nobody else may."""
+        if session.pidfd < 0 or not has_ended(session.pidfd):
+            for arena in list(self._local.pool.arenas.values()):
+                if arena.guest and arena.holder == session.token:
+                    self._local.pool.remove(arena)
+        self.give_back(session)
 
     def fd(self, token: str, slot: str) -> tuple[int, int]:
         """A new descriptor of an arena of this rank's job, which the caller closes, and the size of the file."""

@@ -10,16 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Collection, Iterator
 
 from ckptsvc.agent import reports
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.errors import ArenaExhausted, Fenced, NotFound
-from ckptsvc.pipeline.arena import Arena, Label, State, populate
+from ckptsvc.pipeline.arena import WAITING, Arena, Label, State, populate
 
 GUEST = "another node"
 """Who fills such an arena."""
+
+TWIN_PATIENCE = 10.0
+"""Seconds that a rank gets to end what it copies there: a third arena beside that and a whole copy is not made."""
 
 SLOTS = 2
 """Arenas for each shard of another node."""
@@ -92,15 +96,17 @@ class Filling:
         """An arena for a shard of another node.
 
         Raises:
-            ArenaExhausted: there is no room.
+            ArenaExhausted: there is no room, or a rank goes on copying a newer snapshot there.
             Fenced: what is kept already is as new.
         """
         pool = self._local.pool
-        own = [a for a in pool.arenas.values() if a.guest and (a.job, a.rank) == (job.name, rank)]
+        own = await self._settled(job.name, rank, key)
         for arena in own:
-            if arena.label is not None and (arena.label.epoch, arena.label.step) >= key:
-                raise Fenced(f"step {arena.label.step} of rank {rank} is kept already; {key[1]} is not newer")
-        idle = sorted((a for a in own if a.state is not State.FILLING), key=lambda a: a.step)  # free ones first
+            if arena.key >= key:
+                raise Fenced(f"step {arena.key[1]} of rank {rank} is kept already; {key[1]} is not newer")
+            if arena.holder == WAITING:  # for the order for another snapshot, if there ever is one
+                pool.release(arena)
+        idle = sorted((a for a in own if a.state is not State.FILLING), key=lambda a: a.key)  # free ones first
         for arena in [a for a in idle if a.capacity < nbytes]:
             self._local.dropped(job, arena.label)
             pool.remove(arena)
@@ -115,6 +121,22 @@ class Filling:
         self._local.dropped(job, arena.label)
         pool.release(arena)
         return self._take(arena, key)
+
+    async def _settled(self, job: str, rank: int, key: Key) -> list[Arena]:
+        """The arenas for a shard of another node, once no rank of ours is copying a newer snapshot into one of them.
+
+        Raises:
+            ArenaExhausted: it goes on copying.
+        """
+        deadline = time.monotonic() + TWIN_PATIENCE
+        while True:
+            own = [a for a in self._local.pool.arenas.values() if a.guest and (a.job, a.rank) == (job, rank)]
+            filling = (a for a in own if a.state is State.FILLING and a.holder not in (GUEST, WAITING))
+            if not any((a.epoch, a.step) > key for a in filling):
+                return own
+            if time.monotonic() > deadline:
+                raise ArenaExhausted(f"step {key[1]} of rank {rank} gives way: a rank copies a newer one there")
+            await asyncio.sleep(0.02)
 
     def add(self, arena: Arena) -> Arena:
         """An arena that a rank has filled (agent.twins)."""
@@ -133,6 +155,7 @@ class Filling:
         return self._take(arena, key)
 
     def _take(self, arena: Arena, key: Key) -> Arena:
-        arena.state, arena.step, arena.holder = State.FILLING, key[1], GUEST
+        arena.state, arena.holder = State.FILLING, GUEST
+        arena.epoch, arena.step = key
         self.arenas.append(arena)
         return arena

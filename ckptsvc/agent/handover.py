@@ -24,7 +24,7 @@ import msgspec
 
 from ckptsvc.agent.aside import aside
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, RunBusy
-from ckptsvc.pipeline.arena import ArenaPool, State
+from ckptsvc.pipeline.arena import WAITING, ArenaPool, State
 from ckptsvc.quantities import Address, parse_address
 from ckptsvc.rpc.dial import sockets
 from ckptsvc.rpc.identity import IdentityClient
@@ -171,7 +171,7 @@ async def obstacle() -> str:
 async def copies_end(pool: ArenaPool) -> None:
     """Wait, not for ever, for a moment in which no rank copies into an arena."""
     deadline = time.monotonic() + COPY_PATIENCE
-    while any(a.state is State.FILLING for a in pool.arenas.values()):
+    while any(a.state is State.FILLING and a.holder != WAITING for a in pool.arenas.values()):
         if time.monotonic() > deadline:
             return
         await asyncio.sleep(0.02)

@@ -123,13 +123,15 @@ class Lowering:
             columns=done["columns"],
             segments=done["segments"],
         )
-        held.result = pb.Report(durable=durable)
-        self._report(job, held, held.result)
+        if (
+            held.stage is Stage.PENDING
+        ):  # else it was given up too late: what it refers to may be gone when it is wanted
+            held.result = pb.Report(durable=durable)
+            self._report(job, held, held.result)
         return True
 
     def _report(self, job: LocalJob, held: Held, result: pb.Report) -> None:
-        if held.stage is Stage.PENDING:
-            job.results[(*held.key, held.label.rank)] = result
+        job.results[(*held.key, held.label.rank)] = result
         self._local.report(job, result)
 
     def _failed(self, job: LocalJob, held: Held, error: CkptsvcError) -> bool:

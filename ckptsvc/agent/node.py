@@ -215,7 +215,7 @@ class Node:
         session = self._local.sessions.pop(token, None)
         if session is None:
             return None
-        self.arenas.give_back(session)
+        self.arenas.let_go(session)
         if session.pidfd >= 0:
             asyncio.get_running_loop().remove_reader(session.pidfd)
         session.close()

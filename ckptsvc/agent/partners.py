@@ -27,7 +27,7 @@ from ckptsvc.config import LARGEST_EXTENT, PAGE
 from ckptsvc.control.runs import ranks_of
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, Fenced, InvalidInput, NotFound
 from ckptsvc.format.checksum import extent_count
-from ckptsvc.pipeline.arena import Arena, Kept, Label, Parity, State
+from ckptsvc.pipeline.arena import WAITING, Arena, Kept, Label, Parity, State
 from ckptsvc.pipeline.parity import MAX_GROUP, Stripes
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc.channel import OPTIONS, error_of
@@ -90,7 +90,7 @@ class Partners:
     def filling(self) -> None:
         """Leave the memory to the ranks while one copies a snapshot, which the training waits for."""
         arenas = self._local.pool.arenas.values()
-        busy = any(a.state is State.FILLING and a.holder not in ("", GUEST) for a in arenas)
+        busy = any(a.state is State.FILLING and a.holder not in ("", GUEST, WAITING) for a in arenas)
         if busy == self._held or self._started is None or not self._started.running:
             return
         self._held = busy

@@ -14,7 +14,7 @@ from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import Key, LocalJob
 from ckptsvc.agent.workers import Workers
 from ckptsvc.errors import ArenaExhausted, CkptsvcError, Damaged
-from ckptsvc.pipeline.arena import Arena, State, populate
+from ckptsvc.pipeline.arena import WAITING, Arena, State, populate
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.telemetry import Event, log
 
@@ -29,7 +29,7 @@ def may_go(arenas: Iterable[Arena], job: str, key: Key) -> list[Arena]:
     ranked = []
     for arena in arenas:
         label = arena.label
-        if arena.state is State.FREE:
+        if arena.state is State.FREE or arena.holder == WAITING:
             ranked.append((0, (0, 0), arena))
         elif arena.state is State.KEPT and label is not None:
             own, at = label.job == job, (label.epoch, label.step)

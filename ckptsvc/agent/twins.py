@@ -9,13 +9,13 @@ checksums of the original, and has read what differs (decision 023).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from ckptsvc.agent.guests import GUEST, SLOTS
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import Key, LocalJob, Session
-from ckptsvc.pipeline.arena import Arena, State
+from ckptsvc.pipeline.arena import WAITING, Arena, State
 
 logger = logging.getLogger("ckptsvc.agent")
 
@@ -58,7 +58,9 @@ class Twins:
         if before is None or before[:2] != (attempt, theirs):
             regs = [session.reg for session in self._local.sessions.values()]
             ours = sorted(reg.rank for reg in regs if (reg.job, reg.attempt) == (job, attempt))
-            self._pairs[job] = Pairs(attempt, theirs, dict(zip(ours, theirs, strict=False)))
+            pairs = self._pairs[job] = Pairs(attempt, theirs, dict(zip(ours, theirs, strict=False)))
+            is_same = before is not None and before.attempt == attempt
+            self._give_up(job, pairs.twins.values() if is_same else ())
 
     def forget(self, job: str) -> None:
         """The job is over; its arenas are gone."""
@@ -75,13 +77,16 @@ class Twins:
         """An arena to fill for the twin, where there is one that needs no waiting; the newest whole copy stays."""
         session, pool = self._local.session(token), self._local.pool
         rank, job = self.of(session), session.reg.job
+        if job in self._pairs and self._pairs[job].attempt < session.reg.attempt:
+            del self._pairs[job]
+            self._give_up(job)
         if rank is None:
             return None
         before = self._filled.pop((job, rank), None)
         if before is not None and self._is_ours(before.arena):
             pool.release(before.arena)  # nobody has asked for it
         guests = [arena for arena in pool.arenas.values() if arena.guest and (arena.job, arena.rank) == (job, rank)]
-        idle = sorted((arena for arena in guests if arena.state is not State.FILLING), key=lambda arena: arena.step)
+        idle = sorted((arena for arena in guests if arena.state is not State.FILLING), key=lambda arena: arena.key)
         if not idle or (idle[0].state is not State.FREE and len(idle) < SLOTS):
             return None
         arena = idle[0]  # free ones come first
@@ -102,7 +107,7 @@ class Twins:
             if not arena.guest or (arena.holder, arena.state) != (token, State.FILLING):
                 continue
             if rank == arena.rank and arena.name == slot and 0 < nbytes <= arena.capacity:
-                arena.holder = GUEST
+                arena.holder = WAITING
                 self._filled[arena.job, rank] = Filled((arena.epoch, arena.step), arena, nbytes)
                 continue
             self._local.pool.release(arena)
@@ -111,25 +116,32 @@ class Twins:
 
     def take(self, job: str, rank: int, key: Key, nbytes: int) -> Filled | None:
         """What was filled for this shard, to be compared and kept; the caller frees the arena otherwise."""
-        filled = self._filled.get((job, rank))
-        if filled is None or filled.key > key:
-            return None
-        del self._filled[job, rank]
-        if not self._is_ours(filled.arena):
+        filled = self._filled.pop((job, rank), None)
+        if filled is None or not self._is_ours(filled.arena):
             return None
         if filled.key == key and nbytes <= filled.arena.capacity:
+            filled.arena.holder = GUEST
             return filled
         self._local.pool.release(filled.arena)
         return None
 
     def _is_ours(self, arena: Arena) -> bool:
         known = self._local.pool.arenas.get(arena.name) is arena
-        return known and (arena.state, arena.holder) == (State.FILLING, GUEST)
+        return known and (arena.state, arena.holder) == (State.FILLING, WAITING)
+
+    def _give_up(self, job: str, but: Collection[int] = ()) -> None:
+        """Free what was filled for other ranks than these: nobody will ask for it."""
+        for name, filled in list(self._filled.items()):
+            if name[0] == job and name[1] not in but:
+                del self._filled[name]
+                if self._is_ours(filled.arena):
+                    self._local.pool.release(filled.arena)
 
     def judge(self, job: LocalJob, nread: int, nbytes: int) -> None:
         """Of a copy that ranks had filled, so much had to be read all the same."""
         pairs = self._pairs.get(job.name)
         if pairs is not None and pairs.twins and nread > WORTH * nbytes:
             self._pairs[job.name] = pairs._replace(twins={})
+            self._give_up(job.name)
             logger.info("job %s: %d of %d bytes of the partner's copy are not what the ranks of this node hold: they do"
                 " not fill it any more", job.name, nread, nbytes)  # fmt: skip

@@ -157,11 +157,11 @@ class Snapshots:
         def hand_over() -> None:
             try:
                 finish()
-                twin.finish()
+                other = twin.finish()
                 failpoint("before_submit")
                 request = agent_pb2.SubmitRequest(slot=slot, step=step, bytes=nbytes, aliases=capture.aliases)
                 request.metrics.update(metrics)
-                request.twin_slot, request.twin_bytes = twin.slot, twin.nbytes
+                request.twin_slot, request.twin_bytes = other.slot, other.nbytes
                 request.staging = time.perf_counter() - began
                 self._link.submit(request)
                 failpoint("after_submit")

@@ -35,12 +35,21 @@ class Twin(NamedTuple):
     Attributes:
         slot: the arena it is in.
         nbytes: of the image; 0: this rank does not hold the same state.
-        finish: what is left to do before the state may change.
+        late: what is left to do before the state may change.
     """
 
     slot: str = ""
     nbytes: int = 0
-    finish: Callable[[], None] = lambda: None
+    late: Callable[[], None] = lambda: None
+
+    def finish(self) -> Twin:
+        """Do what is left to do; returns what there is then, which is nothing if that fails."""
+        try:
+            self.late()
+        except Exception as error:  # noqa: BLE001  as in `Twins.write`
+            log.warning("the copy of another rank's state is left to the network: %s", error)
+            return Twin()
+        return self
 
 
 class Twins:
@@ -77,11 +86,11 @@ class Twins:
                 return Twin(slot)
             # Its objects are its own, and so is its label: what is put there for them will not match, and be read.
             info = msgspec.structs.replace(info, rank=rank)
-            nbytes, finish = twin.write(capture, arena, slot, info, objects, overlap=overlap)
+            nbytes, late = twin.write(capture, arena, slot, info, objects, overlap=overlap)
         except Exception as error:  # noqa: BLE001  whatever it was: the network does it then
             log.warning("rank %d: the copy of rank %d's state is left to the network: %s", info.rank, rank, error)
             return Twin()
-        return Twin(slot, nbytes, finish)
+        return Twin(slot, nbytes, late)
 
     def _plan_of(self, capture: Capture, plan: StagePlan, rank: int) -> StagePlan:
         if self._plan is None or self._plan[:2] != (capture.structure, rank):

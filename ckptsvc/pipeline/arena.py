@@ -34,6 +34,9 @@ TAIL = mmap.PAGESIZE
 """Bytes at the end of an arena that no snapshot uses; the last eight say how many bytes of the snapshot that is being
 copied in are final (see `filled_word`)."""
 
+WAITING = "an order to copy"
+"""What an arena that a rank has filled for its twin waits for (agent.twins). It may be taken for anything before."""
+
 
 class State(enum.Enum):
     """What an arena is doing."""
@@ -112,6 +115,11 @@ class Arena:
     holder: str = ""  # who fills it
     since: float = 0.0  # when it was staged; while a rank fills it, when that began; CLOCK_MONOTONIC
     guest: bool = False  # it is for what belongs to other nodes
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """(epoch, step) of the snapshot in it; without one it comes before all that have one."""
+        return (self.label.epoch, self.label.step) if self.label else (0, -1)
 
 
 @dataclass(slots=True)
@@ -260,7 +268,7 @@ class ArenaPool:
         if not free:
             busy = sum(1 for a in fit if a.state is State.STAGED)
             raise ArenaExhausted(f"no free arena of {nbytes >> 20} MiB for rank {rank}: {busy} are still being saved")
-        arena = min(free, key=lambda a: a.step)
+        arena = min(free, key=lambda a: a.key)  # after a rewind the older one may be of a later step
         evicted = arena.label
         try:
             self._set_filled(arena, 0)

@@ -1,9 +1,10 @@
 """Whose memory goes when a snapshot is brought back from the local disk."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from ckptsvc.agent.refills import may_go
-from ckptsvc.pipeline.arena import Arena, Label, State
+from ckptsvc.pipeline.arena import WAITING, Arena, Label, State
 
 
 def arena(name: str, state: State, job: str = "job", epoch: int = 2, step: int = 0) -> Arena:
@@ -28,9 +29,11 @@ def test_what_is_older_goes_and_then_what_is_another_jobs() -> None:
         arena("older", State.KEPT, step=90),
         arena("of an earlier epoch, of the same step", State.KEPT, epoch=1, step=100),
         arena("free", State.FREE, step=-1),
+        replace(arena("filled for a twin", State.FILLING, step=100), guest=True, holder=WAITING),
     ]
     assert [each.name for each in may_go(arenas, "job", (2, 100))] == [
         "free",
+        "filled for a twin",
         "of an earlier epoch, of the same step",
         "older",
         "another job's",

@@ -11,6 +11,7 @@ from harness.increments import big_run, floats
 
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.local_tier import LocalTier
+from ckptsvc.agent.lowering import Lowering
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.agent.workers import Workers
@@ -109,6 +110,49 @@ def test_beside_a_local_disk_a_shard_for_the_store_is_whole(within, monkeypatch,
         assert (written[1].segments == b"") == tier
 
     within(test, tier=tier)
+
+
+def test_what_was_drained_after_its_save_had_been_left_local_is_drained_anew_when_it_is_wanted(
+    within, monkeypatch
+) -> None:
+    """It may refer to a checkpoint that is deleted by then."""
+    monkeypatch.setenv("CKPTSVC_SAVE_INCREMENTAL", "true")
+    run = big_run({"frozen": floats(90_000)})
+
+    async def test(scene: Scene) -> None:
+        tier, worker, drained = scene.saves._tier, scene.workers.of("job"), []
+        assert tier is not None
+        (tier.root.parent).mkdir()
+        assert await tier.open() == []
+        lowering, call = Lowering(scene.local, scene.workers, tier), worker.call
+        left_local = agent_pb2.SaveOutcome(epoch=1, step=20, outcome=agent_pb2.OUTCOME_LOCAL)
+
+        async def called(op: str, *rest: Any) -> dict[str, Any]:
+            done = await call(op, *rest)
+            if op == "drain":
+                drained.append(done["segments"])
+                if len(drained) == 2:  # the word comes when it has just been drained
+                    tier.ended(scene.job, left_local)
+            return done
+
+        monkeypatch.setattr(worker, "call", called)
+        for step in (10, 20):
+            scene.saves.recover([scene.arena(step, run.image(0, step))])
+            await scene.said.next("local_kept")
+            lowering.start(scene.job, (1, step))
+            if step == 10:
+                await scene.said.next("durable")
+                scene.job.newest = (1, 10)
+        (held,) = tier.copies(scene.job, (1, 20))
+        while held.fill:
+            await asyncio.sleep(0.01)
+        assert [segments != b"" for segments in drained] == [False, True]
+        scene.job.newest = (1, 30)  # what it refers to may be gone
+        lowering.start(scene.job, (1, 20))
+        assert (await scene.said.next("durable")).durable.segments == b""
+        tier.close()
+
+    within(test, tier=True)
 
 
 def test_shards_that_fit_nowhere_leave_memory_when_their_save_has_failed(within) -> None:

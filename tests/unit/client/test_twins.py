@@ -92,6 +92,18 @@ def test_trouble_with_it_costs_the_rank_nothing():
     assert offered(Twins(link), capture())[:2] == ("", 0)
 
 
+def test_nor_does_trouble_with_what_is_copied_beside_the_training(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("the device is lost")
+
+    link = Link()
+    mapped(link, "a")
+    twin = offered(Twins(link), capture(), overlap=True)
+    assert twin.nbytes > 0
+    monkeypatch.setattr("ckptsvc.client.stage._copy", fails)
+    assert twin.finish()[:2] == ("", 0)
+
+
 def test_no_more_arenas_stay_mapped_than_are_offered():
     link = Link()
     twins = Twins(link)

@@ -69,6 +69,16 @@ def reopened(pool):
 
 
 class TestMaking:
+    def test_after_a_rewind_the_snapshot_of_the_earlier_epoch_goes_first(self, pool):
+        arenas = [made(pool) for _ in range(2)]
+        for key in ((2, 100), (3, 60)):
+            arena, _ = take(pool, key[1])
+            pool.stage(arena, label(epoch=key[0], step=key[1]))
+            pool.keep(arena)
+        arena, evicted = take(pool, 70)
+        assert arena in arenas
+        assert (evicted.epoch, evicted.step) == (2, 100)
+
     def test_memory_is_allocated_in_huge_pages(self, pool):
         arena = made(pool, nbytes=HUGE_PAGE + 1)
         assert arena.capacity + TAIL == 2 * HUGE_PAGE == os.stat(arena.path).st_size == pool.total
