@@ -40,6 +40,7 @@ from ckptsvc.rpc.dial import safe_target
 from ckptsvc.rpc.identity import IdentityClient
 
 ROOT = Person("root", 0, 0, (0,))
+PTRACE_SEIZE = 0x4206
 RANK = Path(__file__).parents[1] / "harness" / "rank.py"
 
 
@@ -761,6 +762,33 @@ class TestAnAgentsEnd:
         os.kill(first, signal.SIGKILL)
         eventually(lambda: node.agents()[ALICE.uid]["pid"] not in (first, -1), "another agent")
         eventually(lambda: node.agents()[ALICE.uid]["state"] == "serves", "it to serve")
+
+    def test_that_its_user_keeps_from_being_reaped_stops_nobody(self, node: Node) -> None:
+        """A process that is traced is its tracer's to reap first, and he sleeps."""
+        node.start()
+        ask(node, BOB)
+        first = node.agents()[BOB.uid]["pid"]
+        code = f"""
+import ctypes, os, signal, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+if libc.ptrace({PTRACE_SEIZE}, {first}, None, None):
+    print(os.strerror(ctypes.get_errno()), flush=True)
+os.kill({first}, signal.SIGKILL)
+print("killed", flush=True)
+time.sleep(120)
+"""
+        tracer = node.spawn(BOB, [sys.executable, "-c", code])
+        assert tracer.stdout is not None
+        assert tracer.stdout.readline() == "killed\n"
+        eventually(lambda: node.agents()[BOB.uid]["pid"] == -1, "its end to be noticed")  # the service answers
+        assert ids_of(first)["State"].startswith("Z")
+        assert ask(node, ALICE)["ok"] is True
+        with pytest.raises(AgentUnavailable, match=f"runs already: process {first}"):  # one such process is enough
+            ask(node, BOB)
+        assert tracer.poll() is None
+        tracer.kill()
+        eventually(lambda: not Path(f"/proc/{first}").exists(), "it to be reaped, once it can be")
 
     @pytest.mark.slow
     def test_after_doing_nothing_is_no_failure_and_it_is_started_again_on_demand(self, node: Node) -> None:
