@@ -354,22 +354,24 @@ class Agents:
         with ours:
             with report:
                 self._execute(user, report.fileno())
+            await asyncio.get_running_loop().sock_sendall(ours, msgspec.json.encode(self._order(user)))
+            ours.shutdown(socket.SHUT_WR)
             for line in (await _all_of(ours)).splitlines():
                 said = msgspec.json.decode(line, type=dict[str, str])
                 if "code" in said:
                     raise BY_CODE.get(said["code"], AgentUnavailable)(said["what"], hint=said["hint"])
                 user.name = said["user"]
 
-    def _execute(self, user: User, report: int) -> None:
+    def _order(self, user: User) -> Order:
         settings = self._settings
-        order = Order(
+        return Order(
             directory=str(self._directory), arenas=self._arenas, uid=user.uid, gid=user.gid,
-            users=list(settings.users), min_uid=settings.min_uid, umask=settings.umask,
-            arguments=self._arguments, report=report,
+            users=list(settings.users), min_uid=settings.min_uid, umask=settings.umask, arguments=self._arguments,
         )  # fmt: skip
-        text = msgspec.json.encode(order).decode()
+
+    def _execute(self, user: User, report: int) -> None:
         user.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "ckptsvc.agent.supervisor_entrance", text], pass_fds=(report,),
+            [sys.executable, "-P", "-m", "ckptsvc.agent.supervisor_entrance", str(report)], pass_fds=(report,),
             stdin=subprocess.DEVNULL, cwd="/", start_new_session=True, env=self._environ, umask=0o077,
         )  # fmt: skip
         user.pid, user.began = user.process.pid, time.monotonic()
