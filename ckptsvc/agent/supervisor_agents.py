@@ -271,7 +271,7 @@ class Agents:
     # ---- for agents --------------------------------------------------------------------------------------------------
 
     def connected(self, uid: int, pid: int, link: socket.socket) -> Share:
-        """An agent's own connection; returns what it may take.
+        """An agent's own connection, which takes the place of an earlier one; returns what it may take.
 
         Raises:
             StoreDenied: it is not the process that was started for that user.
@@ -281,6 +281,9 @@ class Agents:
             user = self._find(uid)
         if user is None or user.pid != pid:
             raise StoreDenied(f"process {pid} is not the agent that was started for user {uid}")
+        if user.link is not None:
+            with contextlib.suppress(OSError):
+                user.link.shutdown(socket.SHUT_RDWR)
         user.link, user.starting, user.served, user.problem = link, False, True, None
         user.wake()
         log(logger, logging.INFO, Event.AGENT_STARTED, "the agent of %s serves, process %d", _who(user), pid)
