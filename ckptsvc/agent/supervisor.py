@@ -19,7 +19,8 @@ import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.notify import Notifier
 from ckptsvc.agent.supervisor_accounts import Accounts
 from ckptsvc.agent.supervisor_agents import Agents, shown
-from ckptsvc.agent.supervisor_gate import Gate
+from ckptsvc.agent.supervisor_gate import Gate, Visit
 from ckptsvc.config import load
 from ckptsvc.control.shares import Node
 from ckptsvc.errors import CkptsvcError, ConfigError, InvalidInput, LimitReached, RunBusy
@@ -72,6 +73,8 @@ class _Peer:
     uid: int
     gid: int
     is_agent: bool = False
+    visit: Visit = field(init=False)
+    serving: asyncio.Task[None] | None = None
 
 
 class Supervisor:
@@ -162,22 +165,38 @@ class Supervisor:
                 continue
             sock.setblocking(False)
             pid, uid, gid = peer_of(sock)
-            now = time.monotonic()
-            if why := self._gate.enter(uid, now):
-                self._turn_away(sock, uid, why, now)
+            peer = _Peer(sock, pid, uid, gid)
+            peer.visit = Visit(uid, partial(self._hang_up, peer))
+            known = self._agents.serves(uid) or self._accounts.admits(uid)
+            if why := self._gate.enter(peer.visit, known, time.monotonic()):
+                with sock:
+                    self._turn_away(peer, why)
                 continue
-            task = asyncio.ensure_future(self._serve(_Peer(sock, pid, uid, gid)))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            peer.serving = asyncio.ensure_future(self._serve(peer))
+            self._tasks.add(peer.serving)
+            peer.serving.add_done_callback(partial(self._gone, peer))
 
-    def _turn_away(self, sock: socket.socket, uid: int, why: str, now: float) -> None:
-        with sock, contextlib.suppress(OSError):
-            send_answer(sock, _refusal(LimitReached(why, hint="try again later")))
-        if now - self._refused_at.get(uid, -TELL_EVERY) >= TELL_EVERY:
+    def _turn_away(self, peer: _Peer, why: str) -> None:
+        with contextlib.suppress(OSError):
+            send_answer(peer.sock, _refusal(LimitReached(why, hint="try again later")))
+        now = time.monotonic()
+        if now - self._refused_at.get(peer.uid, -TELL_EVERY) >= TELL_EVERY:
             if len(self._refused_at) >= BACKLOG:
                 self._refused_at.clear()
-            self._refused_at[uid] = now
+            self._refused_at[peer.uid] = now
             logger.warning("callers are turned away: %s", why)
+
+    def _hang_up(self, peer: _Peer) -> None:
+        self._turn_away(peer, f"too many connections are open, and user {peer.uid} has most")
+        if peer.serving is not None:
+            peer.serving.cancel()
+
+    def _gone(self, peer: _Peer, serving: asyncio.Task[None]) -> None:
+        self._tasks.discard(serving)
+        self._gate.leave(peer.visit)
+        if peer.is_agent:
+            self._agents.disconnected(peer.uid, peer.sock)
+        peer.sock.close()
 
     async def _serve(self, peer: _Peer) -> None:
         loop = asyncio.get_running_loop()
@@ -200,11 +219,6 @@ class Supervisor:
                         return
         except (OSError, TimeoutError):
             pass  # gone, silent, or it does not read its answers
-        finally:
-            self._gate.leave(peer.uid)
-            if peer.is_agent:
-                self._agents.disconnected(peer.uid, peer.sock)
-            peer.sock.close()
 
     async def _answer(self, request: Request, peer: _Peer) -> dict[str, Any]:
         """The answer to a request, {} where there is to be none."""
@@ -213,13 +227,15 @@ class Supervisor:
         if request.op == "agent":
             if not self._agents.serves(peer.uid):
                 await self._accounts.admit(peer.uid, peer.gid)
-            return {"ok": True, "directory": str(await self._agents.agent_of(peer.uid, peer.gid))}
+            with self._gate.waiting(peer.visit):
+                return {"ok": True, "directory": str(await self._agents.agent_of(peer.uid, peer.gid))}
         if request.op == "agents":
             whose = None if await self._accounts.is_operator(peer.uid, peer.gid) else peer.uid
             return {"ok": True, "agents": list(self._agents.listed(whose))}
         if request.op == "serve":
             share = self._agents.connected(peer.uid, peer.pid, peer.sock)
             peer.is_agent = True
+            self._gate.keep(peer.visit)
             return {"ok": True, **shown(share)}
         self._agents.told(peer.uid, peer.sock, request.ranks, request.busy)
         return {}

@@ -11,8 +11,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ DIVIDE_AFTER = 0.5
 
 STARTING = 8
 """Agents that are started at the same time."""
+
+REAP_EVERY = 5.0
+"""Seconds between looks at processes that have ended while their user's debugger holds on to them."""
+
+_UNKNOWN = -1
+"""Exit status of a process that was another's child."""
 
 
 @dataclass(slots=True)
@@ -134,6 +141,8 @@ class Agents:
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting = asyncio.Semaphore(STARTING)
         self._dividing: asyncio.TimerHandle | None = None
+        self._reaping: asyncio.TimerHandle | None = None
+        self._unreaped: list[Callable[[], int | None]] = []
         self._records = -1
 
     def open(self) -> None:
@@ -164,8 +173,9 @@ class Agents:
         """Let go of all agents: they live on, and a later service finds them."""
         for task in self._tasks:
             task.cancel()
-        if self._dividing is not None:
-            self._dividing.cancel()
+        for timer in (self._dividing, self._reaping):
+            if timer is not None:
+                timer.cancel()
         for user in self._users.values():
             if user.pidfd >= 0:
                 asyncio.get_running_loop().remove_reader(user.pidfd)
@@ -261,7 +271,7 @@ class Agents:
     # ---- for agents --------------------------------------------------------------------------------------------------
 
     def connected(self, uid: int, pid: int, link: socket.socket) -> Share:
-        """An agent's own connection; returns what it may take.
+        """An agent's own connection, which takes the place of an earlier one; returns what it may take.
 
         Raises:
             StoreDenied: it is not the process that was started for that user.
@@ -271,6 +281,9 @@ class Agents:
             user = self._find(uid)
         if user is None or user.pid != pid:
             raise StoreDenied(f"process {pid} is not the agent that was started for user {uid}")
+        if user.link is not None:
+            with contextlib.suppress(OSError):
+                user.link.shutdown(socket.SHUT_RDWR)
         user.link, user.starting, user.served, user.problem = link, False, True, None
         user.wake()
         log(logger, logging.INFO, Event.AGENT_STARTED, "the agent of %s serves, process %d", _who(user), pid)
@@ -344,22 +357,24 @@ class Agents:
         with ours:
             with report:
                 self._execute(user, report.fileno())
+            await asyncio.get_running_loop().sock_sendall(ours, msgspec.json.encode(self._order(user)))
+            ours.shutdown(socket.SHUT_WR)
             for line in (await _all_of(ours)).splitlines():
                 said = msgspec.json.decode(line, type=dict[str, str])
                 if "code" in said:
                     raise BY_CODE.get(said["code"], AgentUnavailable)(said["what"], hint=said["hint"])
                 user.name = said["user"]
 
-    def _execute(self, user: User, report: int) -> None:
+    def _order(self, user: User) -> Order:
         settings = self._settings
-        order = Order(
+        return Order(
             directory=str(self._directory), arenas=self._arenas, uid=user.uid, gid=user.gid,
-            users=list(settings.users), min_uid=settings.min_uid, umask=settings.umask,
-            arguments=self._arguments, report=report,
+            users=list(settings.users), min_uid=settings.min_uid, umask=settings.umask, arguments=self._arguments,
         )  # fmt: skip
-        text = msgspec.json.encode(order).decode()
+
+    def _execute(self, user: User, report: int) -> None:
         user.process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "ckptsvc.agent.supervisor_entrance", text], pass_fds=(report,),
+            [sys.executable, "-P", "-m", "ckptsvc.agent.supervisor_entrance", str(report)], pass_fds=(report,),
             stdin=subprocess.DEVNULL, cwd="/", start_new_session=True, env=self._environ, umask=0o077,
         )  # fmt: skip
         user.pid, user.began = user.process.pid, time.monotonic()
@@ -373,7 +388,7 @@ class Agents:
         """The process of an agent, or the one that was to become it, is gone."""
         asyncio.get_running_loop().remove_reader(user.pidfd)
         os.close(user.pidfd)
-        status = user.process.wait() if user.process is not None else _status(user.pid)  # at once: it has ended
+        status = self._reaped(user.process.poll if user.process is not None else partial(_status, user.pid))
         busy = user.busy or user.waiting > 0
         user.pidfd = user.pid = -1
         user.process, user.link, user.ranks = None, None, 0
@@ -391,6 +406,27 @@ class Agents:
                 user.failures = 0
             self._failed(user, AgentUnavailable(f"the agent of {_who(user)} died"))
             self._spawn(self._again(user))
+
+    def _reaped(self, status_of: Callable[[], int | None]) -> int | None:
+        """The exit status of a process that has ended.
+
+        Never waits: one that is traced is its tracer's to reap first, who may take as long as he likes (ptrace(2)).
+        """
+        status = status_of()
+        if status is None:
+            self._unreaped.append(status_of)
+            self._reap_later()
+        return status
+
+    def _reap_later(self) -> None:
+        if self._reaping is None:
+            self._reaping = asyncio.get_running_loop().call_later(REAP_EVERY, self._reap)
+
+    def _reap(self) -> None:
+        self._reaping = None
+        self._unreaped = [status_of for status_of in self._unreaped if status_of() is None]
+        if self._unreaped:
+            self._reap_later()
 
     def _failed(self, user: User, error: CkptsvcError) -> None:
         user.starting, user.problem = False, error
@@ -417,11 +453,12 @@ def shown(share: Share) -> dict[str, int]:
 
 
 def _status(pid: int) -> int | None:
-    """The exit status of a child that another program of this process has started; None where it is no child."""
+    """The exit status of a child that another program of this process has started; None where it cannot be had yet."""
     try:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, os.WNOHANG)[1])
+        reaped, status = os.waitpid(pid, os.WNOHANG)
     except ChildProcessError:
-        return None
+        return _UNKNOWN
+    return os.waitstatus_to_exitcode(status) if reaped else None
 
 
 def _who(user: User) -> str:

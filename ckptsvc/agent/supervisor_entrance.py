@@ -1,18 +1,19 @@
 """Where root becomes a user: a process of the system service that drops all rights and becomes that user's agent.
 
-    python -m ckptsvc.agent.supervisor_entrance '{"uid": 1000, ...}'
+    python -m ckptsvc.agent.supervisor_entrance DESCRIPTOR
 
 Its environment becomes the agent's. It looks up the account (which may take long: those of many sites are on a
-network), makes the user's directory, gives up every right, opens the log, and executes the agent. What the supervisor
-is told comes through a socket, a line of JSON each: {user} when all is well so far, {code, what, hint} where it is not.
-It is closed when the agent begins.
+network), makes the user's directory, gives up every right, opens the log, and executes the agent. What it is to do
+comes through a socket, up to the end of what can be read, for anybody may read a command line. What the supervisor is
+told goes the other way, a line of JSON each: {user} when all is well so far, {code, what, hint} where it is not. The
+socket is closed when the agent begins.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
+import errno
 import os
 import sys
 from pathlib import Path
@@ -30,6 +31,10 @@ LOG_BYTES = 8 << 20
 """Bytes from which on a log is put aside when an agent starts; one older is kept."""
 
 _PR_SET_NO_NEW_PRIVS = 38
+_KEYCTL = {"x86_64": 250, "aarch64": 219}
+"""Number of the system call on each machine (asm/unistd.h): the C library has no name for it."""
+
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 _LAST_ID = (1 << 32) - 1
 """(uid_t) -1: it means "do not change" to the system calls, and is nobody."""
 
@@ -44,7 +49,6 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
         users, min_uid: who may have an agent (settings.SystemSettings).
         umask: of the agent.
         arguments: for ckptsvc.agent.server.
-        report: descriptor of the socket.
     """
 
     directory: str
@@ -55,11 +59,14 @@ class Order(msgspec.Struct, frozen=True, kw_only=True):
     min_uid: int
     umask: int
     arguments: list[str]
-    report: int
 
 
-def enter(order: Order) -> NoReturn:
+def enter(order: Order, report: int) -> NoReturn:
     """Become the agent of that user.
+
+    Args:
+        order: whose, and how.
+        report: descriptor of the socket.
 
     Raises:
         CkptsvcError: he may not have one, or it cannot be started.
@@ -69,8 +76,7 @@ def enter(order: Order) -> NoReturn:
     account = account_of(order.uid, order.gid)
     check(account, order.users, order.min_uid)
     users, kept = records.open_directories(Path(order.directory))
-    held = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=kept)
-    fcntl.flock(held, fcntl.LOCK_EX)  # of a service that was killed, an entrance may be on its way
+    held = records.locked(kept, account.uid)  # of a service that was killed, an entrance may be on its way
     earlier = records.read(kept, account.uid)
     if earlier is not None and (living := records.watch(earlier)) >= 0 and earlier.pid != os.getpid():
         os.close(living)
@@ -79,7 +85,8 @@ def enter(order: Order) -> NoReturn:
     records.user_directory(records.open_arenas(Path(order.arenas)), account.uid, account.gid)
     name = account.name or str(account.uid)
     records.write(kept, account.uid, records.Record(os.getpid(), records.began(os.getpid()), name, order.gid))
-    _say(order.report, {"user": name})
+    os.close(held)  # from now on he may stop this process, and nothing of root's must wait for it
+    _say(report, {"user": name})
     drop(account)
     os.umask(order.umask)
     _open_log(own)
@@ -92,8 +99,10 @@ def enter(order: Order) -> NoReturn:
     try:
         os.execve(command[0], command, os.environ | mine)
     except OSError as error:
-        raise ConfigError(f"user {name} cannot execute {command[0]}: {error.strerror}",
-            hint="users of the service must be able to read the interpreter and its packages") from error  # fmt: skip
+        hint = "users of the service must be able to read the interpreter and its packages"
+        if error.errno == errno.EAGAIN:
+            hint = "he has as many processes and threads as he may (LimitNPROC of the service)"
+        raise ConfigError(f"user {name} cannot execute {command[0]}: {error.strerror}", hint=hint) from error
 
 
 def drop(account: Account) -> None:
@@ -103,7 +112,8 @@ def drop(account: Account) -> None:
         ConfigError: that is not possible.
     """
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("0")  # what the service is spared, its users are not
+        # What the service is spared, its users are not. With CAP_SYS_RESOURCE this is also the least they can set.
+        Path("/proc/self/oom_score_adj").write_text("0")
     try:
         os.setgroups(account.groups)
         os.setresgid(account.gid, account.gid, account.gid)
@@ -116,6 +126,17 @@ def drop(account: Account) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0):
         raise ConfigError(f"prctl(PR_SET_NO_NEW_PRIVS): {os.strerror(ctypes.get_errno())}")
+    _leave_session_keyring(libc)
+
+
+def _leave_session_keyring(libc: ctypes.CDLL) -> None:
+    """Begin a keyring of the user's own (keyrings(7)): the service's would be all users' in common."""
+    machine = os.uname().machine
+    if machine not in _KEYCTL:
+        raise ConfigError(f"the number of keyctl(2) on {machine} is not known")
+    joined = libc.syscall(ctypes.c_long(_KEYCTL[machine]), ctypes.c_long(_KEYCTL_JOIN_SESSION_KEYRING), None)
+    if joined == -1 and (number := ctypes.get_errno()) != errno.ENOSYS:  # a kernel without keys has none to share
+        raise ConfigError(f"keyctl(KEYCTL_JOIN_SESSION_KEYRING): {os.strerror(number)}")
 
 
 def _open_log(own: int) -> None:
@@ -140,16 +161,26 @@ def _say(report: int, fields: dict[str, str]) -> None:
 
 def main() -> int:
     """Become an agent, or say why not."""
-    order = msgspec.json.decode(sys.argv[1], type=Order)
-    os.set_inheritable(order.report, False)
+    report = int(sys.argv[1])
+    os.set_inheritable(report, False)
     try:
-        enter(order)
+        enter(_order(report), report)
     except CkptsvcError as error:
-        _say(order.report, {"code": error.code, "what": error.what, "hint": error.hint})
+        _say(report, {"code": error.code, "what": error.what, "hint": error.hint})
     except OSError as error:
-        what = f"the agent of user {order.uid} cannot be started: {error.strerror or error}"
-        _say(order.report, {"code": AgentUnavailable.code, "what": what, "hint": ""})
+        what = f"the agent cannot be started: {error.strerror or error}"
+        _say(report, {"code": AgentUnavailable.code, "what": what, "hint": ""})
     return 1
+
+
+def _order(report: int) -> Order:
+    text = b""
+    while data := os.read(report, 1 << 16):
+        text += data
+    try:
+        return msgspec.json.decode(text, type=Order)
+    except (msgspec.MsgspecError, UnicodeError):  # torn: the service ended while it wrote
+        raise AgentUnavailable("the service has not said what agent it wants") from None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ names one process and no later one, so a service that starts anew finds the livi
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import stat
 from pathlib import Path
@@ -113,6 +114,14 @@ def user_directory(above: int, uid: int, gid: int) -> int:
         raise ConfigError(f"the service's place for user {name} belongs to user {owner}")
     os.fchown(fd, uid, gid)
     os.fchmod(fd, 0o700)
+    return fd
+
+
+def locked(records: int, uid: int) -> int:
+    """Wait until nobody else starts an agent for a user; returns the descriptor that keeps others waiting."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    fd = os.open(f"{uid}.lock", flags, 0o600, dir_fd=records)
+    fcntl.flock(fd, fcntl.LOCK_EX)
     return fd
 
 

@@ -1,6 +1,8 @@
 """One service for many users: real user ids, real agents, and what users try with each other's."""
 
 import contextlib
+import ctypes
+import fcntl
 import json
 import os
 import random
@@ -33,13 +35,18 @@ from harness.users import (
     wait_until_gone,
 )
 
+from ckptsvc.agent import supervisor_entrance
+from ckptsvc.agent.supervisor_records import locked
 from ckptsvc.cli.agents import ask as ask_agent
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, LimitReached, StoreDenied
 from ckptsvc.rpc import service
+from ckptsvc.rpc.accounts import Account
 from ckptsvc.rpc.dial import safe_target
 from ckptsvc.rpc.identity import IdentityClient
 
 ROOT = Person("root", 0, 0, (0,))
+PTRACE_SEIZE = 0x4206
+KEYCTL_GET_KEYRING_ID, KEYCTL_JOIN_SESSION_KEYRING, KEY_SPEC_SESSION_KEYRING = 0, 1, -3
 RANK = Path(__file__).parents[1] / "harness" / "rank.py"
 
 
@@ -243,6 +250,41 @@ class TestAnAgent:
             own = (str(shared.agent_directory(person)), str(shared.arenas))
             assert [path for path in files if not path.startswith(own)] == []
 
+    def test_leaves_the_session_keyring_of_the_service(self) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("needs root")
+        libc = ctypes.CDLL(None, use_errno=True)
+
+        def keyctl(operation: int, argument: int | None) -> int:
+            return int(libc.syscall(supervisor_entrance._KEYCTL[os.uname().machine], operation, argument, 0))
+
+        def of_agent(uid: int) -> int:
+            supervisor_entrance.drop(Account("", uid, uid, (uid,), "/"))
+            return keyctl(KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING)
+
+        def of_service_and_agents() -> list[int]:
+            found = [keyctl(KEYCTL_JOIN_SESSION_KEYRING, None)]  # as systemd does for a service (KeyringMode=private)
+            found.append(as_user(ROOT, lambda: keyctl(KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING)))
+            return found + [as_user(ROOT, lambda uid=uid: of_agent(uid)) for uid in (ALICE.uid, BOB.uid)]
+
+        service_has, child_has, *agents_have = as_user(ROOT, of_service_and_agents)
+        assert service_has == child_has > 0
+        assert len({service_has, *agents_have}) == 3
+        assert min(agents_have) > 0
+
+    def test_cannot_take_back_what_the_service_is_spared(self, node: Node) -> None:
+        node.start()
+        assert node.supervisor is not None
+        try:
+            Path(f"/proc/{node.supervisor.pid}/oom_score_adj").write_text("-500")
+        except PermissionError:
+            pytest.skip("needs CAP_SYS_RESOURCE")
+        ask(node, ALICE)
+        score = Path(f"/proc/{node.agents()[ALICE.uid]['pid']}/oom_score_adj")
+        assert score.read_text() == "0\n"
+        assert error_of(ALICE, lambda: score.write_text("-1")) == "PermissionError"
+        assert error_of(ALICE, lambda: score.write_text("1")) == ""
+
     def test_is_one_for_each_user_however_often_he_asks(self, shared: Node) -> None:
         before = shared.agents()
         for person in (ALICE, BOB):
@@ -332,6 +374,26 @@ class TestOperators:
 
 
 class TestAnotherUser:
+    def test_does_not_wait_while_root_starts_hers(self, node: Node) -> None:
+        node.start()
+        records = os.open(node.directory / "agents", os.O_RDONLY)
+        held = locked(records, BOB.uid)  # as an entrance of Bob's that goes no further
+        waiting = threading.Thread(target=ask, args=(node, BOB))
+        waiting.start()
+
+        def entrances() -> list[str]:
+            lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in node.processes()]
+            return [line for line in lines if "supervisor_entrance" in line]
+
+        eventually(lambda: len(entrances()) == 1, "it to be on its way")
+        assert str(BOB.uid) not in entrances()[0]  # anybody can read who it is about
+        assert ask(node, ALICE)["ok"] is True
+        fcntl.flock(held, fcntl.LOCK_UN)
+        waiting.join()
+        assert node.agents()[BOB.uid]["state"] == "serves"
+        for fd in (held, records):
+            os.close(fd)
+
     def test_reaches_neither_socket_nor_file_nor_arena_of_hers(self, shared: Node) -> None:
         hers = shared.agent_directory(ALICE)
         arenas = shared.arenas / "ckptsvc" / str(ALICE.uid)
@@ -761,6 +823,33 @@ class TestAnAgentsEnd:
         os.kill(first, signal.SIGKILL)
         eventually(lambda: node.agents()[ALICE.uid]["pid"] not in (first, -1), "another agent")
         eventually(lambda: node.agents()[ALICE.uid]["state"] == "serves", "it to serve")
+
+    def test_that_its_user_keeps_from_being_reaped_stops_nobody(self, node: Node) -> None:
+        """A process that is traced is its tracer's to reap first, and he sleeps."""
+        node.start()
+        ask(node, BOB)
+        first = node.agents()[BOB.uid]["pid"]
+        code = f"""
+import ctypes, os, signal, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+if libc.ptrace({PTRACE_SEIZE}, {first}, None, None):
+    print(os.strerror(ctypes.get_errno()), flush=True)
+os.kill({first}, signal.SIGKILL)
+print("killed", flush=True)
+time.sleep(120)
+"""
+        tracer = node.spawn(BOB, [sys.executable, "-c", code])
+        assert tracer.stdout is not None
+        assert tracer.stdout.readline() == "killed\n"
+        eventually(lambda: node.agents()[BOB.uid]["pid"] == -1, "its end to be noticed")  # the service answers
+        assert ids_of(first)["State"].startswith("Z")
+        assert ask(node, ALICE)["ok"] is True
+        with pytest.raises(AgentUnavailable, match=f"runs already: process {first}"):  # one such process is enough
+            ask(node, BOB)
+        assert tracer.poll() is None
+        tracer.kill()
+        eventually(lambda: not Path(f"/proc/{first}").exists(), "it to be reaped, once it can be")
 
     @pytest.mark.slow
     def test_after_doing_nothing_is_no_failure_and_it_is_started_again_on_demand(self, node: Node) -> None:

@@ -8,6 +8,8 @@ import os
 import random
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from ckptsvc.agent import supervisor_accounts
 from ckptsvc.agent import supervisor_records as records
 from ckptsvc.agent.supervisor import environment_of, node_of, parse
 from ckptsvc.agent.supervisor_accounts import check
-from ckptsvc.agent.supervisor_gate import ALL_CONNECTIONS, BURST, CONNECTIONS, RATE, REMEMBERED, Gate
+from ckptsvc.agent.supervisor_gate import BURST, CONNECTIONS, RATE, REMEMBERED, STRANGERS, Gate, Visit
 from ckptsvc.config import load
 from ckptsvc.errors import AgentUnavailable, ConfigError, InvalidInput, StoreDenied
 from ckptsvc.rpc.accounts import Account, is_listed
@@ -35,6 +37,10 @@ def test_what_runs_as_root_has_no_grpc_and_no_protobuf_in_it() -> None:
     assert loaded & {"grpc", "google", "prometheus_client", "numpy", "torch", "ckptsvc_drivers"} == set()
 
 
+def _stay() -> None:
+    pytest.fail("this connection was hung up on")
+
+
 class TestGate:
     def test_lets_a_burst_in_and_then_so_many_a_second_of_each_user(self) -> None:
         gate = Gate()
@@ -44,19 +50,49 @@ class TestGate:
         assert sum(gate.asks(1, 101.0) for _ in range(1000)) == int(RATE)
         assert not gate.asks(1, 50.0)  # a clock that goes back gives nothing
 
-    def test_counts_connections_of_each_and_of_all(self) -> None:
+    def test_counts_connections_of_each(self) -> None:
         gate = Gate()
-        assert [gate.enter(1, float(n)) for n in range(CONNECTIONS)] == [""] * CONNECTIONS
-        assert "user 1 has" in gate.enter(1, 1e6)
-        gate.leave(1)
-        assert gate.enter(1, 1e6) == ""
-        for uid in range(2, 2 + ALL_CONNECTIONS // CONNECTIONS - 1):
-            assert [gate.enter(uid, float(n)) for n in range(CONNECTIONS)] == [""] * CONNECTIONS
-        assert "too many connections" in gate.enter(99, 1e6)
-        assert gate.enter(0, 1e6) == ""  # root gets in
-        few = Gate()
-        few.most = 1
-        assert [bool(few.enter(uid, 0.0)) for uid in (1, 2)] == [False, True]
+        visits = [Visit(1, _stay) for _ in range(CONNECTIONS)]
+        assert [gate.enter(visit, True, float(n)) for n, visit in enumerate(visits)] == [""] * CONNECTIONS
+        assert "user 1 has" in gate.enter(Visit(1, _stay), True, 1e6)
+        gate.leave(visits[0])
+        gate.leave(visits[0])  # as one that is hung up on does, when it ends
+        assert gate.enter(Visit(1, _stay), True, 1e6) == ""
+        assert "user 1 has" in gate.enter(Visit(1, _stay), True, 1e6)
+
+    def test_makes_room_by_hanging_up_on_whoever_has_most(self) -> None:
+        gate, gone = Gate(), list[int]()
+        gate.most = 10
+        visits = [Visit(1 + (n > 6), partial(gone.append, n)) for n in range(10)]
+        for n, visit in enumerate(visits):
+            assert gate.enter(visit, True, float(n)) == ""
+        gate.keep(visits[0])  # for this one waits for an agent
+        assert gate.enter(Visit(3, _stay), True, 10.0) == ""
+        assert gone == [1]
+        gate.leave(visits[1])
+        assert gate.enter(Visit(0, _stay), True, 10.0) == ""  # root makes nobody go
+        assert gone == [1]
+        full = Gate()
+        full.most = 1
+        waits = Visit(1, _stay)
+        assert full.enter(waits, True, 0.0) == ""
+        full.keep(waits)
+        assert "too many connections" in full.enter(Visit(2, _stay), True, 0.0)
+
+    def test_lets_those_who_may_have_no_agent_take_no_room_of_those_who_may(self) -> None:
+        gate, gone = Gate(), list[int]()
+        for uid in range(1, 3 * STRANGERS + 1):  # numbers that one person has
+            assert gate.enter(Visit(uid, partial(gone.append, uid)), False, 1.0) == ""
+        assert len(gone) == 2 * STRANGERS
+        hers = [Visit(100_000, _stay) for _ in range(STRANGERS)]
+        assert [gate.enter(visit, True, 1.0) for visit in hers] == [""] * STRANGERS
+        assert len(gone) == 2 * STRANGERS
+        newcomer = Visit(200_000, _stay)
+        assert gate.enter(newcomer, False, 1.0) == ""
+        with gate.waiting(newcomer):
+            assert gate._open == {False: STRANGERS - 1, True: STRANGERS + 1}
+        gate.leave(newcomer)
+        assert gate._open == {False: STRANGERS - 1, True: STRANGERS}
 
     def test_does_not_grow_with_users_that_came_once(self) -> None:
         gate = Gate()
@@ -148,6 +184,31 @@ class TestAccounts:
             assert looked[-1] == 1000
 
         asyncio.run(test())
+
+    def test_are_looked_up_once_for_all_who_ask_at_the_same_time(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looked: list[int] = []
+        answer = threading.Event()
+
+        def look(uid: int, gid: int) -> Account:
+            looked.append(uid)
+            if uid == 1000:
+                assert answer.wait(60)
+            return Account(f"user{uid}", uid, gid, (gid,), "/")
+
+        monkeypatch.setattr(supervisor_accounts, "account_of", look)
+
+        async def test() -> None:
+            accounts = supervisor_accounts.Accounts([], 1000, [])
+            asking = [asyncio.ensure_future(accounts.admit(1000, 1)) for _ in range(1000)]
+            await accounts.admit(1001, 1)  # waits for none of them
+            assert (accounts.admits(1000), accounts.admits(1001)) == (False, True)
+            asking[0].cancel()  # and nobody waits for him
+            answer.set()
+            await asyncio.gather(*asking[1:])
+            assert accounts.admits(1000)
+
+        asyncio.run(test())
+        assert sorted(looked) == [1000, 1001]
 
 
 class TestRecords:
