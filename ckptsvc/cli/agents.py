@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,12 +83,13 @@ def _cleaned(value: Any) -> Any:
     return printable(value) if isinstance(value, str) else value
 
 
-def ask_all(directory: Path) -> list[Answer]:
-    """The answers of all agents that serve this directory or one below it."""
+def ask_all(directory: Path, uid: int | None = None) -> list[Answer]:
+    """The answers of all agents that serve this directory or one below it; `uid`: only of those of that user."""
     answers = []
     for each in _alive(directory):
         try:
-            answers.append(Answer(each, ask(each)))
+            with contextlib.nullcontext("") if uid is None else safe_target(each, uid) as target:
+                answers.append(Answer(each, ask(each, target)))
         except CkptsvcError as error:
             answers.append(Answer(each, None, error))
     return answers
