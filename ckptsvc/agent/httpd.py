@@ -1,7 +1,8 @@
 """A small HTTP server in the agent's event loop: GET and HEAD, one request a connection, every amount bounded.
 
 Whoever connects has `REQUEST_TIME` to say what he wants, and `WRITE_TIME` to take what he gets. Of those that have not
-said it yet, the oldest makes room for the newest: who only connects keeps nobody else out.
+said it yet, the oldest makes room for the newest: who only connects keeps nobody else out. Nor does who may not be
+answered: until the door has let him in, and while he takes his refusal, he is one of those who wait.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ MAX_WAITING = 32
 
 MAX_SERVED = 64
 """Connections that are being answered, streams included."""
+
+TURN = 0.05
+"""Seconds that each of them has at least, however many come: the handshake of TLS takes a hundredth."""
 
 REQUEST_TIME = 5.0
 """Seconds for a request to come, the handshake of TLS included."""
@@ -106,14 +110,18 @@ class HttpServer:
 
     Args:
         handler: answers a request.
+        door: looks at it first, and answers whom it does not let in; takes no time.
         tls: the context for the next connection; None: connections are not encrypted.
     """
 
     def __init__(
-        self, handler: Callable[[Request], Awaitable[Response]], tls: Callable[[], ssl.SSLContext] | None = None
+        self,
+        handler: Callable[[Request], Awaitable[Response]],
+        door: Callable[[Request], Response | None] = lambda request: None,
+        tls: Callable[[], ssl.SSLContext] | None = None,
     ) -> None:
-        self._handler, self._tls = handler, tls
-        self._waiting: dict[asyncio.Task[None], None] = {}  # oldest first
+        self._handler, self._door, self._tls = handler, door, tls
+        self._waiting: dict[asyncio.Task[None], float] = {}  # oldest first, with when it came
         self._served: set[asyncio.Task[None]] = set()
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
@@ -154,13 +162,17 @@ class HttpServer:
             except OSError:
                 await asyncio.sleep(NO_DESCRIPTORS)
                 continue
-            if len(self._waiting) >= MAX_WAITING:
-                oldest = next(iter(self._waiting))
+            task = asyncio.ensure_future(self._serve(connection))
+            self._waiting[task] = loop.time()
+            task.add_done_callback(self._done)
+            await asyncio.sleep(0)  # where many wait in line, nothing else would run
+            while len(self._waiting) > MAX_WAITING:
+                oldest, came = next(iter(self._waiting.items()))
+                if (left := came + TURN - loop.time()) > 0:
+                    await asyncio.sleep(left)
+                    continue
                 del self._waiting[oldest]
                 oldest.cancel()
-            task = asyncio.ensure_future(self._serve(connection))
-            self._waiting[task] = None
-            task.add_done_callback(self._done)
 
     def _done(self, task: asyncio.Task[None]) -> None:
         self._waiting.pop(task, None)
@@ -204,6 +216,8 @@ class HttpServer:
         return reader, asyncio.StreamWriter(transport, protocol, reader, loop)
 
     async def _answer(self, request: Request) -> Response:
+        if (refusal := self._door(request)) is not None:
+            return refusal
         task = asyncio.current_task()
         assert task is not None
         self._waiting.pop(task, None)

@@ -232,7 +232,7 @@ class IdentityServer:
             if op == "caller":
                 msgspec.json.decode(data, type=CallerRequest)
                 caller = self._callers.admit(uid, pid)
-                return _Reply({"ok": True, "token": caller}, caller=caller)
+                return _Reply({"ok": True, "token": caller}, token=token, caller=caller)
             if uid != os.geteuid():
                 raise StoreDenied(f"this agent serves user {os.geteuid()}, not user {uid}")
             if op == "register" and not token:

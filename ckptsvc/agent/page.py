@@ -131,7 +131,7 @@ class Site:
         if encrypted and self._certificates() is None:
             hint = "to be read from other hosts it is encrypted: set tls.ca_file, tls.cert_file and tls.key_file"
             raise ConfigError(f"agent.metrics_listen is {address}, which is not loopback", hint=hint)
-        self._server = HttpServer(self._answer, self._tls if encrypted else None)
+        self._server = HttpServer(self._answer, self._door, self._tls if encrypted else None)
         port = self._server.open(address)
         self._access = Access(self._token, port, address.host, encrypted=encrypted)
         anywhere = address.host in ("0.0.0.0", "::")
@@ -150,7 +150,7 @@ class Site:
             self._context = shown, shown.for_browsers()
         return self._context[1]
 
-    async def _answer(self, request: Request) -> Response:
+    def _door(self, request: Request) -> Response | None:
         access = self._access
         assert access is not None
         if not access.is_for_us(request):
@@ -161,8 +161,9 @@ class Site:
             if not access.is_token(request.query["token"]):
                 return _stranger(request)
             return Response(HTTPStatus.SEE_OTHER, headers=(("Location", request.path), access.set_cookie()))
-        if not access.is_known(request):
-            return _stranger(request)
+        return None if access.is_known(request) else _stranger(request)
+
+    async def _answer(self, request: Request) -> Response:
         if request.path == "/":
             return Response(HTTPStatus.OK, self._page, HTML, policy=self._policy)
         if request.path == "/events":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,13 +20,19 @@ from ckptsvc.rpc.dial import is_alive, safe_target, sockets
 ASK_TIMEOUT = 5.0
 """Seconds an agent has for its answer; it needs a thousandth of that."""
 
+MOST_AT_ONCE = 32
+"""Agents of others that are asked at a time: one that does not answer takes `ASK_TIMEOUT`."""
+
+NONSENSE = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
+"""What it comes to where another user's agent says what makes no sense."""
+
 _OWN = ("job-*", "node-*")
 
 
 class Answer(NamedTuple):
     """What an agent says: its status document (see agent/status.py), or the error instead of one.
 
-    `user` and `uid` are set where agents of several users are asked.
+    `user` and `uid` are set where agents of several users are asked; `ended`: the service knows that it does not run.
     """
 
     directory: Path
@@ -32,6 +40,27 @@ class Answer(NamedTuple):
     error: CkptsvcError | None = None
     user: str = ""
     uid: int = -1
+    ended: bool = False
+
+
+class _OfJob(msgspec.Struct):
+    job: str
+
+
+class _OnDisk(msgspec.Struct):
+    snapshots: list[_OfJob]
+
+
+class _Said(msgspec.Struct):
+    """What a status document has at least, so that it can be gone by."""
+
+    node: str
+    ranks: list[_OfJob]
+    arenas: list[_OfJob]
+    saves: list[_OfJob]
+    coordinates: list[_OfJob]
+    jobs: list[str] = []
+    local_disk: _OnDisk | None = None
 
 
 def agent_directory() -> Path:
@@ -58,19 +87,25 @@ def ask_users() -> list[Answer]:
     if not service.is_there(directory):
         raise AgentUnavailable(f"no service for all users of this node listens in {directory}",
             hint="`ckptsvc status` shows your own agents; root starts it: `ckptsvc agent --system`")  # fmt: skip
-    answers = []
-    for each in service.ask(directory, "agents")["agents"]:
-        where, user = Path(each["directory"]), each["user"]
-        if each["state"] not in ("serves", "away"):
-            if each["problem"]:
-                answers.append(Answer(where, None, AgentUnavailable(each["problem"]), user, each["uid"]))
-            continue
-        try:
-            with safe_target(where, each["uid"]) as target:
-                answers.append(Answer(where, _cleaned(ask(where, target)), None, user, each["uid"]))
-        except CkptsvcError as error:
-            answers.append(Answer(where, None, error, user, each["uid"]))
-    return answers
+    agents = service.ask(directory, "agents")["agents"]
+    with ThreadPoolExecutor(MOST_AT_ONCE) as pool:
+        return [answer for answer in pool.map(_ask_user, agents) if answer is not None]
+
+
+def _ask_user(agent: dict[str, Any]) -> Answer | None:
+    where, user, uid = Path(agent["directory"]), agent["user"], agent["uid"]
+    if agent["state"] not in ("serves", "away"):
+        problem = agent["problem"]
+        return Answer(where, None, AgentUnavailable(problem), user, uid, ended=True) if problem else None
+    try:
+        with safe_target(where, uid) as target:
+            document = _cleaned(ask(where, target))
+        msgspec.convert(document, _Said)
+    except CkptsvcError as error:
+        return Answer(where, None, error, user, uid)
+    except NONSENSE as error:
+        return Answer(where, None, AgentUnavailable(printable(f"it answers with nonsense: {error}")), user, uid)
+    return Answer(where, document, None, user, uid)
 
 
 def _cleaned(value: Any) -> Any:
@@ -82,12 +117,13 @@ def _cleaned(value: Any) -> Any:
     return printable(value) if isinstance(value, str) else value
 
 
-def ask_all(directory: Path) -> list[Answer]:
-    """The answers of all agents that serve this directory or one below it."""
+def ask_all(directory: Path, uid: int | None = None) -> list[Answer]:
+    """The answers of all agents that serve this directory or one below it; `uid`: only of those of that user."""
     answers = []
     for each in _alive(directory):
         try:
-            answers.append(Answer(each, ask(each)))
+            with contextlib.nullcontext("") if uid is None else safe_target(each, uid) as target:
+                answers.append(Answer(each, ask(each, target)))
         except CkptsvcError as error:
             answers.append(Answer(each, None, error))
     return answers

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import http.client
 import json
 import os
 import platform
 import resource
-import urllib.request
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ckptsvc.agent import nodelist, standing
 from ckptsvc.agent.audit import audit_path
+from ckptsvc.agent.http_access import FILE as HTTP_TOKEN
+from ckptsvc.agent.http_access import http_token
 from ckptsvc.agent.incidents import incidents_directory
 from ckptsvc.cli.agents import Answer, ask_all
 from ckptsvc.cli.masking import Mask, is_secret, secrets_in
 from ckptsvc.cli.settings import values
 from ckptsvc.config import config_files, load
-from ckptsvc.errors import CkptsvcError
+from ckptsvc.errors import CkptsvcError, InvalidInput
+from ckptsvc.quantities import parse_address
 from ckptsvc.rpc import secret
 from ckptsvc.settings import Settings
 
@@ -41,8 +47,6 @@ PACKAGES = (
     "prometheus-client", "click", "safetensors", "lightning", "transformers", "accelerate",
 )  # fmt: skip
 DRIVERS = ("nvidia", "amdgpu", "xe", "i915", "habanalabs", "cxi_ss1", "cxi_core", "mlx5_core", "lustre", "lnet")
-HTTP_TOKEN = "http-token"
-"""File in an agent's directory with what its HTTP port wants to see."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,12 @@ class Part:
 
 
 def parts(directory: Path, environ: Mapping[str, str]) -> Iterator[Part]:
-    """All parts, the most useful first."""
+    """All parts, the most useful first.
+
+    Raises:
+        InvalidInput: the directory of the agents is somebody else's, or others may write to it.
+    """
+    directory = _own(directory)
     try:
         settings: Settings | CkptsvcError = load(environ)
     except CkptsvcError as error:
@@ -73,11 +82,11 @@ def parts(directory: Path, environ: Mapping[str, str]) -> Iterator[Part]:
     yield collect("settings.toml", "the settings in force, and where each came from", lambda: _settings(settings))
     yield collect("environment.txt", "names of variables that matter, without values", lambda: _environment(environ))
     yield collect("facts.json", "memory, processors and limits of this node", lambda: _facts(settings))
-    answers = ask_all(directory)
+    answers = ask_all(directory, os.geteuid())
     for answer in answers:
         name = answer.directory.name
         yield collect(f"agents/{name}/status.json", "what the agent says of itself", partial(_status, answer))
-        yield collect(f"agents/{name}/metrics.txt", "its metrics", partial(_metrics, answer))
+        yield collect(f"agents/{name}/metrics.txt", "its metrics", partial(_metrics, answer, settings))
     for log in sorted(directory.rglob("agent.log")):
         where = log.parent.name
         yield collect.file(f"agents/{where}/agent.log", "its log, and those of earlier agents there", log)
@@ -123,7 +132,7 @@ class _Collector:
     def file(self, name: str, about: str, path: Path) -> Part:
         """The end of a file; a file of JSON as a whole, or not at all."""
         try:
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
+            with _opened(path) as file:
                 nbytes = os.fstat(file.fileno()).st_size
                 cut = nbytes > MAX_PART
                 file.seek(max(nbytes - MAX_PART, 0))
@@ -134,6 +143,35 @@ class _Collector:
             text = text.partition("\n")[2]  # a part of a line could hide the name of a secret
         part = self(name, about, lambda: json.loads(text) if path.suffix == ".json" and not cut else text)
         return Part(name, about, part.data, cut, part.problem)
+
+
+def _own(directory: Path) -> Path:
+    """The directory, by a path without links.
+
+    What lies there is read with this user's rights, and secrets are shown to who listens there: to root, a directory of
+    somebody else's could say which.
+    """
+    found = Path(os.path.realpath(directory))
+    with contextlib.suppress(FileNotFoundError):
+        about = found.stat()
+        if about.st_uid != os.geteuid() or about.st_mode & 0o022:
+            whose = "others may write to" if about.st_uid == os.geteuid() else f"belongs to user {about.st_uid}"
+            raise InvalidInput(f"{found} {whose}", hint="every user makes a bundle of his own agents: sudo -u USER")
+    return found
+
+
+def _opened(path: Path, *, named: bool = False) -> BinaryIO:
+    """A file of this user, or of root; where a setting has named it, it may be a link, and anybody's.
+
+    Raises:
+        OSError: it is none.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if named else os.O_NOFOLLOW))
+    about = os.fstat(fd)
+    if not stat.S_ISREG(about.st_mode) or not (named or about.st_uid in (os.geteuid(), 0)):
+        os.close(fd)
+        raise OSError(errno.EPERM, "it is no file, or not this user's")
+    return open(fd, "rb")
 
 
 def known_secrets(directory: Path, environ: Mapping[str, str], settings: Settings | CkptsvcError) -> Iterator[str]:
@@ -148,12 +186,12 @@ def known_secrets(directory: Path, environ: Mapping[str, str], settings: Setting
         for name in ("password_file", "key_file", "http_token_file"):
             given = getattr(table, name, "")
             if given:
-                yield from _lines(Path(given))
+                yield from _lines(Path(given), named=True)
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, *, named: bool = False) -> Iterator[str]:
     try:
-        with path.open("rb") as file:
+        with _opened(path, named=named) as file:
             yield from file.read(MAX_SECRET).decode("utf-8", "replace").splitlines()
     except OSError:
         return
@@ -229,15 +267,30 @@ def _status(answer: Answer) -> Any:
     return answer.status
 
 
-def _metrics(answer: Answer) -> str:
-    address = (answer.status or {}).get("metrics", "")
-    if not address:
+def _metrics(answer: Answer, settings: Settings | CkptsvcError) -> str:
+    said = (answer.status or {}).get("metrics", "")
+    if not said:
         raise OSError("it has no HTTP port")
-    request = urllib.request.Request(f"http://{address}/metrics")
-    token = next(iter(_lines(answer.directory / HTTP_TOKEN)), "")
-    if token:
-        request.add_header("Authorization", f"Bearer {token}")
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy for the web is not meant for it
-    with opener.open(request, timeout=PATIENCE) as response:
-        found: str = response.read(MAX_PART).decode("utf-8", "replace")
-        return found
+    address = parse_address(said)
+    if not secret.is_loopback(address.host):  # the token is for nobody else
+        raise OSError(f"its HTTP port is not on loopback: curl https://{address}/metrics shows them")
+    headers = {"Authorization": f"Bearer {token}"} if (token := _token(answer.directory, settings)) else {}
+    connection = http.client.HTTPConnection(address.host, address.port, timeout=PATIENCE)  # follows nobody elsewhere
+    with contextlib.closing(connection):
+        try:
+            connection.request("GET", "/metrics", headers=headers)
+            response = connection.getresponse()
+            found = response.read(MAX_PART).decode("utf-8", "replace")
+        except http.client.HTTPException as error:
+            raise OSError(f"it does not speak HTTP: {error!r}") from None
+    if response.status != http.HTTPStatus.OK:
+        raise OSError(f"it answers {response.status}")
+    return found
+
+
+def _token(directory: Path, settings: Settings | CkptsvcError) -> str:
+    """What lets in: agents of jobs share that of the directory above theirs."""
+    if not isinstance(settings, CkptsvcError) and settings.agent.http_token_file:
+        return http_token(settings, os.environ)
+    tokens = (line for where in (directory, directory.parent) for line in _lines(where / HTTP_TOKEN))
+    return next(tokens, "")

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import ckptsvc
+from ckptsvc.cli.terminal import printable
 from ckptsvc.errors import EXIT_STATUS, CkptsvcError
 
 COMMANDS = {
@@ -102,9 +103,9 @@ def main(arguments: list[str] | None = None) -> None:
         if "--json" in args:
             fields = {"error": {"code": error.code, "what": error.what, "hint": error.hint}}
             click.echo(json.dumps(fields))
-        click.echo(f"error: {error.what}", err=True)
-        if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
+        for head, text in (("error", error.what), ("hint", error.hint)):
+            if text:  # what is in it may be somebody else's
+                click.echo("\n".join(map(printable, f"{head}: {text}".split("\n"))), err=True)
         sys.exit(EXIT_STATUS[error.code])
     except KeyboardInterrupt:
         sys.exit(130)

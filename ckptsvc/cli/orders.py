@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
+import queue
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +14,10 @@ from typing import Any
 import click
 import msgspec
 
-from ckptsvc.cli.agents import Answer, agent_directory, ask_all, ask_users
+from ckptsvc.cli.agents import NONSENSE, Answer, agent_directory, ask_all, ask_users
 from ckptsvc.cli.terminal import duration, emit, note, printable, size
 from ckptsvc.control.restart import launched_as
-from ckptsvc.errors import AgentUnavailable, InvalidInput, NotFound
+from ckptsvc.errors import AgentUnavailable, CkptsvcError, InvalidInput, NotFound
 from ckptsvc.quantities import parse_duration
 from ckptsvc.rpc.accounts import user_name
 from ckptsvc.rpc.dial import GRPC_SOCKET, IDENTITY_SOCKET, safe_socket, sockets
@@ -82,19 +85,18 @@ def to_node(
     Returns:
         The exit status, and whether it was the node's own agents that gave it, to the coordinators of all their jobs.
     """
-    answers = of_node(_agents(directory), node, job)
+    agents = _agents(directory)
+    answers = of_node(agents, node, job)
     own = job is None and all(node in (None, (answer.status or {})["node"]) for answer in answers)
-    request = VerbRequest(job=job or "", no_wait=no_wait, **fields)
-    responses, unknown = [], None
-    for answer in answers:
-        request.node = node or (answer.status or {})["node"]
-        try:
-            responses.append(give(answer, method, request, parse_duration(timeout)))
-        except NotFound as error:  # by this one
-            unknown = error
-    if unknown is not None and (own or not responses):
-        raise unknown
-    return tell(method, request, responses, as_json), own
+    requests = [
+        VerbRequest(job=job or "", no_wait=no_wait, node=node or (answer.status or {})["node"], **fields)
+        for answer in answers
+    ]
+    responses = give_all(answers, method, requests, parse_duration(timeout), all_know=own)
+    if job is None and is_for_others():  # what an agent that lives has not heard is not done
+        silent = [answer for answer in agents if answer.status is None and not answer.ended]
+        responses += [VerbResponse(left=[f"{_whose(each)} does not answer: {each.error}"]) for each in silent]
+    return tell(method, requests[0], responses, as_json), own
 
 
 def _agents(directory: Path | None) -> list[Answer]:
@@ -103,8 +105,14 @@ def _agents(directory: Path | None) -> list[Answer]:
         raise AgentUnavailable(f"no agent runs in {where}", hint="orders go through an agent: `ckptsvc status`")
     for answer in answers:
         if answer.error is not None:
-            note(printable(f"the agent in {answer.directory} does not answer: {answer.error}"))
-    return [answer for answer in answers if answer.status is not None]
+            note(printable(f"{_whose(answer)} does not answer: {answer.error}"))
+    if all(answer.status is None for answer in answers):
+        raise AgentUnavailable("no agent that is here answers", hint="`ckptsvc status` shows them")
+    return answers
+
+
+def _whose(agent: Answer) -> str:
+    return f"the agent of user {agent.user}" if agent.uid >= 0 else f"the agent in {agent.directory}"
 
 
 def _of_others() -> list[Answer]:
@@ -135,30 +143,102 @@ def of_job(answers: Sequence[Answer], job: str | None) -> tuple[Answer, str]:
         if not known:
             raise NotFound("no agent of this node has a job")
         (job,) = known
-    for answer in answers:
-        names = (answer.status or {}).get("jobs", ())
-        if launched_as(job) in names or job in names:
-            return answer, job
-    raise NotFound(f"no agent of this node has a job {printable(job)!r}", hint=hint)
+    having = [answer for answer in answers if {job, launched_as(job)} & {*(answer.status or {}).get("jobs", ())}]
+    if not having:
+        raise NotFound(f"no agent of this node has a job {printable(job)!r}", hint=hint)
+    users = sorted({(answer.user, answer.uid) for answer in having})
+    if len(users) > 1:
+        who = ", ".join(printable(name) for name, _ in users[:8])
+        raise InvalidInput(f"several users say that they have a job {printable(job)!r}: {who}",
+            hint="--user says whose is meant")  # fmt: skip
+    return having[0], job
 
 
 def of_node(answers: Sequence[Answer], node: str | None, job: str | None) -> list[Answer]:
-    """The agents to ask about a node: its own, or those whose jobs may have it."""
+    """The agents to ask about a node: its own, or those whose jobs may have it.
+
+    Of several users', all: each knows of his own jobs only, and what one says does not count for the others.
+    """
     if job is not None:
         return [of_job(answers, job)[0]]
+    answers = [answer for answer in answers if answer.status is not None]
+    if any(answer.uid >= 0 for answer in answers):
+        return answers
     own = [answer for answer in answers if node is None or (answer.status or {})["node"] == node]
     names = sorted({(answer.status or {})["node"] for answer in own})
     if node is None and len(names) > 1:
         raise InvalidInput("which node?", hint=f"agents here are called {', '.join(map(printable, names))}")
-    return own or list(answers)
+    return own or answers
+
+
+def give_all(
+    agents: Sequence[Answer], method: str, requests: Sequence[VerbRequest], timeout: float, *, all_know: bool = True
+) -> list[VerbResponse]:
+    """Give an order to several agents at once; what one of them cannot do is left, and keeps no other from it.
+
+    Args:
+        agents, requests: who, and what for each.
+        method: the order.
+        timeout: seconds for each.
+        all_know: False: it is enough that one of them knows the node that is meant.
+
+    Raises:
+        CkptsvcError: there is one agent only, and it cannot be carried out; or none of them knows the node.
+    """
+    if len(agents) == 1:
+        return [give(agents[0], method, requests[0], timeout)]
+    ended: queue.SimpleQueue[tuple[Answer, VerbResponse | Exception]] = queue.SimpleQueue()
+
+    def one(agent: Answer, request: VerbRequest) -> None:
+        try:
+            ended.put((agent, give(agent, method, request, timeout)))
+        except Exception as error:  # noqa: BLE001  for the thread that waits
+            ended.put((agent, error))
+
+    for agent, request in zip(agents, requests, strict=True):
+        # Daemons: whoever has seen enough (Ctrl-C) does not wait for the slowest.
+        threading.Thread(target=one, args=(agent, request), daemon=True).start()
+    responses, unknown = [], None
+    for _ in agents:
+        agent, response = ended.get()
+        if isinstance(response, NotFound) and not all_know:
+            unknown = response
+            continue
+        if isinstance(response, CkptsvcError):
+            what = str(response) if agent.uid >= 0 else f"{_whose(agent)}: {response}"
+            response = VerbResponse(left=[what])
+        if isinstance(response, Exception):
+            raise response
+        responses.append(response)
+    if unknown is not None and not responses:
+        raise unknown
+    return responses
 
 
 def give(agent: Answer, method: str, request: VerbRequest, timeout: float) -> VerbResponse:
     """Give an order to one agent, as who runs this program.
 
     Raises:
-        CkptsvcError: it cannot be carried out, or the agent does not answer.
+        CkptsvcError: it cannot be carried out, or the agent does not answer. What another user's agent says is no more
+            than text, and it is said whose it is.
     """
+    try:
+        response = _give(agent, method, request, timeout)
+    except CkptsvcError as error:
+        if agent.uid >= 0:
+            error.what = printable(f"{_whose(agent)}: {error.what}")
+            error.hint = printable(error.hint)
+        raise
+    except NONSENSE as error:
+        if agent.uid < 0:
+            raise
+        raise AgentUnavailable(printable(f"{_whose(agent)} answers with nonsense: {error}")) from None
+    if not math.isfinite(response.seconds):
+        response.seconds = 0.0
+    return response
+
+
+def _give(agent: Answer, method: str, request: VerbRequest, timeout: float) -> VerbResponse:
     import grpc
 
     from ckptsvc.rpc.channel import FOR_KEY, OPTIONS, TOKEN_KEY, error_of

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from ckptsvc.agent.http_access import http_token, sign_in
-from ckptsvc.cli.agents import Answer, agent_directory, ask_all, ask_users
+from ckptsvc.cli.agents import NONSENSE, Answer, agent_directory, ask_all, ask_users
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, size
 from ckptsvc.config import load
 from ckptsvc.control.restart import launched_as
@@ -152,8 +152,8 @@ def _look(where: Path | None, job: str | None, as_json: bool) -> int:
                 screen.line()
             try:
                 _show(screen, answer)
-            except (LookupError, TypeError, ValueError) as error:
-                if not answer.user:
+            except NONSENSE as error:
+                if answer.uid < 0:
                     raise
                 screen.line("  " + screen.paint(f"answers with nonsense: {type(error).__name__}", "bad"))
     return PARTLY_DONE if any(answer.status is None for answer in answers) else 0

@@ -20,7 +20,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ckptsvc.cli.agents import Answer
+from ckptsvc.cli.agents import NONSENSE, Answer
 from ckptsvc.cli.terminal import duration, note, plural, printable, size, wants_colour
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import AgentUnavailable, NotFound
@@ -71,8 +71,13 @@ def _write_lines(look: Look, every: float) -> int:
             if answer.status is None:
                 note(printable(f"the agent in {answer.directory} does not answer: {answer.error}"))
             else:
-                for line in lines(answer.status):
-                    click.echo(line)
+                try:
+                    for line in lines(answer.status):
+                        click.echo(line)
+                except NONSENSE as error:
+                    if answer.uid < 0:
+                        raise
+                    note(_nonsense(answer, error))
         sys.stdout.flush()
         time.sleep(every)
 
@@ -102,8 +107,17 @@ def _screen(look: Look, width: int) -> RenderableType:
         return Text(f"{printable(error.what)}\n\nq ends this")
     parts: list[RenderableType] = []
     for answer in answers:
-        parts += picture(answer, width)
+        try:
+            parts += picture(answer, width)
+        except NONSENSE as error:
+            if answer.uid < 0:
+                raise
+            parts.append(Text(_nonsense(answer, error), style="bold red"))
     return Group(*parts, Text("q ends this", style="dim"))
+
+
+def _nonsense(answer: Answer, error: Exception) -> str:
+    return printable(f"the agent of user {answer.user} answers with nonsense: {type(error).__name__}")
 
 
 def picture(answer: Answer, width: int) -> list[RenderableType]:

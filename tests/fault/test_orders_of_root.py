@@ -4,14 +4,58 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
+from harness.runtime import eventually
 from harness.users import ALICE, BOB, Node, Person, as_user, node_of_users
 
+from ckptsvc.cli.orders import PARTLY_DONE
 from ckptsvc.errors import EXIT_STATUS
 from ckptsvc.rpc import service
 from ckptsvc.rpc.dial import IDENTITY_SOCKET
 
 ROOT = Person("root", 0, 0, (0,))
+
+HOSTILE = """
+import json, os, socket, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+import grpc
+from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
+
+(directory,) = sys.argv[1:]
+
+def asked(sock):
+    while True:
+        peer, _ = sock.accept()
+        peer.recv(4096)
+        peer.send(json.dumps({"ok": True, "token": "x"}).encode())
+        threading.Timer(20, peer.close).start()
+
+class Agent(agent_pb2_grpc.AgentServiceServicer):
+    def GetStatus(self, request, context):
+        said = {"node": "\\x1b[2Jmine", "jobs": ["gpt"], **{n: [] for n in ("ranks", "arenas", "saves", "coordinates")}}
+        if os.path.exists(f"{directory}/no-shape"):
+            said = {"jobs": [7], "ranks": [{"rank": 1}]}
+        return agent_pb2.GetStatusResponse(json=json.dumps(said).encode())
+
+    def Exclude(self, request, context):
+        if request.node == "n9":
+            time.sleep(40)
+        context.abort(grpc.StatusCode.UNKNOWN, "\\x1b]0;owned\\x07")
+
+for name in ("agent.sock", "identity.sock"):
+    os.rename(f"{directory}/{name}", f"{directory}/{name}.away")
+identity = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+identity.bind(f"{directory}/identity.sock")
+identity.listen()
+threading.Thread(target=asked, args=(identity,), daemon=True).start()
+server = grpc.server(ThreadPoolExecutor(4))
+agent_pb2_grpc.add_AgentServiceServicer_to_server(Agent(), server)
+server.add_insecure_port(f"unix:{directory}/agent.sock")
+server.start()
+open(f"{directory}/hostile", "w").close()
+time.sleep(60)
+"""
 
 
 def audited(node: Node, person: Person) -> list[tuple[str, str, str]]:
@@ -50,3 +94,29 @@ def test_root_may_order_and_others_may_not() -> None:
         assert (status, f"is no socket of user {ALICE.uid}" in said) == (EXIT_STATUS["agent-unavailable"], True)
         assert audited(node, ALICE) == [("exclude", "root", "done")]
         assert audited(node, BOB) == []
+
+
+def test_what_an_agent_of_one_user_does_keeps_no_order_from_the_others() -> None:
+    with node_of_users() as node:
+        node.start()
+        for person in (ALICE, BOB):
+            as_user(person, lambda: service.ask(node.directory, "agent")["directory"])
+        his = node.agent_directory(BOB)
+        node.spawn(BOB, [sys.executable, "-c", HOSTILE, str(his)])
+        eventually((his / "hostile").exists, "Bob's agent to be hostile")
+
+        def order(target: str) -> str:
+            status, said = node.command(ROOT, "exclude", target, "--all-users", "--timeout", "2s", SUDO_UID="")
+            assert status == PARTLY_DONE, said
+            assert f"node {target} is excluded" in said
+            assert f"not done: the agent of user {BOB.name}" in said
+            assert not {"\x1b", "\x07"} & set(said)
+            return said
+
+        assert "did not answer in time" in order("n9")
+        assert "owned" in order("n8")
+        as_user(BOB, (his / "no-shape").touch)
+        assert "nonsense" in order("n7")
+        assert audited(node, ALICE) == [("exclude", "root", "done")] * 3
+        status, said = node.command(ROOT, "status", "--all-users", "--job", "gpt")
+        assert (status, "Traceback" in said) == (PARTLY_DONE, False), said

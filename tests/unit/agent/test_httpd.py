@@ -28,11 +28,11 @@ async def forever():
         yield b"x" * 4096
 
 
-def served(story, handler=hello):
+def served(story, handler=hello, **given):
     """Run a story with the port of a server; the server closes behind it."""
 
     async def whole():
-        server = HttpServer(handler)
+        server = HttpServer(handler, **given)
         try:
             await asyncio.wait_for(story(server, server.open(LOOPBACK)), 60)
         finally:
@@ -149,6 +149,43 @@ class TestHostileReaders:
                 writer.close()
 
         served(story)
+
+    def test_a_flood_takes_nobody_his_turn(self):
+        async def story(server, port):
+            silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(httpd.MAX_WAITING)]
+            with contextlib.ExitStack() as stack:  # all at once, as far as the server's loop can tell
+
+                def come():
+                    return stack.enter_context(socket.create_connection(("127.0.0.1", port)))
+
+                honest = come()
+                honest.sendall(GOOD)
+                for _ in range(httpd.MAX_WAITING):
+                    come()
+                honest.setblocking(False)
+                assert (await asyncio.get_running_loop().sock_recv(honest, 100)).startswith(b"HTTP/1.1 200 ")
+            for _, writer in silent:
+                writer.close()
+
+        served(story)
+
+    def test_who_is_not_let_in_takes_no_place_of_those_who_are(self, monkeypatch):
+        monkeypatch.setattr(httpd, "MAX_SERVED", 2)
+
+        def door(request):
+            return Response(401, b"x" * (32 << 20)) if request.path == "/strange" else None
+
+        async def story(server, port):
+            with contextlib.ExitStack() as stack:
+                strangers = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(4)]
+                for each in strangers:
+                    each.sendall(GOOD.replace(b"/ ", b"/strange "))
+                    each.setblocking(False)
+                    assert await asyncio.get_running_loop().sock_recv(each, 12) == b"HTTP/1.1 401"
+                assert b" 200 OK" in await ask(port)  # while they take their time
+                assert len(server._waiting) == 4
+
+        served(story, door=door)
 
     def test_who_does_not_read_is_hung_up_on(self, monkeypatch):
         monkeypatch.setattr(httpd, "WRITE_TIME", 0.2)

@@ -86,6 +86,16 @@ class TestRegistering:
             first.call("Abandon", agent_pb2.AbandonRequest(step=1))
         second.close()
 
+    def test_a_rank_may_give_orders_and_keeps_its_session(self, agent):
+        rank = agent.register()
+        (slot, *_) = rank.call("Provide", agent_pb2.ProvideRequest(bytes=4096)).slots
+        answer, _ = rank.identity.call({"op": "caller"})
+        assert answer["token"] != rank.token
+        _, fd = rank.identity.call({"op": "map", "slot": slot})
+        os.close(fd)
+        rank.call("Leave", agent_pb2.LeaveRequest())
+        rank.close()
+
     def test_of_what_cannot_be_is_refused_and_leaves_nothing(self, agent):
         for changes, message in IMPOSSIBLE:
             with pytest.raises(InvalidInput, match=message):

@@ -38,6 +38,24 @@ def test_which_job_is_asked_where_there_are_several():
         of_job([agent("n0")], None)
 
 
+def test_a_job_that_several_users_say_they_have_is_not_guessed():
+    ours, theirs = agent("n0", "gpt")._replace(user="ada", uid=7), agent("n0", "gpt")._replace(user="bob\x1b", uid=8)
+    for job in (None, "gpt", "gpt@12ab"):
+        with pytest.raises(
+            InvalidInput, match=r"several users say that they have a job 'gpt.*': ada, bob\\x1b"
+        ) as error:
+            of_job([theirs, ours], job)
+        assert error.value.hint == "--user says whose is meant"
+    assert of_job([theirs], "gpt") == (theirs, "gpt")
+
+
+def test_where_an_agent_of_a_user_says_it_is_does_not_lead_orders_astray():
+    honest, liar = agent("n0")._replace(user="ada", uid=7), agent("n9")._replace(user="bob", uid=8)
+    silent = Answer(Path("/run/c"), None, NotFound("gone"), "eve", 9)
+    for node in (None, "n0", "n9", "n1"):
+        assert of_node([honest, liar, silent], node, None) == [honest, liar]
+
+
 def test_a_node_is_ordered_about_through_its_own_agents_or_any():
     assert of_node(AGENTS, "n1", None) == [AGENTS[1]]
     assert of_node(AGENTS, "elsewhere", None) == AGENTS
@@ -94,6 +112,11 @@ def test_what_is_left_is_said_and_shows_in_the_exit_status(capsys):
     assert tell("Drain", VerbRequest(node="n1"), [done, some], as_json=True) == PARTLY_DONE
     said = json.loads(capsys.readouterr().out)
     assert (said["done"], said["what"], said["left"]) == (False, ["step 7 is committed", "one"], ["another \x1b[2J"])
+
+
+def test_errors_say_nothing_to_the_terminal(tmp_path):
+    status, _, err = cli("audit", "--file", tmp_path / "\x1b]0;owned\x07")
+    assert (status, "\x1b" in err, "\\x1b]0;owned\\x07" in err) == (10, False, True)
 
 
 @pytest.fixture

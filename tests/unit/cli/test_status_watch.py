@@ -125,3 +125,13 @@ def test_the_address_of_the_page_has_the_token(monkeypatch: pytest.MonkeyPatch, 
     code, out, err = cli("status", "--url")
     assert (code, out) == (10, "")
     assert "agent.metrics_listen" in err
+
+
+def test_nonsense_of_another_users_agent_does_not_end_the_watching() -> None:
+    told = document(coordinated(job_of(8), (3,)))
+    told["coordinates"][0]["aside"] = []
+    mad, good = Answer(Path("/run/b"), told, None, "bob", 8), Answer(Path("/run/a"), document(), None, "ada", 7)
+    text = io.StringIO()
+    Console(file=text, width=100).print(status_watch._screen(lambda: [mad, good], 100))
+    assert "the agent of user bob answers with nonsense" in text.getvalue()
+    assert "no job" in text.getvalue()

@@ -3,6 +3,8 @@
 import json
 import os
 import tarfile
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +13,8 @@ from ckptsvc.agent.audit import AuditLog, Entry
 from ckptsvc.cli import bundle_parts, support_bundle
 from ckptsvc.cli.masking import Mask, is_secret, masked_url
 from ckptsvc.cli.settings import written
+from ckptsvc.errors import InvalidInput
+from ckptsvc.settings import AgentSettings, Settings
 
 PLANTED = {
     where: f"planted-{where}-0123456789abcdef"
@@ -154,3 +158,88 @@ def test_urls_and_tables_of_settings():
 def test_text_without_secrets_is_left_alone():
     text = "step 120: committed in file:///runs/a?x=1, keys: 3, 12:30:01 error: no space (key_file = '/a/b')"
     assert Mask(["abc"]).text(text) == text
+
+
+# ---- what is no business of the bundle's
+
+
+def of_agent(directory, address):
+    return bundle_parts.Answer(directory, {"metrics": address})
+
+
+@pytest.fixture
+def asked():
+    """What is asked for, with the headers, by whoever comes to a port; and the port."""
+    seen = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self):
+            seen.append((self.path, self.headers.get("Authorization")))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"up 1\n")
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        yield seen, server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+def test_the_token_of_the_agents_is_shown_on_loopback_and_agents_of_jobs_share_it(tmp_path, asked):
+    seen, port = asked
+    job = tmp_path / "job-x"
+    job.mkdir()
+    (tmp_path / "http-token").write_text("shared-token\n")
+    assert bundle_parts._metrics(of_agent(job, f"127.0.0.1:{port}"), Settings()) == "up 1\n"
+    assert seen == [("/metrics", "Bearer shared-token")]
+    (job / "http-token").write_text("named-token-of-the-job\n")
+    (job / "http-token").chmod(0o600)
+    settings = Settings(agent=AgentSettings(http_token_file=str(job / "http-token")))
+    assert bundle_parts._metrics(of_agent(tmp_path, f"localhost:{port}"), settings) == "up 1\n"
+    assert seen[1:] == [("/metrics", "Bearer named-token-of-the-job")]
+    with pytest.raises(OSError, match="not on loopback"):
+        bundle_parts._metrics(of_agent(job, f"0.0.0.0:{port}"), Settings())
+    with pytest.raises(InvalidInput):
+        bundle_parts._metrics(of_agent(job, f"127.0.0.1:{port}@example.org:1"), Settings())
+    assert len(seen) == 2
+
+
+def test_a_link_in_place_of_a_token_is_not_followed(tmp_path, asked):
+    seen, port = asked
+    (tmp_path / "keep-out").write_text("nobody-elses-secret\n")
+    agent = tmp_path / "run" / "job-x"
+    agent.mkdir(parents=True)
+    (agent / "http-token").symlink_to(tmp_path / "keep-out")
+    bundle_parts._metrics(of_agent(agent, f"127.0.0.1:{port}"), Settings())
+    assert seen == [("/metrics", None)]
+
+
+@pytest.mark.timeout(60)
+def test_pipes_in_place_of_secrets_hold_nobody_up(planted, monkeypatch):
+    os.mkfifo(planted / "run" / "node-n1" / "secret")
+    (planted / "password").unlink()
+    os.mkfifo(planted / "password")
+    monkeypatch.setattr(bundle_parts, "PATIENCE", 0.1)
+    found = {part.name: part for part in bundle_parts.parts(planted / "run", os.environ)}
+    assert b"and this is what somebody looks for" in found["agents/node-n1/agent.log"].data
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_directory_of_somebody_else_is_refused(planted):
+    os.chown(planted / "run", 54321, 54321)
+    with pytest.raises(InvalidInput, match="belongs to user 54321"):
+        next(bundle_parts.parts(planted / "run", os.environ))
+    (planted / "link").symlink_to(planted / "run")
+    with pytest.raises(InvalidInput, match="belongs to user 54321"):
+        next(bundle_parts.parts(planted / "link", os.environ))
+
+
+def test_a_directory_to_which_others_may_write_is_refused(planted):
+    (planted / "run").chmod(0o770)
+    with pytest.raises(InvalidInput, match="others may write to"):
+        next(bundle_parts.parts(planted / "run", os.environ))
