@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import stat
@@ -36,6 +37,7 @@ from harness.users import (
 )
 
 from ckptsvc.agent import supervisor_entrance
+from ckptsvc.agent.supervisor_gate import STRANGERS
 from ckptsvc.agent.supervisor_records import locked
 from ckptsvc.cli.agents import ask as ask_agent
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, LimitReached, StoreDenied
@@ -703,6 +705,28 @@ while time.monotonic() < end:
             flood.kill()
             flood.communicate()
         assert log.read_text().count("turned away") < 5  # the log is not flooded too
+
+    def test_of_silent_connections_makes_room_for_who_has_something_to_say(self, shared: Node) -> None:
+        def fill() -> list[Any]:
+            """Connect as several numbers, which one person may have; what the first of them hears, and others."""
+            resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+            held = []
+            for uid in range(54900, 54900 + 2 * STRANGERS // 100):
+                os.seteuid(uid)
+                for _ in range(100):
+                    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                    sock.connect(str(shared.directory / "service.sock"))
+                    held.append(sock)
+                os.seteuid(0)
+            held[0].settimeout(20)
+            answer = json.loads(held[0].recv(65536))
+            with pytest.raises(StoreDenied):  # one more is heard, and told the right thing
+                ask(shared, STRANGER)
+            return [answer["code"], answer["what"], ask(shared, ALICE)["ok"]]
+
+        code, what, hers = as_user(ROOT, fill)
+        assert (code, hers) == ("limit-reached", True)
+        assert "too many connections are open, and user 54900 has most" in what
 
 
 def register(node: Node, person: Person, job: str = "job") -> str:
