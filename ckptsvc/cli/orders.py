@@ -177,8 +177,9 @@ def give_all(
     """Give an order to several agents at once; what one of them cannot do is left, and keeps no other from it.
 
     Args:
-        agents, requests: who, and what for each.
+        agents: who.
         method: the order.
+        requests: what it says, for each.
         timeout: seconds for each.
         all_know: False: it is enough that one of them knows the node that is meant.
 
