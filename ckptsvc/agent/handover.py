@@ -23,6 +23,7 @@ from typing import NoReturn
 import msgspec
 
 from ckptsvc.agent.aside import aside
+from ckptsvc.agent.trial import TRIAL_PATIENCE
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, RunBusy
 from ckptsvc.pipeline.arena import WAITING, ArenaPool, State
 from ckptsvc.quantities import Address, parse_address
@@ -42,9 +43,6 @@ OWN_PATIENCE = 2.0
 
 YIELD_PATIENCE = 20.0
 """Seconds that an agent which a job has started gets to make way for a service."""
-
-TRIAL_PATIENCE = 60.0
-"""Seconds the program may take to show that it can start."""
 
 COPY_PATIENCE = 10.0
 """Seconds that copies into arenas get to end: a snapshot that is not whole when the agent goes is skipped."""
@@ -144,28 +142,6 @@ async def _asked_to_yield(directory: Path) -> bool | None:
         return None
     except CkptsvcError:
         return False
-
-
-async def obstacle() -> str:
-    """Why the program, as it is installed now, could not take over; "" if nothing is known against it."""
-    flags = ["-P"] if sys.flags.safe_path else []
-    command = [sys.executable, *flags, "-m", "ckptsvc.cli.main", "agent", "--check-config"]
-    try:
-        trial = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-        )
-    except OSError as error:
-        return f"{command[0]}: {error.strerror}"
-    try:
-        output, _ = await asyncio.wait_for(trial.communicate(), TRIAL_PATIENCE)
-    except TimeoutError:
-        trial.kill()
-        return f"it has not started within {TRIAL_PATIENCE:g} s"
-    if trial.returncode == 0:
-        return ""
-    lines = output.decode(errors="replace").strip().splitlines()
-    errors = [line for line in lines if line.startswith("error: ")]  # a hint may follow
-    return (errors or lines or [f"it ended with status {trial.returncode}"])[-1].removeprefix("error: ")
 
 
 async def copies_end(pool: ArenaPool) -> None:

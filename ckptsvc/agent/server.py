@@ -55,6 +55,7 @@ from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer, add_agent
 from ckptsvc.agent.standing import StandingOrders
 from ckptsvc.agent.status import status_of, summary_of
 from ckptsvc.agent.tenancy import Tenancy
+from ckptsvc.agent.trial import obstacle
 from ckptsvc.agent.watch import Watch, limits_of
 from ckptsvc.agent.workers import Workers
 from ckptsvc.config import agents_directory, load, private_directory
@@ -330,7 +331,7 @@ class Agent:
         if self._makes_way:
             return
         self._makes_way = True
-        if why := await handover.obstacle():
+        if why := await obstacle():
             logger.error("the agent goes on as before, it cannot be replaced: %s", why)
             self._makes_way = False
             return

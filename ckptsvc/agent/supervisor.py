@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from ckptsvc.agent.notify import Notifier
 from ckptsvc.agent.supervisor_accounts import Accounts
 from ckptsvc.agent.supervisor_agents import Agents, shown
 from ckptsvc.agent.supervisor_gate import Gate, Visit
+from ckptsvc.agent.trial import obstacle
 from ckptsvc.config import load
 from ckptsvc.control.shares import Node
 from ckptsvc.errors import CkptsvcError, ConfigError, InvalidInput, LimitReached, RunBusy
@@ -96,7 +97,7 @@ class Supervisor:
         self._gate = Gate()
         self._tasks: set[asyncio.Task[None]] = set()
         self._refused_at: dict[int, float] = {}
-        self._anew = False
+        self._trying = self._anew = False
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; the agents live on.
@@ -119,7 +120,7 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
         for number in (signal.SIGHUP, signal.SIGUSR2):
-            loop.add_signal_handler(number, self._begin_anew, number, stopping)
+            loop.add_signal_handler(number, self._told_to_begin_anew, number, stopping)
         listener = _listening(self._directory / SOCKET)
         notifier, summary = Notifier.of(os.environ, os.getpid()), self._agents.summary
         lasting = [asyncio.ensure_future(c) for c in (self._accept(listener), notifier.beat(summary))]
@@ -142,16 +143,33 @@ class Supervisor:
             os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
         logger.info("the service of this node has stopped; the agents of its users go on")
 
-    def _begin_anew(self, number: int, stopping: asyncio.Event) -> None:
+    def _told_to_begin_anew(self, number: int, stopping: asyncio.Event) -> None:
+        if not self._trying:
+            self._trying = True
+            self._spawn(self._begin_anew(number, stopping))
+
+    async def _begin_anew(self, number: int, stopping: asyncio.Event) -> None:
+        """Give way to the program as it is installed now, if that starts and takes the settings."""
         try:
-            node_of(load(os.environ))
+            why = await obstacle("--system")
+            if not why:
+                node_of(load(os.environ))
         except ConfigError as error:
-            logger.warning("the settings stay as they were: %s", error)
+            why = str(error)
+        self._trying = False
+        if why:
+            logger.warning("the service and its settings stay as they were: %s", why)
             return
         logger.info("the service of this node begins anew")
         self._agents.signal(number)
         self._anew = True
         stopping.set()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -172,8 +190,7 @@ class Supervisor:
                 with sock:
                     self._turn_away(peer, why)
                 continue
-            peer.serving = asyncio.ensure_future(self._serve(peer))
-            self._tasks.add(peer.serving)
+            peer.serving = self._spawn(self._serve(peer))
             peer.serving.add_done_callback(partial(self._gone, peer))
 
     def _turn_away(self, peer: _Peer, why: str) -> None:
@@ -191,8 +208,7 @@ class Supervisor:
         if peer.serving is not None:
             peer.serving.cancel()
 
-    def _gone(self, peer: _Peer, serving: asyncio.Task[None]) -> None:
-        self._tasks.discard(serving)
+    def _gone(self, peer: _Peer, _: asyncio.Task[None]) -> None:
         self._gate.leave(peer.visit)
         if peer.is_agent:
             self._agents.disconnected(peer.uid, peer.sock)

@@ -27,6 +27,10 @@ $pip --python "$package/opt/ckptsvc/bin/python" install --no-input --disable-pip
 # What pip has written into scripts is where they were made.
 grep -rlIZ "$package/opt/ckptsvc" "$package/opt/ckptsvc/bin" "$package/opt/ckptsvc/pyvenv.cfg" |
 	xargs -0 --no-run-if-empty sed -i "s#$package/opt/ckptsvc#/opt/ckptsvc#g"
+# Nobody compiles it later: root's umask could leave what only root can read. Some packages hold templates that are no
+# program yet, hence "|| true".
+"$package/opt/ckptsvc/bin/python" -m compileall -q -j 0 --invalidation-mode unchecked-hash \
+	-s "$package" -p / "$package/opt/ckptsvc/lib" || true
 find "$package/opt/ckptsvc" -name RECORD -path '*dist-info*' -exec sed -i '/__pycache__/d' {} +
 
 mkdir -p "$package/usr/bin" "$package/etc/ckptsvc" "$package/usr/lib/systemd" "$package/usr/share/doc/ckptsvc" \
@@ -37,6 +41,7 @@ install -D -m 644 -t "$package/usr/lib/systemd/user" "$deploy"/systemd/user/*.se
 install -m 644 -t "$package/usr/lib/tmpfiles.d" "$deploy"/systemd/tmpfiles.d/ckptsvc.conf
 install -m 644 -t "$package/etc/ckptsvc" "$deploy/systemd/config.toml"
 install -D -m 644 -t "$package/usr/share/doc/ckptsvc/examples" "$deploy"/systemd/examples/*.conf
+install -m 644 "$deploy/systemd/logind.conf.d/ckptsvc.conf" "$package/usr/share/doc/ckptsvc/examples/logind.conf"
 install -m 644 "$deploy/systemd/README.md" "$package/usr/share/doc/ckptsvc/README.md"
 install -m 644 "$here/copyright" "$package/usr/share/doc/ckptsvc/copyright"
 

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import stat
@@ -781,6 +782,8 @@ class TestTheServicesOwnEnd:
     def test_is_none_when_it_is_told_to_read_its_settings_again(self, node: Node) -> None:
         settings = node.root / "config.toml"
         settings.write_text('[system]\nuser_memory = "10%"\n')
+        new = node.root / "new" / "ckptsvc"
+        node.environ["PYTHONPATH"] = f"{new.parent}:{node.environ['PYTHONPATH']}"
         node.start(config=str(settings))
         ask(node, ALICE)
         agent = node.agents()[ALICE.uid]["pid"]
@@ -788,8 +791,16 @@ class TestTheServicesOwnEnd:
         settings.write_text('[system]\nuser_memories = "10%"\n')
         node.supervisor.send_signal(signal.SIGHUP)
         log = node.root / "service.log"
-        eventually(lambda: "the settings stay as they were" in log.read_text(), "the mistake to be noticed")
+        eventually(
+            lambda: "the service and its settings stay as they were" in log.read_text(), "the mistake to be noticed"
+        )
         settings.write_text('[system]\nusers = "ck-bob"\n')
+        new.mkdir(parents=True)
+        (new / "__init__.py").write_text("raise SystemExit('this version is broken')")
+        node.supervisor.send_signal(signal.SIGUSR2)
+        eventually(lambda: "this version is broken" in log.read_text(), "the trial to fail")
+        assert ask(node, ALICE)["ok"] is True
+        shutil.rmtree(new)
         hers = node.agent_directory(ALICE) / "agent.log"
         node.supervisor.send_signal(signal.SIGUSR2)
         eventually(lambda: log.read_text().count("listens in") == 2, "it to listen again")

@@ -17,7 +17,7 @@ import pytest
 from harness.job import Launch
 from harness.runtime import Runtime, eventually
 from harness.systemd import systemd
-from harness.users import ALICE, Node, opened_for_users
+from harness.users import ALICE, Node, opened_for_users, wait_until_gone
 
 from ckptsvc.cli.agent import command
 from ckptsvc.config import load
@@ -249,8 +249,15 @@ def test_the_service_of_all_users_works_with_no_more_rights_than_it_has(tmp_path
             eventually(lambda: system.show(SYSTEM, "ActiveState") == "active", "the service to be there again")
             assert (system.show(SYSTEM, "MainPID"), system.show(SYSTEM, "NRestarts")) == (main, "0")
             assert Path(f"/proc/{pid}").exists()
+            score = Path(f"/proc/{pid}/oom_score_adj")
+            assert int(score.read_text()) >= 0
+            limits = Path(f"/proc/{pid}/limits").read_text()
+            assert re.search(r"Max processes +32768 +32768 ", limits)
+            assert not re.search(r"Max locked memory +unlimited", limits)
             system.systemctl("stop", SYSTEM)
             assert Path(f"/proc/{pid}").exists()
+            system.systemctl("kill", "--kill-whom=all", "--signal=TERM", SYSTEM)  # as when the package is removed
+            wait_until_gone(pid)
     finally:
         print(node.log())
         problems = node.close()
