@@ -9,12 +9,14 @@ import os
 import secrets
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
 import grpc.aio
 import msgspec
 
+from ckptsvc.agent.aside import aside
 from ckptsvc.agent.logtail import one_line
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.rpc.accounts import account_of, is_listed, user_name
@@ -23,6 +25,9 @@ from ckptsvc.rpc.roles import ROLES, VERBS, Role
 
 MAX_CALLERS = 256
 """Tokens at a time: people do not order so much at once."""
+
+LOOK_UP = 5.0
+"""Seconds for a look at the accounts: those of many sites are on a network."""
 
 ROOT = 0
 
@@ -66,23 +71,26 @@ class Callers:
         self._operators = operators
         self.on_stranger: Callable[[int, str], None] = lambda uid, name: None
         self._by_token: dict[str, Caller] = {}
+        self._names: dict[int, str] = {}  # of the owner and of root
 
-    def admit(self, uid: int, pid: int) -> str:
+    async def admit(self, uid: int, pid: int) -> str:
         """Give a token to a process of a user.
 
         Raises:
             StoreDenied: the agent is another user's, and he does not operate the machine.
             InvalidInput: too many have one.
         """
-        roles = self._roles(uid)
+        name, roles = await self._who(uid)
         if not roles:
-            self.on_stranger(uid, user_name(uid))
-            hint = "root may give orders to others' agents"
-            raise StoreDenied(f"this agent serves user {user_name(os.geteuid())}, not {user_name(uid)}", hint=hint)
+            self.on_stranger(uid, name)
+            owner = self._names.get(os.geteuid(), str(os.geteuid()))
+            raise StoreDenied(
+                f"this agent serves user {owner}, not {name}", hint="root may give orders to others' agents"
+            )
         if len(self._by_token) >= MAX_CALLERS:
             raise InvalidInput("too many callers at a time")
         token = secrets.token_hex(16)
-        self._by_token[token] = Caller(uid, pid, user_name(uid), roles)
+        self._by_token[token] = Caller(uid, pid, name, roles)
         return token
 
     def dismiss(self, token: str) -> None:
@@ -101,10 +109,22 @@ class Callers:
             return None
         return Caller(claim.uid, caller.pid, one_line(claim.name)[:64], caller.roles, via=caller.name)
 
-    def _roles(self, uid: int) -> frozenset[Role]:
-        if uid == os.geteuid():
-            return frozenset(Role)
-        return frozenset({Role.OPERATOR}) if uid == ROOT or is_listed(account_of(uid), self._operators) else frozenset()
+    async def _who(self, uid: int) -> tuple[str, frozenset[Role]]:
+        """Name and roles of a user."""
+        roles = {ROOT: frozenset({Role.OPERATOR}), os.geteuid(): frozenset(Role)}.get(uid, frozenset())
+        if uid in self._names:
+            return self._names[uid], roles
+        try:
+            name, is_operator = await aside(partial(_look_up, uid, () if roles else self._operators), LOOK_UP)
+        except OSError:  # nobody says who that is: whom we know without gives his orders all the same
+            return str(uid), roles
+        if roles:
+            self._names[uid] = name
+        return name, frozenset({Role.OPERATOR}) if is_operator else roles
+
+
+def _look_up(uid: int, operators: Sequence[str]) -> tuple[str, bool]:
+    return user_name(uid), bool(operators) and is_listed(account_of(uid), operators)
 
 
 class RoleGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types

@@ -121,7 +121,7 @@ class Owner(Protocol):
 class Admits(Protocol):
     """What the identity socket needs of those who give orders."""
 
-    def admit(self, uid: int, pid: int) -> str:
+    async def admit(self, uid: int, pid: int) -> str:
         """Give a token to a process of a user, or raise StoreDenied."""
 
     def dismiss(self, token: str) -> None:
@@ -195,7 +195,7 @@ class IdentityServer:
                 if not data:
                     return
                 try:
-                    reply = self._answer(data, sock, pid, uid, token)
+                    reply = await self._answer(data, sock, pid, uid, token)
                     token = reply.token
                     if reply.caller:
                         self._callers.dismiss(caller)
@@ -225,13 +225,13 @@ class IdentityServer:
             if caller:
                 self._callers.dismiss(caller)
 
-    def _answer(self, data: bytes, sock: socket.socket, pid: int, uid: int, token: str) -> _Reply:
+    async def _answer(self, data: bytes, sock: socket.socket, pid: int, uid: int, token: str) -> _Reply:
         try:
             op = msgspec.json.decode(data, type=dict).get("op")
             wanted: Registration | MapRequest | WitnessRequest | YieldRequest
             if op == "caller":
                 msgspec.json.decode(data, type=CallerRequest)
-                caller = self._callers.admit(uid, pid)
+                caller = await self._callers.admit(uid, pid)
                 return _Reply({"ok": True, "token": caller}, token=token, caller=caller)
             if uid != os.geteuid():
                 raise StoreDenied(f"this agent serves user {os.geteuid()}, not user {uid}")

@@ -19,16 +19,27 @@ SHORTEST = 6
 """Characters of a value that is looked for everywhere: shorter ones are words of the language."""
 
 _WORDS = (
-    r"[\w.-]*(?:secret|passw|passphrase|pwd|token|credential|signature|api_?key|access_?key|account_?key|private_?key"
-    r"|shared_?access|connection_?string|x-amz-)[\w.-]*|sig|sas"
+    r"(?=[\w.-]*(?:secret|passw|passphrase|pwd|token|credential|signature|(?:api|access|account|private)[_-]?key"
+    r"|shared[_-]?access|connection[_-]?string|x-amz-))[\w.-]++|sig|sas"
 )
-_USERINFO = re.compile(r"(?<=://)[^/@\s\"']+@")
+"""A name that has one of these in it, taken as a whole: a long one costs no more than its length."""
+
+_USERINFO = re.compile(
+    r"(?<=://)(?:[^/@:\s\"']*:[^\s\"']{0,512}|[^/@\s\"']+)@"
+)  # a password may have "/" and "@" in it
 _PARAMETER = re.compile(rf"(?i)([?&;]({_WORDS}|key)=)[^&;#\s\"']+")
 _QUOTED = r"\\?\"[^\"]*\"|\\?'[^']*'"
-_ASSIGNED = re.compile(
-    rf"(?i)((?:^|[\s,;{{(\"'])(?:{_WORDS})\\?[\"']?\s*[=:]\s*)({_QUOTED}|[^\s,;}})\"']+)", re.MULTILINE
+_BARE = r"(?:[^\s,;})\"']|[,;})](?=[^\s,;})\"'])(?![\w.-]+\s*[=:]))+"  # up to a space, a quote, or the next name
+_REST = r"(?:[^\r\n\"]|\"(?!\s*(?:[,}\]]|$)))+"  # of the line, or of the text in a document
+_ASSIGNED = re.compile(rf"(?i)((?:^|[\s,;{{(\"'])(?:{_WORDS})\\?[\"']?\s*[=:]\s*)({_QUOTED}|{_BARE})", re.MULTILINE)
+_PHRASE = re.compile(
+    rf"(?i)((?:^|[\s,;{{(\"'])(?=[\w.-]*(?:passw|passphrase|pwd))[\w.-]++:[ \t]+)(?![\"'\\]){_REST}", re.MULTILINE
 )
-_HEADER = re.compile(r"(?i)\b(bearer|basic|authorization:?|sharedkey)\s+[\w+/=.:~-]{8,}")
+_OPTION = re.compile(rf"(?i)((?:^|[\s\"'=])--?(?:{_WORDS})[\s\"',]+)(?!-)[^\s\"',]+", re.MULTILINE)
+_HEADER = re.compile(
+    rf"(?i)\b((?:proxy-)?authori[sz]ation|(?:set-)?cookie)(\\?[\"']?\s*[:=]\s*)({_QUOTED}|{_REST})", re.MULTILINE
+)
+_SCHEME = re.compile(r"(?i)\b(bearer|basic|sharedkey)\s+[\w+/=.:~-]{8,}")
 _BLOCK = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(-----END [A-Z ]*PRIVATE KEY-----|$)", re.DOTALL)
 
 
@@ -57,8 +68,11 @@ class Mask:
         """The text without secrets."""
         if self._values is not None:
             text = self._values.sub(HIDDEN, text)
-        text = _HEADER.sub(rf"\g<1> {HIDDEN}", _BLOCK.sub(f"[private key {HIDDEN}]", text))
-        return _ASSIGNED.sub(rf"\g<1>{HIDDEN}", masked_url(text))
+        text = _HEADER.sub(rf"\g<1>\g<2>{HIDDEN}", _BLOCK.sub(f"[private key {HIDDEN}]", text))
+        text = masked_url(_SCHEME.sub(rf"\g<1> {HIDDEN}", text))
+        for form in (_PHRASE, _ASSIGNED, _OPTION):
+            text = form.sub(rf"\g<1>{HIDDEN}", text)
+        return text
 
     def plain(self, value: Any) -> Any:
         """The same for a value of JSON."""

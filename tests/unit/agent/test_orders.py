@@ -1,11 +1,13 @@
 """Who may give orders to an agent, by what it is known who he is, and what is taken down of it."""
 
+import asyncio
 import grp
 import json
 import os
 import pwd
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import grpc
@@ -13,6 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
+from ckptsvc.agent import callers
 from ckptsvc.agent.callers import Callers
 from ckptsvc.errors import CkptsvcError, InvalidInput, NodeUnfit, NotFound, StoreDenied
 from ckptsvc.rpc.accounts import account_of, is_listed
@@ -50,11 +53,11 @@ def test_ranks_and_launchers_are_the_owners_alone():
 
 def test_the_owner_has_every_role_and_root_gives_orders_only():
     callers = Callers()
-    own = callers.of([(TOKEN_KEY, callers.admit(os.geteuid(), 1))])
+    own = callers.of([(TOKEN_KEY, asyncio.run(callers.admit(os.geteuid(), 1)))])
     assert own is not None
     assert own.roles == frozenset(Role)
     with pytest.raises(StoreDenied, match="serves user"):
-        callers.admit(STRANGER, 1)
+        asyncio.run(callers.admit(STRANGER, 1))
 
 
 def test_operators_are_named_or_are_in_a_group():
@@ -73,16 +76,37 @@ def test_operators_are_named_or_are_in_a_group():
 
 def test_a_token_is_good_while_its_connection_lasts():
     callers = Callers()
-    token = callers.admit(os.geteuid(), 1)
+    token = asyncio.run(callers.admit(os.geteuid(), 1))
     callers.dismiss(token)
     assert callers.of([(TOKEN_KEY, token)]) is None
     assert callers.of([]) is None
 
 
+def test_accounts_that_do_not_answer_hold_up_neither_the_agent_nor_its_owner(monkeypatch):
+    answering = threading.Event()
+    monkeypatch.setattr(callers, "user_name", lambda uid: answering.wait(60) and "never")
+    monkeypatch.setattr(callers, "LOOK_UP", 0.05)
+
+    async def story():
+        own = Callers(["@operators"])
+        asked = asyncio.ensure_future(own.admit(os.geteuid(), 1))
+        await asyncio.sleep(0)
+        assert not asked.done()  # and the loop goes on
+        caller = own.of([(TOKEN_KEY, await asked)])
+        assert (caller.name, caller.roles) == (str(os.geteuid()), frozenset(Role))
+        with pytest.raises(StoreDenied, match=f"not {STRANGER}"):
+            await own.admit(STRANGER, 1)
+
+    try:
+        asyncio.run(story())
+    finally:
+        answering.set()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root passes orders on")
 def test_root_passes_an_order_on_for_somebody():
     callers = Callers()
-    token = callers.admit(0, 1)
+    token = asyncio.run(callers.admit(0, 1))
     claim = json.dumps({"uid": 1000, "name": "ada"})
     caller = callers.of([(TOKEN_KEY, token), (FOR_KEY, claim)])
     assert caller is not None

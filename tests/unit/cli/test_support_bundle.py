@@ -155,7 +155,57 @@ def test_urls_and_tables_of_settings():
     assert written({"a": {"accessKey": "x", "n": ["u:p", 1]}}) == '{"a" = {"accessKey" = "...", "n" = ["u:p", 1]}}'
 
 
+@pytest.mark.parametrize(
+    ("text", "without"),
+    [
+        ("run --api-key sk-abc123def --steps 3", "run --api-key ... --steps 3"),
+        ("run --password hunter2xx", "run --password ..."),
+        ('["run", "--password", "hunter2xx", "--steps", "3"]', '["run", "--password", "...", "--steps", "3"]'),
+        ("x-api-key: abc", "x-api-key: ..."),
+        ("Cookie: a=hunter2; b=hunter3\nHost: x", "Cookie: ...\nHost: x"),
+        ('set-cookie: sid="hunter2"; Path=/', "set-cookie: ..."),
+        ("Authorization: Token abc", "Authorization: ..."),
+        ('{"msg": "Authorization: Token abc", "step": 3}', '{"msg": "Authorization: ...", "step": 3}'),
+        ('{"Authorization": "Token abc", "step": 3}', '{"Authorization": ..., "step": 3}'),
+        ("password: my pass phrase\nstep 3", "password: ...\nstep 3"),
+        ("password=a,bcd step=3", "password=... step=3"),
+        ("password=a,bcd,step=3", "password=...,step=3"),
+        ("password=a)b;cd}e", "password=..."),
+        ("open https://user:pa/ss@host/x", "open https://...@host/x"),
+        ("open https://user:p@ss@host/x", "open https://...@host/x"),
+        ("proxy-authorization=Digest u, r, n", "proxy-authorization=..."),
+    ],
+)
+def test_secrets_in_all_shapes(text, without):
+    assert Mask().text(text) == without
+
+
+def test_a_long_text_is_looked_through_in_one_go():
+    for part in (
+        "secret",
+        "0",
+        "_-",
+        "a=",
+        "://",
+        "://a:",
+        "Cookie: ",
+        "--token ",
+        "password: ",
+        '"',
+        "a=,b",
+        "pwd=,,",
+    ):
+        Mask().text(part * (300_000 // len(part)))  # it would not end
+
+
 def test_text_without_secrets_is_left_alone():
+    for text in (
+        "file:///runs/gpt@12ab/step-3",
+        "s3://bucket/gpt@12ab",
+        "run --keys 3 --author x",
+        "a cookie, a token",
+    ):
+        assert Mask().text(text) == text
     text = "step 120: committed in file:///runs/a?x=1, keys: 3, 12:30:01 error: no space (key_file = '/a/b')"
     assert Mask(["abc"]).text(text) == text
 
