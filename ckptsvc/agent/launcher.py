@@ -6,6 +6,7 @@ hello, ready -> start -> (ranks run) -> exits reported -> stop -> ready -> start
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 import time
@@ -29,6 +30,9 @@ from ckptsvc.rpc.dial import ensure_agent, sockets
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc
 from ckptsvc.telemetry import Fields
 from ckptsvc.telemetry.logs import line
+
+HEARD_AFTER = 1.0
+"""Seconds of a connection to an agent after which it has heard what this launcher is."""
 
 RECONNECT = 1.0
 """Seconds between attempts to reach the agent again."""
@@ -214,10 +218,13 @@ class Launcher:
                 self._report_end(rank, rank.status)  # maybe while there was no agent to tell
         if self._stop_wanted:
             self._report_stop_wanted()  # the agent we have lost may not have passed it on
-        metadata = ((COORDINATOR_KEY, self._launch.coordinator),)
-        async with grpc.aio.insecure_channel(f"unix:{path}", options=OPTIONS) as channel:
+        metadata, began = ((COORDINATOR_KEY, self._launch.coordinator),), time.monotonic()
+        async with contextlib.AsyncExitStack() as stack:
+            channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"unix:{path}", options=OPTIONS))
+            stack.callback(self._note_greeting, began)
             call = agent_pb2_grpc.AgentServiceStub(channel).Launch(self._requests(self._reports), metadata=metadata)
             async for response in call:
+                self._greeted = True
                 kind = "" if self._leaving else response.WhichOneof("order")
                 if kind == "start":
                     await self._start(response.start)
@@ -230,6 +237,10 @@ class Launcher:
                     self._say(f"the job ends: {response.end.reason}")
                     self._status = response.end.status
                     return
+
+    def _note_greeting(self, began: float) -> None:
+        # A refusal may be lost on its way: who was hung up on at once has not been heard.
+        self._greeted |= time.monotonic() - began > HEARD_AFTER
 
     async def _requests(
         self, reports: asyncio.Queue[agent_pb2.LaunchRequest]
@@ -257,7 +268,6 @@ class Launcher:
             again=self._greeted,
         )
         yield agent_pb2.LaunchRequest(hello=hello)
-        self._greeted = True
         while True:
             report = await reports.get()
             yield report
