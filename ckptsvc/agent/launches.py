@@ -12,11 +12,11 @@ from pathlib import Path
 
 import grpc.aio
 
+from ckptsvc.agent.coordination.uplink import Uplink
+from ckptsvc.agent.launcher.output import log_file
 from ckptsvc.agent.local import Local, way_to
 from ckptsvc.agent.logtail import one_line
-from ckptsvc.agent.output import log_file
 from ckptsvc.agent.sessions import Session
-from ckptsvc.agent.uplink import Uplink
 from ckptsvc.control.restart import JOIN_PATIENCE, launched_as
 from ckptsvc.errors import EXIT_STATUS, InvalidInput, LimitReached, NodeUnfit
 from ckptsvc.rpc.v1 import agent_pb2

@@ -16,16 +16,16 @@ from ckptsvc.agent import reports
 from ckptsvc.agent.arenas import Arenas
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
-from ckptsvc.agent.local_tier import LocalTier
-from ckptsvc.agent.pages import Pages
-from ckptsvc.agent.procfs import has_ended
-from ckptsvc.agent.refills import Refills
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import REMEMBERED, Attempt, LocalJob, Session
 from ckptsvc.agent.stops import Stops
-from ckptsvc.agent.twins import Twins
-from ckptsvc.agent.witness import Witness
-from ckptsvc.agent.workers import Workers
+from ckptsvc.agent.tiers.local_tier import LocalTier
+from ckptsvc.agent.tiers.refills import Refills
+from ckptsvc.agent.tiers.twins import Twins
+from ckptsvc.agent.watching.pages import Pages
+from ckptsvc.agent.watching.procfs import has_ended
+from ckptsvc.agent.watching.witness import Witness
+from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.control.pace import PROGRESS_EVERY, progress_every
 from ckptsvc.control.restart import launched_as
 from ckptsvc.control.runs import ranks_of

@@ -1,4 +1,4 @@
-"""What the coordinator wants done. The shell (agent.runner) does it and reports back with the events below."""
+"""What the coordinator wants done. The shell (coordination.runner) does it and reports back with the events below."""
 
 from __future__ import annotations
 
