@@ -162,8 +162,10 @@ class CoordinatorShell:
         """Something happened on a node."""
         if report.HasField("node_joined"):
             _warn_of_clock(report.node_joined, time.time())
-        job = getattr(getattr(report, report.WhichOneof("event") or "", None), "job", "")
-        self._execute(self.core.handle(node, report, time.monotonic()), job)
+        decision = self.core.handle(node, report, time.monotonic())
+        # only what is said aloud needs the job's name, and a coordinator hears many reports
+        job = getattr(getattr(report, report.WhichOneof("event") or "", None), "job", "") if decision.reasons else ""
+        self._execute(decision, job)
 
     async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
         """Complete snapshots of a job in memory, newest first, once what is lost has been rebuilt.
