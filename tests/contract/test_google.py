@@ -4,7 +4,7 @@ No server that can be had here serves all of Google's XML API, which obstore spe
 the signature and the condition of a commit, and runs in every test. Google's own test server (googleapis/
 storage-testbench on GitHub), started by hand, knows the condition, and single objects:
 CKPTSVC_TEST_GS_TESTBENCH=http://HOST:PORT. It serves all of the JSON API, so that `fsspec+gs://` meets it as well,
-where gcsfs is installed.
+where gcsfs is installed; GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT=false keeps gcsfs from asking for more, by gRPC.
 
 CKPTSVC_TEST_GS='{"url": "gs://bucket"}' runs the suite in a bucket at Google; credentials are found as usual.
 """
@@ -155,11 +155,8 @@ if TESTBENCH:
         """`fsspec+gs://`, which speaks the JSON API."""
 
         @pytest.fixture
-        def store(self, testbench, monkeypatch):
+        def store(self, testbench):
             pytest.importorskip("gcsfs")
-            monkeypatch.setenv(
-                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
-            )  # asks Google itself what kind the bucket is
             self.bucket = testbench
             store = self.another(None)
             yield store
