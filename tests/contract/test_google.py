@@ -46,7 +46,7 @@ def test_a_commit_is_one_request_with_googles_condition(google_bucket, between):
     assert store.put_if_absent("step/COMMIT", b"record")
     assert between.headers["x-goog-if-generation-match"] == "0"
     assert [each.split(" ")[0] for each in between.seen] == ["PUT"]
-    put(store, "step/a", content_of(9 * MiB))  # Google answers 501 to a condition of a multipart upload
+    put(store, "step/a", content_of(9 * MiB))  # Google takes no condition with a multipart upload
     assert "x-goog-if-generation-match" not in between.headers
 
 

@@ -246,7 +246,7 @@ def moto(folder: Path) -> Iterator[ObjectServer]:
     pytest.importorskip("moto.server", reason="moto is not installed")
     pytest.importorskip("flask_cors", reason="moto's server is not installed")
     port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, str(Path(__file__).with_name("moto_server.py")), str(port)]
     server = ObjectServer(command, port, folder / "moto.log", "", S3_ENVIRON)
     server.start()
     try:
