@@ -123,8 +123,9 @@ def is_worth(trial: Trial, bandwidth: float, threads: float) -> Verdict:
     plain = 1 / bandwidth
     packed = max(1 / (trial.speed * threads), trial.ratio / bandwidth)
     worth = packed <= GAIN * plain
-    how = f"the store takes {bandwidth / 1e6:.0f} MB/s; compression gives {trial.speed * threads / 1e6:.0f} MB/s"
-    return Verdict(worth, f"{how} and leaves {trial.ratio:.0%}: {'compressed' if worth else 'not compressed'}")
+    speed = trial.speed * threads / 1e6
+    why = f"the store takes {bandwidth / 1e6:.0f} MB/s, compression {speed:.0f} MB/s and leaves {trial.ratio:.0%}"
+    return Verdict(worth, why)
 
 
 class Judge:

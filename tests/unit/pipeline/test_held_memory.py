@@ -1,4 +1,4 @@
-"""What a process holds beyond the arenas while it compresses, measured: with as many shards as a worker takes at once."""
+"""What a process holds beyond the arenas while it compresses as many shards as a worker takes at once: measured."""
 
 from __future__ import annotations
 
