@@ -63,7 +63,8 @@ def test_what_has_not_changed_is_not_written_again(drained):
     run.truth["trained"] = floats(10_000, 1)
     second, some = saver.save(run, 2)
     assert some < all_of_it / 7
-    assert (second.commit.format, second.index.info.format) == ("2.0", "2.0")
+    assert (second.commit.format, second.index.info.format) == ("2.1", "2.0")
+    assert (first.commit.written, second.commit.written) == (None, some)
     assert second.commit.refers == (first.ref.name,)
     assert second.commit.bytes == first.commit.bytes
     totals = second.index.segments.stored(second.ref.name)
