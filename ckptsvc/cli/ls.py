@@ -67,11 +67,11 @@ def command(store: str, show_all: bool, as_json: bool) -> None:
       "world_size", "attempt", "job", "shards", "bytes", "written", "created",
       "why", "pinned", "metrics", "refers"}], "not_committed"}
     state is "committed", "damaged", "newer format" or "not committed"; bytes
-    are those of the shards, written those of the files written for them, which
-    are fewer where they are compressed or lie with others; created is ISO 8601 in UTC, of the commit or else
-    of the last write; not_committed counts such saves, listed or not; refers
-    are checkpoints whose files this one needs; what is not known is null;
-    metrics that are no finite numbers are text ("nan").
+    are those of the shards, written those of the files written for them (fewer,
+    where they are compressed or lie in others' files); created is ISO 8601 in
+    UTC, of the commit or else of the last write; not_committed counts such
+    saves, listed or not; refers are checkpoints whose files this one needs; what
+    is not known is null; metrics that are no finite numbers are text ("nan").
     """  # noqa: D301  \b is click's
     place = address.parse(store)
     with address.opened(place) as opened:

@@ -87,8 +87,8 @@ def command(
     new ones, or is empty; "paused" since which step jobs take no snapshots.
     "aside" are nodes of the job that run no rank, with the reason. The stage
     of a snapshot on the local disk is "pending" until it is in the durable
-    store ("committed") or known to stay where it is ("local"). "compression" says
-    what was decided last where that is a question. "grid" holds
+    store ("committed") or known to stay where it is ("local"). "compression"
+    says what save.compression has come to. "grid" holds
     the ranks as columns, see ckptsvc/agent/status/grid.py; "checkpoints" are the
     newest 64, with the tiers that hold them; "incidents" are the newest 50.
     """  # noqa: D301  \b is click's
