@@ -7,14 +7,13 @@ share. A shard that finds none waits for its turn; two at a time let it compress
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import NamedTuple
 
 from ckptsvc.pipeline.packing import Packed
@@ -23,7 +22,7 @@ from ckptsvc.pipeline.segment_write import Chapter, Chunk
 BUFFERS = 3
 """How many there are."""
 
-BUFFER = 12 << 20
+BUFFER = 10 << 20
 """Bytes of one, header and all: with what the threads have in work, all stays under 64 MiB."""
 
 HEADER = 1 << 20
@@ -37,8 +36,6 @@ LARGEST = 4 << 20
 
 MOST_THREADS = 4
 """Threads that compress at most: each has an extent in work, as a rule one of 1 MiB."""
-
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
 _ORDINARY = 1 << 20  # larger extents are compressed one at a time
 
@@ -59,7 +56,6 @@ class Press:
     """
 
     def __init__(self, threads: int) -> None:
-        _give_memory_back()
         self._threads = min(threads, MOST_THREADS)
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="ckptsvc-pack")
         self._filling = ThreadPoolExecutor(BUFFERS, thread_name_prefix="ckptsvc-fill")
@@ -129,13 +125,3 @@ class Press:
     def _give_back(self, buffer: mmap.mmap) -> None:
         buffer.madvise(mmap.MADV_DONTNEED)  # a process that saves once in an hour need not hold it
         self._buffers.put(buffer)
-
-
-def _give_memory_back() -> None:
-    """Have this process give back blocks of the size of an extent when they are freed.
-
-    The C library learns to keep what is freed often, for each thread its own: as much again as the buffers. To name the
-    threshold that it begins with, 128 KiB, keeps it from learning.
-    """
-    with suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 128 << 10)
