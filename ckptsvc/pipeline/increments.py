@@ -179,7 +179,7 @@ class ShardWriter:
             return self._write_whole(store, shard, path, lambda _: None, _Clock(lambda nbytes: None), known)
 
         with ExitStack() as stack:
-            earlier = self._earlier(stack, past)
+            earlier = self._earlier(stack, past if self._may_compress(store, shard) else None)
             source = _Source(shard, columns, info, low, high, shard.bytes_of, whole, path)
             return self._write_less(store, source, past, earlier)
 
