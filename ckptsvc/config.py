@@ -36,7 +36,7 @@ OTHER_VARIABLES: dict[str, str] = {
     "CKPTSVC_SOCKET": "directory of the agent to use (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_COORDINATOR": "address of the job's coordinator (set by `ckptsvc run` for its ranks)",
     "CKPTSVC_WARM": "what a warm interpreter is to do (set by `ckptsvc run` for its own; agent/warm)",
-    "CKPTSVC_WORKER": "what an agent tells its I/O workers of the settings (agent/worker_settings)",
+    "CKPTSVC_WORKER": "what an agent tells its I/O workers of the settings (agent/worker/settings.py)",
     "CKPTSVC_HANDOVER": "what an agent leaves to its successor in the same process (agent/handover)",
     "CKPTSVC_LOG_ABOUT": "what all lines of a process's log are about (set by ours for those they start)",
     "CKPTSVC_FAILPOINT": "directory of armed failpoints (tests; pipeline/failpoint.py)",

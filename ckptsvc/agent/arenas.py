@@ -10,10 +10,10 @@ import time
 from ckptsvc.agent import reports
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
-from ckptsvc.agent.procfs import has_ended
 from ckptsvc.agent.sessions import Attempt, LocalJob, Session
-from ckptsvc.agent.twins import Twins
-from ckptsvc.agent.workers import Workers
+from ckptsvc.agent.tiers.twins import Twins
+from ckptsvc.agent.watching.procfs import has_ended
+from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.errors import ArenaExhausted, CkptsvcError, InvalidInput, StoreDenied, UnsupportedObject
 from ckptsvc.pipeline.arena import TAIL, WAITING, Arena, State, populate
 from ckptsvc.quantities import ALL, Limit

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
-from ckptsvc.agent.witness import Witness
+from ckptsvc.agent.watching.witness import Witness
 from ckptsvc.config import LARGEST_EXTENT, PAGE
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.pipeline.retention import Policy

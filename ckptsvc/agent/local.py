@@ -8,10 +8,10 @@ from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 from ckptsvc.agent import reports
-from ckptsvc.agent.runner import CoordinatorShell
+from ckptsvc.agent.coordination.runner import CoordinatorShell
+from ckptsvc.agent.coordination.uplink import LocalUplink, RemoteUplink, Uplink
+from ckptsvc.agent.orders.standing import StandingOrders
 from ckptsvc.agent.sessions import LocalJob, Session
-from ckptsvc.agent.standing import StandingOrders
-from ckptsvc.agent.uplink import LocalUplink, RemoteUplink, Uplink
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import AgentUnavailable, ConfigError

@@ -16,20 +16,20 @@ from ckptsvc.agent import reports
 from ckptsvc.agent.arenas import Arenas
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local, wait_for
-from ckptsvc.agent.local_tier import LocalTier
-from ckptsvc.agent.pages import Pages
-from ckptsvc.agent.procfs import has_ended
-from ckptsvc.agent.refills import Refills
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import REMEMBERED, Attempt, LocalJob, Session
 from ckptsvc.agent.stops import Stops
-from ckptsvc.agent.twins import Twins
-from ckptsvc.agent.witness import Witness
-from ckptsvc.agent.workers import Workers
+from ckptsvc.agent.tiers.local_tier import LocalTier
+from ckptsvc.agent.tiers.refills import Refills
+from ckptsvc.agent.tiers.twins import Twins
+from ckptsvc.agent.watching.pages import Pages
+from ckptsvc.agent.watching.procfs import has_ended
+from ckptsvc.agent.watching.witness import Witness
+from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.control.pace import PROGRESS_EVERY, progress_every
 from ckptsvc.control.restart import launched_as
 from ckptsvc.control.runs import ranks_of
-from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput, LimitReached, NodeUnfit
+from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput, LimitReached
 from ckptsvc.pipeline.arena import State
 from ckptsvc.quantities import ALL, Limit
 from ckptsvc.rpc.v1 import agent_pb2
@@ -157,10 +157,8 @@ class Node:
 
     def _check_vacated(self, registration: Registration) -> None:
         """Refuse a new job on a node that is being drained; launchers are asked for themselves (agent.launches)."""
-        vacated = self._local.standing.vacated
-        is_new = registration.job not in self._local.jobs and not registration.attempt and not registration.epoch
-        if vacated and is_new:
-            raise NodeUnfit(f"this node takes no new jobs: {vacated}", hint="`ckptsvc undrain` lets it take them again")
+        if registration.job not in self._local.jobs and not registration.attempt and not registration.epoch:
+            self._local.standing.check_open()
 
     def unregister(self, token: str) -> None:
         """The identity connection has ended: the rank is ending, or has closed its session."""

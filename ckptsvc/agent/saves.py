@@ -13,10 +13,10 @@ from ckptsvc.agent import reports
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.layouts import Layouts
 from ckptsvc.agent.local import Local, wait_for
-from ckptsvc.agent.local_tier import LocalTier
 from ckptsvc.agent.sessions import LocalJob
-from ckptsvc.agent.worker_proxy import Note
-from ckptsvc.agent.workers import Workers
+from ckptsvc.agent.tiers.local_tier import LocalTier
+from ckptsvc.agent.worker.proxy import Note
+from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.errors import CkptsvcError, ConfigError, InvalidInput, SaveFailed
 from ckptsvc.pipeline.arena import Arena, Label, State
 from ckptsvc.pipeline.failpoint import failpoint

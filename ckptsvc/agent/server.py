@@ -29,35 +29,36 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
-from ckptsvc.agent import handover, nodelist
-from ckptsvc.agent.audit import audit_log
-from ckptsvc.agent.callers import Callers, RoleGate
-from ckptsvc.agent.coordination import Elections, login_of
-from ckptsvc.agent.http_access import http_token
+from ckptsvc.agent import nodelist
+from ckptsvc.agent.coordination.elections import Elections, login_of
+from ckptsvc.agent.coordination.runner import CoordinatorShell
+from ckptsvc.agent.http.access import http_token
+from ckptsvc.agent.http.page import Site
 from ckptsvc.agent.identity import IdentityServer
 from ckptsvc.agent.incidents import IncidentLog, incidents_directory
 from ckptsvc.agent.launches import Launches
-from ckptsvc.agent.limits import raise_open_files
 from ckptsvc.agent.local import Local
-from ckptsvc.agent.local_tier import LocalTier
-from ckptsvc.agent.lowering import Lowering
-from ckptsvc.agent.malformed import keep_quiet
-from ckptsvc.agent.nic_watch import NicWatch
 from ckptsvc.agent.node import OVERDUE, Node
-from ckptsvc.agent.notify import Notifier
-from ckptsvc.agent.orders import Orders
-from ckptsvc.agent.page import Site
-from ckptsvc.agent.partners import Partners
-from ckptsvc.agent.recent import Recent
-from ckptsvc.agent.reload import reload
-from ckptsvc.agent.runner import CoordinatorShell
+from ckptsvc.agent.orders.audit import audit_log
+from ckptsvc.agent.orders.callers import Callers, RoleGate
+from ckptsvc.agent.orders.orders import Orders
+from ckptsvc.agent.orders.standing import StandingOrders
+from ckptsvc.agent.process import handover
+from ckptsvc.agent.process.limits import raise_open_files
+from ckptsvc.agent.process.malformed import keep_quiet
+from ckptsvc.agent.process.notify import Notifier
+from ckptsvc.agent.process.reload import reload
+from ckptsvc.agent.process.tenancy import Tenancy
+from ckptsvc.agent.process.trial import obstacle
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer, add_agent_service, add_coordinator_service
-from ckptsvc.agent.standing import StandingOrders
-from ckptsvc.agent.status import status_of, summary_of
-from ckptsvc.agent.tenancy import Tenancy
-from ckptsvc.agent.trial import obstacle
-from ckptsvc.agent.watch import Watch, limits_of
-from ckptsvc.agent.workers import Workers
+from ckptsvc.agent.status.document import status_of, summary_of
+from ckptsvc.agent.status.recent import Recent
+from ckptsvc.agent.tiers.local_tier import LocalTier
+from ckptsvc.agent.tiers.lowering import Lowering
+from ckptsvc.agent.tiers.partners import Partners
+from ckptsvc.agent.watching.nic_watch import NicWatch
+from ckptsvc.agent.watching.watch import Watch, limits_of
+from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.config import agents_directory, load, private_directory
 from ckptsvc.control.health import Policy
 from ckptsvc.control.redundancy import PartnerPolicy

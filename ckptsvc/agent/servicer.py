@@ -11,12 +11,12 @@ import grpc
 import grpc.aio
 import msgspec
 
-from ckptsvc.agent.bandwidth import Mirror
-from ckptsvc.agent.callers import Callers
+from ckptsvc.agent.coordination.bandwidth import Mirror
+from ckptsvc.agent.coordination.runner import CoordinatorShell
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.node import Node
-from ckptsvc.agent.orders import Orders
-from ckptsvc.agent.runner import CoordinatorShell
+from ckptsvc.agent.orders.callers import Callers
+from ckptsvc.agent.orders.orders import Orders
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.format.commit import check_metrics

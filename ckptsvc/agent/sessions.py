@@ -11,7 +11,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from ckptsvc.agent.identity import Registration
-from ckptsvc.agent.witness import Witness
+from ckptsvc.agent.watching.witness import Witness
 from ckptsvc.control.deadline import Pace
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.identity import PAGE_BYTES, Page

@@ -53,7 +53,9 @@ def command(
         return
     if system:
         start_logging(settings.log.format, settings.log.level)
-        from ckptsvc.agent.supervisor import Supervisor  # and not the agent: root's process has no gRPC in it
+        from ckptsvc.agent.supervisor.supervisor import (
+            Supervisor,  # and not the agent: root's process has no gRPC in it
+        )
 
         given = [("--listen", listen), ("--metrics-listen", metrics_listen), ("--name", name),
             ("--coordination", coordination), ("--max-write-rate", max_write_rate)]  # fmt: skip
@@ -63,7 +65,7 @@ def command(
     if directory is None:
         directory = agents_directory(settings, os.environ)
     if replace:
-        from ckptsvc.agent import handover
+        from ckptsvc.agent.process import handover
 
         note(f"a new agent serves in {directory}; for {handover.replace(directory):.1f} s there was none")
         return

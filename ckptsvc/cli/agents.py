@@ -30,7 +30,7 @@ _OWN = ("job-*", "node-*")
 
 
 class Answer(NamedTuple):
-    """What an agent says: its status document (see agent/status.py), or the error instead of one.
+    """What an agent says: its status document (see agent/status/document.py), or the error instead of one.
 
     `user` and `uid` are set where agents of several users are asked; `ended`: the service knows that it does not run.
     """

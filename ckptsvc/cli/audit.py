@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 import msgspec
 
-from ckptsvc.agent.audit import AuditLog, Entry, audit_path, read
+from ckptsvc.agent.orders.audit import AuditLog, Entry, audit_path, read
 from ckptsvc.cli.masking import masked_url
 from ckptsvc.cli.terminal import Screen, emit, note, printable
 from ckptsvc.config import load

@@ -18,11 +18,11 @@ from typing import Any, NoReturn
 import click
 import msgspec
 
-from ckptsvc.cli import bench_launch
-from ckptsvc.cli.bench_machine import available_memory, facts, load
-from ckptsvc.cli.bench_report import show
-from ckptsvc.cli.bench_spec import Results, Spec
-from ckptsvc.cli.bench_table import Row, as_json, rows_of
+from ckptsvc.cli.benchmarks import launch
+from ckptsvc.cli.benchmarks.machine import available_memory, facts, load
+from ckptsvc.cli.benchmarks.report import show
+from ckptsvc.cli.benchmarks.spec import Results, Spec
+from ckptsvc.cli.benchmarks.table import Row, as_json, rows_of
 from ckptsvc.cli.terminal import Screen, emit, progress
 from ckptsvc.errors import ConfigError
 from ckptsvc.storage import canonical, connect
@@ -42,9 +42,9 @@ _STAGED = 2
 
 
 OTHERS = {
-    "control": "ckptsvc.cli.bench_control",
-    "faults": "ckptsvc.cli.bench_faults",
-    "store": "ckptsvc.cli.bench_store",
+    "control": "ckptsvc.cli.benchmarks.control.command",
+    "faults": "ckptsvc.cli.benchmarks.faults.command",
+    "store": "ckptsvc.cli.benchmarks.store.command",
 }
 """Benchmarks with options of their own."""
 
@@ -179,7 +179,7 @@ class Bench:
         """Measure; leaves nothing behind."""
         findings = Findings()
         try:
-            with bench_launch.agent() as (sockets, pid):
+            with launch.agent() as (sockets, pid):
                 for workload in workloads:
                     findings.add(workload, self._measure(workload, sockets, pid))
                     self._clean()
@@ -200,7 +200,7 @@ class Bench:
             agent=pid,
             stored=ranks + 2,
         )
-        job = bench_launch.Job(sockets, ranks)
+        job = launch.Job(sockets, ranks)
         label = f"{workload}, {ranks} rank{'s' if ranks > 1 else ''}"
         with progress(label, spec.nbytes) as advance:
             done = 0

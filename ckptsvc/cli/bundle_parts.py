@@ -17,11 +17,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ckptsvc.agent import nodelist, standing
-from ckptsvc.agent.audit import audit_path
-from ckptsvc.agent.http_access import FILE as HTTP_TOKEN
-from ckptsvc.agent.http_access import http_token
+from ckptsvc.agent import nodelist
+from ckptsvc.agent.http.access import FILE as HTTP_TOKEN
+from ckptsvc.agent.http.access import http_token
 from ckptsvc.agent.incidents import incidents_directory
+from ckptsvc.agent.orders import standing
+from ckptsvc.agent.orders.audit import audit_path
 from ckptsvc.cli.agents import Answer, ask_all
 from ckptsvc.cli.masking import Mask, is_secret, secrets_in
 from ckptsvc.cli.settings import values

@@ -27,10 +27,10 @@ from typing import Any, NoReturn
 import click
 
 import ckptsvc
-from ckptsvc.cli.demo_facts import Facts
-from ckptsvc.cli.demo_flow import EVERY, STEPS, Demo
-from ckptsvc.cli.demo_report import report, size, verdict
-from ckptsvc.cli.demo_story import Story
+from ckptsvc.cli.demonstration.facts import Facts
+from ckptsvc.cli.demonstration.flow import EVERY, STEPS, Demo
+from ckptsvc.cli.demonstration.report import report, size, verdict
+from ckptsvc.cli.demonstration.story import Story
 from ckptsvc.errors import ConfigError, InvalidInput
 
 

@@ -17,13 +17,13 @@ from typing import Any, NoReturn
 import click
 import msgspec
 
-from ckptsvc.agent.preflight import reason_against
+from ckptsvc.agent.launcher.preflight import reason_against
 from ckptsvc.cli import address
-from ckptsvc.cli.bench_machine import available_memory, load
-from ckptsvc.cli.doctor_advice import Advice, advise, noise, percentile, speeds
-from ckptsvc.cli.doctor_probe import Spec
-from ckptsvc.cli.doctor_run import Measured, measure
-from ckptsvc.cli.store_load import FOLDER
+from ckptsvc.cli.benchmarks.machine import available_memory, load
+from ckptsvc.cli.store_probe.advice import Advice, advise, noise, percentile, speeds
+from ckptsvc.cli.store_probe.load import FOLDER
+from ckptsvc.cli.store_probe.probe import Spec
+from ckptsvc.cli.store_probe.supervisor import Measured, measure
 from ckptsvc.cli.terminal import Screen, emit, note, plural, printable, size
 from ckptsvc.config import load as load_settings
 from ckptsvc.errors import InvalidInput

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from ckptsvc.agent import nodelist
-from ckptsvc.agent.orders import check_node
+from ckptsvc.agent.orders.orders import check_node
 from ckptsvc.cli.agents import agent_directory, ask_all
 from ckptsvc.cli.audit import take_down
 from ckptsvc.config import load

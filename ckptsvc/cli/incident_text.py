@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable
 
-from ckptsvc.agent.incident_view import COLUMNS, Place, View
+from ckptsvc.agent.http.incident_view import COLUMNS, Place, View
 from ckptsvc.cli.terminal import Screen
 
 WIDTH = 100

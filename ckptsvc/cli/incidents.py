@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from ckptsvc.agent.incident_page import page
-from ckptsvc.agent.incident_view import view
+from ckptsvc.agent.http.incident_page import page
+from ckptsvc.agent.http.incident_view import view
 from ckptsvc.agent.incidents import IncidentLog, Kept, incidents_directory, moment, plain
 from ckptsvc.agent.logtail import one_line
 from ckptsvc.cli.incident_text import show, wrapped

@@ -14,9 +14,9 @@ from typing import Any
 import click
 import xxhash
 
-from ckptsvc.agent.coordination import reachable
-from ckptsvc.agent.launcher import Launch, Launcher
-from ckptsvc.agent.standby import Standby, place_of, reason_against
+from ckptsvc.agent.coordination.elections import reachable
+from ckptsvc.agent.launcher.launcher import Launch, Launcher
+from ckptsvc.agent.launcher.standby import Standby, place_of, reason_against
 from ckptsvc.cli import torchrun_flags
 from ckptsvc.cli.devices import ranks_of
 from ckptsvc.cli.placing import Nodes, parse_nodes, placed

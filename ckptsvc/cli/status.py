@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from ckptsvc.agent.http_access import http_token, sign_in
+from ckptsvc.agent.http.access import http_token, sign_in
 from ckptsvc.cli.agents import NONSENSE, Answer, agent_directory, ask_all, ask_users
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, size
 from ckptsvc.config import load
@@ -87,7 +87,7 @@ def command(
     "aside" are nodes of the job that run no rank, with the reason. The stage
     of a snapshot on the local disk is "pending" until it is in the durable
     store ("committed") or known to stay where it is ("local"). "grid" holds
-    the ranks as columns, see ckptsvc/agent/grid.py; "checkpoints" are the
+    the ranks as columns, see ckptsvc/agent/status/grid.py; "checkpoints" are the
     newest 64, with the tiers that hold them; "incidents" are the newest 50.
     """  # noqa: D301  \b is click's
     if url and all_users:

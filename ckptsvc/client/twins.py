@@ -1,4 +1,4 @@
-"""What a rank puts into the copy that its node keeps of another rank's snapshot, where it holds the same (agent.twins).
+"""What a rank puts into the copy that its node keeps of another rank's snapshot, where it holds the same (tiers.twins).
 
 It is an offer that may be declined: nothing that goes wrong here may cost the rank its own snapshot.
 """

@@ -7,7 +7,7 @@ gathering --all nodes ready--> running --a rank fails--> stopping --all nodes re
 When is a node lost? Its agent's connection ends: at once if the agent dies, after an unanswered ping if the network or
 the host does (rpc.channel.KEEPALIVE). That is one sign, and not enough: agents are restarted under running jobs, and a
 frozen one does not stop its ranks. So the coordinator rings at the door of the node's launcher, whose life is that of
-its ranks (agent.keeper). The kernel answers for it, however busy the processes are:
+its ranks (agent.launcher.keeper). The kernel answers for it, however busy the processes are:
 
     it answers             the node is there: its agent is waited for, while ranks run for as long as any does
     nobody listens         the launcher has ended, and its ranks with it: the node is lost

@@ -32,7 +32,7 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 
-from ckptsvc.agent.coordination import reachable
+from ckptsvc.agent.coordination.elections import reachable
 from ckptsvc.agent.launches import COORDINATOR_KEY
 from ckptsvc.config import agents_directory, load, private_directory
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError
@@ -69,7 +69,7 @@ class Place:
         directory: of this node's agent.
         agent_arguments: for the agent, if it has to be started.
         join_timeout: seconds to wait for the other nodes.
-        grow: as in `agent.launcher.Launch`.
+        grow: as in `agent.launcher.launcher.Launch`.
     """
 
     job: str
@@ -236,7 +236,7 @@ class Rendezvous(RendezvousHandler):
     def _ready(self) -> None:
         if self._port is not None:
             self._port.close()
-        # Held, not listening: the store of the next attempt can have the port, and nobody else (see agent.launcher).
+        # Held, not listening: the store of the next attempt can have the port, and nobody else (see `launcher`).
         self._port = socket.socket()
         self._port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._port.bind((self._place.address, 0))
@@ -264,7 +264,7 @@ class Rendezvous(RendezvousHandler):
             "CKPTSVC_COORDINATOR": place.coordinator,
         }
 
-    # ---- the agent (as agent.launcher, in a thread) ------------------------------------------------------------------
+    # ---- the agent (as the launcher, in a thread) ------------------------------------------------------------------
 
     def _open(self) -> None:
         if self._thread is None:
@@ -348,7 +348,7 @@ class Rendezvous(RendezvousHandler):
 
 
 def _answer(door: socket.socket) -> None:
-    """A doorbell (see agent.doorbell)."""
+    """A doorbell (see agent.launcher.doorbell)."""
     with contextlib.suppress(OSError):
         while True:
             door.accept()[0].close()

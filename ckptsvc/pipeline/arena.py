@@ -35,7 +35,7 @@ TAIL = mmap.PAGESIZE
 copied in are final (see `filled_word`)."""
 
 WAITING = "an order to copy"
-"""What an arena that a rank has filled for its twin waits for (agent.twins). It may be taken for anything before."""
+"""What an arena that a rank has filled for its twin waits for (tiers.twins). It may be taken for anything before."""
 
 
 class State(enum.Enum):

@@ -21,8 +21,8 @@ from typing import Any
 import grpc.aio
 import numpy as np
 
-from ckptsvc.agent.transfer import new_ticket
-from ckptsvc.agent.worker_proxy import WorkerProxy
+from ckptsvc.agent.tiers.transfer import new_ticket
+from ckptsvc.agent.worker.proxy import WorkerProxy
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.pipeline.arena import populate
 from ckptsvc.pipeline.parity import Stripes, Sum
@@ -40,7 +40,7 @@ class Node:
 
     def __init__(self, folder: Path, number: int, nbytes: int) -> None:
         self.number, self.nbytes = number, nbytes
-        self.courier = WorkerProxy("courier", "ckptsvc.agent.courier", ("127.0.0.1", "0", STREAMS))
+        self.courier = WorkerProxy("courier", "ckptsvc.agent.tiers.courier", ("127.0.0.1", "0", STREAMS))
         self.own, self.other = (str(folder / f"{number}-{what}.arena") for what in ("own", "other"))
         self.parity = str(folder / f"{number}-parity.arena")
         for path in (self.own, self.other, self.parity):

@@ -19,10 +19,10 @@ from harness.runtime import Runtime
 from harness.stored import cli
 
 import ckptsvc
-from ckptsvc.agent import spy
-from ckptsvc.agent.evidence import Target, collect, examine
 from ckptsvc.agent.incidents import IncidentLog
 from ckptsvc.agent.server import Agent, Options
+from ckptsvc.agent.watching import spy
+from ckptsvc.agent.watching.evidence import Target, collect, examine
 from ckptsvc.config import load
 from ckptsvc.control.collectives import odd_ones
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from harness.etcd import program
 
-from ckptsvc.cli.bench_fault_kinds import KINDS, Kind, Need
-from ckptsvc.cli.bench_fault_world import processes_with
-from ckptsvc.cli.bench_faults import Bench
+from ckptsvc.cli.benchmarks.faults.command import Bench
+from ckptsvc.cli.benchmarks.faults.kinds import KINDS, Kind, Need
+from ckptsvc.cli.benchmarks.faults.world import processes_with
 
 SHORT = ("missed",)
 """Kinds that no other test has, and that take a few seconds."""

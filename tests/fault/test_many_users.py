@@ -37,9 +37,9 @@ from harness.users import (
     wait_until_gone,
 )
 
-from ckptsvc.agent import supervisor_entrance
-from ckptsvc.agent.supervisor_gate import STRANGERS
-from ckptsvc.agent.supervisor_records import locked
+from ckptsvc.agent.supervisor import entrance
+from ckptsvc.agent.supervisor.gate import STRANGERS
+from ckptsvc.agent.supervisor.records import locked
 from ckptsvc.cli.agents import ask as ask_agent
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, LimitReached, StoreDenied
 from ckptsvc.rpc import service
@@ -259,10 +259,10 @@ class TestAnAgent:
         libc = ctypes.CDLL(None, use_errno=True)
 
         def keyctl(operation: int, argument: int | None) -> int:
-            return int(libc.syscall(supervisor_entrance._KEYCTL[os.uname().machine], operation, argument, 0))
+            return int(libc.syscall(entrance._KEYCTL[os.uname().machine], operation, argument, 0))
 
         def of_agent(uid: int) -> int:
-            supervisor_entrance.drop(Account("", uid, uid, (uid,), "/"))
+            entrance.drop(Account("", uid, uid, (uid,), "/"))
             return keyctl(KEYCTL_GET_KEYRING_ID, KEY_SPEC_SESSION_KEYRING)
 
         def of_service_and_agents() -> list[int]:

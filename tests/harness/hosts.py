@@ -1,11 +1,11 @@
-"""Several hosts on one machine, or a skipped test (see ckptsvc.cli.bench_fault_hosts)."""
+"""Several hosts on one machine, or a skipped test (see ckptsvc.cli.benchmarks.faults.hosts)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
-from ckptsvc.cli.bench_fault_hosts import Hosts
+from ckptsvc.cli.benchmarks.faults.hosts import Hosts
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from ckptsvc.agent.grid import grid
-from ckptsvc.agent.page import Site
-from ckptsvc.agent.recent import Recent
+from ckptsvc.agent.http.page import Site
+from ckptsvc.agent.status.grid import grid
+from ckptsvc.agent.status.recent import Recent
 from ckptsvc.control.membership import Job
 from ckptsvc.control.save import Saves
 from ckptsvc.quantities import Address

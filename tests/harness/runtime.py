@@ -84,7 +84,7 @@ class Runtime:
 
     def workers(self) -> list[Process]:
         """The live I/O workers."""
-        return self.processes("ckptsvc.agent.worker")
+        return self.processes("ckptsvc.agent.worker.worker")
 
     def kill_agents(self) -> None:
         """SIGKILL for every agent; waits until they and their workers are gone."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from harness.runtime import Runtime, eventually
 
-from ckptsvc.cli.store_load import FOLDER
+from ckptsvc.cli.store_probe.load import FOLDER
 
 DOCTOR = [sys.executable, "-m", "ckptsvc.cli.main", "doctor"]
 SMALL = ["--size", "1MiB", "--repeat", "1", "--seconds", "2"]

@@ -17,16 +17,16 @@ import grpc.aio
 import msgspec
 import pytest
 
-from ckptsvc.agent import partners
 from ckptsvc.agent.arenas import Arenas
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local
-from ckptsvc.agent.partners import Partners
 from ckptsvc.agent.servicer import CoordinatorServicer
 from ckptsvc.agent.sessions import LocalJob, Session
-from ckptsvc.agent.transfer import Reader
-from ckptsvc.agent.twins import Twins
-from ckptsvc.agent.workers import Workers
+from ckptsvc.agent.tiers import partners
+from ckptsvc.agent.tiers.partners import Partners
+from ckptsvc.agent.tiers.transfer import Reader
+from ckptsvc.agent.tiers.twins import Twins
+from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.control.runs import runs_of
 from ckptsvc.errors import AgentUnavailable, NotFound
 from ckptsvc.format.checksum import extent_digests

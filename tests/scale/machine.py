@@ -13,10 +13,10 @@ from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.launches import Launcher, Launches
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.node import Node
-from ckptsvc.agent.orders import ASK_AGAIN
+from ckptsvc.agent.orders.orders import ASK_AGAIN
+from ckptsvc.agent.orders.standing import StandingOrders
 from ckptsvc.agent.sessions import LocalJob
-from ckptsvc.agent.standing import StandingOrders
-from ckptsvc.agent.watch import Watch
+from ckptsvc.agent.watching.watch import Watch
 from ckptsvc.control.effects import Answer
 from ckptsvc.control.runs import ranks_of
 from ckptsvc.control.stalls import Limits

@@ -17,7 +17,7 @@ import pytest
 from harness.runtime import Runtime, eventually
 from harness.slurm import Slurm, missing
 
-from ckptsvc.agent.drain import drain
+from ckptsvc.agent.coordination.drain import drain
 
 pytestmark = [
     pytest.mark.slow,

@@ -210,7 +210,7 @@ def stream() -> Iterator[io.StringIO]:
         logging.getLogger(name).setLevel(level)
 
 
-LOGGER = logging.getLogger("ckptsvc.agent.runner")
+LOGGER = logging.getLogger("ckptsvc.agent.coordination.runner")
 ALL_FIELDS: Fields = {
     "job": "j1",
     "node": "n1",
@@ -233,7 +233,7 @@ def test_a_json_line_has_all_that_a_program_needs(stream: io.StringIO) -> None:
     assert datetime.fromisoformat(str(line.pop("ts"))).utcoffset() is not None
     assert line == {
         "level": "warning",
-        "logger": "ckptsvc.agent.runner",
+        "logger": "ckptsvc.agent.coordination.runner",
         "event": "save-failed",
         "msg": "save of step 100 failed",
         **ALL_FIELDS,

@@ -85,7 +85,7 @@ class CoordinatorServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Fetch(self, request, context):
-        """Between any two agents: a ticket to read, once, what the asked one holds of a snapshot (agent/transfer.py).
+        """Between any two agents: a ticket to read, once, what the asked one holds of a snapshot (agent/tiers/transfer.py).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

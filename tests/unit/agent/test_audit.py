@@ -9,7 +9,7 @@ import os
 import pytest
 from harness.runtime import tmpfs
 
-from ckptsvc.agent.audit import MAX_TEXT, AuditLog, Entry, audit_path, read
+from ckptsvc.agent.orders.audit import MAX_TEXT, AuditLog, Entry, audit_path, read
 from ckptsvc.config import load
 from ckptsvc.errors import ConfigError, NotFound
 

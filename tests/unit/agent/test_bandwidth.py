@@ -7,7 +7,7 @@ import grpc
 import pytest
 from harness.runtime import Runtime
 
-from ckptsvc.agent.bandwidth import CHUNK, RUN, RUNS, SECONDS, Mirror, measure
+from ckptsvc.agent.coordination.bandwidth import CHUNK, RUN, RUNS, SECONDS, Mirror, measure
 from ckptsvc.errors import AgentUnavailable, InvalidInput
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.rpc.v1 import coordinator_pb2_grpc

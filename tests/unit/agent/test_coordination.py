@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 
-from ckptsvc.agent.coordination import holder_of, login_of, value_of
+from ckptsvc.agent.coordination.elections import holder_of, login_of, value_of
+from ckptsvc.agent.coordination.runner import CoordinatorShell
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.launches import Launcher, Launches
 from ckptsvc.agent.local import Local, way_to
-from ckptsvc.agent.runner import CoordinatorShell
 from ckptsvc.agent.sessions import LocalJob
-from ckptsvc.agent.workers import Workers
+from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.control.effects import AllotEpoch, Decision, Send
 from ckptsvc.control.election import Holder
 from ckptsvc.control.health import Policy

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from ckptsvc.agent.doorbell import RING_TIMEOUT, hang_up, ring
+from ckptsvc.agent.launcher.doorbell import RING_TIMEOUT, hang_up, ring
 from ckptsvc.control.effects import Answer
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptsvc.agent import drain as module
-from ckptsvc.agent.drain import MAX_OUTPUT, Drained, drain
+from ckptsvc.agent.coordination import drain as module
+from ckptsvc.agent.coordination.drain import MAX_OUTPUT, Drained, drain
 
 SLURM, PBS = {"SLURM_JOB_ID": "7"}, {"PBS_JOBID": "7.server"}
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ckptsvc.agent import fresh as module
-from ckptsvc.agent.fresh import fresh
+from ckptsvc.agent.coordination import fresh as module
+from ckptsvc.agent.coordination.fresh import fresh
 from ckptsvc.agent.launches import Launcher, Launches
 from ckptsvc.agent.local import Local
 from ckptsvc.rpc.trust import BySecret

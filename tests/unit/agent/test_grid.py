@@ -3,7 +3,7 @@
 import msgspec
 from harness.pages import job_of
 
-from ckptsvc.agent.grid import MAX_ODD, WORDS, grid
+from ckptsvc.agent.status.grid import MAX_ODD, WORDS, grid
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 

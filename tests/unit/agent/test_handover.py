@@ -13,8 +13,8 @@ import msgspec
 import pytest
 from harness.runtime import eventually
 
-from ckptsvc.agent import handover
-from ckptsvc.agent.handover import Handed
+from ckptsvc.agent.process import handover
+from ckptsvc.agent.process.handover import Handed
 from ckptsvc.errors import AgentUnavailable
 from ckptsvc.rpc.dial import is_alive
 from ckptsvc.rpc.v1 import agent_pb2

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from ckptsvc.agent import http_access
-from ckptsvc.agent.http_access import Access, http_token, sign_in
-from ckptsvc.agent.httpd import Request
+from ckptsvc.agent.http import access as http_access
+from ckptsvc.agent.http.access import Access, http_token, sign_in
+from ckptsvc.agent.http.httpd import Request
 from ckptsvc.config import load
 from ckptsvc.errors import ConfigError
 

@@ -6,8 +6,8 @@ import socket
 
 import pytest
 
-from ckptsvc.agent import httpd
-from ckptsvc.agent.httpd import HttpServer, Refused, Request, Response, parse
+from ckptsvc.agent.http import httpd
+from ckptsvc.agent.http.httpd import HttpServer, Refused, Request, Response, parse
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import Address
 

@@ -4,8 +4,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ckptsvc.agent.incident_page import page
-from ckptsvc.agent.incident_view import COLUMNS, MAX_ROWS, seconds, spans, together, view
+from ckptsvc.agent.http.incident_page import page
+from ckptsvc.agent.http.incident_view import COLUMNS, MAX_ROWS, seconds, spans, together, view
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 MAIN = "train.py:1 <module>\ntrain.py:9 main\n"

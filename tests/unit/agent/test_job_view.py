@@ -5,7 +5,7 @@ import pytest
 from harness.pages import coordinated, job_of
 
 from ckptsvc.agent import reports
-from ckptsvc.agent.job_view import job_view, launch_view
+from ckptsvc.agent.status.job_view import job_view, launch_view
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import CommitDone
 from ckptsvc.control.restart import Attempts, Phase

@@ -5,7 +5,7 @@ import logging
 import pytest
 from google.protobuf.message import DecodeError
 
-from ckptsvc.agent.malformed import LOGGER, REMIND_EVERY, Malformed
+from ckptsvc.agent.process.malformed import LOGGER, REMIND_EVERY, Malformed
 
 
 def record(error: BaseException | None) -> logging.LogRecord:

@@ -10,11 +10,11 @@ from harness.fake_nics import Cassini, Port
 from harness.runtime import eventually
 from prometheus_client.parser import text_string_to_metric_families
 
-from ckptsvc.agent import nic_watch
-from ckptsvc.agent.nic_watch import Hand, NicWatch
-from ckptsvc.agent.nics import read
-from ckptsvc.agent.runner import CoordinatorShell
-from ckptsvc.agent.workers import Workers
+from ckptsvc.agent.coordination.runner import CoordinatorShell
+from ckptsvc.agent.watching import nic_watch
+from ckptsvc.agent.watching.nic_watch import Hand, NicWatch
+from ckptsvc.agent.watching.nics import read
+from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.control.health import Policy
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.settings import NicsSettings

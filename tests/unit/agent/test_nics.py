@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from harness.fake_nics import NAMES, Cassini, Port, put
 
-from ckptsvc.agent.nics import NicProbe, Place, Reading, read
+from ckptsvc.agent.watching.nics import NicProbe, Place, Reading, read
 from ckptsvc.control.nic_counters import BY_FILE, CASSINI, HANDLER, INFINIBAND, Value
 from ckptsvc.control.nic_job import MAX_NICS
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptsvc.agent.notify import MAX_STATUS, Notifier
+from ckptsvc.agent.process.notify import MAX_STATUS, Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])

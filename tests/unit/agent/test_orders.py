@@ -15,8 +15,8 @@ import pytest
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 
-from ckptsvc.agent import callers
-from ckptsvc.agent.callers import Callers
+from ckptsvc.agent.orders import callers
+from ckptsvc.agent.orders.callers import Callers
 from ckptsvc.errors import CkptsvcError, InvalidInput, NodeUnfit, NotFound, StoreDenied
 from ckptsvc.rpc.accounts import account_of, is_listed
 from ckptsvc.rpc.channel import FOR_KEY, TOKEN_KEY, error_of

@@ -9,8 +9,8 @@ import threading
 import pytest
 from harness.runtime import eventually
 
-from ckptsvc.agent import outlet, output
-from ckptsvc.agent.outlet import Outlet, Place
+from ckptsvc.agent.launcher import outlet, output
+from ckptsvc.agent.launcher.outlet import Outlet, Place
 
 LINE = b"x" * 99 + b"\n"
 

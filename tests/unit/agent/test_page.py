@@ -9,10 +9,10 @@ import pytest
 from harness.pages import TOKEN, document, incident
 from prometheus_client import CollectorRegistry, Counter
 
-from ckptsvc.agent import httpd, page
+from ckptsvc.agent.http import httpd, page
+from ckptsvc.agent.http.page import Feed, Site
 from ckptsvc.agent.incidents import IncidentLog
-from ckptsvc.agent.page import Feed, Site
-from ckptsvc.agent.recent import MAX_LISTED, Recent
+from ckptsvc.agent.status.recent import MAX_LISTED, Recent
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import Address
 from ckptsvc.rpc.certificates import issue, make_authority

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from ckptsvc.agent.pages import Pages
+from ckptsvc.agent.watching.pages import Pages
 from ckptsvc.rpc.identity import PAGE_BYTES, Page
 from ckptsvc.telemetry import Metrics
 

@@ -5,8 +5,8 @@ import random
 import pytest
 from google.protobuf.message import DecodeError
 
-from ckptsvc.agent.partners import _check_answer, _group
-from ckptsvc.agent.transfer import new_ticket
+from ckptsvc.agent.tiers.partners import _check_answer, _group
+from ckptsvc.agent.tiers.transfer import new_ticket
 from ckptsvc.control.runs import runs_of
 from ckptsvc.errors import InvalidInput
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from harness.runtime import tmpfs
 
-from ckptsvc.agent import preflight
-from ckptsvc.agent.doorbell import RING_TIMEOUT, hang_up, ring
-from ckptsvc.agent.preflight import cards, loopback, memory, reason_against, room
+from ckptsvc.agent.launcher import preflight
+from ckptsvc.agent.launcher.doorbell import RING_TIMEOUT, hang_up, ring
+from ckptsvc.agent.launcher.preflight import cards, loopback, memory, reason_against, room
 from ckptsvc.control.effects import Answer
 
 

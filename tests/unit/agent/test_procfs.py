@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness.runtime import eventually
 
-from ckptsvc.agent.procfs import OomKills, Process, activity, has_ended, look, state
+from ckptsvc.agent.watching.procfs import OomKills, Process, activity, has_ended, look, state
 
 Start = Callable[[str], tuple[int, int]]
 

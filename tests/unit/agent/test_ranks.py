@@ -14,10 +14,10 @@ import pytest
 from harness.runtime import eventually
 from harness.shell_run import alive
 
-from ckptsvc.agent import keeper, output
-from ckptsvc.agent.keeper import children_of
-from ckptsvc.agent.procfs import OomKills
-from ckptsvc.agent.ranks import Ranks
+from ckptsvc.agent.launcher import keeper, output
+from ckptsvc.agent.launcher.keeper import children_of
+from ckptsvc.agent.launcher.ranks import Ranks
+from ckptsvc.agent.watching.procfs import OomKills
 
 TREE = """
 echo $$ > {notes}/rank
@@ -283,7 +283,7 @@ class TestDeaths:
         """However it ends, nothing that it has started outlives it."""
         program = """
             import asyncio, os, sys
-            from ckptsvc.agent.ranks import Ranks
+            from ckptsvc.agent.launcher.ranks import Ranks
             async def run():
                 ranks = Ranks(["sh", "-c", sys.argv[1]], os.environ, None, None, print, print)
                 await ranks.start(1, {0: {}})

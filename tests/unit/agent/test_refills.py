@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from ckptsvc.agent.refills import may_go
+from ckptsvc.agent.tiers.refills import may_go
 from ckptsvc.pipeline.arena import WAITING, Arena, Label, State
 
 

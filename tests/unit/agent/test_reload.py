@@ -5,7 +5,7 @@ import logging
 import msgspec
 import pytest
 
-from ckptsvc.agent.reload import CHANGES, READ_BY_JOBS, changed, sentence
+from ckptsvc.agent.process.reload import CHANGES, READ_BY_JOBS, changed, sentence
 from ckptsvc.config import load
 
 

@@ -10,11 +10,11 @@ import pytest
 from harness.increments import big_run, floats
 
 from ckptsvc.agent.local import Local
-from ckptsvc.agent.local_tier import LocalTier
-from ckptsvc.agent.lowering import Lowering
 from ckptsvc.agent.saves import Saves
 from ckptsvc.agent.sessions import LocalJob
-from ckptsvc.agent.workers import Workers
+from ckptsvc.agent.tiers.local_tier import LocalTier
+from ckptsvc.agent.tiers.lowering import Lowering
+from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.config import load
 from ckptsvc.pipeline.arena import Arena, ArenaPool, Label, populate
 from ckptsvc.rpc.v1 import agent_pb2

@@ -1,4 +1,4 @@
-from ckptsvc.agent.evidence import BRIEF_FRAMES, shorten
+from ckptsvc.agent.watching.evidence import BRIEF_FRAMES, shorten
 from ckptsvc.control.blame import waits
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from ckptsvc.agent import spy
-from ckptsvc.agent.spy import MAX_OUTPUT, Dump, dump
+from ckptsvc.agent.watching import spy
+from ckptsvc.agent.watching.spy import MAX_OUTPUT, Dump, dump
 from ckptsvc.rpc.testimony import MAX_FRAMES, Stack
 
 

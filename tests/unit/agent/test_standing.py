@@ -6,8 +6,8 @@ import time
 import pytest
 
 from ckptsvc.agent.identity import Registration
+from ckptsvc.agent.orders.standing import MAX_JOBS, StandingOrders
 from ckptsvc.agent.sessions import Session
-from ckptsvc.agent.standing import MAX_JOBS, StandingOrders
 from ckptsvc.rpc.identity import PAGE_BYTES, Page
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 

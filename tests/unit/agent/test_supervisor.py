@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from ckptsvc.agent import supervisor_accounts
-from ckptsvc.agent import supervisor_records as records
-from ckptsvc.agent.supervisor import environment_of, node_of, parse
-from ckptsvc.agent.supervisor_accounts import check
-from ckptsvc.agent.supervisor_gate import BURST, CONNECTIONS, RATE, REMEMBERED, STRANGERS, Gate, Visit
+from ckptsvc.agent.supervisor import accounts, records
+from ckptsvc.agent.supervisor.accounts import check
+from ckptsvc.agent.supervisor.gate import BURST, CONNECTIONS, RATE, REMEMBERED, STRANGERS, Gate, Visit
+from ckptsvc.agent.supervisor.supervisor import environment_of, node_of, parse
 from ckptsvc.config import load
 from ckptsvc.errors import AgentUnavailable, ConfigError, InvalidInput, StoreDenied
 from ckptsvc.rpc.accounts import Account, is_listed
@@ -29,7 +28,7 @@ PERSON = Account("alice", 1000, 1000, (1000, 0), "/home/alice")
 
 def test_what_runs_as_root_has_no_grpc_and_no_protobuf_in_it() -> None:
     """The command, the service and the entrance."""
-    programs = "ckptsvc.cli.agent, ckptsvc.agent.supervisor, ckptsvc.agent.supervisor_entrance"
+    programs = "ckptsvc.cli.agent, ckptsvc.agent.supervisor.supervisor, ckptsvc.agent.supervisor.entrance"
     code = f"import {programs}, sys; print(*sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.partition(".")[0] for name in ended.stdout.split()}
@@ -165,22 +164,22 @@ class TestAccounts:
                 raise OSError("the directory server is down")
             return Account(f"user{uid}", uid, gid, (gid,), "/")
 
-        monkeypatch.setattr(supervisor_accounts, "account_of", look)
+        monkeypatch.setattr(accounts, "account_of", look)
 
         async def test() -> None:
-            accounts = supervisor_accounts.Accounts([], 1000, ["user2000"])
+            known = accounts.Accounts([], 1000, ["user2000"])
             for _ in range(3):
-                await accounts.admit(1000, 1)
+                await known.admit(1000, 1)
                 with pytest.raises(StoreDenied, match="user999 is of the system"):
-                    await accounts.admit(999, 1)
+                    await known.admit(999, 1)
             assert looked == [1000, 999]
-            assert [await accounts.is_operator(uid, 1) for uid in (0, 1000, 2000)] == [True, False, True]
+            assert [await known.is_operator(uid, 1) for uid in (0, 1000, 2000)] == [True, False, True]
             for _ in range(2):  # that nobody knows is not remembered
                 with pytest.raises(AgentUnavailable, match="the directory server is down"):
-                    await accounts.admit(7, 1)
+                    await known.admit(7, 1)
             assert looked == [1000, 999, 2000, 7, 7]
-            monkeypatch.setattr(supervisor_accounts, "KNOWN_FOR", -1.0)
-            await accounts.admit(1000, 1)
+            monkeypatch.setattr(accounts, "KNOWN_FOR", -1.0)
+            await known.admit(1000, 1)
             assert looked[-1] == 1000
 
         asyncio.run(test())
@@ -195,17 +194,17 @@ class TestAccounts:
                 assert answer.wait(60)
             return Account(f"user{uid}", uid, gid, (gid,), "/")
 
-        monkeypatch.setattr(supervisor_accounts, "account_of", look)
+        monkeypatch.setattr(accounts, "account_of", look)
 
         async def test() -> None:
-            accounts = supervisor_accounts.Accounts([], 1000, [])
-            asking = [asyncio.ensure_future(accounts.admit(1000, 1)) for _ in range(1000)]
-            await accounts.admit(1001, 1)  # waits for none of them
-            assert (accounts.admits(1000), accounts.admits(1001)) == (False, True)
+            known = accounts.Accounts([], 1000, [])
+            asking = [asyncio.ensure_future(known.admit(1000, 1)) for _ in range(1000)]
+            await known.admit(1001, 1)  # waits for none of them
+            assert (known.admits(1000), known.admits(1001)) == (False, True)
             asking[0].cancel()  # and nobody waits for him
             answer.set()
             await asyncio.gather(*asking[1:])
-            assert accounts.admits(1000)
+            assert known.admits(1000)
 
         asyncio.run(test())
         assert sorted(looked) == [1000, 1001]

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ckptsvc.agent.tenancy import Tenancy
+from ckptsvc.agent.process.tenancy import Tenancy
 
 
 @pytest.fixture

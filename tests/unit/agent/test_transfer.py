@@ -12,8 +12,8 @@ import time
 import pytest
 import xxhash
 
-from ckptsvc.agent import transfer
-from ckptsvc.agent.transfer import (
+from ckptsvc.agent.tiers import transfer
+from ckptsvc.agent.tiers.transfer import (
     REQUEST,
     File,
     Listener,

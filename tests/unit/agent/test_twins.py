@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from ckptsvc.agent import guests, handover
-from ckptsvc.agent.guests import SLOTS, Guests
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.node import Node
-from ckptsvc.agent.workers import Workers
+from ckptsvc.agent.process import handover
+from ckptsvc.agent.tiers import guests
+from ckptsvc.agent.tiers.guests import SLOTS, Guests
+from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.config import load
 from ckptsvc.errors import ArenaExhausted
 from ckptsvc.pipeline.arena import WAITING, Arena, ArenaPool, Label, State

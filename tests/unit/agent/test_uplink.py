@@ -6,7 +6,7 @@ import logging
 import pytest
 from harness.impostor import Impostor, words
 
-from ckptsvc.agent.uplink import BUNDLE, RemoteUplink, bundles
+from ckptsvc.agent.coordination.uplink import BUNDLE, RemoteUplink, bundles
 from ckptsvc.errors import ConfigError, StoreDenied
 from ckptsvc.rpc.proof import CHALLENGE_KEY, PROOF_KEY
 from ckptsvc.rpc.trust import BySecret

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptsvc.agent.ranks import Ranks
-from ckptsvc.agent.standby import Standby, place_of, reason_against
+from ckptsvc.agent.launcher.ranks import Ranks
+from ckptsvc.agent.launcher.standby import Standby, place_of, reason_against
 
 ABOUT_ITSELF = """
 import json, os, signal, sys

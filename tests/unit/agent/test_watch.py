@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from harness.runtime import eventually
 
-from ckptsvc.agent import procfs
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import Session
-from ckptsvc.agent.watch import LOOK_EVERY, Watch
+from ckptsvc.agent.watching import procfs
+from ckptsvc.agent.watching.watch import LOOK_EVERY, Watch
 from ckptsvc.control.stalls import ENOUGH, WARM_UP, Limits
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.rpc.identity import PHASE_BYTES

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from ckptsvc.agent.aside import MAX_THREADS, aside
-from ckptsvc.agent.witness import Witness
+from ckptsvc.agent.watching.witness import Witness
 from ckptsvc.client import witness as client
 from ckptsvc.client.link import AgentLink
 from ckptsvc.errors import AgentUnavailable, InvalidInput

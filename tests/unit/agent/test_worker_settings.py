@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from ckptsvc.agent.worker_settings import VARIABLE, heard, told
+from ckptsvc.agent.worker.settings import VARIABLE, heard, told
 from ckptsvc.config import load
 from ckptsvc.errors import ConfigError
 

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ckptsvc.cli import demo_facts
-from ckptsvc.cli.demo_facts import Facts, Incident, Run, Save
+from ckptsvc.cli.demonstration import facts as demo_facts
+from ckptsvc.cli.demonstration.facts import Facts, Incident, Run, Save
 
 STEPS, EVERY, KILLED_AT, RESUMED_FROM = 12, 3, 8, 6
 

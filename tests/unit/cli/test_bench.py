@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 
-from ckptsvc.cli import bench, bench_launch
+from ckptsvc.cli import bench
 from ckptsvc.cli.bench import Bench
-from ckptsvc.cli.bench_spec import Spec
+from ckptsvc.cli.benchmarks import launch
+from ckptsvc.cli.benchmarks.spec import Spec
 from ckptsvc.errors import ConfigError
 
 PROGRAM = [sys.executable, "-m", "ckptsvc.cli.main", "bench"]
@@ -120,13 +121,13 @@ def test_a_store_inside_one_process_is_refused() -> None:
 
 
 def test_a_rank_that_fails_ends_the_benchmark_with_what_it_said(store: Path) -> None:
-    job = bench_launch.Job(store, 1)
+    job = launch.Job(store, 1)
     spec = Spec(workload="nonsense", nbytes=1, repeat=1, store="", directory="")
-    with pytest.raises(bench_launch.BenchFailed, match="KeyError: 'nonsense'"):
+    with pytest.raises(launch.BenchFailed, match="KeyError: 'nonsense'"):
         job.run(spec, lambda share: None)
 
 
 def test_the_names_of_peers_are_those_that_can_be_measured() -> None:
-    from ckptsvc.cli.bench_peers import PEERS
+    from ckptsvc.cli.benchmarks.peers import PEERS
 
     assert tuple(PEERS) == bench.PEERS

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from ckptsvc.cli import bench_faults
-from ckptsvc.cli.bench_fault_job import FAULTS
-from ckptsvc.cli.bench_fault_kinds import KINDS, Bars, Blame, Kind
-from ckptsvc.cli.bench_fault_outcome import ENOUGH, Outcome, Row, Scene, judge
-from ckptsvc.cli.bench_fault_table import show
-from ckptsvc.cli.bench_fault_world import VICTIM, Sighting
-from ckptsvc.cli.bench_faults import command
+from ckptsvc.cli.benchmarks.faults import command as bench_faults
+from ckptsvc.cli.benchmarks.faults.command import command
+from ckptsvc.cli.benchmarks.faults.job import FAULTS
+from ckptsvc.cli.benchmarks.faults.kinds import KINDS, Bars, Blame, Kind
+from ckptsvc.cli.benchmarks.faults.outcome import ENOUGH, Outcome, Row, Scene, judge
+from ckptsvc.cli.benchmarks.faults.table import show
+from ckptsvc.cli.benchmarks.faults.world import VICTIM, Sighting
 from ckptsvc.cli.terminal import Screen
 from ckptsvc.errors import ConfigError
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb

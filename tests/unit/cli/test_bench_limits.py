@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptsvc.cli import bench_limits
-from ckptsvc.cli.bench_limits import PAGE, Scratch, cold_reads, direct_write
+from ckptsvc.cli.benchmarks import limits
+from ckptsvc.cli.benchmarks.limits import PAGE, Scratch, cold_reads, direct_write
 
 NBYTES = 20 * (1 << 20) + 12_345  # several blocks, and no whole page at the end
 
@@ -20,7 +20,7 @@ def test_memcpy_copies_all_of_it_and_nothing_more() -> None:
 
 
 def test_memcpy_copies_more_than_it_has_to_copy_from(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_limits, "_SOURCE_LIMIT", 1 << 20)
+    monkeypatch.setattr(limits, "_SOURCE_LIMIT", 1 << 20)
     scratch = Scratch(NBYTES)
     scratch.view[:] = bytes(len(scratch.view))
     scratch.memcpy()
@@ -32,7 +32,7 @@ def test_a_raw_write_writes_the_bytes(tmp_path: Path, flag: int) -> None:
     scratch = Scratch(NBYTES)
     scratch.view[:NBYTES] = os.urandom(NBYTES)
     try:
-        assert bench_limits._write(tmp_path / "file", scratch, flag) > 0
+        assert limits._write(tmp_path / "file", scratch, flag) > 0
     except OSError:
         pytest.skip("no direct I/O here")
     assert (tmp_path / "file").read_bytes()[:NBYTES] == scratch.view[:NBYTES]
@@ -45,13 +45,13 @@ def test_a_raw_write_leaves_nothing_and_says_how_it_wrote(tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("way", bench_limits._WAYS)
+@pytest.mark.parametrize("way", limits._WAYS)
 def test_a_raw_read_reads_the_bytes(tmp_path: Path, way: str) -> None:
     content = os.urandom(NBYTES)
     (tmp_path / "file").write_bytes(content)
     scratch = Scratch(NBYTES)
     try:
-        assert bench_limits._read(tmp_path / "file", scratch, *bench_limits._WAYS[way]) > 0
+        assert limits._read(tmp_path / "file", scratch, *limits._WAYS[way]) > 0
     except OSError:
         pytest.skip("no direct I/O here")
     assert scratch.view[:NBYTES] == content

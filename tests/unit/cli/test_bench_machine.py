@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ckptsvc_drivers.linux import file_system, in_page_cache
 
-from ckptsvc.cli.bench_machine import available_memory, cpu_seconds, evict, facts
+from ckptsvc.cli.benchmarks.machine import available_memory, cpu_seconds, evict, facts
 
 BURN = "import os, time\nwhile sum(os.times()[:2]) < {seconds}: pass\n"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ckptsvc.cli.bench_peers import PEERS, as_dicts, missing
-from ckptsvc.cli.bench_state import is_intact, large_state, small_state, wipe
+from ckptsvc.cli.benchmarks.peers import PEERS, as_dicts, missing
+from ckptsvc.cli.benchmarks.state import is_intact, large_state, small_state, wipe
 
 INSTALLED = [name for name in PEERS if not missing(name)]
 

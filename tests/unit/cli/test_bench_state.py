@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from ckptsvc.cli.bench_state import (
+from ckptsvc.cli.benchmarks.state import (
     is_intact,
     large_state,
     local_bytes,

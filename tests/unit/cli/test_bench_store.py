@@ -3,8 +3,8 @@
 import pytest
 from harness.stored import cli
 
-from ckptsvc.cli.bench_store import Found, Table
-from ckptsvc.cli.bench_store_systems import RAW, systems
+from ckptsvc.cli.benchmarks.store.command import Found, Table
+from ckptsvc.cli.benchmarks.store.systems import RAW, systems
 from ckptsvc.errors import ConfigError
 
 MiB = 1 << 20

@@ -4,9 +4,9 @@ import io
 
 import pytest
 
-from ckptsvc.cli.bench_report import show
-from ckptsvc.cli.bench_spec import Results
-from ckptsvc.cli.bench_table import Row, as_json, rows_of
+from ckptsvc.cli.benchmarks.report import show
+from ckptsvc.cli.benchmarks.spec import Results
+from ckptsvc.cli.benchmarks.table import Row, as_json, rows_of
 from ckptsvc.cli.terminal import Screen
 
 GIB = 1 << 30

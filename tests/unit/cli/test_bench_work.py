@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from ckptsvc.cli import bench_work
-from ckptsvc.cli.bench_spec import Results, Spec
-from ckptsvc.cli.bench_work import ComputeLoop, measure_overlap, measure_save
+from ckptsvc.cli.benchmarks import work
+from ckptsvc.cli.benchmarks.spec import Results, Spec
+from ckptsvc.cli.benchmarks.work import ComputeLoop, measure_overlap, measure_save
 
 
 class Pretended:
@@ -103,7 +103,7 @@ def test_systems_take_turns_and_the_first_repetition_is_kept_apart() -> None:
         return {"seconds": float(len(order))}
 
     limits = order.append
-    bench_work._take_turns(spec(), results, [first, second], measure, shares.append, lambda n: limits(f"limits {n}"))
+    work._take_turns(spec(), results, [first, second], measure, shares.append, lambda n: limits(f"limits {n}"))
     one = ["pretended", "second"]
     assert order == ["limits 0", *one, "limits 1", *one, "limits 2", *one]
     assert results.warm_up == {"pretended": {"seconds": 2.0}, "second": {"seconds": 3.0}}
@@ -115,7 +115,7 @@ def test_systems_take_turns_and_the_first_repetition_is_kept_apart() -> None:
 def test_a_peer_that_fails_is_reported_and_drops_out() -> None:
     results, bad, good = Results(), Pretended(fails="Too many open files"), Pretended()
     bad.name = "bad"
-    bench_work._take_turns(spec(), results, [bad, good], measure_save, lambda share: None)
+    work._take_turns(spec(), results, [bad, good], measure_save, lambda share: None)
     assert results.unavailable == {"bad": "failed: RuntimeError: Too many open files"}
     assert bad.saves == 1
     assert set(results.samples) == {"pretended"}
@@ -123,13 +123,13 @@ def test_a_peer_that_fails_is_reported_and_drops_out() -> None:
 
 
 def test_a_restore_that_brings_back_something_else_is_no_result() -> None:
-    tree = bench_work.large_state(1 << 20)
-    with pytest.raises(bench_work.Damaged):
-        bench_work._timed_load(tree, lambda: None)
+    tree = work.large_state(1 << 20)
+    with pytest.raises(work.Damaged):
+        work._timed_load(tree, lambda: None)
 
 
 def test_peers_need_to_be_installed_and_a_directory() -> None:
     results = Results()
     here = Spec(workload="save", nbytes=0, repeat=1, store="s3://x", directory="", peers=("dcp",))
-    assert bench_work._peers(here, {}, results) == []
+    assert work._peers(here, {}, results) == []
     assert "directory" in results.unavailable["dcp"]

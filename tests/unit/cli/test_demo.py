@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from ckptsvc.cli import demo
-from ckptsvc.cli.demo_facts import Facts
-from ckptsvc.cli.demo_flow import Demo
-from ckptsvc.cli.demo_processes import DemoFailed
+from ckptsvc.cli.demonstration.facts import Facts
+from ckptsvc.cli.demonstration.flow import Demo
+from ckptsvc.cli.demonstration.processes import DemoFailed
 from ckptsvc.cli.main import main
 
 Make = Callable[..., Facts]

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import pytest
 
-from ckptsvc.cli import demo_facts
-from ckptsvc.cli.demo_facts import TOLERANCE, Facts, Incident, Run, Save
+from ckptsvc.cli.demonstration import facts as demo_facts
+from ckptsvc.cli.demonstration.facts import TOLERANCE, Facts, Incident, Run, Save
 
 Make = Callable[..., Facts]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from ckptsvc.cli import demo_flow
-from ckptsvc.cli.demo_facts import Run, Step
-from ckptsvc.cli.demo_flow import KILL_AFTER, KILLED_RANK, Killer, copy_run, read_saves
-from ckptsvc.cli.demo_processes import DemoFailed, Events
-from ckptsvc.cli.demo_story import Story
+from ckptsvc.cli.demonstration import flow
+from ckptsvc.cli.demonstration.facts import Run, Step
+from ckptsvc.cli.demonstration.flow import KILL_AFTER, KILLED_RANK, Killer, copy_run, read_saves
+from ckptsvc.cli.demonstration.processes import DemoFailed, Events
+from ckptsvc.cli.demonstration.story import Story
 from ckptsvc.format.commit import COMMIT, CommitRecord, checkpoint_name
 from ckptsvc.storage import connect
 
@@ -135,7 +135,7 @@ def test_a_copy_ends_with_the_step_asked_for(tmp_path: Path) -> None:
 def test_nothing_of_the_outer_environment_gets_in(monkeypatch, tmp_path: Path) -> None:
     for name in ("CKPTSVC_SAVE_EVERY", "RANK", "MASTER_PORT"):
         monkeypatch.setenv(name, "7")
-    environ = demo_flow._environ(tmp_path, tmp_path / "arenas")
+    environ = flow._environ(tmp_path, tmp_path / "arenas")
     assert not {"CKPTSVC_SAVE_EVERY", "RANK", "MASTER_PORT"} & environ.keys()
     assert environ["CKPTSVC_AGENT_SOCKET_DIR"] == str(tmp_path)
     assert environ["PATH"] == os.environ["PATH"]
@@ -143,8 +143,8 @@ def test_nothing_of_the_outer_environment_gets_in(monkeypatch, tmp_path: Path) -
 
 def test_the_plan_fits_together() -> None:
     """The kill and the branch lie where there is something to lose and something to resume."""
-    assert demo_flow.STEPS % demo_flow.EVERY == 0
-    assert demo_flow.BRANCH_FROM % demo_flow.EVERY == 0
-    assert KILL_AFTER % demo_flow.EVERY > 0
-    assert demo_flow.BRANCH_FROM < demo_flow.BRANCH_TO <= demo_flow.STEPS
-    assert KILL_AFTER + 2 * demo_flow.EVERY < demo_flow.STEPS
+    assert flow.STEPS % flow.EVERY == 0
+    assert flow.BRANCH_FROM % flow.EVERY == 0
+    assert KILL_AFTER % flow.EVERY > 0
+    assert flow.BRANCH_FROM < flow.BRANCH_TO <= flow.STEPS
+    assert KILL_AFTER + 2 * flow.EVERY < flow.STEPS

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptsvc.cli.demo_processes import Children, DemoFailed, Events, wait_until
+from ckptsvc.cli.demonstration.processes import Children, DemoFailed, Events, wait_until
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ time.sleep(60)
 
 
 def test_stop_ends_children_and_what_they_started(children: Children, monkeypatch) -> None:
-    monkeypatch.setattr("ckptsvc.cli.demo_processes.GRACE", 0.1)
+    monkeypatch.setattr("ckptsvc.cli.demonstration.processes.GRACE", 0.1)
     stubborn = children.start("stubborn", python(FAMILY))
     wait_until(lambda: stubborn.log.read_text().endswith("\n"), "the grandchild", 20, [stubborn])
     grandchild = int(stubborn.log.read_text())

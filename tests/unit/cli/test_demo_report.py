@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from ckptsvc.cli.demo_chart import NARROW, WIDE, chart
-from ckptsvc.cli.demo_facts import Facts, Run
-from ckptsvc.cli.demo_report import count, report, seconds, size, verdict
+from ckptsvc.cli.demonstration.chart import NARROW, WIDE, chart
+from ckptsvc.cli.demonstration.facts import Facts, Run
+from ckptsvc.cli.demonstration.report import count, report, seconds, size, verdict
 
 Make = Callable[..., Facts]
 

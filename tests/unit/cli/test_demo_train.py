@@ -9,8 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from ckptsvc.cli.demo_facts import Run
-from ckptsvc.cli.demo_train import (
+from ckptsvc.cli.demonstration.facts import Run
+from ckptsvc.cli.demonstration.train import (
     CONTEXT,
     GLOBAL_BATCH,
     Attention,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from ckptsvc.cli.doctor_advice import MiB, advise, noise, percentile, speed, speeds
-from ckptsvc.cli.doctor_probe import Spec
+from ckptsvc.cli.store_probe.advice import MiB, advise, noise, percentile, speed, speeds
+from ckptsvc.cli.store_probe.probe import Spec
 
 
 def stage(rates, count=3):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from harness.stored import cli
 
-from ckptsvc.agent.audit import AuditLog, Entry
+from ckptsvc.agent.orders.audit import AuditLog, Entry
 from ckptsvc.cli import orders
 from ckptsvc.cli.agents import Answer
 from ckptsvc.cli.orders import PARTLY_DONE, of_job, of_node, tell

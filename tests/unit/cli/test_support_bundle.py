@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from click.testing import CliRunner
 
-from ckptsvc.agent.audit import AuditLog, Entry
+from ckptsvc.agent.orders.audit import AuditLog, Entry
 from ckptsvc.cli import bundle_parts, support_bundle
 from ckptsvc.cli.masking import Mask, is_secret, masked_url
 from ckptsvc.cli.settings import written

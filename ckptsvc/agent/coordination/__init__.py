@@ -1,0 +1,1 @@
+"""The coordinator's shell: elections, the pure core's input and effects, and the way to it from every node."""

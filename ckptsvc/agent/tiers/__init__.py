@@ -1,0 +1,1 @@
+"""What is between memory and the durable store: other nodes' memory, parity, and this node's disk."""

@@ -1,0 +1,1 @@
+"""What is seen of ranks and network cards from outside: heartbeat pages, /proc, stacks, counters."""

@@ -1,0 +1,1 @@
+"""What `ckptsvc bench` measures, and how."""

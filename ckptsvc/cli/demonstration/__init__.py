@@ -1,0 +1,1 @@
+"""What `ckptsvc demo` does, measures and shows."""

@@ -1,0 +1,1 @@
+"""How a store is measured from this node, and which settings follow from that."""
