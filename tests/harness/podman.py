@@ -20,6 +20,7 @@ import pytest
 BASE = "localhost/base"
 PACKAGES = "python3-venv,ca-certificates,systemd-sysv,dbus"
 IMAGE = "localhost/ckptsvc"
+LOCKS = Path("/dev/shm/libpod_lock")
 RESTRICTED = ("--read-only", "--read-only-tmpfs=false", "--cap-drop=all", "--security-opt=no-new-privileges")
 """As a Kubernetes has it that is strict (and deploy/kubernetes)."""
 
@@ -91,7 +92,7 @@ def podman(folder: Path) -> Iterator[Podman]:
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode:
         pytest.skip(f"no Debian can be had here: {made.stderr[-300:]}")
-    parents = _parents()
+    parents, had_locks = _parents(), LOCKS.exists()
     found = Podman(folder)
     try:
         found("import", str(tree), BASE)
@@ -107,6 +108,8 @@ def podman(folder: Path) -> Iterator[Podman]:
             for each in sorted((path for path in group.rglob("*/") if path.is_dir()), reverse=True):
                 each.rmdir()
             group.rmdir()
+        if not had_locks:
+            LOCKS.unlink(missing_ok=True)
 
 
 def _parents() -> set[Path]:
