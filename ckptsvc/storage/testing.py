@@ -31,6 +31,7 @@ import pytest
 from ckptsvc.errors import CkptsvcError, Damaged, InvalidInput, NotFound
 from ckptsvc.storage.api import TEMPORARY_PREFIX, Capabilities, Store
 from ckptsvc.storage.arguments import MAX_KEY_BYTES, MAX_PART_BYTES
+from ckptsvc.storage.clock import store_time
 from ckptsvc.storage.registry import connect
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -398,6 +399,12 @@ class StoreTests:
         for entry in store.list():
             assert entry.size == len(entry.key)
             assert begin - 60 < entry.modified < time.time() + 60
+
+    def test_it_can_be_asked_for_the_time(self, store: Store) -> None:
+        """By writing a small object: ages are by the clock that dates them. Nothing is left of it."""
+        now = store_time(store, "step-1")
+        assert now is None or abs(now - time.time()) < 60
+        assert list(store.list()) == []
 
     def test_children_are_one_level(self, store: Store) -> None:
         """Sorted, each once, objects and parts that lead to keys alike."""

@@ -22,7 +22,7 @@ from harness.stored import Run, Tensor, cli
 import ckptsvc
 from ckptsvc.errors import CkptsvcError, Damaged, StoreDenied, StoreError, StoreFull, StoreUnavailable
 from ckptsvc.format.commit import epoch_key
-from ckptsvc.pipeline.catalog import find, newest_epoch, take_epoch
+from ckptsvc.pipeline.catalog import find, list_refs, newest_epoch, take_epoch
 from ckptsvc.storage.testing import content_of, pages_with, put
 from ckptsvc.storage.wrappers import Retrying
 
@@ -291,6 +291,21 @@ def test_a_clock_that_is_wrong_does_not_age_objects(s3_bucket):
     assert abs(entry.modified - served) < 2
 
 
+@pytest.mark.parametrize(("hours", "older_than", "left"), [(2, "1h", [1, 2]), (-2, "1s", [1])])
+def test_a_clock_that_is_wrong_deletes_no_running_save(s3_bucket, monkeypatch, hours, older_than, left):
+    monkeypatch.setenv("CKPTSVC_STORE_OPTIONS", json.dumps({"s3": s3_bucket.options}))
+    run = Run(s3_bucket.url, s3_bucket.options)
+    run.save(1)
+    run.save(2, commit=False)  # in another node's memory is the rest of it
+    time.sleep(2.1)  # S3 dates by the second
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + hours * 3600)
+    status, _, err = cli("gc", run.url, "--delete", "--older-than", older_than)
+    assert (status, "the store's, which counts" in err) == (0, True)
+    assert sorted(ref.step for ref in list_refs(run.store)) == left
+    assert run.store.children("retired") == []
+
+
 # --- what is read --------------------------------------------------------------------------------------------------
 
 
@@ -385,7 +400,7 @@ def test_a_job_saves_to_s3_and_is_restored_from_it(
         monkeypatch.setenv(f"CKPTSVC_{name}", runtime.environ[f"CKPTSVC_{name}"])
     assert [entry["step"] for entry in json.loads(cli("ls", url, "--json").out)["checkpoints"]] == [5, 3]
     assert cli("verify", url, "--step", "5").status == 0
-    s3_bucket.begin_upload("run/step-000000000009.e00009/r00000-00000000.safetensors")
+    s3_bucket.begin_upload("run/step-000000000009.e00001/r00000-00000000.safetensors")
     assert json.loads(cli("gc", url, "--delete", "--json", "--older-than", "0s").out)["removed"]["objects"] == 1
     assert s3_bucket.uploads() == []
     shard = max(opened(s3_bucket).list("run/step-000000000005.e00002"), key=lambda entry: entry.size).key

@@ -24,6 +24,7 @@ import msgspec
 from ckptsvc.cli.store_probe.load import FOLDER, Buffers, clear, connect_as_set, each, make_cold, timed, workers
 from ckptsvc.errors import CkptsvcError, ConfigError
 from ckptsvc.storage import Store
+from ckptsvc.storage.clock import store_time
 
 MiB = 1 << 20
 RACERS, RACES = 8, 10
@@ -75,7 +76,7 @@ class Probe:
 
     def about(self) -> dict[str, Any]:
         """What the driver says, and what earlier probes have left."""
-        old, now = set(), time.time()
+        old, now = set(), store_time(self._store, self._spec.folder) or 0.0
         for name in self._store.children():
             if name.startswith(FOLDER) and name != self._spec.folder:
                 newest = max((e.modified for e in self._store.list(name)), default=0.0)
