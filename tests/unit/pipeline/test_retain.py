@@ -89,8 +89,8 @@ def test_a_whole_run_has_no_garbage(run: Run) -> None:
 
 def test_what_interrupted_saves_leave_is_found_and_nothing_else(run: Run, tmp_path: Path) -> None:
     take_epoch(run.store, "job", 1, "me", "now")
-    take_epoch(run.store, "another job", 2, "me too", "now")
     run.save(1, TENSORS, world=2)
+    take_epoch(run.store, "another job", 2, "me too", "now")
     good = keys(run)
     run.save(2, TENSORS, world=2, commit=False)
     run.save(3, TENSORS, epoch=2, commit=False)
