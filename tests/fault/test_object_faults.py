@@ -23,6 +23,7 @@ import ckptsvc
 from ckptsvc.errors import CkptsvcError, Damaged, StoreDenied, StoreError, StoreFull, StoreUnavailable
 from ckptsvc.format.commit import epoch_key
 from ckptsvc.pipeline.catalog import find, list_refs, newest_epoch, take_epoch
+from ckptsvc.storage import connect
 from ckptsvc.storage.testing import content_of, pages_with, put
 from ckptsvc.storage.wrappers import Retrying
 
@@ -382,6 +383,36 @@ def train(rank: Rank, store: str, steps: int) -> dict[str, object]:
         "value": weight[0].item(),
         "obstore": "obstore" in sys.modules,
     }
+
+
+def save_twice(rank: Rank, store: str) -> int:
+    """Where it has begun."""
+    weight = torch.zeros(1000)
+    run = ckptsvc.attach({"weight": weight}, store=store, every="off")
+    begun = run.steps_done
+    for _ in range(2):
+        weight += 1
+        run.step()
+        run.save(wait=True)
+    run.close()
+    return begun
+
+
+def test_a_step_that_a_listing_hides_is_restored_where_the_job_knows_of_it(
+    s3_bucket: S3Bucket, between, launch: Launch, runtime: Runtime, moto_server
+) -> None:
+    url = f"{s3_bucket.url}/run"
+    options = {"s3": {**s3_bucket.options, "endpoint": between.endpoint}}
+    runtime.environ.update(moto_server.environ, CKPTSVC_STORE_OPTIONS=json.dumps(options))
+    assert launch.plain(1, save_twice, url, CKPTSVC_JOB="again", CKPTSVC_ATTEMPT="1").results() == [0]
+    between.rules.append(Rule("GET .*list-type=2", change=without("step-000000000002.")))
+    assert [ref.step for ref in list_refs(connect(url, options["s3"]))] == [1]
+    for arena in runtime.arenas.rglob("*"):  # what is in memory would be newer
+        if arena.is_file() and arena.stat().st_size > 4096:
+            arena.write_bytes(b"\xff" * arena.stat().st_size)
+    again = launch.plain(1, save_twice, url, CKPTSVC_JOB="again", CKPTSVC_ATTEMPT="2")
+    assert again.results() == [2]
+    assert "the listing is behind, step-000000000002.e00001 is there all the same" in again.story()
 
 
 def test_a_job_saves_to_s3_and_is_restored_from_it(
