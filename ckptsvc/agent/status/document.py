@@ -10,8 +10,8 @@ import ckptsvc
 from ckptsvc.agent.status.job_view import job_view, launch_view
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.restart import launched_as
+from ckptsvc.control.save import outcome_word
 from ckptsvc.pipeline.arena import State
-from ckptsvc.rpc.v1 import agent_pb2
 
 if TYPE_CHECKING:
     from ckptsvc.agent.server import Agent
@@ -40,6 +40,11 @@ def status_of(agent: Agent) -> dict[str, Any]:
         "max_write_rate": agent.workers.max_write_rate,
         "local_disk": _local_disk(agent),
         "saves": _saves(agent),
+        "compression": [
+            {"job": job.name, "compressed": job.compression.latest.compressed, "why": job.compression.latest.why}
+            for job in agent.local.jobs.values()
+            if job.compression.latest is not None
+        ],
         "coordinates": _coordinated(agent),
         "launches": [
             launch_view(attempts, time.monotonic(), time.time())
@@ -150,7 +155,7 @@ def _saves(agent: Agent) -> list[dict[str, Any]]:
             "job": job.name,
             "epoch": o.epoch,
             "step": o.step,
-            "outcome": agent_pb2.Outcome.Name(o.outcome).removeprefix("OUTCOME_").lower(),
+            "outcome": outcome_word(o.outcome),
             "code": o.code,
             "reason": o.reason,
             "bytes": o.bytes,

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -315,7 +315,7 @@ class Agents:
 
     def _tell(self) -> None:
         self._dividing = None
-        told = {"op": "shares", **shown(self._share())}
+        told = {"op": "shares", **asdict(self._share())}
         for user in self._users.values():
             if user.link is not None:
                 _push(user.link, told)
@@ -445,11 +445,6 @@ class Agents:
         task: asyncio.Task[None] = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def shown(share: Share) -> dict[str, int]:
-    """A share as it travels."""
-    return {"memory": share.memory, "write_rate": share.write_rate, "jobs": share.jobs, "ranks": share.ranks}
 
 
 def _status(pid: int) -> int | None:

@@ -109,6 +109,7 @@ class Lowering:
             metrics.spared_bytes.labels(scheme).inc(max(label.nbytes - done["stored"], 0))
             metrics.write_held_back.inc(done["held_back"])
             self._layouts.note(scheme, label, done["layout"])
+            job.compression.note(label, done["verdict"], time.monotonic())
         self._note()
         now, trace = time.monotonic(), Trace.save(label.job, label.epoch, label.step)
         about: About = {"node": self._local.name, "bytes": label.nbytes}
@@ -126,9 +127,8 @@ class Lowering:
             columns=done["columns"],
             segments=done["segments"],
         )
-        if (
-            held.stage is Stage.PENDING
-        ):  # else it was given up too late: what it refers to may be gone when it is wanted
+        if held.stage is Stage.PENDING:
+            # else it was given up too late: what it refers to may be gone when it is wanted
             held.result = pb.Report(durable=durable)
             self._report(job, held, held.result)
         return True

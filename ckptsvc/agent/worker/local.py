@@ -98,7 +98,7 @@ class LocalCopies:
         try:
             disk, copy = self.disk(args["disk"]), Copy.decode(args["record"], "record")
             began, before = time.monotonic(), self._rate.collect()
-            done = {"name": copy.name, "segments": b"", "stored": 0, "layout": None}
+            done = {"name": copy.name, "segments": b"", "stored": 0, "layout": None, "verdict": None}
             if args["durable"]:
                 columns, _ = local_copy.describe(disk, copy)
             else:
@@ -110,7 +110,8 @@ class LocalCopies:
                     driver.writers = copy.label.world_size
                 written = self._shards.drain(disk, store, copy, tuple(args["committed"]), go_on)
                 failpoint("after_drain")
-                columns, done["name"], done["stored"] = written.columns, written.name, written.stored
+                columns = written.columns
+                done |= {"name": written.name, "stored": written.stored, "verdict": written.verdict}
                 if isinstance(driver, Spreading):
                     done["layout"] = driver.layout(f"{copy.folder}/{written.name}")
                 if written.segments is None:
