@@ -398,6 +398,7 @@ def save_twice(rank: Rank, store: str) -> int:
     return begun
 
 
+@pytest.mark.slow
 def test_a_step_that_a_listing_hides_is_restored_where_the_job_knows_of_it(
     s3_bucket: S3Bucket, between, launch: Launch, runtime: Runtime, moto_server
 ) -> None:
