@@ -352,10 +352,15 @@ class Saves:
         return f"after {self.timeout:g} s these ranks have not {did}: {shown}"
 
     @property
-    def committed_step(self) -> int | None:
-        """Step of the newest checkpoint of this job that is remembered as committed."""
+    def committed(self) -> Key | None:
+        """The newest checkpoint of this job that is remembered as committed."""
         done = [key for key, outcome in self.ended.items() if outcome.outcome == agent_pb2.OUTCOME_COMMITTED]
-        return max(done)[1] if done else None
+        return max(done, default=None)
+
+    @property
+    def committed_step(self) -> int | None:
+        """Its step."""
+        return self.committed[1] if self.committed else None
 
     def snapshots(self) -> list[Key]:
         """Complete snapshots that are still whole in memory that ranks read, newest first."""

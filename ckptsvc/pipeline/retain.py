@@ -11,6 +11,7 @@ then either it sees that one is gone, or `look` sees what it has said.
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -26,6 +27,7 @@ from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.pins import pinned
 from ckptsvc.pipeline.retention import Candidate, Policy, Verdict, decide
 from ckptsvc.storage import Store
+from ckptsvc.storage.clock import store_time
 
 RESUME_AFTER = 600.0
 """Seconds after which a deletion that has begun and not ended is taken up: until then somebody may be at it."""
@@ -153,7 +155,7 @@ def expire(
         store: of the run.
         policy: what to keep.
         needed: checkpoints that a running save or a drain works with.
-        now: seconds since 1970; None asks the clock.
+        now: seconds since 1970, by the clock that dates the objects; None asks the store where it matters.
         resume_after: seconds after which deletions that others began are taken up.
         progress: called with the size of every file that is deleted.
 
@@ -161,8 +163,11 @@ def expire(
         StoreError: the store failed; the next call goes on where this one was interrupted.
     """
     done, pace = Expired(), Pace(policy.rate)
-    now = time.time() if now is None else now
-    marks = [ref for ref, since in retired(store).items() if since <= now - resume_after]
+    began = retired(store)
+    if now is None:
+        known = store_time(store, RETIRED) if began or policy.age else None
+        now = -math.inf if known is None else known  # then nothing is old enough
+    marks = [ref for ref, since in began.items() if since <= now - resume_after]
     if not policy.last and not marks:
         return done
     found = find(store)
