@@ -392,7 +392,10 @@ class Agent:
         gate = self.trust.gate(self.metrics.calls_refused.inc)
         roles = RoleGate(None, lambda caller, method: self.metrics.calls_refused.inc())
         between = grpc.aio.server(interceptors=[roles, gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
-        add_coordinator_service(CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer), between)
+        agents = CoordinatorServicer(
+            self._shell_of, self.node_name, self.partners.offer, self.metrics.calls_refused.inc
+        )
+        add_coordinator_service(agents, between)
         port, host = self.trust.open_port(between, settings.listen)
         self.address = self.local.address = str(Address(host, port))
         gate.address = self.trust.spelled(self.address)

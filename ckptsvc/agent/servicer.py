@@ -17,9 +17,11 @@ from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.node import Node
 from ckptsvc.agent.orders.callers import Callers
 from ckptsvc.agent.orders.orders import Orders
+from ckptsvc.agent.process.malformed import Refusals
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.format.commit import check_metrics
+from ckptsvc.rpc.bounds import check, check_report
 from ckptsvc.rpc.channel import TOKEN_KEY, trailers_of
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -30,22 +32,17 @@ REPLY_TIME = 0.05
 PREPARE_TIMEOUT = 120.0
 PROVIDE_TIMEOUT = 600.0
 VERB_TIMEOUT = 3600.0
-MAX_DIGEST = 64
-MAX_IMAGE = 1 << 42
-"""Largest shard image a rank may announce, in bytes."""
-
-MAX_ALIASES = 8 << 20
-"""Characters of the names of a rank's tied tensors: they are kept with each snapshot in memory."""
 
 Handler = Callable[..., Awaitable[Any]]
 
 
 def _errors(handler: Handler) -> Handler:
-    """Send a `CkptsvcError` to the caller as what it is."""
+    """Look whether the request says what can be; send a `CkptsvcError` to the caller as what it is."""
 
     @functools.wraps(handler)
     async def guarded(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
+            check(request)
             return await handler(self, request, context)
         except CkptsvcError as error:
             await context.abort(*trailers_of(error))
@@ -79,8 +76,6 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     @_errors
     async def Prepare(self, request: agent_pb2.PrepareRequest, context: Any) -> agent_pb2.PrepareResponse:
         """See agent.proto."""
-        if request.generation < 0 or len(request.plain_digest) > MAX_DIGEST:
-            raise InvalidInput("an announcement has a digest and a generation of at least 0")
         timeout = _remaining(context, PREPARE_TIMEOUT)
         ranks, complete, epoch = await self._node.prepare(
             _token(context), request.plain_digest, request.generation, timeout
@@ -96,16 +91,12 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     @_errors
     async def Provide(self, request: agent_pb2.ProvideRequest, context: Any) -> agent_pb2.ProvideResponse:
         """See agent.proto."""
-        if not 0 < request.bytes <= MAX_IMAGE:
-            raise InvalidInput(f"a shard image of {request.bytes} bytes is impossible")
         timeout = _remaining(context, PROVIDE_TIMEOUT)
         return agent_pb2.ProvideResponse(slots=await self._node.arenas.provide(_token(context), request.bytes, timeout))
 
     @_errors
     async def Acquire(self, request: agent_pb2.AcquireRequest, context: Any) -> agent_pb2.AcquireResponse:
         """See agent.proto."""
-        if not 0 < request.bytes <= MAX_IMAGE or request.step < 0:
-            raise InvalidInput(f"a snapshot of {request.bytes} bytes at step {request.step} is impossible")
         timeout = _remaining(context, request.patience)
         token = _token(context)
         arena, epoch = await self._node.arenas.acquire(token, request.step, request.bytes, timeout)
@@ -123,8 +114,6 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         metrics = dict(request.metrics)
         check_metrics(metrics)
         aliases, token = dict(request.aliases), _token(context)
-        if sum(len(alias) + len(name) for alias, name in aliases.items()) > MAX_ALIASES:
-            raise InvalidInput(f"the names of tied tensors have more than {MAX_ALIASES} characters")
         self._node.twins.fill(token, request.twin_slot, request.twin_bytes)
         self._node.saves.submit(token, request.slot, request.step, request.bytes, aliases, metrics, request.staging)
         self._node.on_filling()
@@ -235,14 +224,16 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         shell_of: Callable[[str, int], CoordinatorShell],
         node: str,
         offer: Callable[[pb.FetchRequest], Awaitable[pb.FetchResponse]],
+        on_refused: Callable[[], None] = lambda: None,
     ) -> None:
-        self._shell_of, self._node, self._offer = shell_of, node, offer
-        self._mirror = Mirror()
+        self._shell_of, self._node, self._offer, self._on_refused = shell_of, node, offer, on_refused
+        self._mirror, self._refusals = Mirror(), Refusals("reports of agents")
 
     async def Attend(self, request_iterator: AsyncIterator[pb.Report], context: Any) -> AsyncIterator[pb.Order]:
         """See coordinator.proto."""
         try:
             first = await anext(aiter(request_iterator))
+            check(first)
             hello = first.agent_hello
             node = hello.node
             if not node or node == self._node:
@@ -259,12 +250,20 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         try:
             while (order := await orders.get()) is not None:
                 yield order
+            failure = reading.exception() if reading.done() and not reading.cancelled() else None
+            if isinstance(failure, InvalidInput):
+                self._on_refused()
+                self._refusals.say(f"{failure}, by the agent of {node} at {context.peer()}, which is hung up on")
+                await context.abort(*trailers_of(failure))
+            if failure is not None:
+                raise failure
         finally:
             reading.cancel()
             shell.depart(node, deliver)
 
     async def _read(self, shell: CoordinatorShell, node: str, reports: AsyncIterator[pb.Report]) -> None:
         async for message in reports:
+            check_report(message, node)
             for report in (message, *message.more):
                 shell.report(node, report)
 
