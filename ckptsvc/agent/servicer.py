@@ -18,6 +18,7 @@ from ckptsvc.agent.node import Node
 from ckptsvc.agent.orders.callers import Callers
 from ckptsvc.agent.orders.orders import Orders
 from ckptsvc.agent.process.malformed import Refusals
+from ckptsvc.agent.status.sparing import Sparing
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.format.commit import check_metrics
@@ -70,7 +71,8 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     def __init__(
         self, node: Node, launches: Launches, status: Callable[[], dict[str, Any]], callers: Callers, orders: Orders
     ) -> None:
-        self._node, self._launches, self._status = node, launches, status
+        self._node, self._launches = node, launches
+        self._status = Sparing(lambda: msgspec.json.encode(status()))
         self._callers, self._orders = callers, orders
 
     @_errors
@@ -161,7 +163,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     @_errors
     async def GetStatus(self, request: agent_pb2.GetStatusRequest, context: Any) -> agent_pb2.GetStatusResponse:
         """See agent.proto."""
-        return agent_pb2.GetStatusResponse(json=msgspec.json.encode(self._status()))
+        return agent_pb2.GetStatusResponse(json=self._status.get())
 
     async def Launch(
         self, request_iterator: AsyncIterator[agent_pb2.LaunchRequest], context: Any
