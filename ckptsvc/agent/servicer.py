@@ -22,7 +22,7 @@ from ckptsvc.agent.status.sparing import Sparing
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.format.commit import check_metrics
-from ckptsvc.rpc.bounds import check, check_report
+from ckptsvc.rpc.bounds import MAX_NAME, check, check_report
 from ckptsvc.rpc.channel import TOKEN_KEY, trailers_of
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -233,16 +233,17 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     async def Attend(self, request_iterator: AsyncIterator[pb.Report], context: Any) -> AsyncIterator[pb.Order]:
         """See coordinator.proto."""
+        node = "?"
         try:
             first = await anext(aiter(request_iterator))
-            check(first)
             hello = first.agent_hello
             node = hello.node
+            check(first)
             if not node or node == self._node:
                 raise InvalidInput(f"the first report must be a hello of another node than {self._node}")
             shell = self._shell_of(hello.job, hello.term)
         except CkptsvcError as error:
-            await context.abort(*trailers_of(error))
+            await self._hang_up(error, node, context)
         orders: asyncio.Queue[pb.Order | None] = asyncio.Queue()
         deliver = orders.put_nowait
         shell.attend(node, deliver)
@@ -253,15 +254,19 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             while (order := await orders.get()) is not None:
                 yield order
             failure = reading.exception() if reading.done() and not reading.cancelled() else None
-            if isinstance(failure, InvalidInput):
-                self._on_refused()
-                self._refusals.say(f"{failure}, by the agent of {node} at {context.peer()}, which is hung up on")
-                await context.abort(*trailers_of(failure))
+            if isinstance(failure, CkptsvcError):
+                await self._hang_up(failure, node, context)
             if failure is not None:
                 raise failure
         finally:
             reading.cancel()
             shell.depart(node, deliver)
+
+    async def _hang_up(self, error: CkptsvcError, node: str, context: Any) -> None:
+        if isinstance(error, InvalidInput):
+            self._on_refused()
+            self._refusals.say(f"{error}, by the agent of {node[:MAX_NAME]} at {context.peer()}, which is hung up on")
+        await context.abort(*trailers_of(error))
 
     async def _read(self, shell: CoordinatorShell, node: str, reports: AsyncIterator[pb.Report]) -> None:
         async for message in reports:

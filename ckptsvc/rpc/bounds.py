@@ -37,8 +37,8 @@ MAX_NAME = 256
 MAX_ALIASES = 8 << 20
 """Characters of the names of a rank's tied tensors: they are kept with each snapshot in memory."""
 
-MAX_REASON = 1 << 14
-"""Characters of a sentence."""
+MAX_REASON = 1 << 20
+"""Characters of a sentence: some name all nodes of a job."""
 
 MAX_COUNT = 1 << 30
 """Of attempts, restarts, and whatever else is counted: one more fits into an int32 too."""

@@ -65,6 +65,9 @@ def test_whatever_agents_report_a_coordinator_decides(seed):
     assert 50 < heard < 250
 
 
+HELLO = pb.Report(agent_hello=pb.AgentHello(node="n1"))
+
+
 class Peer:
     """A member of the job that speaks for node `n1`, and does not look at what it says."""
 
@@ -72,11 +75,10 @@ class Peer:
         self.trust = BySecret((agent.directory.parent / "secret").read_text().strip())
         self.address = json.loads(agent.call("GetStatus", agent_pb2.GetStatusRequest()).json)["address"]
 
-    async def say(self, *reports):
+    async def say(self, *reports, hello=HELLO):
         """All of that in one stream; how it ends."""
         async with self.trust.channel(self.address, OPTIONS) as channel:
             admission = await self.trust.ask(channel, self.address, "Attend")
-            hello = pb.Report(agent_hello=pb.AgentHello(node="n1"))
             stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
             call = stub.Attend(iter([hello, *reports]), metadata=admission.metadata)
             try:
@@ -99,11 +101,13 @@ def test_an_agent_that_reports_what_cannot_be_is_hung_up_on_and_nothing_else_suf
                 bad = says(rng, "n1", 0.3)
             ends.append(await peer.say(bad))
         more = pb.Report(more=[pb.Report(node_left=pb.NodeLeft(job="job", node="another"))])
-        return [*ends, await peer.say(more)]
+        nobody = pb.Report(agent_hello=pb.AgentHello(node="n\n1"))
+        return [*ends, await peer.say(more), await peer.say(hello=nobody)]
 
     ends = asyncio.run(story())
     assert {code for code, _ in ends} == {grpc.StatusCode.INVALID_ARGUMENT}
-    assert "of another node" in str(ends[-1][1])
+    assert "of another node" in str(ends[-2][1])
+    assert "AgentHello.node" in str(ends[-1][1])
     assert rank.call("Prepare", agent_pb2.PrepareRequest(plain_digest="d")).complete
     log = (agent.directory / "agent.log").read_text()
     (line,) = [each for each in log.splitlines() if "reports of agents were refused: 1 so far" in each]
