@@ -217,11 +217,11 @@ class Saves:
     def skipped(self, event: pb.Skipped, now: float) -> Decision:
         """A rank could not take this snapshot, so nobody's is of use."""
         key = (event.epoch, event.step)
+        if self._has_staged(key, event.rank):
+            return Decision()  # nothing was skipped
         if key not in self.open and key not in self.ended:
             # The others may stage later: remember the outcome so that they hear it at once.
             self.open[key] = Save(event.epoch, event.step, event.attempt, 0, "", now, now)
-        if self._has_staged(key, event.rank):
-            return Decision()  # nothing was skipped
         return self._end(key, agent_pb2.OUTCOME_SKIPPED, "arena-exhausted", f"rank {event.rank}: {event.why}", now)
 
     def dropped(self, event: pb.Dropped) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 from ckptsvc.errors import CkptsvcError, Damaged, InvalidInput, NotFound, StoreDenied, StoreError, StoreUnavailable
 from ckptsvc.storage.api import READ_LIMIT, TEMPORARY_PREFIX, Capabilities, Entry, Progress
 from ckptsvc.storage.arguments import check_key, check_prefix, check_record, check_size, check_target
-from ckptsvc_drivers.object_clients import Clients, options_from, parse
+from ckptsvc_drivers.object_clients import Clients, Options, options_from, parse
 from ckptsvc_drivers.object_errors import facts_of, translate
 from ckptsvc_drivers.object_names import key_of, name_of, upload_of
 from ckptsvc_drivers.object_parts import Parts, cut
@@ -31,6 +31,9 @@ FORK_SAFE = False
 
 TAKES_TIMEOUT = True
 """The option `timeout` ends a request."""
+
+OPTIONS = Options
+"""What `[store.options.SCHEME]` may set."""
 
 _SINGLE = 8 << 20  # bytes; an object up to this size is one request
 _RANGE = 8 << 20  # bytes of one request when reading
