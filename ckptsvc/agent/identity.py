@@ -17,6 +17,7 @@ import msgspec
 from ckptsvc.agent.watching.witness import Witness
 from ckptsvc.config import LARGEST_EXTENT, PAGE
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
+from ckptsvc.launch.domain import MAX_DOMAIN
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.rpc.identity import MAX_PACKET, peer_of, send_answer
 from ckptsvc.storage import canonical
@@ -35,7 +36,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What a rank says of itself. `keep` is how many checkpoints stay at least; `retention` says which others do.
 
     `coordinator` is "" for this very agent; `ends` is when the scheduler ends the job, in seconds of CLOCK_MONOTONIC,
-    or 0 where that is not known.
+    or 0 where that is not known. `domain` is that of its node (launch.domain), "" where nothing tells it.
     """
 
     op: str
@@ -52,6 +53,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     extent: int = 1 << 20
     coordinator: str = ""
     ends: float = 0.0
+    domain: str = ""
 
     def check(self) -> None:
         """Raise InvalidInput where the numbers cannot be."""
@@ -63,6 +65,8 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidInput(f"the store {self.store[:200]!r} is no URL: an agent has a working directory of its own")
         if len(self.coordinator) > 300:
             raise InvalidInput("an address has at most 300 characters")
+        if len(self.domain) > MAX_DOMAIN:
+            raise InvalidInput(f"a failure domain has at most {MAX_DOMAIN} characters")
         # What goes into a report must fit its fields (coordinator.proto).
         numbers = (self.attempt, self.epoch, self.keep, self.every_steps)
         if not all(0 <= number < 1 << 31 for number in numbers) or not 0 <= self.every_seconds < math.inf:

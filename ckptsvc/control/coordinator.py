@@ -294,6 +294,7 @@ class Coordinator:
                 why = f"job {other.name} with {len(other.ranks)} live ranks on {where} writes to this run"
                 refused = pb.JobRefused(attempt=event.attempt, code="run-busy", why=why)
                 return Decision([Send(event.node, pb.Order(job=event.job, job_refused=refused))], [why])
+        self.redundancy.joined(event)
         job = self._job(event.job, event.store, now)
         joined = job.join(event, now)
         decision = self.pauses.joined(job, event, now).add(joined)

@@ -117,6 +117,12 @@ class Redundancy:
         if hello.vacating:
             self.leaving.add(hello.node)
 
+    def joined(self, event: pb.RankJoined) -> None:
+        """A rank may know the domain of its node where the agent does not, because no job has started that."""
+        peer = self.peers.get(event.node)
+        if peer is not None and not peer.domain:
+            self.peers[event.node] = peer._replace(domain=event.domain)
+
     def leave(self, node: str, *, leaves: bool) -> None:
         """A node is about to be switched off, or stays after all: the next snapshot is kept elsewhere."""
         if leaves:

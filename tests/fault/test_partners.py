@@ -63,9 +63,22 @@ class Training:
         (self.notes / "hold-10").touch()
         (folder / "train.py").write_text(TRAIN)
         (folder / "store.plan").write_text(json.dumps([{"op": "write", "key": "step-*10.*", "hang": True, "times": 0}]))
-        self._flags = ["--nnodes", nnodes, "--rdzv-id", "job", "--rdzv-endpoint", f"{made.address(1)}:{free_port()}",
-            "--max-restarts", "9", "--no-standby", "--no-preflight"]  # fmt: skip
+        self._endpoint = f"{made.address(1)}:{free_port()}"
+        self._flags = ["--nnodes", nnodes, "--rdzv-id", "job", "--rdzv-endpoint", self._endpoint, "--max-restarts", "9",
+            "--no-standby", "--no-preflight"]  # fmt: skip
         self.runs: dict[int, subprocess.Popen[bytes]] = {}
+        self.agents: list[subprocess.Popen[bytes]] = []
+
+    def serve(self, number: int, **environ: str) -> None:
+        """An agent on a host that is there before any job, as a service's is."""
+        folder = self.runtime.sockets / f"node-n{number}"
+        folder.mkdir(mode=0o700)
+        listen = self._endpoint if number == 1 else f"{self.hosts.address(number)}:0"
+        command = [*self.hosts.on(number), sys.executable, "-m", "ckptsvc.cli.main", "agent", "--dir", str(folder),
+            "--name", f"n{number}", "--listen", listen]  # fmt: skip
+        with (folder / "agent.log").open("ab") as log:
+            self.agents.append(subprocess.Popen(command, env=self.runtime.environ | environ, stdout=log, stderr=log))
+        eventually((folder / "ready").exists, f"the agent of n{number}", PATIENCE)
 
     def start(self, number: int, **environ: str) -> None:
         """`ckptsvc run` on a host; waits until it has joined."""
@@ -127,8 +140,9 @@ def training(request: pytest.FixtureRequest, runtime: Runtime, tmp_path: Path) -
         yield found
         found.close()
         runtime.leaves_snapshots = True  # those of the hosts that are lost
-        for run in found.runs.values():
-            run.poll()
+        for agent in found.agents:
+            agent.terminate()
+            agent.wait()
         shutil.rmtree(tmp_path / "store", ignore_errors=True)
 
 
@@ -179,6 +193,25 @@ def test_replicas_make_the_copies_themselves_and_a_spare_goes_on_from_one(traini
     training.lose(2)
     for rank in (0, 1):
         assert training.began(2, rank) == ["10", "memory", "True", "2"]
+    training.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [(4, "4")], indirect=True)
+def test_nodes_that_share_a_switch_are_no_partners_though_their_agents_know_of_none(training: Training) -> None:
+    """n1 and n3 share one; without a word about that they are partners."""
+    numbers = range(1, 5)
+    for number in numbers:
+        training.serve(number, CKPTSVC_TIERS_PARTNER="copy")
+    for number in numbers:
+        switch = {"SLURM_TOPOLOGY_ADDR": f"s{number % 2}.n{number}", "SLURM_TOPOLOGY_ADDR_PATTERN": "switch.node"}
+        training.start(number, **switch)
+    training.logged("step 10: a copy of what", 4)
+    for number in numbers:
+        log = (training.runtime.sockets / f"node-n{number}" / "agent.log").read_text()
+        partners = re.findall(r"step 10: a copy of what n(\d) holds", log)
+        assert [int(partner) % 2 for partner in partners] == [(number + 1) % 2], training.story()
+    (training.notes / "go-10").touch()
     training.end()
 
 

@@ -83,6 +83,20 @@ def test_a_copy_is_on_a_node_of_another_domain():
     assert told["n1"].members[0].node in ("n2", "n3")
 
 
+def test_what_the_agents_do_not_know_of_domains_the_ranks_do():
+    """An agent that no job has started is told nothing by the scheduler."""
+    world = World("copy")
+    for node in range(NODES):
+        world.hello(node, domain="of the agent" if node == 3 else "")
+    for rank in range(world.world):  # the even nodes share a switch; so would the odd ones, if n3's agent said nothing
+        said = joined(rank, node=f"n{rank // 2}", world_size=world.world, domain=f"s{rank // 2 % 2}")
+        world.tell(rank // 2, rank_joined=said)
+    assert world.core.redundancy.peers["n3"].domain == "of the agent"
+    partner = {name: order.members[0].node for name, order in orders(world.stage(), "protect")}
+    assert partner["n0"] in ("n1", "n3")
+    assert partner["n2"] in ("n1", "n3")
+
+
 def test_only_so_many_snapshots_are_kept_elsewhere_and_none_twice():
     world = World("copy", every=2)
     assert [bool(orders(world.stage(step), "protect")) for step in (10, 20, 30, 40)] == [True, False, True, False]
