@@ -331,7 +331,7 @@ class Coordinator:
         if job is None:
             return Decision()
         job.progressed(event, now)
-        return self.ledger.progressed(job, event, now)
+        return self.redundancy.began(job).add(self.ledger.progressed(job, event, now))
 
     def _on_agent_hello(self, event: pb.AgentHello, now: float) -> Decision:
         self.redundancy.attends(event)

@@ -44,12 +44,12 @@ while run.steps_done < 20:
     run.step()
     if run.steps_done == 5:
         run.wait()
-    held = os.path.exists(f"{notes}/hold-{run.steps_done}") and os.environ["CKPTSVC_ATTEMPT"] == "1"
-    while held and not os.path.exists(f"{notes}/go-{run.steps_done}"):
+    hold = "hold" if os.environ["CKPTSVC_ATTEMPT"] == "1" else "again"
+    while os.path.exists(f"{notes}/{hold}-{run.steps_done}") and not os.path.exists(f"{notes}/go-{run.steps_done}"):
         time.sleep(0.05)
 run.close()
 """
-"""Every fifth step is saved; the first attempt stops at those steps for which the test says so. It never goes on from
+"""Every fifth step is saved; the first attempt stops at those steps for which the test says so, and never goes on from
 the tenth, which is never written."""
 
 
@@ -231,6 +231,31 @@ def test_those_that_are_left_rebuild_what_was_lost_from_parity(
     for rank in range(count - len(gone)):
         assert training.began(2, rank) == ["10", "memory", "True", str(count - len(gone))]
     training.logged("are lost; they are rebuilt from parity on")
+    training.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("training", "partner", "kept"),
+    [((5, "3"), "copy", ["a copy of what n1 holds", "a copy of what n3 holds"]), ((3, "1:3"), "xor", ["parity of 2"])],
+    indirect=["training"],
+)
+def test_what_was_restored_is_kept_elsewhere_again_and_survives_the_next_loss(
+    training: Training, partner: str, kept: list[str]
+) -> None:
+    (training.notes / "again-11").touch()
+    for number in range(1, len(training.hosts) + 1):
+        training.start(number, CKPTSVC_TIERS_PARTNER=partner)
+    training.logged("step 10: a copy of what" if partner == "copy" else "step 10: parity of 3", 3)
+    training.lose(2)
+    assert training.began(2, 0)[:3] == ["10", "memory", "True"]
+    training.logged("step 10, restored, is kept elsewhere again")
+    for what in kept:
+        training.logged(f"step 10: {what}", 2)
+    training.lose(3)
+    world = "3" if partner == "copy" else "1"
+    assert training.began(3, 0) == ["10", "memory", "True", world]
+    (training.notes / "go-11").touch()
     training.end()
 
 
