@@ -158,16 +158,18 @@ def certificates(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("training", [(3, "2")], indirect=True)
-@pytest.mark.parametrize("tls", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "tls"])
-def test_a_spare_goes_on_from_the_partners_copy(training: Training, tls: bool) -> None:
-    environ = certificates(training.folder) if tls else {}
+@pytest.mark.parametrize("also", ["", *(pytest.param(more, marks=pytest.mark.slow) for more in ("tls", "a disk"))])
+def test_a_spare_goes_on_from_the_partners_copy(training: Training, also: str) -> None:
+    environ = certificates(training.folder) if also == "tls" else {}
     training.runtime.environ.update(environ)  # of whoever asks the agents, too
     for number in (1, 2, 3):
-        training.start(number, CKPTSVC_TIERS_PARTNER="copy")
+        disk = {"CKPTSVC_TIERS_LOCAL": str(training.folder / f"disk-{number}")} if also == "a disk" else {}
+        training.start(number, CKPTSVC_TIERS_PARTNER="copy", **disk)
     training.logged("step 10: a copy of what", 2)
     training.lose(2)
     for rank in (0, 1):
         assert training.began(2, rank) == ["10", "memory", "True", "2"]
+    assert ("shards are on local disks" in training.runtime.log()) == (also == "a disk")
     training.end()
 
 
