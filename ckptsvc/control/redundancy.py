@@ -192,7 +192,10 @@ class Redundancy:
         if key[1] != job.restored or not self._is_exposed(job, key):
             return Decision()
         known.newest = max(known.newest, key)
-        return self._protect(job, known, key).add(Decision([], [f"step {key[1]}, restored, is kept elsewhere again"]))
+        decision = self._protect(job, known, key)
+        if decision.effects:
+            decision.reasons.append(f"step {key[1]}, restored, is kept elsewhere again")
+        return decision
 
     def _is_exposed(self, job: Job, key: Key) -> bool:
         """Whether with one more node a part of a snapshot could be lost for good."""

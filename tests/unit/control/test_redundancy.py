@@ -469,3 +469,13 @@ def test_parity_that_makes_up_for_no_more_losses_is_made_anew_by_those_that_have
     world.core.agent_lost("n3", 5.0)
     found = orders(world.core.recover("job", 6.0), "rebuild")
     assert sorted(rank for _, order in found for rank in ranks_of(order.ranks)) == [2, 3, 6, 7]
+
+
+def test_where_there_is_but_one_node_nothing_is_said_of_what_was_restored():
+    world = World("copy", nodes=1)
+    world.stage()
+    for rank in (0, 1):
+        world.tell(0, rank_joined=joined(rank, node="n0", world_size=2, attempt=2))
+    decision = world.tell(0, progressed=progressed("n0", 10, attempt=2, began=10))
+    assert not decision.effects
+    assert not any("kept elsewhere" in reason for reason in decision.reasons)
