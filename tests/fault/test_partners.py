@@ -80,15 +80,21 @@ class Training:
             self.agents.append(subprocess.Popen(command, env=self.runtime.environ | environ, stdout=log, stderr=log))
         eventually((folder / "ready").exists, f"the agent of n{number}", PATIENCE)
 
-    def start(self, number: int, **environ: str) -> None:
-        """`ckptsvc run` on a host; waits until it has joined."""
+    def start(self, *numbers: int, **environ: str) -> None:
+        """`ckptsvc run` on hosts, at once, so that the job begins on all of them; waits until they have joined."""
+        for number in numbers:
+            self._run(number, environ)
+        for number in numbers:
+            eventually(lambda number=number: f"node n{number} joined" in self.runtime.log(), f"n{number} to join",
+                PATIENCE)  # fmt: skip
+
+    def _run(self, number: int, environ: dict[str, str]) -> None:
         own = ["--node", f"n{number}", "--node-rank", str(number - 1), "--address", self.hosts.address(number)]
         command = [*self.hosts.on(number), sys.executable, "-m", "ckptsvc.cli.main", "run", *self._flags, *own,
             str(self.folder / "train.py"), str(self.notes), f"faulty+file://{self.store}"]  # fmt: skip
         environ = self.runtime.environ | {"GLOO_SOCKET_IFNAME": "eth0", "CKPTSVC_SAVE_EVERY": "5"} | environ
         with (self.folder / f"run-{number}.log").open("wb") as log:
             self.runs[number] = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
-        eventually(lambda: f"node n{number} joined" in self.runtime.log(), f"n{number} to join", PATIENCE)
 
     def story(self) -> str:
         logs = "\n".join(
@@ -225,8 +231,7 @@ def test_those_that_are_left_rebuild_what_was_lost_from_parity(
     training: Training, partner: str, gone: list[int]
 ) -> None:
     count = len(training.hosts)
-    for number in range(1, count + 1):
-        training.start(number, CKPTSVC_TIERS_PARTNER=partner)
+    training.start(*range(1, count + 1), CKPTSVC_TIERS_PARTNER=partner)
     training.logged(f"step 10: parity of {count} nodes, for {len(gone)} losses", count)
     for number in gone:
         training.lose(number)
@@ -246,8 +251,9 @@ def test_what_was_restored_is_kept_elsewhere_again_and_survives_the_next_loss(
     training: Training, partner: str, kept: list[str]
 ) -> None:
     (training.notes / "again-11").touch()
-    for number in range(1, len(training.hosts) + 1):
-        training.start(number, CKPTSVC_TIERS_PARTNER=partner)
+    training.start(1, 2, 3, CKPTSVC_TIERS_PARTNER=partner)
+    for spare in range(4, len(training.hosts) + 1):
+        training.start(spare, CKPTSVC_TIERS_PARTNER=partner)
     training.logged("step 10: a copy of what" if partner == "copy" else "step 10: parity of 3", 3)
     training.lose(2)
     assert training.began(2, 0)[:3] == ["10", "memory", "True"]
@@ -264,8 +270,7 @@ def test_what_was_restored_is_kept_elsewhere_again_and_survives_the_next_loss(
 @pytest.mark.slow
 @pytest.mark.parametrize("training", [(3, "1:3")], indirect=True)
 def test_where_a_node_and_its_partner_are_lost_an_older_checkpoint_has_to_do(training: Training) -> None:
-    for number in (1, 2, 3):
-        training.start(number, CKPTSVC_TIERS_PARTNER="copy")
+    training.start(1, 2, 3, CKPTSVC_TIERS_PARTNER="copy")
     training.logged("step 10: a copy of what", 3)
     for number in (2, 3):
         training.lose(number)
