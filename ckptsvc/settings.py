@@ -278,11 +278,11 @@ class TierSettings(msgspec.Struct, frozen=True, kw_only=True):
             the loss of one node, or of two, of each group), or "off".
         group: the fewest nodes that keep parity for each other.
         domain: this node's failure domain, a word that nodes share which may be lost together; "auto": its switch or
-            chassis, where the scheduler or the node's name tells.
+            chassis, where the scheduler or the node's name tells. Where an agent knows none, its ranks' is taken.
         partner_every: every how many snapshots.
         replicas: with "copy": ranks put what they hold as replicas of the other node's state into the copy themselves,
             when they take a snapshot: the network is spared, and the training waits for twice the bytes.
-        partner_rate: bytes per second that this node reads from others for it; 0: as many as come.
+        partner_rate: bytes per second that this node reads from others for it, but for a rebuild; 0: as many as come.
         rebuild: how long a restore waits for what is rebuilt from parity before an older checkpoint has to do.
         local: a directory on a disk of each node, to which every snapshot is written first, or "off". It is made where
             it is missing, unless what it is to lie in is missing too.

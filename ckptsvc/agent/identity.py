@@ -17,6 +17,7 @@ import msgspec
 from ckptsvc.agent.watching.witness import Witness
 from ckptsvc.config import LARGEST_EXTENT, PAGE
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
+from ckptsvc.launch.domain import MAX_DOMAIN
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.rpc.bounds import COUNT, MOST_RANKS, NAME, PATH, SECONDS, STEP, WHOLE
 from ckptsvc.rpc.identity import MAX_PACKET, peer_of, send_answer
@@ -36,7 +37,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """What a rank says of itself. `keep` is how many checkpoints stay at least; `retention` says which others do.
 
     `coordinator` is "" for this very agent; `ends` is when the scheduler ends the job, in seconds of CLOCK_MONOTONIC,
-    or 0 where that is not known.
+    or 0 where that is not known. `domain` is that of its node (launch.domain), "" where nothing tells it.
     """
 
     op: str
@@ -53,6 +54,7 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     extent: int = 1 << 20
     coordinator: str = ""
     ends: float = 0.0
+    domain: str = ""
 
     def check(self) -> None:
         """Raise InvalidInput where the numbers cannot be."""
@@ -64,6 +66,8 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             raise InvalidInput(f"the store {self.store[:200]!r} is no URL: an agent has a working directory of its own")
         if len(self.coordinator) > 300:
             raise InvalidInput("an address has at most 300 characters")
+        if len(self.domain) > MAX_DOMAIN:
+            raise InvalidInput(f"a failure domain has at most {MAX_DOMAIN} characters")
         # What goes into a report must fit its fields (rpc.bounds).
         counts = COUNT(self.attempt) and WHOLE(self.keep) and STEP(self.epoch) and STEP(self.every_steps)
         if not counts or not SECONDS(self.every_seconds) or not NAME(self.retention.metric):

@@ -37,6 +37,7 @@ def joined(node: str, reg: Registration, epoch: int) -> pb.Report:
         every_seconds=reg.every_seconds,
         keep=reg.keep,
         retention=pb.Retention(**{k: v for k, v in msgspec.to_builtins(reg.retention).items() if k != "last"}),
+        domain=reg.domain,
     )
     return pb.Report(rank_joined=event)
 

@@ -44,6 +44,7 @@ _STAGED = 2
 OTHERS = {
     "control": "ckptsvc.cli.benchmarks.control.command",
     "faults": "ckptsvc.cli.benchmarks.faults.command",
+    "rebuild": "ckptsvc.cli.benchmarks.rebuild",
     "store": "ckptsvc.cli.benchmarks.store.command",
 }
 """Benchmarks with options of their own."""
@@ -88,6 +89,7 @@ def command(
     faults   what becomes of a job that is hurt; with options of its own: ckptsvc bench faults --help
     control  cost and speed of a job's coordinator; with options of its own: ckptsvc bench control --help
     store    a store's driver beside the raw limit and other clients: ckptsvc bench store --help
+    rebuild  the memory of a lost node from parity, beside memcpy: ckptsvc bench rebuild --help
 
     Limits (memcpy, direct write, cold read), ckptsvc and the systems given with --vs take turns, so that the moods of a
     shared machine fall on all alike. Medians are shown with minimum and maximum. A bar that is not met does not fail

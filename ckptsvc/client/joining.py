@@ -19,6 +19,7 @@ from ckptsvc.client.group import Group
 from ckptsvc.config import agents_directory, private_directory
 from ckptsvc.errors import ConfigError
 from ckptsvc.launch import LOCAL_JOB, Placement, detect
+from ckptsvc.launch.domain import domain_of
 from ckptsvc.pipeline.retention import policy_of
 from ckptsvc.rpc.dial import agents_home, is_alive
 from ckptsvc.rpc.service import service_of
@@ -86,6 +87,7 @@ def registration(group: Group, place: Placement, settings: Settings, url: str, c
         "extent": settings.save.extent,
         "coordinator": coordinator,
         "ends": _ends(place),
+        "domain": domain_of(settings.tiers.domain, os.environ, place.node),
     }
 
 

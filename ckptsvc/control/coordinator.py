@@ -305,6 +305,7 @@ class Coordinator:
                 why = f"job {other.name} with {len(other.ranks)} live ranks on {where} writes to this run"
                 refused = pb.JobRefused(attempt=event.attempt, code="run-busy", why=why)
                 return Decision([Send(event.node, pb.Order(job=event.job, job_refused=refused))], [why])
+        self.redundancy.joined(event)
         job = self._job(event.job, event.store, now)
         joined = job.join(event, now)
         decision = self.pauses.joined(job, event, now).add(joined)
@@ -341,7 +342,7 @@ class Coordinator:
         if job is None:
             return Decision()
         job.progressed(event, now)
-        return self.ledger.progressed(job, event, now)
+        return self.redundancy.began(job).add(self.ledger.progressed(job, event, now))
 
     def _on_agent_hello(self, event: pb.AgentHello, now: float) -> Decision:
         self.redundancy.attends(event)

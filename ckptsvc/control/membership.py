@@ -248,6 +248,15 @@ class Job:
             self.pace = (now, self.highest)
 
     @property
+    def restored(self) -> int | None:
+        """The step that all ranks have begun with, 0 for none; None while some have not, or not with the same."""
+        if len(self.ranks) < self.world_size or not self.ranks:
+            return None
+        told = [self.doing.get(node) for node in self.nodes]
+        found = {each.began if each is not None and each.HasField("began") else None for each in told}
+        return found.pop() if len(found) == 1 else None
+
+    @property
     def ahead(self) -> int | None:
         """A step nobody has reached, so far off that all can be told what to do there.
 

@@ -4,7 +4,8 @@ When the snapshot of a job is complete, the nodes that hold it are divided into 
 every node keeps a copy of what the one before it holds; or each keeps its part of the group's parity, from which the
 others can rebuild what one or two nodes held (pipeline.parity). A copy is found like any snapshot in memory. What is
 rebuilt becomes such a copy: that is ordered when a job starts anew, or when its ranks ask what there is to restore.
-Ranks that ask meanwhile wait for it, `patience` seconds at most.
+Ranks that ask meanwhile wait for it, `patience` seconds at most. When all have begun with what was restored, that is
+kept elsewhere again where the loss of one more node would be too much.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class Protection:
     groups: Groups = field(default_factory=list)
     seen: int = 0  # complete snapshots
     newest: Key = (0, -1)  # of them
+    begun: tuple[int, float, int] | None = None  # the attempt (membership.Job.begun) that has been looked at
     guards: dict[Key, list[Guard]] = field(default_factory=dict)
     rebuilding: dict[Key, Rebuilding] = field(default_factory=dict)
     failed: dict[Key, frozenset[str]] = field(default_factory=dict)  # what those that were left could not rebuild
@@ -116,6 +118,12 @@ class Redundancy:
         self.peers[hello.node] = Peer(hello.address, hello.domain)
         if hello.vacating:
             self.leaving.add(hello.node)
+
+    def joined(self, event: pb.RankJoined) -> None:
+        """A rank may know the domain of its node where the agent does not, because no job has started that."""
+        peer = self.peers.get(event.node)
+        if peer is not None and not peer.domain:
+            self.peers[event.node] = peer._replace(domain=event.domain)
 
     def leave(self, node: str, *, leaves: bool) -> None:
         """A node is about to be switched off, or stays after all: the next snapshot is kept elsewhere."""
@@ -172,26 +180,53 @@ class Redundancy:
             return Decision()
         return self._protect(job, known, key)
 
+    def began(self, job: Job) -> Decision:
+        """All ranks may have begun: what they have restored from memory is to survive the next loss too."""
+        if self.policy.partner == "off" or job.restored is None:
+            return Decision()
+        known = self.jobs.setdefault(job.name, Protection())
+        if known.begun == job.begun[-1]:
+            return Decision()
+        known.begun = job.begun[-1]
+        key = next(iter(job.saves.snapshots()), (0, -1))
+        if key[1] != job.restored or not self._is_exposed(job, key):
+            return Decision()
+        known.newest = max(known.newest, key)
+        decision = self._protect(job, known, key)
+        if decision.effects:
+            decision.reasons.append(f"step {key[1]}, restored, is kept elsewhere again")
+        return decision
+
+    def _is_exposed(self, job: Job, key: Key) -> bool:
+        """Whether with one more node a part of a snapshot could be lost for good."""
+        held, guards = job.saves.held[key], self.jobs[job.name].guards.get(key, ())
+        strong = [guard for guard in guards if len(guard.members) - len(guard.left(held)) < guard.losses]
+        guarded = {rank for guard in strong for ranks in guard.members.values() for rank in ranks}
+        return any(rank not in guarded and len(_read(job, nodes)) < 2 for rank, nodes in held.items())
+
     def _protect(self, job: Job, known: Protection, key: Key) -> Decision:
-        ranks: dict[str, list[int]] = {}
+        """Order it. What was restored may be held by few nodes, and have copies already."""
+        losses, ranks = LOSSES[self.policy.partner], dict[str, list[int]]()
         for rank, nodes in sorted(job.saves.held[key].items()):
-            ranks.setdefault(nodes[0], []).append(rank)
-        reached = {node: self.peers[node].domain for node in ranks if self._reached(node)}
-        size = MIRRORED if self.policy.partner == "copy" else self.policy.group
-        known.groups = group(reached, size, known.groups)
-        decision = Decision()
+            holding = _read(job, nodes) or nodes
+            if losses or len(holding) == 1:
+                ranks.setdefault(holding[0], []).append(rank)
+        able = ranks.keys() if losses else ranks.keys() | set(job.nodes)
+        reached = {node: self.peers[node].domain for node in able if self._reached(node)}
+        known.groups = group(reached, self.policy.group if losses else MIRRORED, known.groups)
+        decision, without = Decision(), set(ranks)
         for members in known.groups:
-            holders = [self._holder(node, ranks[node]) for node in members]
+            holders = [self._holder(node, ranks.get(node, ())) for node in members]
             for place, node in enumerate(members):
-                order = pb.Protect(attempt=job.attempt, losses=min(LOSSES[self.policy.partner], len(members) - 1))
+                order = pb.Protect(attempt=job.attempt, losses=min(losses, len(members) - 1))
                 order.world_size = job.saves.complete[key]
                 order.aliases.update(job.saves.aliases.get(key, {}))
                 order.members.extend(holders if order.losses else [holders[place - 1]])
-                if len(members) > 1:
+                if len(members) > 1 and order.members[0].ranks:
                     decision.effects.append(_order(job, key, node, order))
-        without = sorted(ranks.keys() - {send.node for send in decision.effects if isinstance(send, Send)})
-        if without and len(ranks) > 1:
-            shown = ", ".join(without[:8]) + (" ..." if len(without) > 8 else "")
+                    without -= {holder.node for holder in order.members}
+        if without and len(able) > 1:
+            shown = ", ".join(sorted(without)[:8]) + (" ..." if len(without) > 8 else "")
             decision.reasons.append(f"step {key[1]}: no other node can be had to protect what these hold: {shown}")
         return decision
 
@@ -333,6 +368,11 @@ def _order(job: Job, key: Key, node: str, effect: pb.Protect | pb.Rebuild) -> Se
     if isinstance(effect, pb.Protect):
         return Send(node, pb.Order(job=job.name, protect=effect))
     return Send(node, pb.Order(job=job.name, rebuild=effect))
+
+
+def _read(job: Job, nodes: Iterable[str]) -> list[str]:
+    """Those of the nodes whose memory ranks read."""
+    return [node for node in nodes if job.saves.is_read(node)]
 
 
 def _ranks(ranks: Collection[int]) -> str:

@@ -25,7 +25,7 @@ def domain_of(setting: str, environ: Mapping[str, str], node: str) -> str:
 
     Args:
         setting: of tiers.domain: the domain, or "auto".
-        environ: the environment of the agent.
+        environ: the environment of the agent, or of a rank: a scheduler tells its jobs alone.
         node: the name of the node.
     """
     if setting != AUTO:

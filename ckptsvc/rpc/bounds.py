@@ -104,6 +104,7 @@ FIELDS: dict[str, Bound] = {
     "rank": RANK, "first_rank": RANK, "world_size": WORLD, "nproc": number(0, MAX_NPROC), "first": RANK,
     "node_rank": number(-1, MOST_RANKS), "nodes": WORLD, "min_nodes": WORLD, "max_nodes": WORLD, "attempt": COUNT,
     "epoch": STEP, "step": STEP, "lowest": STEP, "highest": STEP, "began": STEP, "generation": STEP, "term": VERSION,
+    "committed_epoch": STEP, "committed_step": STEP,
     "version": VERSION, "count": WORLD, "rewinds": COUNT, "round": COUNT, "pid": COUNT,
     # how many
     "every_steps": STEP, "steps": STEP, "keep": WHOLE, "best": COUNT, "max_restarts": WHOLE, "crash_loop": COUNT,

@@ -2,8 +2,8 @@
 
 Every node is a courier of its own on this machine, connected over loopback; each case is run several times, best first.
 "rebuilt" counts the bytes of the lost node's arena; for each of them, as many are read as nodes are left in a stripe.
-"arithmetic" is the same without processes and sockets: all that is read lies in memory, all is checked. That and memcpy
-are by the processor time of one thread, which a busy machine distorts less than the time on the wall.
+The sums alone, without processes and sockets: `ckptsvc bench rebuild`. memcpy is by the processor time of one thread,
+which a busy machine distorts less than the time on the wall.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ckptsvc.agent.tiers.transfer import new_ticket
 from ckptsvc.agent.worker.proxy import WorkerProxy
 from ckptsvc.format.checksum import extent_digests
 from ckptsvc.pipeline.arena import populate
-from ckptsvc.pipeline.parity import Stripes, Sum
+from ckptsvc.pipeline.parity import Stripes
 from ckptsvc.rpc.trust import BySecret
 
 MIB = 1 << 20
@@ -100,27 +100,6 @@ def memcpy_rate(nbytes: int) -> float:
     return nbytes / min(seconds)
 
 
-def arithmetic(nodes: int, losses: int, lost: tuple[int, ...], nbytes: int) -> float:
-    """Seconds to rebuild what node lost[0] held, from memory to memory, checked."""
-    stripes, rng = Stripes(nodes, losses, nbytes // EXTENT), np.random.default_rng(0)
-    sums = Sum(stripes.prime, EXTENT)
-    sources = [rng.integers(0, 256, nbytes, np.uint8) for _ in range(nodes)]
-    result = np.ones(nbytes, np.uint8)  # its pages are there, as those of an arena are
-    began = time.thread_time()
-    for stripe in stripes.stripes_with(lost[0]):
-        recipe = stripes.recipe(stripe, lost[0], lost)
-        factors = [*recipe.lines.values(), *recipe.nodes.values()]
-        for extent in range(stripes.chunk):
-            at = (stripes.first(lost[0], stripe) + extent) * EXTENT
-            if at >= nbytes:
-                break
-            total = result[at : at + EXTENT]
-            terms = [(source[at : at + EXTENT], factor) for source, factor in zip(sources, factors, strict=False)]
-            sums.put(total, terms, recipe.divisor)
-            extent_digests(total.data, EXTENT)
-    return time.thread_time() - began
-
-
 async def grpc_stream(nbytes: int) -> float:
     """Seconds for the same bytes through a gRPC stream of 1 MiB messages, server and client in one process."""
 
@@ -193,11 +172,6 @@ def main() -> None:
     memcpy = memcpy_rate(nbytes)
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; arenas of {nbytes // MIB} MiB")
     say("memcpy", nbytes, nbytes / memcpy, memcpy)
-    for nodes, losses, lost in ((2, 1, 1), (4, 1, 1), (8, 1, 1), (4, 2, 1), (4, 2, 2), (8, 2, 2)):
-        seconds = min(arithmetic(nodes, losses, tuple(range(lost)), nbytes) for _ in range(RUNS))
-        what = f"arithmetic, {lost} of {nodes} lost, parity for {losses}"
-        say(f"{what}, rebuilt", nbytes, seconds, memcpy)
-        say(f"{what}, read", (nodes - losses) * nbytes, seconds, memcpy)
     say("gRPC stream, both ends in one process", nbytes, asyncio.run(grpc_stream(nbytes)), memcpy)
     folder = Path(tempfile.mkdtemp(prefix="ck-", dir="/dev/shm"))
     try:

@@ -282,6 +282,30 @@ def test_a_short_queue_is_drained_in_order(node: Node) -> None:
     assert assert_intact(node.store) == [4, 3, 2, 1]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_store_that_becomes_slow_is_pressed_less_and_again_more_when_it_recovers(node: Node) -> None:
+    def after(step: int, delay: float) -> tuple[int, str]:
+        """How many shards may be drained at a time, and what is the matter, once one more has taken so long."""
+        faulty(node, {"op": "write", "key": "*/r0*", "delay": delay, "times": 0})
+        node.to_step(job, step, step)
+        node.committed(step)
+        disk = node.runtime.status()["local_disk"]
+        return disk["drains_allowed"], disk["store_problem"]
+
+    with node.job(faulty(node), elements=4_500_000) as job:  # 18 MB: of less, a write says nothing
+        assert after(1, 3.0) == (4, "")
+        assert after(2, 12.0) == (2, "the store is slow")
+        assert after(3, 12.0) == (1, "the store is slow")
+        assert after(4, 3.0) == (2, "the store recovers")
+        after(5, 3.0)
+        assert after(6, 3.0) == (4, "")
+        node.end(job, 6)
+    log = node.runtime.log()
+    for words in ("the store is slow; shards drained at a time: 2", "the store recovers; shards", "drains go on"):
+        assert words in log
+
+
 def test_a_full_disk_costs_nothing_but_the_detour(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
     with tmpfs(tmp_path / "small", "30m") as mount:
         node = Node(launch, runtime, tmp_path, CKPTSVC_TIERS_LOCAL_LIMIT="100%")

@@ -44,12 +44,12 @@ while run.steps_done < 20:
     run.step()
     if run.steps_done == 5:
         run.wait()
-    held = os.path.exists(f"{notes}/hold-{run.steps_done}") and os.environ["CKPTSVC_ATTEMPT"] == "1"
-    while held and not os.path.exists(f"{notes}/go-{run.steps_done}"):
+    hold = "hold" if os.environ["CKPTSVC_ATTEMPT"] == "1" else "again"
+    while os.path.exists(f"{notes}/{hold}-{run.steps_done}") and not os.path.exists(f"{notes}/go-{run.steps_done}"):
         time.sleep(0.05)
 run.close()
 """
-"""Every fifth step is saved; the first attempt stops at those steps for which the test says so. It never goes on from
+"""Every fifth step is saved; the first attempt stops at those steps for which the test says so, and never goes on from
 the tenth, which is never written."""
 
 
@@ -63,19 +63,38 @@ class Training:
         (self.notes / "hold-10").touch()
         (folder / "train.py").write_text(TRAIN)
         (folder / "store.plan").write_text(json.dumps([{"op": "write", "key": "step-*10.*", "hang": True, "times": 0}]))
-        self._flags = ["--nnodes", nnodes, "--rdzv-id", "job", "--rdzv-endpoint", f"{made.address(1)}:{free_port()}",
-            "--max-restarts", "9", "--no-standby", "--no-preflight"]  # fmt: skip
+        self._endpoint = f"{made.address(1)}:{free_port()}"
+        self._flags = ["--nnodes", nnodes, "--rdzv-id", "job", "--rdzv-endpoint", self._endpoint, "--max-restarts", "9",
+            "--no-standby", "--no-preflight"]  # fmt: skip
         self.runs: dict[int, subprocess.Popen[bytes]] = {}
+        self.agents: list[subprocess.Popen[bytes]] = []
 
-    def start(self, number: int, **environ: str) -> None:
-        """`ckptsvc run` on a host; waits until it has joined."""
+    def serve(self, number: int, **environ: str) -> None:
+        """An agent on a host that is there before any job, as a service's is."""
+        folder = self.runtime.sockets / f"node-n{number}"
+        folder.mkdir(mode=0o700)
+        listen = self._endpoint if number == 1 else f"{self.hosts.address(number)}:0"
+        command = [*self.hosts.on(number), sys.executable, "-m", "ckptsvc.cli.main", "agent", "--dir", str(folder),
+            "--name", f"n{number}", "--listen", listen]  # fmt: skip
+        with (folder / "agent.log").open("ab") as log:
+            self.agents.append(subprocess.Popen(command, env=self.runtime.environ | environ, stdout=log, stderr=log))
+        eventually((folder / "ready").exists, f"the agent of n{number}", PATIENCE)
+
+    def start(self, *numbers: int, **environ: str) -> None:
+        """`ckptsvc run` on hosts, at once, so that the job begins on all of them; waits until they have joined."""
+        for number in numbers:
+            self._run(number, environ)
+        for number in numbers:
+            eventually(lambda number=number: f"node n{number} joined" in self.runtime.log(), f"n{number} to join",
+                PATIENCE)  # fmt: skip
+
+    def _run(self, number: int, environ: dict[str, str]) -> None:
         own = ["--node", f"n{number}", "--node-rank", str(number - 1), "--address", self.hosts.address(number)]
         command = [*self.hosts.on(number), sys.executable, "-m", "ckptsvc.cli.main", "run", *self._flags, *own,
             str(self.folder / "train.py"), str(self.notes), f"faulty+file://{self.store}"]  # fmt: skip
         environ = self.runtime.environ | {"GLOO_SOCKET_IFNAME": "eth0", "CKPTSVC_SAVE_EVERY": "5"} | environ
         with (self.folder / f"run-{number}.log").open("wb") as log:
             self.runs[number] = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
-        eventually(lambda: f"node n{number} joined" in self.runtime.log(), f"n{number} to join", PATIENCE)
 
     def story(self) -> str:
         logs = "\n".join(
@@ -127,8 +146,9 @@ def training(request: pytest.FixtureRequest, runtime: Runtime, tmp_path: Path) -
         yield found
         found.close()
         runtime.leaves_snapshots = True  # those of the hosts that are lost
-        for run in found.runs.values():
-            run.poll()
+        for agent in found.agents:
+            agent.terminate()
+            agent.wait()
         shutil.rmtree(tmp_path / "store", ignore_errors=True)
 
 
@@ -144,16 +164,18 @@ def certificates(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("training", [(3, "2")], indirect=True)
-@pytest.mark.parametrize("tls", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "tls"])
-def test_a_spare_goes_on_from_the_partners_copy(training: Training, tls: bool) -> None:
-    environ = certificates(training.folder) if tls else {}
+@pytest.mark.parametrize("also", ["", *(pytest.param(more, marks=pytest.mark.slow) for more in ("tls", "a disk"))])
+def test_a_spare_goes_on_from_the_partners_copy(training: Training, also: str) -> None:
+    environ = certificates(training.folder) if also == "tls" else {}
     training.runtime.environ.update(environ)  # of whoever asks the agents, too
     for number in (1, 2, 3):
-        training.start(number, CKPTSVC_TIERS_PARTNER="copy")
+        disk = {"CKPTSVC_TIERS_LOCAL": str(training.folder / f"disk-{number}")} if also == "a disk" else {}
+        training.start(number, CKPTSVC_TIERS_PARTNER="copy", **disk)
     training.logged("step 10: a copy of what", 2)
     training.lose(2)
     for rank in (0, 1):
         assert training.began(2, rank) == ["10", "memory", "True", "2"]
+    assert ("shards are on local disks" in training.runtime.log()) == (also == "a disk")
     training.end()
 
 
@@ -183,6 +205,25 @@ def test_replicas_make_the_copies_themselves_and_a_spare_goes_on_from_one(traini
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("training", [(4, "4")], indirect=True)
+def test_nodes_that_share_a_switch_are_no_partners_though_their_agents_know_of_none(training: Training) -> None:
+    """n1 and n3 share one; without a word about that they are partners."""
+    numbers = range(1, 5)
+    for number in numbers:
+        training.serve(number, CKPTSVC_TIERS_PARTNER="copy")
+    for number in numbers:
+        switch = {"SLURM_TOPOLOGY_ADDR": f"s{number % 2}.n{number}", "SLURM_TOPOLOGY_ADDR_PATTERN": "switch.node"}
+        training.start(number, **switch)
+    training.logged("step 10: a copy of what", 4)
+    for number in numbers:
+        log = (training.runtime.sockets / f"node-n{number}" / "agent.log").read_text()
+        partners = re.findall(r"step 10: a copy of what n(\d) holds", log)
+        assert [int(partner) % 2 for partner in partners] == [(number + 1) % 2], training.story()
+    (training.notes / "go-10").touch()
+    training.end()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "partner", "gone"), [((3, "2:3"), "xor", [2]), ((4, "2:4"), "rs", [2, 4])], indirect=["training"]
 )
@@ -190,8 +231,7 @@ def test_those_that_are_left_rebuild_what_was_lost_from_parity(
     training: Training, partner: str, gone: list[int]
 ) -> None:
     count = len(training.hosts)
-    for number in range(1, count + 1):
-        training.start(number, CKPTSVC_TIERS_PARTNER=partner)
+    training.start(*range(1, count + 1), CKPTSVC_TIERS_PARTNER=partner)
     training.logged(f"step 10: parity of {count} nodes, for {len(gone)} losses", count)
     for number in gone:
         training.lose(number)
@@ -202,10 +242,35 @@ def test_those_that_are_left_rebuild_what_was_lost_from_parity(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("training", "partner", "kept"),
+    [((5, "3"), "copy", ["a copy of what n1 holds", "a copy of what n3 holds"]), ((3, "1:3"), "xor", ["parity of 2"])],
+    indirect=["training"],
+)
+def test_what_was_restored_is_kept_elsewhere_again_and_survives_the_next_loss(
+    training: Training, partner: str, kept: list[str]
+) -> None:
+    (training.notes / "again-11").touch()
+    training.start(1, 2, 3, CKPTSVC_TIERS_PARTNER=partner)
+    for spare in range(4, len(training.hosts) + 1):
+        training.start(spare, CKPTSVC_TIERS_PARTNER=partner)
+    training.logged("step 10: a copy of what" if partner == "copy" else "step 10: parity of 3", 3)
+    training.lose(2)
+    assert training.began(2, 0)[:3] == ["10", "memory", "True"]
+    training.logged("step 10, restored, is kept elsewhere again")
+    for what in kept:
+        training.logged(f"step 10: {what}", 2)
+    training.lose(3)
+    world = "3" if partner == "copy" else "1"
+    assert training.began(3, 0) == ["10", "memory", "True", world]
+    (training.notes / "go-11").touch()
+    training.end()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [(3, "1:3")], indirect=True)
 def test_where_a_node_and_its_partner_are_lost_an_older_checkpoint_has_to_do(training: Training) -> None:
-    for number in (1, 2, 3):
-        training.start(number, CKPTSVC_TIERS_PARTNER="copy")
+    training.start(1, 2, 3, CKPTSVC_TIERS_PARTNER="copy")
     training.logged("step 10: a copy of what", 3)
     for number in (2, 3):
         training.lose(number)

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from harness.runtime import eventually
@@ -47,6 +48,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=1
 ReturnToService=2
+TopologyPlugin=topology/{topology}
 MessageTimeout=5
 SlurmdTimeout=10
 KillWait=5
@@ -72,11 +74,14 @@ def missing() -> str:
 class Slurm:
     """A running cluster.
 
+    Args:
+        switches: the nodes at each leaf switch, below one that joins them; none: Slurm knows of no switches.
+
     Attributes:
         environ: for the commands that talk to it, and for jobs.
     """
 
-    def __init__(self, folder: Path, environ: dict[str, str], nodes: int) -> None:
+    def __init__(self, folder: Path, environ: dict[str, str], nodes: int, switches: Sequence[str] = ()) -> None:
         self._folder, self._count = folder, nodes
         for name in ("state", "spool", "munge"):
             (folder / name).mkdir(parents=True)
@@ -89,8 +94,17 @@ class Slurm:
         lines = [NODE.format(number=n, host=host, port=numbers[n]) for n in range(1, nodes + 1)]
         self.configuration = folder / "slurm.conf"
         self.configuration.write_text(
-            CONFIGURATION.format(host=host, folder=folder, port=numbers[0], nodes="\n".join(lines), count=nodes)
+            CONFIGURATION.format(
+                host=host,
+                folder=folder,
+                port=numbers[0],
+                nodes="\n".join(lines),
+                count=nodes,
+                topology="tree" if switches else "none",
+            )
         )
+        leaves = [f"SwitchName=s{number} Nodes={names}\n" for number, names in enumerate(switches)]
+        (folder / "topology.conf").write_text("".join([*leaves, f"SwitchName=top Switches=s[0-{len(leaves) - 1}]\n"]))
         self.environ = environ | {"SLURM_CONF": str(self.configuration), "PATH": PATH}
         self._daemons: list[subprocess.Popen[bytes]] = []
 

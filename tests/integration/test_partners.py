@@ -497,6 +497,47 @@ def test_a_lost_node_is_rebuilt_from_the_group_to_the_last_bit(
     run(test, count)
 
 
+def test_a_rebuild_for_which_the_training_waits_is_not_held_back_by_the_rate(run: Any) -> None:
+    held = {n: {rank: image(rank, size) for rank, size in UNEVEN[n].items()} for n in range(3)}
+
+    async def test(*members: Member) -> None:
+        *group, spare = members
+        spare.partners._rate = 1.0  # a byte a second: for ever
+        await guarded(group, held, 1)
+        told = [group[n].holder(*held[n], lost=n == 2) for n in held]
+        spare.order(pb.Rebuild(losses=1, members=told, ranks=runs_of(sorted(held[2]))))
+        await until(lambda: spare.reported("rebuilt"), "it to be rebuilt")
+        assert {rank: spare.kept(rank) for rank in held[2]} == held[2]
+
+    run(test, 4)
+
+
+def test_parity_of_the_same_snapshot_is_made_anew_by_those_that_have_it_after_a_loss(run: Any) -> None:
+    held = {n: {rank: image(rank, size) for rank, size in UNEVEN[n].items()} for n in range(3)}
+    here = sorted(held[0] | held[2])
+
+    async def test(one: Member, other: Member, gone: Member) -> None:
+        holders = await guarded([one, other, gone], held, 1)
+        told = [*holders[:2], gone.holder(*held[2], lost=True)]
+        one.order(pb.Rebuild(losses=1, members=told, ranks=runs_of(sorted(held[2]))))
+        await until(lambda: one.reported("rebuilt"), "it to be rebuilt")
+        holders = [one.holder(*here), other.holder(*held[1])]
+        one.order(pb.Protect(losses=1, members=holders))
+        await until(lambda: one.failures("parity"), "what is kept already to be refused")
+        for member in (one, other):
+            member.order(pb.Protect(losses=1, members=holders, attempt=2))
+            await until(lambda member=member: len(member.reported("guarded")) == 2, "the new parity")
+            parts = [a.label for a in member.pool.arenas.values() if a.label and a.label.parity]
+            assert [len(label.parity.members) for label in parts if label.parity] == [2]
+            assert [event.rank for event in member.reported("dropped")] == [-1]
+        told = [one.holder(*here, lost=True), holders[1]]
+        other.order(pb.Rebuild(losses=1, members=told, ranks=runs_of(here), attempt=3))
+        await until(lambda: other.reported("rebuilt"), "it to be rebuilt")
+        assert {rank: other.kept(rank) for rank in here} == held[0] | held[2]
+
+    run(test, 3)
+
+
 @pytest.mark.parametrize("what", ["a survivor's snapshot", "a part of the parity", "too many are lost"])
 def test_what_cannot_be_rebuilt_right_is_not_rebuilt_at_all(run: Any, what: str) -> None:
     held = {n: {rank: image(rank, size) for rank, size in UNEVEN[n].items()} for n in range(3)}

@@ -263,11 +263,11 @@ class Checks:
                     continue
                 missing = set(range(core.jobs[name].saves.complete[key])) - core.jobs[name].saves.held[key].keys()
                 for guard in known.guards[key]:
-                    lost = [
-                        n for n, ranks in guard.members.items() if not machines[n].has(name, key, ranks, parity=True)
-                    ]
-                    needed = missing.intersection(*[[r for ranks in guard.members.values() for r in ranks]])
-                    require(not needed or len(lost) <= guard.losses, f"{key} counts as rebuildable without {lost}")
+                    group = guard.members
+                    left = [n for n, ranks in group.items() if machines[n].has(name, key, ranks, group)]
+                    if len(group) - len(left) <= guard.losses:
+                        missing.difference_update(*group.values())
+                require(not missing, f"{key} counts as rebuildable without {missing}")
 
     def finished(self) -> bool:
         """Whether all has come to an end."""

@@ -224,11 +224,12 @@ class Machine:
         done = self._protected if order.HasField("protect") else self._rebuilt
         self._world.later(self._world.rng.expovariate(1), done, self._incarnation, job, effect)
 
-    def has(self, job: str, key: tuple[int, int], ranks: list[int], *, parity: bool = False) -> bool:
-        """Whether all that is in memory here, for others to read."""
-        held = [a.label for a in self.pool.arenas.values() if a.label and (a.label.epoch, a.label.step) == key]
-        there = {label.rank for label in held if label.job == job}
-        return self.agent_alive and there.issuperset(ranks) and (not parity or -1 in there)
+    def has(self, job: str, key: tuple[int, int], ranks: list[int], group: dict[str, list[int]] | None = None) -> bool:
+        """Whether all that is in memory here, for others to read, and this node's part of the parity of that group."""
+        held = {a.label.rank: a.label for a in self.pool.arenas.values() if a.label and (a.job, a.key) == (job, key)}
+        parity = held[-1].parity if -1 in held else None
+        members = {node: [kept.rank for kept in shards] for node, shards in parity.members} if parity else None
+        return self.agent_alive and held.keys() >= set(ranks) and (group is None or members == group)
 
     def _protected(self, incarnation: int, job: LocalJob, order: pb.Protect) -> None:
         key, machines = (order.epoch, order.step), self._world.machines
@@ -247,7 +248,8 @@ class Machine:
             return
         left = [holder for holder in order.members if holder.address]
         key, machines, why = (order.epoch, order.step), self._world.machines, ""
-        able = [machines[h.node].has(job.name, key, ranks_of(h.ranks), parity=True) for h in left]
+        group = {holder.node: ranks_of(holder.ranks) for holder in order.members}
+        able = [machines[h.node].has(job.name, key, group[h.node], group) for h in left]
         if not all(able) or len(order.members) - len(left) > order.losses:
             why = "not enough is left"
         else:
@@ -259,10 +261,15 @@ class Machine:
     def _keep_guest(
         self, job: LocalJob, order: pb.Protect | pb.Rebuild, rank: int, parity: Parity | None = None
     ) -> None:
+        key = order.epoch, order.step
         own = [a for a in self.pool.arenas.values() if a.guest and (a.job, a.rank) == (job.name, rank)]
-        if any(a.label and (a.label.epoch, a.label.step) >= (order.epoch, order.step) for a in own):
+        anew = [a for a in own if a.key == key and parity and a.label and a.label.attempt < order.attempt]
+        if any(a.key >= key for a in own if a not in anew):
             return
-        if len(own) < SLOTS:
+        if anew:
+            (arena,) = anew
+            self.local.dropped(job, arena.label)
+        elif len(own) < SLOTS:
             name = f"guest-{job.name}-{rank}-{order.step}-{order.epoch}"
             arena = self.pool.arenas[name] = Arena(name, Path(name), 1, job.name, rank, guest=True)
         else:

@@ -72,14 +72,15 @@ class Job:
 
 
 @pytest.fixture
-def slurm(runtime: Runtime, tmp_path: Path) -> Iterator[Slurm]:
-    """Three nodes."""
+def slurm(request: pytest.FixtureRequest, runtime: Runtime, tmp_path: Path) -> Iterator[Slurm]:
+    """Three nodes, or so many with switches as the test says."""
     programs = tmp_path / "bin"
     programs.mkdir()
     ckptsvc = programs / "ckptsvc"
     ckptsvc.write_text(f'#!/bin/sh\nexec {sys.executable} -m ckptsvc.cli.main "$@"\n')
     ckptsvc.chmod(0o755)
-    cluster = Slurm(runtime.root / "slurm", runtime.environ, 3)
+    count, switches = getattr(request, "param", (3, ()))
+    cluster = Slurm(runtime.root / "slurm", runtime.environ, count, switches)
     cluster.environ["PATH"] = f"{programs}{os.pathsep}{cluster.environ['PATH']}"
     try:
         cluster.start()
@@ -176,3 +177,18 @@ def test_a_job_that_is_cancelled_stays_cancelled(slurm: Slurm, tmp_path: Path) -
     job.said(r"done step=20")
     slurm.run("scancel", job.number)
     job.ends("CANCELLED")
+
+
+@pytest.mark.parametrize("slurm", [(4, ("n1,n3", "n2,n4"))], indirect=True)
+def test_copies_are_kept_at_another_switch(slurm: Slurm, runtime: Runtime, tmp_path: Path) -> None:
+    """Without a word from Slurm, n1 and n3 are partners, and n2 and n4."""
+    environ = {"NODES": "4", "RANKS": "1", "CKPTSVC_TIERS_PARTNER": "copy"}
+    job = Job(slurm, tmp_path, "--nodes=4", arguments=(f"{tmp_path}/run", "400", "0.05"), **environ)
+    kept = re.compile(r"step \d+: a copy of what n(\d) holds")
+    for log in [runtime.sockets / f"node-n{number}" / "agent.log" for number in (1, 2, 3, 4)]:
+        number = int(log.parent.name[-1])
+        with job.explained():
+            eventually(lambda log=log: log.exists() and kept.search(log.read_text()), f"what n{number} keeps", PATIENCE)
+        assert {int(other) % 2 for other in kept.findall(log.read_text())} == {(number + 1) % 2}
+    job.said(r"finished step=400")
+    job.ends("COMPLETED")

@@ -1,6 +1,4 @@
-"""What the machine gives this process: files that may be open (a connection, a pipe of a rank and an arena is one each),
-and what it can be short of.
-"""
+"""What the machine gives this process: open files (a connection, a pipe of a rank, an arena is one each), and more."""
 
 from __future__ import annotations
 

@@ -74,13 +74,15 @@ class Courier:
 
     Args:
         host: where to listen for other couriers.
-        rate: bytes per second that may be read from them; 0: as many as come.
-        streams: connections, and threads, for one transfer.
+        rate: bytes per second that may be read from them; 0: as many as come. A rebuild is not held back: the training
+            stands still for it.
+        streams: connections, and threads, for one transfer; for a rebuild there are as many as cores.
     """
 
     def __init__(self, host: str, rate: float, streams: int) -> None:
         self._host, self._tickets, self._pace = host, Tickets(), Pace(rate)
         self._streams = min(streams, MAX_STREAMS)
+        self._rebuilders = min(max(streams, os.cpu_count() or 1), MAX_STREAMS)
         self._listener: Listener | None = None
         self._mappings = Mappings()
 
@@ -140,18 +142,23 @@ class Courier:
                         for _ in _Row(readers[0], [piece], first, count, piece.extent).blocks(self._take, view):
                             pass
 
-            return {"bytes": self._stream({0: origin}, copy)}
+            return {"bytes": self._stream({0: origin}, copy, self._streams)}
 
     def _take(self, reader: Reader, block: memoryview, piece: Piece, extent: int) -> None:
         self._pace.wait(len(block))
+        self._take_at_once(reader, block, piece, extent)
+
+    def _take_at_once(self, reader: Reader, block: memoryview, piece: Piece, extent: int) -> None:
         reader.take(block)
         check(block, piece, extent, "what another node has sent")
         failpoint("in_transfer")
 
-    def _stream(self, origins: dict[int, Origin], work: Callable[[dict[int, Reader], Share], None]) -> int:
+    def _stream(
+        self, origins: dict[int, Origin], work: Callable[[dict[int, Reader], Share], None], threads: int
+    ) -> int:
         """Do work in several threads, each with its own connections and its share of it; returns the bytes read."""
         # All nodes of a group read from each other at once, and each serves only so many connections.
-        streams = max(min(self._streams, MAX_CONNECTIONS // (2 * len(origins))), 1)
+        streams = max(min(threads, MAX_CONNECTIONS // (2 * len(origins))), 1)
 
         def stream(number: int) -> int:
             with contextlib.ExitStack() as stack:
@@ -188,7 +195,7 @@ class Courier:
                     for _ in total.put(view[start : start + count * extent], self._take):
                         pass
 
-            nread = self._stream(origins, guard)
+            nread = self._stream(origins, guard, self._streams)
             return {"digests": extent_digests(view, extent).tobytes(), "bytes": nread}
 
     def do_rebuild(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
@@ -218,13 +225,13 @@ class Courier:
                                 part = piece, *share(first, count)
                                 self._rebuild(group.total(readers, number, stripe, before, part), part, view)
 
-            return {"bytes": self._stream(group.origins, rebuild)}
+            return {"bytes": self._stream(group.origins, rebuild, self._rebuilders)}
 
     def _rebuild(self, total: Total, part: tuple[Piece, int, int], view: memoryview) -> None:
         """Some extents of a lost shard."""
         piece, first, count = part
         into = view[first * piece.extent : min((first + count) * piece.extent, piece.nbytes)]
-        for number, block in enumerate(total.put(into, self._take)):
+        for number, block in enumerate(total.put(into, self._take_at_once)):
             check(block, piece, first + number, "what was rebuilt")
 
 

@@ -52,11 +52,18 @@ class Guests:
     def keep(self, job: LocalJob, arena: Arena, label: Label, digests: bytes) -> None:
         """The arena is whole and verified: from now on it can be restored from, or rebuilt with.
 
+        Parity that was made before of the same snapshot, for a group of which nodes are lost, goes in the same moment.
+
         Raises:
             ArenaExhausted: the job has ended meanwhile, and its memory with it.
         """
         if arena.name not in self._local.pool.arenas:
             raise ArenaExhausted(f"step {label.step}: the memory for rank {label.rank} is gone")
+        for other in list(self._local.pool.arenas.values()):
+            is_same = (other.job, other.rank, other.key) == (job.name, label.rank, (label.epoch, label.step))
+            if other.guest and is_same:
+                self._local.dropped(job, other.label)
+                self._local.pool.release(other)
         self._local.pool.keep_guest(arena, label)
         future: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         future.set_result(digests)
@@ -92,8 +99,8 @@ class Filling:
         self._local = local
         self.arenas: list[Arena] = []
 
-    async def make(self, job: LocalJob, rank: int, nbytes: int, key: Key) -> Arena:
-        """An arena for a shard of another node.
+    async def make(self, job: LocalJob, rank: int, nbytes: int, key: Key, attempt: int = 0) -> Arena:
+        """An arena for a shard of another node; what an attempt before that one kept of the same may be kept anew.
 
         Raises:
             ArenaExhausted: there is no room, or a rank goes on copying a newer snapshot there.
@@ -102,7 +109,8 @@ class Filling:
         pool = self._local.pool
         own = await self._settled(job.name, rank, key)
         for arena in own:
-            if arena.key >= key:
+            anew = arena.key == key and arena.label is not None and arena.label.attempt < attempt
+            if arena.key >= key and not anew:
                 raise Fenced(f"step {arena.key[1]} of rank {rank} is kept already; {key[1]} is not newer")
             if arena.holder == WAITING:  # for the order for another snapshot, if there ever is one
                 pool.release(arena)

@@ -250,7 +250,7 @@ class Partners:
         stripes = _stripes(order, [[(s.nbytes, s.extent) for s in answer.shards] for answer in answers])
         nbytes = stripes.losses * stripes.chunk * extent
         with self._guests.filling() as filling:
-            arena = await filling.make(job, -1, nbytes, (order.epoch, order.step))
+            arena = await filling.make(job, -1, nbytes, (order.epoch, order.step), order.attempt)
             origins = [self._origin(a) if number != keeper else None for number, a in enumerate(answers)]
             args = {"stripes": _numbers(stripes), "extent": extent, "keeper": keeper, "origins": origins}
             done = await self._courier.call("guard", {**args, "path": str(arena.path)})

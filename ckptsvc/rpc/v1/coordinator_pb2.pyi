@@ -107,7 +107,7 @@ class AgentHello(_message.Message):
     def __init__(self, node: _Optional[str] = ..., job: _Optional[str] = ..., term: _Optional[int] = ..., address: _Optional[str] = ..., domain: _Optional[str] = ..., vacating: bool = ...) -> None: ...
 
 class RankJoined(_message.Message):
-    __slots__ = ("job", "node", "store", "attempt", "rank", "world_size", "epoch", "every_steps", "every_seconds", "keep", "retention")
+    __slots__ = ("job", "node", "store", "attempt", "rank", "world_size", "epoch", "every_steps", "every_seconds", "keep", "retention", "domain")
     JOB_FIELD_NUMBER: _ClassVar[int]
     NODE_FIELD_NUMBER: _ClassVar[int]
     STORE_FIELD_NUMBER: _ClassVar[int]
@@ -119,6 +119,7 @@ class RankJoined(_message.Message):
     EVERY_SECONDS_FIELD_NUMBER: _ClassVar[int]
     KEEP_FIELD_NUMBER: _ClassVar[int]
     RETENTION_FIELD_NUMBER: _ClassVar[int]
+    DOMAIN_FIELD_NUMBER: _ClassVar[int]
     job: str
     node: str
     store: str
@@ -130,7 +131,8 @@ class RankJoined(_message.Message):
     every_seconds: float
     keep: int
     retention: Retention
-    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., store: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., epoch: _Optional[int] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ..., keep: _Optional[int] = ..., retention: _Optional[_Union[Retention, _Mapping]] = ...) -> None: ...
+    domain: str
+    def __init__(self, job: _Optional[str] = ..., node: _Optional[str] = ..., store: _Optional[str] = ..., attempt: _Optional[int] = ..., rank: _Optional[int] = ..., world_size: _Optional[int] = ..., epoch: _Optional[int] = ..., every_steps: _Optional[int] = ..., every_seconds: _Optional[float] = ..., keep: _Optional[int] = ..., retention: _Optional[_Union[Retention, _Mapping]] = ..., domain: _Optional[str] = ...) -> None: ...
 
 class Retention(_message.Message):
     __slots__ = ("steps", "seconds", "best", "metric", "highest", "age", "rate")

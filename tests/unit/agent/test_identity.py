@@ -52,6 +52,7 @@ IMPOSSIBLE = [
     ({"extent": 1 << 30}, "impossible"),
     ({"extent": 5000}, "impossible"),
     ({"coordinator": "c" * 301}, "at most 300"),
+    ({"domain": "d" * 257}, "at most 256"),
     ({"rank": "0"}, "malformed message: Expected `int`"),
     ({"colour": "red"}, "unknown field `colour`"),
 ]

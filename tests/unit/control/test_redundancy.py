@@ -1,7 +1,7 @@
 """Whom the coordinator has keep what, and rebuild what."""
 
 import pytest
-from told import STORE, dropped, durable, joined, left, orders, staged
+from told import STORE, dropped, durable, joined, left, orders, progressed, staged
 
 from ckptsvc.control.coordinator import FORGET_AFTER, Coordinator
 from ckptsvc.control.effects import Commit
@@ -81,6 +81,20 @@ def test_a_copy_is_on_a_node_of_another_domain():
     told = dict(orders(world.stage(), "protect"))
     assert told["n0"].members[0].node in ("n2", "n3")
     assert told["n1"].members[0].node in ("n2", "n3")
+
+
+def test_what_the_agents_do_not_know_of_domains_the_ranks_do():
+    """An agent that no job has started is told nothing by the scheduler."""
+    world = World("copy")
+    for node in range(NODES):
+        world.hello(node, domain="of the agent" if node == 3 else "")
+    for rank in range(world.world):  # the even nodes share a switch; so would the odd ones, if n3's agent said nothing
+        said = joined(rank, node=f"n{rank // 2}", world_size=world.world, domain=f"s{rank // 2 % 2}")
+        world.tell(rank // 2, rank_joined=said)
+    assert world.core.redundancy.peers["n3"].domain == "of the agent"
+    partner = {name: order.members[0].node for name, order in orders(world.stage(), "protect")}
+    assert partner["n0"] in ("n1", "n3")
+    assert partner["n2"] in ("n1", "n3")
 
 
 def test_only_so_many_snapshots_are_kept_elsewhere_and_none_twice():
@@ -374,3 +388,94 @@ def test_nonsense_from_the_wire_is_let_be():
     world.tell(0, guarded=pb.Guarded(job="job", node="x", members=[pb.Holder(node="y", ranks=runs_of([0, 9]))]))
     assert orders(world.core.recover("job", 1.0), "rebuild") == []
     assert world.core.recover("nobody", 1.0).effects == []
+
+
+def restarted(world, began, but=()):
+    """The ranks of n1, which is lost, have come on n7, and all but those of some nodes have begun; what is ordered."""
+    world.core.agent_lost("n1", 1.0)
+    world.hello(7)
+    nodes = [node if node != 1 else 7 for node in range(world.nodes)]
+    for rank in range(world.world):
+        said = joined(rank, node=f"n{nodes[rank // 2]}", world_size=world.world, attempt=2)
+        world.tell(nodes[rank // 2], rank_joined=said)
+    return began_with(world, began, but)
+
+
+def began_with(world, step, but=()):
+    told = []
+    for node in [node if node != 1 else 7 for node in range(world.nodes)]:
+        if node not in but:
+            event = progressed(f"n{node}", step, attempt=2, began=step)
+            told += orders(world.tell(node, progressed=event), "protect")
+    return dict(told)
+
+
+def copied_by_all(world):
+    for name, order in orders(world.stage(), "protect"):
+        for rank in ranks_of(order.members[0].ranks):
+            world.copied(rank, int(name[1:]))
+
+
+def test_what_was_restored_is_copied_again_where_one_node_alone_has_it():
+    world = World("copy")
+    copied_by_all(world)
+    (keeper,) = [node for node in world.core.jobs["job"].saves.held[KEY][2] if node != "n1"]
+    others = {"n0", "n2", "n3"} - {keeper}
+    told = restarted(world, 10)
+    kept = {rank for order in told.values() for rank in ranks_of(order.members[0].ranks)}
+    own = {2 * int(keeper[1:]), 2 * int(keeper[1:]) + 1}
+    assert kept == {2, 3} | own, "of its own, the copy was on the node that is lost"
+    assert all(order.members[0].node == keeper and order.attempt == 2 for order in told.values())
+    assert not others & told.keys(), "the other pair has lost nothing"
+    for name, order in told.items():
+        for rank in ranks_of(order.members[0].ranks):
+            world.copied(rank, int(name[1:]))
+    world.core.agent_lost(keeper, 3.0)
+    assert world.listed() == [10]
+    assert began_with(world, 10) == {}, "once for each attempt"
+
+
+@pytest.mark.parametrize(
+    ("partner", "began", "but"), [("copy", 10, [2]), ("copy", 5, []), ("copy", 0, []), ("off", 10, []), ("rs", 10, [])]
+)
+def test_nothing_is_kept_again_before_all_have_begun_with_it_nor_where_another_loss_does_no_harm(partner, began, but):
+    world = World(partner)
+    world.guard(world.stage())
+    if partner == "copy":
+        for rank in range(world.world):
+            world.copied(rank, 0 if rank > 1 else 2)
+    else:
+        for rank in (2, 3):
+            world.copied(rank, 0)
+    assert restarted(world, began, but) == {}
+
+
+def test_parity_that_makes_up_for_no_more_losses_is_made_anew_by_those_that_have_what_was_restored():
+    world = World("xor")
+    world.guard(world.stage())
+    world.core.agent_lost("n1", 1.0)
+    for rank in (2, 3):
+        world.copied(rank, 3)
+    told = restarted(world, 10)
+    members = {"n0": [0, 1], "n2": [4, 5], "n3": [2, 3, 6, 7]}
+    assert told.keys() == members.keys()
+    for order in told.values():
+        assert {m.node: ranks_of(m.ranks) for m in order.members} == members
+        assert (order.losses, order.attempt, order.step) == (1, 2, 10)
+    for name, order in told.items():
+        world.tell(int(name[1:]), dropped=dropped(-1, node=name))
+        event = pb.Guarded(job="job", node=name, epoch=1, step=10, losses=1, members=order.members, world_size=8)
+        world.tell(int(name[1:]), guarded=event)
+    world.core.agent_lost("n3", 5.0)
+    found = orders(world.core.recover("job", 6.0), "rebuild")
+    assert sorted(rank for _, order in found for rank in ranks_of(order.ranks)) == [2, 3, 6, 7]
+
+
+def test_where_there_is_but_one_node_nothing_is_said_of_what_was_restored():
+    world = World("copy", nodes=1)
+    world.stage()
+    for rank in (0, 1):
+        world.tell(0, rank_joined=joined(rank, node="n0", world_size=2, attempt=2))
+    decision = world.tell(0, progressed=progressed("n0", 10, attempt=2, began=10))
+    assert not decision.effects
+    assert not any("kept elsewhere" in reason for reason in decision.reasons)
