@@ -405,6 +405,8 @@ class Agent:
             site = Site(lambda: status_of(self), self.metrics.registry, self.recent, token, self.trust.certificates)
             self.metrics_address, self.page_address = site.open(settings.metrics_listen)
             stack.push_async_callback(site.close)
+            if self.tenancy:
+                self.tenancy.page, self.tenancy.on_scrape = self.page_address, site.let_scrape
         await local.start()
         os.chmod(grpc_path, 0o600)
         await between.start()

@@ -16,6 +16,9 @@ import subprocess
 import sys
 import threading
 import time
+import types
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,9 +41,12 @@ from harness.users import (
 )
 
 from ckptsvc.agent.supervisor import entrance
+from ckptsvc.agent.supervisor.agents import User
+from ckptsvc.agent.supervisor.board import Board
 from ckptsvc.agent.supervisor.gate import STRANGERS
 from ckptsvc.agent.supervisor.records import locked
 from ckptsvc.cli.agents import ask as ask_agent
+from ckptsvc.config import load
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, LimitReached, StoreDenied
 from ckptsvc.rpc import service
 from ckptsvc.rpc.accounts import Account
@@ -374,6 +380,80 @@ class TestOperators:
         assert found["ck-alice"]["status"]["ranks"] == []
         with pytest.raises(AgentUnavailable, match="no socket of user"), safe_target(hers, BOB.uid):
             pass
+
+
+def http(address: str, path: str, token: str = "") -> tuple[int, str]:
+    """Status and body of an answer; `token` is shown as a program does."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(f"http://{address}{path}", headers=headers), timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+class TestAnOperatorsPrometheus:
+    def test_reads_the_metrics_of_all_agents_and_nothing_else_and_no_user_those_of_another(self, node: Node) -> None:
+        node.start(agent_metrics_listen="127.0.0.1:0", system_metrics_group="ck-daemon")
+        for person in (ALICE, BOB):
+            ask(node, person)
+        rank_of(node, ALICE)
+        listed = node.directory / "metrics" / "targets.json"
+
+        def targets() -> dict[str, tuple[str, str]]:
+            found = json.loads(as_user(DAEMON, listed.read_text)) if listed.exists() else []
+            return {t["labels"]["user"]: (t["targets"][0], t["labels"]["__param_scrape"]) for t in found}
+
+        eventually(lambda: targets().keys() == {"ck-alice", "ck-bob"}, "both agents to be listed")
+        for person in (ALICE, BOB):
+            assert error_of(person, lambda: listed.read_text()) == "PermissionError"
+            assert error_of(person, lambda: (listed.parent / "x").touch()) == "PermissionError"
+        (hers, opens), (his, opens_his) = targets()["ck-alice"], targets()["ck-bob"]
+        for address, scrape in ((hers, opens), (his, opens_his)):
+            status, text = http(address, f"/metrics?scrape={scrape}")
+            assert (status, "\nckptsvc_sessions " in text) == (200, True)
+            for path in ("/", "/status.json", "/events", "/incidents/last"):
+                for way in (f"{path}?scrape={scrape}", f"{path}?token={scrape}"):
+                    assert http(address, way)[0] == 401
+            assert http(address, "/metrics", scrape)[0] == 401
+        assert "\nckptsvc_sessions 1.0\n" in http(hers, f"/metrics?scrape={opens}")[1]
+        # What a user can know: his own token, and what Prometheus shows where he listens in the place of his agent.
+        own = as_user(BOB, (node.agent_directory(BOB) / "http-token").read_text)
+        assert http(his, "/status.json", own)[0] == 200
+        for path, token in (("/metrics", own), (f"/metrics?scrape={own}", ""), (f"/metrics?scrape={opens_his}", "")):
+            assert http(hers, path, token)[0] == 401
+        counted = as_user(BOB, (listed.parent / "ckptsvc.prom").read_text).splitlines()
+        assert 'ckptsvc_service_agents{state="serves"} 2' in counted
+        # An agent that dies under its ranks is down until the next one serves; what had opened it opens it no more.
+        os.kill(node.agents()[ALICE.uid]["pid"], signal.SIGKILL)
+        eventually(lambda: targets()["ck-alice"][1] != opens, "another agent of hers")
+        again, opens_now = targets()["ck-alice"]
+        assert http(again, f"/metrics?scrape={opens}")[0] == 401
+        assert http(again, f"/metrics?scrape={opens_now}")[0] == 200
+
+        def failures() -> bool:
+            return "ckptsvc_service_agent_failures_total 1" in (listed.parent / "ckptsvc.prom").read_text()
+
+        eventually(failures, "her agent's end to be counted")
+
+    def test_is_not_led_elsewhere_by_an_agent(self, tmp_path: Path) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("needs root")
+        settings = load({}, {"system.directory": str(tmp_path), "system.metrics_group": "daemon"}, [])
+        board, agents = Board(settings), types.SimpleNamespace(starts=1, failures=0)
+        board.open()
+        led = {
+            1001: "http://127.0.0.1:4000", 1002: "http://10.0.0.1:80", 1003: "http://127.0.0.1:4000/x?", 1004: "",
+            1005: "http://[::1]:4001", 1006: "http://localhost.example.org:80", 1007: "file:///etc/shadow",
+        }  # fmt: skip
+        agents.users = lambda: [User(u, u, name=f"u{u}", page=page, scrape=f"t{u}", pidfd=9) for u, page in led.items()]
+        board.write(agents)
+        found = json.loads((tmp_path / "metrics" / "targets.json").read_text())
+        assert [each["targets"] for each in found] == [["127.0.0.1:4000"], ["[::1]:4001"]]
+        assert [each["labels"]["user"] for each in found] == ["u1001", "u1005"]
+        board.close()
 
 
 class TestAnotherUser:

@@ -138,6 +138,11 @@ class Site:
         where = str(Address(socket.gethostname() if anywhere else address.host, port))
         return where, f"{'https' if encrypted else 'http'}://{where}"
 
+    def let_scrape(self, token: str) -> None:
+        """From now on this opens the metrics, and nothing else; what did so before does not any more."""
+        if self._access is not None:
+            self._access.scrape = token
+
     async def close(self) -> None:
         """Hang up on everybody."""
         if self._server is not None:
@@ -161,7 +166,7 @@ class Site:
             if not access.is_token(request.query["token"]):
                 return _stranger(request)
             return Response(HTTPStatus.SEE_OTHER, headers=(("Location", request.path), access.set_cookie()))
-        return None if access.is_known(request) else _stranger(request)
+        return None if access.is_known(request) or access.may_scrape(request) else _stranger(request)
 
     async def _answer(self, request: Request) -> Response:
         if request.path == "/":
