@@ -18,12 +18,15 @@ import threading
 import time
 import types
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.job import free_port
+from harness.observability import FOLDER
 from harness.rank import Rank
 from harness.runtime import eventually
 from harness.users import (
@@ -400,6 +403,7 @@ class TestAnOperatorsPrometheus:
         for person in (ALICE, BOB):
             ask(node, person)
         rank_of(node, ALICE)
+        eventually(lambda: node.agents()[ALICE.uid]["ranks"] == 1, "the rank to be counted")
         listed = node.directory / "metrics" / "targets.json"
 
         def targets() -> dict[str, tuple[str, str]]:
@@ -428,7 +432,7 @@ class TestAnOperatorsPrometheus:
         assert 'ckptsvc_service_agents{state="serves"} 2' in counted
         # An agent that dies under its ranks is down until the next one serves; what had opened it opens it no more.
         os.kill(node.agents()[ALICE.uid]["pid"], signal.SIGKILL)
-        eventually(lambda: targets()["ck-alice"][1] != opens, "another agent of hers")
+        eventually(lambda: targets().get("ck-alice", ("", opens))[1] != opens, "another agent of hers")
         again, opens_now = targets()["ck-alice"]
         assert http(again, f"/metrics?scrape={opens}")[0] == 401
         assert http(again, f"/metrics?scrape={opens_now}")[0] == 200
@@ -437,6 +441,47 @@ class TestAnOperatorsPrometheus:
             return "ckptsvc_service_agent_failures_total 1" in (listed.parent / "ckptsvc.prom").read_text()
 
         eventually(failures, "her agent's end to be counted")
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(shutil.which("prometheus") is None, reason="make test-observability installs Debian's")
+    def test_is_one_with_the_settings_of_the_repository(self, node: Node) -> None:
+        yaml = pytest.importorskip("yaml", reason="run make install")
+        node.start(agent_metrics_listen="127.0.0.1:0", system_metrics_group="ck-daemon")
+        job = UsersJob(node, ALICE, node.home(ALICE) / "run", 1, patient=True)
+        ask(node, BOB)
+        job.wait_for_save(1)
+        text = (FOLDER / "prometheus-users.yaml").read_text().replace("/run/ckptsvc", str(node.directory))
+        settings = yaml.safe_load(text)
+        settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        folder, port = node.home(DAEMON), free_port()
+        (folder / "prometheus.yaml").write_text(yaml.safe_dump(settings))
+        shutil.copy(FOLDER / "rules.yaml", folder)
+        node.spawn(DAEMON, [
+            str(shutil.which("prometheus")), f"--config.file={folder}/prometheus.yaml", "--log.level=warn",
+            f"--storage.tsdb.path={folder}/data", f"--web.listen-address=127.0.0.1:{port}",
+        ], folder / "log")  # fmt: skip
+
+        def found(query: str) -> list[dict[str, str]]:
+            try:
+                status, text = http(f"127.0.0.1:{port}", f"/api/v1/query?query={urllib.parse.quote(query)}")
+            except OSError:
+                return []
+            return [each["metric"] for each in json.loads(text)["data"]["result"]] if status == 200 else []
+
+        def users(query: str) -> set[str]:
+            return {each["user"] for each in found(query)}
+
+        eventually(lambda: users("up == 1") == {"ck-alice", "ck-bob"}, "both agents to be scraped", 60)
+        (committed,) = eventually(lambda: found("ckptsvc_last_committed_step"), "her job to be seen", 60)
+        assert (committed["user"], "exported_job" in committed) == ("ck-alice", False)
+        assert committed["job"] != "ckptsvc"
+        eventually(
+            lambda: users("job:ckptsvc_last_committed_step:max") == {"ck-alice"}, "the rules to keep users apart"
+        )
+        os.kill(node.agents()[BOB.uid]["pid"], signal.SIGTERM)  # it is idle, and ends in order
+        eventually(lambda: users("up") == {"ck-alice"}, "his to be no target any more", 60)
+        (job.folder / "go-end").touch()
+        job.result()
 
     def test_is_not_led_elsewhere_by_an_agent(self, tmp_path: Path) -> None:
         if os.geteuid() != 0:
@@ -466,7 +511,7 @@ class TestAnotherUser:
 
         def entrances() -> list[str]:
             lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in node.processes()]
-            return [line for line in lines if "supervisor_entrance" in line]
+            return [line for line in lines if "supervisor.entrance" in line]
 
         eventually(lambda: len(entrances()) == 1, "it to be on its way")
         assert str(BOB.uid) not in entrances()[0]  # anybody can read who it is about

@@ -51,6 +51,7 @@ METRICS = {
     ("ckptsvc_drain_backlog_bytes", "gauge", ()),
     ("ckptsvc_drain_parallel_shards", "gauge", ()),
     ("ckptsvc_job_goodput_ratio", "gauge", ("job",)),
+    ("ckptsvc_job_paused", "gauge", ("job",)),
     ("ckptsvc_job_time_seconds_total", "counter", ("cause", "job")),
     ("ckptsvc_local_disk_refusals_total", "counter", ()),
     ("ckptsvc_nic_events_total", "counter", ("nic", "signal")),
@@ -119,7 +120,19 @@ def test_the_names_are_frozen(metrics: Metrics) -> None:
     assert exposed(metrics) == {(name, kind) for name, kind, _ in METRICS}
 
 
-UNITS = ("_bytes", "_seconds", "_ratio", "_step", "_stripes", "_shards", "_sessions", "_findings", "_up", "_info")
+UNITS = (
+    "_bytes",
+    "_seconds",
+    "_ratio",
+    "_step",
+    "_stripes",
+    "_shards",
+    "_sessions",
+    "_findings",
+    "_up",
+    "_info",
+    "_paused",
+)
 
 
 @pytest.mark.parametrize("each", Metrics("").declared, ids=lambda each: each.name)
