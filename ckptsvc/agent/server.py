@@ -43,7 +43,7 @@ from ckptsvc.agent.orders.audit import audit_log
 from ckptsvc.agent.orders.callers import Callers, RoleGate
 from ckptsvc.agent.orders.orders import Orders
 from ckptsvc.agent.orders.standing import StandingOrders
-from ckptsvc.agent.process import handover
+from ckptsvc.agent.process import handover, own_log
 from ckptsvc.agent.process.limits import raise_open_files
 from ckptsvc.agent.process.malformed import keep_quiet
 from ckptsvc.agent.process.notify import Notifier
@@ -238,6 +238,7 @@ class Agent:
         yield self.watch.run()
         yield self.nics.run()
         yield self._until_idle()
+        yield own_log.bound(self._options.directory / own_log.NAME)
         yield self._notifier.beat(partial(summary_of, self))
         if self.tenancy:
             yield self.tenancy.run()
@@ -264,6 +265,7 @@ class Agent:
         shell.on_incident = lambda incident: self._on_incident(incident)
         shell.on_audit = lambda effect: self.orders.decided(effect)
         shell.on_deleted = lambda job, store, names: self.orders.deleted(job, store, names)
+        shell.on_own = lambda verb, job, node, why, done: self.orders.own(verb, job, node, why, done=done)
         return shell
 
     def _shell_of(self, job: str, term: int) -> CoordinatorShell:
@@ -313,6 +315,7 @@ class Agent:
         self.callers = Callers(settings.system.operators)
         self.orders = Orders(self.local, self.launches, audit_log(settings, os.environ))
         self.node.people_order = self.orders.on_order
+        self.watch.on_kill = lambda job, rank, why: self.orders.own("kill", job, f"rank {rank}", why)
         self.callers.on_stranger = self.orders.stranger
         self._keep_incidents()
 

@@ -20,8 +20,9 @@ from typing import Any
 
 import msgspec
 
+from ckptsvc.agent.process.own_log import NAME as LOG
 from ckptsvc.agent.supervisor import records
-from ckptsvc.agent.supervisor.entrance import LOG, Order
+from ckptsvc.agent.supervisor.entrance import Order
 from ckptsvc.control.shares import Node, Share, share_of
 from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError, LimitReached, StoreDenied
 from ckptsvc.rpc import service
