@@ -29,7 +29,7 @@ from ckptsvc.cli.agents import Answer, ask_all
 from ckptsvc.cli.masking import Mask, is_secret, secrets_in
 from ckptsvc.cli.settings import values
 from ckptsvc.config import config_files, load
-from ckptsvc.errors import CkptsvcError, InvalidInput
+from ckptsvc.errors import CkptsvcError, InvalidInput, NotFound
 from ckptsvc.quantities import parse_address
 from ckptsvc.rpc import secret, service
 from ckptsvc.settings import Settings
@@ -126,7 +126,7 @@ def _journal(scope: str) -> str:
     """The newest lines of the units' log; journalctl stops by itself where there is nothing to be read.
 
     Raises:
-        OSError: there is no journal, or it does not answer.
+        NotFound: there is no journal, or it does not answer.
     """
     command = ["journalctl", scope, "--unit", UNITS, "--lines", str(JOURNAL_LINES), "--no-pager", "--quiet"]
     try:
@@ -135,10 +135,10 @@ def _journal(scope: str) -> str:
             check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise OSError(errno.ETIMEDOUT, "journalctl does not answer") from None
+        raise NotFound("journalctl does not answer") from None
     if ended.returncode != 0 or not ended.stdout:
         why = ended.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
-        raise OSError(errno.ENOENT, why or "nothing is in it that this user may read")
+        raise NotFound(why or "nothing is in it that this user may read")
     return ended.stdout.decode("utf-8", "replace")
 
 

@@ -184,9 +184,11 @@ def _pause(status: Status, job: str) -> str:
     """Since when, by whom and why a job takes no snapshots by itself; "" if it does."""
     for pause in status.get("paused", ()):
         if pause["job"] == job:
-            until = f" for {duration(max(pause['until'] - time.time(), 0.0))} more" if pause["until"] else ""
-            why = f": {pause['reason']}" if pause["reason"] else ""
-            return printable(f"no automatic snapshots from step {pause['step']:,} on{until}, says {pause['by']}{why}")
+            until = f", for {duration(max(pause['until'] - time.time(), 0.0))} more" if pause["until"] else ""
+            why = f"; {pause['reason']}" if pause["reason"] else ""
+            return printable(
+                f"paused by {pause['by']}: no automatic snapshots from step {pause['step']:,} on{until}{why}"
+            )
     return ""
 
 

@@ -250,7 +250,7 @@ def test_orders_of_people_are_seen(browser: Any) -> None:
         assert page.inner_text("#vacated") == f"This node takes no new jobs: drained by bob {HOSTILE}"
         assert page.locator(".pill").inner_text() == "saves are paused"
         said = page.locator(".trouble li").first.inner_text()
-        assert said == f"No automatic snapshots from step 12,440 on for 2 h more, says ada: {HOSTILE}"
+        assert said == f"Paused by ada: no automatic snapshots from step 12,440 on, for 2 h more; {HOSTILE}"
         assert page.evaluate("document.documentElement.scrollWidth") <= 390
         server.document = document(coordinated(job_of(8)))
         page.locator("#vacated").wait_for(state="hidden", timeout=20_000)

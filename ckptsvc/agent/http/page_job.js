@@ -175,8 +175,8 @@ function stateOf(job) {  // [kind of pill, word]
 function pauseOf(job) {
   const pause = job.paused;
   if (!pause) return "";
-  const until = pause.until ? ` for ${duration(pause.until - now())} more` : "";
-  return `No automatic snapshots from step ${count(pause.step)} on${until}, says ${pause.by}${pause.reason ? `: ${pause.reason}` : ""}`;
+  const until = pause.until ? `, for ${duration(pause.until - now())} more` : "";
+  return `Paused by ${pause.by}: no automatic snapshots from step ${count(pause.step)} on${until}${pause.reason ? `; ${pause.reason}` : ""}`;
 }
 
 function sentence(job) {

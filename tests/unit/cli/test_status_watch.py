@@ -124,7 +124,7 @@ def test_what_the_page_shows_of_orders_launches_drains_and_troubles_is_there_too
     drawn = seen(troubled())
     trouble = ["takes no new jobs: drained by bob", "/d is full", "the store is away", "etcd does not answer"]
     assert drawn[1:5] == trouble
-    for line in ("  no automatic snapshots from step 12,440 on, says ada: file system update",
+    for line in ("  paused by ada: no automatic snapshots from step 12,440 on; file system update",
             "  lustre:///scratch/ana/llama-8b", "  step 12,400 waits on local disks for the durable store for 2 h",
             "job soon: waits for nodes: 1 of 4 have come", "job over: ended with status 86: a crash"):  # fmt: skip
         assert line in drawn
