@@ -39,6 +39,7 @@ PATIENCE = 60.0
 """Seconds for one user; his files may be on a server that hangs, and he may stop the process."""
 
 COMMAND = (sys.executable, "-P", "-m", "ckptsvc.cli.main")
+_SETTING, _PASSED = "CKPTSVC_", ("CKPTSVC_CONFIG", "CKPTSVC_SYSTEM_")
 _OURS = ("user", "all_users", "as_json")
 
 
@@ -84,8 +85,10 @@ def wanted() -> list[Account]:
         numbers = sorted(int(name) for name in os.listdir(directory / records.RECORDS) if name.isdecimal())
     except OSError as error:
         raise AgentUnavailable(f"no service for all users has run in {directory}: {error.strerror}") from None
-    found = [account_of(number) for number in numbers]
-    return [account for account in found if account.name]
+    found = [account for account in map(account_of, numbers) if account.name]
+    if not found:
+        raise AgentUnavailable("nobody has had an agent of this node's service yet")
+    return found
 
 
 def audit_file() -> Path | None:
@@ -179,14 +182,17 @@ def ask(account: Account, *words: str) -> Said:
 
 
 def _environment(account: Account) -> dict[str, str]:
-    """That of the user's agent, as far as it can be known."""
+    """That of the user's agent, as far as it can be known; of root's own settings, only where the others are."""
     system = load(os.environ).system
+    given = {
+        name: value for name, value in os.environ.items() if not name.startswith(_SETTING) or name.startswith(_PASSED)
+    }
     mine = {"HOME": account.home, "USER": account.name, "LOGNAME": account.name}
     mine |= {name: os.environ[name] for name in ("COLUMNS",) if name in os.environ}
     directory = Path(system.directory)
     if service.is_there(directory):
         mine["CKPTSVC_AGENT_SOCKET_DIR"] = str(service.directory_of(directory, account.uid))
-    return environment_of(os.environ, system.environment) | mine
+    return environment_of(given, system.environment) | mine
 
 
 def _read(out: IO[bytes], err: IO[bytes]) -> tuple[list[bytes], str]:

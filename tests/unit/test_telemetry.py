@@ -16,6 +16,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ckptsvc.telemetry import (
+    AgentState,
     ArenaState,
     Event,
     Fields,
@@ -28,6 +29,7 @@ from ckptsvc.telemetry import (
     Tier,
     labels,
     log,
+    service,
     setup_logging,
 )
 from ckptsvc.telemetry.declaring import Declared
@@ -118,6 +120,15 @@ def a_card(metrics: Metrics) -> None:
 def test_the_names_are_frozen(metrics: Metrics) -> None:
     assert {(each.name, each.kind, tuple(sorted(each.labels))) for each in metrics.declared} == METRICS
     assert exposed(metrics) == {(name, kind) for name, kind, _ in METRICS}
+
+
+def test_what_the_service_counts_is_read_by_prometheus() -> None:
+    told = {each.name: dict.fromkeys(AgentState, 2) if each.labels else 7 for each in service.DECLARED}
+    found = list(text_string_to_metric_families(service.exposition(told)))
+    names = [f"{family.name}_total" if family.type == "counter" else family.name for family in found]
+    assert names == [each.name for each in service.DECLARED]
+    assert [sample.labels["state"] for sample in found[0].samples] == list(AgentState)
+    assert [sample.value for family in found for sample in family.samples] == [2, 2, 2, 2, 7, 7, 7]
 
 
 UNITS = (
