@@ -156,6 +156,12 @@ def test_root_sees_what_users_have_and_is_led_nowhere() -> None:
         assert f"agents/{BOB.uid}/agent.log" in texts
         assert f"agents/{BOB.uid}/status.json" in texts
         assert not any(b"roots-own" in text for text in texts.values())
+        own = node.root / "bundles" / "own.tar.gz"
+        status, said = node.command(ROOT, "support-bundle", "-o", str(own), RUNTIME_DIRECTORY=str(own.parent))
+        assert status == 0, said
+        with tarfile.open(own) as archive:
+            agents = json.load(archive.extractfile("own/service/agents.json"))["agents"]  # type: ignore[arg-type]
+        assert [each["uid"] for each in agents] == [ALICE.uid, BOB.uid]
 
 
 def test_what_root_runs_as_a_user_is_bounded_whatever_that_user_does_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
