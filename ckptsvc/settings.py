@@ -94,6 +94,10 @@ class SystemSettings(msgspec.Struct, frozen=True, kw_only=True):
         min_uid: lower numbers are of the system's own accounts, which must be named in `users`.
         operators: who, besides root, hears of the agents of all users: names, numbers, "@group". To give them orders
             he becomes root by sudo(8), and the audit log names him.
+        metrics_group: who may read `directory`/metrics/targets.json, which lets a Prometheus read the metrics of all
+            agents: a group, as a rule Prometheus's own. "" means that there is no such file.
+        audit_file: where it is taken down what root orders of users' agents; "" means nowhere but in their audit logs,
+            which are theirs.
         max_users: agents at a time.
         user_memory: what the arenas of one user may take; a share is one of arena.limit. Where more users have jobs
             than this leaves room for, each may take an even part. store.max_write_rate is divided among them anyway.
@@ -108,6 +112,8 @@ class SystemSettings(msgspec.Struct, frozen=True, kw_only=True):
     users: Annotated[tuple[str, ...], parse_accounts] = ()
     min_uid: Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)] = 1000
     operators: Annotated[tuple[str, ...], parse_accounts] = ()
+    metrics_group: str = ""
+    audit_file: str = "/var/lib/ckptsvc/audit.jsonl"
     max_users: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 128
     user_memory: Annotated[Limit, parse_limit] = Limit(0, 0.5)
     user_jobs: Annotated[int, msgspec.Meta(ge=1, le=4096)] = 64

@@ -133,6 +133,7 @@ class Node:
         self._local.metrics.sessions.set(len(self._local.sessions))
         log(logger, logging.INFO, Event.RANK_REGISTERED, "rank %d registered, process %d", registration.rank, pid,
             job=registration.job, attempt=registration.attempt, rank=registration.rank)  # fmt: skip
+        self._local.metrics.paused.labels(job.name).set(self._local.standing.is_paused(job.name))
         for report in self._local.standing.report(job.name):
             self._local.report(job, report)
         self._local.report(job, reports.joined(self._local.name, registration, registration.epoch))
@@ -299,6 +300,7 @@ class Node:
                     session.page.put(kind, effect.step)
         elif kind == "pausing":
             self._local.standing.take(effect)
+            self._local.metrics.paused.labels(job.name).set(self._local.standing.is_paused(job.name))
             for session in self._local.sessions.values():
                 if session.reg.job == job.name:
                     self._local.standing.apply(session)

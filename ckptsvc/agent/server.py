@@ -34,7 +34,6 @@ from ckptsvc.agent.coordination.runner import CoordinatorShell
 from ckptsvc.agent.http.access import http_token
 from ckptsvc.agent.http.page import Site
 from ckptsvc.agent.identity import IdentityServer
-from ckptsvc.agent.incidents import IncidentLog, incidents_directory
 from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.local import Local
 from ckptsvc.agent.node import OVERDUE, Node
@@ -42,7 +41,7 @@ from ckptsvc.agent.orders.audit import audit_log
 from ckptsvc.agent.orders.callers import Callers, RoleGate
 from ckptsvc.agent.orders.orders import Orders
 from ckptsvc.agent.orders.standing import StandingOrders
-from ckptsvc.agent.process import handover, predecessor
+from ckptsvc.agent.process import handover, own_log, predecessor
 from ckptsvc.agent.process.conditions import ground_of
 from ckptsvc.agent.process.lasting import dispensable, until_told
 from ckptsvc.agent.process.limits import lacking, raise_open_files
@@ -64,7 +63,7 @@ from ckptsvc.config import agents_directory, load, private_directory
 from ckptsvc.control.health import Policy
 from ckptsvc.control.redundancy import PartnerPolicy
 from ckptsvc.control.tiering import Draining
-from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigError
+from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError
 from ckptsvc.launch.domain import domain_of
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import Address, parse_duration
@@ -247,6 +246,7 @@ class Agent:
         yield self.watch.run()
         yield dispensable("network cards are not watched any more", self.nics.run())
         yield self._until_idle()
+        yield dispensable("agent.log is not bounded any more", own_log.bound(self._options.directory / own_log.NAME))
         yield self._notifier.beat(partial(summary_of, self))
         if self.tenancy:
             yield self.tenancy.run()
@@ -270,6 +270,7 @@ class Agent:
         shell.on_incident = lambda incident: self._on_incident(incident)
         shell.on_audit = lambda effect: self.orders.decided(effect)
         shell.on_deleted = lambda job, store, names: self.orders.deleted(job, store, names)
+        shell.on_own = lambda verb, job, node, why, done: self.orders.own(verb, job, node, why, done=done)
         return shell
 
     def _shell_of(self, job: str, term: int) -> CoordinatorShell:
@@ -319,8 +320,11 @@ class Agent:
         self.callers = Callers(settings.system.operators)
         self.orders = Orders(self.local, self.launches, audit_log(settings, os.environ))
         self.node.people_order = self.orders.on_order
+        self.watch.on_kill = lambda job, rank, why: self.orders.own("kill", job, f"rank {rank}", why)
         self.callers.on_stranger = self.orders.stranger
-        self._keep_incidents()
+        self.recent.open(settings, os.environ)
+        self._on_incident = partial(self.recent.take, self.local.spawn)
+        self.local.spawn(self.recent.load())
 
     def _terminated(self) -> None:
         """Stop; but an agent that a job has started, when its ranks are there, lets them save first.
@@ -361,25 +365,6 @@ class Agent:
         self._grace = SHORT_GRACE
         self._stopping.set()
 
-    def _keep_incidents(self) -> None:
-        """Incidents of the jobs that this agent coordinates become files (`ckptsvc incidents`)."""
-        try:
-            kept = IncidentLog(incidents_directory(self._options.settings, os.environ))
-        except ConfigError as error:
-            logger.warning("incidents are not kept: %s", error)
-            self._on_incident = self.recent.note
-            return
-
-        async def keep(incident: coordinator_pb2.Incident) -> None:
-            await kept.record(incident)
-
-        def take(incident: coordinator_pb2.Incident) -> None:
-            self.recent.note(incident)
-            self.local.spawn(keep(incident))
-
-        self._on_incident, self.recent.kept = take, kept
-        self.local.spawn(self.recent.load())
-
     async def _listen(self, stack: contextlib.AsyncExitStack) -> None:
         settings = self._where
         stack.push_async_callback(asyncio.to_thread, self.traces.close)
@@ -414,6 +399,8 @@ class Agent:
             site = Site(lambda: status_of(self), self.metrics.registry, self.recent, token, self.trust.certificates)
             self.metrics_address, self.page_address = site.open(settings.metrics_listen)
             stack.push_async_callback(site.close)
+            if self.tenancy:
+                self.tenancy.page, self.tenancy.on_scrape = self.page_address, site.let_scrape
         await local.start()
         os.chmod(grpc_path, 0o600)
         await between.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import click
 import msgspec
 
 from ckptsvc.agent.orders.audit import AuditLog, Entry, audit_path, read
+from ckptsvc.cli import others
 from ckptsvc.cli.masking import masked_url
 from ckptsvc.cli.terminal import Screen, emit, note, printable
 from ckptsvc.config import load
@@ -30,22 +32,29 @@ _STYLE = {"done": "good", "begun": "doubt", "failed": "bad", "refused": "bad"}
 @click.option("--verb", metavar="VERB", help="Only orders of this kind, as drain or delete.")
 @click.option("--file", "given", type=click.Path(path_type=Path), help="The file; default: agent.audit_file.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@others.options
 def command(since: str | None, verb: str | None, given: Path | None, as_json: bool) -> int:
     """Show what was ordered, by whom, and what came of it; and which checkpoints were deleted. Oldest first.
 
-    It is read from a file: no agent has to run. What was refused is in it as well.
+    It is read from a file: no agent has to run. What was refused is in it as well. What nobody has ordered has the user
+    "ckptsvc" or "retention". Root sees, with his own, what he has ordered of users' agents (system.audit_file).
 
     \b
     Exit status: 0; 3 some lines cannot be used; 10 there is no such file.
     \b
     JSON: {"file", "entries": [{"time", "verb", "job", "target", "uid", "user",
-      "via", "asked_on", "node", "outcome", "what"}], "unusable": N}
-    outcome is "done", "begun", "failed" or "refused"; time is ISO 8601, UTC.
+      "via", "asked_on", "of", "node", "outcome", "what"}], "unusable": N}
+    outcome is "done", "begun", "failed" or "refused"; time is ISO 8601, UTC;
+    "of" is the user whose agent root has given an order to.
+    With --user and --all-users the JSON is {"users": [{"user", "uid",
+    "status", "result", "said"}]}: exit status, document and messages of each.
     """  # noqa: D301  \b is click's
+    if accounts := others.wanted():
+        return others.show(accounts, as_json)
     path = given or audit_path(load(os.environ), os.environ)
     first = _moment(since) if since else ""
     entries, unusable = [], 0
-    for entry in read(path):
+    for entry in _read(path, None if given else others.audit_file()):
         if isinstance(entry, str):
             unusable += 1
         elif entry.time >= first and verb in (None, entry.verb):
@@ -59,6 +68,14 @@ def command(since: str | None, verb: str | None, given: Path | None, as_json: bo
         if unusable:
             note(f"lines that are not understood: {unusable}")
     return PARTLY_DONE if unusable else 0
+
+
+def _read(path: Path, of_root: Path | None) -> Iterator[Entry | str]:
+    """The lines of a file; and of root's, which may be the only one."""
+    lines = list(read(of_root)) if of_root is not None and of_root.exists() else []
+    if not lines or path.exists():
+        lines += read(path)
+    return iter(sorted(lines, key=lambda line: "" if isinstance(line, str) else line.time))
 
 
 def _moment(since: str) -> str:
@@ -81,7 +98,7 @@ def _show(entries: list[Entry]) -> None:
     rows = []
     for entry in entries:
         where = entry.node + (f" (asked on {entry.asked_on})" if entry.asked_on else "")
-        by = entry.by + (f" via {entry.via}" if entry.via else "")
+        by = entry.by + (f" via {entry.via}" if entry.via else "") + (f", of {entry.of}'s agent" if entry.of else "")
         cells = (entry.time, entry.verb, entry.target or entry.job, by, where, entry.outcome, entry.what)
         rows.append([printable(text) for text in cells])
     if rows:

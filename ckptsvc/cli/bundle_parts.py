@@ -9,7 +9,9 @@ import json
 import os
 import platform
 import resource
+import shutil
 import stat
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -27,9 +29,9 @@ from ckptsvc.cli.agents import Answer, ask_all
 from ckptsvc.cli.masking import Mask, is_secret, secrets_in
 from ckptsvc.cli.settings import values
 from ckptsvc.config import config_files, load
-from ckptsvc.errors import CkptsvcError, InvalidInput
+from ckptsvc.errors import CkptsvcError, InvalidInput, NotFound
 from ckptsvc.quantities import parse_address
-from ckptsvc.rpc import secret
+from ckptsvc.rpc import secret, service
 from ckptsvc.settings import Settings
 
 MAX_PART = 2 << 20
@@ -42,6 +44,11 @@ INCIDENTS = 20
 
 PATIENCE = 5.0
 """Seconds for one page of metrics."""
+
+UNITS = "ckptsvc-agent*"
+JOURNAL_LINES = 10_000
+JOURNAL_TIME = 20.0
+"""Seconds for so many lines; a journal may have gigabytes."""
 
 PACKAGES = (
     "ckptsvc", "torch", "grpcio", "protobuf", "msgspec", "numpy", "zstandard", "xxhash", "obstore", "fsspec",
@@ -91,11 +98,48 @@ def parts(directory: Path, environ: Mapping[str, str]) -> Iterator[Part]:
     for log in sorted(directory.rglob("agent.log")):
         where = log.parent.name
         yield collect.file(f"agents/{where}/agent.log", "its log, and those of earlier agents there", log)
+        if log.with_suffix(".log.1").exists():
+            yield collect.file(f"agents/{where}/agent.log.1", "what was in it before", log.with_suffix(".log.1"))
         if (log.parent / standing.NAME).exists():
             yield collect.file(f"agents/{where}/{standing.NAME}", "orders it keeps", log.parent / standing.NAME)
+    yield from _of_service(collect, settings)
     if isinstance(settings, CkptsvcError):
         return
     yield from _kept(collect, settings, environ)
+
+
+def _of_service(collect: _Collector, settings: Settings | CkptsvcError) -> Iterator[Part]:
+    """What systemd keeps of its units, as far as this user may read it; and for root, the service of all users."""
+    if shutil.which("journalctl") is not None:
+        for name, scope in (("journal.txt", "--system"), ("journal-user.txt", "--user")):
+            yield collect(name, f"the log of the units {UNITS} (journalctl {scope})", partial(_journal, scope))
+    if os.geteuid() != 0 or isinstance(settings, CkptsvcError):
+        return
+    where = Path(settings.system.directory)
+    if service.is_there(where):
+        yield collect("service/agents.json", "the agents of all users", lambda: service.ask(where, "agents"))
+    if settings.system.audit_file and Path(settings.system.audit_file).exists():
+        yield collect.file("service/audit.jsonl", "what root has ordered of them", Path(settings.system.audit_file))
+
+
+def _journal(scope: str) -> str:
+    """The newest lines of the units' log; journalctl stops by itself where there is nothing to be read.
+
+    Raises:
+        NotFound: there is no journal, or it does not answer.
+    """
+    command = ["journalctl", scope, "--unit", UNITS, "--lines", str(JOURNAL_LINES), "--no-pager", "--quiet"]
+    try:
+        ended = subprocess.run(
+            [*command, "--output", "short-iso"], stdin=subprocess.DEVNULL, capture_output=True, timeout=JOURNAL_TIME,
+            check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise NotFound("journalctl does not answer") from None
+    if ended.returncode != 0 or not ended.stdout:
+        why = ended.stderr.decode("utf-8", "replace").strip().partition("\n")[0]
+        raise NotFound(why or "nothing is in it that this user may read")
+    return ended.stdout.decode("utf-8", "replace")
 
 
 def _kept(collect: _Collector, settings: Settings, environ: Mapping[str, str]) -> Iterator[Part]:

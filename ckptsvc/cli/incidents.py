@@ -12,6 +12,7 @@ from ckptsvc.agent.http.incident_page import page
 from ckptsvc.agent.http.incident_view import view
 from ckptsvc.agent.incidents import IncidentLog, Kept, incidents_directory, moment, plain
 from ckptsvc.agent.logtail import one_line
+from ckptsvc.cli import others
 from ckptsvc.cli.incident_text import show, wrapped
 from ckptsvc.cli.terminal import Screen, age, emit, note, printable
 from ckptsvc.config import load
@@ -29,6 +30,7 @@ PARTLY_DONE = 3
     help="Write the report of ID as a page that needs no other file.")  # fmt: skip
 @click.option("--dir", "directory", type=click.Path(path_type=Path),
     help="Where incidents are kept; default: as for `ckptsvc agent`.")  # fmt: skip
+@others.options
 def command(wanted: str | None, as_json: bool, target: Path | None, directory: Path | None) -> int:
     """List the incidents of this user's jobs, newest first, or show one (ID, or "last").
 
@@ -45,7 +47,15 @@ def command(wanted: str | None, as_json: bool, target: Path | None, directory: P
     JSON of one: {"name", "incident"}, with every field of the message
     Incident in proto/ckptsvc/rpc/v1/coordinator.proto.
     rank is -1 where nobody could be named; confidence is 0 to 1.
+    With --user and --all-users the JSON is {"users": [{"user", "uid",
+    "status", "result", "said"}]}: exit status, document and messages of each.
     """  # noqa: D301  \b is click's
+    if accounts := others.wanted():
+        if target is not None:
+            raise InvalidInput(
+                "--html is for one's own incidents", hint="sudo -u USER ckptsvc incidents ID --html FILE"
+            )
+        return others.show(accounts, as_json)
     if directory is not None and not directory.is_dir():
         raise NotFound(f"there is no directory {directory}")
     kept = IncidentLog(directory or incidents_directory(load(os.environ), os.environ))

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ckptsvc.agent import nodelist
+from ckptsvc.cli import others
 from ckptsvc.cli.terminal import Screen, duration, emit, note, printable
 from ckptsvc.config import load
 from ckptsvc.control.exclusion import FORGOTTEN, LIMIT, Strikes
@@ -17,7 +18,8 @@ from ckptsvc.errors import ConfigError
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
-def command(as_json: bool) -> None:
+@others.options
+def command(as_json: bool) -> int:
     """List the nodes that somebody has excluded, and those that have failed.
 
     They are read from the file that the coordinators of this user's jobs share (launch.state): no agent has to run.
@@ -28,7 +30,11 @@ def command(as_json: bool) -> None:
     excluded says whether jobs that begin now leave the node out; by_hand is
     null where nobody has said anything of it; score is what failures weigh
     (excluded above 2.5); times are Unix seconds, null for none.
+    With --user and --all-users the JSON is {"users": [{"user", "uid",
+    "status", "result", "said"}]}: exit status, document and messages of each.
     """  # noqa: D301  \b is click's
+    if accounts := others.wanted():
+        return others.show(accounts, as_json)
     where = nodelist.directory_of(os.environ, load(os.environ).launch)
     if where is None:
         raise ConfigError("there is no place for the list of nodes: HOME is not set", hint="set launch.state")
@@ -41,6 +47,7 @@ def command(as_json: bool) -> None:
         _show(rows, now)
     else:
         note(f"no node is excluded or has failed of late, by {printable(str(where / nodelist.NAME))}")
+    return 0
 
 
 def _about(name: str, found: nodelist.NodeList, now: float) -> dict[str, Any]:

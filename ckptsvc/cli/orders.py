@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import queue
+import socket
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,9 @@ from typing import Any
 import click
 import msgspec
 
+from ckptsvc.agent.orders.audit import AuditLog, Entry
 from ckptsvc.cli.agents import NONSENSE, Answer, agent_directory, ask_all, ask_users
+from ckptsvc.cli.others import audit_file
 from ckptsvc.cli.terminal import duration, emit, note, printable, size
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, InvalidInput, NotFound
@@ -223,9 +226,11 @@ def give(agent: Answer, method: str, request: VerbRequest, timeout: float) -> Ve
         CkptsvcError: it cannot be carried out, or the agent does not answer. What another user's agent says is no more
             than text, and it is said whose it is.
     """
+    _take_down(agent, method, request, "begun", request.reason)
     try:
         response = _give(agent, method, request, timeout)
     except CkptsvcError as error:
+        _take_down(agent, method, request, "failed", error.what)
         if agent.uid >= 0:
             error.what = printable(f"{_whose(agent)}: {error.what}")
             error.hint = printable(error.hint)
@@ -236,7 +241,26 @@ def give(agent: Answer, method: str, request: VerbRequest, timeout: float) -> Ve
         raise AgentUnavailable(printable(f"{_whose(agent)} answers with nonsense: {error}")) from None
     if not math.isfinite(response.seconds):
         response.seconds = 0.0
+    if response.done:
+        _take_down(agent, method, request, "done", "; ".join(response.what))
     return response
+
+
+def _take_down(agent: Answer, method: str, request: VerbRequest, outcome: str, what: str) -> None:
+    """Put into root's own file what becomes of an order to a user's agent; a failure is said, and stops nothing."""
+    path = audit_file()
+    if path is None or 0 in (agent.uid, os.stat(agent.directory).st_uid):
+        return
+    person = msgspec.json.decode(_behind(os.environ) or '{"uid": 0, "name": ""}')
+    entry = Entry(
+        verb=method.lower(), job=request.job, target=request.node, uid=person["uid"], by=person["name"] or user_name(0),
+        via=user_name(0) if person["uid"] else "", of=agent.user or agent.directory.owner(), node=socket.gethostname(),
+        outcome=outcome, what=what,
+    )  # fmt: skip
+    try:
+        AuditLog(path).append(entry)
+    except (OSError, CkptsvcError) as error:
+        note(printable(f"this is not in the audit log of root: {error}"))
 
 
 def _give(agent: Answer, method: str, request: VerbRequest, timeout: float) -> VerbResponse:

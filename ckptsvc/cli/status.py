@@ -105,17 +105,16 @@ def command(
 
 
 def _print(where: Path | None, job: str | None, as_json: bool, *, again: bool) -> int:
-    while True:
-        try:
-            status = _look(where, job, as_json)
-        except (AgentUnavailable, NotFound) as error:
-            if not again:
-                raise
-            note(error.what)
-            status = 0
-        if not again:
-            return status
+    status, missing = _look(where, job, as_json), ""
+    while again:
         time.sleep(WATCH_EVERY)
+        try:
+            status, missing = _look(where, job, as_json), ""
+        except (AgentUnavailable, NotFound) as error:  # an agent that is started anew is soon back
+            if error.what != missing:
+                note(error.what)
+            missing = error.what
+    return status
 
 
 def _pages(answers: Sequence[Answer]) -> int:

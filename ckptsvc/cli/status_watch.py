@@ -61,12 +61,8 @@ def watch(look: Look, every: float) -> int:
 
 
 def _write_lines(look: Look, every: float) -> int:
+    answers, missing = look(), ""  # where there is nothing to look at from the beginning, that is the end
     while True:
-        try:
-            answers = look()
-        except (AgentUnavailable, NotFound) as error:
-            note(error.what)
-            answers = []
         for answer in answers:
             if answer.status is None:
                 note(printable(f"the agent in {answer.directory} does not answer: {answer.error}"))
@@ -80,10 +76,19 @@ def _write_lines(look: Look, every: float) -> int:
                     note(_nonsense(answer, error))
         sys.stdout.flush()
         time.sleep(every)
+        try:
+            answers, missing = look(), ""
+        except (AgentUnavailable, NotFound) as error:  # an agent that is started anew is soon back
+            if error.what != missing:
+                note(error.what)
+            answers, missing = [], error.what
 
 
 def lines(status: Status) -> Iterator[str]:
-    """A line for each job that the agent coordinates."""
+    """A line for each job that the agent coordinates, or is about to; and one about the node, if there is trouble."""
+    launches = _launches(status)
+    for text in _of_node(status):
+        yield f"{time.strftime('%H:%M:%S')}  node {printable(status['node'])}  {text}"
     for job in status["coordinates"]:
         done = next((each for each in job.get("checkpoints", ()) if each["outcome"] == "committed"), None)
         parts = [
@@ -92,12 +97,18 @@ def lines(status: Status) -> Iterator[str]:
             f"{job['live_ranks']} of {plural(job['world_size'], 'rank')}",
             f"step {job.get('step', 0):,}",
             f"checkpoint {done['step']:,}" if done else "no checkpoint",
+            f"{max(job.get('step', 0) - done['step'], 0) if done else job.get('step', 0):,} at risk",
             f"{plural(job['restarts'], 'restart')}",
         ]
         parts += [f"goodput {100 * job['goodput']['share']:.1f} %"] if _has_goodput(job) else []
         counts = job.get("grid", {}).get("counts", {})
         parts += [f"{counts[word]} {word}" for word in ("dead", "stalled", "away") if counts.get(word)]
+        parts += ["saves are paused"] if _pause(status, job["job"]) else []
+        parts += [state] if (state := _launched(launches.pop(launched_as(job["job"]), None), job["live_ranks"])) else []
         yield "  ".join(parts)
+    for launch in launches.values():
+        if state := _launched(launch, 0):
+            yield f"{time.strftime('%H:%M:%S')}  job {printable(launch['job'])}  {state}"
 
 
 def _screen(look: Look, width: int) -> RenderableType:
@@ -128,19 +139,81 @@ def picture(answer: Answer, width: int) -> list[RenderableType]:
     used = size(sum(arena["bytes"] for arena in status["arenas"]))
     up = duration(time.time() - status["started"])
     head = Text.assemble((f"agent of {printable(status['node'])}", "bold"), (f"  up {up}, arenas {used}", "dim"))
-    parts: list[RenderableType] = [head]
+    parts: list[RenderableType] = [head, *(Text(line, style="yellow") for line in _of_node(status))]
+    launches = _launches(status)
     incidents = status.get("incidents", [])  # an agent of an earlier version has none
     for job in status["coordinates"]:
         mine = [each for each in incidents if each["job"] == launched_as(job["job"])]
         title = Text.assemble((f"\njob {printable(job['job'])}", "bold"), f"  attempt {job['attempt']}")
-        parts += [title, Padding(Group(*_job(job, mine, width)), (0, 0, 0, 2))]
+        told = _about(status, job, launches.pop(launched_as(job["job"]), None))
+        parts += [title, Padding(Group(*told, *_job(job, mine, width)), (0, 0, 0, 2))]
     for name in sorted({rank["job"] for rank in status["ranks"]} - {job["job"] for job in status["coordinates"]}):
         own = [rank for rank in status["ranks"] if rank["job"] == name]
         step = max(rank["step"] for rank in own)
+        pause = _pause(status, name)
         parts.append(Text(f"\njob {printable(name)}: {plural(len(own), 'rank')} here at step {step:,}"))
-    if not status["coordinates"] and not status["ranks"]:
+        parts += [Text(f"  {pause}", style="yellow")] if pause else []
+        launches.pop(launched_as(name), None)
+    for launch in launches.values():
+        parts.append(Text(f"\njob {printable(launch['job'])}: {_launched(launch, 0) or 'begins'}"))
+    if not status["coordinates"] and not status["ranks"] and not launches:
         parts.append(Text("no job", style="dim"))
     return [*parts, Text()]
+
+
+def _launches(status: Status) -> dict[str, Status]:
+    """What `ckptsvc run` has said of jobs, by name; an agent of an earlier version knows of none."""
+    return {launch["job"]: launch for launch in status.get("launches", ())}
+
+
+def _launched(launch: Status | None, ranks: int) -> str:
+    """Where a launch stands, if its ranks do not show it."""
+    if launch is None:
+        return ""
+    if launch["phase"] == "ended":
+        how = f"ended with status {launch['status']}" if launch["status"] else "ended"
+        return printable(f"{how}: {launch['reason']}")
+    if launch["phase"] == "gathering" and not ranks:
+        return f"waits for nodes: {launch['nodes']:,} of {launch['min_nodes']:,} have come"
+    if launch["phase"] == "stopping":
+        return "is restarted"
+    return printable(f"was asked to stop: {launch['stop_wanted']}") if launch["stop_wanted"] else ""
+
+
+def _pause(status: Status, job: str) -> str:
+    """Since when, by whom and why a job takes no snapshots by itself; "" if it does."""
+    for pause in status.get("paused", ()):
+        if pause["job"] == job:
+            until = f", for {duration(max(pause['until'] - time.time(), 0.0))} more" if pause["until"] else ""
+            why = f"; {pause['reason']}" if pause["reason"] else ""
+            return printable(
+                f"paused by {pause['by']}: no automatic snapshots from step {pause['step']:,} on{until}{why}"
+            )
+    return ""
+
+
+def _of_node(status: Status) -> Iterator[str]:
+    """What is wrong with the node or its agent, or was ordered of it."""
+    if status.get("vacated"):
+        yield printable(f"takes no new jobs: {status['vacated']}")
+    disk = status.get("local_disk") or {"problem": "", "store_problem": ""}
+    findings = (finding for card in status.get("nics", ()) for finding in card["findings"])
+    problems = (election["problem"] for election in status.get("elections", ()))
+    for text in (disk["problem"], disk["store_problem"], *problems, *findings):
+        if text:
+            yield printable(text)
+
+
+def _about(status: Status, job: Status, launch: Status | None) -> Iterator[Text]:
+    """What is said of a job before its ranks."""
+    if job.get("store"):
+        yield Text(printable(job["store"]), style="dim")
+    for text in (_launched(launch, job["live_ranks"]), _pause(status, job["job"])):
+        if text:
+            yield Text(text, style="yellow")
+    for drain in job.get("drains", ()):
+        waits = f"step {drain['step']:,} waits on local disks for the durable store for {duration(drain['age'])}"
+        yield Text(waits, style="yellow")
 
 
 def _job(job: Status, incidents: Sequence[Status], width: int) -> Iterator[RenderableType]:
@@ -148,7 +221,9 @@ def _job(job: Status, incidents: Sequence[Status], width: int) -> Iterator[Rende
     saving = f", saving step {', '.join(f'{step:,}' for step in job['running_saves'])}" if job["running_saves"] else ""
     pace = f" ({job['steps_per_second']:.2g}/s)" if job.get("steps_per_second") else ""
     ranks = f"{job['live_ranks']:,} of {plural(job['world_size'], 'rank')} on {plural(len(job['nodes']), 'node')}"
-    yield Text(f"step {job.get('step', 0):,}{pace}{saving}; {ranks}; {plural(job['restarts'], 'restart')}")
+    done = next((each["step"] for each in job.get("checkpoints", ()) if each["outcome"] == "committed"), 0)
+    risk = f"; {plural(max(job.get('step', 0) - done, 0), 'step')} at risk" if job["live_ranks"] else ""
+    yield Text(f"step {job.get('step', 0):,}{pace}{saving}{risk}; {ranks}; {plural(job['restarts'], 'restart')}")
     if _has_goodput(job):
         yield _goodput(job["goodput"])
     if counts:

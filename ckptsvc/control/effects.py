@@ -117,10 +117,11 @@ class Drain:
 
 @dataclass(frozen=True, slots=True)
 class Restarted:
-    """A launched job starts anew. There is nothing to do but to count it."""
+    """A launched job starts anew. There is nothing to do but to count it, and to take down why."""
 
     job: str
     cause: Cause
+    why: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)

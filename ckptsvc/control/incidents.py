@@ -74,7 +74,7 @@ class Incidents:
             incident.actions.append("the job ends")
             return record(incident)
         incident.actions.append(f"restart {attempts.restarts} of {attempts.max_restarts}")
-        return record(incident).add(Decision([Restarted(attempts.job, Cause(incident.kind))]))
+        return record(incident).add(Decision([Restarted(attempts.job, Cause(incident.kind), incident.sentence)]))
 
     def about(self, node: str) -> str:
         """The incident that a node was last to blame for, as words: "incident 3-1 of job j"; "": none."""

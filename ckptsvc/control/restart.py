@@ -453,7 +453,7 @@ class Attempts:
         """Start a new attempt though nothing has failed. That takes none of the restarts."""
         self.last_failure, self.since, self.phase = why, now, Phase.STOPPING
         stop = self._stop(self.attempt, why, self.nodes)
-        return Decision([Restarted(self.job, cause)], [f"job {self.job}: {why}"]).add(stop)
+        return Decision([Restarted(self.job, cause, why)], [f"job {self.job}: {why}"]).add(stop)
 
     def _finish(self, now: float) -> Decision:
         worst = max(self.statuses.values())

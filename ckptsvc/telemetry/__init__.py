@@ -3,6 +3,7 @@
     labels       the values that labels may have
     declaring    how a metric is declared: name, kind, help, labels and what bounds them
     saves, tiers, jobs, agents, nics     the declarations, by subject
+    service      those of the service of a node with many users, which has no registry
     metrics      all of them, in the registry of one agent
     reference    the page of the documentation that is made from them (`python -m ckptsvc.telemetry`)
     events       log events and fields
@@ -15,6 +16,7 @@ calls and 45 ms, OpenTelemetry's more.
 
 from ckptsvc.telemetry.events import Event, Fields, log
 from ckptsvc.telemetry.labels import (
+    AgentState,
     ArenaState,
     Cause,
     Detection,
@@ -33,6 +35,7 @@ from ckptsvc.telemetry.logs import HumanFormatter, JsonFormatter, set_log_level,
 from ckptsvc.telemetry.metrics import Metrics
 
 __all__ = [
+    "AgentState",
     "ArenaState",
     "Cause",
     "Detection",

@@ -139,3 +139,12 @@ class NicTrouble(StrEnum):
     NO_HANDLER = "no-handler"
     NO_ANSWER = "no-answer"
     SILENT = "silent"
+
+
+class AgentState(StrEnum):
+    """What a user's agent does, as the service of its node sees it."""
+
+    STARTS = "starts"
+    SERVES = "serves"
+    AWAY = "away"
+    FAILED = "failed"

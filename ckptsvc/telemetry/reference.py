@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ckptsvc.telemetry.agents import AgentMetrics
 from ckptsvc.telemetry.declaring import Declarations, Declared, Values
 from ckptsvc.telemetry.events import Event
@@ -9,6 +11,7 @@ from ckptsvc.telemetry.jobs import JobMetrics
 from ckptsvc.telemetry.logs import KEYS
 from ckptsvc.telemetry.nics import NicMetrics
 from ckptsvc.telemetry.saves import SaveMetrics
+from ckptsvc.telemetry.service import DECLARED as SERVICE
 from ckptsvc.telemetry.tiers import TierMetrics
 
 SUBJECTS = {
@@ -27,6 +30,8 @@ Every agent serves these at `/metrics` of `agent.metrics_listen`; `deploy/observ
 dashboard for them. Units are seconds and bytes. A histogram NAME is three metrics: `NAME_bucket` (with the label `le`),
 `NAME_sum` and `NAME_count`.
 """
+
+OF_SERVICE = """In a file, `/run/ckptsvc/metrics/ckptsvc.prom`: [Many users](../operating/users.md#watch-all-agents)."""
 
 LOGS = """## Logs
 
@@ -48,16 +53,23 @@ def markdown() -> str:
     for title, subject in SUBJECTS.items():
         declared = Declarations()
         subject(declared)
-        lines += [f"## {title}", "", "| metric | type | labels | |", "|---|---|---|---|"]
-        lines += [_row(each) for each in declared.all]
-        bounds = {label: values for each in declared.all for label, values in each.labels.items()}
-        lines += ["", *(f"- `{label}`: {values}" for label, values in bounds.items() if isinstance(values, str)), ""]
+        lines += _table(title, "", declared.all)
+    lines += _table("The service of a node with many users", OF_SERVICE, SERVICE)
     rows = [f"| `{key}` | {about} |" for key, about in KEYS.items()]
     events = ", ".join(f"`{event}`" for event in Event)
     text = "\n".join(lines) + LOGS + "\n".join(rows) + "\n" + EVENTS.format(events)
     while "\n\n\n" in text:
         text = text.replace("\n\n\n", "\n\n")
     return text
+
+
+def _table(title: str, about: str, metrics: Sequence[Declared]) -> list[str]:
+    bounds = {label: values for each in metrics for label, values in each.labels.items()}
+    return [
+        *(f"## {title}", "", about, "", "| metric | type | labels | |", "|---|---|---|---|"),
+        *map(_row, metrics),
+        *("", *(f"- `{label}`: {values}" for label, values in bounds.items() if isinstance(values, str)), ""),
+    ]
 
 
 def _row(each: Declared) -> str:

@@ -47,6 +47,9 @@ class SaveMetrics:
         )
         self.last_commit = declare.gauge("ckptsvc_last_commit_timestamp_seconds", "When a job last committed.", job=JOB)
         self.last_step = declare.gauge("ckptsvc_last_committed_step", "Step of a job's newest checkpoint.", job=JOB)
+        self.paused = declare.gauge(
+            "ckptsvc_job_paused", "Whether somebody has told a job to take no automatic snapshots.", job=JOB
+        )
         self.snapshots_skipped = declare.counter(
             "ckptsvc_snapshots_skipped_total", "Snapshots due but not taken.", reason=Skip
         )

@@ -3,6 +3,7 @@
 Most ranks here have no torch (`harness.beating`): agent, coordinator and launcher are the real ones.
 """
 
+import json
 import os
 import re
 import signal
@@ -92,6 +93,10 @@ def test_a_rank_that_computes_for_ever_is_killed_when_it_stands_still(launch: La
         end(job)
     assert (incident.rank, incident.confidence) == (1, 0.8)
     assert [evidence.log_tail for evidence in incident.ranks] == ["rank 0 begins", "rank 1 begins"]
+    lines = [json.loads(line) for line in (runtime.root / ".local/state/ckptsvc/audit.jsonl").read_text().splitlines()]
+    own = {line["verb"]: line for line in lines if line["user"] == "ckptsvc"}  # nobody has ordered it
+    assert (own["kill"]["target"], own["kill"]["outcome"], own["restart"]["uid"]) == ("rank 1", "done", -1)
+    assert own["restart"]["what"] == f"hung: {incident.sentence}"
 
 
 def test_a_job_that_pauses_goes_on(launch: Launch, runtime: Runtime) -> None:

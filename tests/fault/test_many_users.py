@@ -16,11 +16,17 @@ import subprocess
 import sys
 import threading
 import time
+import types
+import urllib.error
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.job import free_port
+from harness.observability import FOLDER
 from harness.rank import Rank
 from harness.runtime import eventually
 from harness.users import (
@@ -38,9 +44,12 @@ from harness.users import (
 )
 
 from ckptsvc.agent.supervisor import entrance
+from ckptsvc.agent.supervisor.agents import User
+from ckptsvc.agent.supervisor.board import Board
 from ckptsvc.agent.supervisor.gate import STRANGERS
 from ckptsvc.agent.supervisor.records import locked
 from ckptsvc.cli.agents import ask as ask_agent
+from ckptsvc.config import load
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, LimitReached, StoreDenied
 from ckptsvc.rpc import service
 from ckptsvc.rpc.accounts import Account
@@ -376,6 +385,122 @@ class TestOperators:
             pass
 
 
+def http(address: str, path: str, token: str = "") -> tuple[int, str]:
+    """Status and body of an answer; `token` is shown as a program does."""
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(urllib.request.Request(f"http://{address}{path}", headers=headers), timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+class TestAnOperatorsPrometheus:
+    def test_reads_the_metrics_of_all_agents_and_nothing_else_and_no_user_those_of_another(self, node: Node) -> None:
+        node.start(agent_metrics_listen="127.0.0.1:0", system_metrics_group="ck-daemon")
+        for person in (ALICE, BOB):
+            ask(node, person)
+        rank_of(node, ALICE)
+        eventually(lambda: node.agents()[ALICE.uid]["ranks"] == 1, "the rank to be counted")
+        listed = node.directory / "metrics" / "targets.json"
+
+        def targets() -> dict[str, tuple[str, str]]:
+            found = json.loads(as_user(DAEMON, listed.read_text)) if listed.exists() else []
+            return {t["labels"]["user"]: (t["targets"][0], t["labels"]["__param_scrape"]) for t in found}
+
+        eventually(lambda: targets().keys() == {"ck-alice", "ck-bob"}, "both agents to be listed")
+        for person in (ALICE, BOB):
+            assert error_of(person, lambda: listed.read_text()) == "PermissionError"
+            assert error_of(person, lambda: (listed.parent / "x").touch()) == "PermissionError"
+        (hers, opens), (his, opens_his) = targets()["ck-alice"], targets()["ck-bob"]
+        for address, scrape in ((hers, opens), (his, opens_his)):
+            status, text = http(address, f"/metrics?scrape={scrape}")
+            assert (status, "\nckptsvc_sessions " in text) == (200, True)
+            for path in ("/", "/status.json", "/events", "/incidents/last"):
+                for way in (f"{path}?scrape={scrape}", f"{path}?token={scrape}"):
+                    assert http(address, way)[0] == 401
+            assert http(address, "/metrics", scrape)[0] == 401
+        assert "\nckptsvc_sessions 1.0\n" in http(hers, f"/metrics?scrape={opens}")[1]
+        # What a user can know: his own token, and what Prometheus shows where he listens in the place of his agent.
+        own = as_user(BOB, (node.agent_directory(BOB) / "http-token").read_text)
+        assert http(his, "/status.json", own)[0] == 200
+        for path, token in (("/metrics", own), (f"/metrics?scrape={own}", ""), (f"/metrics?scrape={opens_his}", "")):
+            assert http(hers, path, token)[0] == 401
+        counted = as_user(BOB, (listed.parent / "ckptsvc.prom").read_text).splitlines()
+        assert 'ckptsvc_service_agents{state="serves"} 2' in counted
+        # An agent that dies under its ranks is down until the next one serves; what had opened it opens it no more.
+        os.kill(node.agents()[ALICE.uid]["pid"], signal.SIGKILL)
+        eventually(lambda: targets().get("ck-alice", ("", opens))[1] != opens, "another agent of hers")
+        again, opens_now = targets()["ck-alice"]
+        assert http(again, f"/metrics?scrape={opens}")[0] == 401
+        assert http(again, f"/metrics?scrape={opens_now}")[0] == 200
+
+        def failures() -> bool:
+            return "ckptsvc_service_agent_failures_total 1" in (listed.parent / "ckptsvc.prom").read_text()
+
+        eventually(failures, "her agent's end to be counted")
+
+    @pytest.mark.slow
+    @pytest.mark.skipif(shutil.which("prometheus") is None, reason="make test-observability installs Debian's")
+    def test_is_one_with_the_settings_of_the_repository(self, node: Node) -> None:
+        yaml = pytest.importorskip("yaml", reason="run make install")
+        node.start(agent_metrics_listen="127.0.0.1:0", system_metrics_group="ck-daemon")
+        job = UsersJob(node, ALICE, node.home(ALICE) / "run", 1, patient=True)
+        ask(node, BOB)
+        job.wait_for_save(1)
+        text = (FOLDER / "prometheus-users.yaml").read_text().replace("/run/ckptsvc", str(node.directory))
+        settings = yaml.safe_load(text)
+        settings["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+        folder, port = node.home(DAEMON), free_port()
+        (folder / "prometheus.yaml").write_text(yaml.safe_dump(settings))
+        shutil.copy(FOLDER / "rules.yaml", folder)
+        node.spawn(DAEMON, [
+            str(shutil.which("prometheus")), f"--config.file={folder}/prometheus.yaml", "--log.level=warn",
+            f"--storage.tsdb.path={folder}/data", f"--web.listen-address=127.0.0.1:{port}",
+        ], folder / "log")  # fmt: skip
+
+        def found(query: str) -> list[dict[str, str]]:
+            try:
+                status, text = http(f"127.0.0.1:{port}", f"/api/v1/query?query={urllib.parse.quote(query)}")
+            except OSError:
+                return []
+            return [each["metric"] for each in json.loads(text)["data"]["result"]] if status == 200 else []
+
+        def users(query: str) -> set[str]:
+            return {each["user"] for each in found(query)}
+
+        eventually(lambda: users("up == 1") == {"ck-alice", "ck-bob"}, "both agents to be scraped", 60)
+        (committed,) = eventually(lambda: found("ckptsvc_last_committed_step"), "her job to be seen", 60)
+        assert (committed["user"], "exported_job" in committed) == ("ck-alice", False)
+        assert committed["job"] != "ckptsvc"
+        eventually(
+            lambda: users("job:ckptsvc_last_committed_step:max") == {"ck-alice"}, "the rules to keep users apart"
+        )
+        os.kill(node.agents()[BOB.uid]["pid"], signal.SIGTERM)  # it is idle, and ends in order
+        eventually(lambda: users("up") == {"ck-alice"}, "his to be no target any more", 60)
+        (job.folder / "go-end").touch()
+        job.result()
+
+    def test_is_not_led_elsewhere_by_an_agent(self, tmp_path: Path) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("needs root")
+        settings = load({}, {"system.directory": str(tmp_path), "system.metrics_group": "daemon"}, [])
+        board, agents = Board(settings), types.SimpleNamespace(starts=1, failures=0)
+        board.open()
+        led = {
+            1001: "http://127.0.0.1:4000", 1002: "http://10.0.0.1:80", 1003: "http://127.0.0.1:4000/x?", 1004: "",
+            1005: "http://[::1]:4001", 1006: "http://localhost.example.org:80", 1007: "file:///etc/shadow",
+        }  # fmt: skip
+        agents.users = lambda: [User(u, u, name=f"u{u}", page=page, scrape=f"t{u}", pidfd=9) for u, page in led.items()]
+        board.write(agents)
+        found = json.loads((tmp_path / "metrics" / "targets.json").read_text())
+        assert [each["targets"] for each in found] == [["127.0.0.1:4000"], ["[::1]:4001"]]
+        assert [each["labels"]["user"] for each in found] == ["u1001", "u1005"]
+        board.close()
+
+
 class TestAnotherUser:
     def test_does_not_wait_while_root_starts_hers(self, node: Node) -> None:
         node.start()
@@ -386,7 +511,7 @@ class TestAnotherUser:
 
         def entrances() -> list[str]:
             lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in node.processes()]
-            return [line for line in lines if "supervisor_entrance" in line]
+            return [line for line in lines if "supervisor.entrance" in line]
 
         eventually(lambda: len(entrances()) == 1, "it to be on its way")
         assert str(BOB.uid) not in entrances()[0]  # anybody can read who it is about

@@ -19,6 +19,7 @@ import pytest
 import torch
 from harness.damage import steps
 from harness.job import Job, Launch, free_port
+from harness.observability import scrape
 from harness.rank import Rank
 from harness.runtime import Runtime, eventually
 from harness.shell_run import Run
@@ -91,9 +92,14 @@ def test_a_checkpoint_is_taken_also_while_a_job_is_paused_and_that_survives_its_
     launch: Launch, runtime: Runtime, order: Order, tmp_path: Path
 ) -> None:
     store = tmp_path / "run"
-    with launch.plain(2, train, str(store), 20) as job:
+    with launch.plain(2, train, str(store), 20, CKPTSVC_AGENT_METRICS_LISTEN="127.0.0.1:0") as job:
+
+        def told_as_paused() -> list[float]:
+            return list(scrape(runtime.agent_directory())["ckptsvc_job_paused"].values())
+
         for rank in range(2):
             job.wait_for("stepped", rank)
+        assert told_as_paused() == [0]
         paused = order("pause", "--reason", "the file system is slow")
         assert paused["done"]
         since = paused["step"]
@@ -110,10 +116,12 @@ def test_a_checkpoint_is_taken_also_while_a_job_is_paused_and_that_survives_its_
         assert saved["bytes"] > 0
         (told,) = runtime.status()["paused"]
         assert (told["step"], told["reason"]) == (since, "the file system is slow")
+        assert told_as_paused() == [1]
         resumed = order("resume")
         eventually(lambda: max(steps(store)) > max(saved["step"], resumed["step"]), "an automatic snapshot")
         between = [step for step in steps(store) if since <= step < resumed["step"]]
         assert between == [saved["step"]]
+        assert told_as_paused() == [0]
         job.go("end")
         assert job.wait() == [0, 0]
     assert audited(order) == [("pause", "done"), ("checkpoint", "done"), ("resume", "done")]

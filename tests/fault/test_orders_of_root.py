@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tarfile
 
+import pytest
 from harness.runtime import eventually
 from harness.users import ALICE, BOB, Node, Person, as_user, node_of_users
 
+from ckptsvc.cli import others
 from ckptsvc.cli.orders import PARTLY_DONE
 from ckptsvc.errors import EXIT_STATUS
 from ckptsvc.rpc import service
+from ckptsvc.rpc.accounts import Account
 from ckptsvc.rpc.dial import IDENTITY_SOCKET
 
 ROOT = Person("root", 0, 0, (0,))
@@ -94,6 +98,81 @@ def test_root_may_order_and_others_may_not() -> None:
         assert (status, f"is no socket of user {ALICE.uid}" in said) == (EXIT_STATUS["agent-unavailable"], True)
         assert audited(node, ALICE) == [("exclude", "root", "done")]
         assert audited(node, BOB) == []
+        status, said = node.command(ROOT, "undrain", "--user", BOB.name, SUDO_UID=str(ALICE.uid))
+        assert status == 0, said
+        as_user(ALICE, (node.home(ALICE) / ".local/state/ckptsvc/audit.jsonl").unlink)  # hers to edit; root's is not
+        file = node.root / "state" / "audit.jsonl"
+        assert (file.stat().st_uid, file.stat().st_mode & 0o777) == (0, 0o600)
+        status, said = node.command(ROOT, "audit", "--json")
+        entries = [(e["verb"], e["user"], e["via"], e["of"], e["outcome"]) for e in json.loads(said)["entries"]]
+        assert entries == [
+            *(("exclude", "root", "", ALICE.name, outcome) for outcome in ("begun", "done", "begun", "failed")),
+            *(("undrain", ALICE.name, "root", BOB.name, outcome) for outcome in ("begun", "done")),
+        ]
+
+
+def test_root_sees_what_users_have_and_is_led_nowhere() -> None:
+    with node_of_users() as node:
+        node.start()
+        for person in (ALICE, BOB):
+            as_user(person, lambda: service.ask(node.directory, "agent")["directory"])
+        secret = node.root / "roots-own.jsonl"
+        entry = {"verb": "drain", "uid": 0, "user": "root", "node": "n", "outcome": "done", "what": "roots-own"}
+        secret.write_text(json.dumps(entry))
+        secret.chmod(0o600)
+        status, said = node.command(ALICE, "exclude", "n9", "--reason", "hers")
+        assert status == 0, said
+
+        def lead_astray() -> None:
+            state = node.home(BOB) / ".local/state/ckptsvc"
+            state.mkdir(parents=True)
+            (state / "audit.jsonl").symlink_to(secret)
+            (state / "incidents").symlink_to("/root")
+            (state / "nodes.json").symlink_to(secret)
+
+        as_user(BOB, lead_astray)
+        status, said = node.command(ROOT, "audit", "--all-users", "--json")
+        found = {each["user"]: each for each in json.loads(said)["users"]}
+        assert (found[ALICE.name]["status"], found[BOB.name]["status"]) == (0, EXIT_STATUS["config"])
+        assert [e["target"] for e in found[ALICE.name]["result"]["entries"]] == ["n9"]
+        for command in ("incidents", "nodes"):
+            status, said = node.command(ROOT, command, "--user", BOB.name)
+            assert "roots-own" not in said
+            assert "Traceback" not in said, said
+        status, said = node.command(BOB, "audit", "--user", ALICE.name)
+        assert (status, "only root looks" in said) == (EXIT_STATUS["invalid-input"], True), said
+        status, said = node.command(ROOT, "nodes", "--user", ALICE.name, "--json")
+        assert [each["node"] for each in json.loads(said)["users"][0]["result"]["nodes"]] == ["n9"], said
+        status, said = node.command(ROOT, "audit", "--user", "nobody-at-all")
+        assert (status, "has no user" in said) == (EXIT_STATUS["not-found"], True), said
+
+        (node.root / "bundles").mkdir(mode=0o700)
+        target = node.root / "bundles" / "bundle.tar.gz"
+        status, said = node.command(ROOT, "support-bundle", "--user", BOB.name, "-o", str(target))
+        assert status == 0, said
+        assert (target.stat().st_uid, target.stat().st_mode & 0o777) == (0, 0o600)
+        with tarfile.open(target) as archive:
+            texts = {m.name.partition("/")[2]: archive.extractfile(m).read() for m in archive.getmembers()}  # type: ignore[union-attr]
+        assert f"agents/{BOB.uid}/agent.log" in texts
+        assert f"agents/{BOB.uid}/status.json" in texts
+        assert not any(b"roots-own" in text for text in texts.values())
+        own = node.root / "bundles" / "own.tar.gz"
+        status, said = node.command(ROOT, "support-bundle", "-o", str(own), RUNTIME_DIRECTORY=str(own.parent))
+        assert status == 0, said
+        with tarfile.open(own) as archive:
+            agents = json.load(archive.extractfile("own/service/agents.json"))["agents"]  # type: ignore[arg-type]
+        assert [each["uid"] for each in agents] == [ALICE.uid, BOB.uid]
+
+
+def test_what_root_runs_as_a_user_is_bounded_whatever_that_user_does_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    monkeypatch.setattr(others, "PATIENCE", 1.0)
+    monkeypatch.setattr(others, "MOST", 1 << 20)
+    for program, said in (("kill -STOP $$", "takes too long"), ("exec cat /dev/zero", "says too much")):
+        monkeypatch.setattr(others, "COMMAND", ("sh", "-c", program))
+        ended = others.ask(Account("daemon", 1, 1, (1,), "/"))
+        assert (ended.status, said in ended.err) == (1, True)
 
 
 def test_what_an_agent_of_one_user_does_keeps_no_order_from_the_others() -> None:

@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parents[2] / "deploy" / "observability"
 AGGREGATIONS = {"sum", "min", "max", "avg", "count", "topk"}
 FUNCTIONS = {
     "changes", "clamp_min", "deriv", "histogram_quantile", "increase", "max_over_time", "min_over_time", "rate",
-    "scalar", "time",
+    "scalar", "time", "timestamp",
 }  # fmt: skip
 CLAUSES = {"by", "without", "on", "ignoring", "group_left", "group_right"}
 WORDS = {"and", "or", "unless", "offset", "bool"}

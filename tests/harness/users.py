@@ -62,6 +62,7 @@ class Node:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(FOREIGN) and k not in RANK_VARIABLES}
         self.environ = inherited | {
             "CKPTSVC_SYSTEM_DIRECTORY": str(self.directory),
+            "CKPTSVC_SYSTEM_AUDIT_FILE": str(root / "state" / "audit.jsonl"),
             "CKPTSVC_ARENA_DIR": str(arenas),
             "CKPTSVC_AGENT_METRICS_LISTEN": "off",
             "OMP_NUM_THREADS": "1",

@@ -178,12 +178,13 @@ def promtool(folder: Path, *arguments: str) -> int:
 
 
 def test_promtool_accepts_the_rules_and_their_tests(tmp_path: Path) -> None:
-    for name in ("rules.yaml", "rules_test.yaml", "prometheus.yaml"):
+    for name in ("rules.yaml", "rules_test.yaml", "prometheus.yaml", "prometheus-users.yaml"):
         shutil.copy(FOLDER / name, tmp_path)
     (tmp_path / "agents.json").write_text("[]")
     (tmp_path / "http-token").write_text("secret")
     assert promtool(tmp_path, "check", "rules", "rules.yaml") == 0
-    assert promtool(tmp_path, "check", "config", "prometheus.yaml") == 0
+    for name in ("prometheus.yaml", "prometheus-users.yaml"):
+        assert promtool(tmp_path, "check", "config", name) == 0
     assert promtool(tmp_path, "test", "rules", "rules_test.yaml") == 0
 
 

@@ -242,6 +242,23 @@ def test_it_fits_a_phone(browser: Any, state: str) -> None:
         assert seen.said == []
 
 
+def test_orders_of_people_are_seen(browser: Any) -> None:
+    pause = {"job": "llama-8b", "step": 12_440, "by": "ada", "reason": HOSTILE, "until": time.time() + 7200}
+    told = document(coordinated(job_of(8)), paused=[pause], vacated=f"drained by bob {HOSTILE}")
+    with shown(told) as server, Seen(browser, server.address, 390, 844) as seen:
+        page = seen.enter()
+        assert page.inner_text("#vacated") == f"This node takes no new jobs: drained by bob {HOSTILE}"
+        assert page.locator(".pill").inner_text() == "saves are paused"
+        said = page.locator(".trouble li").first.inner_text()
+        assert said == f"Paused by ada: no automatic snapshots from step 12,440 on, for 2 h more; {HOSTILE}"
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        server.document = document(coordinated(job_of(8)))
+        page.locator("#vacated").wait_for(state="hidden", timeout=20_000)
+        assert page.locator(".pill").inner_text() == "training"
+        assert page.locator(".trouble").first.is_hidden()
+        assert seen.said == []
+
+
 def test_what_jobs_are_called_is_text(browser: Any) -> None:
     job = job_of(4, 2, name=HOSTILE)
     job.store = HOSTILE

@@ -150,6 +150,8 @@ def test_every_setting_has_its_variable() -> None:
         "system.users": "alice,@physics",
         "system.min_uid": "500",
         "system.operators": "@wheel",
+        "system.metrics_group": "prometheus",
+        "system.audit_file": "/var/log/a",
         "system.max_users": "9",
         "system.user_memory": "8GiB",
         "system.user_jobs": "3",
@@ -177,6 +179,7 @@ def test_every_setting_has_its_variable() -> None:
     )
     assert settings.system == settings_of.SystemSettings(
         directory="/run/c", users=("alice", "@physics"), min_uid=500, operators=("@wheel",), max_users=9,
+        metrics_group="prometheus", audit_file="/var/log/a",
         user_memory=Limit(8 << 30, 0.0), user_jobs=3, user_ranks=96, linger=300.0, umask=0o27,
         environment=("HTTPS_PROXY",),
     )  # fmt: skip

@@ -13,6 +13,7 @@ import pytest
 from harness.observability import FOLDER, alerts_page, asked, dashboard, left, panels, problems
 from harness.schemas import missing
 
+from ckptsvc.telemetry.service import DECLARED as SERVICE
 from tests.unit.test_telemetry import METRICS
 
 yaml = pytest.importorskip("yaml", reason="run make install")
@@ -29,11 +30,12 @@ RECORDED = {rule["record"]: rule["expr"] for group in RULES["groups"] for rule i
 def declared_metrics() -> dict[str, set[str]]:
     """Name -> labels of all that Prometheus has: what agents say, what it says itself, what rules record."""
     found: dict[str, set[str]] = {"up": {"job", "instance"}, "ALERTS": {"alertname", "alertstate", "severity"}}
+    found |= {each.name: {*each.labels, "instance"} for each in SERVICE}
     for name, kind, labels in METRICS:
-        found[name] = {*labels, "instance"}
+        found[name] = {*labels, "instance", "user"}
         if kind == "histogram":
-            found |= {f"{name}_{part}": {*labels, "instance"} for part in ("sum", "count")}
-            found[f"{name}_bucket"] = {*labels, "instance", "le"}
+            found |= {f"{name}_{part}": {*labels, "instance", "user"} for part in ("sum", "count")}
+            found[f"{name}_bucket"] = {*labels, "instance", "user", "le"}
             del found[name]
     for name, expression in RECORDED.items():
         found[name] = left(expression, found)

@@ -16,6 +16,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from ckptsvc.telemetry import (
+    AgentState,
     ArenaState,
     Event,
     Fields,
@@ -28,6 +29,7 @@ from ckptsvc.telemetry import (
     Tier,
     labels,
     log,
+    service,
     setup_logging,
 )
 from ckptsvc.telemetry.declaring import Declared
@@ -51,6 +53,7 @@ METRICS = {
     ("ckptsvc_drain_backlog_bytes", "gauge", ()),
     ("ckptsvc_drain_parallel_shards", "gauge", ()),
     ("ckptsvc_job_goodput_ratio", "gauge", ("job",)),
+    ("ckptsvc_job_paused", "gauge", ("job",)),
     ("ckptsvc_job_time_seconds_total", "counter", ("cause", "job")),
     ("ckptsvc_local_disk_refusals_total", "counter", ()),
     ("ckptsvc_nic_events_total", "counter", ("nic", "signal")),
@@ -119,7 +122,28 @@ def test_the_names_are_frozen(metrics: Metrics) -> None:
     assert exposed(metrics) == {(name, kind) for name, kind, _ in METRICS}
 
 
-UNITS = ("_bytes", "_seconds", "_ratio", "_step", "_stripes", "_shards", "_sessions", "_findings", "_up", "_info")
+def test_what_the_service_counts_is_read_by_prometheus() -> None:
+    told = {each.name: dict.fromkeys(AgentState, 2) if each.labels else 7 for each in service.DECLARED}
+    found = list(text_string_to_metric_families(service.exposition(told)))
+    names = [f"{family.name}_total" if family.type == "counter" else family.name for family in found]
+    assert names == [each.name for each in service.DECLARED]
+    assert [sample.labels["state"] for sample in found[0].samples] == list(AgentState)
+    assert [sample.value for family in found for sample in family.samples] == [2, 2, 2, 2, 7, 7, 7]
+
+
+UNITS = (
+    "_bytes",
+    "_seconds",
+    "_ratio",
+    "_step",
+    "_stripes",
+    "_shards",
+    "_sessions",
+    "_findings",
+    "_up",
+    "_info",
+    "_paused",
+)
 
 
 @pytest.mark.parametrize("each", Metrics("").declared, ids=lambda each: each.name)

@@ -51,7 +51,7 @@ from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError, StoreError
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.storage import canonical
-from ckptsvc.telemetry import Event, IncidentKind, Metrics
+from ckptsvc.telemetry import Cause, Event, IncidentKind, Metrics
 from ckptsvc.telemetry.traces import Traces
 
 log = logging.getLogger("ckptsvc.coordinator")
@@ -106,6 +106,7 @@ class CoordinatorShell:
         on_incident: called with every incident, and again whenever there is more to say of it.
         on_audit: called with what has become of an order of a person.
         on_deleted: called with a job, its store, and the names of checkpoints that retention has deleted.
+        on_own: called with what it does that nobody has ordered: verb, job, node, and why; and whether that was done.
         dropped: effects that came too late.
     """
 
@@ -133,6 +134,7 @@ class CoordinatorShell:
         self.on_incident: Callable[[pb.Incident], None] = lambda incident: None
         self.on_audit: Callable[[Audit], None] = lambda effect: None
         self.on_deleted: Callable[[str, str, list[str]], None] = lambda job, store, names: None
+        self.on_own: Callable[[str, str, str, str, bool], None] = lambda verb, job, node, why, done: None
         self.term, self.dropped = term, 0
         self._state = state
         self._listing, self._ringing = asyncio.Lock(), asyncio.Semaphore(RINGS)
@@ -234,6 +236,8 @@ class CoordinatorShell:
             elif isinstance(effect, Restarted):
                 if self._metrics is not None:
                     self._metrics.restarts.labels(effect.cause).inc()
+                if effect.cause is not Cause.ASKED:  # that order is taken down
+                    self.on_own("restart", effect.job, "", f"{effect.cause}: {effect.why}", True)
             elif isinstance(effect, Resumed):
                 self._resumed(effect)
             else:
@@ -289,7 +293,9 @@ class CoordinatorShell:
             _, problem = await self._list_nodes("keep_nodes", nodes=entries, words=words)
             self._execute(self.core.nodes_kept(NodesKept(effect.said, problem), time.monotonic()))
         elif isinstance(effect, Drain):
-            await drain(effect.node, effect.reason, enabled=self._drains)
+            drained = await drain(effect.node, effect.reason, enabled=self._drains)
+            if self._drains:
+                self.on_own("scheduler-drain", "", effect.node, drained.detail, drained.done)
         else:
             found = await self._lookup(effect)
             if found:

@@ -6,6 +6,8 @@ token, in one of three ways:
     Authorization: Bearer TOKEN      programs: Prometheus (`credentials_file`), curl
     ?token=TOKEN                     a person, once: answered by a cookie, and by the same address without the token
     the cookie                       the browser from then on, `SESSION` seconds long
+    /metrics?scrape=TOKEN            the operator's Prometheus, on a node of many users: another token, which the
+                                     service has made (agent/supervisor/board.py), and which opens nothing else
 
 The cookie holds no token but what the agent derives from it, so that it survives a restart of the agent, and ends when
 the token's file is replaced. A name in `Host` that is not this host's is refused: a page from elsewhere whose name has
@@ -92,12 +94,15 @@ class Access:
         host: the name or address that is listened at.
         encrypted: whether connections are.
         clock: Unix seconds.
+
+    Attributes:
+        scrape: what opens the metrics, and nothing else; "" opens nothing.
     """
 
     def __init__(
         self, token: str, port: int, host: str, *, encrypted: bool, clock: Callable[[], float] = time.time
     ) -> None:
-        self._token, self._clock = token, clock
+        self._token, self._clock, self.scrape = token, clock, ""
         self._cookie = f"ckptsvc-{port}"
         self._more = "; Secure" if encrypted else ""
         self._names = {"localhost", host.lower(), socket.gethostname().lower()}
@@ -124,6 +129,10 @@ class Access:
             if name == self._cookie and self._is_good(value):
                 return True
         return False
+
+    def may_scrape(self, request: Request) -> bool:
+        """Whether it is the operator's Prometheus, and asks for the metrics."""
+        return bool(self.scrape) and request.path == "/metrics" and _same(request.query.get("scrape", ""), self.scrape)
 
     def is_token(self, given: str) -> bool:
         """Whether that is the token; how long the answer takes says nothing about it."""

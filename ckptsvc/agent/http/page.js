@@ -21,6 +21,7 @@ function jobsOf(status) {
   const shown = new Set([...jobs.keys()].map(launchedAs));
   for (const launch of launches.values()) if (!shown.has(launch.job)) jobs.set(launch.job, {job: launch.job, launch, attempt: launch.attempt,
     restarts: launch.restarts, live_ranks: 0, told: () => []});
+  for (const job of jobs.values()) job.paused = (status.paused || []).find(each => each.job === job.job);
   const ended = job => job.launch ? job.launch.phase === "ended" : !job.live_ranks;
   return [...jobs.values()].sort((a, b) => ended(a) - ended(b) || (a.job < b.job ? -1 : 1));
 }
@@ -66,6 +67,8 @@ function show(status) {
 }
 
 function showAgent(status) {
+  place("vacated").hidden = !status.vacated;
+  say(place("vacated"), status.vacated ? `This node takes no new jobs: ${status.vacated}` : "");
   const used = status.arenas.reduce((sum, each) => sum + each.bytes, 0), disk = status.local_disk;
   const facts = [["up since", clock(status.started)], ["version", status.version], ["process", status.pid], ["listens on", status.address],
     ["memory for snapshots", `${size(used)} of ${size(status.arena_limit)}`]];

@@ -135,6 +135,11 @@ class Site:
         where = str(Address(socket.gethostname() if anywhere else address.host, port))
         return where, f"{'https' if encrypted else 'http'}://{where}"
 
+    def let_scrape(self, token: str) -> None:
+        """From now on this opens the metrics, and nothing else; what did so before does not any more."""
+        if self._access is not None:
+            self._access.scrape = token
+
     async def close(self) -> None:
         """Hang up on everybody."""
         if self._server is not None:
@@ -158,7 +163,7 @@ class Site:
             if not access.is_token(request.query["token"]):
                 return self._refused(request)
             return Response(HTTPStatus.SEE_OTHER, headers=(("Location", request.path), access.set_cookie()))
-        return None if access.is_known(request) else self._refused(request)
+        return None if access.is_known(request) or access.may_scrape(request) else self._refused(request)
 
     def _refused(self, request: Request) -> Response:
         said_how = "`ckptsvc status --url` prints the address with its token"

@@ -32,8 +32,8 @@ class JobCard {
     say(this.pill, word);
     say(this.says, sentence(job));
     say(this.where, [job.attempt > 1 || job.restarts ? `attempt ${job.attempt}` : "", job.store || ""].filter(Boolean).join(" · "));
-    const notes = [...Object.entries(job.aside || {}).map(([node, why]) => `${node}: ${why}`), ...(job.nics || []),
-      ...(job.drains || []).map(each => `step ${count(each.step)} waits on local disks for the durable store for ${duration(each.age)}`)];
+    const notes = [pauseOf(job), ...Object.entries(job.aside || {}).map(([node, why]) => `${node}: ${why}`), ...(job.nics || []),
+      ...(job.drains || []).map(each => `step ${count(each.step)} waits on local disks for the durable store for ${duration(each.age)}`)].filter(Boolean);
     fill(this.notes, notes, () => notes.map(note => make("li", {}, note)));
     this.notes.hidden = !notes.length;
     this.fillTiles(job, incidents);
@@ -168,7 +168,15 @@ function stateOf(job) {  // [kind of pill, word]
   if (job.running_saves && job.running_saves.length) return ["busy", `saving step ${count(job.running_saves.at(-1))}`];
   if (most === "restoring" || most === "starting") return ["begin", most];
   if (counts.waiting) return ["begin", `waiting for ${plural(counts.waiting, "rank")}`];
+  if (job.paused) return ["doubt", "saves are paused"];
   return ["good", most && most !== "training" ? most : "training"];
+}
+
+function pauseOf(job) {
+  const pause = job.paused;
+  if (!pause) return "";
+  const until = pause.until ? `, for ${duration(pause.until - now())} more` : "";
+  return `Paused by ${pause.by}: no automatic snapshots from step ${count(pause.step)} on${until}${pause.reason ? `; ${pause.reason}` : ""}`;
 }
 
 function sentence(job) {

@@ -4,7 +4,9 @@
      "via": "", "node": "n7", "outcome": "done", "what": "job gpt takes no automatic snapshots from step 120 on"}
 
 The agent that was asked writes it and, where the job's coordinator is on another node, that one's agent as well; the
-command line does where it acts without an agent. `outcome` is "done", "begun", "failed" or "refused".
+command line does where it acts without an agent. `outcome` is "done", "begun", "failed" or "refused". What nobody has
+ordered is there too, with the number -1, as "ckptsvc" (restarts, killed ranks, nodes the scheduler is told of) and
+"retention".
 
 The file is opened for every line, so that it may be moved away at any time, and appended to (O_APPEND), so that several
 agents can share it. A line that cannot be written stops nothing: that is said in the log, once until it works again.
@@ -48,6 +50,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, rename={"by": "user"}):
         uid, by: who gave the order; -1 where it was nobody.
         via: who has passed it on for him.
         asked_on: the node where he did, if that is another one than `node`, where this was written.
+        of: the user whose agent root has ordered that of; only in root's own file (system.audit_file).
     """
 
     time: str = ""
@@ -58,6 +61,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True, rename={"by": "user"}):
     by: str
     via: str = ""
     asked_on: str = ""
+    of: str = ""
     node: str
     outcome: str
     what: str = ""

@@ -32,6 +32,9 @@ logger = logging.getLogger("ckptsvc.agent")
 ASK_AGAIN = 3.0
 """Seconds after which a coordinator, maybe another one by now, is asked again."""
 
+SERVICE = "ckptsvc"
+"""Who has done what nobody has ordered: in the audit log, with the number -1."""
+
 MAX_REASON = 300
 """Characters of a reason."""
 
@@ -139,6 +142,14 @@ class Orders:
                 node=self._local.name, outcome="done", what="no rule of retention keeps it",
             )  # fmt: skip
             self._local.spawn(self.audit.record(entry))
+
+    def own(self, verb: str, job: str, target: str, why: str, *, done: bool = True) -> None:
+        """The service has done something that nobody has ordered."""
+        entry = Entry(
+            verb=verb, job=one_line(job), target=one_line(target), uid=-1, by=SERVICE, node=self._local.name,
+            outcome="done" if done else "failed", what=one_line(why),
+        )  # fmt: skip
+        self._local.spawn(self.audit.record(entry))
 
     # ---- one order ---------------------------------------------------------------------------------------------------
 

@@ -137,6 +137,11 @@ class StandingOrders:
                 )
             )  # fmt: skip
 
+    def is_paused(self, job: str) -> bool:
+        """Whether a job takes no automatic snapshots, as far as this node has heard."""
+        held = self._kept.pausing.get(job)
+        return held is not None and held.paused
+
     def paused(self) -> Iterator[dict[str, object]]:
         """For the status document: which jobs are, from which step on, by whom, why, until when (unix seconds)."""
         for job, held in self._kept.pausing.items():

@@ -44,6 +44,7 @@ class Told(msgspec.Struct, frozen=True):
     write_rate: int = 0
     jobs: int = 0
     ranks: int = 0
+    scrape: str = ""
 
 
 class Tenancy:
@@ -54,12 +55,18 @@ class Tenancy:
         local: the agent's state, whose limits change.
         workers: whose rate changes.
         is_idle: whether the agent has nothing to do.
+
+    Attributes:
+        page: where the agent serves HTTP, for the service to tell a Prometheus; "" for nowhere.
+        on_scrape: hears what token that Prometheus will show.
     """
 
     def __init__(self, directory: Path, local: Local, workers: Workers, is_idle: Callable[[], bool]) -> None:
         self._directory, self._local, self._workers, self._is_idle = directory, local, workers, is_idle
         self._own = Share(local.pool.limit, workers.max_write_rate or 0, local.most_jobs, local.most_ranks)
         self._told: Told | None = None
+        self.page = ""
+        self.on_scrape: Callable[[str], None] = lambda token: None
 
     def settings_changed(self, memory: int | None, write_rate: int | None) -> None:
         """The agent's own limits have been read again (None: that of memory has not changed, no rate)."""
@@ -91,14 +98,14 @@ class Tenancy:
             if peer_of(sock)[1] != 0:
                 raise AgentUnavailable("who listens there is not root")
             sock.send(b'{"op":"serve"}')
-            self._obey(await asyncio.wait_for(loop.sock_recv(sock, MAX_PACKET), ANSWER_TIMEOUT))
+            page = self._greeted(await asyncio.wait_for(loop.sock_recv(sock, MAX_PACKET), ANSWER_TIMEOUT))
             told = (-1, False)
             reading = asyncio.ensure_future(loop.sock_recv(sock, MAX_PACKET))
             try:
                 while True:
                     state = (len(self._local.sessions), not self._is_idle())
                     if state != told:
-                        sock.send(msgspec.json.encode({"op": "state", "ranks": state[0], "busy": state[1]}))
+                        sock.send(msgspec.json.encode({"op": "state", "ranks": state[0], "busy": state[1], **page}))
                         told = state
                     await asyncio.wait((reading,), timeout=TELL_EVERY)
                     if reading.done():
@@ -107,7 +114,13 @@ class Tenancy:
             finally:
                 reading.cancel()
 
-    def _obey(self, data: bytes) -> None:
+    def _greeted(self, data: bytes) -> dict[str, str]:
+        """Take the service's first answer; what it wants to hear of the page (one of an earlier version: nothing)."""
+        told = self._obey(data)
+        self.on_scrape(told.scrape)
+        return {"page": self.page} if told.scrape else {}
+
+    def _obey(self, data: bytes) -> Told:
         if not data:
             raise AgentUnavailable("it has closed the connection")
         told = msgspec.json.decode(data, type=Told)
@@ -115,9 +128,10 @@ class Tenancy:
             raise AgentUnavailable(told.what)
         if told.op == "wanted":
             self._local.last_active = time.monotonic()
-            return
-        self._told = told
-        self._apply()
+        else:
+            self._told = told
+            self._apply()
+        return told
 
     def _apply(self) -> None:
         own, told, local = self._own, self._told, self._local

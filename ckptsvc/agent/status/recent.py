@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from ckptsvc.agent.aside import aside
-from ckptsvc.agent.incidents import IncidentLog, name_of
+from ckptsvc.agent.incidents import IncidentLog, incidents_directory, name_of
 from ckptsvc.agent.logtail import one_line
-from ckptsvc.errors import CkptsvcError, InvalidInput
+from ckptsvc.errors import CkptsvcError, ConfigError, InvalidInput
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
+from ckptsvc.settings import Settings
+
+log = logging.getLogger("ckptsvc.agent")
 
 MAX_LISTED = 50
 MAX_TEXT = 400
@@ -27,6 +31,22 @@ class Recent:
         self.kept: IncidentLog | None = None
         self._lines: OrderedDict[str, dict[str, Any]] = OrderedDict()  # by name, which begins with the time
 
+    def open(self, settings: Settings, environ: Mapping[str, str]) -> None:
+        """Keep incidents as files from now on (`ckptsvc incidents`), where there is a place for them."""
+        try:
+            self.kept = IncidentLog(incidents_directory(settings, environ))
+        except ConfigError as error:
+            log.warning("incidents are not kept: %s", error)
+
+    def take(self, spawn: Callable[[Coroutine[Any, Any, None]], None], incident: pb.Incident) -> None:
+        """An incident of this agent's coordinators: it is listed, and kept."""
+        self.note(incident)
+        if self.kept is not None:
+            spawn(self._keep(self.kept, incident))
+
+    async def _keep(self, kept: IncidentLog, incident: pb.Incident) -> None:
+        await kept.record(incident)
+
     async def load(self) -> None:
         """Read what was kept before."""
         kept = self.kept
@@ -42,7 +62,7 @@ class Recent:
                 if name_of(incident) not in self._lines:
                     self.note(incident)
         except (OSError, CkptsvcError) as error:
-            logging.getLogger("ckptsvc.agent").warning("kept incidents are not listed: %s", str(error) or "no answer")
+            log.warning("kept incidents are not listed: %s", str(error) or "no answer")
 
     def note(self, incident: pb.Incident) -> None:
         """An incident, or more that is known of it."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -19,8 +20,9 @@ from typing import Any
 
 import msgspec
 
+from ckptsvc.agent.process.own_log import NAME as LOG
 from ckptsvc.agent.supervisor import records
-from ckptsvc.agent.supervisor.entrance import LOG, Order
+from ckptsvc.agent.supervisor.entrance import Order
 from ckptsvc.control.shares import Node, Share, share_of
 from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError, LimitReached, StoreDenied
 from ckptsvc.rpc import service
@@ -74,6 +76,8 @@ class User:
         served: it has.
         ranks: registered there.
         busy: it has something to do.
+        page: where it serves HTTP, as it says; "" for nowhere.
+        scrape: the token that opens its metrics; a new one for each connection of its.
         waiting: callers that wait for it.
         since: when its present state began, unix seconds.
         failures: in a row.
@@ -90,6 +94,8 @@ class User:
     link: socket.socket | None = None
     ranks: int = 0
     busy: bool = False
+    page: str = ""
+    scrape: str = ""
     waiting: int = 0
     starting: bool = False
     served: bool = False
@@ -144,6 +150,8 @@ class Agents:
         self._reaping: asyncio.TimerHandle | None = None
         self._unreaped: list[Callable[[], int | None]] = []
         self._records = -1
+        self.starts = self.failures = 0
+        """Of processes, since the service began."""
 
     def open(self) -> None:
         """Make the directories, and find the agents of an earlier service that live.
@@ -188,6 +196,10 @@ class Agents:
             if user.link is not None and user.pidfd >= 0:
                 with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(user.pidfd, number)
+
+    def users(self) -> list[User]:
+        """All of whom there is anything to say, by number; nobody who may have no agent."""
+        return sorted((user for user in self._users.values() if user.name), key=lambda each: each.uid)
 
     def summary(self) -> str:
         """One line."""
@@ -255,8 +267,8 @@ class Agents:
 
     def listed(self, uid: int | None = None) -> Iterator[dict[str, Any]]:
         """What there is to say of every agent, or of one user's; nothing of users who may have none."""
-        for user in sorted(self._users.values(), key=lambda each: each.uid):
-            if user.name and uid in (None, user.uid):
+        for user in self.users():
+            if uid in (None, user.uid):
                 yield {
                     "uid": user.uid,
                     "user": user.name,
@@ -270,8 +282,8 @@ class Agents:
 
     # ---- for agents --------------------------------------------------------------------------------------------------
 
-    def connected(self, uid: int, pid: int, link: socket.socket) -> Share:
-        """An agent's own connection, which takes the place of an earlier one; returns what it may take.
+    def connected(self, uid: int, pid: int, link: socket.socket) -> dict[str, Any]:
+        """An agent's own connection, which takes the place of an earlier one; returns what it is told.
 
         Raises:
             StoreDenied: it is not the process that was started for that user.
@@ -285,16 +297,17 @@ class Agents:
             with contextlib.suppress(OSError):
                 user.link.shutdown(socket.SHUT_RDWR)
         user.link, user.starting, user.served, user.problem = link, False, True, None
+        user.scrape, user.page = secrets.token_hex(32), ""  # where the one before listened, anybody may by now
         user.wake()
         log(logger, logging.INFO, Event.AGENT_STARTED, "the agent of %s serves, process %d", _who(user), pid)
-        return self._share()
+        return {**asdict(self._share()), "scrape": user.scrape}
 
-    def told(self, uid: int, link: socket.socket, ranks: int, busy: bool) -> None:
+    def told(self, uid: int, link: socket.socket, ranks: int, busy: bool, page: str) -> None:
         """An agent has said how much it has to do."""
         user = self._users.get(uid)
         if user is None or user.link is not link:
             return
-        before, user.ranks, user.busy = user.busy, ranks, busy
+        before, user.ranks, user.busy, user.page = user.busy, ranks, busy, page
         if busy != before:
             self._divide()
 
@@ -324,6 +337,7 @@ class Agents:
 
     def _start(self, user: User) -> None:
         user.starting, user.served, user.problem = True, False, None
+        self.starts += 1
         user.wake()
         self._spawn(self._begin(user))
 
@@ -431,6 +445,7 @@ class Agents:
     def _failed(self, user: User, error: CkptsvcError) -> None:
         user.starting, user.problem = False, error
         user.failures += 1
+        self.failures += 1
         user.not_before = time.monotonic() + min(BACKOFF * 2 ** (user.failures - 1), MAX_BACKOFF)
         logger.warning("%s%s", error.what, f" ({user.failures} times in a row)" if user.failures > 1 else "")
         user.wake()

@@ -21,14 +21,11 @@ from typing import NoReturn
 
 import msgspec
 
+from ckptsvc.agent.process.own_log import NAME as LOG
 from ckptsvc.agent.supervisor import records
 from ckptsvc.agent.supervisor.accounts import check
 from ckptsvc.errors import AgentUnavailable, CkptsvcError, ConfigError, StoreDenied
 from ckptsvc.rpc.accounts import Account, account_of
-
-LOG = "agent.log"
-LOG_BYTES = 8 << 20
-"""Bytes from which on a log is put aside when an agent starts; one older is kept."""
 
 _PR_SET_NO_NEW_PRIVS = 38
 _KEYCTL = {"x86_64": 250, "aarch64": 219}
@@ -142,9 +139,6 @@ def _leave_session_keyring(libc: ctypes.CDLL) -> None:
 def _open_log(own: int) -> None:
     """Send what the agent says to a file in its directory; as the user, for the directory is his."""
     try:
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(LOG, dir_fd=own, follow_symlinks=False).st_size > LOG_BYTES:
-                os.rename(LOG, f"{LOG}.1", src_dir_fd=own, dst_dir_fd=own)
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         fd = os.open(LOG, flags, 0o600, dir_fd=own)
     except OSError as error:

@@ -49,13 +49,13 @@ def open_directories(directory: Path) -> tuple[int, int]:
     """
     try:
         directory.mkdir(mode=0o755, parents=True, exist_ok=True)
-        above = _opened(str(directory), None, 0o755)
+        above = opened(str(directory), None, 0o755)
         try:
             found = []
             for name, mode in ((USERS, 0o711), (RECORDS, 0o700)):
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(name, mode, dir_fd=above)
-                found.append(_opened(name, above, mode))
+                found.append(opened(name, above, mode))
         finally:
             os.close(above)
     except OSError as error:
@@ -63,7 +63,13 @@ def open_directories(directory: Path) -> tuple[int, int]:
     return found[0], found[1]
 
 
-def _opened(name: str, above: int | None, mode: int) -> int:
+def opened(name: str, above: int | None, mode: int) -> int:
+    """Open a directory that is root's alone, and give it a mode; returns a descriptor.
+
+    Raises:
+        OSError: it is no directory.
+        ConfigError: somebody else could write there.
+    """
     fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
     status = os.fstat(fd)
     if status.st_uid != os.geteuid() or status.st_mode & 0o022:
@@ -85,7 +91,7 @@ def open_arenas(directory: Path) -> int:
     try:
         with contextlib.suppress(FileExistsError):
             path.mkdir(mode=0o711)
-        return _opened(str(path), None, 0o711)
+        return opened(str(path), None, 0o711)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", hint="remove it, if a user has made it") from error
 

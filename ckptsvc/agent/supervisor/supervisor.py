@@ -19,10 +19,10 @@ import socket
 import sys
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -31,6 +31,7 @@ from ckptsvc.agent.process.notify import Notifier
 from ckptsvc.agent.process.trial import obstacle
 from ckptsvc.agent.supervisor.accounts import Accounts
 from ckptsvc.agent.supervisor.agents import Agents
+from ckptsvc.agent.supervisor.board import Board, group_of
 from ckptsvc.agent.supervisor.gate import Gate, Visit
 from ckptsvc.config import limit_on, load
 from ckptsvc.control.shares import Node
@@ -63,6 +64,7 @@ class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     op: Literal["agent", "agents", "serve", "state"]
     ranks: int = 0
     busy: bool = False
+    page: Annotated[str, msgspec.Meta(max_length=300)] = ""
 
 
 @dataclass(slots=True)
@@ -94,6 +96,7 @@ class Supervisor:
         arguments = ["--service", system.directory, "--linger", f"{system.linger:g}s", *arguments]
         environment = environment_of(environ, system.environment)
         self._agents = Agents(self._directory, settings.arena.dir, system, node_of(settings), arguments, environment)
+        self._board = Board(settings)
         self._gate = Gate()
         self._tasks: set[asyncio.Task[None]] = set()
         self._refused_at: dict[int, float] = {}
@@ -114,6 +117,7 @@ class Supervisor:
         raise_open_files()
         self._gate.most = min(self._gate.most, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._agents.open()
+        self._board.open()
         lock = _own(self._directory)
         stopping = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -123,7 +127,10 @@ class Supervisor:
             loop.add_signal_handler(number, self._told_to_begin_anew, number, stopping)
         listener = _listening(self._directory / SOCKET)
         notifier, summary = Notifier.of(os.environ, os.getpid()), self._agents.summary
-        lasting = [asyncio.ensure_future(c) for c in (self._accept(listener), notifier.beat(summary))]
+        lasting = [
+            asyncio.ensure_future(c)
+            for c in (self._accept(listener), notifier.beat(summary), self._board.run(self._agents))
+        ]
         logger.info("the service of this node listens in %s", self._directory)
         notifier.ready(summary())
         try:
@@ -135,6 +142,7 @@ class Supervisor:
             await asyncio.gather(*lasting, *self._tasks, return_exceptions=True)
             listener.close()
             self._agents.close()
+            self._board.close()
             os.close(lock)
         if self._anew:
             # What comes is this process, and whoever watches it sees no end.
@@ -153,7 +161,9 @@ class Supervisor:
         try:
             why = await obstacle("--system")
             if not why:
-                node_of(load(os.environ))
+                settings = load(os.environ)
+                node_of(settings)
+                group_of(settings.system.metrics_group)
         except ConfigError as error:
             why = str(error)
         self._trying = False
@@ -249,11 +259,11 @@ class Supervisor:
             whose = None if await self._accounts.is_operator(peer.uid, peer.gid) else peer.uid
             return {"ok": True, "agents": list(self._agents.listed(whose))}
         if request.op == "serve":
-            share = self._agents.connected(peer.uid, peer.pid, peer.sock)
+            told = self._agents.connected(peer.uid, peer.pid, peer.sock)
             peer.is_agent = True
             self._gate.keep(peer.visit)
-            return {"ok": True, **asdict(share)}
-        self._agents.told(peer.uid, peer.sock, request.ranks, request.busy)
+            return {"ok": True, **told}
+        self._agents.told(peer.uid, peer.sock, request.ranks, request.busy, request.page)
         return {}
 
 

@@ -55,6 +55,7 @@ class Watch:
 
     Attributes:
         log_of: the file with a rank's output, if somebody keeps it.
+        on_kill: called with a job, a rank that is killed because it hangs, and the reason.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Watch:
     ) -> None:
         self._local, self._limits, self._enabled, self._nics, self._clock = local, limits, enabled, nics, clock
         self.log_of: Callable[[Session], Path | None] = lambda session: None
+        self.on_kill: Callable[[str, int, str], None] = lambda job, rank, reason: None
         self._stalls: dict[Key, Stalls] = {}
         local.stalled = self.resync
 
@@ -156,6 +158,7 @@ class Watch:
         if session.pidfd < 0:
             logger.error("rank %d is a process of another pid namespace, out of this agent's reach", order.rank)
             return
+        self.on_kill(job.name, order.rank, order.reason)
         try:
             signal.pidfd_send_signal(session.pidfd, signal.SIGKILL)
         except OSError as error:  # it has ended, or changed its user

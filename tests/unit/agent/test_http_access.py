@@ -51,6 +51,19 @@ class TestDoor:
         pair = access.set_cookie()[1].split(";")[0]
         assert not access.is_known(request(cookie=pair, authorization="Bearer x"))
 
+    def test_a_scraper_has_a_token_of_its_own_for_the_metrics_and_nothing_else(self, access):
+        def asks(path, **query):
+            return access.may_scrape(Request("GET", path, query, {"host": "127.0.0.1:9464"}))
+
+        assert not asks("/metrics", scrape="")  # nobody has told the agent of any
+        access.scrape = "another-token"
+        assert asks("/metrics", scrape="another-token")
+        assert not any(asks(path, scrape="another-token") for path in ("/", "/status.json", "/events", "/metrics/"))
+        assert not asks("/metrics")
+        assert not any(asks("/metrics", scrape=wrong) for wrong in (TOKEN, "", "another-token "))
+        assert not access.is_token("another-token")
+        assert not access.is_known(request(authorization="Bearer another-token"))
+
     def test_a_cookie_ends(self):
         now = [1000.0]
         access = Access(TOKEN, 1, "127.0.0.1", encrypted=True, clock=lambda: now[0])

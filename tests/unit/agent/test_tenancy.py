@@ -47,3 +47,12 @@ def test_before_the_service_has_said_anything_the_settings_count(agent, tenancy)
     agent.pool.limit, agent.workers.max_write_rate = 2000, None
     tenancy.settings_changed(2000, None)
     assert (agent.pool.limit, agent.workers.max_write_rate) == (2000, None)
+
+
+def test_the_service_hears_where_the_metrics_are_if_it_has_a_token_for_them(tenancy):
+    heard = []
+    tenancy.page, tenancy.on_scrape = "http://127.0.0.1:4000", heard.append
+    share = {"ok": True, "memory": 1, "write_rate": 0, "jobs": 1, "ranks": 1}
+    assert tenancy._greeted(msgspec.json.encode(share)) == {}  # one of an earlier version would not understand it
+    assert tenancy._greeted(msgspec.json.encode({**share, "scrape": "token"})) == {"page": "http://127.0.0.1:4000"}
+    assert heard == ["", "token"]

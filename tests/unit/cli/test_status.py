@@ -156,7 +156,7 @@ def test_no_agent(tmp_path: Path) -> None:
 
 
 def test_watching_goes_on(answers: list[Answer], monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = iter([[], answers, answers])
+    looks = iter([answers, [], [], answers, [], [], []])
 
     def ask(directory: Path) -> list[Answer]:
         try:
@@ -169,4 +169,7 @@ def test_watching_goes_on(answers: list[Answer], monkeypatch: pytest.MonkeyPatch
     code, out, err = cli("status", "--watch", "--json")
     assert code == 130
     assert [len(json.loads(line)["agents"]) for line in out.splitlines()] == [1, 1]
-    assert "no agent runs" in err
+    assert err.count("no agent runs") == 2  # once each time that it goes
+    looks = iter([[]])
+    code, out, err = cli("status", "--watch", "--json")
+    assert (code, json.loads(out)["error"]["code"]) == (20, "agent-unavailable")

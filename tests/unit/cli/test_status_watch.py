@@ -37,7 +37,7 @@ def test_a_job_of_which_a_rank_has_died_and_one_is_stalled() -> None:
     )
     assert drawn[0].startswith("agent of nid000001  up 24 h")
     assert "job llama-8b  attempt 2" in drawn
-    assert "  step 12,430 (0.17/s); 15 of 16 ranks on 4 nodes; 1 restart" in drawn
+    assert "  step 12,430 (0.17/s); 30 steps at risk; 15 of 16 ranks on 4 nodes; 1 restart" in drawn
     assert "  X 1 dead  ! 1 stalled  . 14 training" in drawn
     assert [line for line in drawn if line.startswith("  nid")] == [
         "  nid000001 ...!", "  nid000002 ....", "  nid000003 .X..", "  nid000004 ....",
@@ -76,7 +76,8 @@ def test_an_agent_without_jobs_and_one_that_is_silent() -> None:
 
 
 def test_without_a_terminal_each_look_is_a_line_a_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    looks = iter([[], [Answer(Path("/run/a"), document(coordinated(job_of(8), (3,)))), SILENT]])
+    answers = [Answer(Path("/run/a"), document(coordinated(job_of(8), (3,)))), SILENT]
+    looks = iter([answers, [], [], []])
     monkeypatch.setenv("CKPTSVC_AGENT_SOCKET_DIR", str(tmp_path))
 
     def ask(directory: Path) -> list[Answer]:
@@ -89,10 +90,48 @@ def test_without_a_terminal_each_look_is_a_line_a_job(monkeypatch: pytest.Monkey
     monkeypatch.setattr(status, "WATCH_EVERY", 0.001)
     code, out, err = cli("status", "--watch")
     assert code == 130
-    assert out.split("  ")[1:] == ["job llama-8b", "8 of 8 ranks", "step 12,430", "checkpoint 12,400", "1 restart",
-        "goodput 93.4 %", "1 stalled\n"]  # fmt: skip
-    assert "no agent runs" in err
+    assert out.split("  ")[1:] == ["job llama-8b", "8 of 8 ranks", "step 12,430", "checkpoint 12,400",
+        "30 at risk", "1 restart", "goodput 93.4 %", "1 stalled\n"]  # fmt: skip
+    assert err.count("no agent runs") == 1  # and not again and again
     assert "/run/b does not answer" in err
+    for flags in ((), ("--json",)):
+        looks = iter([[]])  # nothing to watch from the beginning
+        code, out, err = cli("status", "--watch", *flags, "--dir", str(tmp_path / "none"))
+        assert (code, "no agent runs" in out + err) == (20, True)
+
+
+def troubled() -> dict[str, Any]:
+    """A node that is drained, with a job that is paused, one that waits for nodes, and one that has ended."""
+    job = job_of(8)
+    launch = {"attempt": 1, "restarts": 0, "max_restarts": 3, "max_nodes": 4, "stop_wanted": "", "ended": None,
+        "status": None, "reason": ""}  # fmt: skip
+    pause = {"job": "llama-8b", "step": 12_440, "by": "ada", "reason": "file system update", "until": None}
+    disk = {"directory": "/d", "problem": "/d is full", "store_problem": "the store is away", "snapshots": [],
+        "drains_allowed": 1}  # fmt: skip
+    drain = {"epoch": 3, "step": 12_400, "draining": True, "age": 7200.0}
+    return document(
+        coordinated(job, drains=[drain]), paused=[pause], vacated="drained by bob", local_disk=disk,
+        elections=[{"job": "llama-8b", "coordinator": "", "address": "", "term": 0, "here": False, "refused": False,
+            "problem": "etcd does not answer"}],
+        launches=[
+            launch | {"job": "soon", "phase": "gathering", "nodes": 1, "min_nodes": 4},
+            launch | {"job": "over", "phase": "ended", "nodes": 1, "min_nodes": 1, "status": 86, "reason": "a crash"},
+        ],
+    )  # fmt: skip
+
+
+def test_what_the_page_shows_of_orders_launches_drains_and_troubles_is_there_too() -> None:
+    drawn = seen(troubled())
+    trouble = ["takes no new jobs: drained by bob", "/d is full", "the store is away", "etcd does not answer"]
+    assert drawn[1:5] == trouble
+    for line in ("  paused by ada: no automatic snapshots from step 12,440 on; file system update",
+            "  lustre:///scratch/ana/llama-8b", "  step 12,400 waits on local disks for the durable store for 2 h",
+            "job soon: waits for nodes: 1 of 4 have come", "job over: ended with status 86: a crash"):  # fmt: skip
+        assert line in drawn
+    lines = [line.partition("  ")[2] for line in status_watch.lines(troubled())]
+    assert "node nid000001  takes no new jobs: drained by bob" in lines
+    assert any(line.startswith("job llama-8b") and line.endswith("saves are paused") for line in lines)
+    assert "job soon  waits for nodes: 1 of 4 have come" in lines
 
 
 def test_a_q_ends_it_and_the_terminal_is_as_before(runtime: Runtime) -> None:

@@ -122,6 +122,30 @@ def test_it_is_bounded_and_says_what_is_cut(planted, monkeypatch):
     assert text.endswith("line 9999\n")
 
 
+def test_the_journal_of_the_units_is_in_it_bounded_and_without_secrets(planted, monkeypatch):
+    programs = planted / "bin"
+    programs.mkdir()
+    script = programs / "journalctl"
+    script.write_text(
+        f"""#!/bin/sh
+        [ "$1" = --user ] && {{ echo "No journal files were found." >&2; exit 1; }}
+        echo "$@"; echo "password={PLANTED["assigned"]}"; echo "the service of this node listens"
+        """
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    found = {part.name: part for part in bundle_parts.parts(planted / "run", os.environ)}
+    text = found["journal.txt"].data.decode()
+    assert "--unit ckptsvc-agent* --lines 10000" in text
+    assert "the service of this node listens" in text
+    assert PLANTED["assigned"] not in text
+    assert (found["journal-user.txt"].data, found["journal-user.txt"].problem) == (b"", "No journal files were found.")
+    script.write_text("#!/bin/sh\nexec /bin/sleep 60\n")
+    monkeypatch.setattr(bundle_parts, "JOURNAL_TIME", 0.1)
+    found = {part.name: part for part in bundle_parts.parts(planted / "run", os.environ)}
+    assert found["journal.txt"].problem == "journalctl does not answer"
+
+
 def test_it_replaces_nothing_and_wrong_settings_do_not_keep_it_from_being_made(planted):
     target = planted / "bundle.tar.gz"
     target.write_text("mine")

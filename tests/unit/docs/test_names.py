@@ -18,6 +18,7 @@ from ckptsvc.cli.main import cli
 from ckptsvc.cli.settings import values
 from ckptsvc.config import OTHER_VARIABLES, load
 from ckptsvc.telemetry import Metrics
+from ckptsvc.telemetry.service import DECLARED as SERVICE
 
 ELSEWHERE = ["README.md", "CONTRIBUTING.md", "SECURITY.md", *(
     path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "deploy").rglob("*")) if path.is_file()
@@ -166,8 +167,10 @@ def test_settings_files_that_are_shown_are_accepted(name: str, tmp_path: Path) -
 
 
 def metrics() -> set[str]:
-    """Names under which Prometheus knows what agents say."""
-    return {sample for family in Metrics(ckptsvc.__version__).registry.collect() for sample in spellings(family)}
+    """Names under which Prometheus knows what agents say, and the service of many users."""
+    return {each.name for each in SERVICE} | {
+        sample for family in Metrics(ckptsvc.__version__).registry.collect() for sample in spellings(family)
+    }
 
 
 def spellings(family: object) -> set[str]:
