@@ -198,7 +198,8 @@ class RetentionSettings(msgspec.Struct, frozen=True, kw_only=True):
         best: so many with the best values of `metric`.
         metric: name of a value that the training gives: run.step(metrics={"loss": ...}).
         order: which of its values are the best.
-        age: those that are younger, or "off".
+        age: those that are younger, or "off". A job counts that from commit to commit; of a time in which the run
+            rested, an eighth of this at most.
         rate: objects that are deleted in a second; 0: as many as the store lets.
     """
 

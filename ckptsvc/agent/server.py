@@ -44,6 +44,7 @@ from ckptsvc.agent.orders.callers import Callers, RoleGate
 from ckptsvc.agent.orders.orders import Orders
 from ckptsvc.agent.orders.standing import StandingOrders
 from ckptsvc.agent.process import handover
+from ckptsvc.agent.process.clock import watch_clock
 from ckptsvc.agent.process.limits import raise_open_files
 from ckptsvc.agent.process.malformed import keep_quiet
 from ckptsvc.agent.process.notify import Notifier
@@ -238,6 +239,7 @@ class Agent:
         yield self.watch.run()
         yield self.nics.run()
         yield self._until_idle()
+        yield watch_clock(self.node_name)
         yield self._notifier.beat(partial(summary_of, self))
         if self.tenancy:
             yield self.tenancy.run()

@@ -98,14 +98,14 @@ def candidates(found: Found) -> list[Candidate]:
     ]
 
 
-def judge(store: Store, found: Found, policy: Policy, now: float, needed: Collection[Ref] = ()) -> Verdict:
+def judge(store: Store, found: Found, policy: Policy, now: float | None, needed: Collection[Ref] = ()) -> Verdict:
     """What retention says to the checkpoints of a run.
 
     Args:
         store: of the run; the pins are read from it.
         found: what `find` returned.
         policy: what to keep.
-        now: seconds since 1970.
+        now: see `decide`.
         needed: checkpoints that something is at work on.
 
     Raises:
@@ -153,7 +153,8 @@ def expire(
         store: of the run.
         policy: what to keep.
         needed: checkpoints that a running save or a drain works with.
-        now: seconds since 1970; None asks the clock.
+        now: seconds since 1970, by a clock that is known to be right. None: this machine's clock, which may be wrong,
+            says what others have left lying, and not how old a checkpoint is (see `decide`).
         resume_after: seconds after which deletions that others began are taken up.
         progress: called with the size of every file that is deleted.
 
@@ -161,8 +162,8 @@ def expire(
         StoreError: the store failed; the next call goes on where this one was interrupted.
     """
     done, pace = Expired(), Pace(policy.rate)
-    now = time.time() if now is None else now
-    marks = [ref for ref, since in retired(store).items() if since <= now - resume_after]
+    before = (time.time() if now is None else now) - resume_after
+    marks = [ref for ref, since in retired(store).items() if since <= before]
     if not policy.last and not marks:
         return done
     found = find(store)

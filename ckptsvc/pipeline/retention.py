@@ -9,6 +9,10 @@
     refers   those whose files another one that stays needs (of incremental checkpoints)
 
 A rule only ever keeps. What no rule keeps goes; without the first one, everything stays.
+
+No clock says how old a checkpoint is, but the times in the commit records, from one commit to the next. Between two
+epochs lies a rest of the run, or a writer whose clock is wrong, and nobody can tell which: such a gap makes what is
+before it older by REST of `age` at most.
 """
 
 from __future__ import annotations
@@ -25,6 +29,9 @@ from ckptsvc.settings import Settings
 
 NEWEST = "the newest"
 """Why the newest checkpoint stays, whatever the policy is."""
+
+REST = 1 / 8
+"""The part of `age` that the time between two epochs takes at most."""
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
@@ -98,7 +105,7 @@ class Verdict:
 def decide(
     candidates: Iterable[Candidate],
     policy: Policy,
-    now: float,
+    now: float | None,
     *,
     pinned: Collection[Ref] = (),
     needed: Collection[Ref] = (),
@@ -108,7 +115,7 @@ def decide(
     Args:
         candidates: all committed checkpoints of a run, or those in one tier, in any order.
         policy: what to keep.
-        now: seconds since 1970.
+        now: seconds since 1970, by a clock that is known to be right; None: the time of the newest commit.
         pinned: kept because a person said so.
         needed: kept because something is at work on them.
     """
@@ -128,8 +135,9 @@ def decide(
     for each in best(found, policy):
         which = "highest" if policy.highest else "lowest"
         reasons[each.ref].append(f"among the {policy.best} with the {which} {policy.metric}")
+    ages = _ages(found, policy.age, now)
     for each in found:
-        if policy.age and (each.created is None or now - each.created <= policy.age):
+        if policy.age and ages.get(each.ref, 0.0) <= policy.age:
             reasons[each.ref].append(f"younger than {span(policy.age)}")
         if each.ref in pinned:
             reasons[each.ref].append("pinned")
@@ -182,6 +190,22 @@ def _one_within(found: Sequence[Candidate], seconds: float) -> list[Candidate]:
         if before is None or each.created < (before.created or 0.0):
             chosen[span_of_it] = each
     return [*chosen.values(), *undated]
+
+
+def _ages(found: Sequence[Candidate], longest: float, now: float | None) -> dict[Ref, float]:
+    """How old those are whose time of commit is known, as the module says; `longest` is the age that matters."""
+    ages: dict[Ref, float] = {}
+    age, newer, moment = 0.0, None, now
+    for each in found:
+        if each.created is None:
+            continue
+        gap = 0.0 if moment is None else moment - each.created
+        if newer is not None and newer.ref.epoch != each.ref.epoch:
+            gap = min(max(gap, 0.0), REST * longest)
+        age += gap
+        ages[each.ref] = age
+        newer, moment = each, each.created
+    return ages
 
 
 def _close(found: Sequence[Candidate], reasons: dict[Ref, list[str]]) -> None:

@@ -35,7 +35,8 @@ from ckptsvc.format.index import IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.arena import Mappings
 from ckptsvc.pipeline.catalog import Ref, read_commit, take_epoch
-from ckptsvc.pipeline.commit import commit_checkpoint, confirm, now_iso
+from ckptsvc.pipeline.clock import now_iso
+from ckptsvc.pipeline.commit import commit_checkpoint, confirm
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.increments import Economy, ShardWriter
 from ckptsvc.pipeline.references import Bases
