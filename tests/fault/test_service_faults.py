@@ -302,6 +302,50 @@ def test_the_partition_of_the_log_is_full(launch: Launch, runtime: Runtime, tmp_
     assert assert_intact(store)[0] == result["step"]
 
 
+@pytest.mark.slow
+def test_the_disk_of_what_it_keeps_is_full_under_a_job(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
+    """A rank dies and people give orders while neither incidents, nor nodes, nor orders can be taken down."""
+    store = tmp_path / "run"
+    options = ["--max-restarts", "3", "--rdzv-id", "gpt", "--no-preflight", "--no-standby"]
+
+    def ordered(*arguments: str) -> str:
+        command = [sys.executable, "-m", "ckptsvc.cli.main", *arguments]
+        said = subprocess.run(command, env=runtime.environ, capture_output=True, text=True, check=False, timeout=60)
+        assert said.returncode == 0, said.stderr
+        return said.stdout + said.stderr
+
+    with tmpfs(tmp_path / "state", "64k") as state:
+        runtime.environ["XDG_STATE_HOME"], nodes = str(state), state / "ckptsvc" / "nodes.json"
+        with launch.service(1, train, str(store), options=options) as job:
+            job.wait_for("stepped", step=10)
+            pestered = Pestered(runtime, job, store)
+            pestered.saves_on()
+            ordered("exclude", "n9", "--reason", "a fan")
+            listed = eventually(lambda: nodes.exists() and nodes.read_text(), "the list of nodes")
+            (state / "ckptsvc" / "audit.jsonl").unlink()  # its last page would have room
+            with (state / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+                while True:
+                    ballast.write(bytes(4096))
+            job.kill()
+            job.wait_for("stepped", attempt=2)
+            assert "not in the audit log: [Errno 28] No space left on device" in ordered("pause", "gpt")
+            ordered("resume", "gpt")
+            ordered("exclude", "n8")
+            pestered.saves_on()
+            pestered.says_once("is not kept in", "No space left on device")
+            pestered.says_once("the audit log", "cannot be written: [Errno 28] No space left on device")
+            pestered.says_once("the list of nodes that have failed", "No space left on device")
+            assert nodes.read_text() == listed
+            (state / "ballast").unlink()
+            assert "audit log" not in ordered("exclude", "n7")
+            eventually(lambda: "n7" in nodes.read_text(), "the list to be written again")
+            assert {"n8", "n9"} <= json.loads(nodes.read_text())["words"].keys()
+            job.go("end")
+            (result,) = job.results()
+    assert result["saved"]
+    assert assert_intact(store)[0] == result["step"]
+
+
 def test_the_disk_of_its_sockets_and_of_its_incidents_is_full(runtime: Runtime, tmp_path: Path) -> None:
     """An agent that cannot start there says so in one line; once there is room, it starts."""
     with tmpfs(tmp_path / "run", "64k") as full:
