@@ -298,7 +298,7 @@ class Agent:
             tier=self.tier,
         )
         if self._options.service:
-            self.tenancy = Tenancy(self._options.service, self.local, self.workers, self._is_idle)
+            self.tenancy = Tenancy(self._options.service, self.local, self.workers, self._is_idle, self.tier)
         elif self._options.linger is not None:
             self.node.on_yield = self._give_way
         self.local.domain = domain_of(settings.tiers.domain, os.environ, self.node_name)

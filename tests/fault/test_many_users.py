@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -144,18 +145,31 @@ def train(rank: Rank, store: str, until: int, patient: bool = False, first: str 
     return {"steps": run.steps_done, "skipped": run.skipped, "sum": float(tensor.sum())}
 
 
+def write_much(rank: Rank, store: str) -> None:
+    """Save 512 KiB, again and again."""
+    import torch
+
+    import ckptsvc
+
+    with ckptsvc.attach({"tensor": torch.zeros(128 << 10)}, store=store, every="off") as run:
+        while not (rank.folder / "go-end").exists():
+            run.step()
+            run.save(wait=True)
+            rank.report("saved", step=run.steps_done)
+
+
 class UsersJob:
-    """One rank of a user's that runs `train`."""
+    """One rank of a user's that runs a function of this module."""
 
     def __init__(
         self, node: Node, person: Person, store: Path, until: int, *, patient: bool = False, first: Path | str = "",
-        launcher: tuple[str, ...] = (),
+        launcher: tuple[str, ...] = (), function: str = "train", name: str = "job",
     ) -> None:  # fmt: skip
-        self.folder = node.home(person) / "job"
+        self.folder = node.home(person) / name
         self.folder.mkdir()
         os.chown(self.folder, person.uid, person.gid)
-        spec = {"file": __file__, "function": "train", "arguments": [str(store), until, patient, str(first)],
-            "folder": str(self.folder)}  # fmt: skip
+        arguments = [str(store), until, patient, str(first)] if function == "train" else [str(store)]
+        spec = {"file": __file__, "function": function, "arguments": arguments, "folder": str(self.folder)}
         self._log = self.folder / "log"
         self.process = node.spawn(person, [sys.executable, *launcher, str(RANK), json.dumps(spec)], self._log)
 
@@ -550,6 +564,58 @@ class TestShares:
         for rank in ranks:
             rank.kill()
         eventually(lambda: shares() == {(48, 100)}, "all of it to be had again")
+
+
+def rate_of(node: Node, person: Person, saves: UsersJob) -> float:
+    """Bytes per second at which a user's agent writes, by its own account: what it has written, and waited for that.
+
+    From the second save on that begins now: the first may have begun at another rate.
+    """
+
+    def account() -> tuple[float, float]:
+        with safe_target(node.agent_directory(person), person.uid) as target:
+            address = ask_agent(node.agent_directory(person), target)["metrics"]
+        token = (node.agent_directory(person) / "http-token").read_text().strip()
+        request = urllib.request.Request(f"http://{address}/metrics", headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            lines = [line.rpartition(" ") for line in answer.read().decode().splitlines()]
+        values = {name: float(value) for name, _, value in lines if not name.startswith("#")}
+        (written,) = [v for name, v in values.items() if name.startswith("ckptsvc_written_bytes_total")]
+        return written, values["ckptsvc_write_held_back_seconds_total"]
+
+    begun = saves.reports("saved")[-1]["step"]
+    saves.wait_for_save(begun + 2)
+    before = account()
+    saves.wait_for_save(begun + 6)
+    after = account()
+    return (after[0] - before[0]) / (after[1] - before[1])
+
+
+class TestTheRateOfWrites:
+    @pytest.mark.slow
+    def test_is_divided_among_users_and_of_one_user_among_his_jobs_that_write(self, node: Node) -> None:
+        node.start(store_max_write_rate="2MiB/s", agent_metrics_listen="127.0.0.1:0")
+
+        def job(person: Person, name: str) -> UsersJob:
+            begun = UsersJob(node, person, node.home(person) / f"run-{name}", 0, function="write_much", name=name)
+            begun.wait_for_save(1)
+            return begun
+
+        def about(rate: float, person: Person, saves: UsersJob) -> bool:
+            return 0.9 * rate < rate_of(node, person, saves) <= 1.02 * rate
+
+        hers = job(ALICE, "a")
+        assert about(2 << 20, ALICE, hers)
+        idle = UsersJob(node, ALICE, node.home(ALICE) / "idle", 1, patient=True, name="idle")
+        idle.wait_for_save(1)
+        os.kill(idle.reports("saved")[-1]["pid"], signal.SIGSTOP)  # it is there, and writes nothing
+        assert about(2 << 20, ALICE, hers)
+        his = job(BOB, "b")
+        assert about(1 << 20, ALICE, hers)
+        assert about(1 << 20, BOB, his)
+        for each in (hers, his):
+            (each.folder / "go-end").touch()
+            assert each.process.wait(60) == 0
 
 
 class TestLinksInTheWay:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -449,7 +449,7 @@ class Agents:
 
 def shown(share: Share) -> dict[str, int]:
     """A share as it travels."""
-    return {"memory": share.memory, "write_rate": share.write_rate, "jobs": share.jobs, "ranks": share.ranks}
+    return asdict(share)
 
 
 def _status(pid: int) -> int | None:

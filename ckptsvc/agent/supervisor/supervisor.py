@@ -289,9 +289,12 @@ def node_of(settings: Settings) -> Node:
     except OSError as error:
         raise ConfigError(f"arena.dir: {settings.arena.dir}: {error.strerror}") from error
     memory = settings.arena.limit.of(found.f_blocks * found.f_frsize)
-    system = settings.system
-    rate = settings.store.max_write_rate or 0
-    return Node(memory, min(system.user_memory.of(memory), memory), rate, system.user_jobs, system.user_ranks)
+    system, rate, local = settings.system, settings.store.max_write_rate or 0, 0
+    if settings.tiers.local:
+        with contextlib.suppress(OSError):  # a disk that is not there: every agent says so, and does without
+            disk = os.statvfs(settings.tiers.local)
+            local = settings.tiers.local_limit.of(disk.f_blocks * disk.f_frsize)
+    return Node(memory, min(system.user_memory.of(memory), memory), rate, system.user_jobs, system.user_ranks, local)
 
 
 def environment_of(environ: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:

@@ -103,7 +103,6 @@ class LocalCopies:
                 columns, _ = local_copy.describe(disk, copy)
             else:
                 failpoint("before_drain")
-                self._rate.limit = args["rate"]
                 written = self._shards.drain(disk, self._durable(args["store"]), copy, tuple(args["committed"]), go_on)
                 failpoint("after_drain")
                 columns, done["name"], done["stored"] = written.columns, written.name, written.stored

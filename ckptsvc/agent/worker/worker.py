@@ -122,8 +122,6 @@ class Worker(LocalCopies):
     def do_write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Write the shard in an arena, to the store or the local disk; notes its digests as soon as they are known."""
         failpoint("before_shard")
-        if not args["disk"]:
-            self._rate.limit = args["rate"]
         try:
             return self._write(args, note)
         finally:
@@ -172,6 +170,8 @@ class Worker(LocalCopies):
 
     def expect(self, request: Request) -> None:
         """A request has come in and will be executed in its turn."""
+        if "rate" in request.args:  # for whatever writes: at once, however many are before it
+            self._rate.limit = request.args["rate"]
         if request.op in ("write", "drain") and request.args["fill"]:
             self._fills[request.args["fill"]] = threading.Event()
 
@@ -193,6 +193,10 @@ class Worker(LocalCopies):
         given_up = self._fills.get(args["fill"])
         if given_up:
             given_up.set()
+        return {}
+
+    def do_rate(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Write at another rate: see `expect`."""
         return {}
 
     def do_digest(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
