@@ -286,7 +286,8 @@ class TierSettings(msgspec.Struct, frozen=True, kw_only=True):
         rebuild: how long a restore waits for what is rebuilt from parity before an older checkpoint has to do.
         local: a directory on a disk of each node, to which every snapshot is written first, or "off".
         local_keep: newest snapshots that stay there, where there is room for them.
-        local_limit: what an agent's snapshots may take there; a share is one of the file system's size.
+        local_limit: what an agent's snapshots may take there, or those of all users of a system service together; a
+            share is one of the file system's size.
         durable_every: the first of so many snapshots goes on to the durable store, the others stay local.
         durable_backlog: so many may wait to be written there; when it is behind by more, only the newest is.
     """
