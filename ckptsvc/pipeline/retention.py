@@ -10,9 +10,9 @@
 
 A rule only ever keeps. What no rule keeps goes; without the first one, everything stays.
 
-No clock says how old a checkpoint is, but the times in the commit records, from one commit to the next. Between two
-epochs lies a rest of the run, or a writer whose clock is wrong, and nobody can tell which: such a gap makes what is
-before it older by REST of `age` at most.
+Where no clock can be trusted, the times in the commit records say how old a checkpoint is, from one commit to the
+next. Between two epochs, and where times are suddenly far apart, lies a rest of the run or a writer whose clock is
+wrong, and nobody can tell which: such a gap makes what is before it older by REST of `age` at most.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
 from typing import Annotated
 
 import msgspec
@@ -31,7 +33,10 @@ NEWEST = "the newest"
 """Why the newest checkpoint stays, whatever the policy is."""
 
 REST = 1 / 8
-"""The part of `age` that the time between two epochs takes at most."""
+"""The part of `age` that a rest of the run takes at most."""
+
+SUDDEN = 8
+"""How many times as long as usual a rest within an epoch is at least; it is also longer than `age`."""
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
@@ -115,7 +120,7 @@ def decide(
     Args:
         candidates: all committed checkpoints of a run, or those in one tier, in any order.
         policy: what to keep.
-        now: seconds since 1970, by a clock that is known to be right; None: the time of the newest commit.
+        now: seconds since 1970, by a clock that is known to be right; None: there is none.
         pinned: kept because a person said so.
         needed: kept because something is at work on them.
     """
@@ -194,17 +199,17 @@ def _one_within(found: Sequence[Candidate], seconds: float) -> list[Candidate]:
 
 def _ages(found: Sequence[Candidate], longest: float, now: float | None) -> dict[Ref, float]:
     """How old those are whose time of commit is known, as the module says; `longest` is the age that matters."""
-    ages: dict[Ref, float] = {}
-    age, newer, moment = 0.0, None, now
-    for each in found:
-        if each.created is None:
-            continue
-        gap = 0.0 if moment is None else moment - each.created
-        if newer is not None and newer.ref.epoch != each.ref.epoch:
-            gap = min(max(gap, 0.0), REST * longest)
-        age += gap
-        ages[each.ref] = age
-        newer, moment = each, each.created
+    known = [(each.ref, each.created) for each in found if each.created is not None]
+    if now is not None:
+        return {ref: now - created for ref, created in known}
+    gaps = [newer - older for (_, newer), (_, older) in pairwise(known)]
+    sudden = max(longest, SUDDEN * median(map(abs, gaps))) if gaps else 0.0
+    age = 0.0
+    ages = {ref: age for ref, _ in known[:1]}
+    for ((newer, _), (older, _)), gap in zip(pairwise(known), gaps, strict=True):
+        rested = newer.epoch != older.epoch or abs(gap) > sudden
+        age += min(max(gap, 0.0), REST * longest) if rested else gap
+        ages[older] = age
     return ages
 
 

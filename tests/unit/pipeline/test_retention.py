@@ -93,6 +93,21 @@ def test_the_time_between_two_epochs_makes_nothing_much_older():
     assert steps(decide(first, policy, NOW + 21 * DAY).gone) == [1, 2, 3, 4]
 
 
+def test_nor_does_a_clock_that_differs_within_one():
+    """Another node coordinates the job for a while."""
+    policy, found = Policy(last=1, age=8 * DAY), []
+    for ahead in (0, 3650 * DAY, 0, -3650 * DAY, 0):
+        found += [at(len(found) + n, created=NOW + ahead + 3600.0 * (len(found) + n)) for n in range(1, 6)]
+        assert decide(found, policy, None).gone == []
+    found += [at(n, created=NOW + 3600.0 * n) for n in range(26, 26 + 8 * 24)]  # so much later they do go
+    assert set(steps(decide(found, policy, None).gone)) >= set(range(1, 20))
+
+
+def test_saves_that_are_further_apart_than_that_are_no_rests():
+    found = [at(n, created=NOW + 3700.0 * n) for n in range(10)]
+    assert steps(decide(found, Policy(last=1, age=3600.0), None).kept) == [9]
+
+
 def test_what_is_older_than_that_goes_whatever_the_clock_says():
     policy = Policy(last=1, age=4 * 3600.0)
     for ahead in (0, 3650 * DAY, -3650 * DAY):
