@@ -9,6 +9,7 @@ import json
 import math
 import re
 import tomllib
+from datetime import UTC, datetime
 from typing import Any, NamedTuple, NoReturn
 
 from ckptsvc.errors import ConfigError
@@ -286,3 +287,12 @@ def duration(seconds: float) -> str:
         if seconds < most * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds / 86400:,.0f} d"
+
+
+def when(created: str) -> datetime | None:
+    """The time in a record (ISO 8601), or None where there is none to read."""
+    try:
+        found = datetime.fromisoformat(created)
+    except ValueError:
+        return None
+    return found if found.tzinfo else found.replace(tzinfo=UTC)

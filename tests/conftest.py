@@ -12,8 +12,18 @@ sys.path.append(str(Path(__file__).parent))  # for `harness`
 
 from harness.etcd import EtcdServer, etcd_server
 from harness.job import Launch
-from harness.object_servers import AzureContainer, ObjectServer, S3Bucket, address_of, azurite, moto
-from harness.proxy import Proxy, proxy
+from harness.object_servers import (
+    GOOGLE_ENVIRON,
+    AzureContainer,
+    ObjectServer,
+    S3AsGoogle,
+    S3Bucket,
+    address_of,
+    as_s3,
+    azurite,
+    moto,
+)
+from harness.proxy import Proxy, Rule, proxy
 from harness.runtime import Runtime
 from harness.zygote import Zygote
 
@@ -103,7 +113,7 @@ def _azurite_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Object
 
 
 def _set_credentials(monkeypatch: pytest.MonkeyPatch, server: ObjectServer) -> None:
-    for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_"))]:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))]:
         monkeypatch.delenv(name)
     for name, value in server.environ.items():
         monkeypatch.setenv(name, value)
@@ -128,6 +138,16 @@ def between(moto_server: ObjectServer) -> Iterator[Proxy]:
     """What lies between a store and moto, and does as it is told."""
     with proxy(address_of(moto_server.endpoint)) as found:
         yield found
+
+
+@pytest.fixture
+def google_bucket(moto_server: ObjectServer, between: Proxy, monkeypatch: pytest.MonkeyPatch) -> S3AsGoogle:
+    """A new bucket at moto, for a client of Google's through `between`, which translates."""
+    _set_credentials(monkeypatch, moto_server)
+    for name, value in GOOGLE_ENVIRON.items():
+        monkeypatch.setenv(name, value)
+    between.rules.append(Rule("", adapt=as_s3))
+    return S3AsGoogle(moto_server.endpoint, between.endpoint)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from ckptsvc.agent.local import Local, way_to
 from ckptsvc.agent.logtail import one_line
 from ckptsvc.agent.sessions import Session
 from ckptsvc.control.restart import JOIN_PATIENCE, launched_as
-from ckptsvc.errors import EXIT_STATUS, InvalidInput, LimitReached, NodeUnfit
+from ckptsvc.errors import EXIT_STATUS, InvalidInput, LimitReached
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -109,8 +109,8 @@ class Launches:
             raise InvalidInput(f"job {hello.job} is already launched on this node")
         if len(self._by_job) >= self._local.most_jobs:
             raise LimitReached(f"{len(self._by_job)} jobs are launched on this node already")
-        if (vacated := self._local.standing.vacated) and not hello.attempt and not hello.again:
-            raise NodeUnfit(f"this node takes no new jobs: {vacated}", hint="`ckptsvc undrain` lets it take them again")
+        if not hello.attempt and not hello.again:
+            self._local.standing.check_open()
         metadata = dict(context.invocation_metadata() or ())
         launcher = Launcher(hello, way_to(str(metadata.get(COORDINATOR_KEY, "")), hello.job), told=hello.again)
         uplink = self._local.uplink(launcher.way)

@@ -29,7 +29,7 @@ from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.control.pace import PROGRESS_EVERY, progress_every
 from ckptsvc.control.restart import launched_as
 from ckptsvc.control.runs import ranks_of
-from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput, LimitReached, NodeUnfit
+from ckptsvc.errors import BY_CODE, CkptsvcError, Fenced, InvalidInput, LimitReached
 from ckptsvc.pipeline.arena import State
 from ckptsvc.quantities import ALL, Limit
 from ckptsvc.rpc.v1 import agent_pb2
@@ -157,10 +157,8 @@ class Node:
 
     def _check_vacated(self, registration: Registration) -> None:
         """Refuse a new job on a node that is being drained; launchers are asked for themselves (agent.launches)."""
-        vacated = self._local.standing.vacated
-        is_new = registration.job not in self._local.jobs and not registration.attempt and not registration.epoch
-        if vacated and is_new:
-            raise NodeUnfit(f"this node takes no new jobs: {vacated}", hint="`ckptsvc undrain` lets it take them again")
+        if registration.job not in self._local.jobs and not registration.attempt and not registration.epoch:
+            self._local.standing.check_open()
 
     def unregister(self, token: str) -> None:
         """The identity connection has ended: the rank is ending, or has closed its session."""

@@ -13,10 +13,12 @@ runs in an I/O worker.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -26,6 +28,8 @@ from ckptsvc.errors import Damaged, StoreError
 from ckptsvc.settings import LaunchSettings
 
 NAME = "nodes.json"
+LOCK_PATIENCE = 5.0
+"""Seconds that a merge waits for another one."""
 MAX_BYTES = 4 << 20
 MAX_TEXT = 300
 """Characters of a node's name and of a reason."""
@@ -116,23 +120,49 @@ def keep(directory: Path, entries: dict[str, Entry], words: dict[str, Word] | No
         StoreError: it cannot be written.
     """
     try:
+        with contextlib.suppress(FileExistsError):
+            directory.mkdir(parents=True)
+        with _alone(directory):
+            _merge(directory, entries, words or {})
+    except OSError as error:
+        raise StoreError(f"{directory / NAME}: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Others wait meanwhile, or one of two words would be lost; not for ever, and not where files have no locks."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + LOCK_PATIENCE
+        with contextlib.suppress(OSError):
+            while time.monotonic() < deadline:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.05)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _merge(directory: Path, entries: dict[str, Entry], words: dict[str, Word]) -> None:
+    try:
         known = read(directory)
     except Damaged:
         known = NodeList(1, {})  # of no use to anybody
     nodes = known.nodes | {n: e for n, e in entries.items() if n not in known.nodes or _heavier(e, known.nodes[n])}
-    said = known.words | {n: w for n, w in (words or {}).items() if n not in known.words or w.at > known.words[n].at}
+    said = known.words | {n: w for n, w in words.items() if n not in known.words or w.at > known.words[n].at}
     merged = NodeList(1, _forgiven(nodes, said), said)
     temporary = directory / f".{NAME}-{secrets.token_hex(4)}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             file.write(msgspec.json.format(msgspec.json.encode(merged), indent=1))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, directory / NAME)
-    except OSError as error:
+    except OSError:
         temporary.unlink(missing_ok=True)
-        raise StoreError(f"{directory / NAME}: {error.strerror}") from error
+        raise
 
 
 def _heavier(one: Entry, other: Entry) -> bool:

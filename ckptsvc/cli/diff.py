@@ -13,9 +13,10 @@ from ckptsvc.cli import address, values
 from ckptsvc.cli.compare import Comparison, Different, Pair, ValueChange
 from ckptsvc.cli.inspect import describe, matches, shape_text
 from ckptsvc.cli.numbers import has_numbers
-from ckptsvc.cli.terminal import Screen, age, emit, natural, plural, printable, progress, shortened, when
+from ckptsvc.cli.terminal import Screen, age, emit, natural, plural, printable, progress, shortened
 from ckptsvc.interop.conversion.native import NativeLogical
 from ckptsvc.pipeline.catalog import Checkpoint
+from ckptsvc.quantities import when
 from ckptsvc.types import TensorMeta
 
 _VALUE_CHARACTERS = 60  # where there is no terminal that says how many fit

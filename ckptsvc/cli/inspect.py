@@ -12,12 +12,13 @@ import click
 from ckptsvc.cli import address, values
 from ckptsvc.cli.ls import metrics_text
 from ckptsvc.cli.retention import as_json as metrics_json
-from ckptsvc.cli.terminal import Screen, age, emit, natural, plural, printable, shortened, size, when
+from ckptsvc.cli.terminal import Screen, age, emit, natural, plural, printable, shortened, size
 from ckptsvc.format.commit import PinRecord
 from ckptsvc.format.index import Index
 from ckptsvc.geometry.box import FlatRange, Region, is_whole
 from ckptsvc.pipeline.catalog import Checkpoint
 from ckptsvc.pipeline.pins import read_pin
+from ckptsvc.quantities import when
 from ckptsvc.types import DTYPES
 
 WIDE = 100

@@ -11,11 +11,12 @@ import click
 from ckptsvc.cli import address
 from ckptsvc.cli.retention import as_json as metrics_json
 from ckptsvc.cli.retention import metric_text
-from ckptsvc.cli.terminal import Screen, age, emit, note, plural, printable, size, when
+from ckptsvc.cli.terminal import Screen, age, emit, note, plural, printable, size
 from ckptsvc.errors import Damaged, IncompatibleVersion
 from ckptsvc.format.commit import CommitRecord
 from ckptsvc.pipeline.catalog import Ref, Refused, list_refs, read_commit
 from ckptsvc.pipeline.pins import pinned
+from ckptsvc.quantities import when
 from ckptsvc.storage import Store
 
 WIDE = 100

@@ -10,13 +10,14 @@ from typing import Any
 
 import click
 
-from ckptsvc.cli.terminal import Screen, age, plural, printable, size, when
+from ckptsvc.cli.terminal import Screen, age, plural, printable, size
 from ckptsvc.config import load
 from ckptsvc.errors import ConfigError
 from ckptsvc.format.commit import CommitRecord
 from ckptsvc.pipeline.catalog import Ref, find
 from ckptsvc.pipeline.retain import judge
 from ckptsvc.pipeline.retention import Policy, Verdict, policy_of
+from ckptsvc.quantities import when
 from ckptsvc.storage import Store
 
 _FLAGS = {

@@ -190,15 +190,6 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
-def when(created: str) -> datetime | None:
-    """The time in a record (ISO 8601), or None where there is none to read."""
-    try:
-        found = datetime.fromisoformat(created)
-    except ValueError:
-        return None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
-
-
 def age(then: datetime | None) -> str:
     """How long ago that was, for people; "?" if it is not known."""
     return duration((datetime.now(UTC) - then).total_seconds()) if then else "?"

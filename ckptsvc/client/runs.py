@@ -22,7 +22,7 @@ from ckptsvc.pipeline.catalog import Ref, find, open_checkpoint
 from ckptsvc.pipeline.pins import pinned
 from ckptsvc.pipeline.retain import judge
 from ckptsvc.pipeline.retention import policy_of
-from ckptsvc.quantities import duration, size
+from ckptsvc.quantities import duration, size, when
 from ckptsvc.storage import Store
 from ckptsvc.storage.opening import open_apart
 
@@ -186,7 +186,7 @@ class Run:
         if not isinstance(commit, CommitRecord):
             return SavedStep(ref.name, ref.step, ref.epoch, pinned=pin, problem=str(commit), _store=self._store)
         return SavedStep(
-            ref.name, ref.step, ref.epoch, _time(commit.created), commit.bytes, commit.world_size, commit.job,
+            ref.name, ref.step, ref.epoch, when(commit.created), commit.bytes, commit.world_size, commit.job,
             commit.values, pin, stays, tuple(commit.refers), _store=self._store,
         )  # fmt: skip
 
@@ -203,14 +203,6 @@ def open(store: str | Store, options: Mapping[str, Any] | None = None) -> Run:  
         StoreError: it cannot be reached.
     """
     return Run(open_apart(store, options)) if isinstance(store, str) else Run(store, owned=False)
-
-
-def _time(created: str) -> datetime | None:
-    try:
-        found = datetime.fromisoformat(created)
-    except ValueError:
-        return None
-    return found if found.tzinfo else found.replace(tzinfo=UTC)
 
 
 def _ago(created: datetime | None) -> str:

@@ -13,6 +13,7 @@ from ckptsvc.control.effects import (
     EpochDone,
     KeepNodes,
     LookupDone,
+    NodesKept,
     NodesRead,
     Probed,
     ReadNodes,
@@ -110,6 +111,11 @@ class Coordinator:
         decision = attempts.probed(event, now)
         return decision.add(self.incidents.failed(attempts, before, "node-lost", node=event.node))
 
+    def nodes_kept(self, event: NodesKept, now: float) -> Decision:
+        """Answer to `KeepNodes`."""
+        self.exclusion.kept, self.exclusion.problem = max(self.exclusion.kept, event.said), event.problem
+        return self.verbs.tick(now)
+
     def nodes_read(self, event: NodesRead, now: float) -> Decision:
         """Answer to `ReadNodes`."""
         self.exclusion.known = True
@@ -191,7 +197,7 @@ class Coordinator:
             return Decision()
         strikes = {n: (s.score, now - s.at, s.why) for n, s in self.exclusion.listed(now).items()}
         words = {n: (w.excluded, now - w.at, w.until - now, w.why) for n, w in self.exclusion.words.items()}
-        return Decision([KeepNodes(strikes, words)])
+        return Decision([KeepNodes(strikes, words, self.exclusion.said)])
 
     def _drain(self) -> Decision:
         decision = Decision()

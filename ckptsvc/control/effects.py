@@ -97,10 +97,14 @@ class ReadNodes:
 
 @dataclass(frozen=True, slots=True)
 class KeepNodes:
-    """Keep the list of nodes that have failed, or that somebody has excluded or included."""
+    """Keep the list of nodes that have failed, or that somebody has excluded or included; answered by `NodesKept`.
+
+    `said` is how many words of people are among it, of all that this coordinator has heard.
+    """
 
     strikes: dict[str, Strike]
     words: dict[str, Word] = field(default_factory=dict)
+    said: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +205,14 @@ class NodesRead:
 
     strikes: dict[str, Strike]
     words: dict[str, Word] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class NodesKept:
+    """Outcome of `KeepNodes`: its `said`, and why the list could not be written; "" if it was."""
+
+    said: int
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,8 @@ class Exclusion:
         known: whether the list of earlier jobs has been read, or cannot be.
         changed: whether there is something to be kept that has not been.
         fresh: nodes that have been excluded by a strike since somebody last took note of it, and the reason.
+        said: how many words people have said here; the first `kept` of them are on the list that outlives the job,
+            or cannot be for that `problem`.
     """
 
     strikes: dict[str, Strikes] = field(default_factory=dict)
@@ -61,9 +63,13 @@ class Exclusion:
     changed: bool = False
     fresh: dict[str, str] = field(default_factory=dict)
     words: dict[str, Word] = field(default_factory=dict)
+    said: int = 0
+    kept: int = 0
+    problem: str = ""
 
     def say(self, node: str, word: Word) -> None:
         """A person excludes a node, or includes it."""
+        self.said += 1
         known = self.words.get(node)
         if known is not None and known.at > word.at:
             return

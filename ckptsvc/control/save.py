@@ -426,7 +426,7 @@ class Saves:
         self.ended_at = {key: at for key, at in self.ended_at.items() if key in self.ended}
         self.deleted &= self.ended.keys()
         effects: list[Effect] = [self._tell(n, save_ended=pb.SaveEnded(outcome=record)) for n in sorted(self.nodes)]
-        word = agent_pb2.Outcome.Name(outcome).removeprefix("OUTCOME_").lower()
+        word = outcome_word(outcome)
         return Decision(effects, [f"step {save.step}: {word}: {why}" if code else f"step {save.step}: {word}"])
 
     def _tell(
@@ -437,3 +437,8 @@ class Saves:
         snapshot_complete: pb.SnapshotComplete | None = None,
     ) -> Send:
         return Send(node, pb.Order(job=self.job, save_ended=save_ended, snapshot_complete=snapshot_complete))
+
+
+def outcome_word(outcome: agent_pb2.Outcome) -> str:
+    """An outcome as people and programs read it: "committed", "failed" ..."""
+    return agent_pb2.Outcome.Name(outcome).removeprefix("OUTCOME_").lower()

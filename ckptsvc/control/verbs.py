@@ -126,7 +126,7 @@ class Verbs:
         if event.verb in (pb.VERB_DRAIN, pb.VERB_UNDRAIN):
             return self._drain(event, now, decision)
         if event.verb in (pb.VERB_EXCLUDE, pb.VERB_INCLUDE):
-            return self._exclude(event, now)
+            return _Listing(self.exclusion, self._exclude(event, now), self.exclusion.said)
         raise InvalidInput("the coordinator does not know this order: it is of an earlier version")
 
     def _runs(self, name: str) -> list[Job]:
@@ -284,6 +284,29 @@ class _Restarting:
             return Decision(), None
         where = f"{attempts.world} ranks on {', '.join(sorted(attempts.hosts))}"
         return Decision(), Result(f"job {attempts.job}: attempt {attempts.attempt} has begun, {where}")
+
+
+@dataclass(slots=True)
+class _Listing:
+    """Until what somebody has said of a node is on the list that outlives this coordinator."""
+
+    exclusion: Exclusion
+    result: Result
+    said: int
+
+    @property
+    def waits_for(self) -> str:
+        """See `Work`."""
+        return "the list of nodes is being written"
+
+    def look(self, now: float) -> tuple[Decision, Result | None]:
+        """See `Work`."""
+        if self.exclusion.kept < self.said:
+            return Decision(), None
+        if not self.exclusion.problem:
+            return Decision(), self.result
+        why = f"{self.result.what}, for as long as this coordinator lives: the list could not be written"
+        return Decision(), Result(f"{why}: {self.exclusion.problem}", "store")
 
 
 def verb_of(number: int) -> str:

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptsvc.storage import TEMPORARY_PREFIX
@@ -225,11 +225,11 @@ def _prepare_sftp(filesystem: FileSystem) -> None:
 # --- object stores ----------------------------------------------------------------------------------------------
 
 
-def _create_on_object_store(filesystem: FileSystem, path: str, data: bytes) -> bool:
+def _create_on_object_store(filesystem: FileSystem, path: str, data: bytes, **how: Any) -> bool:
     """One PUT with a condition; small enough for one, since on a multipart upload servers ignore the condition."""
     for attempt in range(_CONFLICTS):
         try:
-            filesystem.pipe_file(path, data, mode="create")
+            filesystem.pipe_file(path, data, mode="create", **how)
         except FileExistsError:
             return False
         except OSError as error:
@@ -242,6 +242,11 @@ def _create_on_object_store(filesystem: FileSystem, path: str, data: bytes) -> b
         else:
             return True
     raise AssertionError("the last attempt returns or raises")
+
+
+def _create_on_google(filesystem: FileSystem, path: str, data: bytes) -> bool:
+    """A resumable upload of one chunk; for less than a chunk gcsfs ends lines in a way that strict servers refuse."""
+    return _create_on_object_store(filesystem, path, data, chunksize=len(data))
 
 
 def _temporary(path: str) -> str:
@@ -268,5 +273,6 @@ _KNOWN = {
     "memory": Protocol(_create_in_memory, "one step in this process"),
     "sftp": _SFTP,
     "ssh": _SFTP,
-    **dict.fromkeys(("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss"), _OBJECTS),
+    **dict.fromkeys(("s3", "s3a", "az", "abfs", "abfss"), _OBJECTS),
+    **dict.fromkeys(("gs", "gcs"), replace(_OBJECTS, create=_create_on_google)),
 }

@@ -25,41 +25,18 @@ from ckptsvc_drivers.object_clients import parse
 from ckptsvc_drivers.object_names import Upload, key_of, name_of, upload_of
 from ckptsvc_drivers.object_parts import MOST_PARTS, cut
 from harness.etcd import make_certificates
-from harness.object_servers import AzureContainer, Bucket, S3Bucket, address_of, opened
+from harness.object_servers import AzureContainer, ObjectTests, S3Bucket, address_of, opened
 from harness.proxy import Rule, proxy
 
 from ckptsvc.errors import ConfigError, NotFound, StoreDenied, StoreError
 from ckptsvc.pipeline.catalog import take_epoch
 from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
 from ckptsvc.storage import check_key, connect, is_key
-from ckptsvc.storage.testing import StoreTests, content_of, pages_with, put
+from ckptsvc.storage.testing import content_of, pages_with, put
 from ckptsvc.storage.unfinished import unfinished_by_folder
 from ckptsvc.storage.wrappers import Retrying
 
 MiB = 1 << 20
-
-
-class ObjectTests(StoreTests):
-    """What all object stores share: a fixture `bucket`."""
-
-    @pytest.fixture
-    def store(self, bucket):
-        store = opened(bucket)
-        self.bucket: Bucket = bucket
-        yield store
-        store.close()
-
-    def another(self, store):
-        return opened(self.bucket)
-
-    def raw_read(self, store, key):
-        return self.bucket.read(name_of("", key))
-
-    def raw_write(self, store, key, content):
-        self.bucket.write(name_of("", key), content)
-
-    def test_exclusive_creation_is_found_out_once(self, store):
-        assert store.capabilities() is store.capabilities()
 
 
 class TestMoto(ObjectTests):
@@ -295,15 +272,6 @@ def test_a_forked_child_is_told_and_does_not_hang(s3_bucket):
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-
-
-def test_a_client_of_google_is_made_of_the_same_settings(between):
-    """No emulator here speaks what obstore speaks to Google; what an answer means is the same."""
-    between.rules.append(Rule("", answer=(403, b"<Error><Code>AccessDenied</Code></Error>")))
-    store = connect("gs://bucket/run", {"endpoint": between.endpoint, "anonymous": True})
-    with pytest.raises(StoreDenied, match="gs://bucket/run/a"):
-        store.read("a")
-    assert between.seen[0].startswith("GET /bucket/run%2Fa")
 
 
 # --- uploads that nobody finishes ----------------------------------------------------------------------------------

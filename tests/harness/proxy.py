@@ -32,6 +32,8 @@ class Rule:
         hang: neither pass on nor answer, until the proxy closes.
         delay: seconds to wait first.
         headers: to change or add on the way to the server.
+        adapt: changes all headers of a request, names in lower case, before they go to the server.
+        answer_headers: to change or add on the way back.
         change: makes another body of the one that comes from the server (of the same length).
         times: how many requests it happens to; 0 is all.
         met: how many it has happened to.
@@ -45,6 +47,8 @@ class Rule:
     hang: bool = False
     delay: float = 0.0
     headers: dict[str, str] = field(default_factory=dict)
+    adapt: Callable[[dict[str, str]], None] | None = None
+    answer_headers: dict[str, str] = field(default_factory=dict)
     change: Callable[[bytes], bytes] | None = None
     times: int = 0
     met: int = 0
@@ -143,6 +147,8 @@ class Proxy:
             return True
         if rule:
             headers |= rule.headers
+            if rule.adapt:
+                rule.adapt(headers)
         with socket.create_connection(self._target, 30) as server:
             server.sendall(_join(line, headers | {"connection": "close"}) + body)
             answered = server.makefile("rb")
@@ -155,6 +161,8 @@ class Proxy:
             return _reset(client)
         if rule and rule.change:
             content = rule.change(content)
+        if rule:
+            sent |= rule.answer_headers
         sent.pop("connection", None)
         if not line.startswith("HEAD"):
             sent.pop("transfer-encoding", None)

@@ -35,6 +35,7 @@ from ckptsvc.control.effects import (
     KeepNodes,
     Lookup,
     LookupDone,
+    NodesKept,
     NodesRead,
     Probe,
     Probed,
@@ -409,6 +410,8 @@ class Brain:
             self._execute(self.core.probed(Probed(effect.job, effect.node, answer), self._world.now))
         elif isinstance(effect, ReadNodes):
             self._execute(self.core.nodes_read(NodesRead({}), self._world.now))
+        else:
+            self._execute(self.core.nodes_kept(NodesKept(effect.said), self._world.now))
 
 
 class World:

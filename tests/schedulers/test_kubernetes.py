@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness.schemas import missing
 
 from ckptsvc.cli.run import command
 from ckptsvc.config import load
@@ -37,18 +38,6 @@ def unknown(manifest: dict[str, Any]) -> list[str]:
     """Fields that the schema does not have; a value of the wrong type is raised."""
     known = models.JobsetV1alpha2JobSet.from_dict(copy.deepcopy(manifest)).to_dict()
     return list(missing(manifest, known, ""))
-
-
-def missing(given: Any, known: Any, path: str) -> Any:
-    if isinstance(given, dict):
-        for name, value in given.items():
-            if not isinstance(known, dict) or name not in known:
-                yield f"{path}.{name}"
-            else:
-                yield from missing(value, known[name], f"{path}.{name}")
-    elif isinstance(given, list):
-        for number, value in enumerate(given):
-            yield from missing(value, known[number], f"{path}[{number}]")
 
 
 def test_it_fits_the_schemas(manifest: dict[str, Any]) -> None:

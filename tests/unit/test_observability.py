@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from harness.observability import FOLDER, alerts_page, asked, dashboard, left, panels, problems
+from harness.schemas import missing
 
 from tests.unit.test_telemetry import METRICS
 
@@ -252,18 +253,6 @@ def test_every_field_is_one_of_grafanas_schema() -> None:
     wrong = dashboard()
     wrong["panels"][1]["gridpos"] = wrong["panels"][1].pop("gridPos")
     assert unknown(wrong) == [".panels[1].gridpos"]
-
-
-def missing(given: Any, known: Any, path: str) -> Iterator[str]:
-    if isinstance(given, dict):
-        for name, value in given.items():
-            if not isinstance(known, dict) or name not in known:
-                yield f"{path}.{name}"
-            else:
-                yield from missing(value, known[name], f"{path}.{name}")
-    elif isinstance(given, list):
-        for number, value in enumerate(given):
-            yield from missing(value, known[number], f"{path}[{number}]")
 
 
 # ---- targets

@@ -33,6 +33,7 @@ from ckptsvc.control.effects import (
     KeepNodes,
     Lookup,
     LookupDone,
+    NodesKept,
     NodesRead,
     Probe,
     Probed,
@@ -162,8 +163,10 @@ class CoordinatorShell:
         """Something happened on a node."""
         if report.HasField("node_joined"):
             _warn_of_clock(report.node_joined, time.time())
-        job = getattr(getattr(report, report.WhichOneof("event") or "", None), "job", "")
-        self._execute(self.core.handle(node, report, time.monotonic()), job)
+        decision = self.core.handle(node, report, time.monotonic())
+        # only what is said aloud needs the job's name, and a coordinator hears many reports
+        job = getattr(getattr(report, report.WhichOneof("event") or "", None), "job", "") if decision.reasons else ""
+        self._execute(decision, job)
 
     async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
         """Complete snapshots of a job in memory, newest first, once what is lost has been rebuilt.
@@ -280,7 +283,8 @@ class CoordinatorShell:
                 n: {"excluded": bad, "at": at - age, "until": at + left if left < math.inf else 0.0, "why": why}
                 for n, (bad, age, left, why) in effect.words.items()
             }
-            await self._list_nodes("keep_nodes", nodes=entries, words=words)
+            _, problem = await self._list_nodes("keep_nodes", nodes=entries, words=words)
+            self._execute(self.core.nodes_kept(NodesKept(effect.said, problem), time.monotonic()))
         elif isinstance(effect, Drain):
             await drain(effect.node, effect.reason, enabled=self._drains)
         else:
@@ -316,7 +320,7 @@ class CoordinatorShell:
         log.warning("term %d: not done, the lease may have ended: %s", self.term, type(effect).__name__)
 
     async def _read_nodes(self) -> NodesRead:
-        at, found = time.time(), await self._list_nodes("read_nodes")
+        at, (found, _) = time.time(), await self._list_nodes("read_nodes")
         strikes = {n: (e["score"], max(at - e["at"], 0.0), e["why"]) for n, e in found.get("nodes", {}).items()}
         words = {
             n: (w["excluded"], max(at - w["at"], 0.0), w["until"] - at if w["until"] else math.inf, w["why"])
@@ -324,19 +328,19 @@ class CoordinatorShell:
         }
         return NodesRead(strikes, words)
 
-    async def _list_nodes(self, op: str, **args: Any) -> dict[str, Any]:
-        """Read or write the list of nodes that have failed, in a process of its own; {} where that fails."""
+    async def _list_nodes(self, op: str, **args: Any) -> tuple[dict[str, Any], str]:
+        """Read or write the list of nodes that have failed, in a process of its own; {} and why where that fails."""
         if self._state is None:
-            return {}
+            return {}, "there is no place for it (launch.state)"
         async with self._listing:
             worker = WorkerProxy("nodes")
             try:
                 call = worker.call(op, {"directory": str(self._state), **args})
-                return await asyncio.wait_for(call, LIST_TIMEOUT)
+                return await asyncio.wait_for(call, LIST_TIMEOUT), ""
             except (CkptsvcError, TimeoutError) as error:
                 why = f"no answer in {LIST_TIMEOUT:g} s" if isinstance(error, TimeoutError) else error
                 log.warning("the list of nodes that have failed: %s", why)
-                return {}
+                return {}, str(why)
             finally:
                 await worker.close()
 

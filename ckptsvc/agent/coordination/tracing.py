@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import Any
 
 from ckptsvc.control.effects import Commit, CommitDone, Resumed
+from ckptsvc.control.save import outcome_word
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.telemetry.traces import About, Trace, Traces
 
@@ -37,7 +38,7 @@ class Tracing:
         self._ended[trace] = None
         while len(self._ended) > REMEMBERED:
             self._ended.popitem(last=False)
-        word = agent_pb2.Outcome.Name(outcome.outcome).removeprefix("OUTCOME_").lower()
+        word = outcome_word(outcome.outcome)
         failed = outcome.outcome not in (agent_pb2.OUTCOME_COMMITTED, agent_pb2.OUTCOME_LOCAL)
         about: About = {
             "outcome": word, "job": job, "epoch": outcome.epoch, "step": outcome.step, "bytes": outcome.bytes,

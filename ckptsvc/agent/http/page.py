@@ -120,6 +120,7 @@ class Site:
         self._access: Access | None = None
         self._server: HttpServer | None = None
         self._page, self._policy = _page()
+        self._sign, self._sign_policy = _sign()
 
     def open(self, address: Address) -> tuple[str, str]:
         """Listen; returns the address in use, and the same as the beginning of URLs.
@@ -159,9 +160,16 @@ class Site:
             return Response(HTTPStatus.OK, b"ok\n")
         if "token" in request.query:
             if not access.is_token(request.query["token"]):
-                return _stranger(request)
+                return self._refused(request)
             return Response(HTTPStatus.SEE_OTHER, headers=(("Location", request.path), access.set_cookie()))
-        return None if access.is_known(request) else _stranger(request)
+        return None if access.is_known(request) else self._refused(request)
+
+    def _refused(self, request: Request) -> Response:
+        said_how = "`ckptsvc status --url` prints the address with its token"
+        response = said(HTTPStatus.UNAUTHORIZED, said_how, ("WWW-Authenticate", 'Bearer realm="ckptsvc"'))
+        if "text/html" not in request.headers.get("accept", ""):
+            return response
+        return Response(response.status, self._sign, HTML, response.headers, self._sign_policy)
 
     async def _answer(self, request: Request) -> Response:
         if request.path == "/":
@@ -194,18 +202,13 @@ class Site:
         return Response(HTTPStatus.OK, text.encode(), HTML, policy=incident_page.POLICY)
 
 
-def _stranger(request: Request) -> Response:
-    said_how = "`ckptsvc status --url` prints the address with its token"
-    response = said(HTTPStatus.UNAUTHORIZED, said_how, ("WWW-Authenticate", 'Bearer realm="ckptsvc"'))
-    if "text/html" not in request.headers.get("accept", ""):
-        return response
+def _sign() -> tuple[bytes, str]:
     style = _asset("page.css")
     body = (
         '<main class="door"><h1>This page asks for a token</h1><p>Who runs jobs on this machine gets the address with'
         " its token from:</p><p><code>ckptsvc status --url</code></p></main>"
     )
-    text = frame("ckptsvc", style, body)
-    return Response(response.status, text.encode(), HTML, response.headers, policy(style))
+    return frame("ckptsvc", style, body).encode(), policy(style)
 
 
 def _page() -> tuple[bytes, str]:

@@ -6,7 +6,6 @@ hello, ready -> start -> (ranks run) -> exits reported -> stop -> ready -> start
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import socket
 import time
@@ -219,28 +218,29 @@ class Launcher:
         if self._stop_wanted:
             self._report_stop_wanted()  # the agent we have lost may not have passed it on
         metadata, began = ((COORDINATOR_KEY, self._launch.coordinator),), time.monotonic()
-        async with contextlib.AsyncExitStack() as stack:
-            channel = await stack.enter_async_context(grpc.aio.insecure_channel(f"unix:{path}", options=OPTIONS))
-            stack.callback(self._note_greeting, began)
+        async with grpc.aio.insecure_channel(f"unix:{path}", options=OPTIONS) as channel:
             call = agent_pb2_grpc.AgentServiceStub(channel).Launch(self._requests(self._reports), metadata=metadata)
-            async for response in call:
-                self._greeted = True
-                kind = "" if self._leaving else response.WhichOneof("order")
-                if kind == "start":
-                    await self._start(response.start)
-                elif kind == "stop" and response.stop.attempt == self._attempt:
-                    self._say(f"stopping attempt {self._attempt}: {response.stop.reason}")
-                    await self._stop(response.stop.grace)
-                elif kind == "notice":
-                    self._say(response.notice.text)
-                elif kind == "end":
-                    self._say(f"the job ends: {response.end.reason}")
-                    self._status = response.end.status
-                    return
+            try:
+                async for response in call:
+                    self._greeted = True
+                    await self._obey(response)
+                    if self._status is not None:
+                        return
+            finally:  # a refusal may be lost on its way: who was hung up on at once has not been heard
+                self._greeted |= time.monotonic() - began > HEARD_AFTER
 
-    def _note_greeting(self, began: float) -> None:
-        # A refusal may be lost on its way: who was hung up on at once has not been heard.
-        self._greeted |= time.monotonic() - began > HEARD_AFTER
+    async def _obey(self, order: agent_pb2.LaunchResponse) -> None:
+        kind = "" if self._leaving else order.WhichOneof("order")
+        if kind == "start":
+            await self._start(order.start)
+        elif kind == "stop" and order.stop.attempt == self._attempt:
+            self._say(f"stopping attempt {self._attempt}: {order.stop.reason}")
+            await self._stop(order.stop.grace)
+        elif kind == "notice":
+            self._say(order.notice.text)
+        elif kind == "end":
+            self._say(f"the job ends: {order.end.reason}")
+            self._status = order.end.status
 
     async def _requests(
         self, reports: asyncio.Queue[agent_pb2.LaunchRequest]

@@ -17,6 +17,7 @@ import msgspec
 from ckptsvc.agent.sessions import Session
 from ckptsvc.control.pauses import FIRST
 from ckptsvc.control.restart import launched_as
+from ckptsvc.errors import NodeUnfit
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 logger = logging.getLogger("ckptsvc.agent")
@@ -65,6 +66,16 @@ class StandingOrders:
     def vacated(self) -> str:
         """See the class."""
         return self._kept.vacated
+
+    def check_open(self) -> None:
+        """May a new job begin here?
+
+        Raises:
+            NodeUnfit: the node is being drained.
+        """
+        if self.vacated:
+            hint = "`ckptsvc undrain` lets it take them again"
+            raise NodeUnfit(f"this node takes no new jobs: {self.vacated}", hint=hint)
 
     def vacate(self, why: str) -> None:
         """Take no new jobs from now on ("": take them again)."""

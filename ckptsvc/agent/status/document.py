@@ -10,8 +10,8 @@ import ckptsvc
 from ckptsvc.agent.status.job_view import job_view, launch_view
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.restart import launched_as
+from ckptsvc.control.save import outcome_word
 from ckptsvc.pipeline.arena import State
-from ckptsvc.rpc.v1 import agent_pb2
 
 if TYPE_CHECKING:
     from ckptsvc.agent.server import Agent
@@ -150,7 +150,7 @@ def _saves(agent: Agent) -> list[dict[str, Any]]:
             "job": job.name,
             "epoch": o.epoch,
             "step": o.step,
-            "outcome": agent_pb2.Outcome.Name(o.outcome).removeprefix("OUTCOME_").lower(),
+            "outcome": outcome_word(o.outcome),
             "code": o.code,
             "reason": o.reason,
             "bytes": o.bytes,

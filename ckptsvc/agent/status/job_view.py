@@ -9,7 +9,7 @@ from ckptsvc.agent.status.grid import grid
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.membership import Job
 from ckptsvc.control.restart import Attempts, Phase, launched_as
-from ckptsvc.control.save import Key
+from ckptsvc.control.save import Key, outcome_word
 from ckptsvc.rpc.v1 import agent_pb2
 
 MAX_CHECKPOINTS = 64
@@ -102,7 +102,7 @@ def _running(job: Job, key: Key, now: float, wall: float) -> dict[str, Any]:
 def _ended(job: Job, key: Key, now: float, wall: float) -> dict[str, Any]:
     """Of one that is known only because memory or a disk holds it, the outcome is ""."""
     outcome, at = job.saves.ended.get(key, agent_pb2.SaveOutcome()), job.saves.ended_at.get(key)
-    name = agent_pb2.Outcome.Name(outcome.outcome).removeprefix("OUTCOME_").lower()
+    name = outcome_word(outcome.outcome)
     deleted = outcome.outcome == agent_pb2.OUTCOME_COMMITTED and key in job.saves.deleted
     return {
         "outcome": "deleted" if deleted else "" if name == "unspecified" else name,

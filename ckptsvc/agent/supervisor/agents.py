@@ -315,7 +315,7 @@ class Agents:
 
     def _tell(self) -> None:
         self._dividing = None
-        told = {"op": "shares", **shown(self._share())}
+        told = {"op": "shares", **asdict(self._share())}
         for user in self._users.values():
             if user.link is not None:
                 _push(user.link, told)
@@ -445,11 +445,6 @@ class Agents:
         task: asyncio.Task[None] = asyncio.ensure_future(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def shown(share: Share) -> dict[str, int]:
-    """A share as it travels."""
-    return asdict(share)
 
 
 def _status(pid: int) -> int | None:

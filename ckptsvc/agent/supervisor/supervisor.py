@@ -19,7 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ from ckptsvc.agent.process.limits import raise_open_files
 from ckptsvc.agent.process.notify import Notifier
 from ckptsvc.agent.process.trial import obstacle
 from ckptsvc.agent.supervisor.accounts import Accounts
-from ckptsvc.agent.supervisor.agents import Agents, shown
+from ckptsvc.agent.supervisor.agents import Agents
 from ckptsvc.agent.supervisor.gate import Gate, Visit
 from ckptsvc.config import load
 from ckptsvc.control.shares import Node
@@ -252,7 +252,7 @@ class Supervisor:
             share = self._agents.connected(peer.uid, peer.pid, peer.sock)
             peer.is_agent = True
             self._gate.keep(peer.visit)
-            return {"ok": True, **shown(share)}
+            return {"ok": True, **asdict(share)}
         self._agents.told(peer.uid, peer.sock, request.ranks, request.busy)
         return {}
 

@@ -122,9 +122,8 @@ class Lowering:
             columns=done["columns"],
             segments=done["segments"],
         )
-        if (
-            held.stage is Stage.PENDING
-        ):  # else it was given up too late: what it refers to may be gone when it is wanted
+        if held.stage is Stage.PENDING:
+            # else it was given up too late: what it refers to may be gone when it is wanted
             held.result = pb.Report(durable=durable)
             self._report(job, held, held.result)
         return True

@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,12 @@ def test_a_word_whose_time_is_over_is_forgotten_in_the_end(tmp_path):
     now = time.time()
     keep(tmp_path, {}, {"a": word(at=now - 40 * 86400, until=now - 39 * 86400), "b": word(at=now - 40 * 86400)})
     assert set(nodelist.read(tmp_path).words) == {"b"}
+
+
+def test_no_word_is_lost_when_many_say_one_at_once(tmp_path):
+    def say(number):
+        keep(tmp_path, {}, {f"n{number}": Word(True, time.time(), 0, "why")})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(say, range(32)))
+    assert set(nodelist.read(tmp_path).words) == {f"n{number}" for number in range(32)}

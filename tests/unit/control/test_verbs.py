@@ -18,7 +18,7 @@ from told import (
 )
 
 from ckptsvc.control.coordinator import Coordinator
-from ckptsvc.control.effects import Audit, CommitDone, Decision, KeepNodes, NodesRead, Restarted
+from ckptsvc.control.effects import Audit, CommitDone, Decision, KeepNodes, NodesKept, NodesRead, Restarted
 from ckptsvc.control.exclusion import Exclusion, Strikes, Word
 from ckptsvc.control.restart import Phase
 from ckptsvc.control.tiering import Draining
@@ -37,9 +37,13 @@ class Driver:
         self.core = Coordinator(save_timeout=100.0, node="n0")
         self.now, self.count = 0.0, 0
         self.seen = Decision()
+        self.writes, self.problem = True, ""
 
     def do(self, decision):
         self.seen.add(decision)
+        for effect in decision.effects:
+            if isinstance(effect, KeepNodes) and self.writes:
+                self.do(self.core.nodes_kept(NodesKept(effect.said, self.problem), self.now))
         return decision
 
     def tell(self, event, node=None):
@@ -365,9 +369,9 @@ class TestNodes:
         attempts = launched(driver, "n0", "n1", "n2", min_nodes=2, max_nodes=2)
         assert attempts.hosts == {"n0", "n1"}
         asked = driver.ask(pb.VERB_EXCLUDE, "", target="n1", reason="a fan")
-        assert "goes on running job" in driver.result(asked).what
         (kept,) = [e for e in driver.tick().effects if isinstance(e, KeepNodes)]
         assert kept.words["n1"][0]
+        assert "goes on running job" in driver.result(asked).what
         driver.ask(pb.VERB_RESTART)
         for node in ("n0", "n1"):
             driver.tell(node_ready(node, 1))
@@ -376,6 +380,20 @@ class TestNodes:
         assert attempts.aside(driver.now) == {"n1": "is excluded: a fan (ada)"}
         driver.ask(pb.VERB_INCLUDE, "", target="n1")
         assert attempts.aside(driver.now) == {"n1": "a spare"}
+
+    def test_a_word_is_answered_when_it_is_on_the_list(self, driver):
+        driver.writes = False
+        asked = driver.ask(pb.VERB_EXCLUDE, "", target="n1")
+        (first,) = [e for e in driver.tick().effects if isinstance(e, KeepNodes)]
+        later = driver.ask(pb.VERB_EXCLUDE, "", target="n2")
+        driver.do(driver.core.nodes_kept(NodesKept(first.said), driver.now))
+        assert driver.result(asked).what == "node n1 is excluded"
+        assert [a.begun for a in driver.answers(later)] == [True]
+        driver.writes, driver.problem = True, "nodes.json: No space left on device"
+        driver.tick()
+        assert driver.result(later).code == "store"
+        assert "No space left" in driver.result(later).what
+        assert driver.core.exclusion.excluded("n2", driver.now)
 
     def test_for_a_time(self):
         exclusion = Exclusion()
