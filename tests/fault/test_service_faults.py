@@ -308,10 +308,10 @@ def test_the_disk_of_what_it_keeps_is_full_under_a_job(launch: Launch, runtime: 
     store = tmp_path / "run"
     options = ["--max-restarts", "3", "--rdzv-id", "gpt", "--no-preflight", "--no-standby"]
 
-    def ordered(*arguments: str) -> str:
+    def ordered(*arguments: str, status: int = 0) -> str:
         command = [sys.executable, "-m", "ckptsvc.cli.main", *arguments]
         said = subprocess.run(command, env=runtime.environ, capture_output=True, text=True, check=False, timeout=60)
-        assert said.returncode == 0, said.stderr
+        assert said.returncode == status, said.stderr
         return said.stdout + said.stderr
 
     with tmpfs(tmp_path / "state", "64k") as state:
@@ -330,7 +330,8 @@ def test_the_disk_of_what_it_keeps_is_full_under_a_job(launch: Launch, runtime: 
             job.wait_for("stepped", attempt=2)
             assert "not in the audit log: [Errno 28] No space left on device" in ordered("pause", "gpt")
             ordered("resume", "gpt")
-            ordered("exclude", "n8")
+            excluded = ordered("exclude", "n8", status=4)
+            assert "n8 is excluded, for as long as this coordinator lives: the list could not be written" in excluded
             pestered.saves_on()
             pestered.says_once("is not kept in", "No space left on device")
             pestered.says_once("the audit log", "cannot be written: [Errno 28] No space left on device")
