@@ -75,16 +75,20 @@ test-page: install ## the status page in Chromium (Debian, root: installs it)
 	$(BIN)/python -m pytest -m browser $(ARGS)
 
 test-service: install ## units, packages and what a service suffers; with a real systemd as root (Debian, root: installs it)
-	@for program in systemd-analyze dpkg-deb nsenter; do command -v $$program > /dev/null || absent=1; done; \
-	if [ -n "$$absent" ]; then apt-get update && apt-get install -y --no-install-recommends systemd dpkg util-linux; fi
+	@for program in systemd-analyze dpkg-deb nsenter lintian podman runc mmdebstrap; do \
+	command -v $$program > /dev/null || absent=1; done; \
+	if [ -n "$$absent" ]; then apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+	systemd dpkg util-linux lintian podman runc mmdebstrap; fi
 	if command -v npm > /dev/null; then npm install --prefix $(VENV)/containerfile --no-audit --no-fund --no-save \
 	--loglevel=error dockerfile-utils@0.16.3; fi
-	$(BIN)/python -m pytest tests/schedulers/test_systemd.py tests/schedulers/test_packages.py \
+	$(BIN)/python -m pytest tests/schedulers/test_systemd.py tests/schedulers/test_packages.py tests/schedulers/test_installed.py \
 	tests/schedulers/test_kubernetes.py tests/fault/test_service.py tests/fault/test_service_faults.py $(ARGS)
 
-deb: install ## a Debian package of the service, in dist/
+deb: install ## a Debian package of the service, in dist/; lintian looks at it where it is installed
+	rm -f dist/ckptsvc-*.whl
 	$(PIP) wheel --no-input --disable-pip-version-check --no-deps --build-constraint constraints.txt -w dist .
 	sh deploy/debian/build.sh dist/ckptsvc-*.whl "$(PIP)" dist
+	if command -v lintian > /dev/null; then lintian --fail-on error,warning dist/ckptsvc_*.deb; fi
 
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .

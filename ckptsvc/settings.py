@@ -173,7 +173,8 @@ class SaveSettings(msgspec.Struct, frozen=True, kw_only=True):
             writing slows the copy down, for which the training waits.
         incremental: write only what has changed since the newest checkpoint, and refer to its files for the rest.
         full_every: then one of so many checkpoints in a row is whole: as many hang on one file at most.
-        compression: "off"; "zstd": compress what is written; "auto": where that is measured to be done sooner.
+        compression: "off"; "zstd": compress what is written; "auto": where that is measured to be done sooner. Extents
+            of more than 4 MiB are not compressed.
         compression_level: of zstandard.
     """
 

@@ -236,8 +236,7 @@ class Saves:
         self._local.metrics.spared_bytes.labels(_scheme(label.store)).inc(max(done["nbytes"] - done["stored"], 0))
         self._local.metrics.write_held_back.inc(done["held_back"])
         self._layouts.note(_scheme(label.store), label, done["layout"])
-        if done["why"]:
-            logger.debug("step %d, rank %d: %s", label.step, label.rank, done["why"])
+        job.compression.note(label, done["verdict"], time.monotonic())
         durable = pb.Durable(
             job=label.job,
             epoch=label.epoch,

@@ -43,12 +43,13 @@ from ckptsvc.agent.orders.audit import audit_log
 from ckptsvc.agent.orders.callers import Callers, RoleGate
 from ckptsvc.agent.orders.orders import Orders
 from ckptsvc.agent.orders.standing import StandingOrders
-from ckptsvc.agent.process import handover
+from ckptsvc.agent.process import handover, predecessor
 from ckptsvc.agent.process.clock import watch_clock
+from ckptsvc.agent.process.lasting import dispensable, until_told
 from ckptsvc.agent.process.limits import raise_open_files
-from ckptsvc.agent.process.malformed import keep_quiet
 from ckptsvc.agent.process.notify import Notifier
 from ckptsvc.agent.process.reload import reload
+from ckptsvc.agent.process.repeated import keep_quiet
 from ckptsvc.agent.process.tenancy import Tenancy
 from ckptsvc.agent.process.trial import obstacle
 from ckptsvc.agent.servicer import AgentServicer, CoordinatorServicer, add_agent_service, add_coordinator_service
@@ -183,7 +184,7 @@ class Agent:
             log(logger, logging.INFO, Event.AGENT_STARTED, "agent of %s serves in %s, listens on %s",
                 self.node_name, directory, self.address, node=self.node_name)  # fmt: skip
             self._notifier.ready(summary_of(self))
-            await self._stopping.wait()
+            failure = await until_told(self._stopping, tasks)
             if not self._makes_way:
                 self._notifier.stopping("ends; snapshots in memory wait for the next agent")
             launched = not self.launches.idle
@@ -192,11 +193,14 @@ class Agent:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        await self._close(awaited=launched or self._makes_way or self._yields)
+        await self._close(awaited=launched or self._makes_way or self._yields or failure is not None)
+        if failure is not None:
+            raise failure
         what = "makes way for its successor" if self._makes_way else "stopped"
         log(logger, logging.INFO, Event.AGENT_STOPPED, "agent of %s %s", self.node_name, what, node=self.node_name)
         if self._makes_way:
             handover.succeed(handover.Handed(lock, self.address, self.metrics_address))
+        predecessor.end(lock)
         os.close(lock)
 
     def _heed_signals(self) -> None:
@@ -229,6 +233,8 @@ class Agent:
         lock = handed.lock if handed else os.open(directory / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         await handover.own(lock, directory, is_service=self._options.linger is None)
         (directory / "ready").unlink(missing_ok=True)  # of an agent that was killed
+        if (how := predecessor.begin(lock)) and not handed:
+            logger.warning("%s; this one goes on with what is in memory", how)
         return lock
 
     def _lasting(self) -> Iterator[Coroutine[Any, Any, None]]:
@@ -237,9 +243,9 @@ class Agent:
         yield self.shell.run()
         yield self.node.watch()
         yield self.watch.run()
-        yield self.nics.run()
+        yield dispensable("network cards are not watched any more", self.nics.run())
         yield self._until_idle()
-        yield watch_clock(self.node_name)
+        yield dispensable("nobody looks after the clock any more", watch_clock(self.node_name))
         yield self._notifier.beat(partial(summary_of, self))
         if self.tenancy:
             yield self.tenancy.run()
@@ -366,12 +372,9 @@ class Agent:
             self._on_incident = self.recent.note
             return
 
-        async def keep(incident: coordinator_pb2.Incident) -> None:
-            await kept.record(incident)
-
         def take(incident: coordinator_pb2.Incident) -> None:
             self.recent.note(incident)
-            self.local.spawn(keep(incident))
+            self.local.spawn(kept.record(incident))
 
         self._on_incident, self.recent.kept = take, kept
         self.local.spawn(self.recent.load())
@@ -443,11 +446,14 @@ async def serve(options: Options) -> None:
         logs = options.settings.log
         start_logging(logs.format, logs.level, node=agent.node_name)
         await agent.run()
-    except OSError as error:
-        if error.errno not in SCARCE:
+    except (OSError, MemoryError) as error:
+        if isinstance(error, MemoryError):
+            why = "it gets no memory"
+        elif error.errno in SCARCE:
+            why = f"{error.strerror} ({error.filename})" if error.filename else error.strerror or ""
+        else:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        raise CkptsvcError(f"the agent in {options.directory} cannot go on: {error.strerror}{where}",
+        raise CkptsvcError(f"the agent in {options.directory} cannot go on: {why}",
             hint="snapshots in memory wait for the next agent") from error  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import secrets
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
+from ckptsvc.agent.compression import Compression
 from ckptsvc.agent.identity import Registration
 from ckptsvc.agent.watching.witness import Witness
 from ckptsvc.control.deadline import Pace
@@ -111,6 +112,7 @@ class LocalJob:
     idle_since: float = 0.0
     died: bool = False
     pace: Pace = field(default_factory=Pace)
+    compression: Compression = field(default_factory=Compression)
 
     def attempt(self, number: int) -> Attempt:
         """The attempt of that number."""

@@ -70,11 +70,12 @@ def command(
       "found": {"objects", "bytes"}, "removed": {"objects", "bytes"},
       "policy": {"last", "steps", "seconds", "best", "metric", "highest",
       "age", "rate"}, "checkpoints": [{"name", "step", "epoch", "created",
-      "bytes", "metrics", "fate", "why": [...]}]}
+      "bytes", "written", "metrics", "fate", "why": [...]}]}
     fate is "remove" (in a dry run), "removed", "too young", "running" or
     "committed meanwhile", of a checkpoint "keep", "remove" or "removed";
     modified is ISO 8601 in UTC, null for an empty folder; removed counts what
-    would be removed in a dry run.
+    would be removed in a dry run. A checkpoint has so many bytes; written are
+    those of its own files, which are free when it is gone.
     """  # noqa: D301  \b is click's
     if delete and dry_run:
         raise InvalidInput("--delete and --dry-run contradict each other")

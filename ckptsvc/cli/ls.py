@@ -14,7 +14,7 @@ from ckptsvc.cli.retention import metric_text
 from ckptsvc.cli.terminal import Screen, age, emit, note, plural, printable, size
 from ckptsvc.errors import Damaged, IncompatibleVersion
 from ckptsvc.format.commit import CommitRecord
-from ckptsvc.pipeline.catalog import Ref, Refused, list_refs, read_commit
+from ckptsvc.pipeline.catalog import Ref, Refused, list_refs, read_commit, written_bytes
 from ckptsvc.pipeline.pins import pinned
 from ckptsvc.quantities import when
 from ckptsvc.storage import Store
@@ -32,6 +32,7 @@ class Found(NamedTuple):
         ref: which.
         commit: its commit record, why that cannot be used, or None where there is none.
         nbytes: of all shards, or of all that is there where nothing is committed; None if not known.
+        written: bytes of the files that were written for it; None if not known.
         created: when it was committed, or last written to; None if not known.
         pinned: it is not deleted, whatever retention says.
     """
@@ -39,6 +40,7 @@ class Found(NamedTuple):
     ref: Ref
     commit: CommitRecord | Refused | None
     nbytes: int | None
+    written: int | None
     created: datetime | None
     pinned: bool = False
 
@@ -63,13 +65,14 @@ def command(store: str, show_all: bool, as_json: bool) -> None:
 
     \b
     JSON: {"store", "checkpoints": [{"name", "step", "epoch", "state",
-      "world_size", "attempt", "job", "shards", "bytes", "created", "why",
-      "pinned", "metrics", "refers"}], "not_committed"}
+      "world_size", "attempt", "job", "shards", "bytes", "written", "created",
+      "why", "pinned", "metrics", "refers"}], "not_committed"}
     state is "committed", "damaged", "newer format" or "not committed"; bytes
-    are those of the shards; created is ISO 8601 in UTC, of the commit or else
-    of the last write; not_committed counts such saves, listed or not; refers
-    are checkpoints whose files this one needs; what is not known is null;
-    metrics that are no finite numbers are text ("nan").
+    are those of the shards, written those of the files written for them (fewer,
+    where they are compressed or lie in others' files); created is ISO 8601 in
+    UTC, of the commit or else of the last write; not_committed counts such
+    saves, listed or not; refers are checkpoints whose files this one needs; what
+    is not known is null; metrics that are no finite numbers are text ("nan").
     """  # noqa: D301  \b is click's
     place = address.parse(store)
     with address.opened(place) as opened:
@@ -95,14 +98,13 @@ def _look(store: Store, ref: Ref) -> Found:
     try:
         commit = read_commit(store, ref)
     except (Damaged, IncompatibleVersion) as error:
-        return Found(ref, error, None, None)
+        return Found(ref, error, None, None, None)
     if commit is not None:
-        return Found(ref, commit, commit.bytes, when(commit.created))
+        return Found(ref, commit, commit.bytes, written_bytes(store, ref, commit), when(commit.created))
     entries = list(store.list(ref.name))
+    there = sum(entry.size for entry in entries)
     last = max((entry.modified for entry in entries), default=None)
-    return Found(
-        ref, None, sum(entry.size for entry in entries), None if last is None else datetime.fromtimestamp(last, UTC)
-    )
+    return Found(ref, None, there, there, None if last is None else datetime.fromtimestamp(last, UTC))
 
 
 def _json(found: Found) -> dict[str, Any]:
@@ -117,6 +119,7 @@ def _json(found: Found) -> dict[str, Any]:
         "job": commit and commit.job,
         "shards": commit and commit.shards,
         "bytes": found.nbytes,
+        "written": found.written,
         "created": found.created and found.created.isoformat(),
         "why": str(found.commit) if isinstance(found.commit, Damaged | IncompatibleVersion) else None,
         "pinned": found.pinned,
@@ -133,7 +136,7 @@ def _show(url: str, found: Sequence[Found], hint: str) -> None:
         return
     screen = Screen()
     header, rows = (
-        ["NAME", "STEP", "EPOCH", "RANKS", "SIZE", "AGE", "STATE", "METRICS"],
+        ["NAME", "STEP", "EPOCH", "RANKS", "SIZE", "WRITTEN", "AGE", "STATE", "METRICS"],
         [
             [
                 each.ref.name,
@@ -141,6 +144,7 @@ def _show(url: str, found: Sequence[Found], hint: str) -> None:
                 str(each.ref.epoch),
                 f"{each.commit.world_size:,}" if isinstance(each.commit, CommitRecord) else "?",
                 "?" if each.nbytes is None else size(each.nbytes),
+                "?" if each.written is None else size(each.written),
                 age(each.created),
                 "pinned" if each.pinned and each.state == "committed" else each.state,
                 metrics_text(each.commit) if isinstance(each.commit, CommitRecord) else "",
@@ -148,6 +152,8 @@ def _show(url: str, found: Sequence[Found], hint: str) -> None:
             for each in found
         ],
     )
+    if all(each.written == each.nbytes for each in found):
+        header, rows = [*header[:5], *header[6:]], [[*row[:5], *row[6:]] for row in rows]
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     elif screen.width is not None and screen.width < WIDE:  # the name says the epoch
@@ -155,7 +161,7 @@ def _show(url: str, found: Sequence[Found], hint: str) -> None:
     screen.table(
         header,
         rows,
-        right=("STEP", "EPOCH", "RANKS", "SIZE", "AGE"),
+        right=("STEP", "EPOCH", "RANKS", "SIZE", "WRITTEN", "AGE"),
         fold="METRICS" if "METRICS" in header else "",
         style=lambda row, column: _STYLE.get(rows[row][header.index("STATE")], "") if column == "STATE" else "",
     )

@@ -14,7 +14,7 @@ from ckptsvc.cli.terminal import Screen, age, plural, printable, size
 from ckptsvc.config import load
 from ckptsvc.errors import ConfigError
 from ckptsvc.format.commit import CommitRecord
-from ckptsvc.pipeline.catalog import Ref, find
+from ckptsvc.pipeline.catalog import Ref, find, written_bytes
 from ckptsvc.pipeline.retain import judge
 from ckptsvc.pipeline.retention import Policy, Verdict, policy_of
 from ckptsvc.quantities import when
@@ -68,19 +68,21 @@ class Judged:
 
     Attributes:
         commits: of all that are committed and can be read, newest first.
+        written: bytes of the files written for each of them.
         verdict: what retention says.
         removed: those that are deleted by now.
     """
 
     policy: Policy
     commits: dict[Ref, CommitRecord]
+    written: dict[Ref, int]
     verdict: Verdict
     removed: Collection[Ref] = ()
 
     @property
     def going(self) -> int:
-        """Bytes of the shards of what goes."""
-        return sum(self.commits[ref].bytes for ref in self.verdict.gone)
+        """Bytes that are free when what goes is gone; what others need stays, and is not among it."""
+        return sum(self.written[ref] for ref in self.verdict.gone)
 
 
 def look(store: Store, wanted: Policy, now: float, running: Collection[int]) -> Judged:
@@ -88,7 +90,9 @@ def look(store: Store, wanted: Policy, now: float, running: Collection[int]) -> 
     found = find(store)
     needed = [ref for ref, _ in found if ref.step in running]
     verdict = judge(store, found, wanted, now, needed)
-    return Judged(wanted, {ref: commit for ref, commit in found if isinstance(commit, CommitRecord)}, verdict)
+    commits = {ref: commit for ref, commit in found if isinstance(commit, CommitRecord)}
+    written = {ref: written_bytes(store, ref, commit) for ref, commit in commits.items()}
+    return Judged(wanted, commits, written, verdict)
 
 
 def show(screen: Screen, judged: Judged) -> None:
@@ -99,7 +103,7 @@ def show(screen: Screen, judged: Judged) -> None:
         fate = "keep" if ref in judged.verdict.kept else "removed" if ref in judged.removed else "remove"
         why = "; ".join(judged.verdict.kept.get(ref, ())) or "no rule keeps it"
         value = [metric_text(commit.values.get(metric))] if metric else []
-        rows.append((ref.name, age(when(commit.created)), size(commit.bytes), *value, fate, printable(why)))
+        rows.append((ref.name, age(when(commit.created)), size(judged.written[ref]), *value, fate, printable(why)))
     header = ["CHECKPOINT", "AGE", "SIZE", *([printable(metric).upper()] if metric else []), "FATE", "WHY"]
     style = {"removed": "good", "remove": "doubt"}
     fate_at = header.index("FATE")
@@ -126,6 +130,7 @@ def document(judged: Judged) -> list[dict[str, Any]]:
             "epoch": ref.epoch,
             "created": commit.created,
             "bytes": commit.bytes,
+            "written": judged.written[ref],
             "metrics": as_json(commit.values),
             "fate": "keep" if ref in judged.verdict.kept else "removed" if ref in judged.removed else "remove",
             "why": judged.verdict.kept.get(ref, []),

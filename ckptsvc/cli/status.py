@@ -64,6 +64,7 @@ def command(
         "bytes", "age"}], "drains_allowed", "store_problem"} or null,
       "saves": [{"job", "epoch", "step", "outcome", "code", "reason",
         "bytes", "seconds"}],
+      "compression": [{"job", "compressed", "why"}],
       "coordinates": [{"job", "attempt", "epoch", "world_size",
         "live_ranks", "nodes", "running_saves", "in_memory", "on_disk",
         "restarts", "incidents", "aside", "nics", "store", "step",
@@ -86,7 +87,8 @@ def command(
     new ones, or is empty; "paused" since which step jobs take no snapshots.
     "aside" are nodes of the job that run no rank, with the reason. The stage
     of a snapshot on the local disk is "pending" until it is in the durable
-    store ("committed") or known to stay where it is ("local"). "grid" holds
+    store ("committed") or known to stay where it is ("local"). "compression"
+    says what save.compression has come to. "grid" holds
     the ranks as columns, see ckptsvc/agent/status/grid.py; "checkpoints" are the
     newest 64, with the tiers that hold them; "incidents" are the newest 50.
     """  # noqa: D301  \b is click's
@@ -168,6 +170,7 @@ def _only(answers: Sequence[Answer], job: str) -> list[Answer]:
             continue
         mine: dict[str, Any] = {name: [each for each in answer.status[name] if each["job"] == job] for name in _OF_JOBS}
         if any(mine.values()):
+            mine["compression"] = [each for each in answer.status.get("compression", ()) if each["job"] == job]
             disk = answer.status.get("local_disk")
             if disk:
                 mine["local_disk"] = disk | {"snapshots": [each for each in disk["snapshots"] if each["job"] == job]}
@@ -255,6 +258,9 @@ def _describe(screen: Screen, status: Status, job: str) -> Iterator[str]:
                 yield f"    coordinator {printable(election['coordinator'])}, elected in term {election['term']}"
             if election["problem"]:
                 yield "    " + screen.paint(printable(election["problem"]), "doubt")
+    for each in status.get("compression", ()):
+        if each["job"] == job:
+            yield f"    {'' if each['compressed'] else 'not '}compressed: {printable(each['why'])}"
     for pause in status.get("paused", ()):
         if pause["job"] == job:
             until = f" for {duration(pause['until'] - time.time())} more" if pause["until"] else ""

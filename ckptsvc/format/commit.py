@@ -65,6 +65,7 @@ class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
         created: time of the commit, ISO 8601 in UTC.
         refers: folders of other checkpoints of the run whose files this one needs, ascending.
         metrics: values that the training gave with this checkpoint, as text (see `metrics_text`).
+        written: bytes of the files that were written for the shards, where these have segments; else None.
         format: version of the format.
     """
 
@@ -82,6 +83,7 @@ class CommitRecord(msgspec.Struct, frozen=True, kw_only=True):
     created: str
     refers: tuple[str, ...] = ()
     metrics: dict[str, str] = {}
+    written: Count | None = None
     format: str = FORMAT
 
     @property
@@ -214,7 +216,7 @@ def check_metrics(metrics: Mapping[str, str]) -> None:
 
 def _seal(value: msgspec.Struct, what: str) -> Octets:
     # What is empty is left out: the records of a checkpoint without it are those of version 1.0.
-    fields = {name: each for name, each in msgspec.to_builtins(value).items() if each not in ([], (), {})}
+    fields = {name: each for name, each in msgspec.to_builtins(value).items() if each not in ([], (), {}, None)}
     fields["check"] = digest64(record.canonical(fields))
     data = record.canonical(fields)
     if len(data) > MAX_RECORD_BYTES:

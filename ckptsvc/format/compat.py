@@ -24,6 +24,9 @@ WITH_METRICS: Final = "1.1"
 SEGMENTED: Final = "2.0"
 """What it writes where shards have segments."""
 
+WITH_WRITTEN: Final = "2.1"
+"""What the commit record of a checkpoint with segments has, which says how many bytes were written for it."""
+
 _NEWEST_MAJOR: Final = 2
 _VERSION = re.compile(r"(0|[1-9][0-9]{0,5})\.(0|[1-9][0-9]{0,5})", re.ASCII)
 

@@ -107,6 +107,14 @@ def read_commit(store: Store, ref: Ref) -> CommitRecord | None:
     return commit
 
 
+def written_bytes(store: Store, ref: Ref, commit: CommitRecord) -> int:
+    """Bytes of the files that were written for a checkpoint, without record and index: what is free when it is gone."""
+    if commit.written is not None or commit.format.startswith("1."):
+        return commit.bytes if commit.written is None else commit.written
+    beside = {f"{ref.name}/{name}" for name in (COMMIT, commit.index)}  # format 2.0, whose records did not say it
+    return sum(entry.size for entry in store.list(ref.name) if entry.key not in beside)
+
+
 def open_checkpoint(store: Store, ref: Ref, commit: CommitRecord | None = None) -> Checkpoint:
     """Read and verify commit record and index.
 

@@ -17,7 +17,7 @@ import msgspec
 from ckptsvc.errors import Damaged, Fenced, NotFound, SaveFailed, StoreError
 from ckptsvc.format.checksum import digest128
 from ckptsvc.format.commit import COMMIT, CommitRecord, index_name
-from ckptsvc.format.compat import FORMAT, WITH_METRICS
+from ckptsvc.format.compat import FORMAT, SEGMENTED, WITH_METRICS, WITH_WRITTEN
 from ckptsvc.format.index import Index, IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.catalog import Ref, exists, newest_epoch, read_commit, read_epoch
@@ -116,6 +116,7 @@ def _write_index(store: Store, ref: Ref, info: IndexInfo, shards: Sequence[Shard
     image = index.encode()
     name = index_name(secrets.token_hex(4))
     _write_aligned(store, f"{ref.name}/{name}", image)
+    has_segments = index.info.format == SEGMENTED
     return CommitRecord(
         step=info.step,
         epoch=info.epoch,
@@ -129,8 +130,16 @@ def _write_index(store: Store, ref: Ref, info: IndexInfo, shards: Sequence[Shard
         bytes=sum(s.nbytes for s in shards),
         world_size=info.world_size,
         created=now_iso(),
-        format=index.info.format,
+        written=sum(_written(s, ref.name) for s in shards) if has_segments else None,
+        format=WITH_WRITTEN if has_segments else index.info.format,
     )
+
+
+def _written(shard: ShardRecord, folder: str) -> int:
+    """Bytes of the files of a shard that are in its own checkpoint's folder."""
+    if shard.segments is None:
+        return shard.nbytes
+    return sum(file.nbytes for file in shard.segments.files if file.folder == folder)
 
 
 def _check_there(store: Store, ref: Ref, shards: Sequence[ShardRecord]) -> None:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, suppress
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal
@@ -19,36 +19,30 @@ import numpy as np
 from ckptsvc.errors import InvalidInput
 from ckptsvc.format.checksum import Digests, extent_digests, strong_digests
 from ckptsvc.format.columnar import Int64
+from ckptsvc.format.columns import Columns
 from ckptsvc.format.extents import ExtentTable, Rows, empty_rows
-from ckptsvc.format.limits import MAX_SEGMENT_BYTES
 from ckptsvc.format.planes import PLAIN
 from ckptsvc.format.segments import StoredFile
+from ckptsvc.format.shard import ShardInfo
 from ckptsvc.pipeline import local_copy, packing
 from ckptsvc.pipeline.assembled import Piece
+from ckptsvc.pipeline.chapters import LARGEST, MOST_THREADS, Packer, Press
 from ckptsvc.pipeline.local_copy import Copy, Stretch
+from ckptsvc.pipeline.packing import Judge, Verdict
 from ckptsvc.pipeline.past import History, Key, Past
-from ckptsvc.pipeline.segment_write import Chunk, SegmentWriter
+from ckptsvc.pipeline.references import is_there
+from ckptsvc.pipeline.segment_write import Chapter, Chunk, SegmentWriter
 from ckptsvc.pipeline.write import DIGESTING, ShardImage, Written, write_shard
 from ckptsvc.storage import Progress, Store
 
-MAX_FILES = 16
-"""Files that a compressed shard is divided into at most: what is written must be held until its size is known."""
-
-CHAPTER = 64 << 20
-"""Bytes of a shard that are compressed before a file is written, at least."""
-
 MAX_PARTS = 1 << 18
-"""Segments in a file at most, whatever that makes of the number of files: a header has to hold an entry for each."""
+"""Segments in a file at most: a header has to hold an entry for each."""
 
 MOSTLY_NEW = 0.9
 """Where a greater part than this has changed, all is written: straight from the arena, and nothing hangs on others."""
 
-LEAST_MEASURED = 1 << 20
-"""Bytes from which on a write says how fast a store is."""
-
 Pages = Callable[[str, int], AbstractContextManager[memoryview]]
 OnDigests = Callable[[Digests], None]
-Packer = Callable[[int], packing.Packed]
 Digest = Callable[[memoryview, int], tuple[Digests, Digests]]
 
 
@@ -91,6 +85,39 @@ class _Clock:
         return time.perf_counter() - self.began - self.waited
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A shard that is to be stored, wherever its bytes are.
+
+    Attributes:
+        shard: which; its image may be empty.
+        columns, info: its table, and where it comes from.
+        low: the xxh3_64 of each extent.
+        high: 64 bits more of each (see `strong_digests`); none where nothing may refer to it.
+        bytes_of: those of the extents from one number to before another.
+        whole: writes all of it as one file.
+        path: the arena it is in, if it is in one.
+    """
+
+    shard: ShardImage
+    columns: Columns
+    info: ShardInfo
+    low: Digests
+    high: Digests
+    bytes_of: Callable[[int, int], Piece]
+    whole: Callable[[], Written]
+    path: str = ""
+
+    def size(self, number: int) -> int:
+        """How many bytes an extent has."""
+        return len(self.bytes_of(number, number + 1))
+
+    def extent(self, number: int) -> memoryview:
+        """The bytes of an extent."""
+        found = self.bytes_of(number, number + 1)
+        return found[0 : len(found)]
+
+
 class ShardWriter:
     """Writes the shards of one process. Thread-safe.
 
@@ -103,12 +130,10 @@ class ShardWriter:
     def __init__(self, economy: Economy, pool: Executor, pages: Pages) -> None:
         self._economy, self._pool, self._pages = economy, pool, pages
         self._history = History(economy.full_every)
-        self._bandwidth: dict[str, float] = {}  # bytes per second of one writer, by store
+        self._judge = Judge(min(economy.threads, MOST_THREADS))
+        self._press = Press(economy.threads) if economy.compression != "off" else None
         self._lock = threading.Lock()
         self._active = 0
-        self._packing: ThreadPoolExecutor | None = None
-        if economy.compression != "off":
-            self._packing = ThreadPoolExecutor(economy.threads, thread_name_prefix="ckptsvc-pack")
 
     @property
     def is_incremental(self) -> bool:
@@ -138,22 +163,30 @@ class ShardWriter:
         Raises:
             Damaged, SaveFailed, StoreError: as `write_shard`.
         """
-        past = None
-        if self._economy.incremental and committed < (shard.epoch, shard.step):
-            past = self._history.base(store.url, shard.rank, committed, shard.extent)
-        if past is None and not self._packs(store, shard):
-            return self._whole(store, shard, path, on_digests, ready)
-        with self._lock:
-            self._active += 1
-        try:
-            ready(shard.nbytes)
-            return self._parts(store, shard, path, past, on_digests)
-        finally:
-            with self._lock:
-                self._active -= 1
+        past = self._base(store, shard, committed)
+        if past is None and not self._may_compress(store, shard):
+            digest = strong_digests if self._economy.incremental else _weak_digests
+            written = self._write_whole(store, shard, path, on_digests, _Clock(ready), digest)
+            return replace(written, verdict=self._too_large(shard))
+        ready(shard.nbytes)
+        columns, info = shard.describe()
+        with DIGESTING:
+            low, high = strong_digests(shard.image[: shard.nbytes], shard.extent)
+        on_digests(low)
+
+        def whole() -> Written:
+            known = partial(_known_digests, low, high)
+            return self._write_whole(store, shard, path, lambda _: None, _Clock(lambda nbytes: None), known)
+
+        with ExitStack() as stack:
+            earlier = self._earlier(stack, past if self._may_compress(store, shard) else None)
+            source = _Source(shard, columns, info, low, high, shard.bytes_of, whole, path)
+            return self._write_less(store, source, past, earlier)
 
     def drain(self, local: Store, store: Store, copy: Copy, committed: Key, go_on: Callable[[], None]) -> Written:
-        """Write a copy on the local disk to the store, or as much of it as is needed; it is not compressed.
+        """Write a copy on the local disk to the store, or as much of it as is needed.
+
+        It is never stored as differences: these need the arena of another snapshot.
 
         Args:
             local: the folder of the job.
@@ -167,42 +200,48 @@ class ShardWriter:
         """
         label, low = copy.label, copy.array()
         columns, info = local_copy.describe(local, copy)
-        if not self._economy.incremental:
-            local_copy.drain(local, store, copy, go_on)
-            return Written(copy.name, label.nbytes, low, columns, info, None, label.nbytes)
         shard = ShardImage(memoryview(b""), label.nbytes, label.extent, label.epoch, label.step, label.rank)
-        high = local_copy.strong_halves(local, copy, go_on)
-        past = None
-        if committed < (label.epoch, label.step):
-            past = self._history.base(store.url, label.rank, committed, label.extent)
-        rows, files = _unchanged(past, low, high, label.nbytes)
-        todo = np.flatnonzero(rows["file"] < 0)
-        if past is None or len(todo) > MOSTLY_NEW * len(rows):
-            local_copy.drain(local, store, copy, go_on)
+        high = np.empty(0, np.uint64)
+        if self._economy.incremental:
+            high = local_copy.strong_halves(local, copy, go_on)
+        past = self._base(store, shard, committed)
+        if past is not None and not is_there(store, past.table.files):
+            past = None  # the commit would fail for it, and the copy go with the save
+
+        def whole() -> Written:
+            seconds = local_copy.drain(local, store, copy, go_on)
+            self._judge.note(store.url, label.nbytes, seconds)
             table = ExtentTable.whole(StoredFile(shard.folder, copy.name, label.nbytes), label.extent, low)
             self._remember(store, shard, Past(low, high, label.nbytes, label.extent, table, "", 0))
             return Written(copy.name, label.nbytes, low, columns, info, None, label.nbytes)
-        writer = SegmentWriter(store, shard, info, files)
-        writer.write(_plain(todo, lambda first, last: Stretch(local, copy, first, last - first, go_on)), rows, rows)
-        table = ExtentTable(tuple(writer.files), rows)
-        self._remember(store, shard, Past(low, high, label.nbytes, label.extent, table, "", past.age + 1))
-        segments = table.segments(label.nbytes, label.extent)
-        return Written(writer.name, label.nbytes, low, columns, info, segments, writer.nbytes)
 
-    def _packs(self, store: Store, shard: ShardImage) -> bool:
+        def bytes_of(first: int, last: int) -> Piece:
+            return Stretch(local, copy, first, last - first, go_on)
+
+        source = _Source(shard, columns, info, low, high, bytes_of, whole)
+        return self._write_less(store, source, past, lambda number: None)
+
+    def _base(self, store: Store, shard: ShardImage, committed: Key) -> Past | None:
+        """What a shard may refer to."""
+        if not self._economy.incremental or committed >= (shard.epoch, shard.step):
+            return None
+        return self._history.base(store.url, shard.rank, committed, shard.extent)
+
+    def _may_compress(self, store: Store, shard: ShardImage) -> bool:
         """Whether it may be compressed; "auto" needs a measure of the store first."""
-        if self._packing is None or shard.extent > MAX_SEGMENT_BYTES:
+        if self._press is None or shard.extent > LARGEST:
             return False
-        return self._economy.compression == "zstd" or store.url in self._bandwidth
+        return self._economy.compression == "zstd" or self._judge.knows(store.url)
 
-    def _whole(self, store: Store, shard: ShardImage, path: str, on_digests: OnDigests, ready: Progress) -> Written:
-        """Write all of it as one file, and remember it."""
-        digest: Digest = strong_digests if self._economy.incremental else _weak_digests
-        return self._write_whole(store, shard, path, on_digests, _Clock(ready), digest)
+    def _too_large(self, shard: ShardImage) -> Verdict | None:
+        if self._press is None or shard.extent <= LARGEST:
+            return None
+        return Verdict(False, f"save.extent is {shard.extent} bytes: more than {LARGEST} are not compressed")
 
     def _write_whole(
         self, store: Store, shard: ShardImage, path: str, on_digests: OnDigests, clock: _Clock, digest: Digest
     ) -> Written:
+        """Write all of it as one file, straight from the arena, and remember it."""
         high: list[Digests] = []
 
         def digest_with(buffer: memoryview, extent: int) -> Digests:
@@ -214,7 +253,7 @@ class ShardWriter:
             store, shard.image, shard.nbytes, extent=shard.extent, epoch=shard.epoch, step=shard.step, rank=shard.rank,
             pool=self._pool, on_digests=on_digests, ready=clock.ready, digest_with=digest_with,
         )  # fmt: skip
-        self._note_bandwidth(store, shard.nbytes, clock.seconds)
+        self._judge.note(store.url, shard.nbytes, clock.seconds)
         table = ExtentTable.whole(StoredFile(shard.folder, written.name, shard.nbytes), shard.extent, written.digests)
         self._remember(store, shard, Past(written.digests, high[0], shard.nbytes, shard.extent, table, path, 0))
         return written
@@ -223,34 +262,44 @@ class ShardWriter:
         if self._economy.incremental:
             self._history.remember(store.url, shard.rank, (shard.epoch, shard.step), past)
 
-    def _parts(self, store: Store, shard: ShardImage, path: str, past: Past | None, on_digests: OnDigests) -> Written:
-        """Write what cannot be referred to, in files of segments."""
-        columns, info = shard.describe()
-        with DIGESTING:
-            low, high = strong_digests(shard.image[: shard.nbytes], shard.extent)
-        on_digests(low)
+    def _write_less(self, store: Store, source: _Source, past: Past | None, earlier: packing.Base) -> Written:
+        """Write what cannot be referred to, in files of segments; or all of it, where that is most of it."""
+        shard, low, high = source.shard, source.low, source.high
         rows, files = _unchanged(past, low, high, shard.nbytes)
         todo = np.flatnonzero(rows["file"] < 0)
-        writer, worth, why = SegmentWriter(store, shard, info, files), False, ""
-        with ExitStack() as stack:
-            chapters: Iterable[list[Chunk]] = _plain(todo, shard.bytes_of)
-            if self._packs(store, shard):
-                planes = packing.planes_of(columns, len(rows), shard.extent)
-                packer = partial(self._pack, shard, self._earlier(stack, past), planes)
-                worth, why = self._is_worth(store, shard, todo, packer)
-                if worth:
-                    chapters = stack.enter_context(closing(self._packed(shard, todo, packer)))
-            if not worth and len(todo) > MOSTLY_NEW * len(rows):
-                clock = _Clock(lambda nbytes: None)
-                known = partial(_known_digests, low, high)
-                return replace(self._write_whole(store, shard, path, lambda _: None, clock, known), why=why)
-            seconds = writer.write(chapters, rows, past.table.rows if past else rows)
-        self._note_bandwidth(store, writer.nbytes, seconds)
+        planes = packing.planes_of(source.columns, len(rows), shard.extent)
+        packer = partial(self._pack, source, earlier, planes)
+        with self._at_work():
+            verdict = self._verdict(store, source, todo, packer)
+            if not verdict.compressed and len(todo) > MOSTLY_NEW * len(rows):
+                return replace(source.whole(), verdict=verdict if verdict.why else None)
+            writer = SegmentWriter(store, shard, source.info, files)
+            with ExitStack() as stack:
+                chapters: Iterable[Chapter] = _plain(todo, source.bytes_of)
+                if verdict.compressed and self._press is not None:
+                    compressed = self._press.chapters(todo.tolist(), packer, shard.extent)
+                    chapters = stack.enter_context(closing(compressed))
+                seconds = writer.write(chapters, rows, past.table.rows if past else rows)
+        if not verdict.compressed:
+            self._judge.note(store.url, writer.nbytes, seconds)
         table = ExtentTable(tuple(writer.files), rows)
         age = past.age + 1 if past is not None else 0
-        self._remember(store, shard, Past(low, high, shard.nbytes, shard.extent, table, path, age))
-        segments = table.segments(shard.nbytes, shard.extent)
-        return Written(writer.name, shard.nbytes, low, columns, info, segments, writer.nbytes, why)
+        self._remember(store, shard, Past(low, high, shard.nbytes, shard.extent, table, source.path, age))
+        return Written(
+            writer.name, shard.nbytes, low, source.columns, source.info, table.segments(shard.nbytes, shard.extent),
+            writer.nbytes, verdict if verdict.why else None,
+        )  # fmt: skip
+
+    @contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Counts the shards that share the threads."""
+        with self._lock:
+            self._active += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._active -= 1
 
     def _earlier(self, stack: ExitStack, past: Past | None) -> packing.Base:
         """Gives the bytes that an extent had in the past shard, where its arena still holds them."""
@@ -270,40 +319,20 @@ class ShardWriter:
 
         return base
 
-    def _pack(self, shard: ShardImage, base: packing.Base, planes: Int64, number: int) -> packing.Packed:
-        data, earlier = shard.bytes_of(number, number + 1), base(number)
-        if earlier is not None and len(earlier) != len(data):
-            earlier = None
-        return packing.pack(data, earlier, int(planes[number]), self._economy.level)
+    def _pack(self, source: _Source, earlier: packing.Base, planes: Int64, number: int) -> packing.Packed:
+        data, base = source.extent(number), earlier(number)
+        if base is not None and len(base) != len(data):
+            base = None
+        return packing.pack(data, base, int(planes[number]), self._economy.level)
 
-    def _is_worth(self, store: Store, shard: ShardImage, todo: Int64, packer: Packer) -> tuple[bool, str]:
+    def _verdict(self, store: Store, source: _Source, todo: Int64, packer: Packer) -> Verdict:
+        """Whether to compress; without words where that was no question."""
+        if not self._may_compress(store, source.shard):
+            return self._too_large(source.shard) or Verdict(False, "")
         if self._economy.compression == "zstd":
-            return True, ""
-        trial = packing.measure(todo.tolist(), packer, lambda number: len(shard.bytes_of(number, number + 1)))
-        return packing.is_worth(trial, self._bandwidth[store.url], self._economy.threads / max(self._active, 1))
-
-    def _packed(self, shard: ShardImage, todo: Int64, packer: Packer) -> Generator[list[Chunk]]:
-        """What is to be stored, file by file; the next is compressed while one is written."""
-        assert self._packing is not None
-        step = min(max(CHAPTER // shard.extent, -(-len(todo) // MAX_FILES), 1), MAX_PARTS)
-        chapters = [todo[start : start + step].tolist() for start in range(0, len(todo), step)]
-        pending: list[Future[packing.Packed]] = []
-        try:
-            for chapter, following in zip(chapters, [*chapters[1:], []], strict=True):
-                pending = pending or [self._packing.submit(packer, extent) for extent in chapter]
-                done = [Chunk(extent, 1, *future.result()) for extent, future in zip(chapter, pending, strict=True)]
-                pending = [self._packing.submit(packer, extent) for extent in following]
-                yield done
-        finally:  # they look at the arena until they have ended
-            for future in pending:
-                future.cancel() or future.exception()
-
-    def _note_bandwidth(self, store: Store, nbytes: int, seconds: float) -> None:
-        """Remember how fast a store was; a small write says little about a large one."""
-        if nbytes >= LEAST_MEASURED:
-            with self._lock:
-                now = nbytes / max(seconds, 1e-6)
-                self._bandwidth[store.url] = (self._bandwidth.get(store.url, now) + now) / 2
+            return Verdict(True, "")
+        found = self._judge.verdict(store.url, todo.tolist(), packer, source.size, self._active)
+        return found or Verdict(False, "")
 
 
 def _weak_digests(buffer: memoryview, extent: int) -> tuple[Digests, Digests]:
@@ -326,9 +355,9 @@ def _unchanged(past: Past | None, low: Digests, high: Digests, nbytes: int) -> t
     return rows, past.table.files
 
 
-def _plain(todo: Int64, bytes_of: Callable[[int, int], Piece]) -> list[list[Chunk]]:
+def _plain(todo: Int64, bytes_of: Callable[[int, int], Piece]) -> list[Chapter]:
     """Runs of extents to be stored as they are, file by file: as a rule it is one."""
     first = np.flatnonzero(np.concatenate((np.ones(min(len(todo), 1), np.bool_), np.diff(todo) != 1)))
     runs = zip(todo[first].tolist(), np.diff(np.append(first, len(todo))).tolist(), strict=True)
     chunks = [Chunk(start, count, bytes_of(start, start + count), PLAIN, False) for start, count in runs]
-    return [chunks[start : start + MAX_PARTS] for start in range(0, len(chunks), MAX_PARTS)]
+    return [Chapter(chunks[start : start + MAX_PARTS]) for start in range(0, len(chunks), MAX_PARTS)]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 import mmap
+import time
 from collections.abc import Callable, Iterator
 from typing import Final, NamedTuple
 
@@ -212,8 +213,8 @@ class Stretch:
         return buffer[start - low : stop - low]
 
 
-def drain(local: Store, durable: Store, copy: Copy, go_on: Callable[[], None]) -> Columns:
-    """Write a copy to the durable store, under the same key, and return its table; see `Store.write`.
+def drain(local: Store, durable: Store, copy: Copy, go_on: Callable[[], None]) -> float:
+    """Write a copy to the durable store, under the same key; returns the seconds that that store took.
 
     It is read behind the write's back, a little ahead of it, and let go when it is written: the memory that is taken
     does not depend on the size of the shard.
@@ -228,11 +229,11 @@ def drain(local: Store, durable: Store, copy: Copy, go_on: Callable[[], None]) -
         Damaged: the copy cannot be read or does not verify; what was written of it is removed.
         StoreError: the durable store failed.
     """
-    columns, _ = describe(local, copy)
     nbytes = copy.label.nbytes
     with mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE) as memory:
         view = memoryview(memory)
         window = _Window(local, copy, memory, view, go_on)
+        began = time.perf_counter()
         try:
             durable.write(copy.key, view, nbytes, ready=window.ready, progress=window.written)
         except Damaged:
@@ -240,7 +241,7 @@ def drain(local: Store, durable: Store, copy: Copy, go_on: Callable[[], None]) -
             raise
         finally:
             view.release()
-    return columns
+        return time.perf_counter() - began - window.seconds
 
 
 def refill(local: Store, copy: Copy, arena: memoryview) -> None:
@@ -251,21 +252,24 @@ def refill(local: Store, copy: Copy, arena: memoryview) -> None:
 
 
 class _Window:
-    """The part of a shard that is in memory: read and not yet written."""
+    """The part of a shard that is in memory: read and not yet written; `seconds`: what the reading took."""
 
     def __init__(
         self, local: Store, copy: Copy, memory: mmap.mmap, view: memoryview, go_on: Callable[[], None]
     ) -> None:
         self._local, self._copy, self._memory, self._view, self._go_on = local, copy, memory, view, go_on
         self._read = self._written = self._dropped = 0
+        self.seconds = 0.0
 
     def ready(self, nbytes: int) -> None:
         """See `Store.write`."""
         self._go_on()
+        began = time.perf_counter()
         for start, stop in _steps(self._read, nbytes, self._copy.label.extent):
             end = min(stop, self._copy.label.nbytes)
             _read(self._local, self._copy, self._view, start, end)
             self._read = end
+        self.seconds += time.perf_counter() - began
 
     def written(self, nbytes: int) -> None:
         """See `Store.write`."""

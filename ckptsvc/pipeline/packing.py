@@ -7,6 +7,7 @@ very shard, and what the store takes on what was written before.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -29,6 +30,13 @@ TRIED = 8
 
 GAIN = 0.9
 """Compressed writing must be expected to take at most this part of the time of plain writing."""
+
+LEAST_MEASURED = 1 << 20
+"""Bytes from which on a write says how fast a store is."""
+
+MEASURED_EVERY = 16
+"""One of so many shards in a row that it is worth to compress is not: what is compressed goes in small files, and does
+not tell how fast the store is by now."""
 
 
 class Packed(NamedTuple):
@@ -97,8 +105,15 @@ def measure(extents: Sequence[int], packer: Callable[[int], Packed], size: Calla
     return Trial(nbytes / seconds, stored / nbytes)
 
 
-def is_worth(trial: Trial, bandwidth: float, threads: float) -> tuple[bool, str]:
-    """Whether a shard is written sooner compressed, and why.
+class Verdict(NamedTuple):
+    """Whether a shard is written sooner compressed, and why, in words."""
+
+    compressed: bool
+    why: str
+
+
+def is_worth(trial: Trial, bandwidth: float, threads: float) -> Verdict:
+    """Whether to compress a shard.
 
     Args:
         trial: what compression does to it.
@@ -108,5 +123,60 @@ def is_worth(trial: Trial, bandwidth: float, threads: float) -> tuple[bool, str]
     plain = 1 / bandwidth
     packed = max(1 / (trial.speed * threads), trial.ratio / bandwidth)
     worth = packed <= GAIN * plain
-    how = f"the store takes {bandwidth / 1e6:.0f} MB/s; compression gives {trial.speed * threads / 1e6:.0f} MB/s"
-    return worth, f"{how} and leaves {trial.ratio:.0%}: {'compressed' if worth else 'not compressed'}"
+    speed = trial.speed * threads / 1e6
+    why = f"the store takes {bandwidth / 1e6:.0f} MB/s, compression {speed:.0f} MB/s and leaves {trial.ratio:.0%}"
+    return Verdict(worth, why)
+
+
+class Judge:
+    """Decides shard by shard whether to compress, from what the stores were measured to take. Thread-safe.
+
+    Args:
+        threads: that compress, for all shards together.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._bandwidth: dict[str, float] = {}  # bytes per second of one writer, by store
+        self._in_a_row: dict[str, int] = {}  # shards that were compressed since that was measured
+        self._lock, self._trying = threading.Lock(), threading.Lock()
+
+    def note(self, store: str, nbytes: int, seconds: float) -> None:
+        """A store took so many bytes, not compressed, in so many seconds; a small write says little."""
+        if nbytes >= LEAST_MEASURED:
+            with self._lock:
+                now = nbytes / max(seconds, 1e-6)
+                self._bandwidth[store] = (self._bandwidth.get(store, now) + now) / 2
+
+    def knows(self, store: str) -> bool:
+        """Whether it is known how fast a store is."""
+        return store in self._bandwidth
+
+    def verdict(
+        self,
+        store: str,
+        extents: Sequence[int],
+        packer: Callable[[int], Packed],
+        size: Callable[[int], int],
+        shards: int,
+    ) -> Verdict | None:
+        """Try it on a few extents; None for a shard that is not to be compressed, to see how fast the store is.
+
+        Args:
+            store: its URL.
+            extents: what is to be written.
+            packer: compresses one.
+            size: how large one is.
+            shards: that share the threads.
+        """
+        with self._lock:
+            bandwidth, row = self._bandwidth.get(store), self._in_a_row.get(store, 0) + 1
+            self._in_a_row[store] = row % MEASURED_EVERY
+        if bandwidth is None or row == MEASURED_EVERY:
+            return None
+        with self._trying:  # one at a time: it takes memory, and is to be measured
+            trial = measure(extents, packer, size)
+        found = is_worth(trial, bandwidth, self._threads / max(shards, 1))
+        if not found.compressed:
+            self._in_a_row[store] = 0
+        return found

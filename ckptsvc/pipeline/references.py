@@ -11,7 +11,8 @@ from collections.abc import Iterable, Sequence
 from ckptsvc.errors import Damaged, IncompatibleVersion, NoCheckpoint, SaveFailed
 from ckptsvc.format.commit import COMMIT, CommitRecord, parse_checkpoint_name
 from ckptsvc.format.merge import ShardRecord
-from ckptsvc.pipeline.catalog import Ref, open_checkpoint, read_commit
+from ckptsvc.format.segments import StoredFile
+from ckptsvc.pipeline.catalog import Ref, exists, open_checkpoint, read_commit
 from ckptsvc.storage import Store
 
 
@@ -42,6 +43,11 @@ def withdraw_if_late(store: Store, ref: Ref, commit: CommitRecord) -> None:
                 continue  # it has come back just now
             store.delete(f"{ref.name}/{COMMIT}")
             raise _gone(folder)
+
+
+def is_there(store: Store, files: Iterable[StoredFile]) -> bool:
+    """Whether the checkpoints of all these files are still committed."""
+    return all(exists(store, f"{folder}/{COMMIT}") for folder in sorted({file.folder for file in files}))
 
 
 def _gone(folder: str) -> SaveFailed:

@@ -19,6 +19,7 @@ from ckptsvc.format.segment_file import Part, SegmentFileInfo, encode_header
 from ckptsvc.format.segments import PLACE, StoredFile
 from ckptsvc.format.shard import ShardInfo
 from ckptsvc.pipeline.assembled import Piece, write_assembled
+from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.write import ShardImage
 from ckptsvc.storage import Store
 
@@ -28,9 +29,24 @@ class Chunk(NamedTuple):
 
     first: int
     extents: int
-    data: Piece | bytes
+    data: Piece
     codec: int
     delta: bool
+
+
+class Chapter(NamedTuple):
+    """What one file consists of.
+
+    Attributes:
+        chunks: in the order of the shard.
+        room: page-aligned memory in which these lie one after the other, behind whole pages that are free for the
+            header; None where each is somewhere else.
+        free: how many bytes are free.
+    """
+
+    chunks: Sequence[Chunk]
+    room: memoryview | None = None
+    free: int = 0
 
 
 class SegmentWriter:
@@ -48,7 +64,7 @@ class SegmentWriter:
         self.files, self._known = list(files), len(files)
         self.name, self.nbytes = "", 0
 
-    def write(self, chapters: Iterable[Sequence[Chunk]], rows: Rows, bases: Rows) -> float:
+    def write(self, chapters: Iterable[Chapter], rows: Rows, bases: Rows) -> float:
         """Write a file for each chapter, and note in `rows` where the extents are.
 
         Args:
@@ -75,18 +91,16 @@ class SegmentWriter:
             raise
         return seconds
 
-    def _write(self, chapter: Sequence[Chunk], rows: Rows, bases: Rows) -> None:
-        parts = [Part(c.first, c.extents, len(c.data), c.codec, c.delta) for c in chapter]
+    def _write(self, chapter: Chapter, rows: Rows, bases: Rows) -> None:
+        parts = [Part(c.first, c.extents, len(c.data), c.codec, c.delta) for c in chapter.chunks]
         header = encode_header(self._info, parts)
         name = shard_name(self._shard.rank, secrets.token_hex(4))
         self.name = self.name or name
-        data = (memoryview(c.data) if isinstance(c.data, bytes) else c.data for c in chapter)
-        pieces: list[Piece] = [memoryview(header), *data]
-        size = write_assembled(self._store, f"{self._shard.folder}/{name}", pieces)
+        size = self._put(f"{self._shard.folder}/{name}", header, chapter)
         number, offset = len(self.files), len(header)
         self.files.append(StoredFile(self._shard.folder, name, size, len(header), xxhash.xxh3_64_intdigest(header)))
         self.nbytes += size
-        for chunk in chapter:
+        for chunk in chapter.chunks:
             here = rows[chunk.first : chunk.first + chunk.extents]
             here["file"], here["codec"] = number, chunk.codec
             if chunk.codec == PLAIN:
@@ -95,10 +109,21 @@ class SegmentWriter:
                 here["nbytes"] = np.minimum(self._shard.extent, len(chunk.data) - starts)
             else:
                 here["offset"], here["nbytes"] = offset, len(chunk.data)
-                assert isinstance(chunk.data, bytes), "what was compressed is in memory"
+                assert isinstance(chunk.data, memoryview), "what was compressed is in memory"
                 here["digest"] = xxhash.xxh3_64_intdigest(chunk.data)
             if chunk.delta:
                 base = bases[chunk.first]
                 for field in PLACE:
                     here[f"base_{field}"] = base[field]
             offset += len(chunk.data)
+
+    def _put(self, key: str, header: bytes, chapter: Chapter) -> int:
+        """Write one file, and return its size."""
+        if chapter.room is None:
+            return write_assembled(self._store, key, [memoryview(header), *(chunk.data for chunk in chapter.chunks)])
+        size = len(header) + sum(len(chunk.data) for chunk in chapter.chunks)
+        start = chapter.free - len(header)
+        chapter.room[start : chapter.free] = header
+        with chapter.room[start : start + size] as file:
+            self._store.write(key, file, size, progress=lambda _: failpoint("in_shard"))
+        return size

@@ -15,6 +15,7 @@ from ckptsvc.format.commit import checkpoint_name, shard_name
 from ckptsvc.format.segments import SegmentMap
 from ckptsvc.format.shard import ShardInfo, decode_header, header_length
 from ckptsvc.pipeline.failpoint import failpoint
+from ckptsvc.pipeline.packing import Verdict
 from ckptsvc.storage import Progress, Store
 
 DIGESTING = threading.Semaphore(2)
@@ -60,7 +61,7 @@ class Written:
         info: where it comes from.
         segments: where its bytes are, unless all are in that file.
         stored: bytes that were written for it.
-        why: how it was decided whether to compress it, if that was a question.
+        verdict: whether it was worth it to compress it, if that was a question.
     """
 
     name: str
@@ -70,7 +71,7 @@ class Written:
     info: ShardInfo
     segments: SegmentMap | None
     stored: int
-    why: str = ""
+    verdict: Verdict | None = None
 
 
 class _Asking:

@@ -24,6 +24,8 @@ from harness.rank import Rank
 from harness.runtime import Runtime, eventually, tmpfs
 
 import ckptsvc
+from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
+from ckptsvc.storage import connect
 
 ELEMENTS = 3_000_000  # 12 MB: drained in several pieces
 
@@ -176,6 +178,40 @@ def test_a_drain_goes_on_after_a_kill(node: Node, runtime: Runtime, point: str, 
     assert assert_intact(node.store)[0] == (2 if whom == "trainer" else 3)
     folder = node.store / "step-000000000002.e00001"
     assert len(list(folder.glob("r*"))) == 1, "the shard that was drained again has the same name"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["worker", "agent"])
+@pytest.mark.parametrize("point", ["in_drain", "after_drain"])
+def test_a_drain_that_compresses_goes_on_after_a_kill(node: Node, runtime: Runtime, point: str, whom: str) -> None:
+    """What it had written has other names than what is written then, and is garbage."""
+    node.environ |= {"CKPTSVC_SAVE_COMPRESSION": "zstd", "CKPTSVC_SAVE_INCREMENTAL": "true"}
+    with node.job() as job:
+        node.to_step(job, 1)
+        node.committed(1)
+        runtime.arm(point)
+        node.to_step(job, 2, 2)
+        pid = runtime.reached(point)
+        if whom == "worker":
+            os.kill(pid, signal.SIGKILL)
+        else:
+            kill_agent(runtime, pid)
+        runtime.let_go(point)
+        node.committed(2)
+        node.to_step(job, 3, 3)
+        node.committed(3)
+        node.end(job, 3)
+    assert assert_intact(node.store) == [3, 2, 1]
+    for step in (1, 2, 3):
+        files = (node.store / f"step-{step:012}.e00001").glob("r*")
+        assert all(path.stat().st_size < ELEMENTS for path in files), "it is compressed"
+    store = connect(str(node.store))
+    found = [garbage.why for garbage in find_garbage(store)]
+    assert found == (["not part of the committed checkpoint"] if point == "after_drain" else [])
+    for garbage in list(find_garbage(store)):
+        assert remove_garbage(store, garbage)
+    assert list(find_garbage(store)) == []
+    assert assert_intact(node.store) == [3, 2, 1]
 
 
 @pytest.mark.slow

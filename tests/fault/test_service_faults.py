@@ -147,6 +147,106 @@ def test_no_memory_is_left(pestered: Pestered) -> None:
         assert "worker" in said[0]
 
 
+@contextlib.contextmanager
+def control_group(most: int) -> Iterator[Path]:
+    """A control group whose processes get so many bytes of memory together; with version 1 or 2."""
+    places = [
+        (kind, Path(where)) for _, where, kind, *_ in map(str.split, Path("/proc/mounts").read_text().splitlines())
+    ]
+    for kind, above in places:
+        group = above / f"ckptsvc-test-{os.getpid()}"
+        limit = group / ("memory.max" if kind == "cgroup2" else "memory.limit_in_bytes")
+        if kind not in ("cgroup", "cgroup2"):
+            continue
+        with contextlib.suppress(OSError):
+            group.mkdir()
+            try:
+                if limit.exists():
+                    limit.write_text(str(most))
+                    yield group
+                    return
+            finally:
+                group.rmdir()
+    pytest.skip("no control group with a limit of memory can be made here")
+
+
+def ask_for_much(path: str, agent: "subprocess.Popen[bytes]", times: int) -> None:
+    """Calls of some megabytes, several at once; they are refused, and there must be memory to find that out."""
+    large = agent_pb2.SubmitRequest(slot="s", step=1, aliases={str(each): "a" * 1000 for each in range(3000)})
+    data = large.SerializeToString()
+    with grpc.insecure_channel(f"unix:{path}", options=OPTIONS) as channel:
+        submit = channel.unary_unary("/ckptsvc.rpc.v1.AgentService/Submit")
+        for _ in range(times):
+            if agent.poll() is not None:
+                return
+            for call in [submit.future(data, timeout=5) for _ in range(20)]:
+                with contextlib.suppress(grpc.RpcError):
+                    call.result()
+
+
+class Starved(Pestered):
+    """The same; its agent may end, and is started again, as a service manager does."""
+
+    def __init__(self, runtime: Runtime, job: Job, store: Path, agent: "subprocess.Popen[bytes]") -> None:
+        super().__init__(runtime, job, store)
+        self.agent = agent
+
+    def start_again(self) -> None:
+        assert self.agent.wait(30) != 0
+        self.agent = self.runtime.start_agent()
+
+
+@pytest.fixture
+def starved(launch: Launch, runtime: Runtime, tmp_path: Path) -> Iterator[Starved]:
+    store = tmp_path / "run"
+    agent = runtime.start_agent()
+    with launch.plain(1, train, str(store)) as job:
+        job.wait_for("stepped", step=10)
+        found = Starved(runtime, job, store, agent)
+        found.saves_on()
+        committed = set(steps(store))
+        yield found
+        assert max(committed) in steps(store)
+        found.saves_on()
+        job.go("end")
+        (result,) = job.results()
+    assert result["saved"]
+    assert assert_intact(store)[0] == result["step"]
+    found.agent.terminate()
+    assert found.agent.wait(20) == 0
+
+
+@pytest.mark.slow
+def test_the_kernel_kills_the_agent_for_lack_of_memory(starved: Starved) -> None:
+    """A limit of its control group, which it reaches; the next one says what has happened."""
+    pid = starved.agent.pid
+    with control_group(1 << 20) as group:
+        (group / "cgroup.procs").write_text(str(pid))
+        ask_for_much(sockets(starved.runtime.sockets)[0], starved.agent, 100)
+        assert starved.agent.wait(30) == -9
+    starved.steps_on()
+    starved.start_again()
+    starved.says_once(
+        f"process {pid}, was killed or broke off; since it began, the kernel has killed", "lack of memory"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [1 << 20, 16 << 20, 64 << 20])
+def test_the_agent_gets_no_memory(starved: Starved, more: int) -> None:
+    """Beyond what it has; what it cannot go on without, it ends for (a library of it may abort)."""
+    pid = starved.agent.pid
+    size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    with contextlib.suppress(ProcessLookupError), limited(pid, resource.RLIMIT_AS, size + more):
+        ask_for_much(sockets(starved.runtime.sockets)[0], starved.agent, 10)
+        starved.steps_on()
+    if starved.agent.poll() is None:
+        starved.says_once("the agent gets no memory")
+    else:
+        starved.start_again()
+        starved.says_once(f"process {pid}, was killed or broke off")
+
+
 def test_a_flood_of_calls_that_are_none(pestered: Pestered) -> None:
     """Malformed and hostile bytes to every method, on both ports, from a seed."""
     rng = random.Random(20)

@@ -3,20 +3,34 @@
 import json
 import math
 import warnings
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import torch
 from harness.damage import assert_intact, steps
 from harness.job import Launch
 from harness.rank import Rank
 from harness.runtime import Runtime, eventually
-from harness.stored import cli
+from harness.stored import Run, Tensor, cli
 
 import ckptsvc
+from ckptsvc.format.commit import CommitRecord
+from ckptsvc.format.objects import TensorRef
 from ckptsvc.pipeline.catalog import Ref
 from ckptsvc.pipeline.pins import pin
 from ckptsvc.storage import connect
+
+
+def save_once(rank: Rank, store: str) -> None:
+    """A save behind what is there."""
+    with ckptsvc.attach({"tensor": torch.zeros(1000)}, store=store, every="off", keep=1) as run:
+        assert run.steps_done == 2
+        run.step()
+        run.save(wait=True)
+
 
 LOSSES = {1: 5.0, 2: 1.0, 3: 4.0, 4: math.nan, 5: 0.5, 6: 3.0, 7: 2.0}
 
@@ -51,6 +65,18 @@ def test_the_rules_of_a_job_and_its_values(launch: Launch, tmp_path: Path) -> No
     assert [c["metrics"] for c in listed] == [{"loss": LOSSES[c["step"]], "lr": 0.1} for c in listed]
     assert [c["step"] for c in listed if c["pinned"]] == [1]
     assert [p.name for p in (store / "retired").glob("*")] == []
+
+
+def test_a_job_keeps_what_is_young_enough(launch: Launch, tmp_path: Path) -> None:
+    store, run = tmp_path / "run", Run(f"file://{tmp_path}/run")
+    for step in (1, 2):
+        run.save(step, {"tensor": Tensor(np.zeros(1000, np.float32))}, values={"tensor": TensorRef("tensor")})
+    record = store / Ref(1, 1).name / "COMMIT"
+    two_days_ago = (datetime.now(UTC) - timedelta(days=2)).isoformat()
+    record.write_bytes(msgspec.structs.replace(CommitRecord.decode(record.read_bytes()), created=two_days_ago).encode())
+    launch.plain(1, save_once, str(store), CKPTSVC_RETENTION_AGE="1d").results()
+    eventually(lambda: steps(store) == [3, 2], "the old one to go")
+    assert assert_intact(store)
 
 
 def save_when_told(rank: Rank, store: str) -> None:

@@ -40,6 +40,11 @@ def status_of(agent: Agent) -> dict[str, Any]:
         "max_write_rate": agent.workers.max_write_rate,
         "local_disk": _local_disk(agent),
         "saves": _saves(agent),
+        "compression": [
+            {"job": job.name, "compressed": job.compression.latest.compressed, "why": job.compression.latest.why}
+            for job in agent.local.jobs.values()
+            if job.compression.latest is not None
+        ],
         "coordinates": _coordinated(agent),
         "launches": [
             launch_view(attempts, time.monotonic(), time.time())

@@ -105,6 +105,7 @@ class Lowering:
             metrics.written_bytes.labels(scheme).inc(done["stored"])
             metrics.spared_bytes.labels(scheme).inc(max(label.nbytes - done["stored"], 0))
             metrics.write_held_back.inc(done["held_back"])
+            job.compression.note(label, done["verdict"], time.monotonic())
         self._note()
         now, trace = time.monotonic(), Trace.save(label.job, label.epoch, label.step)
         about: About = {"node": self._local.name, "bytes": label.nbytes}

@@ -92,30 +92,35 @@ def look(pid: int, pidfd: int, window: float) -> Process:
     return found
 
 
-class OomKills:
-    """How many processes the kernel has killed on this node for lack of memory, lately.
+_VMSTAT = Path("/proc/vmstat")
+
+
+def oom_kills(path: Path = _VMSTAT) -> int:
+    """How many processes the kernel has killed on this node for lack of memory, since it was started.
 
     Whether all memory was used up or a cgroup's limit was reached makes no difference (the counter oom_kill of
     /proc/vmstat, since Linux 4.13), nor whose process it was.
     """
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = path.read_text(encoding="ascii").splitlines()
+        return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+    return 0
 
-    def __init__(self, path: Path = Path("/proc/vmstat")) -> None:
+
+class OomKills:
+    """How many of them there were lately."""
+
+    def __init__(self, path: Path = _VMSTAT) -> None:
         self._path = path
-        self._before = self._at_last = self._count()
+        self._before = self._at_last = oom_kills(path)
 
     def lately(self) -> int:
         """Since the last call of `forget` but one."""
-        return max(self._count() - self._before, 0)
+        return max(oom_kills(self._path) - self._before, 0)
 
     def forget(self) -> None:
         """What was known at the last call is no news any more."""
-        self._before, self._at_last = self._at_last, self._count()
-
-    def _count(self) -> int:
-        with contextlib.suppress(OSError, ValueError, IndexError):
-            lines = self._path.read_text(encoding="ascii").splitlines()
-            return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
-        return 0
+        self._before, self._at_last = self._at_last, oom_kills(self._path)
 
 
 def state(pid: int) -> str:

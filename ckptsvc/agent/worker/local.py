@@ -98,14 +98,15 @@ class LocalCopies:
         try:
             disk, copy = self.disk(args["disk"]), Copy.decode(args["record"], "record")
             began, before = time.monotonic(), self._rate.collect()
-            done = {"name": copy.name, "segments": b"", "stored": 0}
+            done = {"name": copy.name, "segments": b"", "stored": 0, "verdict": None}
             if args["durable"]:
                 columns, _ = local_copy.describe(disk, copy)
             else:
                 failpoint("before_drain")
                 written = self._shards.drain(disk, self._durable(args["store"]), copy, tuple(args["committed"]), go_on)
                 failpoint("after_drain")
-                columns, done["name"], done["stored"] = written.columns, written.name, written.stored
+                columns = written.columns
+                done |= {"name": written.name, "stored": written.stored, "verdict": written.verdict}
                 if written.segments is None:
                     local_copy.mark(disk, copy, Mark.DURABLE)
                 else:  # the next process would not know what it refers to: it writes a whole one then

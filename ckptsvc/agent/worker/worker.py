@@ -153,7 +153,7 @@ class Worker(LocalCopies):
             "name": written.name,
             "nbytes": written.nbytes,
             "stored": written.stored,
-            "why": written.why,
+            "verdict": written.verdict,
             "digests": written.digests.tobytes(),
             "columns": written.columns.encode(),
             "segments": encode(written.segments) if written.segments else b"",

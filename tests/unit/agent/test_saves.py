@@ -16,10 +16,13 @@ from ckptsvc.agent.tiers.local_tier import LocalTier
 from ckptsvc.agent.tiers.lowering import Lowering
 from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.config import load
+from ckptsvc.format.commit import COMMIT
 from ckptsvc.pipeline.arena import Arena, ArenaPool, Label, populate
+from ckptsvc.pipeline.catalog import Ref
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.settings import TierSettings
+from ckptsvc.storage import connect
 from ckptsvc.telemetry import Metrics, Outcome
 
 
@@ -159,6 +162,7 @@ def test_what_was_drained_after_its_save_had_been_left_local_is_drained_anew_whe
             lowering.start(scene.job, (1, step))
             if step == 10:
                 await scene.said.next("durable")
+                connect(scene.store).put_if_absent(f"{Ref(1, 10).name}/{COMMIT}", b"a record")
                 scene.job.newest = (1, 10)
         (held,) = tier.copies(scene.job, (1, 20))
         while held.fill:

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from harness.increments import Saver, big_run, floats
 from harness.stored import Run, Tensor, cli
 
 from ckptsvc.cli import gc
 from ckptsvc.cli.agents import Answer
+from ckptsvc.cli.terminal import size
 from ckptsvc.errors import AgentUnavailable
 from ckptsvc.pipeline.garbage import remove_garbage
+from ckptsvc.pipeline.increments import Economy
+from ckptsvc.storage import connect
 
 TENSORS = {"w": Tensor(np.zeros(5000, np.float32), cut="dim 0")}
 
@@ -86,6 +90,24 @@ def test_json(run: Run) -> None:
     assert (second["dry_run"], second["removed"]) == (False, first["removed"])
     assert document()["found"]["objects"] == 2
     assert document("--older-than", "7d")["removed"]["objects"] == 0
+
+
+def test_what_expires_is_counted_by_what_becomes_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the size of shards: most of each lies in the first checkpoint, which stays for the newest one."""
+    monkeypatch.setenv("CKPTSVC_AGENT_SOCKET_DIR", str(tmp_path))
+    saver = Saver(connect(f"file://{tmp_path}/run"), Economy(incremental=True))
+    for step in (1, 2, 3, 4):
+        saver.save(big_run({"frozen": floats(50_000), "trained": floats(9000, step)}), step)
+    arguments = ("gc", f"{tmp_path}/run", "--keep", "1", "--expire")
+    before = {path: path.stat().st_size for path in (tmp_path / "run").glob("step-*/r*.safetensors")}
+    document = json.loads(cli(*arguments, "--json").out)
+    told = {each["step"]: each for each in document["checkpoints"]}
+    assert [told[step]["fate"] for step in (1, 2, 3, 4)] == ["keep", "remove", "remove", "keep"]
+    going = told[2]["written"] + told[3]["written"]
+    assert f"--expire --delete would remove 2 checkpoints, {size(going)}; " in cli(*arguments).out
+    assert f"removed 2 checkpoints, {size(going)}\n" in cli(*arguments, "--delete").out
+    assert going == sum(nbytes for path, nbytes in before.items() if not path.exists())
+    assert going < 0.5 * (told[2]["bytes"] + told[3]["bytes"])
 
 
 def test_a_step_that_an_agent_is_saving_is_left_alone(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

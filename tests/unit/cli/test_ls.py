@@ -1,6 +1,7 @@
 """`ckptsvc ls`."""
 
 import json
+import shutil
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,7 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness.damage import newer_record
+from harness.increments import Saver, big_run, floats
 from harness.stored import Run, Tensor, cli
+
+from ckptsvc.cli.terminal import size
+from ckptsvc.storage import connect
 
 
 @pytest.fixture
@@ -41,11 +46,33 @@ def test_json(run: Run) -> None:
     assert document == {"store": run.url, "not_committed": 1}
     age = datetime.now(UTC) - datetime.fromisoformat(entry.pop("created"))
     assert 0 <= age.total_seconds() < 60
-    assert entry.pop("bytes") == sum(e.size for e in run.store.list("step-000000000007.e00001") if "/r" in e.key)
+    on_disk = sum(e.size for e in run.store.list("step-000000000007.e00001") if "/r" in e.key)
+    assert (entry.pop("bytes"), entry.pop("written")) == (on_disk, on_disk)
     assert entry == {
         "name": "step-000000000007.e00001", "step": 7, "epoch": 1, "state": "committed", "world_size": 2, "attempt": 1,
         "job": "me", "shards": 2, "why": None, "pinned": False, "metrics": {}, "refers": [],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("version", ["2.0", "2.1"])
+def test_what_was_written_is_shown_where_that_is_less(tmp_path: Path, version: str) -> None:
+    """Records of format 2.0 do not say it."""
+    if version == "2.0":
+        shutil.copytree(Path(__file__).parents[2] / "compat" / "golden" / "2.0", tmp_path / "run")
+    else:
+        saver = Saver(connect(f"file://{tmp_path}/run"))
+        for step in (1, 2):
+            saver.save(big_run({"frozen": floats(50_000), "trained": floats(9000, step)}), step)
+    listed = json.loads(cli("ls", tmp_path / "run", "--json").out)["checkpoints"]
+    for each in listed:
+        folder = tmp_path / "run" / each["name"]
+        assert each["written"] == sum(p.stat().st_size for p in folder.glob("r*.safetensors"))
+        assert json.loads((folder / "COMMIT").read_bytes())["format"] == version
+    newest = listed[0]
+    assert newest["written"] < 0.5 * newest["bytes"]
+    lines = cli("ls", tmp_path / "run").out.splitlines()
+    assert lines[0].split() == ["NAME", "STEP", "EPOCH", "RANKS", "SIZE", "WRITTEN", "AGE", "STATE"]
+    assert lines[1].split()[4:8] == [*size(newest["bytes"]).split(), *size(newest["written"]).split()]
 
 
 def test_uncommitted_saves_are_shown_when_asked_for(run: Run) -> None:

@@ -34,6 +34,7 @@ def document(job: str = "gpt", **changes: Any) -> dict[str, Any]:
         "status_version": 1, "version": "0.1.0", "node": "n1", "pid": 7, "started": time.time() - 7200,
         "address": "127.0.0.1:1", "metrics": "127.0.0.1:2", "ranks": ranks, "saves": saves, "arena_limit": 8 << 30,
         "max_write_rate": 2 << 30,
+        "compression": [{"job": job, "compressed": False, "why": "the store takes 900 MB/s, compression 500 MB/s"}],
         "arenas": [{"job": job, "rank": r, "state": s, "step": 1, "bytes": 64 << 20} for r, s in
             ((0, "kept"), (0, "staged"), (1, "kept"))],
         "coordinates": [{"job": job, "attempt": 2, "epoch": 2, "world_size": 2, "live_ranks": 1, "nodes": ["n1"],
@@ -77,6 +78,7 @@ def test_what_a_person_sees(answers: list[Answer]) -> None:
         "store file:///runs/\\x1b[31mgpt",
         "coordinator n1, elected in term 7",
         "etcd does not answer",
+        "not compressed: the store takes 900 MB/s, compression 500 MB/s",
         "coordinated here: attempt 2, epoch 2, 1 of 2 ranks on 1 node",
         "steps being saved: 1230; in memory: 1200, 1100; on local disks: 1100, 1200",
         "1 restart",
@@ -123,6 +125,7 @@ def test_one_job(answers: list[Answer]) -> None:
     both = document()
     for name in ("ranks", "arenas", "saves", "coordinates"):
         both[name] = both[name] + document("bert")[name]
+    both["compression"] += document("bert")["compression"]
     both["local_disk"]["snapshots"] += document("bert")["local_disk"]["snapshots"]
     answers[:] = [Answer(Path("/run/a"), both), Answer(Path("/run/c"), document("bert"))]
     found = json.loads(cli("status", "--job", "gpt", "--json").out)["agents"]

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from ckptsvc.errors import Damaged, SaveFailed, StoreFull
 from ckptsvc.format.commit import COMMIT
+from ckptsvc.format.segment_file import Part, SegmentFileInfo, encode_header
 from ckptsvc.geometry.box import Box
-from ckptsvc.pipeline import increments
+from ckptsvc.pipeline import chapters, increments
 from ckptsvc.pipeline.catalog import open_checkpoint
 from ckptsvc.pipeline.increments import Economy
-from ckptsvc.pipeline.packing import Trial, is_worth
+from ckptsvc.pipeline.packing import MEASURED_EVERY, Judge, Packed, Trial, is_worth
 from ckptsvc.pipeline.read import Want, read_arrays
 from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.retention import Policy
@@ -62,7 +63,8 @@ def test_what_has_not_changed_is_not_written_again(drained):
     run.truth["trained"] = floats(10_000, 1)
     second, some = saver.save(run, 2)
     assert some < all_of_it / 7
-    assert (second.commit.format, second.index.info.format) == ("2.0", "2.0")
+    assert (second.commit.format, second.index.info.format) == ("2.1", "2.0")
+    assert (first.commit.written, second.commit.written) == (None, some)
     assert second.commit.refers == (first.ref.name,)
     assert second.commit.bytes == first.commit.bytes
     totals = second.index.segments.stored(second.ref.name)
@@ -156,14 +158,18 @@ def test_a_difference_is_not_made_to_an_arena_that_has_been_filled_anew():
     assert_holds(checkpoint, run)
 
 
-def test_a_compressed_shard_is_a_few_files(monkeypatch):
-    monkeypatch.setattr(increments, "CHAPTER", 8192)
-    monkeypatch.setattr(increments, "MAX_FILES", 5)
+@pytest.mark.parametrize("drained", [False, True])
+def test_a_compressed_shard_is_a_few_files(monkeypatch, drained):
+    monkeypatch.setattr(chapters, "BUFFER", chapters.HEADER + 100_000)
     run = big_run({"weights": floats(100_000)})
-    saver = Saver(memory_store(), Economy(compression="zstd"))
-    checkpoint, _ = saver.save(run, 1)
-    assert len(checkpoint.files(0)) == 5
-    assert checkpoint.commit.refers == ()
+    saver = Saver(memory_store(), Economy(compression="zstd"), memory_store() if drained else None)
+    checkpoint, stored = saver.save(run, 1)
+    sizes = list(checkpoint.files(0).values())
+    assert len(sizes) == 4
+    assert all(90_000 < size <= 100_000 + 4096 for size in sizes[:-1]), "each is filled, whatever extents came to"
+    assert (sum(sizes), checkpoint.commit.refers) == (stored, ())
+    totals = checkpoint.index.segments.stored(checkpoint.ref.name)
+    assert totals["compressed_to"] < 0.95 * totals["compressed"]
     assert_holds(checkpoint, run)
     assert checkpoint.own_names() == {key.rpartition("/")[2] for key in (e.key for e in saver.store.list())}
 
@@ -171,6 +177,7 @@ def test_a_compressed_shard_is_a_few_files(monkeypatch):
 @pytest.mark.parametrize("compression", ["off", "zstd"])
 def test_a_header_has_room_for_all_segments_of_its_file(monkeypatch, compression):
     monkeypatch.setattr(increments, "MAX_PARTS", 7)
+    monkeypatch.setattr(chapters, "PARTS", 7)
     run = big_run({"weights": floats(60_000)}, extent=1024)
     saver = Saver(memory_store(), Economy(incremental=True, compression=compression))
     saver.save(run, 1)
@@ -182,7 +189,7 @@ def test_a_header_has_room_for_all_segments_of_its_file(monkeypatch, compression
 
 
 def test_a_failed_write_leaves_nothing(monkeypatch):
-    monkeypatch.setattr(increments, "CHAPTER", 8192)
+    monkeypatch.setattr(chapters, "BUFFER", chapters.HEADER + 8192)
     run = big_run({"weights": floats(50_000)})
     store = Faulty(memory_store(), [Fault(op="write", nth=3, error="store-full")])
     with pytest.raises(StoreFull):
@@ -190,23 +197,60 @@ def test_a_failed_write_leaves_nothing(monkeypatch):
     assert list(store.inner.list()) == []
 
 
-def test_whether_to_compress_is_measured():
+@pytest.mark.parametrize("drained", [False, True])
+def test_whether_to_compress_is_measured(drained):
     few = big_run({"weights": floats(1_000_000) & np.uint32(0xFF00FF00)}, extent=1 << 18)
     noise = np.random.default_rng(0).integers(0, 2**32, 1_000_000, np.uint32)
-    saver = Saver(Limited(memory_store(), bytes_per_second=20e6), Economy(compression="auto"))
+    store, disk = Limited(memory_store(), bytes_per_second=20e6), memory_store() if drained else None
+    saver = Saver(store, Economy(compression="auto"), disk)
     assert saver.write(few, 0, 1).segments is None, "how fast the store is is not known yet"
     written = saver.write(few, 0, 2)
-    assert "leaves 35%" in written.why
+    assert "leaves 35%" in written.verdict.why
+    assert written.verdict.compressed
     assert written.stored < 0.4 * written.nbytes
-    assert "leaves 100%: not compressed" in saver.write(big_run({"weights": noise}, extent=1 << 18), 0, 3).why
+    verdict = saver.write(big_run({"weights": noise}, extent=1 << 18), 0, 3).verdict
+    assert "leaves 100%" in verdict.why
+    assert not verdict.compressed
 
 
 def test_compression_must_be_faster_than_the_store():
     halves = Trial(speed=500e6, ratio=0.5)
-    assert is_worth(halves, bandwidth=100e6, threads=1)[0]
-    assert not is_worth(halves, bandwidth=500e6, threads=1)[0]
-    assert is_worth(halves, bandwidth=500e6, threads=2)[0]
-    assert not is_worth(halves._replace(ratio=0.95), bandwidth=1e6, threads=1)[0]
+    assert is_worth(halves, bandwidth=100e6, threads=1).compressed
+    assert not is_worth(halves, bandwidth=500e6, threads=1).compressed
+    assert is_worth(halves, bandwidth=500e6, threads=2).compressed
+    assert not is_worth(halves._replace(ratio=0.95), bandwidth=1e6, threads=1).compressed
+
+
+def test_now_and_then_it_is_seen_how_fast_the_store_is_by_now():
+    judge = Judge(1)
+    judge.note("s", 1 << 30, 1000.0)
+    pack, size = (lambda number: Packed(b"x", 4, False)), (lambda number: 1000)
+    found = [judge.verdict("s", [0], pack, size, 1) for _ in range(2 * MEASURED_EVERY)]
+    assert [each is None for each in found] == 2 * [*(MEASURED_EVERY - 1) * [False], True]
+    judge.note("s", 1000, 1e-9)
+    assert judge.verdict("s", [0], pack, size, 1).compressed, "a small write says little"
+    for _ in range(20):
+        judge.note("s", 1 << 50, 1.0)
+    assert not judge.verdict("s", [0], pack, size, 1).compressed
+
+
+@pytest.mark.parametrize("drained", [False, True])
+def test_extents_that_would_take_too_much_memory_are_not_compressed_and_that_is_said(monkeypatch, drained):
+    monkeypatch.setattr(increments, "LARGEST", 2048)
+    run = big_run({"weights": floats(10_000)})
+    written = Saver(memory_store(), Economy(compression="zstd"), memory_store() if drained else None).write(run, 0, 1)
+    assert written.segments is None
+    assert written.verdict == (False, "save.extent is 4096 bytes: more than 2048 are not compressed")
+
+
+def test_the_header_of_the_fullest_file_has_room_in_its_buffer():
+    info = SegmentFileInfo(
+        run="r" * 30_000, job="j" * 30_000, step=10**18 - 1, epoch=10**9 - 1, attempt=2**31, rank=10**9 - 1,
+        world_size=10**9, extent=1 << 20, shard_nbytes=2**63 - 1,
+    )  # fmt: skip
+    last = (2**63 - 1) // 4096
+    parts = [Part(last, 1, chapters.BUFFER // chapters.PARTS, 8, True)] * chapters.PARTS
+    assert len(encode_header(info, [p._replace(first=last - n) for n, p in enumerate(parts)])) <= chapters.HEADER
 
 
 def test_what_is_referred_to_stays_as_long_as_it_is():
@@ -232,6 +276,19 @@ def test_a_checkpoint_whose_base_was_deleted_is_not_committed():
     with pytest.raises(SaveFailed, match=r"refers to step-000000000001.*deleted"):
         saver.save(run, 2)
     assert COMMIT not in saver.store.children("step-000000000002.e00001")
+
+
+def test_a_copy_whose_base_was_deleted_is_drained_whole():
+    """A save that failed at its commit would take the copy with it."""
+    run = big_run({"frozen": floats(10_000)})
+    saver = Saver(memory_store(), Economy(incremental=True), memory_store())
+    first, _ = saver.save(run, 1)
+    saver.store.delete(f"{first.ref.name}/{COMMIT}")
+    second, _ = saver.save(run, 2)
+    assert (second.index.segments, second.commit.refers) == (None, ())
+    third, _ = saver.save(run, 3)
+    assert third.commit.refers == (second.ref.name,)
+    assert_holds(third, run)
 
 
 def test_files_of_an_earlier_try_are_not_referred_to():
