@@ -14,7 +14,7 @@ STUBS := ckptsvc/rpc/v1
 
 .DEFAULT_GOAL := help
 .PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability test-page test-service \
-	deb lint types contracts proto proto-check check docs reference demo bench clean
+	deb lint lint-deploy types contracts proto proto-check check docs reference demo bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 20
@@ -93,6 +93,21 @@ deb: install ## a Debian package of the service, in dist/; lintian looks at it w
 lint: install ## ruff: rules and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+SCRIPTS := .ci/run deploy/debian/build.sh deploy/debian/postinst deploy/debian/postrm deploy/debian/prerm \
+	deploy/observability/targets.sh deploy/pbs/ckptsvc.pbs deploy/slurm/ckptsvc.sbatch
+LINTERS := systemd-analyze:systemd dpkg-deb:dpkg lintian:lintian shellcheck:shellcheck promtool:prometheus \
+	kubectl:kubernetes-client npm:npm
+
+lint-deploy: install ## all of deploy/: units, package, image, manifests, rules, scripts (Debian, root: installs the linters)
+	@absent=$$(for each in $(LINTERS); do command -v $${each%%:*} > /dev/null || echo $${each#*:}; done); \
+	if [ -n "$$absent" ]; then apt-get update && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $$absent; fi
+	npm install --prefix $(VENV)/containerfile --no-audit --no-fund --no-save --loglevel=error dockerfile-utils@0.16.3
+	shellcheck $(SCRIPTS)
+	$(MAKE) --no-print-directory deb
+	$(BIN)/python -m pytest -m "not slow" --no-skips tests/schedulers/test_systemd.py tests/schedulers/test_packages.py \
+	tests/schedulers/test_kubernetes.py tests/schedulers/test_pbs.py tests/unit/test_observability.py
 
 types: install ## mypy --strict
 	$(BIN)/mypy

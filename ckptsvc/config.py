@@ -23,6 +23,7 @@ from typing import Literal, NoReturn, get_args, get_origin
 import msgspec
 
 from ckptsvc.errors import ConfigError
+from ckptsvc.quantities import Limit
 from ckptsvc.settings import Settings, problems
 
 SYSTEM_FILE = Path("/etc/ckptsvc/config.toml")
@@ -257,6 +258,30 @@ def agents_directory(settings: Settings, environ: Mapping[str, str]) -> Path:
     """
     given = settings.agent.socket_dir
     return private_directory(Path(given)) if given else runtime_dir(environ)
+
+
+def limit_on(limit: Limit, directory: str | Path, key: str) -> int:
+    """An amount in bytes; a share is one of the size of the file system that a directory is on.
+
+    Raises:
+        ConfigError: there is no such directory; `key` is the setting that names it.
+    """
+    try:
+        vfs = os.statvfs(directory)
+    except OSError as error:
+        raise ConfigError(f"{key}: {directory}: {error.strerror}", hint="it must be there before an agent is") from None
+    return limit.of(vfs.f_blocks * vfs.f_frsize)
+
+
+def check_place(directory: str, key: str) -> None:
+    """See that what a directory is to be made in is there: a mistyped path would fill another file system.
+
+    Raises:
+        ConfigError: it is not; `key` is the setting that names the directory.
+    """
+    above = os.path.dirname(directory.rstrip("/")) or "/"
+    if not os.path.isdir(above):
+        raise ConfigError(f"{key}: {directory}: there is no {above}", hint="mistyped, or not mounted?")
 
 
 def private_directory(path: Path) -> Path:

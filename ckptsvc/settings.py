@@ -285,7 +285,8 @@ class TierSettings(msgspec.Struct, frozen=True, kw_only=True):
             when they take a snapshot: the network is spared, and the training waits for twice the bytes.
         partner_rate: bytes per second that this node reads from others for it; 0: as many as come.
         rebuild: how long a restore waits for what is rebuilt from parity before an older checkpoint has to do.
-        local: a directory on a disk of each node, to which every snapshot is written first, or "off".
+        local: a directory on a disk of each node, to which every snapshot is written first, or "off". It is made where
+            it is missing, unless what it is to lie in is missing too.
         local_keep: newest snapshots that stay there, where there is room for them.
         local_limit: what an agent's snapshots may take there, or those of all users of a system service together; a
             share is one of the file system's size.

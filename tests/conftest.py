@@ -33,12 +33,15 @@ FAILED = pytest.StashKey[bool]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Where what cannot be started here is to be found."""
     parser.addoption("--lustre-dir", help="a directory on a real Lustre, for -m lustre")
+    parser.addoption("--no-skips", action="store_true", help="a test that cannot run here is a failure")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Remember that a test failed, so that `runtime` shows what its agents had to say."""
     report = yield
+    if report.skipped and item.config.getoption("--no-skips"):
+        report.outcome, report.longrepr = "failed", f"skipped: {report.longrepr}"
     if report.failed:
         item.stash[FAILED] = True
     return report

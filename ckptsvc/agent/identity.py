@@ -18,6 +18,7 @@ from ckptsvc.agent.watching.witness import Witness
 from ckptsvc.config import LARGEST_EXTENT, PAGE
 from ckptsvc.errors import CkptsvcError, InvalidInput, StoreDenied
 from ckptsvc.pipeline.retention import Policy
+from ckptsvc.rpc.bounds import COUNT, MOST_RANKS, NAME, PATH, SECONDS, STEP, WHOLE
 from ckptsvc.rpc.identity import MAX_PACKET, peer_of, send_answer
 from ckptsvc.storage import canonical
 
@@ -55,18 +56,18 @@ class Registration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     def check(self) -> None:
         """Raise InvalidInput where the numbers cannot be."""
-        if not 0 <= self.rank < self.world_size <= 1 << 20:
+        if not 0 <= self.rank < self.world_size <= MOST_RANKS:
             raise InvalidInput(f"rank {self.rank} of {self.world_size} is impossible")
-        if not self.job or len(self.job) > 256 or not self.store or len(self.store) > 4096:
-            raise InvalidInput("a job needs a name of at most 256 and a store of at most 4096 characters")
+        if not self.job or not NAME(self.job) or not self.store or not PATH(self.store):
+            raise InvalidInput("a job needs a name of at most 256 printable, and a store of at most 4096 characters")
         if canonical(self.store) != self.store:
             raise InvalidInput(f"the store {self.store[:200]!r} is no URL: an agent has a working directory of its own")
         if len(self.coordinator) > 300:
             raise InvalidInput("an address has at most 300 characters")
-        # What goes into a report must fit its fields (coordinator.proto).
-        numbers = (self.attempt, self.epoch, self.keep, self.every_steps)
-        if not all(0 <= number < 1 << 31 for number in numbers) or not 0 <= self.every_seconds < math.inf:
-            raise InvalidInput("attempt, epoch, keep, every_steps or every_seconds is out of range")
+        # What goes into a report must fit its fields (rpc.bounds).
+        counts = COUNT(self.attempt) and WHOLE(self.keep) and STEP(self.epoch) and STEP(self.every_steps)
+        if not counts or not SECONDS(self.every_seconds) or not NAME(self.retention.metric):
+            raise InvalidInput("attempt, epoch, keep, every_steps, every_seconds or retention is out of range")
         if not 0 <= self.ends < math.inf:
             raise InvalidInput("the time at which the job ends is out of range")
         if not 0 < self.extent <= LARGEST_EXTENT or self.extent % PAGE:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ from ckptsvc.agent.local import Local, way_to
 from ckptsvc.agent.logtail import one_line
 from ckptsvc.agent.sessions import Session
 from ckptsvc.control.restart import JOIN_PATIENCE, launched_as
-from ckptsvc.errors import EXIT_STATUS, InvalidInput, LimitReached
+from ckptsvc.errors import EXIT_STATUS, CkptsvcError, InvalidInput, LimitReached
+from ckptsvc.rpc.bounds import check
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -34,20 +34,8 @@ LONELY = 10.0
 LOOK_EVERY = 1.0
 """Seconds between looks whether there is one."""
 
-MAX_NPROC = 4096
-"""Ranks that one launcher may start on its node."""
-
 MAX_DETAIL = 300
 """Characters of what a launcher says about the end of a rank."""
-
-MAX_PATH = 3800
-"""Characters of a directory's path."""
-
-MAX_NAME = 256
-"""Characters of the name of a job or a node, and of an address."""
-
-MAX_UNFIT = 2000
-"""Characters of why a node cannot take part."""
 
 
 @dataclass(slots=True)
@@ -99,11 +87,8 @@ class Launches:
     ) -> AsyncIterator[agent_pb2.LaunchResponse]:
         """One Launch call, from hello to the end of the job."""
         hello = (await anext(aiter(requests))).hello
-        nproc = 1 <= hello.nproc <= MAX_NPROC
-        possible = 1 <= hello.min_nodes <= hello.max_nodes and 0 <= hello.doorbell < 1 << 16 and hello.crash_loop >= 0
-        if not hello.job or not nproc or not possible or math.isnan(hello.grow) or _is_long(hello):
-            raise InvalidInput("the first message of a launcher must be a hello with a job, nproc and nodes")
-        if hello.log_dir and not (hello.log_dir.startswith("/") and len(hello.log_dir) <= MAX_PATH):
+        check(hello)
+        if hello.log_dir and not hello.log_dir.startswith("/"):
             raise InvalidInput("the directory for the ranks' output must be an absolute path")
         if hello.job in self._by_job:
             raise InvalidInput(f"job {hello.job} is already launched on this node")
@@ -129,6 +114,8 @@ class Launches:
                     response = getting.result()
                     getting = asyncio.ensure_future(launcher.orders.get())
                 elif reading.done():
+                    if isinstance(error := reading.exception(), CkptsvcError):
+                        raise error
                     return  # the launcher has nothing more to say: it leaves
                 elif (missing := self._missing(launcher, uplink.is_connected)) is not None:
                     response = missing
@@ -171,6 +158,7 @@ class Launches:
         job, node = launcher.hello.job, self._local.name
         uplink = self._local.uplink(launcher.way)
         async for request in requests:
+            check(request)
             kind = request.WhichOneof("report")
             if kind == "ready":
                 launcher.ready = request.ready
@@ -271,7 +259,3 @@ class Launches:
             port=launcher.ready.port,
         )
         return pb.Report(node_ready=ready)
-
-
-def _is_long(hello: agent_pb2.LauncherHello) -> bool:
-    return max(map(len, (hello.job, hello.node, hello.address))) > MAX_NAME or len(hello.unfit) > MAX_UNFIT

@@ -122,7 +122,9 @@ class Local:
 
     def dial(self, hello: pb.AgentHello, address: str, on_order: Callable[[pb.Order], None], way: str) -> RemoteUplink:
         """Connect to the coordinator at an address, for the jobs of that way."""
-        return RemoteUplink(hello, address, on_order, lambda: self.resync(way), self._trust)
+        uplink = RemoteUplink(hello, address, on_order, lambda: self.resync(way), self._trust)
+        uplink.on_refused = self.metrics.orders_refused.inc
+        return uplink
 
     def hang_up(self, way: str) -> None:
         """Close a way that nothing needs any more; it is made again when something does."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import errno
 import faulthandler
 import gc
 import hashlib
@@ -18,7 +17,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,7 +29,7 @@ from grpc_reflection.v1alpha import reflection
 
 import ckptsvc
 from ckptsvc.agent import nodelist
-from ckptsvc.agent.coordination.elections import Elections, login_of
+from ckptsvc.agent.coordination.elections import Elections
 from ckptsvc.agent.coordination.runner import CoordinatorShell
 from ckptsvc.agent.http.access import http_token
 from ckptsvc.agent.http.page import Site
@@ -45,8 +44,9 @@ from ckptsvc.agent.orders.orders import Orders
 from ckptsvc.agent.orders.standing import StandingOrders
 from ckptsvc.agent.process import handover, predecessor
 from ckptsvc.agent.process.clock import watch_clock
+from ckptsvc.agent.process.conditions import ground_of
 from ckptsvc.agent.process.lasting import dispensable, until_told
-from ckptsvc.agent.process.limits import raise_open_files
+from ckptsvc.agent.process.limits import lacking, raise_open_files
 from ckptsvc.agent.process.notify import Notifier
 from ckptsvc.agent.process.reload import reload
 from ckptsvc.agent.process.repeated import keep_quiet
@@ -69,12 +69,10 @@ from ckptsvc.errors import EXIT_STATUS, AgentUnavailable, CkptsvcError, ConfigEr
 from ckptsvc.launch.domain import domain_of
 from ckptsvc.pipeline.arena import ArenaPool
 from ckptsvc.quantities import Address, parse_duration
-from ckptsvc.rpc.accounts import user_name
 from ckptsvc.rpc.channel import BETWEEN, LOCAL, MAX_CALLS, OPTIONS, SERVER_KEEPALIVE
 from ckptsvc.rpc.dial import LOCK, sockets
-from ckptsvc.rpc.etcd import parse_url
-from ckptsvc.rpc.secret import require_loopback, shared_secret
-from ckptsvc.rpc.trust import ByCertificate, BySecret, Trust
+from ckptsvc.rpc.secret import shared_secret
+from ckptsvc.rpc.trust import BySecret, Trust
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.settings import Settings, TierSettings
 from ckptsvc.telemetry import Event, Fields, Metrics, log, start_logging
@@ -88,9 +86,6 @@ GRACE = 2.0
 
 SHORT_GRACE = 0.1
 """The same when a successor waits to take over: calls that wait for something are made again, the others are over."""
-
-SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES)
-"""What is no mistake of the agent's: it ends with one line, and whoever started it starts it again."""
 
 LAST_SAVE = 60.0
 """Seconds that the ranks get for a last save when a private agent is told to stop; told again, it stops at once."""
@@ -106,6 +101,7 @@ class Options:
         linger: seconds without ranks, launchers and saves after which the agent ends; None: never, it is a service.
         read_again: reads the settings anew.
         service: directory of the system service that has started this agent; None: there is none.
+        overrides: the settings that were given on the command line.
     """
 
     directory: Path
@@ -113,6 +109,12 @@ class Options:
     linger: float | None = None
     read_again: Callable[[], Settings] = field(default=partial(load, os.environ))
     service: Path | None = None
+    overrides: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def node(self) -> str:
+        """The name of the node."""
+        return self.settings.agent.name or socket.gethostname()
 
 
 class Agent:
@@ -129,22 +131,18 @@ class Agent:
         self._reading = asyncio.Lock()
         settings = options.settings
         self._where = settings.agent
-        self.node_name = settings.agent.name or socket.gethostname()
+        self.node_name = options.node
         self.metrics = Metrics(ckptsvc.__version__)
+        self._ground = ground_of(settings, os.environ, self.metrics.certificate_expiry.set)
         self.traces = start_traces(settings.traces, self.node_name, ckptsvc.__version__)
         self.workers = Workers(settings, self.metrics.retried)
         self._on_incident: Callable[[coordinator_pb2.Incident], None] = lambda incident: None
         self.shell = self._new_shell(0, lambda: True)
-        where = settings.agent.coordination
-        self._etcd = (url := parse_url(where), login_of(url, settings.etcd)) if where else None
         self.elections: Elections | None = None
         arenas = Path(settings.arena.dir)
         # Agents with different directories may share a machine (two "nodes" of a test): their arenas must not meet.
         self._tag = tag = hashlib.sha256(str(options.directory).encode()).hexdigest()[:8]
-        vfs = os.statvfs(arenas)
-        self.pool = ArenaPool(
-            arenas / f"ckptsvc-{os.geteuid()}-{tag}", settings.arena.limit.of(vfs.f_blocks * vfs.f_frsize)
-        )
+        self.pool = ArenaPool(arenas / f"ckptsvc-{os.geteuid()}-{tag}", self._ground.arena_bytes)
         self.tier: LocalTier | None = None
         self.lowering: Lowering | None = None
         self.tenancy: Tenancy | None = None
@@ -171,9 +169,14 @@ class Agent:
         self._heed_signals()
         async with contextlib.AsyncExitStack() as stack:
             await self._listen(stack)
-            if self._etcd:
+            if self._ground.etcd:
                 self.elections = Elections(
-                    *self._etcd, self._options.settings.etcd.ttl, self.local, self.trust, self.address, self._new_shell
+                    *self._ground.etcd,
+                    self._options.settings.etcd.ttl,
+                    self.local,
+                    self.trust,
+                    self.address,
+                    self._new_shell,
                 )
             if self.tier:
                 self.tier.recover(copies)
@@ -252,12 +255,9 @@ class Agent:
 
     def _trust(self) -> Trust:
         """What this user's agents know each other by; without certificates, they are all on this host."""
-        settings = self._options.settings
-        if settings.tls.is_set:
-            tls = settings.tls.of(user_name(os.geteuid()))
-            return ByCertificate(tls.ca_file, tls.cert_file, tls.key_file, self.metrics.certificate_expiry.set)
-        require_loopback(settings.agent.listen.host, f"agent.listen is {settings.agent.listen}")
-        return BySecret(shared_secret(agents_directory(settings, os.environ)))
+        if self._ground.certificates is not None:
+            return self._ground.certificates
+        return BySecret(shared_secret(agents_directory(self._options.settings, os.environ)))
 
     def _new_shell(self, term: int, may_act: Callable[[], bool]) -> CoordinatorShell:
         settings = self._options.settings
@@ -340,7 +340,7 @@ class Agent:
         if self._makes_way:
             return
         self._makes_way = True
-        if why := await obstacle():
+        if why := await obstacle(overrides=self._options.overrides):
             logger.error("the agent goes on as before, it cannot be replaced: %s", why)
             self._makes_way = False
             return
@@ -397,7 +397,10 @@ class Agent:
         gate = self.trust.gate(self.metrics.calls_refused.inc)
         roles = RoleGate(None, lambda caller, method: self.metrics.calls_refused.inc())
         between = grpc.aio.server(interceptors=[roles, gate], options=[*OPTIONS, *SERVER_KEEPALIVE, *BETWEEN])
-        add_coordinator_service(CoordinatorServicer(self._shell_of, self.node_name, self.partners.offer), between)
+        agents = CoordinatorServicer(
+            self._shell_of, self.node_name, self.partners.offer, self.metrics.calls_refused.inc
+        )
+        add_coordinator_service(agents, between)
         port, host = self.trust.open_port(between, settings.listen)
         self.address = self.local.address = str(Address(host, port))
         gate.address = self.trust.spelled(self.address)
@@ -442,16 +445,12 @@ async def serve(options: Options) -> None:
     """Run one agent to its end."""
     faulthandler.enable()  # a watchdog that ends it (SIGABRT) leaves on record where it stood
     try:
-        agent = Agent(options)
         logs = options.settings.log
-        start_logging(logs.format, logs.level, node=agent.node_name)
-        await agent.run()
+        start_logging(logs.format, logs.level, node=options.node)
+        await Agent(options).run()
     except (OSError, MemoryError) as error:
-        if isinstance(error, MemoryError):
-            why = "it gets no memory"
-        elif error.errno in SCARCE:
-            why = f"{error.strerror} ({error.filename})" if error.filename else error.strerror or ""
-        else:
+        why = lacking(error)
+        if not why:
             raise
         raise CkptsvcError(f"the agent in {options.directory} cannot go on: {why}",
             hint="snapshots in memory wait for the next agent") from error  # fmt: skip
@@ -485,7 +484,7 @@ def main(arguments: list[str] | None = None) -> int:
         # A coordinator of ten thousand agents has millions of objects and hardly a cycle: looking for those among them
         # all takes a second, in which it answers nobody.
         gc.set_threshold(50_000, 20, 100)
-        asyncio.run(serve(Options(args.dir, settings, linger, read, args.service)))
+        asyncio.run(serve(Options(args.dir, settings, linger, read, args.service, overrides)))
     except CkptsvcError as error:
         if os.environ.get(FORMAT) == "json" or args.json_log:
             print(line(str(error), logging.CRITICAL, logger="ckptsvc.agent", about=Fields()), file=sys.stderr)  # noqa: T201

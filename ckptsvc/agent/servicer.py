@@ -17,9 +17,12 @@ from ckptsvc.agent.launches import Launches
 from ckptsvc.agent.node import Node
 from ckptsvc.agent.orders.callers import Callers
 from ckptsvc.agent.orders.orders import Orders
+from ckptsvc.agent.process.repeated import Refusals
+from ckptsvc.agent.status.sparing import Sparing
 from ckptsvc.control.restart import launched_as
 from ckptsvc.errors import CkptsvcError, InvalidInput
 from ckptsvc.format.commit import check_metrics
+from ckptsvc.rpc.bounds import MAX_NAME, check, check_report
 from ckptsvc.rpc.channel import TOKEN_KEY, trailers_of
 from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2_grpc
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -30,22 +33,17 @@ REPLY_TIME = 0.05
 PREPARE_TIMEOUT = 120.0
 PROVIDE_TIMEOUT = 600.0
 VERB_TIMEOUT = 3600.0
-MAX_DIGEST = 64
-MAX_IMAGE = 1 << 42
-"""Largest shard image a rank may announce, in bytes."""
-
-MAX_ALIASES = 8 << 20
-"""Characters of the names of a rank's tied tensors: they are kept with each snapshot in memory."""
 
 Handler = Callable[..., Awaitable[Any]]
 
 
 def _errors(handler: Handler) -> Handler:
-    """Send a `CkptsvcError` to the caller as what it is."""
+    """Look whether the request says what can be; send a `CkptsvcError` to the caller as what it is."""
 
     @functools.wraps(handler)
     async def guarded(self: Any, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         try:
+            check(request)
             return await handler(self, request, context)
         except CkptsvcError as error:
             await context.abort(*trailers_of(error))
@@ -73,14 +71,13 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     def __init__(
         self, node: Node, launches: Launches, status: Callable[[], dict[str, Any]], callers: Callers, orders: Orders
     ) -> None:
-        self._node, self._launches, self._status = node, launches, status
+        self._node, self._launches = node, launches
+        self._status = Sparing(lambda: msgspec.json.encode(status()))
         self._callers, self._orders = callers, orders
 
     @_errors
     async def Prepare(self, request: agent_pb2.PrepareRequest, context: Any) -> agent_pb2.PrepareResponse:
         """See agent.proto."""
-        if request.generation < 0 or len(request.plain_digest) > MAX_DIGEST:
-            raise InvalidInput("an announcement has a digest and a generation of at least 0")
         timeout = _remaining(context, PREPARE_TIMEOUT)
         ranks, complete, epoch = await self._node.prepare(
             _token(context), request.plain_digest, request.generation, timeout
@@ -96,16 +93,12 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     @_errors
     async def Provide(self, request: agent_pb2.ProvideRequest, context: Any) -> agent_pb2.ProvideResponse:
         """See agent.proto."""
-        if not 0 < request.bytes <= MAX_IMAGE:
-            raise InvalidInput(f"a shard image of {request.bytes} bytes is impossible")
         timeout = _remaining(context, PROVIDE_TIMEOUT)
         return agent_pb2.ProvideResponse(slots=await self._node.arenas.provide(_token(context), request.bytes, timeout))
 
     @_errors
     async def Acquire(self, request: agent_pb2.AcquireRequest, context: Any) -> agent_pb2.AcquireResponse:
         """See agent.proto."""
-        if not 0 < request.bytes <= MAX_IMAGE or request.step < 0:
-            raise InvalidInput(f"a snapshot of {request.bytes} bytes at step {request.step} is impossible")
         timeout = _remaining(context, request.patience)
         token = _token(context)
         arena, epoch = await self._node.arenas.acquire(token, request.step, request.bytes, timeout)
@@ -123,8 +116,6 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
         metrics = dict(request.metrics)
         check_metrics(metrics)
         aliases, token = dict(request.aliases), _token(context)
-        if sum(len(alias) + len(name) for alias, name in aliases.items()) > MAX_ALIASES:
-            raise InvalidInput(f"the names of tied tensors have more than {MAX_ALIASES} characters")
         self._node.twins.fill(token, request.twin_slot, request.twin_bytes)
         self._node.saves.submit(token, request.slot, request.step, request.bytes, aliases, metrics, request.staging)
         self._node.on_filling()
@@ -172,7 +163,7 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     @_errors
     async def GetStatus(self, request: agent_pb2.GetStatusRequest, context: Any) -> agent_pb2.GetStatusResponse:
         """See agent.proto."""
-        return agent_pb2.GetStatusResponse(json=msgspec.json.encode(self._status()))
+        return agent_pb2.GetStatusResponse(json=self._status.get())
 
     async def Launch(
         self, request_iterator: AsyncIterator[agent_pb2.LaunchRequest], context: Any
@@ -235,21 +226,24 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         shell_of: Callable[[str, int], CoordinatorShell],
         node: str,
         offer: Callable[[pb.FetchRequest], Awaitable[pb.FetchResponse]],
+        on_refused: Callable[[], None] = lambda: None,
     ) -> None:
-        self._shell_of, self._node, self._offer = shell_of, node, offer
-        self._mirror = Mirror()
+        self._shell_of, self._node, self._offer, self._on_refused = shell_of, node, offer, on_refused
+        self._mirror, self._refusals = Mirror(), Refusals("reports of agents")
 
     async def Attend(self, request_iterator: AsyncIterator[pb.Report], context: Any) -> AsyncIterator[pb.Order]:
         """See coordinator.proto."""
+        node = "?"
         try:
             first = await anext(aiter(request_iterator))
             hello = first.agent_hello
             node = hello.node
+            check(first)
             if not node or node == self._node:
                 raise InvalidInput(f"the first report must be a hello of another node than {self._node}")
             shell = self._shell_of(hello.job, hello.term)
         except CkptsvcError as error:
-            await context.abort(*trailers_of(error))
+            await self._hang_up(error, node, context)
         orders: asyncio.Queue[pb.Order | None] = asyncio.Queue()
         deliver = orders.put_nowait
         shell.attend(node, deliver)
@@ -259,12 +253,24 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         try:
             while (order := await orders.get()) is not None:
                 yield order
+            failure = reading.exception() if reading.done() and not reading.cancelled() else None
+            if isinstance(failure, CkptsvcError):
+                await self._hang_up(failure, node, context)
+            if failure is not None:
+                raise failure
         finally:
             reading.cancel()
             shell.depart(node, deliver)
 
+    async def _hang_up(self, error: CkptsvcError, node: str, context: Any) -> None:
+        if isinstance(error, InvalidInput):
+            self._on_refused()
+            self._refusals.say(f"{error}, by the agent of {node[:MAX_NAME]} at {context.peer()}, which is hung up on")
+        await context.abort(*trailers_of(error))
+
     async def _read(self, shell: CoordinatorShell, node: str, reports: AsyncIterator[pb.Report]) -> None:
         async for message in reports:
+            check_report(message, node)
             for report in (message, *message.more):
                 shell.report(node, report)
 

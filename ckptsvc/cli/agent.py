@@ -9,10 +9,11 @@ from pathlib import Path
 
 import click
 
-from ckptsvc.cli.terminal import note
+from ckptsvc.cli.terminal import note, printable
 from ckptsvc.config import agents_directory, load
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_duration
+from ckptsvc.settings import Settings
 from ckptsvc.telemetry import start_logging
 
 
@@ -28,7 +29,9 @@ from ckptsvc.telemetry import start_logging
 )
 @click.option("--linger", help="End after so long without ranks and saves (for example 60s); default: never.")
 @click.option("--json-log", is_flag=True, help='The same as log.format = "json".')
-@click.option("--check-config", is_flag=True, help="Check the settings and end.")
+@click.option(
+    "--check-config", is_flag=True, help="Check whether an agent could start here with the settings; then end."
+)
 @click.option("--replace", is_flag=True, help="Have the agent that runs start anew in place, as it is installed now.")
 def command(
     listen: str | None, metrics_listen: str | None, name: str | None, coordination: str | None,
@@ -49,6 +52,7 @@ def command(
     if system and (directory is not None or linger is not None):
         raise ConfigError("--system has no --dir and no --linger", hint="set system.directory, system.linger")
     if check_config:
+        _check(settings, system=system)
         note("nothing is wrong with the settings; `ckptsvc config show --origin` says where they come from")
         return
     if system:
@@ -71,4 +75,20 @@ def command(
         return
     from ckptsvc.agent.server import Options, serve
 
-    asyncio.run(serve(Options(directory, settings, parse_duration(linger) if linger else None, read)))
+    ends = parse_duration(linger) if linger else None
+    asyncio.run(serve(Options(directory, settings, ends, read, overrides=overrides)))
+
+
+def _check(settings: Settings, *, system: bool) -> None:
+    """Whether an agent would start, or the service of all users; ConfigError if not."""
+    from ckptsvc.agent.process.conditions import check_node, ground_of, remarks
+
+    if system:
+        from ckptsvc.agent.supervisor.supervisor import Supervisor
+
+        check_node(settings)
+        Supervisor(settings, (), os.environ)
+    else:
+        ground_of(settings, os.environ)
+    for remark in remarks(settings):
+        note(f"warning: {printable(remark)}")

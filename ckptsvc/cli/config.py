@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from difflib import get_close_matches
 from pathlib import Path
 
 import click
@@ -11,6 +12,7 @@ from ckptsvc.cli.settings import sections, values
 from ckptsvc.cli.terminal import Screen, emit, note, printable
 from ckptsvc.config import OTHER_VARIABLES, config_files, load
 from ckptsvc.errors import ConfigError
+from ckptsvc.storage.registry import check_options
 
 DEFAULT = "default"
 
@@ -41,7 +43,9 @@ def show(wanted: tuple[str, ...], origin: bool, changed: bool, as_json: bool) ->
     rows = [row for row in values(settings) if not (changed and row[2] == DEFAULT)]
     known = {key for key, _, _ in values(settings)} | {section for section, _, _ in sections()}
     if unknown := [each for each in wanted if each not in known]:
-        raise ConfigError(f"there is no setting {unknown[0]}", hint="`ckptsvc config reference` lists all")
+        near = get_close_matches(unknown[0], known, 1, 0.5)
+        hint = f"did you mean {near[0]}?" if near else "`ckptsvc config reference` lists all"
+        raise ConfigError(f"there is no setting {unknown[0]}", hint=hint)
     rows = [row for row in rows if not wanted or row[0] in wanted or row[0].partition(".")[0] in wanted]
     if as_json:
         found = [{"key": key, "value": value, "origin": where} for key, value, where in rows]
@@ -72,7 +76,9 @@ def check(files: tuple[Path, ...]) -> None:
     Exit status: 0; 2 an unknown key or a wrong value, with its place.
     """  # noqa: D301  \b is click's
     chosen = list(files) or config_files(os.environ)
-    load({} if files else os.environ, files=chosen)
+    settings = load({} if files else os.environ, files=chosen)
+    for scheme, options in settings.store.options.items():
+        check_options(scheme, options)
     note(f"{', '.join(printable(str(path)) for path in chosen) or 'no settings file'}: nothing is wrong")
 
 

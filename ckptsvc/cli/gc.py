@@ -17,17 +17,23 @@ from ckptsvc.cli.agents import agent_directory, ask_all
 from ckptsvc.cli.audit import take_down
 from ckptsvc.cli.retention import Judged
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, progress, size
-from ckptsvc.errors import CkptsvcError, InvalidInput
+from ckptsvc.errors import CkptsvcError, InvalidInput, StoreError
+from ckptsvc.format.commit import RETIRED
 from ckptsvc.interop.conversion.leftovers import leftovers
 from ckptsvc.interop.conversion.target import RECORDS
+from ckptsvc.pipeline.catalog import list_refs
 from ckptsvc.pipeline.garbage import Garbage, find_garbage, remove_garbage
 from ckptsvc.pipeline.retain import Pace, expire
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.quantities import parse_duration
 from ckptsvc.storage import Store
+from ckptsvc.storage.clock import store_time
 from ckptsvc.storage.opening import open_store
 
 REMOVE, REMOVED, YOUNG, RUNNING, COMMITTED = "remove", "removed", "too young", "running", "committed meanwhile"
+LATEST = "may be running"
+SKEW = 60.0
+"""Seconds by which two clocks may differ before anybody is told."""
 _STYLE = {REMOVE: "doubt", REMOVED: "good"}
 
 
@@ -47,18 +53,22 @@ class Case:
 @click.option("--expire", "expires", is_flag=True, help="Deal with checkpoints, too, that retention does not keep.")
 @click.option("--older-than", default="1h", show_default=True, metavar="TIME",
     help='Only garbage that was last written to so long ago, as "90s", "10min", "2h" or "7d".')  # fmt: skip
+@click.option("--latest", is_flag=True,
+    help="Also saves newer than every checkpoint, which may yet be committed unless the job is gone.")  # fmt: skip
 @retention.options
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 def command(
-    store: str, delete: bool, dry_run: bool, expires: bool, older_than: str, as_json: bool, **rules: str | None
-) -> None:
+    store: str, delete: bool, dry_run: bool, expires: bool, older_than: str, latest: bool, as_json: bool,
+    **rules: str | None,
+) -> None:  # fmt: skip
     """Show what interrupted work has left in the run at STORE (a URL or a path), and --delete it.
 
     That is: folders whose save was never committed or whose deletion was interrupted, objects that no committed
     checkpoint refers to, temporary objects, records of unfinished conversions, uploads that were never completed. What
-    is still at work looks the same, so only what is older than --older-than is deleted, and never a step that an agent
-    of this node is saving. What a committed checkpoint refers to is never touched, nor checkpoints whose commit record
-    or index cannot be read.
+    is still at work looks the same, so only what is older than --older-than is deleted, by the clock of the store, and
+    never a step that an agent of this node is saving. Saves that are newer than every checkpoint, of the job that has
+    the run, may wait for their store however old they are: they stay without --latest. What a committed checkpoint
+    refers to is never touched, nor checkpoints whose commit record or index cannot be read.
 
     Where retention is set (save.keep and [retention], or the options below), every checkpoint is listed with the rules
     that keep it. A running job deletes the others by itself; with --expire they are deleted here, for a run that has
@@ -71,8 +81,8 @@ def command(
       "policy": {"last", "steps", "seconds", "best", "metric", "highest",
       "age", "rate"}, "checkpoints": [{"name", "step", "epoch", "created",
       "bytes", "written", "metrics", "fate", "why": [...]}]}
-    fate is "remove" (in a dry run), "removed", "too young", "running" or
-    "committed meanwhile", of a checkpoint "keep", "remove" or "removed";
+    fate is "remove" (in a dry run), "removed", "too young", "running", "may be
+    running" or "committed meanwhile", of a checkpoint "keep", "remove" or "removed";
     modified is ISO 8601 in UTC, null for an empty folder; removed counts what
     would be removed in a dry run. A checkpoint has so many bytes; written are
     those of its own files, which are free when it is gone.
@@ -88,10 +98,11 @@ def command(
     with ExitStack() as stack:
         opened = stack.enter_context(address.opened(place))
         running = _running_steps()
-        now = time.time()
+        now = _now(opened, seconds) if delete and opened.children() else time.time()
         judged = retention.look(opened, policy, now, running)
-        cases = [Case(garbage, _fate(garbage, now - seconds, running), opened) for garbage in find_garbage(opened)]
+        cases = [Case(g, _fate(g, now - seconds, running, latest=latest), opened) for g in find_garbage(opened)]
         cases += [Case(g, _fate(g, now - seconds, ()), s) for s, g in _beside_targets(opened, place.url, stack)]
+        hint = "" if cases or list_refs(opened) else address.what_instead(opened)
         if delete:
             judged = _expire(opened, judged, policy if expires else Policy(rate=policy.rate), now, seconds)
             _delete(cases, Pace(policy.rate))
@@ -103,7 +114,25 @@ def command(
     if as_json:
         emit(_json(url, cases, judged, seconds, delete))
     else:
-        _show(url, cases, judged, seconds, delete, expires)
+        _show(url, cases, judged, seconds, delete, expires, now, hint)
+
+
+def _now(store: Store, older_than: float) -> float:
+    """The time by the store's clock: by that of a node that is ahead, a save that is running would look abandoned.
+
+    Raises:
+        StoreError: it is not known, and matters.
+    """
+    here, there = time.time(), store_time(store, RETIRED)
+    if there is None:
+        if older_than:
+            hint = "--older-than 0 deletes what is not committed, whatever its age: while nobody writes to the run"
+            raise StoreError(f"{store.url} does not say when its objects were written", hint=hint)
+        return here
+    if abs(here - there) > SKEW:
+        how = "ahead of" if here > there else "behind"
+        note(f"this node's clock is {duration(abs(here - there))} {how} the store's, which counts")
+    return there
 
 
 def _beside_targets(store: Store, url: str, stack: ExitStack) -> Iterator[tuple[Store, Garbage]]:
@@ -149,9 +178,11 @@ def _running_steps() -> set[int]:
     return steps
 
 
-def _fate(garbage: Garbage, before: float, running: Collection[int]) -> str:
+def _fate(garbage: Garbage, before: float, running: Collection[int], *, latest: bool = False) -> str:
     if garbage.ref is not None and garbage.ref.step in running:
         return RUNNING
+    if garbage.latest and not latest:
+        return LATEST
     return REMOVE if garbage.modified <= before else YOUNG
 
 
@@ -195,7 +226,9 @@ def _iso(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")
 
 
-def _show(url: str, cases: Sequence[Case], judged: Judged, seconds: float, delete: bool, expires: bool) -> None:
+def _show(
+    url: str, cases: Sequence[Case], judged: Judged, seconds: float, delete: bool, expires: bool, now: float, hint: str
+) -> None:
     screen = Screen()
     if judged.policy.last and judged.commits:
         retention.show(screen, judged)
@@ -210,13 +243,14 @@ def _show(url: str, cases: Sequence[Case], judged: Judged, seconds: float, delet
     elif judged.policy != Policy(rate=judged.policy.rate) and judged.commits:
         note("save.keep is 0: every checkpoint is kept, whatever the other rules of retention are")
     if cases:
-        _show_garbage(screen, cases, seconds, delete)
+        _show_garbage(screen, cases, seconds, delete, now)
     elif not judged.policy.last or not judged.verdict.gone:
         note(f"nothing to remove in {url}")
+    if hint:
+        note(f"hint: {hint}")
 
 
-def _show_garbage(screen: Screen, cases: Sequence[Case], seconds: float, delete: bool) -> None:
-    now = time.time()
+def _show_garbage(screen: Screen, cases: Sequence[Case], seconds: float, delete: bool, now: float) -> None:
     rows = [
         [
             case.garbage.folder,
@@ -245,3 +279,5 @@ def _show_garbage(screen: Screen, cases: Sequence[Case], seconds: float, delete:
         screen.line(f"--delete would remove {what}; this was a dry run")
     else:
         screen.line(f"nothing is older than {duration(seconds)} and can be removed")
+    if any(case.fate == LATEST for case in cases):
+        note("hint: --latest removes what may be running, too; for a run that no job writes to")

@@ -15,7 +15,7 @@ from ckptsvc.agent.logtail import one_line
 from ckptsvc.cli.incident_text import show, wrapped
 from ckptsvc.cli.terminal import Screen, age, emit, note, printable
 from ckptsvc.config import load
-from ckptsvc.errors import CkptsvcError, InvalidInput
+from ckptsvc.errors import CkptsvcError, InvalidInput, NotFound
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 PARTLY_DONE = 3
@@ -35,7 +35,8 @@ def command(wanted: str | None, as_json: bool, target: Path | None, directory: P
     They are read from files: no agent has to run.
 
     \b
-    Exit status: 0; 3 some files cannot be used; 10 no such incident;
+    Exit status: 0; 3 some files cannot be used; 10 no such incident,
+    or no such directory;
     12 the incident is damaged; 13 a newer version wrote it.
     \b
     JSON of the list: {"directory", "incidents": [{"id", "name", "job",
@@ -45,6 +46,8 @@ def command(wanted: str | None, as_json: bool, target: Path | None, directory: P
     Incident in proto/ckptsvc/rpc/v1/coordinator.proto.
     rank is -1 where nobody could be named; confidence is 0 to 1.
     """  # noqa: D301  \b is click's
+    if directory is not None and not directory.is_dir():
+        raise NotFound(f"there is no directory {directory}")
     kept = IncidentLog(directory or incidents_directory(load(os.environ), os.environ))
     if wanted is None:
         if target is not None:

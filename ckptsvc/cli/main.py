@@ -5,6 +5,7 @@ Sub-commands are imported when they are called: `ckptsvc run` on ten thousand no
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import json
 import os
@@ -65,6 +66,15 @@ class LazyGroup(click.Group):
         module = importlib.import_module(f"ckptsvc.cli.{cmd_name.replace('-', '_')}")
         command: click.Command = module.command
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Name the nearest command where there is none of that name."""
+        near = difflib.get_close_matches(args[0], COMMANDS, 1) if args[0] not in COMMANDS else []
+        if near and not ctx.resilient_parsing:
+            ctx.fail(f"No such command '{args[0]}': did you mean '{near[0]}'?")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the table without importing anything."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
+from dataclasses import replace
 from typing import Any
 
 import click
 import msgspec
 
 from ckptsvc.cli.plan_examples import EXAMPLES, STATE
-from ckptsvc.cli.plan_model import Job, Plan, doubts, plans
+from ckptsvc.cli.plan_model import Job, Plan, doubts, memory, needed, plans
 from ckptsvc.cli.terminal import Screen, emit, plural
 from ckptsvc.errors import ConfigError
 from ckptsvc.quantities import parse_duration, parse_size
+from ckptsvc.settings import ArenaSettings, TierSettings
 
 _COUNT = re.compile(r"([0-9]+(?:\.[0-9]+)?(?:e[+]?[0-9]+)?) *([KMBGT]?)", re.IGNORECASE)
 _COUNT_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
@@ -30,6 +33,7 @@ class Given(msgspec.Struct, frozen=True):
     params: float
     state: float
     job: Job
+    assumed: bool  # what the store takes: as much as is needed
 
 
 @click.command()
@@ -40,7 +44,8 @@ class Given(msgspec.Struct, frozen=True):
     help="Of the state. [default: 14: 16-bit weights, 32-bit master weights, Adam's two moments]")  # fmt: skip
 @click.option("--ranks", type=click.IntRange(1), help="Ranks of the job.")
 @click.option("--ranks-per-node", type=click.IntRange(1), help="[default: 8]")
-@click.option("--store-bandwidth", metavar="RATE", help='What the store takes from all nodes: "650GB/s".')
+@click.option("--store-bandwidth", metavar="RATE",
+    help='What the store takes from all nodes: "650GB/s". [default: as much as the best interval needs]')  # fmt: skip
 @click.option("--read-bandwidth", metavar="RATE", help="What it gives. [default: as much]")
 @click.option("--local-bandwidth", metavar="RATE", help="What the disk of one node takes and gives. [default: none]")
 @click.option("--copy-bandwidth", metavar="RATE", default="10GB/s", show_default=True,
@@ -59,19 +64,24 @@ def command(example: str | None, list_them: bool, as_json: bool, **given: Any) -
     \b
     ckptsvc plan --params 1e12 --ranks 6144 --store-bandwidth 650GB/s --mtbf 3h
     ckptsvc plan --example aurora-1t-daos --mtbf 3h
+    ckptsvc plan --example llama3-405b
 
     The interval is Daly's (2006; a refinement of Young's, 1974): the training waits only for the copy to memory, the
     writing goes on behind it, and what is not durable yet when a failure comes is lost. Where the formula does not
-    hold, that is said. Sizes are decimal: 1 TB is 10^12 bytes.
+    hold, that is said. Without --store-bandwidth the plan says what the store must take. Sizes are decimal: 1 TB is
+    10^12 bytes.
 
     \b
     JSON: {"params", "bytes", "bytes_per_rank", "bytes_per_node", "ranks",
-      "nodes", "mtbf", "seconds": {"copy", "waiting", "disk", "store", "read",
+      "nodes", "mtbf", "store_bandwidth", "assumed", "memory": {"snapshots",
+      "copy", "xor", "rs"}, "seconds": {"copy", "waiting", "disk", "store", "read",
       "restart"}, "plans": [{"name", "interval", "best", "waiting", "lost",
       "useful", "limited"}], "doubts": [...]}
     seconds: "copy" until a snapshot is in memory, "waiting" what the training
     feels of it, "disk" and "store" until it is durable there (null: there is
-    none); plans: "best" is the formula's interval, "interval" never shorter
+    none); "assumed": the store's bandwidth was not given, this much is needed;
+    memory: bytes a node, those of tiers.partner beside its own snapshots,
+    where there are nodes enough; plans: "best" is the formula's interval, "interval" never shorter
     than a save takes ("limited"), "waiting" and "useful" are shares, "lost"
     the seconds a failure costs on average.
     """  # noqa: D301  \b is click's
@@ -99,7 +109,6 @@ def resolve(example: str | None, given: dict[str, Any]) -> Given:
     per_node = given["ranks_per_node"] or (known.ranks // known.nodes if known else 8)
     nodes = -(-ranks // per_node)
     store = rate(given["store_bandwidth"]) if given["store_bandwidth"] else known.store if known else 0.0
-    store = store or _missing("--store-bandwidth", "650GB/s")
     state = given["bytes_per_param"] or (known.state if known else STATE)
     copy = rate(given["copy_bandwidth"])
     job = Job(
@@ -108,14 +117,23 @@ def resolve(example: str | None, given: dict[str, Any]) -> Given:
         nodes=nodes,
         copy=copy,
         store=store,
-        read=rate(given["read_bandwidth"]) if given["read_bandwidth"] else store,
+        read=rate(given["read_bandwidth"]) if given["read_bandwidth"] else 0.0,
         local=rate(given["local_bandwidth"]) if given["local_bandwidth"] else 0.0,
         mtbf=_mtbf(given["mtbf"], given["node_mtbf"], nodes),
         restart=parse_duration(given["restart"]),
         soft=given["soft"],
         overlap=0.1 if given["overlap"] else 1.0,
     )
-    return Given(params, state, job)
+    if not store and not math.isfinite(needed(job)):
+        _missing("--store-bandwidth", "650GB/s")  # none would be enough
+    store = store or _rounded_up(needed(job))
+    return Given(params, state, replace(job, store=store, read=job.read or store), assumed=job.store == 0)
+
+
+def _rounded_up(number: float) -> float:
+    """To two digits."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return math.ceil(number / unit) * unit
 
 
 def _mtbf(whole: str | None, node: str | None, nodes: int) -> float:
@@ -159,6 +177,10 @@ def rate(text: str) -> float:
     return float(found)
 
 
+def _memory(job: Job) -> dict[str, float]:
+    return memory(job, ArenaSettings().slots, TierSettings().group)
+
+
 # ---- for people ------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +207,8 @@ def _show(screen: Screen, wanted: Given, found: list[Plan], said: list[str], ass
     job = wanted.job
     failure = f"a failure every {seconds(job.mtbf)}" + (" (assumed: --mtbf)" if assumed else "")
     from_store = job.restart + job.reading
+    taken = _memory(job)
+    beside = " or ".join(f"{decimal(taken[way])} ({way})" for way in ("copy", "xor", "rs") if way in taken)
     lines = [
         ("state", f"{decimal(job.nbytes)}: {wanted.params:.4g} parameters of {wanted.state:g} bytes"),
         ("job", f"{plural(job.ranks, 'rank')} on {plural(job.nodes, 'node')}, {failure}"),
@@ -194,6 +218,9 @@ def _show(screen: Screen, wanted: Given, found: list[Plan], said: list[str], ass
         ("waiting", f"{seconds(job.waiting)} of the training for each snapshot"),
         *([("on its disk", f"after {seconds(job.to_disk)}, at {decimal(job.local)}/s a node")] if job.local else []),
         ("durable", f"after {seconds(job.to_store)}, at {decimal(job.store)}/s in all"),
+        *([("", "which the interval below needs (--store-bandwidth)")] if wanted.assumed else []),
+        ("memory", f"{decimal(taken['snapshots'])} a node"),
+        *([("of partners", f"{beside} more (tiers.partner)")] if beside else []),
         ("restarted", f"after {seconds(job.restart + job.copying)} from memory, {seconds(from_store)} from the store"),
     ]
     for name, text in lines:
@@ -240,6 +267,9 @@ def _document(wanted: Given, found: list[Plan], said: list[str]) -> dict[str, An
         "ranks": job.ranks,
         "nodes": job.nodes,
         "mtbf": job.mtbf,
+        "store_bandwidth": job.store,
+        "assumed": wanted.assumed,
+        "memory": _memory(job),
         "seconds": {
             "copy": job.copying,
             "waiting": job.waiting,

@@ -145,6 +145,31 @@ def plans(job: Job) -> list[Plan]:
     return found
 
 
+def needed(job: Job) -> float:
+    """Bytes a second that the store must take so that it does not limit the interval; infinite where none is enough."""
+    spare = daly(job.waiting, job.mtbf) - job.copying
+    return job.nbytes / spare if spare > 0 else math.inf
+
+
+def memory(job: Job, slots: int, group: int) -> dict[str, float]:
+    """Bytes of memory on each node: for its own snapshots, and what more it takes to keep those of others.
+
+    While a newer one is made, the latter are there twice.
+
+    Args:
+        job: what is planned for.
+        slots: snapshots of its own that a node holds.
+        group: nodes that keep parity for each other.
+    """
+    one = job.nbytes / job.nodes
+    found = {"snapshots": slots * one}
+    if job.nodes > 1:
+        found["copy"] = one
+    if job.nodes >= group:
+        found |= {"xor": one / (group - 1), "rs": 2 * one / (group - 2)}
+    return found
+
+
 def _plan(name: str, job: Job, writing: float, down: float) -> Plan:
     best = daly(job.waiting, job.mtbf)
     interval = max(best, writing)
@@ -176,11 +201,10 @@ def doubts(job: Job, found: list[Plan]) -> list[str]:
     if down > 0.5 * job.mtbf:
         said.append("restarting takes more than half of the time between two failures: the estimate is rough")
     if found[0].limited:
-        needed = job.nbytes / max(found[0].best - job.copying, 1e-9)
         said.append(
             f"the store is the limit: the best interval is {found[0].best:.0f} s, and a save takes {job.to_store:.0f}"
-            f" s; {needed / 1e9:,.0f} GB/s would do"
-            if found[0].best > job.copying
+            f" s; {needed(job) / 1e9:,.0f} GB/s would do"
+            if math.isfinite(needed(job))
             else "the store is the limit: no store is fast enough for the best interval"
         )
     return said

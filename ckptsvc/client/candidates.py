@@ -17,7 +17,7 @@ from ckptsvc.client.group import Group, together
 from ckptsvc.client.link import AgentLink
 from ckptsvc.client.restore import Image, memory_image, store_image
 from ckptsvc.errors import BY_CODE, CkptsvcError, NotFound
-from ckptsvc.format.commit import CommitRecord
+from ckptsvc.format.commit import COMMIT, CommitRecord
 from ckptsvc.launch import Placement
 from ckptsvc.pipeline import catalog
 from ckptsvc.pipeline.catalog import Checkpoint, Ref, decode_checkpoint, open_checkpoint, read_index
@@ -77,6 +77,7 @@ class Candidates:
         self._link, self._group, self._place = link, group, place
         self._store: Store | None = None
         self._snapshots: list[agent_pb2.Snapshot] = []
+        self._committed = Ref(0, 0)
 
     def find(self, step: int | None = None) -> list[Candidate]:
         """All candidates (of one step), newest first; the same on every rank.
@@ -87,6 +88,7 @@ class Candidates:
         try:
             found = self._link.snapshots(SNAPSHOT_TIMEOUT + self._patience)
             self._snapshots = list(found.snapshots)
+            self._committed = Ref(found.committed_epoch, found.committed_step)
             for note in found.notes if self._group.rank == 0 else ():
                 log.warning("%s; an older one has to do", note)
         except CkptsvcError:
@@ -148,10 +150,22 @@ class Candidates:
         found += [(s.epoch, s.step, "local") for s in self._snapshots if s.on_disk]
         with contextlib.suppress(NotFound):  # nothing was ever written there
             # A damaged record is a candidate too: trying it says what is wrong with it.
-            found += [(ref.epoch, ref.step, "store") for ref, _ in catalog.find(self._connected())]
+            found += [(ref.epoch, ref.step, "store") for ref in self._stored()]
         # Highest epoch, then highest step, then the fastest tier.
         order = list(TIERS)
         return sorted(found, key=lambda c: (-c[0], -c[1], order.index(c[2])))
+
+    def _stored(self) -> list[Ref]:
+        """What the store lists, and the newest checkpoint that the job knows of: a listing may be behind."""
+        store = self._connected()
+        listed = [ref for ref, _ in catalog.find(store)]
+        if not self._committed.epoch or self._committed in listed:
+            return listed
+        if not catalog.exists(store, f"{self._committed.name}/{COMMIT}"):
+            log.warning("%s was committed, and is not in %s any more", self._committed.name, store.url)
+            return listed
+        log.warning("%s: the listing is behind, %s is there all the same", store.url, self._committed.name)
+        return [self._committed, *listed]
 
     def _connected(self) -> Store:
         if self._store is None:

@@ -30,7 +30,7 @@ from ckptsvc.control.nics import Finding
 from ckptsvc.control.pauses import Pauses
 from ckptsvc.control.redundancy import PartnerPolicy, Redundancy
 from ckptsvc.control.restart import Attempts, Phase, launched_as
-from ckptsvc.control.save import Saves
+from ckptsvc.control.save import Key, Saves
 from ckptsvc.control.slow import SlowJobs
 from ckptsvc.control.tiering import Draining, Tiers
 from ckptsvc.control.verbs import Verbs
@@ -247,6 +247,11 @@ class Coordinator:
     def lost(self, job: str) -> list[str]:
         """Snapshots that were newer than any that is still whole, a sentence each."""
         return self.redundancy.lost(self.jobs[job]) if job in self.jobs else []
+
+    def committed(self, job: str) -> Key:
+        """The newest checkpoint of a job that is known to be in the store; (0, 0) where none is."""
+        saves = self.jobs[job].saves if job in self.jobs else None
+        return saves.committed if saves and saves.committed and saves.committed not in saves.deleted else (0, 0)
 
     def snapshots(self, job: str) -> list[agent_pb2.Snapshot]:
         """Complete snapshots of a job in memory or on local disks, newest first; each agent fills in `local`."""

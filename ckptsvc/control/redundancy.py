@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 from ckptsvc.control.effects import Decision, Send
 from ckptsvc.control.groups import Groups, group
 from ckptsvc.control.membership import Job
-from ckptsvc.control.runs import MOST_RANKS, ranks_of, runs_of
+from ckptsvc.control.runs import ranks_of, runs_of
 from ckptsvc.control.save import Key, Saves
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -205,7 +205,7 @@ class Redundancy:
         members = {holder.node: ranks_of(holder.ranks) for holder in event.members}
         guard = next((g for g in guards if g.members == members and g.losses == event.losses), None)
         if guard is None:
-            guard = Guard(event.losses, members, min(event.world_size, MOST_RANKS), dict(event.aliases))
+            guard = Guard(event.losses, members, event.world_size, dict(event.aliases))
             guards.append(guard)
         guard.ready.add(event.node)
 
@@ -261,6 +261,11 @@ class Redundancy:
 
     def is_rebuildable(self, job: Job, key: Key) -> bool:
         """Whether all that is missing of a complete snapshot can be made of what is left."""
+        guarded = sum(
+            map(len, (ranks for g in self.jobs[job.name].guards.get(key, ()) for ranks in g.members.values()))
+        )
+        if guarded + len(job.saves.held[key]) < self._complete(job)[key]:
+            return False  # without a look at each rank: how many there are is what a node has said
         covered = {rank for guard, _ in self._able(job, key) for ranks in guard.members.values() for rank in ranks}
         return covered >= set(self._missing(job, key))
 

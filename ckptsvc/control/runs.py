@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from ckptsvc.rpc.bounds import MOST_RANKS
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
-
-MOST_RANKS = 1 << 24
-"""Ranks that a set from the wire may have."""
 
 
 def runs_of(ranks: Sequence[int]) -> list[pb.RankRun]:

@@ -217,11 +217,11 @@ class Saves:
     def skipped(self, event: pb.Skipped, now: float) -> Decision:
         """A rank could not take this snapshot, so nobody's is of use."""
         key = (event.epoch, event.step)
+        if self._has_staged(key, event.rank):
+            return Decision()  # nothing was skipped
         if key not in self.open and key not in self.ended:
             # The others may stage later: remember the outcome so that they hear it at once.
             self.open[key] = Save(event.epoch, event.step, event.attempt, 0, "", now, now)
-        if self._has_staged(key, event.rank):
-            return Decision()  # nothing was skipped
         return self._end(key, agent_pb2.OUTCOME_SKIPPED, "arena-exhausted", f"rank {event.rank}: {event.why}", now)
 
     def dropped(self, event: pb.Dropped) -> None:
@@ -352,10 +352,15 @@ class Saves:
         return f"after {self.timeout:g} s these ranks have not {did}: {shown}"
 
     @property
-    def committed_step(self) -> int | None:
-        """Step of the newest checkpoint of this job that is remembered as committed."""
+    def committed(self) -> Key | None:
+        """The newest checkpoint of this job that is remembered as committed."""
         done = [key for key, outcome in self.ended.items() if outcome.outcome == agent_pb2.OUTCOME_COMMITTED]
-        return max(done)[1] if done else None
+        return max(done, default=None)
+
+    @property
+    def committed_step(self) -> int | None:
+        """Its step."""
+        return self.committed[1] if self.committed else None
 
     def snapshots(self) -> list[Key]:
         """Complete snapshots that are still whole in memory that ranks read, newest first."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from ckptsvc.errors import Damaged, IncompatibleVersion
+from ckptsvc.errors import Damaged, IncompatibleVersion, NotFound
 from ckptsvc.format.commit import (
     COMMIT,
     EPOCHS,
@@ -21,7 +21,15 @@ from ckptsvc.format.commit import (
     parse_checkpoint_name,
     parse_pin_name,
 )
-from ckptsvc.pipeline.catalog import Ref, Refused, list_refs, newest_epoch, open_checkpoint, read_commit
+from ckptsvc.pipeline.catalog import (
+    Ref,
+    Refused,
+    list_refs,
+    newest_epoch,
+    open_checkpoint,
+    read_commit,
+    read_epoch,
+)
 from ckptsvc.pipeline.pins import pinned
 from ckptsvc.pipeline.retain import LOOK_EVERY, lacking, mentioned, referred, whole
 from ckptsvc.storage import TEMPORARY_PREFIX, Entry, Store
@@ -41,12 +49,15 @@ class Garbage:
         why: how they came to be there.
         entries: the objects, in the order in which they are to be deleted; none where an empty folder is all that is
             left.
+        latest: of a save that is newer than all that is committed, and may yet be, however old its objects are: it may
+            wait for its store, or the clock of whoever dated them is wrong.
     """
 
     folder: str
     ref: Ref | None
     why: str
     entries: tuple[Entry, ...]
+    latest: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -80,7 +91,7 @@ def find_garbage(store: Store) -> Iterator[Garbage]:
     late = _late(store, commits, unusable.keys() | back.keys())
     needed = referred([*back.values(), *(c for ref, c in commits.items() if c is not None and ref not in late)])
     needed |= mentioned(store, list(unusable.items())) | back.keys()
-    newest = newest_epoch(store)
+    is_latest = _is_latest(store, commits)
     for ref, commit in commits.items():
         if ref in late and ref not in needed | pins:
             record = tuple(entry for entry in store.list(ref.name) if entry.key == f"{ref.name}/{COMMIT}")
@@ -92,9 +103,9 @@ def find_garbage(store: Store) -> Iterator[Garbage]:
             if ref.name in marks:  # the mark goes last: until then this is known to be half deleted
                 yield Garbage(ref.name, ref, "its deletion was interrupted", (*entries, marks[ref.name]))
             else:
-                open_end = " (it may still be running)" if ref.epoch == newest else ""
-                yield Garbage(ref.name, ref, f"save not committed{open_end}", entries)
-    yield from _unfinished(store, {ref.name for ref in commits.keys() | unusable.keys()})
+                open_end = " (it may still be running)" if is_latest(ref) else ""
+                yield Garbage(ref.name, ref, f"save not committed{open_end}", entries, is_latest(ref))
+    yield from _unfinished(store, {ref.name for ref in commits.keys() | unusable.keys()}, is_latest)
     yield from _beside(store, commits, marks, pins - commits.keys() - unusable.keys())
 
 
@@ -129,12 +140,38 @@ def _strays(store: Store, ref: Ref, commit: CommitRecord) -> Iterator[Garbage]:
         yield Garbage(ref.name, None, "not part of the committed checkpoint", strays)
 
 
-def _unfinished(store: Store, folders: Collection[str]) -> Iterator[Garbage]:
+def _is_latest(store: Store, commits: Mapping[Ref, CommitRecord | None]) -> Callable[[Ref], bool]:
+    """Tells whether a save that is not committed may yet be, and is newer than all that are.
+
+    Nothing is committed any more of an epoch that is fenced off: when another job has taken a higher one.
+    """
+    newest = newest_epoch(store)
+    owner = _job_of(store, newest) if newest else ""
+    committed = max((ref for ref, commit in commits.items() if commit is not None), default=Ref(0, 0))
+
+    def is_latest(ref: Ref) -> bool:
+        if not newest or ref < committed:
+            return False
+        return ref.epoch >= newest or not owner or _job_of(store, ref.epoch) in ("", owner)
+
+    return is_latest
+
+
+def _job_of(store: Store, epoch: int) -> str:
+    """Who has taken an epoch; "" where that cannot be known."""
+    try:
+        return read_epoch(store, epoch).job
+    except (NotFound, Damaged, IncompatibleVersion):
+        return ""
+
+
+def _unfinished(store: Store, folders: Collection[str], is_latest: Callable[[Ref], bool]) -> Iterator[Garbage]:
     """Uploads that were never completed, where nothing else is in the folder, so that nothing shows it."""
     for folder, uploads in unfinished_by_folder(store).items():
         parsed = parse_checkpoint_name(folder)  # others may use the bucket, too
         if parsed is not None and folder not in folders:
-            yield Garbage(folder, Ref(parsed[1], parsed[0]), "upload never completed", tuple(uploads))
+            ref = Ref(parsed[1], parsed[0])
+            yield Garbage(folder, ref, "upload never completed", tuple(uploads), is_latest(ref))
 
 
 def _beside(

@@ -26,6 +26,7 @@ from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.pins import pinned
 from ckptsvc.pipeline.retention import Candidate, Policy, Verdict, decide
 from ckptsvc.storage import Store
+from ckptsvc.storage.clock import store_time
 
 RESUME_AFTER = 600.0
 """Seconds after which a deletion that has begun and not ended is taken up: until then somebody may be at it."""
@@ -153,8 +154,8 @@ def expire(
         store: of the run.
         policy: what to keep.
         needed: checkpoints that a running save or a drain works with.
-        now: seconds since 1970, by a clock that is known to be right. None: this machine's clock, which may be wrong,
-            says what others have left lying, and not how old a checkpoint is (see `decide`).
+        now: seconds since 1970, by the clock that dates the objects. None: the store is asked what others have left
+            lying, and no clock how old a checkpoint is (see `decide`).
         resume_after: seconds after which deletions that others began are taken up.
         progress: called with the size of every file that is deleted.
 
@@ -162,8 +163,9 @@ def expire(
         StoreError: the store failed; the next call goes on where this one was interrupted.
     """
     done, pace = Expired(), Pace(policy.rate)
-    before = (time.time() if now is None else now) - resume_after
-    marks = [ref for ref, since in retired(store).items() if since <= before]
+    began = retired(store)
+    dated = now if now is not None or not began else store_time(store, RETIRED)
+    marks = [ref for ref, since in began.items() if dated is not None and since <= dated - resume_after]
     if not policy.last and not marks:
         return done
     found = find(store)

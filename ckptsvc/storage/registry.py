@@ -15,6 +15,8 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
+import msgspec
+
 from ckptsvc.errors import ConfigError
 from ckptsvc.storage.api import Store
 
@@ -50,7 +52,8 @@ def connect(url: str, options: Mapping[str, Any] | None = None) -> Store:
     """
     url = canonical(url)
     scheme = url.partition("://")[0]
-    store = _driver("fsspec" if scheme.startswith("fsspec+") else scheme)(url, options or {})
+    check_options(scheme, options or {})
+    store = _driver_of(scheme)(url, options or {})
     if not isinstance(store, Store):
         raise ConfigError(f"the driver for {scheme}:// returned a {type(store).__qualname__}, which is no store")
     return store
@@ -94,9 +97,37 @@ def takes_timeout(url: str) -> bool:
     return _says(url, "TAKES_TIMEOUT", otherwise=False)
 
 
+def check_options(scheme: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that the driver of a scheme does not know: its module says which those are, as `OPTIONS`.
+
+    Raises:
+        ConfigError: it does not know one (the nearest that it does is named), one is out of range, or there is no such
+            driver.
+    """
+    known = getattr(sys.modules.get(_driver_of(scheme).__module__), "OPTIONS", None)
+    if known is None:
+        return
+    names = [field.encode_name for field in msgspec.structs.fields(known)]
+    for name in options:
+        if name not in names:
+            near = difflib.get_close_matches(str(name), names, 1, 0.5)
+            raise ConfigError(
+                f"store.options.{scheme}.{name}: there is no such option",
+                hint=f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}",
+            )
+    try:
+        msgspec.convert(dict(options), known, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"store.options.{scheme}: {error}") from None
+
+
+def _driver_of(scheme: str) -> Callable[[str, Mapping[str, Any]], object]:
+    return _driver("fsspec" if scheme.startswith("fsspec+") else scheme)
+
+
 def _says(url: str, name: str, *, otherwise: bool) -> bool:
     scheme = canonical(url).partition("://")[0]
-    driver = _driver("fsspec" if scheme.startswith("fsspec+") else scheme)
+    driver = _driver_of(scheme)
     return bool(getattr(sys.modules.get(driver.__module__), name, otherwise))
 
 

@@ -107,7 +107,7 @@ class HumanFormatter(logging.Formatter):
         level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
         message, fields = _message(record), _fields_of(record)
         about = " ".join(f"{k}={v}" for k, v in fields.items() if k != "job" or str(v) not in message)
-        line = f"{time} {level}{message}" + (f"  ({about})" if about else "")
+        line = _shown(f"{time} {level}{message}" + (f"  ({about})" if about else ""))
         return masked(f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line)
 
 
@@ -117,6 +117,11 @@ def _message(record: logging.LogRecord) -> str:
         return record.getMessage()
     except Exception as error:  # noqa: BLE001  whatever an argument's __str__ raises
         return f"{record.msg!r} with {len(record.args or ())} arguments: {type(error).__name__}"
+
+
+def _shown(line: str) -> str:
+    """As one line that no terminal obeys: what is in it may be another node's, or a program's."""
+    return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
 
 
 def _fields_of(record: logging.LogRecord) -> dict[str, object]:

@@ -217,19 +217,31 @@ def _credentials(settings: TraceSettings) -> Any:
         raise ConfigError(f"traces.ca_file: {settings.ca_file}: {error.strerror}") from None
 
 
+def check_traces(settings: TraceSettings) -> None:
+    """See that spans could go where the settings say.
+
+    Raises:
+        ConfigError: that is no endpoint, or what it takes is not installed or cannot be read.
+    """
+    if not settings.endpoint:
+        return
+    scheme, _, rest = settings.endpoint.partition("://")
+    if scheme not in ("http", "https") or not rest:
+        raise ConfigError(f"traces.endpoint is {settings.endpoint!r}", hint="http://host:4317, or https://")
+    try:
+        import opentelemetry.exporter.otlp.proto.grpc.trace_exporter
+        import opentelemetry.sdk.resources  # noqa: F401
+    except ImportError as error:
+        what = f"traces.endpoint is set, and OpenTelemetry is not installed ({error.name})"
+        raise ConfigError(what, hint="pip install 'ckptsvc[traces]'") from None
+    _credentials(settings)
+
+
 def start_traces(settings: TraceSettings, node: str, version: str) -> Traces:
     """Where spans go, as the settings say.
 
     Raises:
         ConfigError: that is no endpoint, or what it takes is not installed.
     """
-    if not settings.endpoint:
-        return Traces()
-    scheme, _, rest = settings.endpoint.partition("://")
-    if scheme not in ("http", "https") or not rest:
-        raise ConfigError(f"traces.endpoint is {settings.endpoint!r}", hint="http://host:4317, or https://")
-    try:
-        return Collected(settings, node, version)
-    except ImportError as error:
-        what = f"traces.endpoint is set, and OpenTelemetry is not installed ({error.name})"
-        raise ConfigError(what, hint="pip install 'ckptsvc[traces]'") from None
+    check_traces(settings)
+    return Collected(settings, node, version) if settings.endpoint else Traces()

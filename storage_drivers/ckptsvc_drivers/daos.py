@@ -72,6 +72,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     library: str = ""
 
 
+OPTIONS = Options
+"""What `[store.options.SCHEME]` may set."""
+
+
 def connect(url: str, options: Mapping[str, object]) -> DaosStore:
     """Return the store at `daos://POOL/CONTAINER/path`; its directory is made by the first write.
 

@@ -13,7 +13,9 @@ import msgspec
 from ckptsvc.storage.api import Capabilities, Layout
 from ckptsvc_drivers.linux import file_system
 from ckptsvc_drivers.lustre_striping import LustreStriping
-from ckptsvc_drivers.posix import PosixStore, parse
+from ckptsvc_drivers.posix import OPTIONS, PosixStore, parse
+
+__all__ = ["OPTIONS", "connect"]
 
 
 def connect(url: str, options: Mapping[str, object]) -> LustreStore:

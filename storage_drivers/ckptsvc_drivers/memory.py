@@ -37,6 +37,10 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     capacity: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
+OPTIONS = Options
+"""What `[store.options.SCHEME]` may set."""
+
+
 @dataclass(slots=True)
 class _Space:
     """What lies under one name."""

@@ -7,16 +7,19 @@ way of a save is listed.
 
 from __future__ import annotations
 
+import functools
 import secrets
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from itertools import chain
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from ckptsvc.errors import CkptsvcError, Damaged, InvalidInput, NotFound, StoreDenied, StoreError, StoreUnavailable
 from ckptsvc.storage.api import READ_LIMIT, TEMPORARY_PREFIX, Capabilities, Entry, Progress
 from ckptsvc.storage.arguments import check_key, check_prefix, check_record, check_size, check_target
-from ckptsvc_drivers.object_clients import Clients, options_from, parse
+from ckptsvc_drivers.object_clients import Clients, Options, options_from, parse
 from ckptsvc_drivers.object_errors import facts_of, translate
 from ckptsvc_drivers.object_names import key_of, name_of, upload_of
 from ckptsvc_drivers.object_parts import Parts, cut
@@ -29,11 +32,34 @@ FORK_SAFE = False
 TAKES_TIMEOUT = True
 """The option `timeout` ends a request."""
 
+OPTIONS = Options
+"""What `[store.options.SCHEME]` may set."""
+
 _SINGLE = 8 << 20  # bytes; an object up to this size is one request
 _RANGE = 8 << 20  # bytes of one request when reading
 _READERS = 8  # requests at a time when reading, of all calls together, where no option says
 _CHUNK = 256 << 10  # bytes copied at a time: few enough to lie in the cache still
 _CLEAN_UP = 5.0  # seconds for each request that cleans up after a failed write
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def _renewing(method: Callable[Concatenate[ObjectStore, P], T]) -> Callable[Concatenate[ObjectStore, P], T]:
+    """Call a method once more where the server refuses the credentials, and others may be there by now."""
+
+    @functools.wraps(method)
+    def call(store: ObjectStore, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        generation = store._clients.generation
+        try:
+            return method(store, *args, **kwargs)
+        except StoreDenied:
+            if not store._renew(generation):
+                raise
+            return method(store, *args, **kwargs)
+
+    return call
 
 
 def connect(url: str, options: Mapping[str, object]) -> ObjectStore:
@@ -91,12 +117,35 @@ class ObjectStore:
     def _capable(self, exclusive: bool, *notes: str) -> Capabilities:
         return Capabilities(exclusive_create=exclusive, direct_io="objects are sent over the network", notes=notes)
 
+    def _renew(self, generation: int) -> bool:
+        """See `Clients.renew`; what the old credentials have signed goes, too."""
+        renewed = self._clients.renew(generation)
+        if renewed:
+            self._ranges.renew()
+        return renewed
+
     # --- writing --------------------------------------------------------------------------------------------
 
     def write(
         self, key: str, data: memoryview, size: int, *, ready: Progress | None = None, progress: Progress | None = None
     ) -> None:
         """See `Store.write`; seen by readers when it is whole, not before."""
+        reported, generation = 0, self._clients.generation
+
+        def report(nbytes: int) -> None:
+            nonlocal reported
+            reported += nbytes
+            if progress is not None:
+                progress(nbytes)
+
+        try:
+            self._write(key, data, size, ready, report)
+        except StoreDenied:
+            if not self._renew(generation) or reported:  # whose memory may be somebody else's by now
+                raise
+            self._write(key, data, size, ready, report)
+
+    def _write(self, key: str, data: memoryview, size: int, ready: Progress | None, progress: Progress) -> None:
         import obstore
 
         name = self._name(check_key(key))
@@ -152,6 +201,7 @@ class ObjectStore:
                 pass
             raise
 
+    @_renewing
     def _create(self, key: str, data: bytes) -> bool:
         """One request that creates an object if it is not there; whether it did."""
         import obstore
@@ -166,6 +216,7 @@ class ObjectStore:
                 return False
         return True
 
+    @_renewing
     def delete(self, key: str) -> None:
         """See `Store.delete`; the key under which `list` shows an unfinished upload aborts it."""
         import obstore
@@ -179,6 +230,7 @@ class ObjectStore:
 
     # --- reading --------------------------------------------------------------------------------------------
 
+    @_renewing
     def read(self, key: str, limit: int = READ_LIMIT) -> bytes:
         """See `Store.read`."""
         import obstore
@@ -217,6 +269,7 @@ class ObjectStore:
                     future.cancel()
                 wait(futures)
 
+    @_renewing
     def _fetch(self, key: str, offset: int, view: memoryview) -> None:
         """One range in one request; in another one by obstore, unless the first went well."""
         import obstore
@@ -245,6 +298,7 @@ class ObjectStore:
                 self._pool = ThreadPoolExecutor(readers, thread_name_prefix="ckptsvc-object")
             return self._pool
 
+    @_renewing
     def size(self, key: str) -> int:
         """See `Store.size`."""
         import obstore
@@ -259,15 +313,23 @@ class ObjectStore:
         return self._below(check_prefix(prefix))
 
     def _below(self, prefix: str) -> Iterator[Entry]:
-        import obstore
-
+        pages = self._pages(prefix)
         with self._errors(prefix):
-            for chunk in obstore.list(self._clients.plain, self._name(prefix) or None):
+            for chunk in pages:
                 for each in chunk:
                     key = key_of(self._prefix, each["path"])
                     if key is not None:
                         yield Entry(key, each["size"], each["last_modified"].timestamp())
         yield from self.unfinished(prefix)
+
+    @_renewing
+    def _pages(self, prefix: str) -> Iterator[Any]:
+        """A listing as it comes, of which the first page is there."""
+        import obstore
+
+        with self._errors(prefix):
+            pages = iter(obstore.list(self._clients.plain, self._name(prefix) or None))
+            return chain([next(pages, [])], pages)
 
     def unfinished(self, prefix: str = "") -> Iterator[Entry]:
         """See `storage.unfinished.KeepsUnfinished`."""
@@ -275,6 +337,7 @@ class ObjectStore:
             for _, entry in unfinished(self._clients, prefix):
                 yield entry
 
+    @_renewing
     def children(self, prefix: str = "") -> Sequence[str]:
         """See `Store.children`."""
         import obstore

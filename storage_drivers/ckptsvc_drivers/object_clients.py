@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import configparser
 import ipaddress
+import math
 import os
 import re
 import ssl
 import threading
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +36,9 @@ LEAST_PART = 5 << 20
 
 CONNECT_TIMEOUT = 5.0
 """Seconds until a connection must stand."""
+
+RENEW_EVERY = 10.0
+"""Seconds for which credentials that were read anew are not read again, whatever the server says."""
 
 PART_RETRIES = 3
 """Further tries of one part: what failed once must not cost all the other parts of the object."""
@@ -129,6 +134,9 @@ class Clients:
         place: the bucket.
         options: settings.
 
+    Attributes:
+        generation: how often credentials were read anew.
+
     Raises:
         ConfigError: an endpoint without encryption that is not allowed, a file that is not there, and the like.
     """
@@ -143,6 +151,8 @@ class Clients:
         self._authorities = _read(options.ca_file) if options.ca_file else b""
         self._made: dict[int, Client] = {}
         self._lock = threading.Lock()
+        self.generation = 0
+        self._renewed_at = -math.inf
 
     @property
     def plain(self) -> Client:
@@ -153,6 +163,22 @@ class Clients:
     def patient(self) -> Client:
         """For the parts of an upload."""
         return self._client(PART_RETRIES)
+
+    def renew(self, generation: int) -> bool:
+        """Have the credentials read anew, those of a generation having been refused: somebody may have renewed them.
+
+        Returns:
+            whether there are others than those; False if that was done just now, in vain.
+        """
+        with self._lock:
+            if generation != self.generation:
+                return True
+            if time.monotonic() < self._renewed_at + RENEW_EVERY:
+                return False
+            self._renewed_at = time.monotonic()
+            self.generation += 1
+            self._made.clear()
+            return True
 
     def tls(self) -> ssl.SSLContext:
         """What a connection of our own is checked with."""

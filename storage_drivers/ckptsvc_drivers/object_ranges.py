@@ -50,6 +50,13 @@ class Ranges:
         for connection in idle:
             connection.close()
 
+    def renew(self) -> None:
+        """Have addresses signed anew: the credentials are others."""
+        with self._lock:
+            self._signed.clear()
+            if self._rests_until != float("inf"):
+                self._rests_until = 0.0
+
     def fill(self, name: str, offset: int, view: memoryview) -> bool:
         """Fill `view` with an object's bytes from `offset` on; False: ask for them in the usual way.
 

@@ -64,6 +64,10 @@ class Options(StripingOptions, frozen=True, kw_only=True, forbid_unknown_fields=
 DEFAULTS = Options()
 
 
+OPTIONS = Options
+"""What `[store.options.SCHEME]` may set."""
+
+
 def connect(url: str, options: Mapping[str, object]) -> PosixStore:
     """Return the store at `file:///absolute/path`; the directory is made by the first write.
 

@@ -21,6 +21,7 @@ from datetime import UTC, datetime
 from urllib.parse import parse_qs, parse_qsl, quote, urlencode, urlsplit
 
 import pytest
+from ckptsvc_drivers import object_clients
 from ckptsvc_drivers.object_clients import parse
 from ckptsvc_drivers.object_names import Upload, key_of, name_of, upload_of
 from ckptsvc_drivers.object_parts import MOST_PARTS, cut
@@ -237,6 +238,89 @@ def test_credentials_come_from_a_profile(s3_bucket, between, monkeypatch, tmp_pa
         assert f"Credential={expected}/" in between.headers["authorization"]
     with pytest.raises(ConfigError, match="third"):
         put(opened(s3_bucket, profile="third"), "a", b"1")
+
+
+REVOKED = (403, b"<Error><Code>InvalidAccessKeyId</Code></Error>")
+
+
+def keys_in(path, name: str) -> None:
+    path.write_text(f"[default]\naws_access_key_id = {name}\naws_secret_access_key = secret-{name}\n")
+
+
+@pytest.fixture(params=["boto3", "without boto3"])
+def renewable(request, s3_bucket, between, monkeypatch, tmp_path):
+    """An open store that has used the keys in a file, and the file."""
+    if request.param != "boto3":
+        monkeypatch.setitem(sys.modules, "boto3", None)
+    file = tmp_path / "credentials"
+    keys_in(file, "old")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    store = opened(s3_bucket, endpoint=between.endpoint, timeout=20)
+    put(store, "a", b"1")
+    store.size("a")
+    yield store, file
+    store.close()
+
+
+OPERATIONS = {
+    "small": lambda store: put(store, "b", b"1"),
+    "parts": lambda store: put(store, "b", content_of(9 * MiB)),
+    "record": lambda store: store.put_if_absent("c", b"1"),
+    "read": lambda store: store.read("b"),
+    "range": lambda store: store.read_into("b", 0, memoryview(bytearray(1 * MiB))),
+    "ranges": lambda store: store.read_into("b", 0, memoryview(bytearray(9 * MiB))),
+    "size": lambda store: store.size("b"),
+    "list": lambda store: next(store.list()),
+    "children": lambda store: store.children(),
+    "delete": lambda store: store.delete("b"),
+}
+
+
+def test_an_open_store_takes_keys_that_were_renewed(renewable, between, monkeypatch):
+    monkeypatch.setattr(object_clients, "RENEW_EVERY", 0.0)
+    store, file = renewable
+    before = "old"
+    for name, operation in OPERATIONS.items():
+        keys_in(file, name)
+        refusal = Rule("", signed=f"Credential={before}/|Credential={before}%2F", answer=REVOKED)
+        between.rules[:] = [refusal]
+        operation(store)
+        met = refusal.met
+        assert 1 <= met <= 4, name  # each of two ranges is asked for in two ways
+        operation(store)
+        assert refusal.met == met, name
+        before = name
+        put(store, "a", b"1")
+        store.size("a")  # by the other client
+
+
+def test_keys_that_were_not_renewed_are_not_read_again_and_again(renewable, between):
+    store, _ = renewable
+    between.rules.append(Rule("", signed="Credential=old", answer=REVOKED))
+    for _ in range(5):
+        with pytest.raises(StoreDenied):
+            store.size("a")
+    assert between.rules[0].met == 6
+
+
+def test_what_was_reported_as_written_is_not_read_again_with_other_keys(renewable, s3_bucket, between):
+    """Its memory may be somebody else's by then; the next write has the other keys."""
+    _, file = renewable
+    keys_in(file, "old")
+    store = opened(s3_bucket, endpoint=between.endpoint, connections=1)
+    put(store, "a", b"1")
+    keys_in(file, "new")
+    between.rules.append(Rule("partNumber=3", signed="Credential=old", answer=REVOKED))
+    told = []
+    with pages_with(content_of(20 * MiB)) as data, pytest.raises(StoreDenied):
+        store.write("b", data, len(data), progress=told.append)
+    assert told
+    put(store, "b", content_of(20 * MiB))
+    assert "Credential=new" in between.headers["authorization"]
+    store.close()
 
 
 def test_what_is_sent_is_signed_where_that_is_asked_for(s3_bucket, between):

@@ -22,7 +22,8 @@ from harness.stored import Run, Tensor, cli
 import ckptsvc
 from ckptsvc.errors import CkptsvcError, Damaged, StoreDenied, StoreError, StoreFull, StoreUnavailable
 from ckptsvc.format.commit import epoch_key
-from ckptsvc.pipeline.catalog import find, newest_epoch, take_epoch
+from ckptsvc.pipeline.catalog import find, list_refs, newest_epoch, take_epoch
+from ckptsvc.storage import connect
 from ckptsvc.storage.testing import content_of, pages_with, put
 from ckptsvc.storage.wrappers import Retrying
 
@@ -291,6 +292,21 @@ def test_a_clock_that_is_wrong_does_not_age_objects(s3_bucket):
     assert abs(entry.modified - served) < 2
 
 
+@pytest.mark.parametrize(("hours", "older_than", "left"), [(2, "1h", [1, 2]), (-2, "1s", [1])])
+def test_a_clock_that_is_wrong_deletes_no_running_save(s3_bucket, monkeypatch, hours, older_than, left):
+    monkeypatch.setenv("CKPTSVC_STORE_OPTIONS", json.dumps({"s3": s3_bucket.options}))
+    run = Run(s3_bucket.url, s3_bucket.options)
+    run.save(1)
+    run.save(2, commit=False)  # in another node's memory is the rest of it
+    time.sleep(2.1 if older_than == "1s" else 0)  # S3 dates by the second
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + hours * 3600)
+    status, _, err = cli("gc", run.url, "--delete", "--older-than", older_than)
+    assert (status, "the store's, which counts" in err) == (0, True)
+    assert sorted(ref.step for ref in list_refs(run.store)) == left
+    assert run.store.children("retired") == []
+
+
 # --- what is read --------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +385,37 @@ def train(rank: Rank, store: str, steps: int) -> dict[str, object]:
     }
 
 
+def save_twice(rank: Rank, store: str) -> int:
+    """Where it has begun."""
+    weight = torch.zeros(1000)
+    run = ckptsvc.attach({"weight": weight}, store=store, every="off")
+    begun = run.steps_done
+    for _ in range(2):
+        weight += 1
+        run.step()
+        run.save(wait=True)
+    run.close()
+    return begun
+
+
+@pytest.mark.slow
+def test_a_step_that_a_listing_hides_is_restored_where_the_job_knows_of_it(
+    s3_bucket: S3Bucket, between, launch: Launch, runtime: Runtime, moto_server
+) -> None:
+    url = f"{s3_bucket.url}/run"
+    options = {"s3": {**s3_bucket.options, "endpoint": between.endpoint}}
+    runtime.environ.update(moto_server.environ, CKPTSVC_STORE_OPTIONS=json.dumps(options))
+    assert launch.plain(1, save_twice, url, CKPTSVC_JOB="again", CKPTSVC_ATTEMPT="1").results() == [0]
+    between.rules.append(Rule("GET .*list-type=2", change=without("step-000000000002.")))
+    assert [ref.step for ref in list_refs(connect(url, options["s3"]))] == [1]
+    for arena in runtime.arenas.rglob("*"):  # what is in memory would be newer
+        if arena.is_file() and arena.stat().st_size > 4096:
+            arena.write_bytes(b"\xff" * arena.stat().st_size)
+    again = launch.plain(1, save_twice, url, CKPTSVC_JOB="again", CKPTSVC_ATTEMPT="2")
+    assert again.results() == [2]
+    assert "the listing is behind, step-000000000002.e00001 is there all the same" in again.story()
+
+
 def test_a_job_saves_to_s3_and_is_restored_from_it(
     s3_bucket: S3Bucket, launch: Launch, runtime: Runtime, moto_server, monkeypatch
 ) -> None:
@@ -385,7 +432,7 @@ def test_a_job_saves_to_s3_and_is_restored_from_it(
         monkeypatch.setenv(f"CKPTSVC_{name}", runtime.environ[f"CKPTSVC_{name}"])
     assert [entry["step"] for entry in json.loads(cli("ls", url, "--json").out)["checkpoints"]] == [5, 3]
     assert cli("verify", url, "--step", "5").status == 0
-    s3_bucket.begin_upload("run/step-000000000009.e00009/r00000-00000000.safetensors")
+    s3_bucket.begin_upload("run/step-000000000009.e00001/r00000-00000000.safetensors")
     assert json.loads(cli("gc", url, "--delete", "--json", "--older-than", "0s").out)["removed"]["objects"] == 1
     assert s3_bucket.uploads() == []
     shard = max(opened(s3_bucket).list("run/step-000000000005.e00002"), key=lambda entry: entry.size).key

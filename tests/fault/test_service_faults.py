@@ -1,5 +1,6 @@
 """The agent runs short of things, or is pestered: jobs train on, nothing is lost, and one line of its log says why."""
 
+import collections
 import contextlib
 import json
 import os
@@ -9,9 +10,11 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,8 @@ from harness.stored import cli
 import ckptsvc
 from ckptsvc.rpc.channel import OPTIONS, TOKEN_KEY
 from ckptsvc.rpc.dial import sockets
-from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
+from ckptsvc.rpc.identity import IdentityClient
+from ckptsvc.rpc.v1 import agent_pb2, agent_pb2_grpc, coordinator_pb2
 
 
 def train(rank: Rank, store: str) -> dict[str, Any]:
@@ -60,6 +64,7 @@ class Pestered:
 
     def __init__(self, runtime: Runtime, job: Job, store: Path) -> None:
         self.runtime, self.job, self.store = runtime, job, store
+        self.pests = contextlib.ExitStack()  # what pesters the agent until it has ended
 
     def steps_on(self) -> None:
         """The training goes on."""
@@ -86,20 +91,22 @@ class Pestered:
 def pestered(launch: Launch, runtime: Runtime, tmp_path: Path) -> Iterator[Pestered]:
     """At the end all is as if nothing had been."""
     store = tmp_path / "run"
-    agent = runtime.start_agent()
-    with launch.plain(1, train, str(store)) as job:
-        job.wait_for("stepped", step=10)
-        found = Pestered(runtime, job, store)
-        found.saves_on()
-        yield found
-        found.saves_on()
-        job.go("end")
-        (result,) = job.results()
-    assert result["saved"]
-    assert assert_intact(store)[0] == result["step"]
-    assert [each.pid for each in runtime.agents()] == [agent.pid]
-    agent.terminate()
-    assert agent.wait(20) == 0
+    agent = runtime.start_agent("--metrics-listen", "127.0.0.1:0")
+    with contextlib.ExitStack() as pests:
+        with launch.plain(1, train, str(store)) as job:
+            job.wait_for("stepped", step=10)
+            found = Pestered(runtime, job, store)
+            pests.push(found.pests)
+            found.saves_on()
+            yield found
+            found.saves_on()
+            job.go("end")
+            (result,) = job.results()
+        assert result["saved"]
+        assert assert_intact(store)[0] == result["step"]
+        assert [each.pid for each in runtime.agents()] == [agent.pid]
+        agent.terminate()
+        assert agent.wait(20) == 0
 
 
 def limited(pid: int, kind: int, most: int) -> contextlib.AbstractContextManager[None]:
@@ -281,6 +288,44 @@ def test_a_flood_of_calls_that_are_none(pestered: Pestered) -> None:
     pestered.steps_on()
     pestered.says_once("requests that make no sense were refused")
     assert pestered.runtime.status()["ranks"]
+
+
+def test_a_flood_of_calls_that_are_good(pestered: Pestered) -> None:
+    """A program of the user asks how things are, and says who it is, as fast as it can."""
+    grpc_path, identity_path = sockets(pestered.runtime.sockets)
+    over, answers = threading.Event(), collections.Counter[str]()
+
+    def ask() -> None:
+        client = IdentityClient(identity_path)
+        metadata = ((TOKEN_KEY, client.call({"op": "caller"})[0]["token"]),)
+        with grpc.insecure_channel(f"unix:{grpc_path}", options=OPTIONS) as channel:
+            stub = agent_pb2_grpc.AgentServiceStub(channel)
+            while not over.is_set():
+                asked = [stub.GetStatus.future(agent_pb2.GetStatusRequest(), metadata=metadata) for _ in range(100)]
+                answers["status"] += sum(bool(json.loads(each.result().json)["ranks"]) for each in asked)
+        client.close()
+
+    def introduce() -> None:
+        while not over.is_set():
+            client = IdentityClient(identity_path)
+            answers["caller"] += bool(client.call({"op": "caller"})[0]["token"])
+            client.close()
+
+    with ThreadPoolExecutor(5) as pool:
+        flood = [pool.submit(each) for each in (ask, ask, ask, introduce, introduce)]
+        try:
+            pestered.steps_on()
+            pestered.saves_on()
+            eventually(lambda: min(answers["status"], answers["caller"]) > 500, "a flood", 60)
+            assert pestered.runtime.status(timeout=20)["ranks"], "somebody else asks"
+            pestered.steps_on()
+        finally:
+            over.set()
+        for each in flood:
+            each.result(60)
+    log = pestered.runtime.log()
+    assert "Traceback" not in log
+    assert not any(word in log for word in ("stalled", "skipped", "died"))
 
 
 def mutated(rng: random.Random, data: bytes) -> bytes:
@@ -469,23 +514,27 @@ def test_the_disk_of_its_sockets_and_of_its_incidents_is_full(runtime: Runtime, 
 
 
 def test_a_scraper_that_never_sends_and_one_that_never_reads(pestered: Pestered) -> None:
+    """They know the token, ask for large pages, and let them lie; others are answered, and the agent ends in time."""
     runtime = pestered.runtime
-    directory = runtime.sockets / "scraped"
-    directory.mkdir(mode=0o700)
-    agent = runtime.start_agent("--linger", "60s", "--metrics-listen", "127.0.0.1:0", directory=directory)
-    address = (directory / "ready").read_text().splitlines()[2]
-    asked = f"GET /metrics HTTP/1.1\r\nHost: {address}\r\n\r\n".encode()
-    with contextlib.ExitStack() as stack:
-        for number in range(40):
-            sock = stack.enter_context(socket.create_connection(endpoint(address)))
-            with contextlib.suppress(ConnectionError):
-                sock.sendall((b"", b"GET /metr", asked * 50)[number % 3])
-        with socket.create_connection(endpoint(address), timeout=20) as good:
-            good.sendall(f"GET /healthz HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n".encode())
-            answer = good.recv(100)
-        alive = runtime.status(directory)["ranks"] == []
-        agent.terminate()
-        ended = agent.wait(20)
-    assert answer.startswith(b"HTTP/1.1 200 ")
-    assert alive
-    assert ended == 0, "it waits for a scraper"
+    address = runtime.status()["metrics"]
+    token = (runtime.sockets / "http-token").read_text().strip()
+    rest = f" HTTP/1.1\r\nHost: {address}\r\nAuthorization: Bearer {token}\r\n\r\n"
+    asked = ["", "GET /metr", *(f"GET {path}{rest}" for path in ("/", "/metrics", "/events"))]
+    for number in range(40):
+        sock = pestered.pests.enter_context(socket.socket())
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)  # the kernel takes little for whoever does not read
+        sock.connect(endpoint(address))
+        with contextlib.suppress(ConnectionError):
+            sock.sendall(asked[number % 5].encode())
+    eventually(lambda: len(unread(endpoint(address)[1])) >= 16, "pages that nobody reads")
+    pestered.steps_on()
+    pestered.saves_on()
+    assert "ckptsvc_sessions 1" in runtime.metrics(address)
+    assert runtime.status()["ranks"]
+    assert len(unread(endpoint(address)[1])) >= 16, "they still lie there"
+
+
+def unread(port: int) -> list[str]:
+    """Connections of a port of this host whose other end has not taken all that was sent (proc(5), net/tcp)."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return [row[2] for row in rows if row[1].endswith(f":{port:04X}") and int(row[4].partition(":")[0], 16)]

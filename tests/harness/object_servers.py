@@ -87,6 +87,10 @@ class S3Bucket:
         """See Bucket."""
         self.client.put_object(Bucket=self.name, Key=self._prefix + name, Body=content)
 
+    def names(self) -> list[str]:
+        """Of all objects, a thousand at most."""
+        return [each["Key"] for each in self.client.list_objects_v2(Bucket=self.name).get("Contents", [])]
+
     def uploads(self) -> list[str]:
         """Names of the objects with a multipart upload that was begun and neither completed nor aborted."""
         found = self.client.list_multipart_uploads(Bucket=self.name).get("Uploads", [])

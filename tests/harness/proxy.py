@@ -25,6 +25,7 @@ class Rule:
 
     Attributes:
         pattern: searched for in "METHOD target", for example "PUT .*partNumber=2".
+        signed: likewise searched for in what is sent as credentials: the header `authorization`, or the target.
         answer: (status, body) to answer with instead of asking the server.
         lose_request: reset the connection before the server has seen the request.
         lose_answer: let the server do it, then reset the connection.
@@ -40,6 +41,7 @@ class Rule:
     """
 
     pattern: str
+    signed: str = ""
     answer: tuple[int, bytes] | None = None
     lose_request: bool = False
     lose_answer: bool = False
@@ -131,7 +133,7 @@ class Proxy:
 
     def _request(self, client: socket.socket, source: socket.SocketIO, line: str, headers: dict[str, str]) -> bool:
         """Deal with one request; whether the connection goes on."""
-        rule = self._due(line.rpartition(" ")[0])
+        rule = self._due(line.rpartition(" ")[0], headers.get("authorization", ""))
         self.headers = dict(headers)
         body = source.read(int(headers.get("content-length", 0)))
         if rule and rule.delay:
@@ -175,11 +177,12 @@ class Proxy:
         client.sendall(content)
         return True
 
-    def _due(self, request: str) -> Rule | None:
+    def _due(self, request: str, signature: str) -> Rule | None:
         with self._lock:
             self.seen.append(request)
             for rule in self.rules:
-                if re.search(rule.pattern, request) and (rule.times == 0 or rule.met < rule.times):
+                meant = re.search(rule.pattern, request) and re.search(rule.signed, signature + request)
+                if meant and (rule.times == 0 or rule.met < rule.times):
                     rule.met += 1
                     return rule
         return None

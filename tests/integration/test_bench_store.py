@@ -1,4 +1,4 @@
-"""`ckptsvc bench store`, as a program, on a directory."""
+"""`ckptsvc bench store`, as a program, on a directory and on a bucket."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness.object_servers import ObjectServer, S3Bucket
 from harness.runtime import Runtime, eventually
 
 BENCH = [sys.executable, "-m", "ckptsvc.cli.main", "bench", "store"]
@@ -24,6 +25,23 @@ def test_everybody_takes_turns_and_nothing_is_left(runtime: Runtime, tmp_path: P
     }
     assert all(row["rate"]["low"] > 0 and row["memory"] < 1000 for row in document["rows"])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_is_measured_with_the_clients_of_others(
+    runtime: Runtime, s3_bucket: S3Bucket, moto_server: ObjectServer
+) -> None:
+    runtime.environ.update(moto_server.environ, CKPTSVC_STORE_OPTIONS=json.dumps({"s3": s3_bucket.options}))
+    arguments = [s3_bucket.url, "--size", "9MiB", "--repeat", "1", "--vs", "", "--json"]
+    ended = subprocess.run([*BENCH, *arguments], env=runtime.environ, capture_output=True, text=True, timeout=100)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    document = json.loads(ended.stdout)
+    systems = {row["system"] for row in document["rows"]}
+    assert "ckptsvc" in systems
+    assert {(row["system"], row["what"]) for row in document["rows"]} == {
+        (name, what) for name in systems for what in ("write", "read")
+    }
+    assert all(row["rate"]["low"] > 0 for row in document["rows"])
+    assert (s3_bucket.names(), s3_bucket.uploads()) == ([], [])
 
 
 def test_interrupted_it_leaves_nothing(runtime: Runtime, tmp_path: Path) -> None:

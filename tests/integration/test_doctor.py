@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness.object_servers import ObjectServer, S3Bucket
 from harness.runtime import Runtime, eventually
 
 from ckptsvc.cli.store_probe.load import FOLDER
@@ -122,6 +123,37 @@ def test_a_store_that_refuses_is_an_error(runtime: Runtime, tmp_path: Path) -> N
     assert status == 6
     assert "fault injected" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("allowed", ["nothing", "listing"])
+def test_where_nothing_can_be_written_nothing_is_said_to_be_left(
+    runtime: Runtime, tmp_path: Path, allowed: str
+) -> None:
+    store = tmp_path / "store"
+    denied = ["put_if_absent", "delete", *(["children", "list"] if allowed == "nothing" else [])]
+    Path(f"{store}.plan").write_text(json.dumps([{"op": op, "times": 0, "error": "store-denied"} for op in denied]))
+    status, out, err = run(runtime, "--store", f"faulty+file://{store}", "--json", *SMALL)
+    assert (status, json.loads(out.splitlines()[0])["store"]["left"]) == (6, "")
+    assert f"fault injected into {'children' if allowed == 'nothing' else 'put_if_absent'}" in out + err
+
+
+def test_a_bucket_is_measured_and_nothing_is_left(
+    runtime: Runtime, s3_bucket: S3Bucket, moto_server: ObjectServer
+) -> None:
+    runtime.environ.update(moto_server.environ, CKPTSVC_STORE_OPTIONS=json.dumps({"s3": s3_bucket.options}))
+    s3_bucket.write("mine", b"1")
+    status, out, err = run(runtime, "--store", s3_bucket.url, "--json", *SMALL)
+    assert (status, err) == (0, "")
+    store = json.loads(out)["store"]
+    assert (store["url"], store["hung"], store["left"]) == (s3_bucket.url, "", "")
+    assert store["found"]["race"]["winners"] == [1] * 10
+    assert all(sample["seconds"] for stage in ("write", "read") for sample in store["found"][stage]["samples"])
+    assert {next(iter(way), "") for way, _ in store["found"]["tune"]["ways"]} == {"", "connections", "part"}
+    assert {each["setting"] for each in store["advice"]} >= {"retention.rate", "tiers"}
+    assert s3_bucket.names() == ["mine"]
+    status, out, err = run(runtime, "--store", "s3://no-such-bucket-of-ours", "--json", *SMALL)
+    assert (status, json.loads(out.splitlines()[0])["store"]["left"]) == (4, "")
+    assert "there is no such bucket" in out
 
 
 def test_a_node_is_checked(runtime: Runtime) -> None:

@@ -111,8 +111,9 @@ def test_the_commands_are_ours_and_the_reload_checks_first(unit: str) -> None:
             assert arguments[0] == "agent"
             known = {flag for option in command.params for flag in option.opts} | {"--system"}
             assert set(arguments[1:]) <= known
+    start = dict(told)["ExecStart"]
     assert [value for key, value in told if key == "ExecReload"] == [
-        "/usr/bin/ckptsvc agent --check-config",
+        f"{start} --check-config",
         "/bin/kill -HUP $MAINPID",
     ]
     assert ("Type", "notify") in told

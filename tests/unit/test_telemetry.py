@@ -280,6 +280,12 @@ def test_setting_up_twice_does_not_write_twice(stream: io.StringIO) -> None:
     assert [handler for handler in logging.getLogger().handlers if handler in others] == others
 
 
+def test_a_line_for_people_is_one_line_that_no_terminal_obeys(stream: io.StringIO) -> None:
+    setup_logging(stream, json=False)
+    logging.getLogger("ckptsvc.agent").info("job %s", "a\n12:00:00 \x1b[2Jall is well \u202e\ud800 é")
+    assert stream.getvalue().endswith(r" job a\n12:00:00 \x1b[2Jall is well \u202e\ud800 é" + "\n")
+
+
 def test_lines_that_could_not_be_written_are_counted_and_told() -> None:
     class Full(io.StringIO):
         room = True

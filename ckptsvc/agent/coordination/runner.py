@@ -186,7 +186,10 @@ class CoordinatorShell:
             if note not in self._noted:  # every rank asks
                 log.warning("job %s: %s", job, note)
         self._noted = notes
-        return agent_pb2.ListSnapshotsResponse(snapshots=self.core.snapshots(job), notes=notes)
+        epoch, step = self.core.committed(job)
+        return agent_pb2.ListSnapshotsResponse(
+            snapshots=self.core.snapshots(job), notes=notes, committed_epoch=epoch, committed_step=step
+        )
 
     async def run(self) -> None:
         """Tick until cancelled."""

@@ -17,7 +17,9 @@ import grpc.aio
 from ckptsvc.agent.coordination.bandwidth import SECONDS, measure
 from ckptsvc.agent.coordination.fresh import fresh
 from ckptsvc.agent.coordination.runner import CoordinatorShell
-from ckptsvc.errors import AgentUnavailable, CkptsvcError
+from ckptsvc.agent.process.repeated import Refusals
+from ckptsvc.errors import AgentUnavailable, CkptsvcError, InvalidInput
+from ckptsvc.rpc.bounds import check, check_report
 from ckptsvc.rpc.channel import KEEPALIVE, OPTIONS, error_of
 from ckptsvc.rpc.trust import Admission, Trust
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2_grpc
@@ -34,6 +36,9 @@ LIST_TIMEOUT = 10.0
 
 REBUILD_TIMEOUT = LONGEST_REBUILD + LIST_TIMEOUT
 """Seconds it has to say it: it waits for what is being rebuilt."""
+
+REFUSED_PAUSE = 10.0
+"""Seconds after which a coordinator is tried again that has refused what it was told: it is of another version."""
 
 BACKOFF = [("grpc.initial_reconnect_backoff_ms", 300), ("grpc.max_reconnect_backoff_ms", 2000)]
 """gRPC's own pauses between connections; by default they grow to two minutes."""
@@ -66,11 +71,27 @@ class Uplink(Protocol):
         """Stop."""
 
 
+class Unsaid:
+    """What this agent does not report, for its coordinator would refuse it, and all that follows: there is one line."""
+
+    def __init__(self, node: str) -> None:
+        self._node, self._refusals = node, Refusals("reports of this agent's own")
+
+    def lets(self, report: pb.Report) -> bool:
+        """Whether it may be said."""
+        try:
+            check_report(report, self._node)
+        except InvalidInput as error:
+            self._refusals.say(str(error))
+            return False
+        return True
+
+
 class LocalUplink:
     """The coordinator is in this very process."""
 
     def __init__(self, hello: pb.AgentHello, shell: CoordinatorShell, on_order: Callable[[pb.Order], None]) -> None:
-        self._node, self._shell = hello.node, shell
+        self._node, self._shell, self._unsaid = hello.node, shell, Unsaid(hello.node)
         loop = asyncio.get_running_loop()
 
         def deliver(order: pb.Order | None) -> None:
@@ -87,7 +108,8 @@ class LocalUplink:
 
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator."""
-        self._shell.report(self._node, report)
+        if self._unsaid.lets(report):
+            self._shell.report(self._node, report)
 
     async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
         """Complete snapshots of a job."""
@@ -108,6 +130,9 @@ class RemoteUplink:
     rebuild what the coordinator must know of this node. Nothing is told to, or taken from, a listener that has not
     proved to be an agent of ours (`trust`).
 
+    Attributes:
+        on_refused: called with each order that is not obeyed, because it says what cannot be.
+
     Raises:
         ConfigError: the address is none, or not one to look for agents at.
     """
@@ -122,6 +147,8 @@ class RemoteUplink:
     ) -> None:
         self._address, self._trust = trust.spelled(address), trust
         self._hello, self._on_order, self._resync = hello, on_order, resync
+        self.on_refused: Callable[[], None] = lambda: None
+        self._unsaid, self._refused = Unsaid(hello.node), Refusals(f"orders of coordinator {self._address}")
         self._queue: asyncio.Queue[pb.Report | None] | None = None
         self._dial()
         self._task = asyncio.ensure_future(self._run())
@@ -138,7 +165,7 @@ class RemoteUplink:
 
     def report(self, report: pb.Report) -> None:
         """Tell the coordinator, if it is connected."""
-        if self._queue is not None:
+        if self._queue is not None and self._unsaid.lets(report):
             self._queue.put_nowait(report)
 
     async def list_complete(self, job: str) -> agent_pb2.ListSnapshotsResponse:
@@ -150,6 +177,7 @@ class RemoteUplink:
                 call = self._stub.ListComplete(request, timeout=REBUILD_TIMEOUT, metadata=admission.metadata)
                 await admission.check(call)
             answer: agent_pb2.ListSnapshotsResponse = await call  # the line's pings say if the coordinator is gone
+            check(answer)
         except grpc.RpcError as error:
             raise error_of(error) from None
         except TimeoutError:
@@ -189,20 +217,20 @@ class RemoteUplink:
         await self._channel.close()
 
     async def _run(self) -> None:
-        said = ""
+        said, pause = "", RECONNECT
         while True:
             try:
                 await self._attend()
-                said = ""
+                said, pause = "", RECONNECT
             except (grpc.RpcError, CkptsvcError) as failure:
                 error = error_of(failure) if isinstance(failure, grpc.RpcError) else failure
                 if error.what != said:
                     log.warning("coordinator %s: %s", self._address, error)
-                said = error.what
+                said, pause = error.what, REFUSED_PAUSE if isinstance(error, InvalidInput) else RECONNECT
             except Exception:
                 log.exception("the connection to coordinator %s ended", self._address)
             self._queue = None
-            await asyncio.sleep(RECONNECT)
+            await asyncio.sleep(pause)
             if self._trust.shown() is not self._shown:
                 await self._channel.close()
                 self._dial()
@@ -214,14 +242,23 @@ class RemoteUplink:
         try:
             await admission.check(call)
             queue.put_nowait(pb.Report(agent_hello=self._hello))
-            for report in self._resync():
+            for report in filter(self._unsaid.lets, self._resync()):
                 queue.put_nowait(report)
             self._queue = queue
             async with contextlib.aclosing(fresh(call)) as orders:
                 async for order in orders:
-                    self._on_order(order)
+                    self._obey(order)
         finally:
             queue.put_nowait(None)  # grpc does not end who waits for the next report of a call that has ended
+
+    def _obey(self, order: pb.Order) -> None:
+        try:
+            check(order)
+        except InvalidInput as error:
+            self.on_refused()
+            self._refused.say(str(error))
+        else:
+            self._on_order(order)
 
     async def _ask(self, method: str) -> Admission:
         return await self._trust.ask(self._channel, self._address, method)

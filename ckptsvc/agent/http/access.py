@@ -28,7 +28,8 @@ from urllib.parse import quote
 from ckptsvc.agent.http.httpd import Request
 from ckptsvc.config import agents_directory
 from ckptsvc.errors import ConfigError
-from ckptsvc.rpc.secret import shared_secret
+from ckptsvc.quantities import Address
+from ckptsvc.rpc.secret import is_loopback, shared_secret
 from ckptsvc.settings import Settings
 
 FILE = "http-token"
@@ -67,6 +68,19 @@ def http_token(settings: Settings, environ: Mapping[str, str]) -> str:
     if not MIN_TOKEN <= len(token) <= MAX_TOKEN or not _TOKEN.fullmatch(token):
         raise ConfigError(f"{about} holds no token: {MIN_TOKEN} to {MAX_TOKEN} letters, digits and signs in one line")
     return token
+
+
+def require_certificates(address: Address, *, there: bool) -> bool:
+    """Whether what is served at an address is encrypted: it is, where other hosts reach it.
+
+    Raises:
+        ConfigError: it would be, and there are no certificates.
+    """
+    encrypted = not is_loopback(address.host)
+    if encrypted and not there:
+        hint = "to be read from other hosts it is encrypted: set tls.ca_file, tls.cert_file and tls.key_file"
+        raise ConfigError(f"agent.metrics_listen is {address}, which is not loopback", hint=hint)
+    return encrypted
 
 
 class Access:

@@ -26,13 +26,12 @@ from prometheus_client.exposition import choose_encoder
 
 from ckptsvc.agent.aside import aside
 from ckptsvc.agent.http import incident_page
-from ckptsvc.agent.http.access import Access
+from ckptsvc.agent.http.access import Access, require_certificates
 from ckptsvc.agent.http.httpd import HttpServer, Request, Response, said
 from ckptsvc.agent.status.recent import Recent
-from ckptsvc.errors import CkptsvcError, ConfigError, NotFound
+from ckptsvc.errors import CkptsvcError, NotFound
 from ckptsvc.html import frame, policy
 from ckptsvc.quantities import Address
-from ckptsvc.rpc.secret import is_loopback
 from ckptsvc.rpc.tls import Shown
 
 EVERY = 1.0
@@ -128,10 +127,7 @@ class Site:
         Raises:
             ConfigError: that is not possible, or the address is not loopback and there are no certificates.
         """
-        encrypted = not is_loopback(address.host)
-        if encrypted and self._certificates() is None:
-            hint = "to be read from other hosts it is encrypted: set tls.ca_file, tls.cert_file and tls.key_file"
-            raise ConfigError(f"agent.metrics_listen is {address}, which is not loopback", hint=hint)
+        encrypted = require_certificates(address, there=self._certificates() is not None)
         self._server = HttpServer(self._answer, self._door, self._tls if encrypted else None)
         port = self._server.open(address)
         self._access = Access(self._token, port, address.host, encrypted=encrypted)

@@ -67,10 +67,10 @@ async def ring(address: str, port: int) -> Answer:
 
 async def _numeric(address: str, port: int) -> str:
     """The address without a name, which takes no time to look up if it is one already; "" if nobody knows the name."""
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeError):  # the latter: no name of a host has parts of that length
         socket.getaddrinfo(address, port, flags=socket.AI_NUMERICHOST)
         return address
-    with contextlib.suppress(OSError):  # a timeout too
+    with contextlib.suppress(OSError, UnicodeError):  # a timeout too
         async with asyncio.timeout(RING_TIMEOUT):
             loop = asyncio.get_running_loop()
             found = await loop.getaddrinfo(address, port, family=_family(address), type=socket.SOCK_STREAM)

@@ -1,7 +1,10 @@
-"""How many files this process may have open: a connection, a pipe of a rank and an arena is one each."""
+"""What the machine gives this process: files that may be open (a connection, a pipe of a rank and an arena is one each),
+and what it can be short of.
+"""
 
 from __future__ import annotations
 
+import errno
 import logging
 import resource
 
@@ -22,3 +25,15 @@ def raise_open_files() -> tuple[int, int]:
     else:
         log.debug("open files: %d, before %d", before[1], before[0])
     return before
+
+
+SCARCE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES)
+
+
+def lacking(error: OSError | MemoryError) -> str:
+    """What the agent is short of, as a reason to end; "" if that is not it: whoever started it starts it again."""
+    if isinstance(error, MemoryError):
+        return "it gets no memory"
+    if error.errno not in SCARCE:
+        return ""
+    return f"{error.strerror} ({error.filename})" if error.filename else error.strerror or ""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ckptsvc.agent.aside import aside
 from ckptsvc.agent.watching.watch import limits_of
+from ckptsvc.config import limit_on
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.settings import Settings
 from ckptsvc.telemetry import Event, log, set_log_level
@@ -27,8 +27,7 @@ READ_BY_JOBS = ("save", "retention", "launch", "store")
 
 def _arena_limit(agent: Agent, settings: Settings) -> None:
     # Below what is taken, no arena goes that holds something: there are just no new ones.
-    vfs = os.statvfs(agent.pool.root)
-    agent.pool.limit = settings.arena.limit.of(vfs.f_blocks * vfs.f_frsize)
+    agent.pool.limit = limit_on(settings.arena.limit, agent.pool.root, "arena.dir")
 
 
 def _limits(agent: Agent, settings: Settings) -> None:

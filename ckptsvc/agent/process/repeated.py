@@ -1,6 +1,7 @@
-"""Errors of which there may be thousands: grpc and asyncio log a traceback for each, and could fill a disk so.
+"""What there may be thousands of: one line of the log now and then, or it could fill a disk.
 
-They are requests that are no messages, which whoever likes may send, and what there is no memory for.
+Messages that say what cannot be; and errors for which grpc and asyncio would log a traceback each: requests that are no
+messages, which whoever likes may send, and what there is no memory for.
 """
 
 from __future__ import annotations
@@ -11,48 +12,75 @@ from collections.abc import Callable
 
 from google.protobuf.message import DecodeError
 
+log = logging.getLogger("ckptsvc.agent")
+
 REMIND_EVERY = 60.0
-"""Seconds after which it is said again that there are such errors."""
+"""Seconds after which it is said again that there are such things."""
+
+MOST_TOLD = 1000
+"""Characters of what is said of one."""
 
 LOGGERS = ("grpc._cython.cygrpc", "asyncio")
 
-_SENTENCES: dict[type[BaseException], str] = {
-    DecodeError: "requests that make no sense were refused: %d so far; the last: %s",
-    MemoryError: "the agent gets no memory: %d things were left undone so far; the last: %s",
-}
-_MOST_TOLD = 200
+
+class Repeated:
+    """Things of one kind.
+
+    Args:
+        what: the beginning of the line, with %d for how many there were so far; the last of them is its end.
+    """
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._clock, self._said, self._count = what, clock, -REMIND_EVERY, 0
+
+    def count(self, last: str) -> str:
+        """Count one more; the line that is due now, or ""."""
+        self._count += 1
+        if self._clock() - self._said < REMIND_EVERY:
+            return ""
+        self._said = self._clock()
+        return f"{self._what % self._count} so far; the last: {last[:MOST_TOLD]}"
+
+    def say(self, last: str) -> None:
+        """Count one more, and log the line if that is due."""
+        if line := self.count(last):
+            log.warning(line)
 
 
-class Repeated(logging.Filter):
-    """For the loggers of grpc and asyncio: one line without a traceback, now and then, for all errors of a kind."""
+class Refusals(Repeated):
+    """Messages that were refused; `what` is what they were to be."""
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(f"{what} were refused: %d", clock)
+
+
+class WithoutTracebacks(logging.Filter):
+    """For the loggers of grpc and asyncio: one line, now and then, for all errors of a kind."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self._clock = clock
-        self._said = dict.fromkeys(_SENTENCES, -REMIND_EVERY)
-        self._count = dict.fromkeys(_SENTENCES, 0)
+        self._kinds: dict[type[BaseException], Repeated] = {
+            DecodeError: Refusals("requests that make no sense", clock),
+            MemoryError: Repeated("the agent gets no memory: %d things were left undone", clock),
+        }
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is to be logged; it may be another one then."""
         error = record.exc_info[1] if record.exc_info else None
-        kind = next((kind for kind in _SENTENCES if isinstance(error, kind)), None)
-        if kind is None:
+        repeated = next((each for kind, each in self._kinds.items() if isinstance(error, kind)), None)
+        if repeated is None:
             return True
-        self._count[kind] += 1
-        if self._clock() - self._said[kind] < REMIND_EVERY:
-            return False
         last = str(error) or record.getMessage().partition("\n")[0]
-        record.msg, record.args = _SENTENCES[kind], (self._count[kind], last[:_MOST_TOLD])
+        record.msg, record.args = "%s", (repeated.count(last[:200]),)
         record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
         record.exc_info = record.exc_text = None
-        self._said[kind] = self._clock()
-        return True
+        return record.args != ("",)
 
 
 def keep_quiet() -> None:
     """Filter what grpc and asyncio log in this process."""
-    shared = Repeated()
+    shared = WithoutTracebacks()
     for name in LOGGERS:
         logger = logging.getLogger(name)
-        if not any(isinstance(each, Repeated) for each in logger.filters):
+        if not any(isinstance(each, WithoutTracebacks) for each in logger.filters):
             logger.addFilter(shared)

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+from collections.abc import Mapping
 
 TRIAL_PATIENCE = 60.0
 """Seconds the program may take to show that it can start."""
 
 
-async def obstacle(*flags: str) -> str:
+async def obstacle(*flags: str, overrides: Mapping[str, object] | None = None) -> str:
     """Why the program, as it is installed now, could not take over; "" if nothing is known against it.
 
     Args:
         flags: more of them for `ckptsvc agent`.
+        overrides: settings that this process was given on its command line, as it will be again.
     """
+    given = {f"CKPTSVC_{k.replace('.', '_').upper()}": str(v) for k, v in (overrides or {}).items() if v is not None}
     isolated = ["-P"] if sys.flags.safe_path else []
     command = [sys.executable, *isolated, "-m", "ckptsvc.cli.main", "agent", "--check-config", *flags]
     try:
         trial = await asyncio.create_subprocess_exec(
-            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
-        )
+            *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT, env={**os.environ, **given},
+        )  # fmt: skip
     except OSError as error:
         return f"{command[0]}: {error.strerror}"
     try:

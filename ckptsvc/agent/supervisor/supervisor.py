@@ -32,7 +32,7 @@ from ckptsvc.agent.process.trial import obstacle
 from ckptsvc.agent.supervisor.accounts import Accounts
 from ckptsvc.agent.supervisor.agents import Agents
 from ckptsvc.agent.supervisor.gate import Gate, Visit
-from ckptsvc.config import load
+from ckptsvc.config import limit_on, load
 from ckptsvc.control.shares import Node
 from ckptsvc.errors import CkptsvcError, ConfigError, InvalidInput, LimitReached, RunBusy
 from ckptsvc.rpc.identity import peer_of, send_answer
@@ -284,11 +284,7 @@ def node_of(settings: Settings) -> Node:
         if address is not None and address.port:
             raise ConfigError(f"agent.{key} is {address}: every user's agent needs a port of its own",
                 hint=f'write port 0, as in "{address.host}:0"')  # fmt: skip
-    try:
-        found = os.statvfs(settings.arena.dir)
-    except OSError as error:
-        raise ConfigError(f"arena.dir: {settings.arena.dir}: {error.strerror}") from error
-    memory = settings.arena.limit.of(found.f_blocks * found.f_frsize)
+    memory = limit_on(settings.arena.limit, settings.arena.dir, "arena.dir")
     system, rate, local = settings.system, settings.store.max_write_rate or 0, 0
     if settings.tiers.local:
         with contextlib.suppress(OSError):  # a disk that is not there: every agent says so, and does without

@@ -26,7 +26,7 @@ from ckptsvc.agent.local import Local
 from ckptsvc.agent.sessions import Key, LocalJob
 from ckptsvc.agent.worker.proxy import Note, WorkerProxy
 from ckptsvc.agent.worker.workers import Workers
-from ckptsvc.config import private_directory
+from ckptsvc.config import check_place, limit_on, private_directory
 from ckptsvc.control.room import Kept, Stage, expendable
 from ckptsvc.errors import CkptsvcError, ConfigError, StoreError
 from ckptsvc.pipeline.arena import Label, State
@@ -131,11 +131,11 @@ class LocalTier:
         """
         worker = WorkerProxy("local disk")
         try:
+            check_place(self._settings.local, "tiers.local")
             private_directory(self.root)
             self._locks[self.root] = _locked(self.root)
             orphans = [each for each in sorted(self.root.parent.glob(f"ckptsvc-{os.geteuid()}-*")) if self._adopt(each)]
-            vfs = os.statvfs(self.root)
-            self._limit = self._settings.local_limit.of(vfs.f_blocks * vfs.f_frsize)
+            self._limit = limit_on(self._settings.local_limit, self.root, "tiers.local")
             call = worker.call("local_scan", {"directories": [str(each) for each in (self.root, *orphans)]})
             found = await asyncio.wait_for(call, SCAN_TIMEOUT)
         except (CkptsvcError, OSError) as error:

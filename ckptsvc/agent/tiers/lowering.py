@@ -8,6 +8,7 @@ import logging
 import time
 
 from ckptsvc.agent import reports
+from ckptsvc.agent.layouts import Layouts
 from ckptsvc.agent.local import Local, wait_for
 from ckptsvc.agent.sessions import Key, LocalJob
 from ckptsvc.agent.tiers.local_tier import Held, LocalTier
@@ -39,6 +40,7 @@ class Lowering:
         self._under_way = 0
         self._changed = asyncio.Event()
         self.backoff = Backoff(AT_A_TIME)
+        self._layouts = Layouts(local.metrics)
         local.metrics.drains_allowed.set(AT_A_TIME)
         self.problem, self._trouble = "", ""
         tier.on_drain = self.start
@@ -105,6 +107,7 @@ class Lowering:
             metrics.written_bytes.labels(scheme).inc(done["stored"])
             metrics.spared_bytes.labels(scheme).inc(max(label.nbytes - done["stored"], 0))
             metrics.write_held_back.inc(done["held_back"])
+            self._layouts.note(scheme, label, done["layout"])
             job.compression.note(label, done["verdict"], time.monotonic())
         self._note()
         now, trace = time.monotonic(), Trace.save(label.job, label.epoch, label.step)

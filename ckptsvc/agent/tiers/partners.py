@@ -30,6 +30,7 @@ from ckptsvc.format.checksum import extent_count
 from ckptsvc.pipeline.arena import WAITING, Arena, Kept, Label, Parity, State
 from ckptsvc.pipeline.parity import MAX_GROUP, Stripes
 from ckptsvc.quantities import parse_address
+from ckptsvc.rpc.bounds import check
 from ckptsvc.rpc.channel import OPTIONS, error_of
 from ckptsvc.rpc.trust import Trust, bind_host
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
@@ -337,6 +338,7 @@ class Partners:
             raise error_of(error) from None
         except TimeoutError:
             raise AgentUnavailable(f"{holder.node} did not answer in {ASK_TIMEOUT:g} s") from None
+        check(answer)
         answer.address = self._trust.spelled(answer.address)
         _check_answer(answer, ranks_of(holder.ranks), holder.node)
         if parity != answer.HasField("parity"):

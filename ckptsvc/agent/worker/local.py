@@ -18,9 +18,9 @@ from ckptsvc.pipeline.arena import Mappings
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.increments import ShardWriter
 from ckptsvc.pipeline.local_copy import Copy, Mark
-from ckptsvc.storage import Store, connect
+from ckptsvc.storage import Spreading, Store, connect
 from ckptsvc.storage.rate import Rate
-from ckptsvc.storage.wrappers import Limited
+from ckptsvc.storage.wrappers import Limited, innermost
 
 Note = Callable[[dict[str, Any]], None]
 
@@ -98,15 +98,21 @@ class LocalCopies:
         try:
             disk, copy = self.disk(args["disk"]), Copy.decode(args["record"], "record")
             began, before = time.monotonic(), self._rate.collect()
-            done = {"name": copy.name, "segments": b"", "stored": 0, "verdict": None}
+            done = {"name": copy.name, "segments": b"", "stored": 0, "layout": None, "verdict": None}
             if args["durable"]:
                 columns, _ = local_copy.describe(disk, copy)
             else:
                 failpoint("before_drain")
-                written = self._shards.drain(disk, self._durable(args["store"]), copy, tuple(args["committed"]), go_on)
+                store = self._durable(args["store"])
+                driver = innermost(store)
+                if isinstance(driver, Spreading):
+                    driver.writers = copy.label.world_size
+                written = self._shards.drain(disk, store, copy, tuple(args["committed"]), go_on)
                 failpoint("after_drain")
                 columns = written.columns
                 done |= {"name": written.name, "stored": written.stored, "verdict": written.verdict}
+                if isinstance(driver, Spreading):
+                    done["layout"] = driver.layout(f"{copy.folder}/{written.name}")
                 if written.segments is None:
                     local_copy.mark(disk, copy, Mark.DURABLE)
                 else:  # the next process would not know what it refers to: it writes a whole one then

@@ -2,7 +2,8 @@
 
     python -m ckptsvc.cli.store_probe.probe '{"url": ..., ...}'
 
-One line of JSON for each stage that begins ({"stage": name}) and for each that ends ({"stage": name, "found": {...}}).
+One line of JSON for each stage that begins ({"stage": name}) and for each that ends ({"stage": name, "found": {...}}),
+and one before anything is written ({"writes": true}), which another takes back if that was refused.
 It ends, and removes what it has written, when its standard input is closed.
 """
 
@@ -22,8 +23,9 @@ from typing import Any
 import msgspec
 
 from ckptsvc.cli.store_probe.load import FOLDER, Buffers, clear, connect_as_set, each, make_cold, timed, workers
-from ckptsvc.errors import CkptsvcError, ConfigError
+from ckptsvc.errors import CkptsvcError, ConfigError, StoreDenied
 from ckptsvc.storage import Store
+from ckptsvc.storage.clock import store_time
 
 MiB = 1 << 20
 RACERS, RACES = 8, 10
@@ -75,15 +77,22 @@ class Probe:
 
     def about(self) -> dict[str, Any]:
         """What the driver says, and what earlier probes have left."""
-        old, now = set(), time.time()
-        for name in self._store.children():
-            if name.startswith(FOLDER) and name != self._spec.folder:
-                newest = max((e.modified for e in self._store.list(name)), default=0.0)
-                if newest < now - self._spec.old:
-                    clear(self._store, name)
-                    old.add(name)
-        # The first object makes the directory, without which some things cannot be known.
-        self._store.put_if_absent(self._key("first"), b"1")
+        names = self._store.children()
+        others = [name for name in names if name.startswith(FOLDER) and name != self._spec.folder]
+        say({"writes": True})
+        try:
+            # The first object makes the directory, without which some things cannot be known.
+            self._store.put_if_absent(self._key("first"), b"1")
+        except StoreDenied:
+            say({"writes": False})
+            raise
+        now = store_time(self._store, self._spec.folder) if others else None
+        old = set()
+        for name in others:
+            newest = max((e.modified for e in self._store.list(name)), default=0.0)
+            if newest < (now or 0.0) - self._spec.old:
+                clear(self._store, name)
+                old.add(name)
         said: dict[str, Any] = msgspec.to_builtins(self._store.capabilities())
         return said | {"url": self._store.url, "removed": sorted(old)}
 
@@ -236,14 +245,21 @@ def main(text: str) -> int:
     signal.signal(signal.SIGTERM, _ended)
     threading.Thread(target=_watch_input, daemon=True).start()
     try:
-        store = connect_as_set(spec.url)
+        store, first = connect_as_set(spec.url), None
         try:
             _run(spec, store)
+        except CkptsvcError as error:
+            first = error
         finally:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # once is enough
             with contextlib.suppress(OSError):  # there may be nobody left to tell
                 say({"stage": "clean"})
-            clear(store, spec.folder)
+            try:
+                clear(store, spec.folder)
+            except CkptsvcError as error:
+                first = first or error
+        if first is not None:
+            raise first
     except CkptsvcError as error:
         say({"error": [error.code, error.what, error.hint]})
         return 1

@@ -53,7 +53,7 @@ def measure(spec: Spec, patience: float, on_stage: Callable[[str], None]) -> Mea
     is_new = root is not None and not root.exists()
     with tempfile.TemporaryFile() as errors:
         process = _start(["-m", "ckptsvc.cli.store_probe.probe", msgspec.json.encode(spec).decode()], errors.fileno())
-        cleaned = False
+        writes = cleaned = False
         try:
             assert process.stdout is not None
             stage = "start"
@@ -64,6 +64,8 @@ def measure(spec: Spec, patience: float, on_stage: Callable[[str], None]) -> Mea
                 if "error" in message:
                     code, what, hint = message["error"]
                     measured.error = BY_CODE.get(code, CkptsvcError)(what, hint=hint)
+                elif "writes" in message:
+                    writes = message["writes"]
                 elif "found" in message:
                     measured.found[message["stage"]] = message["found"]
                 elif message["stage"]:
@@ -77,7 +79,7 @@ def measure(spec: Spec, patience: float, on_stage: Callable[[str], None]) -> Mea
                     measured.error = CkptsvcError(f"the measurement ended in stage {stage!r}: {last[0]}")
         finally:
             if not _end(process, 0.0 if measured.hung else LEAVE) or not cleaned:
-                cleaned = _clean(spec)
+                cleaned = not writes or _clean(spec)
     if root is not None and is_new:
         with contextlib.suppress(OSError):
             root.rmdir()  # the driver has made it

@@ -208,12 +208,16 @@ class ListSnapshotsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ListSnapshotsResponse(_message.Message):
-    __slots__ = ("snapshots", "notes")
+    __slots__ = ("snapshots", "notes", "committed_epoch", "committed_step")
     SNAPSHOTS_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    COMMITTED_STEP_FIELD_NUMBER: _ClassVar[int]
     snapshots: _containers.RepeatedCompositeFieldContainer[Snapshot]
     notes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, snapshots: _Optional[_Iterable[_Union[Snapshot, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+    committed_epoch: int
+    committed_step: int
+    def __init__(self, snapshots: _Optional[_Iterable[_Union[Snapshot, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., committed_epoch: _Optional[int] = ..., committed_step: _Optional[int] = ...) -> None: ...
 
 class Snapshot(_message.Message):
     __slots__ = ("epoch", "step", "world_size", "local", "aliases", "on_disk", "not_in_memory")

@@ -1,4 +1,7 @@
-"""A driver for tests: `faulty+file:///path` is the directory /path behind `Faulty`, with a plan that tests change.
+"""Drivers for tests.
+
+`striped+file:///path` is the directory /path; it says that every shard has as many stripes as there are writers.
+`faulty+file:///path` is the directory /path behind `Faulty`, with a plan that tests change:
 
 /path.plan     JSON: the faults (storage.wrappers.Fault); read again whenever the file changes
 /path.calls    one line for every call: process id, operation, key
@@ -13,6 +16,9 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from ckptsvc_drivers.posix import PosixStore
+
+from ckptsvc.storage import Layout
 from ckptsvc.storage import connect as connect_inner
 from ckptsvc.storage.wrappers import Fault, Faulty, decode_faults
 
@@ -54,6 +60,22 @@ class PlannedStore(Faulty):
         while not os.path.exists(f"{self._path}.release"):
             time.sleep(0.05)
         self.release()
+
+
+class StripedStore(PosixStore):
+    """Decides over how many targets an object is spread, as that of Lustre does."""
+
+    scheme = "striped+file"
+
+    def layout(self, key: str) -> Layout | None:
+        """See `Spreading`; of what there is."""
+        self.size(key)
+        return Layout(self.writers, 1 << 20, tuple(range(self.writers)), "")
+
+
+def connect_striped(url: str, options: Mapping[str, Any]) -> StripedStore:
+    """Its entry point."""
+    return StripedStore(url.partition("://")[2])
 
 
 def connect(url: str, options: Mapping[str, Any]) -> PlannedStore:

@@ -5,7 +5,7 @@ import logging
 import pytest
 from google.protobuf.message import DecodeError
 
-from ckptsvc.agent.process.repeated import LOGGERS, REMIND_EVERY, Repeated
+from ckptsvc.agent.process.repeated import LOGGERS, REMIND_EVERY, WithoutTracebacks
 
 
 def record(error: BaseException | None) -> logging.LogRecord:
@@ -15,7 +15,7 @@ def record(error: BaseException | None) -> logging.LogRecord:
 
 def test_the_first_of_a_minute_is_one_line_and_says_how_many_there_were() -> None:
     now = 0.0
-    repeated = Repeated(lambda: now)
+    repeated = WithoutTracebacks(lambda: now)
     first = record(DecodeError("no message"))
     assert repeated.filter(first)
     assert (first.levelname, first.exc_info) == ("WARNING", None)
@@ -30,13 +30,13 @@ def test_the_first_of_a_minute_is_one_line_and_says_how_many_there_were() -> Non
 
 @pytest.mark.parametrize("error", [None, ValueError("ours")])
 def test_whatever_else_grpc_says_stays_as_it_is(error: BaseException | None) -> None:
-    repeated, other = Repeated(), record(error)
+    repeated, other = WithoutTracebacks(), record(error)
     assert repeated.filter(other)
     assert (other.getMessage(), other.levelname) == ("Unexpected [x]", "ERROR")
 
 
 def test_want_of_memory_is_counted_apart() -> None:
-    repeated = Repeated(lambda: 0.0)
+    repeated = WithoutTracebacks(lambda: 0.0)
     assert repeated.filter(record(DecodeError("no message")))
     first = record(MemoryError())
     assert repeated.filter(first)

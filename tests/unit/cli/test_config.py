@@ -56,7 +56,11 @@ def test_where_a_value_came_from(some, monkeypatch):
 
 def test_an_unknown_name_is_refused():
     status, _, err = cli("config", "show", "save.evry")
-    assert (status, "save.evry" in err) == (2, True)
+    assert (status, "save.evry" in err, "did you mean save.every?" in err) == (2, True, True)
+    status, _, err = cli("staus")
+    assert (status, "No such command 'staus': did you mean 'status'?" in err) == (2, True)
+    status, _, err = cli("zzzz")
+    assert (status, "No such command 'zzzz'." in err) == (2, True)
 
 
 def test_files_are_checked_before_anything_is_started(some, tmp_path):
@@ -66,6 +70,9 @@ def test_files_are_checked_before_anything_is_started(some, tmp_path):
     wrong.write_text('[save]\nevry = "10min"\n')
     status, _, err = cli("config", "check", wrong)
     assert (status, "save.evry" in err, "save.every" in err) == (2, True, True)
+    wrong.write_text('[store.options.s3]\nregoin = "eu-west-1"\n')
+    status, _, err = cli("config", "check", wrong)
+    assert (status, "store.options.s3.regoin" in err, "did you mean region?" in err) == (2, True, True)
 
 
 @given(st.floats(0.001, 1e7), st.integers(0, 1 << 50))

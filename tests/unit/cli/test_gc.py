@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ckptsvc_drivers.posix import PosixStore
 from harness.increments import Saver, big_run, floats
 from harness.stored import Run, Tensor, cli
 
@@ -14,6 +15,7 @@ from ckptsvc.cli import gc
 from ckptsvc.cli.agents import Answer
 from ckptsvc.cli.terminal import size
 from ckptsvc.errors import AgentUnavailable
+from ckptsvc.pipeline.catalog import take_epoch
 from ckptsvc.pipeline.garbage import remove_garbage
 from ckptsvc.pipeline.increments import Economy
 from ckptsvc.storage import connect
@@ -30,10 +32,16 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     made.save(10, TENSORS, world=2)
     old = made.save(20, TENSORS, world=2, commit=False)
     made.save(30, TENSORS, world=2, commit=False)
-    then = time.time() - 3 * 3600
-    for path in (tmp_path / "run" / old).iterdir():
-        os.utime(path, (then, then))
+    age(made, old)
     return made
+
+
+def age(run: Run, *folders: str) -> None:
+    """Three hours."""
+    then = time.time() - 3 * 3600
+    for folder in folders:
+        for path in Path(run.url.removeprefix("file://"), folder).iterdir():
+            os.utime(path, (then, then))
 
 
 def folders(run: Run) -> list[str]:
@@ -141,9 +149,72 @@ def test_wrong_arguments(run: Run) -> None:
     assert "give the run" in err
 
 
-def test_a_clock_that_is_behind_deletes_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = time.time()
-    monkeypatch.setattr(gc.time, "time", lambda: now - 86400)
-    _, out, _ = cli("gc", run.url, "--delete")
-    assert "0.0 s" in out
-    assert len(folders(run)) == 3
+def shifted(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """The clock of this process, not that of the file system."""
+    clock = time.time
+    monkeypatch.setattr(gc.time, "time", lambda: clock() + seconds)
+
+
+@pytest.mark.parametrize(("days", "said"), [(1, "24 h ahead of"), (-1, "24 h behind"), (1e-4, "")])
+def test_ages_are_by_the_clock_of_the_store(run: Run, monkeypatch: pytest.MonkeyPatch, days: float, said: str) -> None:
+    shifted(monkeypatch, days * 86400)
+    status, out, err = cli("gc", run.url, "--delete")
+    assert status == 0
+    assert folders(run) == ["step-000000000010.e00001", "step-000000000030.e00001"], "20 is 3 h old, and 30 is new"
+    assert rows(out)["step-000000000020.e00001"].endswith("3 h removed save not committed")
+    assert (f"this node's clock is {said} the store's" in err) == bool(said)
+
+
+def test_a_dry_run_writes_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in [*(tmp_path / "run").iterdir(), tmp_path / "run"]:
+        path.chmod(0o500)  # with rights that root has all the same:
+    monkeypatch.setattr(PosixStore, "put_if_absent", lambda *arguments: pytest.fail("it writes"))
+    status, out, _ = cli("gc", run.url)
+    assert (status, "--delete would remove 2 objects" in out) == (0, True)
+
+
+def test_where_objects_have_no_times_nothing_counts_as_old(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    below = PosixStore.list
+    monkeypatch.setattr(PosixStore, "list", lambda *a: (entry._replace(modified=0.0) for entry in below(*a)))
+    status, _, err = cli("gc", run.url, "--delete")
+    assert (status, len(folders(run))) == (4, 3)
+    assert "does not say when its objects were written" in err
+    assert cli("gc", run.url, "--delete", "--older-than", "0").status == 0
+    assert folders(run) == ["step-000000000010.e00001"]
+
+
+def test_the_newest_save_stays_however_old_it_is_while_its_job_has_the_run(run: Run) -> None:
+    """Whose clock dated it may be wrong, and it may wait for its store."""
+    take_epoch(run.store, "job", 1, "me", "2026-01-01T00:00:00Z")
+    run.save(35, TENSORS, world=2, commit=False)
+    age(run, "step-000000000030.e00001", "step-000000000035.e00001")
+    status, out, err = cli("gc", run.url, "--delete")
+    assert status == 0
+    assert folders(run) == ["epochs", *(f"step-0000000000{step}.e00001" for step in (10, 20, 30, 35))]
+    assert "3 h may be running save not committed (it may still be running)" in " ".join(out.split())
+    assert "--latest" in err
+    run.save(32, TENSORS, world=2)
+    assert cli("gc", run.url, "--delete").status == 0
+    assert "step-000000000030.e00001" not in folders(run), "nobody waits for it: a newer one is committed"
+    assert "step-000000000035.e00001" in folders(run)
+    assert cli("gc", run.url, "--delete", "--latest").status == 0
+    assert "step-000000000035.e00001" not in folders(run)
+    run.save(40, TENSORS, world=2, commit=False)
+    age(run, "step-000000000040.e00001")
+    for attempt, owner, kept in ((2, "job", True), (3, "another job", False)):
+        take_epoch(run.store, owner, attempt, "me", "2026-01-01T00:00:00Z")
+        assert cli("gc", run.url, "--delete").status == 0
+        assert ("step-000000000040.e00001" in folders(run)) == kept, "whose job has begun anew; another one has"
+
+
+def test_what_is_no_run_is_told_as_by_ls(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1")
+    for where in (tmp_path / "file", tmp_path / "none"):
+        status, out, err = cli("gc", str(where))
+        assert (status, out) == (0, "")
+        assert "nothing to remove" in err
+        assert "hint: is the address right?" in err
+    assert "hint: it holds runs: run" in cli("gc", str(tmp_path)).err
+    assert cli("gc", str(tmp_path / "none"), "--delete").status == 0
+    assert not (tmp_path / "none").exists()
+    assert "hint" not in cli("gc", run.url).err

@@ -136,3 +136,11 @@ def test_what_is_asked_for_in_vain(tmp_path: Path) -> None:
         assert (status, out) == (expected, "")
         assert words in err
         assert "Traceback" not in err
+
+
+def test_a_directory_that_is_not_there_is_no_directory_without_incidents(tmp_path: Path) -> None:
+    status, _, err = cli("incidents", "--dir", tmp_path / "nope")
+    assert (status, f"there is no directory {tmp_path / 'nope'}" in err) == (10, True)
+    (tmp_path / "empty").mkdir()
+    status, _, err = cli("incidents", "--dir", tmp_path / "empty")
+    assert (status, "no incidents in" in err) == (0, True)

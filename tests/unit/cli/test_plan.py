@@ -9,7 +9,7 @@ from harness.stored import cli
 
 from ckptsvc.cli.plan import count, decimal, rate, seconds
 from ckptsvc.cli.plan_examples import EXAMPLES, LLAMA
-from ckptsvc.cli.plan_model import Job, daly, doubts, plans, useful_share
+from ckptsvc.cli.plan_model import Job, daly, doubts, memory, plans, useful_share
 from ckptsvc.errors import ConfigError
 from ckptsvc.interop.naming.shapes import MODELS
 
@@ -114,13 +114,35 @@ def test_every_example_has_a_plan(name):
     assert name in json.loads(cli("plan", "--examples", "--json").out)["examples"]
 
 
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_says_what_the_store_must_take_where_it_names_none(name):
+    status, out, err = cli("plan", "--example", name)
+    assert (status, err) == (0, "")
+    document = json.loads(cli("plan", "--example", name, "--json").out)
+    assert document["assumed"] == (EXAMPLES[name].store == 0) == ("--store-bandwidth" in out)
+    assert document["store_bandwidth"] == (EXAMPLES[name].store or document["store_bandwidth"])
+    assert not document["plans"][0]["limited"]
+    if document["assumed"]:
+        less = f"{document['store_bandwidth'] * 0.9:.0f}B/s"
+        found = json.loads(cli("plan", "--example", name, "--store-bandwidth", less, "--json").out)
+        assert found["plans"][0]["limited"], "and not more"
+
+
+def test_what_other_nodes_keep_takes_memory():
+    found = memory(job(nbytes=32e12, nodes=16), 2, 4)
+    assert found == pytest.approx({"snapshots": 4e12, "copy": 2e12, "xor": 2e12 / 3, "rs": 2e12})
+    assert memory(job(nodes=2), 2, 4).keys() == {"snapshots", "copy"}
+    assert memory(job(nodes=1), 2, 4).keys() == {"snapshots"}
+    out = cli("plan", "--params", "2B", "--ranks", 16, "--store-bandwidth", "1GB/s").out
+    assert "memory       28.0 GB a node\nof partners  14.0 GB (copy) more" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
         ([], "--params"),
         (["--params", "1e12"], "--ranks"),
-        (["--params", "1e12", "--ranks", "8"], "--store-bandwidth"),
-        (["--example", "llama3-8b"], "--store-bandwidth"),
+        (["--params", "1e12", "--ranks", "8", "--mtbf", "1min"], "--store-bandwidth"),
         (["--params", "many", "--ranks", "8", "--store-bandwidth", "1GB/s"], "'many'"),
         (["--params", "1B", "--ranks", "8", "--store-bandwidth", "fast"], "'fast'"),
         (["--params", "1B", "--ranks", "8", "--store-bandwidth", "0"], "'0'"),

@@ -61,6 +61,13 @@ class TestStaging:
         assert "n1: save_ended" in kinds(decision)
         assert not saves.open
 
+    def test_a_skip_by_a_rank_that_has_staged_opens_no_save_without_ranks(self, saves):
+        """It would have been committed with the next word of it, without a shard."""
+        saves.staged(staged(rank=0, ended=True), 0)
+        saves.skipped(skipped(rank=0), 0)
+        assert not saves.open
+        assert not commits(saves.staged(staged(rank=0), 0))
+
     def test_a_snapshot_whose_save_has_ended_counts_as_memory_only(self, saves):
         stage_all(saves, ended=True)
         assert saves.snapshots() == [KEY]

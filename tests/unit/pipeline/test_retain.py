@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from harness.stored import Run, Tensor
 
 from ckptsvc.pipeline.catalog import Ref, find, list_refs, open_checkpoint, take_epoch
 from ckptsvc.pipeline.garbage import find_garbage, remove_garbage
-from ckptsvc.pipeline.retain import expire
+from ckptsvc.pipeline.retain import expire, retire
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.verify import verify_checkpoint
+from ckptsvc.storage import Entry
+from ckptsvc.storage.wrappers import Wrapper
 
 TENSORS = {"w": Tensor(np.arange(1000, dtype=np.float32), cut="dim 0")}
 
@@ -38,6 +41,34 @@ def test_only_the_newest_are_kept(run: Run) -> None:
     assert len(list_refs(run.store)) == 4
 
 
+def test_a_clock_that_is_ahead_takes_no_deletion_out_of_the_hands_of_who_is_at_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.save(1, TENSORS)
+    run.save(2, TENSORS)
+    retire(run.store, Ref(1, 1))
+    monkeypatch.setattr(time, "time", lambda: 5e9)
+    assert expire(run.store, Policy()).gone == []
+    assert expire(run.store, Policy(), resume_after=0.0).gone == [Ref(1, 1)]
+
+
+def test_young_is_by_the_times_of_the_commits_whatever_clocks_say(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        run.save(step, TENSORS)
+    monkeypatch.setattr(time, "time", lambda: 5e9)
+    assert expire(run.store, Policy(last=1, age=3600.0)).gone == []
+    assert expire(Untimed(run.store), Policy(last=1, age=1e-9)).gone == [Ref(1, 1)]
+
+
+class Untimed(Wrapper):
+    """Of objects without times."""
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        return (entry._replace(modified=0.0) for entry in super().list(prefix))
+
+
 def test_records_that_cannot_be_used_are_neither_counted_nor_deleted(run: Run, tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
         run.save(step, TENSORS)
@@ -56,8 +87,8 @@ def test_a_whole_run_has_no_garbage(run: Run) -> None:
 
 def test_what_interrupted_saves_leave_is_found_and_nothing_else(run: Run, tmp_path: Path) -> None:
     take_epoch(run.store, "job", 1, "me", "now")
-    take_epoch(run.store, "job", 2, "me too", "now")
     run.save(1, TENSORS, world=2)
+    take_epoch(run.store, "another job", 2, "me too", "now")
     good = keys(run)
     run.save(2, TENSORS, world=2, commit=False)
     run.save(3, TENSORS, epoch=2, commit=False)
