@@ -205,7 +205,8 @@ class RetentionSettings(msgspec.Struct, frozen=True, kw_only=True):
         best: so many with the best values of `metric`.
         metric: name of a value that the training gives: run.step(metrics={"loss": ...}).
         order: which of its values are the best.
-        age: those that are younger, or "off".
+        age: those that are younger, or "off". A job counts that from commit to commit; of a time in which the run
+            rested, an eighth of this at most.
         rate: objects that are deleted in a second; 0: as many as the store lets.
     """
 
@@ -293,7 +294,8 @@ class TierSettings(msgspec.Struct, frozen=True, kw_only=True):
         local: a directory on a disk of each node, to which every snapshot is written first, or "off". It is made where
             it is missing, unless what it is to lie in is missing too.
         local_keep: newest snapshots that stay there, where there is room for them.
-        local_limit: what an agent's snapshots may take there; a share is one of the file system's size.
+        local_limit: what an agent's snapshots may take there, or those of all users of a system service together; a
+            share is one of the file system's size.
         durable_every: the first of so many snapshots goes on to the durable store, the others stay local.
         durable_backlog: so many may wait to be written there; when it is behind by more, only the newest is.
     """

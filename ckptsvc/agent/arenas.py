@@ -53,7 +53,8 @@ class Arenas:
         ready = self._local.pool.of(session.reg.job, session.reg.rank)
         return [a.name for a in ready if a.capacity >= nbytes and (a.state is not State.FILLING or a.step >= 0)]
 
-    def _provide(self, session: Session, nbytes: int) -> None:
+    def _provide(self, session: Session, nbytes: int) -> ArenaExhausted | None:
+        """Begin to make the arenas that a rank lacks; returns why not all of them."""
         reg = session.reg
         lacking = self._local.pool.plan(reg.job, reg.rank, nbytes, self.slots)
         for left in range(lacking, 0, -1):
@@ -61,9 +62,10 @@ class Arenas:
                 arena, fd = self._make(reg, nbytes, first=left == self.slots)
             except ArenaExhausted as error:
                 log(logger, logging.WARNING, Event.SNAPSHOT_SKIPPED, "%s", error, job=reg.job, rank=reg.rank)
-                return
+                return error
             session.preparing += 1
             self._local.spawn(self._populate(session, arena, fd))
+        return None
 
     def _most(self, *, first: bool) -> int:
         """What one job's arenas may take: for more than one of each rank, no more than an even part."""
@@ -147,7 +149,7 @@ class Arenas:
                     except ArenaExhausted as full:
                         error = full
                         if not session.preparing:
-                            self._provide(session, nbytes)
+                            error = self._provide(session, nbytes) or full
                     else:
                         self._local.dropped(job, evicted)
                         arena.epoch = epoch

@@ -76,7 +76,7 @@ class Local:
         self.standing = StandingOrders()
         self._shell, self._trust = shell, trust
         self._uplinks: dict[str, Uplink] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
 
     def session(self, token: str) -> Session:
         """The session of a token; AgentUnavailable where there is none: register again."""
@@ -211,7 +211,7 @@ class Local:
             self.metrics.tier_bytes.labels(tier).set(nbytes)
         self.metrics.hold({key: step for key, (_, step) in newest.items()}, tuple(tiers))
 
-    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, coroutine: Coroutine[Any, Any, object]) -> None:
         """Run something beside; it ends with the agent."""
         task = asyncio.ensure_future(coroutine)
         self._tasks.add(task)

@@ -204,12 +204,12 @@ class Saves:
         self, job: str, args: dict[str, Any], on_note: Note | None = None
     ) -> Coroutine[Any, Any, dict[str, Any]]:
         """Have a shard written to the durable store."""
-        more: dict[str, Any] = {"disk": "", "rate": self._workers.write_rate}
+        more: dict[str, Any] = {"disk": ""}
         if self._tier is not None:
             # Whole, as if nothing older were committed: its save may wait long for drains, and retention deletes what
             # it would refer to meanwhile.
             more["committed"] = (args["epoch"], args["step"])
-        return self._workers.of(job).call("write", args | more, on_note)
+        return self._workers.write(job, "write", args | more, on_note)
 
     async def _save(
         self, job: LocalJob, label: Label, arena: Arena, written: Awaitable[dict[str, Any]], began: float

@@ -42,6 +42,7 @@ from ckptsvc.agent.orders.callers import Callers, RoleGate
 from ckptsvc.agent.orders.orders import Orders
 from ckptsvc.agent.orders.standing import StandingOrders
 from ckptsvc.agent.process import handover, own_log, predecessor
+from ckptsvc.agent.process.clock import watch_clock
 from ckptsvc.agent.process.conditions import ground_of
 from ckptsvc.agent.process.lasting import dispensable, until_told
 from ckptsvc.agent.process.limits import lacking, raise_open_files
@@ -247,6 +248,7 @@ class Agent:
         yield dispensable("network cards are not watched any more", self.nics.run())
         yield self._until_idle()
         yield dispensable("agent.log is not bounded any more", own_log.bound(self._options.directory / own_log.NAME))
+        yield dispensable("nobody looks after the clock any more", watch_clock(self.node_name))
         yield self._notifier.beat(partial(summary_of, self))
         if self.tenancy:
             yield self.tenancy.run()
@@ -303,7 +305,7 @@ class Agent:
             tier=self.tier,
         )
         if self._options.service:
-            self.tenancy = Tenancy(self._options.service, self.local, self.workers, self._is_idle)
+            self.tenancy = Tenancy(self._options.service, self.local, self.workers, self._is_idle, self.tier)
         elif self._options.linger is not None:
             self.node.on_yield = self._give_way
         self.local.domain = domain_of(settings.tiers.domain, os.environ, self.node_name)

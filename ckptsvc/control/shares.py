@@ -14,6 +14,7 @@ class Node:
         user_memory: bytes for those of one.
         write_rate: bytes per second that all may write; 0: no limit.
         jobs, ranks: of one user.
+        local: bytes that the snapshots of all may take on the local disk; 0: no limit.
     """
 
     memory: int
@@ -21,6 +22,7 @@ class Node:
     write_rate: int
     jobs: int
     ranks: int
+    local: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +33,17 @@ class Share:
     write_rate: int
     jobs: int
     ranks: int
+    local: int = 0
 
 
 def share_of(node: Node, users: int) -> Share:
     """The part of each user, where so many have something to do; an idle one gets what it would get as another one.
 
-    Memory: no more than one user may take, nor than an even part. Who holds more than that when another comes keeps it,
-    and gets nothing new until he is below.
+    Memory: no more than one user may take, nor than an even part, which is what he gets of the local disk. Who holds
+    more than that when another comes keeps it, and gets nothing new until he is below.
     """
     users = max(users, 1)
     memory = min(node.user_memory, node.memory // users)
     rate = max(node.write_rate // users, 1) if node.write_rate else 0
-    return Share(memory, rate, node.jobs, node.ranks)
+    local = max(node.local // users, 1) if node.local else 0
+    return Share(memory, rate, node.jobs, node.ranks, local)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from types import MappingProxyType
 
 import msgspec
@@ -22,14 +21,10 @@ from ckptsvc.format.compat import FORMAT, SEGMENTED, WITH_METRICS, WITH_WRITTEN
 from ckptsvc.format.index import Index, IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.catalog import Ref, exists, newest_epoch, read_commit, read_epoch
+from ckptsvc.pipeline.clock import now_iso
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.references import Bases, withdraw_if_late
 from ckptsvc.storage import Store
-
-
-def now_iso() -> str:
-    """The time, ISO 8601 in UTC."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def check_fence(store: Store, job: str, epoch: int) -> None:

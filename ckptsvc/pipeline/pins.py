@@ -10,7 +10,7 @@ from ckptsvc.errors import Damaged, IncompatibleVersion, NoCheckpoint, NotFound
 from ckptsvc.format.commit import PINS, PinRecord, parse_pin_name, pin_key
 from ckptsvc.format.limits import MAX_RECORD_BYTES
 from ckptsvc.pipeline.catalog import Ref, exists, read_commit
-from ckptsvc.pipeline.commit import now_iso
+from ckptsvc.pipeline.clock import now_iso
 from ckptsvc.storage import Store
 
 MAX_NOTE = 1000

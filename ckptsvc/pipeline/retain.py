@@ -11,7 +11,6 @@ then either it sees that one is gone, or `look` sees what it has said.
 
 from __future__ import annotations
 
-import math
 import re
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -100,14 +99,14 @@ def candidates(found: Found) -> list[Candidate]:
     ]
 
 
-def judge(store: Store, found: Found, policy: Policy, now: float, needed: Collection[Ref] = ()) -> Verdict:
+def judge(store: Store, found: Found, policy: Policy, now: float | None, needed: Collection[Ref] = ()) -> Verdict:
     """What retention says to the checkpoints of a run.
 
     Args:
         store: of the run; the pins are read from it.
         found: what `find` returned.
         policy: what to keep.
-        now: seconds since 1970.
+        now: see `decide`.
         needed: checkpoints that something is at work on.
 
     Raises:
@@ -155,7 +154,8 @@ def expire(
         store: of the run.
         policy: what to keep.
         needed: checkpoints that a running save or a drain works with.
-        now: seconds since 1970, by the clock that dates the objects; None asks the store where it matters.
+        now: seconds since 1970, by the clock that dates the objects. None: the store is asked what others have left
+            lying, and no clock how old a checkpoint is (see `decide`).
         resume_after: seconds after which deletions that others began are taken up.
         progress: called with the size of every file that is deleted.
 
@@ -164,10 +164,8 @@ def expire(
     """
     done, pace = Expired(), Pace(policy.rate)
     began = retired(store)
-    if now is None:
-        known = store_time(store, RETIRED) if began or policy.age else None
-        now = -math.inf if known is None else known  # then nothing is old enough
-    marks = [ref for ref, since in began.items() if since <= now - resume_after]
+    dated = now if now is not None or not began else store_time(store, RETIRED)
+    marks = [ref for ref, since in began.items() if dated is not None and since <= dated - resume_after]
     if not policy.last and not marks:
         return done
     found = find(store)

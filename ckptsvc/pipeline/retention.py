@@ -9,6 +9,10 @@
     refers   those whose files another one that stays needs (of incremental checkpoints)
 
 A rule only ever keeps. What no rule keeps goes; without the first one, everything stays.
+
+Where no clock can be trusted, the times in the commit records say how old a checkpoint is, from one commit to the
+next. Between two epochs, and where times are suddenly far apart, lies a rest of the run or a writer whose clock is
+wrong, and nobody can tell which: such a gap makes what is before it older by REST of `age` at most.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
 from typing import Annotated
 
 import msgspec
@@ -25,6 +31,12 @@ from ckptsvc.settings import Settings
 
 NEWEST = "the newest"
 """Why the newest checkpoint stays, whatever the policy is."""
+
+REST = 1 / 8
+"""The part of `age` that a rest of the run takes at most."""
+
+SUDDEN = 8
+"""How many times as long as usual a rest within an epoch is at least; it is also longer than `age`."""
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
@@ -98,7 +110,7 @@ class Verdict:
 def decide(
     candidates: Iterable[Candidate],
     policy: Policy,
-    now: float,
+    now: float | None,
     *,
     pinned: Collection[Ref] = (),
     needed: Collection[Ref] = (),
@@ -108,7 +120,7 @@ def decide(
     Args:
         candidates: all committed checkpoints of a run, or those in one tier, in any order.
         policy: what to keep.
-        now: seconds since 1970.
+        now: seconds since 1970, by a clock that is known to be right; None: there is none.
         pinned: kept because a person said so.
         needed: kept because something is at work on them.
     """
@@ -128,8 +140,9 @@ def decide(
     for each in best(found, policy):
         which = "highest" if policy.highest else "lowest"
         reasons[each.ref].append(f"among the {policy.best} with the {which} {policy.metric}")
+    ages = _ages(found, policy.age, now)
     for each in found:
-        if policy.age and (each.created is None or now - each.created <= policy.age):
+        if policy.age and ages.get(each.ref, 0.0) <= policy.age:
             reasons[each.ref].append(f"younger than {span(policy.age)}")
         if each.ref in pinned:
             reasons[each.ref].append("pinned")
@@ -182,6 +195,22 @@ def _one_within(found: Sequence[Candidate], seconds: float) -> list[Candidate]:
         if before is None or each.created < (before.created or 0.0):
             chosen[span_of_it] = each
     return [*chosen.values(), *undated]
+
+
+def _ages(found: Sequence[Candidate], longest: float, now: float | None) -> dict[Ref, float]:
+    """How old those are whose time of commit is known, as the module says; `longest` is the age that matters."""
+    known = [(each.ref, each.created) for each in found if each.created is not None]
+    if now is not None:
+        return {ref: now - created for ref, created in known}
+    gaps = [newer - older for (_, newer), (_, older) in pairwise(known)]
+    sudden = max(longest, SUDDEN * median(map(abs, gaps))) if gaps else 0.0
+    age = 0.0
+    ages = {ref: age for ref, _ in known[:1]}
+    for ((newer, _), (older, _)), gap in zip(pairwise(known), gaps, strict=True):
+        rested = newer.epoch != older.epoch or abs(gap) > sudden
+        age += min(max(gap, 0.0), REST * longest) if rested else gap
+        ages[older] = age
+    return ages
 
 
 def _close(found: Sequence[Candidate], reasons: dict[Ref, list[str]]) -> None:

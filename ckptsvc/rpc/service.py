@@ -6,10 +6,10 @@ JSON. Both ends know each other by SO_PEERCRED: nobody says who he is, nobody bu
     agent     {op}         -> {ok, directory}      the caller's own agent, which is started if it is not there
     agents    {op}         -> {ok, agents: [{uid, user, directory, pid, state, ranks, since, problem}]}
                            an operator hears of all users' agents, anybody else of his own
-    serve     {op}         -> {ok, memory, write_rate, jobs, ranks, scrape}
+    serve     {op}         -> {ok, memory, write_rate, jobs, ranks, local, scrape}
                            from an agent which the service has started; the connection stays open:
         state     {op, ranks, busy, page}         the agent, when that changes
-        shares    {op, memory, write_rate, jobs, ranks}     the service, when that changes
+        shares    {op, memory, write_rate, jobs, ranks, local}     the service, when that changes
         wanted    {op}                            the service, when somebody asks for the agent
 
 A refusal is {ok: false, code, what, hint}, as on the identity socket of an agent. Sizes are in bytes, rates in bytes

@@ -6,6 +6,7 @@ compared letter by letter (a certificate for all users, with a wildcard, is nobo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
@@ -40,6 +41,19 @@ class Shown(msgspec.Struct, frozen=True):
         """The end that was connected to; see `connected`."""
         context = self._context(ssl.PROTOCOL_TLS_SERVER)
         return self._checked(context.wrap_socket(connection, server_side=True))
+
+    def check(self) -> None:
+        """See that two agents who show this would let each other in, by a handshake in memory.
+
+        Raises:
+            ssl.SSLError: they would not.
+        """
+        there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+        connects = self._context(ssl.PROTOCOL_TLS_CLIENT).wrap_bio(back, there, server_hostname=self.name)
+        accepts = self._context(ssl.PROTOCOL_TLS_SERVER).wrap_bio(there, back, server_side=True)
+        for end in (connects, accepts, connects, accepts):  # TLS 1.3 has no more
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
 
     def for_browsers(self) -> ssl.SSLContext:
         """The end that browsers and Prometheus connect to: they show no certificate."""

@@ -18,6 +18,7 @@ import os
 import re
 import secrets
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
@@ -199,7 +200,7 @@ class ByCertificate:
     ) -> None:
         self._paths = {"tls.ca_file": authority, "tls.cert_file": certificate, "tls.key_file": key}
         self._on_expiry = on_expiry
-        self._warned = 0.0
+        self._warned, self._expired = 0.0, False
         self._seen = self._stamp()
         self._held = self._read()
 
@@ -312,7 +313,13 @@ class ByCertificate:
         )
         check_authority(authority, self._paths["tls.ca_file"])
         identity = identity_of(certificate, key, self._paths["tls.cert_file"])
-        _check_time(identity, f"tls.cert_file: the certificate in {self._paths['tls.cert_file']}")
+        what = f"tls.cert_file: the certificate in {self._paths['tls.cert_file']}"
+        _check_time(identity, what)
+        try:
+            Shown(authority, certificate, key, identity.name).check()
+        except ssl.SSLError as error:
+            why = f"{what} is not one that others would let in: {error.reason or error}"
+            raise ConfigError(why, hint=f"it is signed by {identity.issuer}; is that in tls.ca_file?") from None
         self._on_expiry(identity.not_after)
         self._warned = 0.0
         self._remind(identity)
@@ -320,9 +327,14 @@ class ByCertificate:
 
     def _remind(self, identity: Identity) -> None:
         now = time.time()
+        expired = now >= identity.not_after
+        if expired and not self._expired:
+            self._warned = 0.0
+        self._expired = expired
         if identity.not_after - now < SOON and now - self._warned > REMIND_EVERY:
             self._warned = now
-            log.warning("tls.cert_file: the certificate expires on %s", _date(identity.not_after))
+            how = "has expired, what is connected stays and nothing new is let in: that was" if expired else "expires"
+            log.warning("tls.cert_file: the certificate %s on %s", how, _date(identity.not_after))
 
 
 class CertificateGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grpc has no types

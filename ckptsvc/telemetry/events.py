@@ -52,6 +52,7 @@ class Event(StrEnum):
     VERB_ASKED = "verb-asked"
     VERB_REFUSED = "verb-refused"
     AUDIT_FAILED = "audit-failed"
+    CLOCK_JUMPED = "clock-jumped"
 
 
 class Fields(TypedDict, total=False):

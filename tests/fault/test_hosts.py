@@ -188,3 +188,69 @@ def test_a_job_on_several_hosts_needs_certificates_and_restarts_with_them(with_c
     assert refused.end() == 2
     assert "10.77.0.1" in refused.log.read_text()
     assert "certificates" in refused.log.read_text()
+
+
+@pytest.mark.slow
+def test_certificates_that_expire_or_are_of_another_authority_end_no_job(with_certificates, tmp_path):
+    """Each host has its own. What is connected stays; and what connects does so again once they are right."""
+    job, attempt = with_certificates, 1
+    job.runtime.environ["CKPTSVC_LAUNCH_CRASH_LOOP"] = "0"
+    for name in ("right", "wrong"):
+        assert cli("certs", "init", tmp_path / name)[0] == 0
+
+    def issue(number, authority, days="30"):
+        assert cli("certs", "issue", tmp_path / authority, "--out", tmp_path / f"tls{number}", "--days", days)[0] == 0
+
+    def said(sentence, count=1):
+        eventually(lambda: job.runtime.log().count(sentence) == count, sentence)
+
+    def restarts():
+        """The job restarts, which takes all hosts."""
+        nonlocal attempt
+        os.kill(job.runs[2].pid(attempt, 1), signal.SIGKILL)
+        attempt += 1
+        assert job.places(attempt, 2) == ["n1", "n2"]
+
+    for number in (1, 2):
+        issue(number, "right")
+        for key, name in (("CA_FILE", "ca.pem"), ("CERT_FILE", "cert.pem"), ("KEY_FILE", "key.pem")):
+            job.runtime.environ[f"CKPTSVC_TLS_{key}"] = str(tmp_path / f"tls{number}" / name)
+        job.start(number)
+    assert job.places(1, 2) == ["n1", "n2"]
+
+    # Signed by an authority that nobody knows: what there was before is shown.
+    issue(2, "wrong")
+    (tmp_path / "tls2" / "ca.pem").write_bytes((tmp_path / "right" / "ca.pem").read_bytes())
+    said("new certificates are not used: ")
+    restarts()
+    os.kill(job.agent(2), signal.SIGKILL)  # the next one has nothing else
+    eventually(lambda: "ckptsvc agent: tls.cert_file" in job.runtime.log(), "it to say why it does not start")
+    rank = job.runs[2].pid(attempt, 1)
+    assert alive(rank)
+    issue(2, "right")
+    eventually(lambda: job.runtime.log().count("agent of n2 serves") == 2, "another agent")
+    restarts()
+
+    # All files of one host are another authority's: it has no reason to doubt them.
+    rank = job.runs[2].pid(attempt, 1)
+    issue(2, "wrong")
+    said("certificates were read anew")
+    assert alive(rank)
+    os.kill(job.agent(2), signal.SIGKILL)
+    said("no secure connection: ")
+    assert alive(rank)
+    issue(2, "right")
+    said("certificates were read anew", 2)
+    restarts()
+
+    rank = job.runs[2].pid(attempt, 1)
+    issue(2, "right", days=str(10 / 86400))
+    said("the certificate has expired, what is connected stays")
+    assert alive(rank)
+    restarts()
+    issue(2, "right")
+    said("certificates were read anew", 4)
+    os.kill(job.agent(2), signal.SIGKILL)
+    restarts()
+    assert job.let_end() == {1: 0, 2: 0}
+    assert "Traceback" not in job.runtime.log()

@@ -153,18 +153,31 @@ def train(rank: Rank, store: str, until: int, patient: bool = False, first: str 
     return {"steps": run.steps_done, "skipped": run.skipped, "sum": float(tensor.sum())}
 
 
+def write_much(rank: Rank, store: str) -> None:
+    """Save 512 KiB, again and again."""
+    import torch
+
+    import ckptsvc
+
+    with ckptsvc.attach({"tensor": torch.zeros(128 << 10)}, store=store, every="off") as run:
+        while not (rank.folder / "go-end").exists():
+            run.step()
+            run.save(wait=True)
+            rank.report("saved", step=run.steps_done)
+
+
 class UsersJob:
-    """One rank of a user's that runs `train`."""
+    """One rank of a user's that runs a function of this module."""
 
     def __init__(
         self, node: Node, person: Person, store: Path, until: int, *, patient: bool = False, first: Path | str = "",
-        launcher: tuple[str, ...] = (),
+        launcher: tuple[str, ...] = (), function: str = "train", name: str = "job",
     ) -> None:  # fmt: skip
-        self.folder = node.home(person) / "job"
+        self.folder = node.home(person) / name
         self.folder.mkdir()
         os.chown(self.folder, person.uid, person.gid)
-        spec = {"file": __file__, "function": "train", "arguments": [str(store), until, patient, str(first)],
-            "folder": str(self.folder)}  # fmt: skip
+        arguments = [str(store), until, patient, str(first)] if function == "train" else [str(store)]
+        spec = {"file": __file__, "function": function, "arguments": arguments, "folder": str(self.folder)}
         self._log = self.folder / "log"
         self.process = node.spawn(person, [sys.executable, *launcher, str(RANK), json.dumps(spec)], self._log)
 
@@ -606,6 +619,47 @@ class TestAnotherUser:
         eventually(lambda: shared.agents()[ALICE.uid]["ranks"] == 0, "her rank to be gone")
         assert not Path("/tmp/evil").exists()
 
+    def test_gets_nothing_by_names_and_sizes_that_cannot_be(self, shared: Node) -> None:
+        """As a rank of his own agent, which is let in: arenas by path, of another user, and too much of everything."""
+        hers = shared.arenas / "ckptsvc" / str(ALICE.uid)
+        (hers / "precious.arena").write_bytes(b"precious")
+        os.chown(hers / "precious.arena", ALICE.uid, ALICE.gid)
+        (hers / "precious.arena").chmod(0o600)
+        found = json.loads(shared.python(BOB, f"""
+import json
+from pathlib import Path
+import grpc
+from ckptsvc.client.link import AgentLink
+from ckptsvc.errors import CkptsvcError
+from ckptsvc.rpc.v1 import agent_pb2 as pb
+link = AgentLink(Path({str(shared.agent_directory(BOB))!r}), {registration()!r})
+link.connect()
+outside = ["../{ALICE.uid}/precious", "../{ALICE.uid}/precious.arena", {str(hers / "precious.arena")!r}, "..", "\\0"]
+attempts = [lambda s=s: link.arena(s) for s in outside]
+attempts += [lambda s=s: link.submit(pb.SubmitRequest(slot=s, step=1, bytes=8)) for s in outside]
+attempts += [lambda s=s: link.abandon(s, 1, "x" * 100_000) for s in outside]
+attempts += [lambda n=n: link.acquire(1, n, 0.1) for n in (0, 1 << 41, 1 << 60, (1 << 63) - 1)]
+attempts += [lambda n=n: link.provide(n, 0.1) for n in (0, 1 << 60)]
+attempts += [lambda: link.prepare("x" * 1000, 1, 1.0)]
+attempts += [lambda: link.submit(pb.SubmitRequest(slot="s", step=1, aliases={{"a" * 5_000_000: "b" * 5_000_000}}))]
+said = []
+for attempt in attempts:
+    try:
+        attempt()
+        said.append("")
+    except CkptsvcError as error:
+        said.append(error.code)
+print(json.dumps(said))
+"""))  # fmt: skip
+        kept = (hers / "precious.arena").read_bytes()
+        (hers / "precious.arena").unlink()
+        assert kept == b"precious"
+        refused = {"invalid-input", "arena-exhausted"}
+        assert set(found[:10] + found[15:]) == refused
+        assert set(found[10:15]) <= {*refused, ""}  # an arena that he does not have is none to give up
+        assert ask(shared, BOB)["ok"] is True
+        assert "Traceback" not in (shared.agent_directory(BOB) / "agent.log").read_text()
+
     def test_is_turned_away_by_her_agent_even_with_a_connection_to_it(self, shared: Node) -> None:
         path = str(shared.agent_directory(ALICE) / "identity.sock")
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -675,6 +729,127 @@ class TestShares:
         for rank in ranks:
             rank.kill()
         eventually(lambda: shares() == {(48, 100)}, "all of it to be had again")
+
+
+def rate_of(node: Node, person: Person, saves: UsersJob) -> float:
+    """Bytes per second at which a user's agent writes, by its own account: what it has written, and waited for that.
+
+    From the second save on that begins now: the first may have begun at another rate.
+    """
+
+    def account() -> tuple[float, float]:
+        with safe_target(node.agent_directory(person), person.uid) as target:
+            address = ask_agent(node.agent_directory(person), target)["metrics"]
+        token = (node.agent_directory(person) / "http-token").read_text().strip()
+        request = urllib.request.Request(f"http://{address}/metrics", headers={"Authorization": f"Bearer {token}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            lines = [line.rpartition(" ") for line in answer.read().decode().splitlines()]
+        values = {name: float(value) for name, _, value in lines if not name.startswith("#")}
+        (written,) = [v for name, v in values.items() if name.startswith("ckptsvc_written_bytes_total")]
+        return written, values["ckptsvc_write_held_back_seconds_total"]
+
+    begun = saves.reports("saved")[-1]["step"]
+    saves.wait_for_save(begun + 2)
+    before = account()
+    saves.wait_for_save(begun + 6)
+    after = account()
+    return (after[0] - before[0]) / (after[1] - before[1])
+
+
+class TestTheRateOfWrites:
+    @pytest.mark.slow
+    def test_is_divided_among_users_and_of_one_user_among_his_jobs_that_write(self, node: Node) -> None:
+        node.start(store_max_write_rate="2MiB/s", agent_metrics_listen="127.0.0.1:0")
+
+        def job(person: Person, name: str) -> UsersJob:
+            begun = UsersJob(node, person, node.home(person) / f"run-{name}", 0, function="write_much", name=name)
+            begun.wait_for_save(1)
+            return begun
+
+        def about(rate: float, person: Person, saves: UsersJob) -> bool:
+            return 0.9 * rate < rate_of(node, person, saves) <= 1.02 * rate
+
+        hers = job(ALICE, "a")
+        assert about(2 << 20, ALICE, hers)
+        idle = UsersJob(node, ALICE, node.home(ALICE) / "idle", 1, patient=True, name="idle")
+        idle.wait_for_save(1)
+        os.kill(idle.reports("saved")[-1]["pid"], signal.SIGSTOP)  # it is there, and writes nothing
+        assert about(2 << 20, ALICE, hers)
+        his = job(BOB, "b")
+        assert about(1 << 20, ALICE, hers)
+        assert about(1 << 20, BOB, his)
+        for each in (hers, his):
+            (each.folder / "go-end").touch()
+            assert each.process.wait(60) == 0
+
+
+def save_too_much(rank: Rank, store: str) -> dict[str, Any]:
+    """Take a snapshot that is larger than what a user may take, then a smaller one."""
+    import torch
+
+    import ckptsvc
+
+    with ckptsvc.attach({"tensor": torch.zeros(8 << 20)}, store=f"{store}-large", every="off") as run:
+        run.step()
+        with pytest.raises(CkptsvcError) as refusal:
+            run.save(wait=True, timeout=3.0)
+        run.step()
+    with ckptsvc.attach({"tensor": torch.zeros(1000)}, store=f"{store}-small", every="off") as run:
+        run.step()
+        run.save(wait=True)
+    return {"why": str(refusal.value)}
+
+
+class TestTheShareOfMemory:
+    @pytest.mark.slow
+    def test_is_all_that_a_real_snapshot_gets(self, node: Node) -> None:
+        node.start(arena_limit="64MiB", system_user_memory="25%")
+        hers = UsersJob(node, ALICE, node.home(ALICE) / "run", 0, function="save_too_much")
+        assert "takes the job beyond its share, 16 MiB" in hers.result()["why"]
+        his = UsersJob(node, BOB, node.home(BOB) / "run", 2)
+        assert his.result()["steps"] == 2
+
+
+class TestSpaceInAStore:
+    """Workers write as the user: what a file system does not give him, they do not get."""
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("options", "why"),
+        [
+            pytest.param("size=2m", "No space left on device", id="full"),
+            pytest.param("size=64m,usrquota_block_hardlimit=2m", "Disk quota exceeded", id="quota"),
+        ],
+    )
+    def test_that_a_user_has_used_up_costs_him_saves_and_nobody_else(self, node: Node, options: str, why: str) -> None:
+        place = node.root / "small"
+        place.mkdir()
+        mounted = node.spawn(ROOT, ["mount", "-t", "tmpfs", "-o", f"mode=1777,{options}", "tmpfs", str(place)])
+        said, _ = mounted.communicate(timeout=20)
+        if mounted.returncode:
+            pytest.skip(f"no such file system (quotas need CONFIG_TMPFS_QUOTA): {said.strip()}")
+        node.start()
+        hers = UsersJob(node, ALICE, place / "hers", 1, patient=True)
+        hers.wait_for_save(1)
+        fill = f"""
+with open({str(place / "ballast")!r}, "wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError as error:
+        print(error)
+"""
+        assert why in node.python(ALICE, fill)
+        eventually(lambda: any(why in line["why"] for line in hers.reports("failed")), "a save to fail")
+        his = UsersJob(node, BOB, (place if "quota" in options else node.home(BOB)) / "his", 2)
+        assert his.result()["steps"] == 2
+        failed = len(hers.reports("failed"))
+        eventually(lambda: len(hers.reports("failed")) > failed, "the training to go on")
+        before = max(line["step"] for line in hers.reports("saved"))
+        assert node.python(ALICE, f"import os; os.unlink({str(place / 'ballast')!r})") == ""
+        hers.wait_for_save(before + 1)
+        (hers.folder / "go-end").touch()
+        assert hers.result()["skipped"] == 0
 
 
 class TestLinksInTheWay:

@@ -13,7 +13,7 @@ import textwrap
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from harness.damage import assert_intact, steps
 from harness.job import Job, Launch
 from harness.rank import Rank
 from harness.runtime import Runtime, eventually, tmpfs
+from harness.stored import cli
 
 import ckptsvc
 from ckptsvc.rpc.channel import OPTIONS, TOKEN_KEY
@@ -48,6 +49,14 @@ def train(rank: Rank, store: str) -> dict[str, Any]:
         saved = run.save(wait=True, timeout=60.0)
         run.close()
     return {"step": run.steps_done, "saved": saved}
+
+
+def save_some(rank: Rank, store: str) -> None:
+    """Three more checkpoints."""
+    with ckptsvc.attach({"tensor": torch.zeros(10)}, store=store, every="off") as run:
+        for _ in range(3):
+            run.step()
+            run.save(wait=True, timeout=60.0)
 
 
 class Pestered:
@@ -332,28 +341,49 @@ def endpoint(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
-@pytest.mark.slow
-def test_a_clock_that_jumps(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
-    """Ten years forward, and back: what decides here is a clock that does not."""
-    store, offset = tmp_path / "run", tmp_path / "offset"
-    offset.write_text("0")
+SetClock = Callable[[float], None]
+
+
+@pytest.fixture
+def set_clock(request: pytest.FixtureRequest, runtime: Runtime, tmp_path: Path) -> SetClock:
+    """Puts the clock of programs that are started from now on so many years forward: agents, or what the test says.
+
+    A program that has gRPC may not start with such a clock, which is Python's alone: deadlines go by the machine's.
+    """
+    offset = tmp_path / "offset"
     (tmp_path / "sitecustomize.py").write_text(
         textwrap.dedent(f"""
-        import time
+        import sys, time
         real = time.time
-        time.time = lambda: real() + float(open({str(offset)!r}).read() or 0)
+        if any({getattr(request, "param", "agent")!r} in each for each in sys.orig_argv):
+            time.time = lambda: real() + float(open({str(offset)!r}).read())
         """)
     )
     runtime.environ["PYTHONPATH"] = f"{tmp_path}:{runtime.environ['PYTHONPATH']}"
+
+    def put(years: float) -> None:
+        (tmp_path / "offset.new").write_text(str(years * 365 * 86400))
+        (tmp_path / "offset.new").rename(offset)
+
+    put(0)
+    return put
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps(launch: Launch, runtime: Runtime, tmp_path: Path, set_clock: SetClock) -> None:
+    """Ten years forward, and back: what decides here is a clock that does not, also over what is old."""
+    store = tmp_path / "run"
+    runtime.environ |= {"CKPTSVC_SAVE_KEEP": "1", "CKPTSVC_RETENTION_AGE": "7d"}
     agent = runtime.start_agent()
     with launch.plain(1, train, str(store)) as job:
         job.wait_for("stepped", step=10)
         pestered = Pestered(runtime, job, store)
         pestered.saves_on()
         started = runtime.status()["started"]
-        for years in (10, -10, 0):
-            offset.write_text(str(years * 365 * 86400))
-            time.sleep(0.5)
+        for years, said in ((10, 1), (-10, 1), (0, 2)):
+            set_clock(years)
+            way = "forward" if years >= 0 else "back"
+            eventually(lambda way=way, said=said: runtime.log().count(f" d {way}: ") == said, "it to be said")
             pestered.saves_on()
         assert runtime.status()["started"] == started
         assert [rank["phase"] for rank in runtime.status()["ranks"]] == ["step"]
@@ -361,7 +391,29 @@ def test_a_clock_that_jumps(launch: Launch, runtime: Runtime, tmp_path: Path) ->
         (result,) = job.results()
     assert result["saved"]
     assert assert_intact(store)[0] == result["step"]
+    assert "removed step" not in runtime.log()
     assert not any(word in runtime.log() for word in ("Traceback", "died", "stalled", "skipped"))
+    agent.terminate()
+    assert agent.wait(20) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("set_clock", ["ckptsvc.agent.worker.worker"], indirect=True)
+def test_a_clock_that_is_wrong_from_the_start_makes_nothing_old(
+    launch: Launch, runtime: Runtime, tmp_path: Path, set_clock: SetClock
+) -> None:
+    """Some jobs, one after another, on nodes whose clock is right, then far ahead, twice, then right again."""
+    store, before = tmp_path / "run", set[int]()
+    runtime.environ |= {"CKPTSVC_SAVE_KEEP": "1", "CKPTSVC_RETENTION_AGE": "7d"}
+    agent = runtime.start_agent()
+    for years in (0, 10, 10, 0):
+        set_clock(years)
+        launch.plain(1, save_some, str(store)).results()
+        assert before < set(steps(store))
+        before = set(steps(store))
+    assert "removed step" not in runtime.log()
+    years_of = {each["created"][:4] for each in json.loads(cli("ls", store, "--json").out)["checkpoints"]}
+    assert len(years_of) == 2
     agent.terminate()
     assert agent.wait(20) == 0
 
@@ -392,6 +444,51 @@ def test_the_partition_of_the_log_is_full(launch: Launch, runtime: Runtime, tmp_
         agent.terminate()
         assert agent.wait(20) == 0
         assert "Traceback" not in log.read_text()
+    assert assert_intact(store)[0] == result["step"]
+
+
+@pytest.mark.slow
+def test_the_disk_of_what_it_keeps_is_full_under_a_job(launch: Launch, runtime: Runtime, tmp_path: Path) -> None:
+    """A rank dies and people give orders while neither incidents, nor nodes, nor orders can be taken down."""
+    store = tmp_path / "run"
+    options = ["--max-restarts", "3", "--rdzv-id", "gpt", "--no-preflight", "--no-standby"]
+
+    def ordered(*arguments: str, status: int = 0) -> str:
+        command = [sys.executable, "-m", "ckptsvc.cli.main", *arguments]
+        said = subprocess.run(command, env=runtime.environ, capture_output=True, text=True, check=False, timeout=60)
+        assert said.returncode == status, said.stderr
+        return said.stdout + said.stderr
+
+    with tmpfs(tmp_path / "state", "64k") as state:
+        runtime.environ["XDG_STATE_HOME"], nodes = str(state), state / "ckptsvc" / "nodes.json"
+        with launch.service(1, train, str(store), options=options) as job:
+            job.wait_for("stepped", step=10)
+            pestered = Pestered(runtime, job, store)
+            pestered.saves_on()
+            ordered("exclude", "n9", "--reason", "a fan")
+            listed = eventually(lambda: nodes.exists() and nodes.read_text(), "the list of nodes")
+            (state / "ckptsvc" / "audit.jsonl").unlink()  # its last page would have room
+            with (state / "ballast").open("wb", buffering=0) as ballast, contextlib.suppress(OSError):
+                while True:
+                    ballast.write(bytes(4096))
+            job.kill()
+            job.wait_for("stepped", attempt=2)
+            assert "not in the audit log: [Errno 28] No space left on device" in ordered("pause", "gpt")
+            ordered("resume", "gpt")
+            excluded = ordered("exclude", "n8", status=4)
+            assert "n8 is excluded, for as long as this coordinator lives: the list could not be written" in excluded
+            pestered.saves_on()
+            pestered.says_once("is not kept in", "No space left on device")
+            pestered.says_once("the audit log", "cannot be written: [Errno 28] No space left on device")
+            pestered.says_once("the list of nodes that have failed", "No space left on device")
+            assert nodes.read_text() == listed
+            (state / "ballast").unlink()
+            assert "audit log" not in ordered("exclude", "n7")
+            eventually(lambda: "n7" in nodes.read_text(), "the list to be written again")
+            assert {"n8", "n9"} <= json.loads(nodes.read_text())["words"].keys()
+            job.go("end")
+            (result,) = job.results()
+    assert result["saved"]
     assert assert_intact(store)[0] == result["step"]
 
 

@@ -26,7 +26,8 @@ from ckptsvc.format.objects import encode
 from ckptsvc.format.shard import Part, ShardInfo, ShardTemplate
 from ckptsvc.geometry.box import Box, FlatRange, Region
 from ckptsvc.pipeline.catalog import Ref
-from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
+from ckptsvc.pipeline.clock import now_iso
+from ckptsvc.pipeline.commit import commit_checkpoint
 from ckptsvc.pipeline.write import write_shard
 from ckptsvc.storage import connect
 from ckptsvc.types import TensorMeta

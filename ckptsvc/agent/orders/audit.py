@@ -85,8 +85,8 @@ class AuditLog:
         self._turn = asyncio.Lock()
         self._failed = False
 
-    async def record(self, entry: Entry) -> None:
-        """Append a line, without holding up the event loop for long; never raises."""
+    async def record(self, entry: Entry) -> str:
+        """Append a line, without holding up the event loop for long; returns why it is not there, or ""."""
         async with self._turn:
             try:
                 await aside(partial(self.append, entry), PATIENCE)
@@ -96,8 +96,9 @@ class AuditLog:
                     log(logger, logging.ERROR, Event.AUDIT_FAILED, "the audit log %s cannot be written: %s; %s by %s"
                         " and what follows is not in it", self.path, why, entry.verb, entry.by)  # fmt: skip
                 self._failed = True
-            else:
-                self._failed = False
+                return str(why)
+            self._failed = False
+            return ""
 
     def append(self, entry: Entry) -> None:
         """The same at once.
@@ -117,6 +118,8 @@ class AuditLog:
                 what = f"{self.path} is not a file of this user alone"
                 raise ConfigError(what, hint="set agent.audit_file to another one, or chmod 600")
             line = msgspec.json.encode(_bounded(entry)) + b"\n"
+            if self._failed:
+                line = b"\n" + line  # the last one may be there to its half
             written = os.write(fd, line)
             if written < len(line):
                 raise OSError(28, os.strerror(28))  # half a line: the file system is full
@@ -151,6 +154,8 @@ def read(path: Path) -> Iterator[Entry | str]:
     try:
         with open(path, "rb") as file:
             while line := file.readline(MAX_LINE):
+                if line == b"\n":
+                    continue
                 try:
                     yield msgspec.json.decode(line, type=Entry)
                 except (msgspec.MsgspecError, UnicodeError, RecursionError):

@@ -97,13 +97,15 @@ class Orders:
             self._local.spawn(self._note(name, request, caller, "begun", "who gave the order has stopped waiting"))
             raise
         outcome = "done" if response.done else "failed" if verb == pb.VERB_DRAIN and response.left else "begun"
-        await self._note(name, request, caller, outcome, "; ".join([*response.what, *response.left]))
+        if why := await self._note(name, request, caller, outcome, "; ".join([*response.what, *response.left])):
+            response.what.append(f"this is not in the audit log: {why}")
         return response
 
-    async def _note(self, verb: str, request: agent_pb2.VerbRequest, by: Caller, outcome: str, what: str) -> None:
+    async def _note(self, verb: str, request: agent_pb2.VerbRequest, by: Caller, outcome: str, what: str) -> str:
+        """Take it down; returns why that failed, or ""."""
         log(logger, logging.INFO, Event.VERB_ASKED, "%s %s by %s: %s: %s", verb, request.node or request.job, by.name,
             outcome, what)  # fmt: skip
-        await self.audit.record(
+        return await self.audit.record(
             Entry(verb=verb, job=request.job, target=request.node, uid=by.uid, by=by.name, via=by.via, outcome=outcome,
                 node=self._local.name, what=what)
         )  # fmt: skip

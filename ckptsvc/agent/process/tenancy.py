@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from ckptsvc.agent.local import Local
+from ckptsvc.agent.tiers.local_tier import LocalTier
 from ckptsvc.agent.worker.workers import Workers
 from ckptsvc.control.shares import Share
 from ckptsvc.errors import AgentUnavailable
@@ -45,6 +46,7 @@ class Told(msgspec.Struct, frozen=True):
     jobs: int = 0
     ranks: int = 0
     scrape: str = ""
+    local: int = 0
 
 
 class Tenancy:
@@ -55,13 +57,17 @@ class Tenancy:
         local: the agent's state, whose limits change.
         workers: whose rate changes.
         is_idle: whether the agent has nothing to do.
+        tier: the local disk, whose limit changes, if it is used.
 
     Attributes:
         page: where the agent serves HTTP, for the service to tell a Prometheus; "" for nowhere.
         on_scrape: hears what token that Prometheus will show.
     """
 
-    def __init__(self, directory: Path, local: Local, workers: Workers, is_idle: Callable[[], bool]) -> None:
+    def __init__(
+        self, directory: Path, local: Local, workers: Workers, is_idle: Callable[[], bool], tier: LocalTier | None
+    ) -> None:
+        self._tier = tier
         self._directory, self._local, self._workers, self._is_idle = directory, local, workers, is_idle
         self._own = Share(local.pool.limit, workers.max_write_rate or 0, local.most_jobs, local.most_ranks)
         self._told: Told | None = None
@@ -139,4 +145,6 @@ class Tenancy:
             return
         local.pool.limit = min(own.memory, told.memory)
         self._workers.max_write_rate = min(filter(None, (own.write_rate, told.write_rate)), default=None)
+        if self._tier is not None:
+            self._tier.share = told.local or None
         local.most_jobs, local.most_ranks = min(own.jobs, told.jobs), min(own.ranks, told.ranks)

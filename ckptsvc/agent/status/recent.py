@@ -38,14 +38,11 @@ class Recent:
         except ConfigError as error:
             log.warning("incidents are not kept: %s", error)
 
-    def take(self, spawn: Callable[[Coroutine[Any, Any, None]], None], incident: pb.Incident) -> None:
+    def take(self, spawn: Callable[[Coroutine[Any, Any, Any]], None], incident: pb.Incident) -> None:
         """An incident of this agent's coordinators: it is listed, and kept."""
         self.note(incident)
         if self.kept is not None:
-            spawn(self._keep(self.kept, incident))
-
-    async def _keep(self, kept: IncidentLog, incident: pb.Incident) -> None:
-        await kept.record(incident)
+            spawn(self.kept.record(incident))
 
     async def load(self) -> None:
         """Read what was kept before."""

@@ -295,9 +295,12 @@ def node_of(settings: Settings) -> Node:
             raise ConfigError(f"agent.{key} is {address}: every user's agent needs a port of its own",
                 hint=f'write port 0, as in "{address.host}:0"')  # fmt: skip
     memory = limit_on(settings.arena.limit, settings.arena.dir, "arena.dir")
-    system = settings.system
-    rate = settings.store.max_write_rate or 0
-    return Node(memory, min(system.user_memory.of(memory), memory), rate, system.user_jobs, system.user_ranks)
+    system, rate, local = settings.system, settings.store.max_write_rate or 0, 0
+    if settings.tiers.local:
+        with contextlib.suppress(OSError):  # a disk that is not there: every agent says so, and does without
+            disk = os.statvfs(settings.tiers.local)
+            local = settings.tiers.local_limit.of(disk.f_blocks * disk.f_frsize)
+    return Node(memory, min(system.user_memory.of(memory), memory), rate, system.user_jobs, system.user_ranks, local)
 
 
 def environment_of(environ: Mapping[str, str], names: Sequence[str]) -> dict[str, str]:

@@ -119,6 +119,7 @@ class LocalTier:
         self.problem = "not opened"
         self._locks: dict[Path, int] = {}  # of the folders that are ours
         self._limit = 0
+        self.share: int | None = None  # of the service of many users: what those of this user may take
         self._numbers = itertools.count(1)
         local.on_disk = self.resync
 
@@ -254,12 +255,14 @@ class LocalTier:
         """Whether so many bytes more are within the limit, once what may go has gone."""
         if not self._locks:
             return False
-        over = self._total() + nbytes - self._limit
+        limit = self._limit if self.share is None else min(self._limit, self.share)
+        over = self._total() + nbytes - limit
         if over > 0:
             self._prune(job, over)
-            over = self._total() + nbytes - self._limit
+            over = self._total() + nbytes - limit
         if over > 0:
-            self._degraded(f"no room on the local disk: tiers.local_limit is {self._limit} bytes")
+            whose = "tiers.local_limit" if limit == self._limit else "this user's share of tiers.local_limit"
+            self._degraded(f"no room on the local disk: {whose} is {limit} bytes")
         return over <= 0
 
     def _total(self) -> int:

@@ -93,11 +93,10 @@ class Lowering:
             "record": held.copy.encode(),
             "durable": held.durable,
             "fill": held.fill,
-            "rate": self._workers.write_rate,
             "committed": job.newest,
         }
         try:
-            done = await self._workers.of(job.name).call("drain", args)
+            done = await self._workers.write(job.name, "drain", args)
         except CkptsvcError as error:
             return self._failed(job, held, error)
         if not held.durable:

@@ -103,7 +103,6 @@ class LocalCopies:
                 columns, _ = local_copy.describe(disk, copy)
             else:
                 failpoint("before_drain")
-                self._rate.limit = args["rate"]
                 store = self._durable(args["store"])
                 driver = innermost(store)
                 if isinstance(driver, Spreading):

@@ -35,7 +35,8 @@ from ckptsvc.format.index import IndexInfo
 from ckptsvc.format.merge import ShardRecord
 from ckptsvc.pipeline.arena import Mappings
 from ckptsvc.pipeline.catalog import Ref, read_commit, take_epoch
-from ckptsvc.pipeline.commit import commit_checkpoint, confirm, now_iso
+from ckptsvc.pipeline.clock import now_iso
+from ckptsvc.pipeline.commit import commit_checkpoint, confirm
 from ckptsvc.pipeline.failpoint import failpoint
 from ckptsvc.pipeline.increments import Economy, ShardWriter
 from ckptsvc.pipeline.references import Bases
@@ -121,8 +122,6 @@ class Worker(LocalCopies):
     def do_write(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
         """Write the shard in an arena, to the store or the local disk; notes its digests as soon as they are known."""
         failpoint("before_shard")
-        if not args["disk"]:
-            self._rate.limit = args["rate"]
         try:
             return self._write(args, note)
         finally:
@@ -171,6 +170,8 @@ class Worker(LocalCopies):
 
     def expect(self, request: Request) -> None:
         """A request has come in and will be executed in its turn."""
+        if "rate" in request.args:  # for whatever writes: at once, however many are before it
+            self._rate.limit = request.args["rate"]
         if request.op in ("write", "drain") and request.args["fill"]:
             self._fills[request.args["fill"]] = threading.Event()
 
@@ -192,6 +193,10 @@ class Worker(LocalCopies):
         given_up = self._fills.get(args["fill"])
         if given_up:
             given_up.set()
+        return {}
+
+    def do_rate(self, args: dict[str, Any], note: Note) -> dict[str, Any]:
+        """Write at another rate: see `expect`."""
         return {}
 
     def do_digest(self, args: dict[str, Any], note: Note) -> dict[str, Any]:

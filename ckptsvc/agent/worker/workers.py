@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 from ckptsvc.agent.worker.proxy import WorkerProxy
 from ckptsvc.agent.worker.settings import told
@@ -15,9 +18,6 @@ class Workers:
     Args:
         settings: of the agent.
         on_retry: see `WorkerProxy`.
-
-    Attributes:
-        max_write_rate: bytes per second that all of them may write; None: no limit.
     """
 
     def __init__(
@@ -26,7 +26,9 @@ class Workers:
         self._on_retry = on_retry
         self._by_job: dict[str, WorkerProxy] = {}
         self._told: dict[str, str] = {}
-        self.max_write_rate: int | None = None
+        self._max_write_rate: int | None = None
+        self._writing: Counter[str] = Counter()
+        self._telling: set[asyncio.Task[None]] = set()
         self.use(settings or Settings())
 
     def use(self, settings: Settings) -> None:
@@ -35,9 +37,47 @@ class Workers:
         self._told |= told(settings)
 
     @property
+    def max_write_rate(self) -> int | None:
+        """Bytes per second that all of them may write to stores; None: no limit. A new one holds at once."""
+        return self._max_write_rate
+
+    @max_write_rate.setter
+    def max_write_rate(self, rate: int | None) -> None:
+        changed, self._max_write_rate = rate != self._max_write_rate, rate
+        if changed:
+            self._tell()
+
+    @property
     def write_rate(self) -> float | None:
-        """What a worker may write in a second: an even share of what the node may."""
-        return self.max_write_rate and self.max_write_rate / max(1, len(self._by_job))
+        """What the worker of a job that writes may write in a second: an even share."""
+        return self.max_write_rate and self.max_write_rate / max(1, len(self._writing))
+
+    async def write(
+        self, job: str, op: str, args: dict[str, Any], on_note: Callable[[dict[str, Any]], None] | None = None
+    ) -> dict[str, Any]:
+        """Have the worker of a job write to a store; see `WorkerProxy.call`.
+
+        Those that write at the same time share the rate, whatever they began with.
+        """
+        self._writing[job] += 1
+        if self._writing[job] == 1:
+            self._tell(but=job)
+        try:
+            return await self.of(job).call(op, args | {"rate": self.write_rate}, on_note)
+        finally:
+            self._writing[job] -= 1
+            if not self._writing[job]:
+                del self._writing[job]
+                self._tell()
+
+    def _tell(self, but: str = "") -> None:
+        """Tell those that write what they may from now on."""
+        for job in self._writing:
+            worker = self.running(job)
+            if worker is not None and job != but:
+                task = asyncio.ensure_future(worker.tell("rate", {"rate": self.write_rate}))
+                self._telling.add(task)
+                task.add_done_callback(self._telling.discard)
 
     def of(self, job: str) -> WorkerProxy:
         """The worker of a job."""

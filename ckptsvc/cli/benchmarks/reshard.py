@@ -30,7 +30,8 @@ from ckptsvc.format.objects import encode
 from ckptsvc.format.shard import Part, ShardInfo, ShardTemplate
 from ckptsvc.geometry.box import Box, FlatRange, Region
 from ckptsvc.geometry.layout import Placement, Replicate, Shard, local_box
-from ckptsvc.pipeline.commit import commit_checkpoint, now_iso
+from ckptsvc.pipeline.clock import now_iso
+from ckptsvc.pipeline.commit import commit_checkpoint
 from ckptsvc.pipeline.read import Want, array_sink, carrier, plan_windows
 from ckptsvc.pipeline.write import write_shard
 from ckptsvc.storage import connect

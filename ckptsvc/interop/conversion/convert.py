@@ -34,7 +34,7 @@ from ckptsvc.interop.formats import NATIVE, exporter, split_address
 from ckptsvc.interop.logical import Logical, Note
 from ckptsvc.interop.outputs import Output
 from ckptsvc.pipeline.catalog import Ref, newest_epoch
-from ckptsvc.pipeline.commit import now_iso
+from ckptsvc.pipeline.clock import now_iso
 from ckptsvc.pipeline.failpoint import failpoint
 
 TRIES = 3

@@ -115,6 +115,21 @@ def test_a_full_disk_is_such_a_failure(tmp_path, caplog):
     assert "No space left" in caplog.text
 
 
+def test_half_a_line_does_not_spoil_the_next(tmp_path):
+    with tmpfs(tmp_path / "small", "64k") as folder:
+        log = AuditLog(folder / "audit.jsonl")
+        (folder / "audit.jsonl").touch(0o600)
+        (folder / "audit.jsonl").write_text("{}\n" * 1364)  # 4 bytes of a page are left
+        with contextlib.suppress(OSError), (folder / "filler").open("wb") as file:
+            file.write(bytes(1 << 20))
+        assert "No space left" in asyncio.run(log.record(entry()))
+        (folder / "filler").unlink()
+        assert asyncio.run(log.record(entry())) == ""
+        *_, half, whole = read(folder / "audit.jsonl")
+    assert half == '{"ti'
+    assert whole.verb == entry().verb
+
+
 def test_lines_that_are_none_are_told_apart(tmp_path):
     path = tmp_path / "audit.jsonl"
     AuditLog(path).append(entry())

@@ -161,6 +161,13 @@ def test_orders_want_to_know_who_gives_them(agent, me, runtime):
     assert lines[-1] == ("pause", pwd.getpwuid(os.geteuid()).pw_name, "failed")
 
 
+def test_who_gives_an_order_is_told_that_it_cannot_be_taken_down(agent, me, runtime):
+    Path(runtime.environ["HOME"], ".local/state/ckptsvc/audit.jsonl").mkdir(parents=True)
+    drained = call(agent, "Drain", agent_pb2.VerbRequest(no_wait=True), me)
+    assert drained.what[-1].startswith("this is not in the audit log: ")
+    assert runtime.log().count("the audit log") == 1
+
+
 def test_a_method_without_a_role_is_for_nobody(agent):
     with pytest.raises(grpc.RpcError) as refused:
         agent.channel.unary_unary("/ckptsvc.rpc.v1.AgentService/Shutdown")(b"", timeout=10)

@@ -115,6 +115,23 @@ def test_beside_a_local_disk_a_shard_for_the_store_is_whole(within, monkeypatch,
     within(test, tier=tier)
 
 
+def test_a_share_of_the_local_disk_is_what_its_user_gets_of_it(within) -> None:
+    async def test(scene: Scene) -> None:
+        tier = scene.saves._tier
+        assert tier is not None
+        tier.root.parent.mkdir()
+        assert await tier.open() == []
+        tier.share = 1000
+        assert not tier._make_room("job", 1001)
+        assert tier.problem == "no room on the local disk: this user's share of tiers.local_limit is 1000 bytes"
+        assert tier._make_room("job", 1000)
+        tier.share = None  # nobody else has something to do
+        assert tier._make_room("job", 1001)
+        tier.close()
+
+    within(test, tier=True)
+
+
 def test_what_was_drained_after_its_save_had_been_left_local_is_drained_anew_when_it_is_wanted(
     within, monkeypatch
 ) -> None:

@@ -264,6 +264,9 @@ class TestWhatAgentsGet:
         node = node_of(load({}, here, []))
         assert (node.memory, node.user_memory, node.write_rate) == (1 << 30, 1 << 29, 0)
         assert node_of(load({}, here | {"system.user_memory": "8GiB"}, [])).user_memory == 1 << 30
+        disk = {"tiers.local": str(tmp_path), "tiers.local_limit": "10MiB"}
+        assert (node.local, node_of(load({}, here | disk, [])).local) == (0, 10 << 20)
+        assert node_of(load({}, here | disk | {"tiers.local": str(tmp_path / "none")}, [])).local == 0
         with pytest.raises(ConfigError, match="a port of its own"):
             node_of(load({}, here | {"agent.metrics_listen": "127.0.0.1:9000"}, []))
         with pytest.raises(ConfigError, match="No such file"):

@@ -12,13 +12,14 @@ from ckptsvc.agent.process.tenancy import Tenancy
 @pytest.fixture
 def agent():
     pool = types.SimpleNamespace(limit=1000)
-    return types.SimpleNamespace(pool=pool, most_jobs=64, most_ranks=512, workers=types.SimpleNamespace())
+    return types.SimpleNamespace(pool=pool, most_jobs=64, most_ranks=512, workers=types.SimpleNamespace(),
+        tier=types.SimpleNamespace(share=None))  # fmt: skip
 
 
 @pytest.fixture
 def tenancy(agent):
     agent.workers.max_write_rate = 100
-    return Tenancy(Path("/run/ckptsvc"), agent, agent.workers, lambda: True)
+    return Tenancy(Path("/run/ckptsvc"), agent, agent.workers, lambda: True, agent.tier)
 
 
 def tell(tenancy, **share):
@@ -28,7 +29,9 @@ def tell(tenancy, **share):
 def test_the_smaller_of_both_counts(agent, tenancy):
     tell(tenancy, memory=600, write_rate=0)
     assert (agent.pool.limit, agent.workers.max_write_rate) == (600, 100)
-    tell(tenancy, memory=5000, write_rate=40)
+    assert agent.tier.share is None
+    tell(tenancy, memory=5000, write_rate=40, local=70)
+    assert agent.tier.share == 70
     assert (agent.pool.limit, agent.workers.max_write_rate) == (1000, 40)
     assert (agent.most_jobs, agent.most_ranks) == (8, 16)
 

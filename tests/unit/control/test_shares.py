@@ -14,6 +14,8 @@ def test_one_user_gets_what_one_may_and_several_an_even_part() -> None:
     assert share_of(node, 2) == Share(50, 45, 4, 8)
     assert share_of(node, 1000) == Share(0, 1, 4, 8)  # a rate of 0 would be no limit
     assert share_of(Node(100, 60, 0, 4, 8), 3).write_rate == 0
+    assert [share_of(Node(100, 60, 0, 4, 8, local=90), users).local for users in (1, 2, 1000)] == [90, 45, 1]
+    assert share_of(Node(100, 60, 0, 4, 8), 3).local == 0
 
 
 @given(SIZES, SIZES, SIZES, st.integers(0, 5000))

@@ -80,6 +80,45 @@ def test_young_ones_stay_also_where_clocks_differ():
     assert steps(decide(found, Policy(last=1, age=2 * DAY), NOW).kept) == [2, 3, 4, 5]
 
 
+def test_the_time_between_two_epochs_makes_nothing_much_older():
+    """Before a rest of three weeks, or a clock that is ten years ahead: nobody can tell."""
+    policy = Policy(last=1, age=8 * DAY)
+    first = [at(n, created=NOW + 3600.0 * n) for n in range(1, 6)]
+    for ahead in (21 * DAY, 3650 * DAY, -3650 * DAY):
+        second = [at(n, epoch=2, created=NOW + ahead + 3600.0 * n) for n in range(6, 9)]
+        third = [at(n, epoch=3, created=NOW + 3600.0 * n) for n in range(9, 12)]
+        for found in (first + second, first + second + third):
+            assert decide(found, policy, None).gone == []
+    # By a clock that is right, it is as old as that says.
+    assert steps(decide(first, policy, NOW + 21 * DAY).gone) == [1, 2, 3, 4]
+
+
+def test_nor_does_a_clock_that_differs_within_one():
+    """Another node coordinates the job for a while."""
+    policy, found = Policy(last=1, age=8 * DAY), []
+    for ahead in (0, 3650 * DAY, 0, -3650 * DAY, 0):
+        found += [at(len(found) + n, created=NOW + ahead + 3600.0 * (len(found) + n)) for n in range(1, 6)]
+        assert decide(found, policy, None).gone == []
+    found += [at(n, created=NOW + 3600.0 * n) for n in range(26, 26 + 8 * 24)]  # so much later they do go
+    assert set(steps(decide(found, policy, None).gone)) >= set(range(1, 20))
+
+
+def test_saves_that_are_further_apart_than_that_are_no_rests():
+    found = [at(n, created=NOW + 3700.0 * n) for n in range(10)]
+    assert steps(decide(found, Policy(last=1, age=3600.0), None).kept) == [9]
+
+
+def test_what_is_older_than_that_goes_whatever_the_clock_says():
+    policy = Policy(last=1, age=4 * 3600.0)
+    for ahead in (0, 3650 * DAY, -3650 * DAY):
+        found = [at(n, epoch=1 + n // 4, created=NOW + ahead * (n // 4) + 3600.0 * n) for n in range(12)]
+        gone = steps(decide(found, policy, None).gone)
+        assert gone == sorted(range(len(gone)))
+        assert 4 <= len(gone) <= 7
+    apart = [at(n, epoch=n, created=NOW + 7 * DAY * n) for n in range(1, 20)]  # an epoch for each: they do go
+    assert steps(decide(apart, policy, None).gone) == list(range(1, 11))
+
+
 @pytest.mark.parametrize(("highest", "expected"), [(False, [3, 5, 8]), (True, [2, 6, 8])])
 def test_the_best_by_a_metric(highest, expected):
     values = {1: 2.0, 2: 9.0, 3: 1.0, 4: math.nan, 5: 1.5, 6: 9.5, 7: math.inf}

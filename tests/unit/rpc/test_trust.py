@@ -184,6 +184,44 @@ def test_new_files_are_used_by_what_connects_then(tmp_path, caplog):
     assert "new certificates are not used" in caplog.text
 
 
+def test_a_certificate_of_an_authority_that_ours_is_not_is_not_used(tmp_path, caplog):
+    ours, theirs = ByCertificate(*files(tmp_path / "a")), ByCertificate(*files(tmp_path / "b"))
+    before = ours.shown()
+    files(tmp_path / "a", authority=OTHER)
+    (tmp_path / "a" / "ca.pem").write_bytes(AUTHORITY.certificate)
+    for _ in range(3):
+        ours.refresh()
+    assert ours.shown() is before
+    assert meet(ours, theirs)[2] is None
+    said = [each for each in caplog.messages if "new certificates are not used" in each]
+    assert len(said) == 1
+    assert "not one that others would let in: CERTIFICATE_VERIFY_FAILED" in said[0]
+    assert "signed by CN=other; is that in tls.ca_file?" in said[0]
+    files(tmp_path / "a")
+    ours.refresh()
+    assert ours.shown() is not before
+    with pytest.raises(ConfigError, match="others would let in"):
+        ByCertificate(*files(tmp_path / "c", authority=OTHER)[:1], *files(tmp_path / "d")[1:])
+
+
+def test_both_authorities_are_known_while_one_takes_the_others_place(tmp_path):
+    both = AUTHORITY.certificate + OTHER.certificate
+    for folder, authority in (("a", AUTHORITY), ("b", OTHER)):
+        files(tmp_path / folder, authority=authority)
+        (tmp_path / folder / "ca.pem").write_bytes(both)
+    ours, theirs = (ByCertificate(*(str(tmp_path / f / n) for n in ("ca.pem", "cert.pem", "key.pem"))) for f in "ab")
+    assert meet(ours, theirs)[2] is None
+
+
+def test_that_it_has_expired_is_said_once(tmp_path, caplog, monkeypatch):
+    ours = ByCertificate(*files(tmp_path / "a", days=1))
+    later = time.time() + 2 * 86400
+    monkeypatch.setattr(time, "time", lambda: later)
+    for _ in range(3):
+        ours.refresh()
+    assert [("has expired" in each, "expires on" in each) for each in caplog.messages] == [(False, True), (True, False)]
+
+
 def test_an_expired_certificate_is_said_at_the_start_and_warned_of_before(tmp_path, caplog):
     with pytest.raises(ConfigError, match="has expired"):
         ByCertificate(*files(tmp_path / "a", days=-0.001))
