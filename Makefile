@@ -13,7 +13,7 @@ PROTOC := $(BIN)/python -m grpc_tools.protoc -I proto
 STUBS := ckptsvc/rpc/v1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-rooms test-jobs test-slow test-slurm test-realfs test-observability test-page test-service \
+.PHONY: help install test test-rooms test-jobs test-faults test-slow test-slurm test-realfs test-observability test-page test-service \
 	deb lint lint-deploy types contracts proto proto-check check docs reference demo bench clean
 
 help: ## show this list
@@ -35,17 +35,20 @@ $(STAMP): pyproject.toml constraints.txt
 
 test: install ## run the tests, all but the slow ones (ARGS="-k name")
 ifeq ($(strip $(ARGS)),)
-	@# two halves at once: the second mostly waits for processes
-	+@$(MAKE) --no-print-directory -j2 --output-sync=target test-rooms test-jobs
+	@# three parts at once: the last two mostly wait for processes
+	+@$(MAKE) --no-print-directory -j3 --output-sync=target test-rooms test-jobs test-faults
 else
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 endif
 
 test-rooms:
-	$(BIN)/python -m pytest -m "not slow" -p no:cacheprovider --durations=15 tests/unit tests/contract tests/compat tests/scale tests/schedulers
+	$(BIN)/python -m pytest -m "not slow" -p no:cacheprovider --durations=15 tests/unit tests/scale
 
 test-jobs:
-	$(BIN)/python -m pytest -m "not slow" --durations=15 tests/integration tests/fault
+	$(BIN)/python -m pytest -m "not slow" -p no:cacheprovider --durations=15 tests/contract tests/compat tests/schedulers tests/integration
+
+test-faults:
+	$(BIN)/python -m pytest -m "not slow" --durations=15 tests/fault
 
 test-slow: install ## run the slow tests
 	$(BIN)/python -m pytest -m "slow and not realfs and not lustre" $(ARGS)
