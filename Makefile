@@ -127,7 +127,7 @@ proto-check: install ## the committed stubs are the ones that proto/ makes
 	diff -ru -x __init__.py -x __pycache__ $(STUBS) "$$made/$(STUBS)" || \
 	{ echo "$(STUBS) is not what proto/ makes: run make proto" >&2; exit 1; }
 
-check: test lint types contracts proto-check ## everything that .ci/run does
+check: test lint types contracts proto-check docs ## what .ci/run does, but for lint-deploy
 
 docs: install ## the site of the documentation, into site/; whatever is wrong with it is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
