@@ -149,7 +149,7 @@ import grpc
 from ckptsvc.client.link import AgentLink
 from ckptsvc.errors import CkptsvcError
 from ckptsvc.rpc.v1 import agent_pb2 as pb
-link = AgentLink(Path({str(shared.agent_directory(BOB))!r}), {registration()!r})
+link = AgentLink(Path({str(shared.agent_directory(BOB))!r}), {registration(job="greedy", store="memory://greedy")!r})
 link.connect()
 outside = ["../{ALICE.uid}/precious", "../{ALICE.uid}/precious.arena", {str(hers / "precious.arena")!r}, "..", "\\0"]
 attempts = [lambda s=s: link.arena(s) for s in outside]

@@ -293,16 +293,19 @@ def test_a_reader_that_goes_away(runs: dict[str, Any], runtime: Runtime) -> None
 
 
 def test_an_interrupt(runtime: Runtime) -> None:
+    runtime.start_agent()
     call = [*CKPTSVC, "status", "--watch"]
-    process = subprocess.Popen(call, env=runtime.environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    assert "no agent runs" in process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    began = time.monotonic()
-    assert process.wait(60) == 130
-    assert time.monotonic() - began < 2
-    assert "Traceback" not in process.stderr.read()
-    process.stderr.close()
+    with subprocess.Popen(
+        call, env=runtime.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert process.wait(60) == 130
+        assert time.monotonic() - began < 2
+        assert "Traceback" not in process.stderr.read()
 
 
 def test_no_command_needs_torch() -> None:
