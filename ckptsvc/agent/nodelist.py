@@ -101,8 +101,8 @@ def read(directory: Path) -> NodeList:
         for n, e in found.nodes.items()
         if len(n) <= MAX_TEXT and 0 <= e.score < 1e6
     }
-    words = {
-        n: msgspec.structs.replace(w, at=min(w.at, now))
+    words = {  # whoever says something now has said it later than any of those
+        n: msgspec.structs.replace(w, at=w.at if w.at <= now else now - 1.0)
         for n, w in found.words.items()
         if len(n) <= MAX_TEXT and (w.holds(now) or now - w.at < REMEMBERED)
     }

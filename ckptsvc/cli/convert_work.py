@@ -128,7 +128,7 @@ class _Worker:
         self._tail = ""
         self._advance = advance
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ckptsvc.cli.main", "convert", *arguments],
+            [sys.executable, "-P", "-m", "ckptsvc.cli.main", "convert", *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -69,7 +69,7 @@ def _nvidia(environ: Mapping[str, str], dev: Path) -> int:
 def _asked(expression: str) -> int:
     try:
         answer = subprocess.run(
-            [sys.executable, "-c", f"import torch; print({expression})"],
+            [sys.executable, "-P", "-c", f"import torch; print({expression})"],
             capture_output=True, text=True, timeout=TORCH_TIMEOUT, check=False,
         ).stdout  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):

@@ -17,7 +17,7 @@ from ckptsvc.cli.agents import agent_directory, ask_all
 from ckptsvc.cli.audit import take_down
 from ckptsvc.cli.retention import Judged
 from ckptsvc.cli.terminal import Screen, duration, emit, note, plural, printable, progress, size
-from ckptsvc.errors import CkptsvcError, InvalidInput, StoreError
+from ckptsvc.errors import CkptsvcError, InvalidInput, StoreError, StoreFull
 from ckptsvc.format.commit import RETIRED
 from ckptsvc.interop.conversion.leftovers import leftovers
 from ckptsvc.interop.conversion.target import RECORDS
@@ -123,7 +123,12 @@ def _now(store: Store, older_than: float) -> float:
     Raises:
         StoreError: it is not known, and matters.
     """
-    here, there = time.time(), store_time(store, RETIRED)
+    here = time.time()
+    try:
+        there = store_time(store, RETIRED)
+    except StoreFull:  # which is why somebody deletes
+        note(f"{store.url} is full, and cannot be asked for its time: this node's clock counts")
+        return here
     if there is None:
         if older_than:
             hint = "--older-than 0 deletes what is not committed, whatever its age: while nobody writes to the run"

@@ -161,6 +161,7 @@ class Coordinator:
         for job in self.jobs.values():
             known = dict(job.ranks) if job.overdue(now) else {}
             decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
+            decision.add(self.redundancy.began(job))
             if job.name in self.tiers:
                 decision.add(self.tiers[job.name].tick(now, over=not job.ranks))
             for rank in known.keys() - job.ranks.keys():
@@ -342,7 +343,7 @@ class Coordinator:
         if job is None:
             return Decision()
         job.progressed(event, now)
-        return self.redundancy.began(job).add(self.ledger.progressed(job, event, now))
+        return self.ledger.progressed(job, event, now)
 
     def _on_agent_hello(self, event: pb.AgentHello, now: float) -> Decision:
         self.redundancy.attends(event)

@@ -181,11 +181,14 @@ class Redundancy:
         return self._protect(job, known, key)
 
     def began(self, job: Job) -> Decision:
-        """All ranks may have begun: what they have restored from memory is to survive the next loss too."""
-        if self.policy.partner == "off" or job.restored is None:
+        """All ranks may have begun: what they have restored from memory is to survive the next loss too.
+
+        A large job has many ranks to look at: that is done now and then, and no more once they have begun.
+        """
+        if self.policy.partner == "off" or not job.begun:
             return Decision()
         known = self.jobs.setdefault(job.name, Protection())
-        if known.begun == job.begun[-1]:
+        if known.begun == job.begun[-1] or job.restored is None:
             return Decision()
         known.begun = job.begun[-1]
         key = next(iter(job.saves.snapshots()), (0, -1))

@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from ckptsvc.errors import Damaged, IncompatibleVersion, InvalidInput, NotFound, StoreError
+from ckptsvc.errors import Damaged, IncompatibleVersion, InvalidInput, NotFound, StoreError, StoreFull
 from ckptsvc.format.commit import COMMIT, RETIRED, CommitRecord, parse_checkpoint_name
 from ckptsvc.format.limits import MAX_RECORD_BYTES
 from ckptsvc.pipeline.catalog import Checkpoint, Ref, Refused, exists, find, open_checkpoint
@@ -164,7 +164,7 @@ def expire(
     """
     done, pace = Expired(), Pace(policy.rate)
     began = retired(store)
-    dated = now if now is not None or not began else store_time(store, RETIRED)
+    dated = now if now is not None or not began else _time_of(store)
     marks = [ref for ref, since in began.items() if dated is not None and since <= dated - resume_after]
     if not policy.last and not marks:
         return done
@@ -188,6 +188,13 @@ def expire(
             done.objects += sweep(store, ref, pace, progress)
             done.gone.append(ref)
     return done
+
+
+def _time_of(store: Store) -> float | None:
+    try:
+        return store_time(store, RETIRED)
+    except StoreFull:  # what others left half deleted is to go all the more
+        return time.time()
 
 
 def mark_key(ref: Ref) -> str:

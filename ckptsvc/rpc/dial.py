@@ -191,7 +191,7 @@ def _starting(directory: Path) -> Iterator[None]:
 def _start(directory: Path, arguments: Sequence[str]) -> subprocess.Popen[bytes]:
     with contextlib.suppress(FileNotFoundError):
         (directory / "ready").unlink()
-    command = [sys.executable, "-m", "ckptsvc.agent.server", "--dir", str(directory), *arguments]
+    command = [sys.executable, "-P", "-m", "ckptsvc.agent.server", "--dir", str(directory), *arguments]
     with open(directory / "agent.log", "ab") as log:
         # Its own session: the agent must outlive the trainer, its process group and its terminal.
         return subprocess.Popen(

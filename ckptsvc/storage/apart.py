@@ -236,7 +236,14 @@ class _Process:
         self._ended = False
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, "-m", "ckptsvc.storage.apart_process", str(theirs.fileno()), str(os.getpid())]
+            command = [
+                sys.executable,
+                "-P",
+                "-m",
+                "ckptsvc.storage.apart_process",
+                str(theirs.fileno()),
+                str(os.getpid()),
+            ]
             try:
                 self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
             except OSError as error:

@@ -19,8 +19,7 @@ async def obstacle(*flags: str, overrides: Mapping[str, object] | None = None) -
         overrides: settings that this process was given on its command line, as it will be again.
     """
     given = {f"CKPTSVC_{k.replace('.', '_').upper()}": str(v) for k, v in (overrides or {}).items() if v is not None}
-    isolated = ["-P"] if sys.flags.safe_path else []
-    command = [sys.executable, *isolated, "-m", "ckptsvc.cli.main", "agent", "--check-config", *flags]
+    command = [sys.executable, "-P", "-m", "ckptsvc.cli.main", "agent", "--check-config", *flags]
     try:
         trial = await asyncio.create_subprocess_exec(
             *command, stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE,

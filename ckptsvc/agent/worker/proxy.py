@@ -137,7 +137,7 @@ class WorkerProxy:
                 ours, theirs = socket.socketpair()
             except OSError as error:
                 raise StoreUnavailable(f"{self._what} could not be started: {error}") from error
-            command = [sys.executable, "-m", self._module, str(theirs.fileno()), *self._arguments]
+            command = [sys.executable, "-P", "-m", self._module, str(theirs.fileno()), *self._arguments]
             try:
                 self._process = subprocess.Popen(  # noqa: ASYNC220  exec of a known file: bounded and short
                     command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=self._environment()

@@ -116,7 +116,7 @@ class Job:
             for rank in range(self._ranks):
                 with open(folder / f"rank-{rank}.log", "wb") as log:
                     environ = self._environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                    command = [sys.executable, "-m", "ckptsvc.cli.benchmarks.ranks", str(folder)]
+                    command = [sys.executable, "-P", "-m", "ckptsvc.cli.benchmarks.ranks", str(folder)]
                     processes.append(
                         subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
                     )

@@ -306,7 +306,7 @@ def copy_run(store: Path, target: Path, step: int) -> None:
 
 
 def _ckptsvc(name: str) -> list[str]:
-    return [sys.executable, "-m", "ckptsvc.cli.main", name]
+    return [sys.executable, "-P", "-m", "ckptsvc.cli.main", name]
 
 
 def _one_node(ranks: int) -> list[str]:

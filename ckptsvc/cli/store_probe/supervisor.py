@@ -91,7 +91,7 @@ def measure(spec: Spec, patience: float, on_stage: Callable[[str], None]) -> Mea
 def _start(arguments: list[str], errors: int) -> subprocess.Popen[bytes]:
     # A session of its own: Ctrl-C is for this process, which then says so by closing the probe's standard input.
     return subprocess.Popen(
-        [sys.executable, *arguments],
+        [sys.executable, "-P", *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=errors,

@@ -1,5 +1,6 @@
 """An agent that makes way, one that reads its settings again, and what systemd hears of both: with a real agent."""
 
+import asyncio
 import os
 import queue
 import signal
@@ -15,6 +16,7 @@ from harness.runtime import eventually
 
 from ckptsvc.agent.process import handover
 from ckptsvc.agent.process.handover import Handed
+from ckptsvc.agent.process.trial import obstacle
 from ckptsvc.errors import AgentUnavailable
 from ckptsvc.rpc.dial import is_alive
 from ckptsvc.rpc.v1 import agent_pb2
@@ -209,3 +211,12 @@ def test_an_agent_of_another_process_namespace_is_not_signalled(start, monkeypat
     monkeypatch.setattr("ckptsvc.rpc.identity.peer_of", lambda sock: (0, os.geteuid(), 0))
     with pytest.raises(AgentUnavailable, match="another process namespace"):
         handover.replace(agent.directory)
+
+
+def test_nothing_is_run_from_the_directory_that_an_agent_is_in(tmp_path, monkeypatch):
+    there = tmp_path / "ckptsvc"
+    there.mkdir()
+    (there / "__init__.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert asyncio.run(obstacle()) == ""
+    assert not (tmp_path / "was-run").exists()

@@ -124,3 +124,10 @@ def test_no_word_is_lost_when_many_say_one_at_once(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(say, range(32)))
     assert set(nodelist.read(tmp_path).words) == {f"n{number}" for number in range(32)}
+
+
+def test_what_is_said_now_counts_more_than_what_a_clock_that_is_ahead_has_dated(tmp_path):
+    now = time.time()
+    keep(tmp_path, {}, {"a": Word(False, now + 3600, 0, "by a host whose clock is ahead")})
+    keep(tmp_path, {}, {"a": Word(True, now, 0, "now")})
+    assert nodelist.read(tmp_path).words["a"].why == "now"

@@ -14,7 +14,7 @@ from harness.stored import Run, Tensor, cli
 from ckptsvc.cli import gc
 from ckptsvc.cli.agents import Answer
 from ckptsvc.cli.terminal import size
-from ckptsvc.errors import AgentUnavailable
+from ckptsvc.errors import AgentUnavailable, StoreFull
 from ckptsvc.pipeline.catalog import take_epoch
 from ckptsvc.pipeline.garbage import remove_garbage
 from ckptsvc.pipeline.increments import Economy
@@ -171,6 +171,16 @@ def test_a_dry_run_writes_nothing(run: Run, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(PosixStore, "put_if_absent", lambda *arguments: pytest.fail("it writes"))
     status, out, _ = cli("gc", run.url)
     assert (status, "--delete would remove 2 objects" in out) == (0, True)
+
+
+def test_a_full_store_can_be_emptied(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> bool:
+        raise StoreFull("no space left on device")
+
+    monkeypatch.setattr(PosixStore, "put_if_absent", full)
+    status, _, err = cli("gc", run.url, "--delete")
+    assert (status, "this node's clock counts" in err) == (0, True)
+    assert folders(run) == ["step-000000000010.e00001", "step-000000000030.e00001"]
 
 
 def test_where_objects_have_no_times_nothing_counts_as_old(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

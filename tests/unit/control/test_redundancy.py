@@ -402,12 +402,11 @@ def restarted(world, began, but=()):
 
 
 def began_with(world, step, but=()):
-    told = []
     for node in [node if node != 1 else 7 for node in range(world.nodes)]:
         if node not in but:
             event = progressed(f"n{node}", step, attempt=2, began=step)
-            told += orders(world.tell(node, progressed=event), "protect")
-    return dict(told)
+            assert not orders(world.tell(node, progressed=event), "protect")
+    return dict(orders(world.core.tick(2.0), "protect"))
 
 
 def copied_by_all(world):
@@ -476,6 +475,7 @@ def test_where_there_is_but_one_node_nothing_is_said_of_what_was_restored():
     world.stage()
     for rank in (0, 1):
         world.tell(0, rank_joined=joined(rank, node="n0", world_size=2, attempt=2))
-    decision = world.tell(0, progressed=progressed("n0", 10, attempt=2, began=10))
-    assert not decision.effects
+    world.tell(0, progressed=progressed("n0", 10, attempt=2, began=10))
+    decision = world.core.tick(2.0)
+    assert not orders(decision, "protect")
     assert not any("kept elsewhere" in reason for reason in decision.reasons)

@@ -85,8 +85,8 @@ class Service:
             "CKPTSVC_AGENT_COORDINATION": "",
             "CKPTSVC_LAUNCH_STATE": str(self.directory),
         }
-        command = [sys.executable, "-m", "ckptsvc.agent.server", "--dir", str(self.directory), "--name", "coordinator",
-            "--listen", "{}:{}".format(*self.address), "--metrics-listen", "off"]  # fmt: skip
+        command = [sys.executable, "-P", "-m", "ckptsvc.agent.server", "--dir", str(self.directory),
+            "--name", "coordinator", "--listen", "{}:{}".format(*self.address), "--metrics-listen", "off"]  # fmt: skip
         with open(self.directory / "agent.log", "ab") as log:
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ)
         deadline = time.monotonic() + START_TIMEOUT

@@ -145,7 +145,7 @@ class World:
 
     def command(self, node: int) -> list[str]:
         """The launcher of a node."""
-        command = [sys.executable, "-m", "ckptsvc.cli.main", "run", "--nnodes", f"{NODES - 1}:{NODES}"]
+        command = [sys.executable, "-P", "-m", "ckptsvc.cli.main", "run", "--nnodes", f"{NODES - 1}:{NODES}"]
         command += ["--node", f"n{node}", "--node-rank", str(node), "--address", self.address(node)]
         command += ["--rdzv-id", "faults", *self.meeting(), "--max-restarts", "9", "--no-preflight"]
         evaluates = ["--evaluates"] if self.evaluates else []
@@ -261,7 +261,7 @@ class TorchrunWorld(World):
 
     def command(self, node: int) -> list[str]:
         """Its launcher."""
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", f"{NODES - 1}:{NODES}"]
+        command = [sys.executable, "-P", "-m", "torch.distributed.run", "--nnodes", f"{NODES - 1}:{NODES}"]
         command += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", "faults", "--max-restarts", "9"]
         command += ["--rdzv-endpoint", f"{self.address(0)}:{self.port}", "--local-addr", self.address(node)]
         return [*command, "-m", JOB_MODULE, str(self.folder), "--plain", "--timeout", f"{self.timeout:g}"]

@@ -164,7 +164,8 @@ class Worker:
     def __enter__(self) -> Worker:
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "ckptsvc.cli.benchmarks.store.worker", msgspec.json.encode(self._task).decode()],
+            [sys.executable, "-P", "-m", "ckptsvc.cli.benchmarks.store.worker",
+             msgspec.json.encode(self._task).decode()],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True,
         )  # fmt: skip
         return self
