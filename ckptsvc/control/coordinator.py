@@ -160,8 +160,9 @@ class Coordinator:
         decision = Decision()
         for job in self.jobs.values():
             known = dict(job.ranks) if job.overdue(now) else {}
-            decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
-            decision.add(self.redundancy.began(job))
+            decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now)).add(
+                self.redundancy.began(job)
+            )
             if job.name in self.tiers:
                 decision.add(self.tiers[job.name].tick(now, over=not job.ranks))
             for rank in known.keys() - job.ranks.keys():

@@ -236,14 +236,8 @@ class _Process:
         self._ended = False
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [
-                sys.executable,
-                "-P",
-                "-m",
-                "ckptsvc.storage.apart_process",
-                str(theirs.fileno()),
-                str(os.getpid()),
-            ]
+            numbers = map(str, (theirs.fileno(), os.getpid()))
+            command = [sys.executable, "-P", "-m", "ckptsvc.storage.apart_process", *numbers]
             try:
                 self._process = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL)
             except OSError as error:
