@@ -160,9 +160,7 @@ class Coordinator:
         decision = Decision()
         for job in self.jobs.values():
             known = dict(job.ranks) if job.overdue(now) else {}
-            decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now)).add(
-                self.redundancy.began(job)
-            )
+            decision.add(job.tick(now)).add(job.saves.tick(now)).add(job.order_saves(now))
             if job.name in self.tiers:
                 decision.add(self.tiers[job.name].tick(now, over=not job.ranks))
             for rank in known.keys() - job.ranks.keys():
@@ -171,7 +169,7 @@ class Coordinator:
             decision.add(self._tick_launched(attempts, now))
         for nics in self.nics.values():
             decision.add(nics.tick(now))
-        decision.add(self.health.tick(now)).add(self.slow.tick(now)).add(self.redundancy.tick(now))
+        decision.add(self.health.tick(now)).add(self.slow.tick(now)).add(self.redundancy.tick(self.jobs, now))
         self._look(now)
         decision.add(self.pauses.tick(now)).add(self.verbs.tick(now))
         for name, job in list(self.jobs.items()):

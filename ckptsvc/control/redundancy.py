@@ -345,9 +345,11 @@ class Redundancy:
             del known.rebuilding[key]
         return decision
 
-    def tick(self, now: float) -> Decision:
-        """Give up what takes too long."""
+    def tick(self, jobs: Mapping[str, Job], now: float) -> Decision:
+        """Keep what was restored elsewhere again; give up what takes too long."""
         decision = Decision()
+        for job in jobs.values():
+            decision.add(self.began(job))
         for known in self.jobs.values():
             for key, work in list(known.rebuilding.items()):
                 if now - work.since > self.policy.patience:

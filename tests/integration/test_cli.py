@@ -21,6 +21,7 @@ from harness.damage import Damage, damaged
 from harness.job import Launch
 from harness.programs import adam, network, tensors_of, train_step
 from harness.rank import Rank
+from harness.runtime import eventually
 from harness.runtime import Runtime
 from harness.stored import cli
 from harness.zygote import Zygote
@@ -298,9 +299,9 @@ def test_an_interrupt(runtime: Runtime) -> None:
     with subprocess.Popen(
         call, env=runtime.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
         assert process.stderr is not None
-        assert process.stdout.readline()
+        eventually(lambda: "cygrpc" in Path(f"/proc/{process.pid}/maps").read_text(), "it to ask the agent")
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
         assert process.wait(60) == 130
