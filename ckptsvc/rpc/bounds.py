@@ -40,6 +40,9 @@ MAX_ALIASES = 8 << 20
 MAX_REASON = 1 << 20
 """Characters of a sentence: some name all nodes of a job."""
 
+MAX_WHY = 300
+"""Characters of the reason that a person gives for an order: agents keep it."""
+
 MAX_COUNT = 1 << 30
 """Of attempts, restarts, and whatever else is counted: one more fits into an int32 too."""
 
@@ -140,6 +143,9 @@ EXCEPTIONS: dict[str, Bound] = {
     "SubmitRequest.bytes": BYTES,
     "LocalShard.bytes": BYTES,
     "AbandonRequest.reason": text(1 << 25, lines=True),  # whatever an exception says; it is cut
+    "Asked.reason": text(MAX_WHY, lines=True),
+    "Pausing.reason": text(MAX_WHY, lines=True),
+    "Vacate.reason": text(1000, lines=True),  # with the name of who gave the order
     "Dropped.rank": number(-1, MOST_RANKS - 1),
     "Examine.incident": NAME,
     "Examined.incident": NAME,

@@ -23,6 +23,7 @@ from ckptsvc.control.effects import Audit
 from ckptsvc.control.restart import Phase, launched_as
 from ckptsvc.control.verbs import verb_of
 from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError, InvalidInput, NotFound
+from ckptsvc.rpc.bounds import MAX_WHY
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, log
@@ -34,9 +35,6 @@ ASK_AGAIN = 3.0
 
 SERVICE = "ckptsvc"
 """Who has done what nobody has ordered: in the audit log, with the number -1."""
-
-MAX_REASON = 300
-"""Characters of a reason."""
 
 MAX_SECONDS = 10 * 366 * 86400.0
 """Seconds that something can be ordered for."""
@@ -234,8 +232,8 @@ class Orders:
 
 
 def _check(request: agent_pb2.VerbRequest) -> None:
-    if len(request.job) > 256 or not request.job.isprintable() or len(request.reason) > MAX_REASON:
-        raise InvalidInput(f"a job's name has at most 256 printable characters, and a reason {MAX_REASON}")
+    if len(request.job) > 256 or not request.job.isprintable() or len(request.reason) > MAX_WHY:
+        raise InvalidInput(f"a job's name has at most 256 printable characters, and a reason {MAX_WHY}")
     if request.node:
         check_node(request.node)
     if not 0 <= request.seconds <= MAX_SECONDS or math.isnan(request.seconds):

@@ -67,6 +67,8 @@ STAGED = {"job": "j", "node": "n", "rank": 1, "world_size": 2, "nbytes": 4096, "
         (pb.Report(progressed=pb.Progressed(job="j", node="n", behind=[1] * 20_000)), "Progressed.behind"),
         (pb.Report(progressed=pb.Progressed(job="j", node="n", phases=["\x1b[2J"])), "Progressed.phases"),
         (pb.Report(asked=pb.Asked(id="i", node="n", by=pb.Caller(name="\x07"))), "Caller.name"),
+        (pb.Report(asked=pb.Asked(id="i", node="n", reason="x" * 301)), "Asked.reason"),
+        (pb.Report(pausing=pb.Pausing(job="j", reason="x" * 301)), "Pausing.reason"),
         (
             pb.Report(
                 guarded=pb.Guarded(
