@@ -7,7 +7,7 @@ from google.protobuf.message import Message
 
 from ckptsvc.errors import InvalidInput
 from ckptsvc.rpc import bounds
-from ckptsvc.rpc.bounds import MAX_STEP, MOST_RANKS, bound_of, check, check_report
+from ckptsvc.rpc.bounds import MAX_STEP, MOST_RANKS, MOST_REPORTS, bound_of, check, check_report
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -111,3 +111,9 @@ def test_an_order_that_cannot_be_is_refused_too() -> None:
     ):
         with pytest.raises(InvalidInput):
             check(order)
+
+
+def test_a_message_of_nothing_but_empty_reports_is_refused_before_they_are_looked_at() -> None:
+    check_report(pb.Report(more=[pb.Report()] * 1000), "n")
+    with pytest.raises(InvalidInput, match=r"Report\.more"):
+        check_report(pb.Report.FromString(b"\xaa\x06\x00" * (MOST_REPORTS + 1)), "n")
