@@ -179,13 +179,14 @@ class Orders:
 
     async def _ask(self, question: _Question, timeout: float, no_wait: bool) -> None:
         """Until there is an answer, or the time is over."""
-        uplink, until, ask_at = self._local.uplink(question.way), time.monotonic() + timeout, 0.0
+        until, ask_at = time.monotonic() + timeout, 0.0
         self._open[question.asked.id] = question
         try:
             while not question.is_over and not (no_wait and question.answer) and (now := time.monotonic()) < until:
                 question.heard.clear()
                 if now >= ask_at:
-                    uplink.report(pb.Report(asked=question.asked))
+                    # the way may have been closed meanwhile: a drained job leaves nothing here that needs it
+                    self._local.uplink(question.way).report(pb.Report(asked=question.asked))
                     ask_at = now + ASK_AGAIN
                 await wait_for(question.heard, min(ask_at, until) - now)
         finally:
