@@ -101,6 +101,7 @@ class Launches:
         uplink = self._local.uplink(launcher.way)
         if hello.check_network and not hello.attempt:
             launcher.bandwidth = await uplink.measure()
+            uplink = self._local.uplink(launcher.way)  # made anew if nothing has needed it meanwhile
             if hello.job in self._by_job:
                 raise InvalidInput(f"job {hello.job} is already launched on this node")
         self._by_job[hello.job] = launcher

@@ -33,6 +33,9 @@ _ARENA_STATES = {
 MOST_JOBS, MOST_RANKS = 1024, 16384
 """What one agent takes in at a time, where nobody sets less."""
 
+UNUSED_FOR = 30.0
+"""Seconds after which a way that nothing needs is closed: what was said last has arrived by then."""
+
 ELECTED = "etcd://"
 """What stands for a coordinator's address where it is elected: the URL begins like this."""
 
@@ -76,6 +79,7 @@ class Local:
         self.standing = StandingOrders()
         self._shell, self._trust = shell, trust
         self._uplinks: dict[str, Uplink] = {}
+        self._unused: dict[str, float] = {}  # way -> since when (CLOCK_MONOTONIC)
         self._tasks: set[asyncio.Task[object]] = set()
 
     def session(self, token: str) -> Session:
@@ -131,6 +135,17 @@ class Local:
         uplink = self._uplinks.pop(way, None)
         if uplink is not None:
             self.spawn(uplink.close())
+
+    def hang_up_unused(self, now: float) -> None:
+        """Close ways that nothing has needed for a while; one to an elected coordinator sees to that itself."""
+        needed = {"", *(job.coordinator for job in self.jobs.values())}
+        dialled = [way for way in self._uplinks if way not in needed and not way.startswith(ELECTED)]
+        self._unused = {way: self._unused.get(way, now) for way in dialled if not self.concerns(way)}
+        if self.standing.vacated:
+            return  # that it takes jobs again comes that way
+        for way in [way for way, since in self._unused.items() if now - since > UNUSED_FOR]:
+            del self._unused[way]
+            self.hang_up(way)
 
     def concerns(self, way: str) -> bool:
         """Whether there is anything on this node that needs that way."""

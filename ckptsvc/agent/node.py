@@ -341,6 +341,7 @@ class Node:
             for job in list(self._local.jobs.values()):
                 self._retire(job, self._linger)
             self._remove_unclaimed()
+            self._local.hang_up_unused(time.monotonic())
             for name in self._workers.jobs():
                 # Of a job that this agent coordinates and has no ranks of.
                 if name not in self._local.jobs and not self._local.coordinates(name):

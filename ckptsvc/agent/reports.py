@@ -44,17 +44,16 @@ def joined(node: str, reg: Registration, epoch: int) -> pb.Report:
 
 def progressed(node: str, job: str, attempt: int, pages: Sequence[Page]) -> pb.Report:
     """How far the ranks of an attempt are, and what they do, by their pages in the order of the ranks."""
-    steps, phases = [page.get("step") for page in pages], [page.phase for page in pages]
+    steps, phases = [page.told("step") for page in pages], [page.phase for page in pages]
     highest = max(steps)
     event = pb.Progressed(job=job, attempt=attempt, node=node, lowest=min(steps), highest=highest)
-    event.blocked = max(page.get("blocked") + page.get("waited") for page in pages) / 1e9
+    event.blocked = max(page.told("blocked") + page.told("waited") for page in pages) / 1e9
     if event.lowest != highest:
         event.behind.extend(min(highest - step, _FURTHEST) for step in steps)
     if set(phases) != {STEP}:
         event.phases.extend(phases if len(set(phases)) > 1 else phases[:1])
-    began = min(page.get("began") for page in pages)
-    if began >= 0:
-        event.began = began
+    if all(page.get("began") >= 0 for page in pages):
+        event.began = min(page.told("began") for page in pages)
     return pb.Report(progressed=event)
 
 

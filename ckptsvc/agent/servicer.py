@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -20,7 +21,7 @@ from ckptsvc.agent.orders.orders import Orders
 from ckptsvc.agent.process.repeated import Refusals
 from ckptsvc.agent.status.sparing import Sparing
 from ckptsvc.control.restart import launched_as
-from ckptsvc.errors import CkptsvcError, InvalidInput
+from ckptsvc.errors import CkptsvcError, InvalidInput, LimitReached
 from ckptsvc.format.commit import check_metrics
 from ckptsvc.rpc.bounds import MAX_NAME, check, check_report
 from ckptsvc.rpc.channel import TOKEN_KEY, trailers_of
@@ -33,6 +34,9 @@ REPLY_TIME = 0.05
 PREPARE_TIMEOUT = 120.0
 PROVIDE_TIMEOUT = 600.0
 VERB_TIMEOUT = 3600.0
+
+MOST_ORDERS = 1 << 16
+"""That wait for one agent to read them: of one that has as many ranks as a node can have, each gets a handful."""
 
 Handler = Callable[..., Awaitable[Any]]
 
@@ -229,6 +233,7 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
         on_refused: Callable[[], None] = lambda: None,
     ) -> None:
         self._shell_of, self._node, self._offer, self._on_refused = shell_of, node, offer, on_refused
+        self._ending: set[asyncio.Task[None]] = set()
         self._mirror, self._refusals = Mirror(), Refusals("reports of agents")
 
     async def Attend(self, request_iterator: AsyncIterator[pb.Report], context: Any) -> AsyncIterator[pb.Order]:
@@ -244,8 +249,20 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             shell = self._shell_of(hello.job, hello.term)
         except CkptsvcError as error:
             await self._hang_up(error, node, context)
-        orders: asyncio.Queue[pb.Order | None] = asyncio.Queue()
-        deliver = orders.put_nowait
+        orders: asyncio.Queue[pb.Order | None] = asyncio.Queue(MOST_ORDERS)
+        call = asyncio.current_task()
+        assert call is not None
+
+        def deliver(order: pb.Order | None) -> None:
+            try:
+                orders.put_nowait(order)
+            except asyncio.QueueFull:  # it hears everything when it is back
+                if not call.cancelling():
+                    call.cancel()  # it waits in vain for the last order to be read
+                    ending = asyncio.ensure_future(self._give_up(node, context))
+                    self._ending.add(ending)
+                    ending.add_done_callback(self._ending.discard)
+
         shell.attend(node, deliver)
         shell.report(node, first)
         reading = asyncio.ensure_future(self._read(shell, node, request_iterator))
@@ -267,6 +284,10 @@ class CoordinatorServicer(coordinator_pb2_grpc.CoordinatorServiceServicer):
             self._on_refused()
             self._refusals.say(f"{error}, by the agent of {node[:MAX_NAME]} at {context.peer()}, which is hung up on")
         await context.abort(*trailers_of(error))
+
+    async def _give_up(self, node: str, context: Any) -> None:
+        with contextlib.suppress(grpc.aio.AbortError):
+            await self._hang_up(LimitReached(f"the agent of {node} does not read its orders"), node, context)
 
     async def _read(self, shell: CoordinatorShell, node: str, reports: AsyncIterator[pb.Report]) -> None:
         async for message in reports:

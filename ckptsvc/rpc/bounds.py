@@ -40,11 +40,17 @@ MAX_ALIASES = 8 << 20
 MAX_REASON = 1 << 20
 """Characters of a sentence: some name all nodes of a job."""
 
+MAX_WHY = 300
+"""Characters of the reason that a person gives for an order: agents keep it."""
+
 MAX_COUNT = 1 << 30
 """Of attempts, restarts, and whatever else is counted: one more fits into an int32 too."""
 
 MOST_SEVERAL = 1 << 12
 """Of notes, network cards, nodes of a group."""
+
+MOST_REPORTS = 1 << 17
+"""In one message; an agent puts no more than a mebibyte of them into one, and each takes eight bytes at least."""
 
 MAX_STEP = 1 << 53
 """Of steps, and of epochs: one more is a number of its own in JSON as well."""
@@ -127,7 +133,7 @@ FIELDS: dict[str, Bound] = {
     "native_stack": PAGES, "other_stacks": PAGES, "log_tail": PAGES, "data": DATA, "digests": DATA, "columns": DATA,
     "segments": DATA, "aliases": words(MAX_ALIASES), "metrics": words(1 << 16),
     # several
-    "more": many(MOST_RANKS), "behind": octets(MOST_RANKS_HERE), "phases": many(MOST_RANKS_HERE, WORD),
+    "more": many(MOST_REPORTS), "behind": octets(MOST_RANKS_HERE), "phases": many(MOST_RANKS_HERE, WORD),
     "members": many(MOST_SEVERAL), "ranks": many(MOST_RANKS), "runs": many(MOST_RANKS), "groups": many(MOST_RANKS),
     "nics": SENTENCES, "notes": SENTENCES, "signals": SENTENCES, "actions": SENTENCES, "shards": many(MOST_RANKS),
     "local": many(MOST_RANKS), "snapshots": many(MOST_RANKS),
@@ -140,6 +146,9 @@ EXCEPTIONS: dict[str, Bound] = {
     "SubmitRequest.bytes": BYTES,
     "LocalShard.bytes": BYTES,
     "AbandonRequest.reason": text(1 << 25, lines=True),  # whatever an exception says; it is cut
+    "Asked.reason": text(MAX_WHY, lines=True),
+    "Pausing.reason": text(MAX_WHY, lines=True),
+    "Vacate.reason": text(1000, lines=True),  # with the name of who gave the order
     "Dropped.rank": number(-1, MOST_RANKS - 1),
     "Examine.incident": NAME,
     "Examined.incident": NAME,
@@ -238,6 +247,8 @@ def check_report(report: pb.Report, node: str) -> None:
     Raises:
         InvalidInput: names the field.
     """
+    if len(report.more) > MOST_REPORTS:
+        raise InvalidInput("a message says what cannot be: Report.more")
     for each in (report, *report.more):
         kind = each.WhichOneof("event")
         if kind is None:

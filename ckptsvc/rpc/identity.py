@@ -33,6 +33,7 @@ from typing import Any
 import msgspec
 
 from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError
+from ckptsvc.rpc.bounds import MAX_STEP
 
 MAX_PACKET = 64 << 10
 """Bytes in one message."""
@@ -75,6 +76,10 @@ class Page:
     def get(self, name: str) -> int:
         """Read one word."""
         return self._words[_FIELDS[name] // 8]
+
+    def told(self, name: str) -> int:
+        """Read one word that a rank has written, as far as it can be: nobody passes on anything else (rpc.bounds)."""
+        return min(max(self.get(name), 0), MAX_STEP)
 
     def put(self, name: str, value: int) -> None:
         """Write one word."""

@@ -23,6 +23,7 @@ from ckptsvc.control.effects import Audit
 from ckptsvc.control.restart import Phase, launched_as
 from ckptsvc.control.verbs import verb_of
 from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError, InvalidInput, NotFound
+from ckptsvc.rpc.bounds import MAX_WHY
 from ckptsvc.rpc.v1 import agent_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Event, log
@@ -34,9 +35,6 @@ ASK_AGAIN = 3.0
 
 SERVICE = "ckptsvc"
 """Who has done what nobody has ordered: in the audit log, with the number -1."""
-
-MAX_REASON = 300
-"""Characters of a reason."""
 
 MAX_SECONDS = 10 * 366 * 86400.0
 """Seconds that something can be ordered for."""
@@ -181,13 +179,14 @@ class Orders:
 
     async def _ask(self, question: _Question, timeout: float, no_wait: bool) -> None:
         """Until there is an answer, or the time is over."""
-        uplink, until, ask_at = self._local.uplink(question.way), time.monotonic() + timeout, 0.0
+        until, ask_at = time.monotonic() + timeout, 0.0
         self._open[question.asked.id] = question
         try:
             while not question.is_over and not (no_wait and question.answer) and (now := time.monotonic()) < until:
                 question.heard.clear()
                 if now >= ask_at:
-                    uplink.report(pb.Report(asked=question.asked))
+                    # the way may have been closed meanwhile: a drained job leaves nothing here that needs it
+                    self._local.uplink(question.way).report(pb.Report(asked=question.asked))
                     ask_at = now + ASK_AGAIN
                 await wait_for(question.heard, min(ask_at, until) - now)
         finally:
@@ -234,8 +233,8 @@ class Orders:
 
 
 def _check(request: agent_pb2.VerbRequest) -> None:
-    if len(request.job) > 256 or not request.job.isprintable() or len(request.reason) > MAX_REASON:
-        raise InvalidInput(f"a job's name has at most 256 printable characters, and a reason {MAX_REASON}")
+    if len(request.job) > 256 or not request.job.isprintable() or len(request.reason) > MAX_WHY:
+        raise InvalidInput(f"a job's name has at most 256 printable characters, and a reason {MAX_WHY}")
     if request.node:
         check_node(request.node)
     if not 0 <= request.seconds <= MAX_SECONDS or math.isnan(request.seconds):

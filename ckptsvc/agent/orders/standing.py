@@ -24,6 +24,11 @@ logger = logging.getLogger("ckptsvc.agent")
 
 NAME = "orders.json"
 MAX_BYTES = 1 << 20
+"""Of the file; of more, the oldest jobs are forgotten too."""
+
+UNREADABLE = "drained: what orders an earlier agent has kept cannot be read"
+"""Said where its file is damaged: maybe the node was being drained."""
+
 MAX_JOBS = 256
 """Jobs that are remembered; of more, the oldest are forgotten."""
 
@@ -151,10 +156,12 @@ class StandingOrders:
     def _write(self) -> None:
         if self._path is None:
             return
+        while len(text := msgspec.json.encode(self._kept)) > MAX_BYTES and self._kept.pausing:
+            del self._kept.pausing[next(iter(self._kept.pausing))]
         fresh = self._path.with_suffix(".new")
         try:
             with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-                file.write(msgspec.json.encode(self._kept))
+                file.write(text)
             os.replace(fresh, self._path)
         except OSError as error:
             logger.warning("orders are not kept for the next agent: %s: %s", self._path, error.strerror)
@@ -164,9 +171,9 @@ def _read(path: Path) -> Document:
     try:
         with open(path, "rb") as file:
             found = msgspec.json.decode(file.read(MAX_BYTES), type=Document)
-        return found if found.version == 1 else Document()
+        return found if found.version == 1 else Document(vacated=UNREADABLE)
     except FileNotFoundError:
         return Document()
     except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         logger.warning("orders that an earlier agent has kept are not known: %s: %s", path, error)
-        return Document()
+        return Document(vacated=UNREADABLE)

@@ -151,7 +151,7 @@ class _Examination:
         self.found = pb.RankEvidence(rank=target.rank, pid=target.pid, phase=target.phase, enqueued=-1, completed=-1)
         if target.page is not None:
             at = target.page.get("at")
-            self.found.step = target.page.get("step")
+            self.found.step = target.page.told("step")
             self.found.stalled = max(time.monotonic() - at / 1e9, 0.0) if at else 0.0
 
     async def run(self) -> pb.RankEvidence:

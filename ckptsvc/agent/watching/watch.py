@@ -196,4 +196,4 @@ async def _note_activity(evidence: pb.RankEvidence) -> None:
 def _sight(session: Session) -> Sight:
     page = session.page
     phases = page.get("phases")
-    return Sight(page.get("step"), page.get("at") / 1e9, phases, page.get("since") / 1e9, page.phase)
+    return Sight(page.told("step"), page.get("at") / 1e9, phases, page.get("since") / 1e9, page.phase)

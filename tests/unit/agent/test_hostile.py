@@ -10,6 +10,7 @@ import grpc
 import pytest
 from harness.hostile import fill, one_of
 
+from ckptsvc.agent import servicer
 from ckptsvc.agent.coordination.uplink import LocalUplink, RemoteUplink
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import AllotEpoch, Answer, Commit, CommitDone, EpochDone, Probe, Probed, Send
@@ -114,6 +115,55 @@ def test_an_agent_that_reports_what_cannot_be_is_hung_up_on_and_nothing_else_suf
     assert "by the agent of n1 at ipv4:127.0.0.1:" in line
     assert "Traceback" not in log
     assert all(each.isprintable() for each in log.splitlines())
+
+
+def test_an_agent_that_never_reads_its_orders_is_hung_up_on(monkeypatch):
+    """What waits for it does not grow without end."""
+    monkeypatch.setattr(servicer, "MOST_ORDERS", 100)
+    order = pb.Order(job="job", vacate=pb.Vacate(reason="x" * 900))
+
+    class Shell:
+        def __init__(self):
+            self.departed = asyncio.Event()
+
+        def attend(self, node, deliver):
+            self.deliver = deliver
+
+        def report(self, node, report):
+            self.heard = report
+
+        def depart(self, node, deliver):
+            assert deliver is self.deliver
+            self.departed.set()
+
+    async def story():
+        shell, server = Shell(), grpc.aio.server(options=OPTIONS)
+        servicer.add_coordinator_service(servicer.CoordinatorServicer(lambda job, term: shell, "n0", None), server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        said = asyncio.Queue()
+        said.put_nowait(HELLO)
+
+        async def reports():
+            while True:
+                yield await said.get()
+
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=OPTIONS) as channel:
+            call = coordinator_pb2_grpc.CoordinatorServiceStub(channel).Attend(reports())
+            while not hasattr(shell, "heard"):
+                await asyncio.sleep(0.01)
+            async with asyncio.timeout(10):
+                while not shell.departed.is_set():
+                    shell.deliver(order)
+                    await asyncio.sleep(0)
+            async with asyncio.timeout(10):
+                with contextlib.suppress(grpc.RpcError):
+                    [order async for order in call]
+                code = await call.code()
+        await server.stop(0)
+        return code
+
+    assert asyncio.run(story()) is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 def test_an_agent_does_not_say_what_its_coordinator_would_refuse(agent, caplog):

@@ -9,6 +9,7 @@ from ckptsvc.agent.status.job_view import job_view, launch_view
 from ckptsvc.control.coordinator import Coordinator
 from ckptsvc.control.effects import CommitDone
 from ckptsvc.control.restart import Attempts, Phase
+from ckptsvc.rpc.bounds import check_report
 from ckptsvc.rpc.identity import PAGE_BYTES, Page
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -140,3 +141,14 @@ def test_a_launched_job_before_and_after_its_ranks():
 def test_the_harness_makes_documents_as_agents_do(core):
     joined(core, 10.0)
     assert job_view(core, core.jobs["j"], 11.0, WALL).keys() <= coordinated(job_of(2)).keys()
+
+
+@pytest.mark.parametrize("word", ["step", "blocked", "waited", "began"])
+@pytest.mark.parametrize("lie", [-(1 << 63), -2, (1 << 53) + 1, (1 << 63) - 1])
+def test_a_rank_that_lies_on_its_page_does_not_silence_the_others(word, lie):
+    pages = [Page(memoryview(bytearray(PAGE_BYTES))) for _ in range(2)]
+    pages[0].put("step", 7)
+    pages[1].put(word, lie)
+    report = reports.progressed("n0", "j", 1, pages)
+    check_report(report, "n0")
+    assert 7 in (report.progressed.lowest, report.progressed.highest)

@@ -1,13 +1,15 @@
 """Orders of a coordinator of another version."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
-from ckptsvc.agent.local import Local
+from ckptsvc.agent.local import UNUSED_FOR, Local
 from ckptsvc.agent.node import Node
 from ckptsvc.agent.sessions import LocalJob
 from ckptsvc.pipeline.arena import ArenaPool
+from ckptsvc.rpc.trust import BySecret
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 from ckptsvc.telemetry import Metrics
 
@@ -33,3 +35,30 @@ def test_an_order_that_is_not_known_here_is_passed_over(node: Node) -> None:
     assert order.WhichOneof("effect") is None
     node.on_order(order)
     node.on_order(pb.Order(job="another", kill=pb.Kill(attempt=1, rank=0)))
+
+
+def test_a_way_that_nothing_needs_any_more_is_closed(node: Node) -> None:
+    async def story() -> None:
+        local = node._local
+        local._trust = BySecret("secret")
+        for port in (1, 2, 3):
+            local.job(f"job{port}", f"127.0.0.1:{port}", "file:///run")
+        local.launchers = lambda way: iter([pb.Report()] if way == "127.0.0.1:3" else [])
+        lines = asyncio.all_tasks()
+        for job in ("job2", "job3"):
+            del local.jobs[job]
+        local.hang_up_unused(100.0)
+        local.standing.vacate("a fan")
+        local.hang_up_unused(101.0 + UNUSED_FOR)
+        assert "127.0.0.1:2" in local._uplinks, "it may hear from there that it takes jobs again"
+        local.standing.vacate("")
+        local.hang_up_unused(101.0 + UNUSED_FOR)
+        assert local._uplinks.keys() == {"127.0.0.1:1", "127.0.0.1:3"}
+        await asyncio.sleep(0.2)
+        assert len(lines & asyncio.all_tasks()) == len(lines) - 1, "nobody tries to reach it any more"
+        assert local.job("job2", "127.0.0.1:2", "file:///run").coordinator in local._uplinks
+        local.hang_up_unused(102.0 + UNUSED_FOR)
+        assert "127.0.0.1:2" in local._uplinks
+        await local.close()
+
+    asyncio.run(story())

@@ -6,8 +6,9 @@ import time
 import pytest
 
 from ckptsvc.agent.identity import Registration
-from ckptsvc.agent.orders.standing import MAX_JOBS, StandingOrders
+from ckptsvc.agent.orders.standing import MAX_BYTES, MAX_JOBS, StandingOrders
 from ckptsvc.agent.sessions import Session
+from ckptsvc.errors import NodeUnfit
 from ckptsvc.rpc.identity import PAGE_BYTES, Page
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -115,12 +116,26 @@ def test_what_is_over_is_forgotten(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"version": 2}', '{"pausing": 7}', "[" * 100_000, "\xff"])
-def test_a_file_that_is_none_of_ours_is_done_without(tmp_path, text):
+def test_a_node_whose_orders_cannot_be_read_takes_no_new_jobs_until_somebody_says_so(tmp_path, text):
     (tmp_path / "orders.json").write_text(text)
     orders = StandingOrders(tmp_path / "orders.json")
-    assert orders.vacated == ""
+    assert "cannot be read" in orders.vacated
+    with pytest.raises(NodeUnfit, match="cannot be read"):
+        orders.check_open()
+    orders.vacate("")
+    StandingOrders(tmp_path / "orders.json").check_open()
+
+
+def test_a_drained_node_stays_so_whatever_is_said_of_jobs(tmp_path):
+    orders = StandingOrders(tmp_path / "orders.json")
     orders.vacate("a fan")
-    assert StandingOrders(tmp_path / "orders.json").vacated == "a fan"
+    for number in range(9):
+        order = pausing(10, job=str(number))
+        order.reason = "\0" * (MAX_BYTES // 30)  # six characters each in the file
+        orders.take(order)
+    again = StandingOrders(tmp_path / "orders.json")
+    assert again.vacated == "a fan"
+    assert [each["job"] for each in again.paused()] == ["5", "6", "7", "8"]
 
 
 def test_a_directory_that_takes_no_file_stops_nothing(tmp_path, caplog):

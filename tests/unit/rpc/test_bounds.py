@@ -7,7 +7,7 @@ from google.protobuf.message import Message
 
 from ckptsvc.errors import InvalidInput
 from ckptsvc.rpc import bounds
-from ckptsvc.rpc.bounds import MAX_STEP, MOST_RANKS, bound_of, check, check_report
+from ckptsvc.rpc.bounds import MAX_STEP, MOST_RANKS, MOST_REPORTS, bound_of, check, check_report
 from ckptsvc.rpc.v1 import agent_pb2, coordinator_pb2
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
@@ -67,6 +67,8 @@ STAGED = {"job": "j", "node": "n", "rank": 1, "world_size": 2, "nbytes": 4096, "
         (pb.Report(progressed=pb.Progressed(job="j", node="n", behind=[1] * 20_000)), "Progressed.behind"),
         (pb.Report(progressed=pb.Progressed(job="j", node="n", phases=["\x1b[2J"])), "Progressed.phases"),
         (pb.Report(asked=pb.Asked(id="i", node="n", by=pb.Caller(name="\x07"))), "Caller.name"),
+        (pb.Report(asked=pb.Asked(id="i", node="n", reason="x" * 301)), "Asked.reason"),
+        (pb.Report(pausing=pb.Pausing(job="j", reason="x" * 301)), "Pausing.reason"),
         (
             pb.Report(
                 guarded=pb.Guarded(
@@ -109,3 +111,9 @@ def test_an_order_that_cannot_be_is_refused_too() -> None:
     ):
         with pytest.raises(InvalidInput):
             check(order)
+
+
+def test_a_message_of_nothing_but_empty_reports_is_refused_before_they_are_looked_at() -> None:
+    check_report(pb.Report(more=[pb.Report()] * 1000), "n")
+    with pytest.raises(InvalidInput, match=r"Report\.more"):
+        check_report(pb.Report.FromString(b"\xaa\x06\x00" * (MOST_REPORTS + 1)), "n")
