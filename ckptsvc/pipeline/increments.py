@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -181,7 +181,7 @@ class ShardWriter:
         with ExitStack() as stack:
             earlier = self._earlier(stack, past if self._may_compress(store, shard) else None)
             source = _Source(shard, columns, info, low, high, shard.bytes_of, whole, path)
-            return self._write_less(store, source, past, earlier)
+            return self._write_less(store, source, past, earlier, partial(ready, shard.nbytes))
 
     def drain(self, local: Store, store: Store, copy: Copy, committed: Key, go_on: Callable[[], None]) -> Written:
         """Write a copy on the local disk to the store, or as much of it as is needed.
@@ -219,7 +219,7 @@ class ShardWriter:
             return Stretch(local, copy, first, last - first, go_on)
 
         source = _Source(shard, columns, info, low, high, bytes_of, whole)
-        return self._write_less(store, source, past, lambda number: None)
+        return self._write_less(store, source, past, lambda number: None, go_on)
 
     def _base(self, store: Store, shard: ShardImage, committed: Key) -> Past | None:
         """What a shard may refer to."""
@@ -262,7 +262,9 @@ class ShardWriter:
         if self._economy.incremental:
             self._history.remember(store.url, shard.rank, (shard.epoch, shard.step), past)
 
-    def _write_less(self, store: Store, source: _Source, past: Past | None, earlier: packing.Base) -> Written:
+    def _write_less(
+        self, store: Store, source: _Source, past: Past | None, earlier: packing.Base, go_on: Callable[[], None]
+    ) -> Written:
         """Write what cannot be referred to, in files of segments; or all of it, where that is most of it."""
         shard, low, high = source.shard, source.low, source.high
         rows, files = _unchanged(past, low, high, shard.nbytes)
@@ -275,9 +277,10 @@ class ShardWriter:
                 return replace(source.whole(), verdict=verdict if verdict.why else None)
             writer = SegmentWriter(store, shard, source.info, files)
             with ExitStack() as stack:
-                chapters: Iterable[Chapter] = _plain(todo, source.bytes_of)
+                plain = partial(_plain, bytes_of=source.bytes_of)
+                chapters: Iterable[Chapter] = plain(todo)
                 if verdict.compressed and self._press is not None:
-                    compressed = self._press.chapters(todo.tolist(), packer, shard.extent)
+                    compressed = self._press.chapters(todo.tolist(), packer, shard.extent, plain, go_on)
                     chapters = stack.enter_context(closing(compressed))
                 seconds = writer.write(chapters, rows, past.table.rows if past else rows)
         if not verdict.compressed:
@@ -355,8 +358,9 @@ def _unchanged(past: Past | None, low: Digests, high: Digests, nbytes: int) -> t
     return rows, past.table.files
 
 
-def _plain(todo: Int64, bytes_of: Callable[[int, int], Piece]) -> list[Chapter]:
+def _plain(extents: Sequence[int] | Int64, bytes_of: Callable[[int, int], Piece]) -> list[Chapter]:
     """Runs of extents to be stored as they are, file by file: as a rule it is one."""
+    todo = np.array(extents, np.int64)
     first = np.flatnonzero(np.concatenate((np.ones(min(len(todo), 1), np.bool_), np.diff(todo) != 1)))
     runs = zip(todo[first].tolist(), np.diff(np.append(first, len(todo))).tolist(), strict=True)
     chunks = [Chunk(start, count, bytes_of(start, start + count), PLAIN, False) for start, count in runs]

@@ -81,8 +81,6 @@ def check_node(settings: Settings) -> int:
     check_traces(settings.traces)
     for scheme, options in settings.store.options.items():
         check_options(scheme, options)
-    if settings.tiers.local:
-        check_place(settings.tiers.local, "tiers.local")
     arena_bytes = limit_on(settings.arena.limit, settings.arena.dir, "arena.dir")
     if not os.access(settings.arena.dir, os.W_OK | os.X_OK):
         raise ConfigError(f"arena.dir: {settings.arena.dir}: user {user_name(os.geteuid())} may not write there")
@@ -91,6 +89,11 @@ def check_node(settings: Settings) -> int:
 
 def remarks(settings: Settings) -> Iterator[str]:
     """What keeps no agent from starting, and is a mistake all the same, as a rule."""
+    if settings.tiers.local:  # an agent does without it: see `LocalTier.open`
+        try:
+            check_place(settings.tiers.local, "tiers.local")
+        except ConfigError as error:
+            yield f"{error.what} ({error.hint}): it is not used"
     for key, names in (("users", settings.system.users), ("operators", settings.system.operators)):
         for name in names:
             if not _is_known(name):

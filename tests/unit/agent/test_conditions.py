@@ -21,7 +21,6 @@ WRONG = {
     "metrics": ({"agent.metrics_listen": "0.0.0.0:0"}, "agent.metrics_listen is 0.0.0.0:0, which is not loopback"),
     "token": ({"agent.http_token_file": NOWHERE}, "agent.http_token_file: /nonexistent/here: No such file"),
     "arenas": ({"arena.dir": NOWHERE}, "arena.dir: /nonexistent/here: No such file"),
-    "disk": ({"tiers.local": NOWHERE}, "tiers.local: /nonexistent/here: there is no /nonexistent"),
     "etcd": ({"agent.coordination": "etcd://x"}, "'x' in 'etcd://x' is not HOST:PORT"),
     "traces": ({"traces.endpoint": "foo"}, "traces.endpoint is 'foo'"),
     "option": ({"store.options": {"file": {"direkt": True}}}, "store.options.file.direkt: there is no such option"),
@@ -77,6 +76,21 @@ def test_the_service_of_all_users_is_checked_too(monkeypatch):
     assert "system.operators: this node knows no user nobody-of-that-name" in err
     assert "system.operators: this node knows no group no-such-group" in err
     assert "user root" not in err
+
+
+def test_an_agent_does_without_a_disk_that_is_not_there(runtime, start, monkeypatch):
+    """Seen: a disk that one node had not mounted kept the whole job from starting."""
+    monkeypatch.setenv("CKPTSVC_TIERS_LOCAL", NOWHERE)
+    said = f"tiers.local: {NOWHERE}: there is no /nonexistent"
+    status, _, err = cli("agent", "--check-config")
+    assert (status, f"warning: {said}" in err) == (0, True)
+    runtime.environ["CKPTSVC_TIERS_LOCAL"] = NOWHERE
+    agent = start("a")
+    agent.register()
+    log = agent.directory / "agent.log"
+    eventually(lambda: "is not used: " + said in log.read_text(), "it to be said")
+    os.kill(agent.process.pid, signal.SIGUSR2)
+    eventually(lambda: log.read_text().count(" serves in ") == 2, "the successor", 60)
 
 
 def test_an_agent_does_not_make_way_for_one_that_could_not_start(runtime, start, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from harness.increments import ALL, NONE, Saver, assert_holds, big_run, floats
-from harness.random_run import memory_store, runs
+from harness.random_run import Held, Run, memory_store, runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +26,8 @@ from ckptsvc.pipeline.retain import expire
 from ckptsvc.pipeline.retention import Policy
 from ckptsvc.pipeline.sources import StoreSource
 from ckptsvc.storage import connect
-from ckptsvc.storage.wrappers import Fault, Faulty, Limited, Measured
+from ckptsvc.storage.wrappers import Fault, Faulty, Limited, Measured, Wrapper
+from ckptsvc.types import TensorMeta
 
 
 def change(run, rng, share: float) -> None:
@@ -172,6 +175,78 @@ def test_a_compressed_shard_is_a_few_files(monkeypatch, drained):
     assert totals["compressed_to"] < 0.95 * totals["compressed"]
     assert_holds(checkpoint, run)
     assert checkpoint.own_names() == {key.rpartition("/")[2] for key in (e.key for e in saver.store.list())}
+
+
+class Hanging(Wrapper):
+    """Writes of the shards of two ranks hang until they may go on."""
+
+    def __init__(self, inner) -> None:
+        super().__init__(inner)
+        self.hang, self.hung = threading.Event(), threading.Semaphore(0)
+
+    def _call(self, op, key, nbytes, run):
+        if op == "write" and key.rpartition("/")[2].startswith(("r00000-", "r00001-")):
+            self.hung.release()
+            assert self.hang.wait(30)
+        return run()
+
+
+@pytest.mark.parametrize("drained", [False, True])
+def test_shards_that_hang_in_the_store_do_not_hold_up_others(monkeypatch, drained):
+    """Seen: with one dead server of the store, two of four shards held all buffers, and no shard was written."""
+    monkeypatch.setattr(chapters, "BUFFER", chapters.HEADER + 100_000)
+    monkeypatch.setattr(chapters, "PATIENCE", 0.2)
+    metas = [TensorMeta(f"w{rank}", "float32", (60_000,)) for rank in range(4)]
+    truth = {meta.name: floats(60_000, rank) for rank, meta in enumerate(metas)}
+    held = [Held(meta, Box.full(meta.shape), rank) for rank, meta in enumerate(metas)]
+    run, store = Run(truth, metas, held, 4, 4096, 4 * [b"{}"]), Hanging(memory_store())
+    saver = Saver(store, Economy(compression="zstd"), memory_store() if drained else None)
+    with ThreadPoolExecutor(4) as pool:
+        try:
+            ill = [pool.submit(saver.write, run, rank, 1) for rank in (0, 1)]
+            assert all(store.hung.acquire(timeout=30) for _ in ill)
+            for rank in (2, 3, 2, 3):  # and those of a later save
+                well = pool.submit(saver.write, run, rank, 1).result(30)
+                assert well.nbytes > 0
+            assert not any(each.done() for each in ill)
+        finally:
+            store.hang.set()
+        assert all(each.result(30).segments for each in ill)
+    checkpoint, _ = saver.save(run, 2)
+    assert_holds(checkpoint, run)
+
+
+def test_what_is_left_without_a_buffer_is_stored_as_it_is(monkeypatch):
+    """From its second file on, and every byte of it."""
+    monkeypatch.setattr(chapters, "BUFFER", chapters.HEADER + 100_000)
+    monkeypatch.setattr(chapters, "PATIENCE", 0.1)
+    takes = itertools.count()
+    of_all = chapters._Buffers.take
+    monkeypatch.setattr(chapters._Buffers, "spare", lambda self: None)
+    monkeypatch.setattr(
+        chapters._Buffers, "take", lambda self, go_on: None if next(takes) == 1 else of_all(self, go_on)
+    )
+    run = big_run({"weights": floats(100_000)})
+    checkpoint, stored = Saver(memory_store(), Economy(compression="zstd")).save(run, 1)
+    totals = checkpoint.index.segments.stored(checkpoint.ref.name)
+    assert len(checkpoint.files(0)) == 2
+    assert 0 < totals["compressed"] < 200_000
+    assert stored > 350_000
+    assert_holds(checkpoint, run)
+
+
+def test_who_waits_for_a_buffer_can_be_told_to_end_and_takes_none():
+    buffers = chapters._Buffers()
+    held = [buffers.take(lambda: None) for _ in range(chapters.BUFFERS)]
+
+    def go_on() -> None:
+        buffers.give_back(held.pop())
+        raise SaveFailed("not wanted any more")
+
+    with pytest.raises(SaveFailed):
+        buffers.take(go_on)
+    assert buffers.spare() is not None
+    assert buffers.spare() is None
 
 
 @pytest.mark.parametrize("compression", ["off", "zstd"])
