@@ -192,7 +192,8 @@ def _environment(account: Account) -> dict[str, str]:
     directory = Path(system.directory)
     if service.is_there(directory):
         mine["CKPTSVC_AGENT_SOCKET_DIR"] = str(service.directory_of(directory, account.uid))
-    return environment_of(given, system.environment) | mine
+    # Not what `system.environment` lists: what this shell has of that is root's, and users read it in /proc.
+    return environment_of(given, ()) | mine
 
 
 def _read(out: IO[bytes], err: IO[bytes]) -> tuple[list[bytes], str]:

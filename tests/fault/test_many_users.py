@@ -366,8 +366,8 @@ class TestAnOperatorsPrometheus:
         board.open()
         page, died = "http://127.0.0.1:4000", AgentUnavailable("it died")
         states = (
-            User(1001, 1, "failed", page=page, problem=died), User(1002, 1, "starts", page=page, pidfd=9, starting=True),
-            User(1003, 1, "away", page=page, pidfd=9), User(1004, 1, "ended", page=page),
+            User(1001, 1, "failed", page=page, problem=died), User(1003, 1, "away", page=page, pidfd=9),
+            User(1002, 1, "starts", page=page, pidfd=9, starting=True), User(1004, 1, "ended", page=page),
         )  # fmt: skip
         agents.users = lambda: list(states)
         board.write(agents)

@@ -164,6 +164,16 @@ def test_root_sees_what_users_have_and_is_led_nowhere() -> None:
         assert [each["uid"] for each in agents] == [ALICE.uid, BOB.uid]
 
 
+def test_nothing_of_roots_own_shell_becomes_a_users_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    monkeypatch.setenv("CKPTSVC_SYSTEM_ENVIRONMENT", "HTTPS_PROXY")
+    monkeypatch.setenv("HTTPS_PROXY", "http://root:roots-own@proxy")
+    monkeypatch.setattr(others, "COMMAND", ("env",))
+    ended = others.ask(Account("daemon", 1, 1, (1,), "/"))
+    assert (ended.status, b"LOGNAME=daemon" in ended.out, b"roots-own" in ended.out) == (0, True, False)
+
+
 def test_what_root_runs_as_a_user_is_bounded_whatever_that_user_does_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root")
