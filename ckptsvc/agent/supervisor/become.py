@@ -26,7 +26,7 @@ def main() -> int:
         problem = error
     except OSError as error:
         problem = ConfigError(f"user {uid} cannot execute {command[0]}: {error.strerror}")
-    print(f"error: {problem.what}", file=sys.stderr)
+    sys.stderr.write(f"error: {problem.what}\n")
     return EXIT_STATUS[problem.code]
 
 
