@@ -258,6 +258,24 @@ def test_every_field_is_one_of_grafanas_schema() -> None:
     assert unknown(wrong) == [".panels[1].gridpos"]
 
 
+# ---- agents of users
+
+
+def test_an_agent_of_a_user_says_what_agents_say_and_nothing_in_the_name_of_the_service_or_of_rules() -> None:
+    (scrape,) = yaml.safe_load((FOLDER / "prometheus-users.yaml").read_text())["scrape_configs"]
+    assert scrape["follow_redirects"] is False
+    rules = [rule for rule in scrape["metric_relabel_configs"] if rule.get("source_labels") == ["__name__"]]
+
+    def passes(name: str) -> bool:
+        return all((re.fullmatch(rule["regex"], name) is not None) == (rule["action"] == "keep") for rule in rules)
+
+    recorded = re.findall(r"record: (\S+)", (FOLDER / "rules.yaml").read_text())
+    assert len(recorded) > 5
+    assert [name for name in (*recorded, *(each.name for each in SERVICE), "up", "ALERTS") if passes(name)] == []
+    counted = {each.name for each in SERVICE}
+    assert [name for name, *_ in METRICS if name not in counted and not passes(name)] == []
+
+
 # ---- targets
 
 
