@@ -119,9 +119,9 @@ def show(accounts: list[Account], as_json: bool) -> int:
         screen = Screen()
         screen.line(screen.paint(f"user {printable(said.account.name)}", "head"))
         for line in said.out.decode("utf-8", "replace").splitlines():
-            screen.line(printable(line))
+            screen.line(f"  {printable(line)}")  # the margin is root's: no line of one user's begins another's
         for line in said.err.splitlines():
-            note(printable(line))
+            note(f"  {printable(line)}")
     if len(ended) == 1:
         return ended[0].status
     nothing_there = (0, EXIT_STATUS[NotFound.code])

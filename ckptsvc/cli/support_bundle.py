@@ -90,8 +90,10 @@ def _of_others(accounts: list[Account], output: Path | None, when: str, as_json:
     for account in accounts:
         said = others.ask(account, "support-bundle", "--output", "-")
         failed = failed or said.status != 0
+        if said.err:
+            note(printable(f"user {account.name}"))
         for line in said.err.splitlines():
-            note(printable(line))
+            note(f"  {printable(line)}")
         if said.status != 0:
             continue
         path = output or Path(f"ckptsvc-support-{socket.gethostname()}-{when}-{account.uid}.tar.gz")

@@ -215,6 +215,10 @@ def test_what_one_user_says_keeps_root_from_no_other_user(
     assert (good["status"], good["result"]) == (0, {"a": 1})
     assert (nobody["status"], nobody["result"]) == (EXIT_STATUS["config"], None)
     assert "could not become user" in nobody["said"]
+    monkeypatch.setattr(others, "COMMAND", ("printf", "user good\\nit is well\\n"))
+    others.show(accounts, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["user good", "  user good", "  it is well", "user nobody"]
     for depth in range(800, 1010):  # some of them can be read, and not written
         emit({"users": [others._plain(others.Said(accounts[0], 0, b"[" * depth + b"]" * depth, ""))]})
 
