@@ -266,7 +266,7 @@ def _take_down(agent: Answer, method: str, request: VerbRequest, outcome: str, w
 def _give(agent: Answer, method: str, request: VerbRequest, timeout: float) -> VerbResponse:
     import grpc
 
-    from ckptsvc.rpc.channel import FOR_KEY, OPTIONS, TOKEN_KEY, error_of
+    from ckptsvc.rpc.channel import FOR_KEY, LOCAL, OPTIONS, TOKEN_KEY, error_of
     from ckptsvc.rpc.identity import IdentityClient
     from ckptsvc.rpc.v1 import agent_pb2_grpc
 
@@ -279,7 +279,8 @@ def _give(agent: Answer, method: str, request: VerbRequest, timeout: float) -> V
         metadata = [(TOKEN_KEY, identity.call({"op": "caller"})[0]["token"])]
         if os.geteuid() == 0 and (person := _behind(os.environ)):
             metadata.append((FOR_KEY, person))
-        channel = stack.enter_context(grpc.insecure_channel(f"unix:{grpc_path}", options=OPTIONS))
+        bounds = LOCAL if agent.uid >= 0 else OPTIONS
+        channel = stack.enter_context(grpc.insecure_channel(f"unix:{grpc_path}", options=bounds))
         try:
             call = getattr(agent_pb2_grpc.AgentServiceStub(channel), method)
             response: VerbResponse = call(request, timeout=timeout + LATEST, metadata=metadata)

@@ -6,6 +6,7 @@ it says is his word: of a bounded size, waited for a bounded time, and no more t
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import selectors
@@ -13,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -21,7 +21,6 @@ import click
 import msgspec
 
 from ckptsvc.agent.supervisor import records
-from ckptsvc.agent.supervisor.entrance import drop
 from ckptsvc.agent.supervisor.supervisor import environment_of
 from ckptsvc.cli.terminal import Screen, emit, note, printable
 from ckptsvc.config import load
@@ -38,6 +37,7 @@ MOST = 80 << 20
 PATIENCE = 60.0
 """Seconds for one user; his files may be on a server that hangs, and he may stop the process."""
 
+BECOME = (sys.executable, "-P", "-m", "ckptsvc.agent.supervisor.become")
 COMMAND = (sys.executable, "-P", "-m", "ckptsvc.cli.main")
 _SETTING, _PASSED = "CKPTSVC_", ("CKPTSVC_CONFIG", "CKPTSVC_SYSTEM_")
 _OURS = ("user", "all_users", "as_json")
@@ -119,9 +119,9 @@ def show(accounts: list[Account], as_json: bool) -> int:
         screen = Screen()
         screen.line(screen.paint(f"user {printable(said.account.name)}", "head"))
         for line in said.out.decode("utf-8", "replace").splitlines():
-            screen.line(printable(line))
+            screen.line(f"  {printable(line)}")  # the margin is root's: no line of one user's begins another's
         for line in said.err.splitlines():
-            note(printable(line))
+            note(f"  {printable(line)}")
     if len(ended) == 1:
         return ended[0].status
     nothing_there = (0, EXIT_STATUS[NotFound.code])
@@ -129,12 +129,13 @@ def show(accounts: list[Account], as_json: bool) -> int:
 
 
 def _plain(said: Said) -> dict[str, Any]:
+    fields = {"user": said.account.name, "uid": said.account.uid, "status": said.status, "said": said.err}
     try:
-        result = msgspec.json.decode(said.out or b"null")
-    except (msgspec.MsgspecError, UnicodeError, RecursionError):
-        result = None
-    fields = {"user": said.account.name, "uid": said.account.uid, "status": said.status}
-    return fields | {"result": result, "said": said.err}
+        found = fields | {"result": msgspec.json.decode(said.out or b"null")}
+        json.dumps({"users": [found]}, allow_nan=False)  # what can be read is not always to be written: one too deep
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        return fields | {"result": None}
+    return found
 
 
 def arguments(*more: str) -> list[str]:
@@ -155,18 +156,16 @@ def arguments(*more: str) -> list[str]:
 
 
 def ask(account: Account, *words: str) -> Said:
-    """Run a command of ours as a user, and take what it says.
-
-    Raises:
-        AgentUnavailable: that cannot be done.
-    """
+    """Run a command of ours as a user, and take what it says; where that cannot be done, it is an error of his."""
+    become = (*BECOME, str(account.uid), str(account.gid), ",".join(map(str, account.groups)))
     try:
         process = subprocess.Popen(
-            [*COMMAND, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/",
-            env=_environment(account), start_new_session=True, umask=0o077, preexec_fn=partial(drop, account),
+            [*become, *COMMAND, *words], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            cwd="/", env=_environment(account), start_new_session=True, umask=0o077,
         )  # fmt: skip
-    except (OSError, subprocess.SubprocessError) as error:
-        raise AgentUnavailable(f"cannot become user {account.name}: {error}") from None
+    except OSError as error:
+        problem = f"error: cannot become user {account.name}: {error.strerror}\n"
+        return Said(account, EXIT_STATUS[AgentUnavailable.code], b"", problem)
     assert process.stdout
     assert process.stderr
     with process.stdout as out, process.stderr as err:
@@ -192,7 +191,8 @@ def _environment(account: Account) -> dict[str, str]:
     directory = Path(system.directory)
     if service.is_there(directory):
         mine["CKPTSVC_AGENT_SOCKET_DIR"] = str(service.directory_of(directory, account.uid))
-    return environment_of(given, system.environment) | mine
+    # Not what `system.environment` lists: what this shell has of that is root's, and users read it in /proc.
+    return environment_of(given, ()) | mine
 
 
 def _read(out: IO[bytes], err: IO[bytes]) -> tuple[list[bytes], str]:

@@ -90,13 +90,23 @@ def _of_others(accounts: list[Account], output: Path | None, when: str, as_json:
     for account in accounts:
         said = others.ask(account, "support-bundle", "--output", "-")
         failed = failed or said.status != 0
+        if said.err:
+            note(printable(f"user {account.name}"))
         for line in said.err.splitlines():
-            note(printable(line))
-        if said.status == 0:
-            path = output or Path(f"ckptsvc-support-{socket.gethostname()}-{when}-{account.uid}.tar.gz")
+            note(f"  {printable(line)}")
+        if said.status != 0:
+            continue
+        path = output or Path(f"ckptsvc-support-{socket.gethostname()}-{when}-{account.uid}.tar.gz")
+        try:
             with _made(path) as file:
                 file.write(said.out)
-            wrote.append({"user": account.name, "uid": account.uid, "file": str(path), "bytes": len(said.out)})
+        except InvalidInput as error:  # a file of that name may be one user's doing, and is no reason to leave out all
+            if len(accounts) == 1:
+                raise
+            failed = True
+            note(printable(f"error: of user {account.name}: {error.what}"))
+            continue
+        wrote.append({"user": account.name, "uid": account.uid, "file": str(path), "bytes": len(said.out)})
     if as_json:
         emit({"users": wrote})
     else:

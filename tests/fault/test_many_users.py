@@ -22,7 +22,7 @@ from harness.users_jobs import UsersJob, ask, error_of, rank_of
 
 from ckptsvc.agent.supervisor import entrance
 from ckptsvc.agent.supervisor.agents import User
-from ckptsvc.agent.supervisor.board import Board
+from ckptsvc.agent.supervisor.board import NOWHERE, Board
 from ckptsvc.config import load
 from ckptsvc.errors import AgentUnavailable, LimitReached, StoreDenied
 from ckptsvc.rpc.accounts import Account
@@ -349,10 +349,31 @@ class TestAnOperatorsPrometheus:
         led = {
             1001: "http://127.0.0.1:4000", 1002: "http://10.0.0.1:80", 1003: "http://127.0.0.1:4000/x?", 1004: "",
             1005: "http://[::1]:4001", 1006: "http://localhost.example.org:80", 1007: "file:///etc/shadow",
+            1008: "http://localhost:4002",
         }  # fmt: skip
         agents.users = lambda: [User(u, u, name=f"u{u}", page=page, scrape=f"t{u}", pidfd=9) for u, page in led.items()]
         board.write(agents)
         found = json.loads((tmp_path / "metrics" / "targets.json").read_text())
         assert [each["targets"] for each in found] == [["127.0.0.1:4000"], ["[::1]:4001"]]
         assert [each["labels"]["user"] for each in found] == ["u1001", "u1005"]
+        board.close()
+
+    def test_asks_nobody_who_listens_where_an_agent_was_that_has_died(self, tmp_path: Path) -> None:
+        if os.geteuid() != 0:
+            pytest.skip("needs root")
+        settings = load({}, {"system.directory": str(tmp_path), "system.metrics_group": "daemon"}, [])
+        board, agents = Board(settings), types.SimpleNamespace(starts=1, failures=0)
+        board.open()
+        page, died = "http://127.0.0.1:4000", AgentUnavailable("it died")
+        states = (
+            User(1001, 1, "failed", page=page, problem=died), User(1003, 1, "away", page=page, pidfd=9),
+            User(1002, 1, "starts", page=page, pidfd=9, starting=True), User(1004, 1, "ended", page=page),
+        )  # fmt: skip
+        agents.users = lambda: list(states)
+        board.write(agents)
+        found = json.loads((tmp_path / "metrics" / "targets.json").read_text())
+        assert {each["labels"]["user"]: each["targets"] for each in found} == {
+            "failed": [NOWHERE], "starts": [NOWHERE], "away": ["127.0.0.1:4000"],
+        }  # fmt: skip
+        assert {each["labels"]["instance"].rpartition(":")[2] for each in found} == {"4000"}
         board.close()

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import tarfile
 
 import pytest
 from harness.runtime import eventually
-from harness.users import ALICE, BOB, Node, Person, as_user, node_of_users
+from harness.users import ALICE, BOB, STRANGER, Node, Person, as_user, node_of_users
 
 from ckptsvc.cli import others
 from ckptsvc.cli.orders import PARTLY_DONE
+from ckptsvc.cli.terminal import emit
 from ckptsvc.errors import EXIT_STATUS
 from ckptsvc.rpc import service
 from ckptsvc.rpc.accounts import Account
@@ -164,15 +166,61 @@ def test_root_sees_what_users_have_and_is_led_nowhere() -> None:
         assert [each["uid"] for each in agents] == [ALICE.uid, BOB.uid]
 
 
+def test_nothing_of_roots_own_shell_becomes_a_users_to_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    monkeypatch.setenv("CKPTSVC_SYSTEM_ENVIRONMENT", "HTTPS_PROXY")
+    monkeypatch.setenv("HTTPS_PROXY", "http://root:roots-own@proxy")
+    monkeypatch.setattr(others, "COMMAND", ("env",))
+    ended = others.ask(Account("daemon", 1, 1, (1,), "/"))
+    assert (ended.status, b"LOGNAME=daemon" in ended.out, b"roots-own" in ended.out) == (0, True, False)
+
+
 def test_what_root_runs_as_a_user_is_bounded_whatever_that_user_does_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root")
-    monkeypatch.setattr(others, "PATIENCE", 1.0)
+    monkeypatch.setattr(others, "PATIENCE", 3.0)
     monkeypatch.setattr(others, "MOST", 1 << 20)
     for program, said in (("kill -STOP $$", "takes too long"), ("exec cat /dev/zero", "says too much")):
         monkeypatch.setattr(others, "COMMAND", ("sh", "-c", program))
         ended = others.ask(Account("daemon", 1, 1, (1,), "/"))
         assert (ended.status, said in ended.err) == (1, True)
+
+
+def test_nobody_stops_root_by_stopping_what_is_about_to_be_his(monkeypatch: pytest.MonkeyPatch) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    monkeypatch.setattr(others, "PATIENCE", 3.0)
+    monkeypatch.setattr(others, "COMMAND", ("sleep", "60"))
+    stops = f"[ $(id -u) = {STRANGER.uid} ] || exit 1; while :; do kill -STOP -1; done 2>&-"
+    stopper = subprocess.Popen(["sh", "-c", stops], user=STRANGER.uid, group=STRANGER.gid, extra_groups=[])
+    try:
+        ended = others.ask(Account("stranger", STRANGER.uid, STRANGER.gid, (STRANGER.gid,), "/"))
+    finally:
+        stopper.kill()
+        stopper.wait()
+    assert (ended.status, "takes too long" in ended.err) == (1, True)
+
+
+def test_what_one_user_says_keeps_root_from_no_other_user(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root")
+    accounts = [Account(name, uid, 1, (1,), "/") for name, uid in (("good", 1), ("nobody", (1 << 32) - 1))]
+    monkeypatch.setattr(others, "COMMAND", ("echo", '{"a": 1}'))
+    monkeypatch.setattr(others, "arguments", lambda *more: [])
+    assert others.show(accounts, as_json=True) == PARTLY_DONE
+    good, nobody = json.loads(capsys.readouterr().out)["users"]
+    assert (good["status"], good["result"]) == (0, {"a": 1})
+    assert (nobody["status"], nobody["result"]) == (EXIT_STATUS["config"], None)
+    assert "could not become user" in nobody["said"]
+    monkeypatch.setattr(others, "COMMAND", ("printf", "user good\\nit is well\\n"))
+    others.show(accounts, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["user good", "  user good", "  it is well", "user nobody"]
+    for depth in range(800, 1010):  # some of them can be read, and not written
+        emit({"users": [others._plain(others.Said(accounts[0], 0, b"[" * depth + b"]" * depth, ""))]})
 
 
 def test_what_an_agent_of_one_user_does_keeps_no_order_from_the_others() -> None:

@@ -2,9 +2,10 @@
 
 import copy
 import json
+import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -257,31 +258,87 @@ def test_every_field_is_one_of_grafanas_schema() -> None:
     assert unknown(wrong) == [".panels[1].gridpos"]
 
 
+# ---- agents of users
+
+
+def test_an_agent_of_a_user_says_what_agents_say_and_nothing_in_the_name_of_the_service_or_of_rules() -> None:
+    (scrape,) = yaml.safe_load((FOLDER / "prometheus-users.yaml").read_text())["scrape_configs"]
+    assert scrape["follow_redirects"] is False
+    rules = [rule for rule in scrape["metric_relabel_configs"] if rule.get("source_labels") == ["__name__"]]
+
+    def passes(name: str) -> bool:
+        return all((re.fullmatch(rule["regex"], name) is not None) == (rule["action"] == "keep") for rule in rules)
+
+    recorded = re.findall(r"record: (\S+)", (FOLDER / "rules.yaml").read_text())
+    assert len(recorded) > 5
+    assert [name for name in (*recorded, *(each.name for each in SERVICE), "up", "ALERTS") if passes(name)] == []
+    counted = {each.name for each in SERVICE}
+    assert [name for name, *_ in METRICS if name not in counted and not passes(name)] == []
+
+
 # ---- targets
 
 
-def targets(output: Path, *folders: Path) -> list[dict[str, Any]]:
-    subprocess.run([FOLDER / "targets.sh", output, *folders], check=True, timeout=30)
+def targets(output: Path, *folders: Path, users: Sequence[str] = ()) -> list[dict[str, Any]]:
+    named = [word for user in users for word in ("-u", user)]
+    subprocess.run([FOLDER / "targets.sh", *named, output, *folders], check=True, timeout=30)
     return list(json.loads(output.read_text()))
 
 
+def say(folder: Path, address: str, page: str = "", pid: int | None = None) -> Path:
+    """What an agent writes down in its directory."""
+    folder.mkdir(parents=True)
+    ready = folder / "ready"
+    ready.write_text(f"{os.getpid() if pid is None else pid}\n127.0.0.1:7070\n{address}\n{page}\n")
+    return ready
+
+
 def test_the_agents_of_a_node_are_listed(tmp_path: Path) -> None:
-    said = {
-        "one": "1\n127.0.0.1:7070\n127.0.0.1:9400\n",
-        "two/run-7": "2\n[::1]:7070\n[::1]:9401\nhttp://[::1]:9401\n",
-        "with certificates": "7\n10.0.0.7:7070\nn7:9402\nhttps://n7:9402\n",
-        "without metrics": "3\n127.0.0.1:7070\n\n",
-        "being written": "4\n",
-        "hostile": '5\n127.0.0.1:7070\nx"}],"labels":{"a":"b:1\n',
-        "long": f"6\n127.0.0.1:7070\n{'1' * 9}:{'2' * 9}\n",
-    }
-    for folder, text in said.items():
-        (tmp_path / "agents" / folder).mkdir(parents=True)
-        (tmp_path / "agents" / folder / "ready").write_text(text)
-    (tmp_path / "agents" / "linked").mkdir()
-    (tmp_path / "agents" / "linked" / "ready").symlink_to(tmp_path / "agents" / "one" / "ready")
-    found = targets(tmp_path / "agents.json", tmp_path / "agents", tmp_path / "not there yet")
-    assert [target["targets"] for target in found] == [["127.0.0.1:9400"], ["[::1]:9401"], ["n7:9402"]]
+    agents, node = tmp_path / "agents", os.uname().nodename
+    one = say(agents / "one", "127.0.0.1:9400")
+    say(agents / "two/run-7", "[::1]:9401", "http://[::1]:9401")
+    say(agents / "with certificates", f"{node}:9402", f"https://{node}:9402")
+    say(agents / "without metrics", "")
+    say(agents / "hostile", 'x"}],"labels":{"a":"b:1')
+    say(agents / "long", f"{'1' * 9}:{'2' * 9}")
+    (agents / "being written").mkdir()
+    (agents / "being written" / "ready").write_text("4\n")
+    (agents / "linked").mkdir()
+    (agents / "linked" / "ready").symlink_to(one)
+    found = targets(tmp_path / "agents.json", agents, tmp_path / "not there yet")
+    assert [target["targets"] for target in found] == [["127.0.0.1:9400"], ["[::1]:9401"], [f"{node}:9402"]]
     assert [target["labels"]["instance"].rpartition(":")[2] for target in found] == ["9400", "9401", "9402"]
     assert [target["labels"].get("__scheme__") for target in found] == [None, None, "https"]
     assert targets(tmp_path / "agents.json", tmp_path / "not there yet") == []
+
+
+def test_no_agent_leads_prometheus_and_its_token_to_another_host(tmp_path: Path) -> None:
+    led = ("10.0.0.7:80", "elsewhere.example.org:80", "127.0.0.1.example.org:80", "[2001:db8::1]:80", "localhost:80")
+    for number, address in enumerate(led):
+        say(tmp_path / "agents" / str(number), address)
+    assert targets(tmp_path / "agents.json", tmp_path / "agents") == []
+
+
+def test_an_agent_that_was_killed_is_a_target_where_nobody_can_listen(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    say(tmp_path / "agents" / "one", "127.0.0.1:9400", "https://127.0.0.1:9400", pid=ended.pid)
+    (found,) = targets(tmp_path / "agents.json", tmp_path / "agents")
+    assert found == {"targets": ["127.0.0.1:0"], "labels": {"instance": f"{os.uname().nodename}:9400"}}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_what_others_have_put_there_is_no_agent_unless_they_are_named(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "60"], user=1, group=1)
+    try:
+        for folder in ("ckptsvc-1", "ckptsvc-x"):
+            ready = say(tmp_path / folder, "127.0.0.1:9400", pid=process.pid)
+            os.chown(ready.parent, 1, 1)
+            os.chown(ready, 1 if folder == "ckptsvc-1" else 0, 1)
+        folders = [tmp_path / "ckptsvc-1", tmp_path / "ckptsvc-x"]
+        assert targets(tmp_path / "agents.json", *folders) == []
+        found = targets(tmp_path / "agents.json", *folders, users=("daemon",))
+        assert [target["targets"] for target in found] == [["127.0.0.1:9400"]]
+    finally:
+        process.kill()
+        process.wait()

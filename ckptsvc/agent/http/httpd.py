@@ -126,8 +126,8 @@ class HttpServer:
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
 
-    def open(self, address: Address) -> int:
-        """Listen, and serve from now on; returns the port.
+    def open(self, address: Address) -> Address:
+        """Listen, and serve from now on; returns where, in numbers.
 
         Raises:
             ConfigError: that is not possible; as a rule the port is in use.
@@ -143,7 +143,7 @@ class HttpServer:
             raise ConfigError(f"agent.metrics_listen: {address}: {why}", hint='another port, or "off"') from None
         self._listener.setblocking(False)
         self._accepting = asyncio.ensure_future(self._accept(self._listener))
-        return int(self._listener.getsockname()[1])
+        return Address(*self._listener.getsockname()[:2])
 
     async def close(self) -> None:
         """Hang up on everybody."""

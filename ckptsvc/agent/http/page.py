@@ -129,10 +129,14 @@ class Site:
         """
         encrypted = require_certificates(address, there=self._certificates() is not None)
         self._server = HttpServer(self._answer, self._door, self._tls if encrypted else None)
-        port = self._server.open(address)
-        self._access = Access(self._token, port, address.host, encrypted=encrypted)
-        anywhere = address.host in ("0.0.0.0", "::")
-        where = str(Address(socket.gethostname() if anywhere else address.host, port))
+        listening = self._server.open(address)
+        self._access = Access(self._token, listening.port, address.host, encrypted=encrypted)
+        host = address.host
+        if host in ("0.0.0.0", "::"):
+            host = socket.gethostname()
+        elif host == "localhost":  # two addresses, and at the other one anybody may listen
+            host = listening.host
+        where = str(Address(host, listening.port))
         return where, f"{'https' if encrypted else 'http'}://{where}"
 
     def let_scrape(self, token: str) -> None:

@@ -344,8 +344,9 @@ class Agents:
     async def _begin(self, user: User) -> None:
         entered = False
         try:
-            async with self._starting:
-                await asyncio.wait_for(self._enter(user), ENTER_TIMEOUT)
+            async with contextlib.AsyncExitStack() as slot:
+                await slot.enter_async_context(self._starting)
+                await asyncio.wait_for(self._enter(user, slot), ENTER_TIMEOUT)
             entered = True
             await asyncio.wait_for(self._until_connected(user), START_TIMEOUT)
         except TimeoutError:
@@ -364,20 +365,27 @@ class Agents:
                 raise AgentUnavailable(f"the agent of {_who(user)} did not start", hint=hint)
             await user.changed.wait()
 
-    async def _enter(self, user: User) -> None:
-        """Start the process that becomes the agent, and hear what it says until it is one."""
+    async def _enter(self, user: User, slot: contextlib.AsyncExitStack) -> None:
+        """Start the process that becomes the agent, and hear what it says until it is one.
+
+        `slot` is left at its first word: from then on its user may stop it, and nobody else's start waits for that.
+        """
+        loop, found = asyncio.get_running_loop(), b""
         ours, report = socket.socketpair()
         ours.setblocking(False)
         with ours:
             with report:
                 self._execute(user, report.fileno())
-            await asyncio.get_running_loop().sock_sendall(ours, msgspec.json.encode(self._order(user)))
+            await loop.sock_sendall(ours, msgspec.json.encode(self._order(user)))
             ours.shutdown(socket.SHUT_WR)
-            for line in (await _all_of(ours)).splitlines():
-                said = msgspec.json.decode(line, type=dict[str, str])
-                if "code" in said:
-                    raise BY_CODE.get(said["code"], AgentUnavailable)(said["what"], hint=said["hint"])
-                user.name = said["user"]
+            while data := await loop.sock_recv(ours, MAX_REQUEST):
+                found = (found + data)[-4 * MAX_REQUEST :]
+                await slot.aclose()
+        for line in found.splitlines():
+            said = msgspec.json.decode(line, type=dict[str, str])
+            if "code" in said:
+                raise BY_CODE.get(said["code"], AgentUnavailable)(said["what"], hint=said["hint"])
+            user.name = said["user"]
 
     def _order(self, user: User) -> Order:
         settings = self._settings
@@ -481,11 +489,3 @@ def _push(link: socket.socket, message: dict[str, Any]) -> None:
     except OSError:  # it does not read what it is told: it has to connect anew, and hears it then
         with contextlib.suppress(OSError):
             link.shutdown(socket.SHUT_RDWR)
-
-
-async def _all_of(sock: socket.socket) -> bytes:
-    """What comes until the other end is closed."""
-    found = b""
-    while data := await asyncio.get_running_loop().sock_recv(sock, MAX_REQUEST):
-        found = (found + data)[-4 * MAX_REQUEST :]
-    return found

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import grp
+import ipaddress
 import json
 import logging
 import os
@@ -26,7 +27,6 @@ from typing import Any
 from ckptsvc.agent.supervisor import records
 from ckptsvc.agent.supervisor.agents import Agents, User
 from ckptsvc.errors import ConfigError
-from ckptsvc.rpc.secret import is_loopback
 from ckptsvc.settings import Settings
 from ckptsvc.telemetry import AgentState
 from ckptsvc.telemetry.service import AGENTS, FAILURES, RANKS, STARTS, exposition
@@ -34,6 +34,9 @@ from ckptsvc.telemetry.service import AGENTS, FAILURES, RANKS, STARTS, expositio
 logger = logging.getLogger("ckptsvc.supervisor")
 
 FOLDER, TARGETS, TEXT = "metrics", "targets.json", "ckptsvc.prom"
+
+NOWHERE = "127.0.0.1:0"
+"""Where an agent that has died is a target: nobody can listen there, and so nobody can answer for it."""
 
 EVERY = 2.0
 """Seconds between looks whether something has changed."""
@@ -48,7 +51,7 @@ class Board:
         self._directory, self._group = Path(settings.system.directory), settings.system.metrics_group
         self._node = settings.agent.name or socket.gethostname()
         listen = settings.agent.metrics_listen
-        self._hosts = {socket.gethostname(), listen.host if listen else ""}
+        self._hosts = {socket.gethostname(), listen.host if listen else ""} - {"localhost"}
         self._fd = self._gid = -1
         self._written: dict[str, str] = {}
         self._problem = ""
@@ -102,13 +105,18 @@ class Board:
             self._problem = str(error)
 
     def _target(self, user: User) -> dict[str, Any] | None:
-        """An agent that serves, or ought to; where it would lead Prometheus elsewhere, it is none."""
+        """An agent that serves, or ought to; where it would lead Prometheus elsewhere, it is none.
+
+        The port of one that has died is anybody's: it is asked nowhere until the next one says where it serves.
+        """
         found = _PAGE.fullmatch(user.page)
         if found is None or user.state == "ended":
             return None
         scheme, address, host, port = found.groups()
-        if not (is_loopback(host.strip("[]")) or host in self._hosts):
+        if not (_is_loopback(host.strip("[]")) or host in self._hosts):
             return None
+        if user.pidfd < 0 or user.starting:
+            scheme, address = "http", NOWHERE
         labels = {"instance": f"{self._node}:{port}", "user": user.name, "__scheme__": scheme}
         return {"targets": [address], "labels": labels | {"__param_scrape": user.scrape}}
 
@@ -125,6 +133,14 @@ class Board:
             os.fchmod(file.fileno(), mode)
         os.rename(fresh, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
         self._written[name], self._problem = text, ""
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether it is an address of loopback; "localhost" is two, and where an agent has one, anybody has the other."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def group_of(name: str) -> int:

@@ -34,7 +34,7 @@ def served(story, handler=hello, **given):
     async def whole():
         server = HttpServer(handler, **given)
         try:
-            await asyncio.wait_for(story(server, server.open(LOOPBACK)), 60)
+            await asyncio.wait_for(story(server, server.open(LOOPBACK).port), 60)
         finally:
             await server.close()
 

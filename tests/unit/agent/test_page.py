@@ -162,6 +162,13 @@ class TestSite:
 
         return asyncio.run(whole())
 
+    def test_says_by_number_where_localhost_is_for_that_name_has_two_addresses(self):
+        async def story(port, url):
+            assert url == f"http://127.0.0.1:{port}"
+            assert "200 OK" in await get(port, "/healthz")
+
+        self.run(story, host="localhost")
+
     def test_programs_get_all_there_is(self, tmp_path):
         recent = Recent()
         recent.kept = IncidentLog(tmp_path / "incidents")

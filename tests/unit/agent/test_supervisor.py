@@ -16,9 +16,11 @@ import pytest
 
 from ckptsvc.agent.supervisor import accounts, records
 from ckptsvc.agent.supervisor.accounts import check
+from ckptsvc.agent.supervisor.agents import STARTING, Agents, User
 from ckptsvc.agent.supervisor.gate import BURST, CONNECTIONS, RATE, REMEMBERED, STRANGERS, Gate, Visit
 from ckptsvc.agent.supervisor.supervisor import environment_of, node_of, parse
 from ckptsvc.config import load
+from ckptsvc.control.shares import Node
 from ckptsvc.errors import AgentUnavailable, ConfigError, InvalidInput, StoreDenied
 from ckptsvc.rpc.accounts import Account, is_listed
 from ckptsvc.rpc.service import MAX_REQUEST
@@ -250,6 +252,34 @@ class TestRecords:
         folder.chmod(0o777)
         with pytest.raises(ConfigError, match="is not root's alone"):
             records.open_directories(folder)
+
+
+def test_a_user_who_stops_the_process_that_has_become_his_keeps_nobody_elses_from_being_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[int] = []
+
+    def execute(self: Agents, user: User, report: int) -> None:
+        held.append(os.dup(report))
+        os.write(report, b'{"user": "someone"}\n')  # and then it stands still
+
+    async def story() -> None:
+        settings = load({}, {}, [])
+        agents = Agents(tmp_path, str(tmp_path), settings.system, Node(1, 1, 0, 1, 1, 0), [], {})
+        for uid in range(STARTING + 1):
+            agents._start(User(uid, uid))
+        while len(held) <= STARTING:
+            await asyncio.sleep(0.01)
+        for task in agents._tasks:
+            task.cancel()
+        await asyncio.gather(*agents._tasks, return_exceptions=True)
+
+    monkeypatch.setattr(Agents, "_execute", execute)
+    try:
+        asyncio.run(asyncio.wait_for(story(), 15.0))
+    finally:
+        for fd in held:
+            os.close(fd)
 
 
 class TestWhatAgentsGet:
