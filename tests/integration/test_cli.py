@@ -21,8 +21,7 @@ from harness.damage import Damage, damaged
 from harness.job import Launch
 from harness.programs import adam, network, tensors_of, train_step
 from harness.rank import Rank
-from harness.runtime import eventually
-from harness.runtime import Runtime
+from harness.runtime import Runtime, eventually
 from harness.stored import cli
 from harness.zygote import Zygote
 
