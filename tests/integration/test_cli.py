@@ -293,7 +293,7 @@ def test_a_reader_that_goes_away(runs: dict[str, Any], runtime: Runtime) -> None
 
 
 def test_an_interrupt(runtime: Runtime) -> None:
-    runtime.start_agent()
+    agent = runtime.start_agent()
     call = [*CKPTSVC, "status", "--watch"]
     with subprocess.Popen(
         call, env=runtime.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -306,6 +306,8 @@ def test_an_interrupt(runtime: Runtime) -> None:
         assert process.wait(60) == 130
         assert time.monotonic() - began < 2
         assert "Traceback" not in process.stderr.read()
+    agent.terminate()
+    assert agent.wait(60) == 0
 
 
 def test_no_command_needs_torch() -> None:
