@@ -17,6 +17,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from ckptsvc.errors import InvalidInput
+from ckptsvc.rpc.identity import MAX_STEP
 from ckptsvc.rpc.v1 import coordinator_pb2 as pb
 
 MOST_RANKS = 1 << 20
@@ -51,9 +52,6 @@ MOST_SEVERAL = 1 << 12
 
 MOST_REPORTS = 1 << 17
 """In one message; an agent puts no more than a mebibyte of them into one, and each takes eight bytes at least."""
-
-MAX_STEP = 1 << 53
-"""Of steps, and of epochs: one more is a number of its own in JSON as well."""
 
 
 Bound = Callable[[Any], bool]

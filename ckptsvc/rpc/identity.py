@@ -33,7 +33,9 @@ from typing import Any
 import msgspec
 
 from ckptsvc.errors import BY_CODE, AgentUnavailable, CkptsvcError
-from ckptsvc.rpc.bounds import MAX_STEP
+
+MAX_STEP = 1 << 53
+"""Of steps, and of epochs: one more is a number of its own in JSON as well."""
 
 MAX_PACKET = 64 << 10
 """Bytes in one message."""
